@@ -1,0 +1,115 @@
+"""Prompts, samples and groups: what flows from the rollout to the schedule. Plain NumPy, no torch.
+
+A Sample is built by append only: `Sample.start(prompt, index)`, then `extend(...)` once per span of tokens. Every
+span's fields are checked against each other when it is appended, not at training time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question and what is needed to judge an answer to it."""
+
+    id: str  # unique in its data set; names the prompt in files and errors
+    text: str
+    token_ids: tuple[int, ...]
+    answer: str  # the reference answer, as text
+    verifier: str  # name of the function in megatron_rl.rewards that judges a response
+
+
+@dataclass(frozen=True)
+class VersionSpan:
+    """Tokens [start, end) of a sample were generated under this weight version."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a verifier says of one response. `correct` is accuracy; `reward` may be shaped."""
+
+    reward: float
+    correct: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A prompt with one response.
+
+    token_ids [n] int32, prompt and response; loss_mask [n] bool, True where the policy generated the token;
+    rollout_logprobs [n] float32, log mu of each generated token, 0 where loss_mask is False.
+    """
+
+    prompt: Prompt
+    index: int  # position in its group
+    token_ids: npt.NDArray[np.int32]
+    loss_mask: npt.NDArray[np.bool_]
+    rollout_logprobs: npt.NDArray[np.float32]
+    versions: tuple[VersionSpan, ...] = ()
+    finish_reason: FinishReason | None = None
+    verdict: Verdict | None = None
+
+    @classmethod
+    def start(cls, prompt: Prompt, index: int) -> Sample:
+        n = len(prompt.token_ids)
+        return cls(
+            prompt=prompt,
+            index=index,
+            token_ids=np.asarray(prompt.token_ids, dtype=np.int32),
+            loss_mask=np.zeros(n, dtype=np.bool_),
+            rollout_logprobs=np.zeros(n, dtype=np.float32),
+        )
+
+    def extend(self, token_ids: list[int], logprobs: list[float] | None, weight_version: int) -> Sample:
+        """Appends a span. `logprobs` is None for tokens the policy did not generate (tool output).
+
+        Raises ValueError when the lengths differ or a log-prob is not finite or is positive.
+        """
+        where = f"prompt {self.prompt.id!r} sample {self.index}"
+        if logprobs is not None:
+            if len(logprobs) != len(token_ids):
+                raise ValueError(f"{where}: {len(token_ids)} token ids but {len(logprobs)} log-probs")
+            values = np.asarray(logprobs, dtype=np.float32)
+            if not np.isfinite(values).all() or (values > 0).any():
+                bad = int(np.flatnonzero(~np.isfinite(values) | (values > 0))[0])
+                raise ValueError(f"{where}: log-prob {values[bad]} at response token {bad} is not a finite value <= 0")
+        else:
+            values = np.zeros(len(token_ids), dtype=np.float32)
+        start, end = len(self.token_ids), len(self.token_ids) + len(token_ids)
+        return dataclasses.replace(
+            self,
+            token_ids=np.concatenate([self.token_ids, np.asarray(token_ids, dtype=np.int32)]),
+            loss_mask=np.concatenate([self.loss_mask, np.full(len(token_ids), logprobs is not None)]),
+            rollout_logprobs=np.concatenate([self.rollout_logprobs, values]),
+            versions=(*self.versions, VersionSpan(weight_version, start, end)),
+        )
+
+    @property
+    def response_ids(self) -> npt.NDArray[np.int32]:
+        return self.token_ids[len(self.prompt.token_ids) :]
+
+    @property
+    def response_tokens(self) -> int:
+        """|y|: masked-in tokens, the length every formula means."""
+        return int(self.loss_mask.sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """All samples of one prompt. Groups may differ in size."""
+
+    index: int  # position of the prompt in the rollout batch, global over data-parallel ranks
+    prompt: Prompt
+    samples: tuple[Sample, ...] = field(default=())
