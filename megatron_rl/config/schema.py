@@ -1,0 +1,223 @@
+"""The whole configuration of a run, typed and frozen. Importable without torch.
+
+The model's architecture is not here: it comes from the Hugging Face config.json under `model.path`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class ModelConfig(Frozen):
+    path: Path
+    """Hugging Face model directory: config.json, tokenizer and safetensors."""
+
+
+class ParallelConfig(Frozen):
+    """Degrees of parallelism. Data parallelism is what is left of the world: world / (tp * pp * cp)."""
+
+    tp: PositiveInt = 1
+    """Tensor parallelism; sequence parallelism is on whenever it is above 1."""
+    pp: PositiveInt = 1
+    """Pipeline stages."""
+    vpp: PositiveInt = 1
+    """Virtual stages per pipeline stage (interleaved schedule)."""
+    cp: PositiveInt = 1
+    """Context parallelism: each sequence in 2 * cp chunks, zigzag."""
+    ep: PositiveInt = 1
+    """Expert parallelism; takes its ranks from tp, cp and data parallelism."""
+    etp: PositiveInt = 1
+    """Tensor parallelism inside each expert."""
+
+
+class EngineConfig(Frozen):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    layers: Literal["auto", "te", "torch"] = "auto"
+    """Transformer Engine where it imports, else the plain PyTorch provider of megatron_rl.engine.layers."""
+    dispatcher: Literal["alltoall", "deepep"] = "alltoall"
+    recompute: Literal["none", "selective", "full"] = "none"
+    max_tokens_per_micro_batch: PositiveInt = 8192
+    """Packed tokens of one micro-batch, over all context-parallel ranks. A longer sample gets one of its own."""
+    logit_chunk_tokens: PositiveInt = 1024
+    """Tokens whose fp32 logits exist at one time, in the forward as in the backward pass."""
+    aux_loss_coefficient: Annotated[float, Field(ge=0)] = 0.0
+    """Megatron-Core's load-balancing loss; off in RL unless asked for."""
+
+
+class OptimConfig(Frozen):
+    lr: Annotated[float, Field(gt=0)] = 1e-6
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: NonNegativeInt = 0
+    """In optimizer steps, as is decay_steps."""
+    decay_steps: NonNegativeInt = 0
+    """Optimizer steps until min_lr; needed by linear and cosine."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_grad: Annotated[float, Field(gt=0)] = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+
+
+class DataConfig(Frozen):
+    train: str
+    """JSONL file, Hugging Face data set directory, or `arithmetic:SPEC` (see megatron_rl.data.prompts)."""
+    heldout: str | None = None
+    prompt_field: str = "prompt"
+    answer_field: str = "answer"
+    verifier: str = "math"
+    """Name in megatron_rl.rewards, or `package.module:function`."""
+    chat_template: bool = False
+    """Wrap each prompt as a user message with the tokenizer's chat template."""
+    max_prompt_tokens: PositiveInt = 1024
+    """A longer prompt is an error that names it."""
+
+
+class ServersConfig(Frozen):
+    urls: tuple[str, ...] = ()
+    """Servers started elsewhere. Empty: the trainer starts and supervises `launch` servers itself."""
+    launch: PositiveInt = 1
+    tp: PositiveInt = 1
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: the engine's dtype."""
+    api_key: str | None = None
+    start_timeout: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds until a launched server must answer."""
+    max_total_tokens: PositiveInt = 65536
+    """KV cache of a launched server, in tokens."""
+    extra_flags: tuple[str, ...] = ()
+    """Given to `sglang.launch_server` as they are."""
+
+
+class RolloutConfig(Frozen):
+    prompts_per_step: PositiveInt = 32
+    """Over all data-parallel ranks; each leader fetches its own share."""
+    group_size: PositiveInt = 8
+    max_response_tokens: PositiveInt = 1024
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """The trainer's log-probs are those of logits / temperature, as the server's are."""
+    concurrency: PositiveInt = 256
+    """Requests in flight per data-parallel leader."""
+    deadline: Annotated[float, Field(gt=0)] = 1800.0
+    """Seconds for one request, retries included."""
+    replay_from: Path | None = None
+    """Train on the rollouts saved in this run directory instead of asking servers."""
+    servers: ServersConfig = ServersConfig()
+
+
+class ClipConfig(Frozen):
+    low: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    high: Annotated[float, Field(ge=0)] = 0.2
+    dual: Annotated[float, Field(gt=1)] | None = None
+    """Dual clip on negative advantages; off unless set."""
+
+
+class AdvantageConfig(Frozen):
+    estimator: Literal["group"] = "group"
+    baseline: Literal["mean", "none"] = "mean"
+    std: Literal["population", "sample", "none"] = "sample"
+
+
+class ObjectiveConfig(Frozen):
+    """The five switches of an objective; a preset sets them (megatron_rl/config/presets)."""
+
+    ratio: Literal["token", "sequence", "sequence-token"] = "token"
+    """token: PPO, GRPO [2402.03300]; sequence: GSPO [2507.18071]; sequence-token: GSPO-token."""
+    denominator: Literal["old", "rollout"] = "old"
+    """Of the ratio: pi_old, recomputed by the trainer, or mu, the rollout engine's log-probs."""
+    clip: ClipConfig = ClipConfig()
+    aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant-length"] = (
+        "seq-mean-token-mean"
+    )
+    constant_length: PositiveInt | None = None
+    """Divisor of the constant-length aggregation (Dr.GRPO [2503.20783])."""
+    advantage: AdvantageConfig = AdvantageConfig()
+
+
+class WeightsConfig(Frozen):
+    route: Literal["collective", "disk"] = "collective"
+    bucket_mib: PositiveInt = 256
+    """Size of one gathered and broadcast bucket of weights."""
+    verify: NonNegativeInt = 0
+    """Every N-th sync is verified against the servers; 0: never."""
+    verify_bound: Annotated[float, Field(gt=0)] | None = None
+    """Largest |log-prob difference| on the probe; None: 1e-5 in fp32, 0.1 otherwise."""
+    timeout: Annotated[float, Field(gt=0)] = 600.0
+
+
+class EvalConfig(Frozen):
+    every: NonNegativeInt = 0
+    """In rollout steps; 0: only before the first and after the last."""
+    samples: PositiveInt = 1
+    """Responses per held-out prompt: k of avg@k and pass@k."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    prompts: PositiveInt | None = None
+    """Use only the first so many held-out prompts."""
+
+
+class CheckpointConfig(Frozen):
+    every: NonNegativeInt = 0
+    """In rollout steps; 0: only after the last."""
+    keep: PositiveInt = 2
+
+
+class TrainConfig(Frozen):
+    steps: PositiveInt
+    """Rollout steps; each makes `mini_batches` optimizer steps."""
+    mini_batches: PositiveInt = 4
+    recompute_old_logprobs: bool = True
+    """False: pi_old is taken from the update's own forward pass; possible only with one mini-batch."""
+
+
+class Config(Frozen):
+    presets: tuple[str, ...] = ()
+    """Built-in presets by name, or YAML files relative to this one; later ones win, this file wins over all."""
+    run_dir: Path
+    seed: int = 0
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    engine: EngineConfig = EngineConfig()
+    optim: OptimConfig = OptimConfig()
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train: TrainConfig
+    weights: WeightsConfig = WeightsConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+class SftDataConfig(Frozen):
+    train: str
+    """JSONL file or data set directory with prompt and response, or `arithmetic:SPEC`."""
+    prompt_field: str = "prompt"
+    response_field: str = "response"
+    chat_template: bool = False
+    max_tokens: PositiveInt = 4096
+
+
+class SftConfig(Frozen):
+    """Configuration of `megatron-rl sft`."""
+
+    presets: tuple[str, ...] = ()
+    run_dir: Path
+    seed: int = 0
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    engine: EngineConfig = EngineConfig()
+    optim: OptimConfig = OptimConfig()
+    data: SftDataConfig
+    steps: PositiveInt
+    batch_size: PositiveInt = 64
+    checkpoint: CheckpointConfig = CheckpointConfig()
