@@ -1,0 +1,60 @@
+# `make install`, then `make demo`. README.md says what the rest is for.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PRESET ?= gspo
+
+# An existing .venv keeps its Python unless PYTHON names another one. Each candidate is started, not only looked
+# up: version managers put names on PATH that do not run.
+ifndef PYTHON
+PYTHON := $(shell for p in $(BIN)/python python3.11 python3.12 python3.13 python3; do \
+	$$p -c '' 2>/dev/null && echo $$p && break; done)
+endif
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+FROZEN := requirements/cpu$(if $(filter 3.12 3.13,$(VERSION)),-py312).txt
+NODEPS := requirements/cpu-nodeps.txt
+STAMP := $(VENV)/.installed-$(VERSION)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: install demo test test-all lint format clean
+
+install: $(STAMP)
+
+# The stamp is written last, so an interrupted install starts again at the step that is missing.
+$(STAMP): $(FROZEN) $(NODEPS) pyproject.toml setup.py
+	@case '$(VERSION)' in 3.11|3.12|3.13) ;; *) \
+		echo 'megatron_rl needs Python 3.11, 3.12 or 3.13; $(or $(PYTHON),python3) is $(or $(VERSION),missing).' >&2; \
+		echo 'Install one and name it: make install PYTHON=python3.11' >&2; exit 1;; esac
+	@$(BIN)/python -c 'import sys, pip; sys.exit("%d.%d" % sys.version_info[:2] != "$(VERSION)")' 2>/dev/null \
+		|| $(PYTHON) -m venv --clear $(VENV)
+	@echo 'Installing $(FROZEN) into $(VENV) (Python $(VERSION)): about 2 GB, a few minutes'
+	$(PIP) install --quiet -r $(FROZEN)
+	$(PIP) install --quiet --no-deps -r $(NODEPS)
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# Several processes share the cores; default OpenMP threads would slow each other a hundredfold.
+demo test test-all: export OMP_NUM_THREADS := 1
+
+demo: install
+	$(BIN)/python examples/demo/run.py --preset $(PRESET)
+
+test: install
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Removes what these targets made, .venv included. Run directories (runs/) stay.
+clean:
+	rm -rf $(VENV) .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

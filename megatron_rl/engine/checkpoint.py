@@ -1,0 +1,141 @@
+"""Resumable checkpoints: each rank writes the shards it owns, and the manifest is written last.
+
+A checkpoint directory is complete exactly when manifest.json is in it. Optimizer shards belong to one layout: resuming
+under another is refused (start a new run from the exported Hugging Face weights instead).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from megatron_rl.engine.exchange import all_gather_bytes
+from megatron_rl.engine.policy import Policy
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is incomplete, damaged or of another layout."""
+
+
+def save_checkpoint(directory: Path, policy: Policy, state: dict[str, Any]) -> None:
+    """Writes `directory`, with the run's `state` (JSON) beside every rank's shards. Collective.
+
+    All files go into a directory of another name, which is renamed when complete; a crash leaves that one behind and
+    nothing else.
+    """
+    place = policy.place
+    partial = directory.with_name(directory.name + ".partial")
+    if place.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier(group=place.control)
+    name = f"rank-{place.rank:05d}.pt"
+    torch.save(_rank_state(policy), partial / name)
+    digest = _digest(partial / name)
+    entry = {"name": name, "bytes": (partial / name).stat().st_size, "sha256": digest}
+    files = [orjson.loads(e) for e in all_gather_bytes(orjson.dumps(entry), place.control)]
+    if place.rank == 0:
+        manifest = {"format": FORMAT, "layout": _layout(policy), "files": files, "state": state}
+        temporary = partial / (MANIFEST + ".partial")
+        temporary.write_bytes(orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
+        os.replace(temporary, partial / MANIFEST)
+        shutil.rmtree(directory, ignore_errors=True)
+        os.replace(partial, directory)
+    dist.barrier(group=place.control)
+
+
+def load_checkpoint(directory: Path, policy: Policy) -> dict[str, Any]:
+    """Restores weights, optimizer, learning rate and random state; returns the run's `state`. Collective."""
+    manifest = read_manifest(directory)
+    if manifest["layout"] != _layout(policy):
+        raise CheckpointError(
+            f"{directory}: written under {manifest['layout']}, resumed under {_layout(policy)}; optimizer shards belong "
+            "to one layout. Resume with the same one, or start a new run from the exported weights"
+        )
+    entry = manifest["files"][policy.place.rank]
+    path = directory / entry["name"]
+    if not path.is_file() or path.stat().st_size != entry["bytes"] or _digest(path) != entry["sha256"]:
+        raise CheckpointError(
+            f"{path}: missing or not what its manifest says; delete {directory} to resume from the one before"
+        )
+    saved = torch.load(path, map_location=policy.device, weights_only=True)
+    for optimizer, part in zip(_parts(policy.optimizer), saved["optimizers"], strict=True):
+        if optimizer.is_stub_optimizer:
+            continue
+        inner = optimizer.optimizer
+        for group, values in zip(inner.param_groups, part["main_params"], strict=True):
+            for param, value in zip(group["params"], values, strict=True):
+                param.data.copy_(value)
+        inner.load_state_dict(part["inner"])
+        optimizer._copy_main_params_to_model_params()
+    for stage in policy.stages:
+        stage.start_param_sync(force_sync=True)
+    policy.scheduler.load_state_dict(saved["scheduler"])
+    torch.set_rng_state(saved["rng"]["torch"].cpu())
+    get_cuda_rng_tracker().set_states(saved["rng"]["megatron"])
+    return manifest["state"]
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{directory}: no {MANIFEST}, so this checkpoint was never completed")
+    manifest = orjson.loads(path.read_bytes())
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format {manifest.get('format')}, this version reads {FORMAT}")
+    return manifest
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """The complete checkpoints under `root`, oldest first."""
+    return sorted(path.parent for path in root.glob(f"step-*/{MANIFEST}") if path.parent.suffix != ".partial")
+
+
+def prune(root: Path, keep: int) -> None:
+    """Deletes all but the newest `keep` complete checkpoints. Only rank 0 calls it."""
+    for old in checkpoints(root)[:-keep]:
+        shutil.rmtree(old)
+
+
+def _rank_state(policy: Policy) -> dict[str, Any]:
+    return {
+        "optimizers": [
+            {}
+            if part.is_stub_optimizer
+            else {
+                # The distributed optimizer's fp32 shards, disjoint over data parallelism, hold all weights.
+                "main_params": [[p.data for p in group["params"]] for group in part.optimizer.param_groups],
+                "inner": part.optimizer.state_dict(),
+            }
+            for part in _parts(policy.optimizer)
+        ],
+        "scheduler": policy.scheduler.state_dict(),
+        "rng": {"torch": torch.get_rng_state(), "megatron": get_cuda_rng_tracker().get_states()},
+    }
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+
+
+def _layout(policy: Policy) -> dict[str, Any]:
+    layout = policy.layout
+    degrees = {k: getattr(layout, k) for k in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")}
+    return {**degrees, "dtype": policy.engine.dtype}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

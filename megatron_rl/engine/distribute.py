@@ -1,0 +1,111 @@
+"""From each leader's own samples to the packed micro-batches of every rank.
+
+Leaders exchange sizes only; every rank then makes the same plan. Samples that the plan moves to another data-parallel
+replica travel between leaders, and each leader hands its replica what that replica trains on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import orjson
+
+from megatron_rl.config.layout import Layout
+from megatron_rl.data.packing import PackedBatch, pack
+from megatron_rl.data.sample import Sample
+from megatron_rl.data.schedule import Denominators, SampleSize, plan
+from megatron_rl.data.store import decode_samples, encode_samples
+from megatron_rl.engine.exchange import all_gather_bytes, broadcast_bytes
+from megatron_rl.engine.parallel import Place
+
+
+@dataclass(frozen=True)
+class TrainSample:
+    """A sample with its place in the rollout batch and its advantage."""
+
+    index: int  # global, group-major: the same under every layout
+    group: int
+    sample: Sample
+    advantage: float
+
+
+@dataclass(frozen=True)
+class MiniBatch:
+    """What this rank trains on in one optimizer step."""
+
+    index: int
+    micro_batches: tuple[PackedBatch, ...]
+    denominators: Denominators  # of all data-parallel replicas together
+
+
+def distribute(
+    mine: Sequence[TrainSample],
+    place: Place,
+    layout: Layout,
+    *,
+    mini_batches: int,
+    max_tokens: int,
+) -> list[MiniBatch]:
+    """`mine` is what this leader fetched, and empty on other ranks. Collective."""
+    sizes, home = _exchange_sizes(mine, place)
+    schedule = plan(
+        sizes,
+        mini_batches=mini_batches,
+        dp=layout.dp,
+        max_tokens=max_tokens,
+        micro_batch_multiple=layout.pp if layout.vpp > 1 else 1,
+        align=2 * layout.cp if layout.cp > 1 else 1,
+        home=home,
+    )
+    target = {
+        i: dp
+        for step in schedule.steps
+        for dp, micro_batches in enumerate(step.micro_batches)
+        for micro_batch in micro_batches
+        for i in micro_batch
+    }
+    moving = [s for s in mine if target[s.index] != place.dp]
+    arriving = [s for part in all_gather_bytes(_encode(moving), place.control) for s in _decode(part)]
+    here = [*mine, *arriving] if place.leads_replica else []
+    wanted = [s for s in here if target[s.index] == place.dp]
+    samples = {s.index: s for s in _decode(broadcast_bytes(_encode(wanted), place.replica))}
+    return [
+        MiniBatch(
+            index=step.mini_batch,
+            micro_batches=tuple(
+                _pack([samples[i] for i in micro_batch], layout) for micro_batch in step.micro_batches[place.dp]
+            ),
+            denominators=step.denominators,
+        )
+        for step in schedule.steps
+    ]
+
+
+def _pack(samples: Sequence[TrainSample], layout: Layout) -> PackedBatch:
+    return pack([s.sample for s in samples], [s.advantage for s in samples], cp=layout.cp, tp=layout.tp)
+
+
+def _exchange_sizes(mine: Sequence[TrainSample], place: Place) -> tuple[list[SampleSize], list[int]]:
+    """All samples' sizes in global order, and the replica that holds each."""
+    rows = [[s.index, s.group, len(s.sample.token_ids), s.sample.response_tokens, place.dp] for s in mine]
+    everyone = [row for part in all_gather_bytes(orjson.dumps(rows), place.control) for row in orjson.loads(part)]
+    everyone.sort()
+    return [SampleSize(*row[:4]) for row in everyone], [row[4] for row in everyone]
+
+
+def _encode(samples: Sequence[TrainSample]) -> bytes:
+    header = orjson.dumps([[s.index, s.group, s.advantage] for s in samples])
+    return len(header).to_bytes(8, "little") + header + encode_samples([s.sample for s in samples])
+
+
+def _decode(data: bytes) -> list[TrainSample]:
+    length = int.from_bytes(data[:8], "little")
+    header: Sequence[Sequence[float]] = orjson.loads(data[8 : 8 + length])
+    samples = decode_samples(data[8 + length :])
+    return [
+        TrainSample(int(index), int(group), sample, float(advantage))
+        for (index, group, advantage), sample in zip(header, samples, strict=True)
+    ]
+
+

@@ -1,0 +1,176 @@
+"""Transformer layers in plain PyTorch, where Transformer Engine is not installed.
+
+They fill the places that Megatron-Core's local modules leave empty: a norm under sequence parallelism, packed attention
+(THD) with context parallelism, and grouped experts. Linear layers, the router, the dispatcher and the transformer layer
+itself are Megatron-Core's own. Weights have the same values and the same Hugging Face names as with Transformer Engine.
+
+Shapes: T packed tokens of this rank, H hidden, N query heads and G key-value heads of this tensor-parallel rank, D head
+width, E experts of this rank, F expert width on this expert-tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from megatron_rl.engine.batch import AttentionPlan
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm in fp32, over the last dimension; its weight is shared under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # Each tensor-parallel rank sees other tokens (or other heads): Megatron sums such gradients over the group.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype)
+        return normed * self.weight
+
+
+class PackedAttention(MegatronModule):
+    """Causal attention over packed sequences (THD), with all-gathered keys and values under context parallelism.
+
+    Sequences are batched by length class, so that none is padded to more than twice its own length.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.cp_group = pg_collection.cp
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: Any,
+        **_: Any,
+    ) -> Tensor:
+        """query [T, N, D], key and value [T, G, D]; returns [T, N * D]."""
+        plan: AttentionPlan = packed_seq_params.attention
+        if self.cp_group.size() > 1:
+            key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
+        outputs = []
+        for batch in plan.batches:
+            out = F.scaled_dot_product_attention(
+                _take(query, batch.queries),
+                _take(key, batch.keys),
+                _take(value, batch.keys),
+                attn_mask=batch.mask,
+                is_causal=batch.mask is None,
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+            outputs.append(out.transpose(1, 2).reshape(-1, query.shape[1] * query.shape[2]))
+        return torch.cat(outputs).index_select(0, plan.order)
+
+
+def _take(x: Tensor, rows: Tensor) -> Tensor:
+    """x [T, heads, D], rows [B, S] -> [B, heads, S, D]."""
+    return x.index_select(0, rows.flatten()).view(*rows.shape, *x.shape[1:]).transpose(1, 2)
+
+
+class GroupedExperts(MegatronModule):
+    """The gated experts of this rank as two stacked weights, one grouped matrix product each.
+
+    weight1 [E, 2F, H]: gate, then up; weight2 [E, H, F]. Communication over expert-tensor parallelism is the
+    dispatcher's: it gathers the input tokens and reduces the output.
+    """
+
+    def __init__(
+        self, num_local_experts: int, config: TransformerConfig, pg_collection: Any = None, **_: Any
+    ) -> None:
+        super().__init__(config=config)
+        ffn = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
+        shapes = {
+            "weight1": (num_local_experts, 2 * ffn, config.hidden_size),
+            "weight2": (num_local_experts, config.hidden_size, ffn),
+        }
+        for name, shape in shapes.items():
+            # Values come from a Hugging Face checkpoint; there is no initialisation to keep equal across layouts.
+            weight = torch.nn.Parameter(
+                torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device())
+            )
+            weight.allreduce = config.expert_model_parallel_size == 1  # type: ignore[attr-defined]
+            # Not a duplicate over expert-tensor ranks: each counts in the gradient norm.
+            weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+            self.register_parameter(name, weight)
+
+    def forward(self, x: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
+        """x [n, H] sorted by expert, tokens_per_expert [E], probs [n] of the router; returns ([n, H], None)."""
+        gate, up = grouped_linear(x, self.weight1, tokens_per_expert).chunk(2, dim=-1)
+        hidden = (F.silu(gate) * up * probs.unsqueeze(-1)).to(x.dtype)
+        return grouped_linear(hidden, self.weight2, tokens_per_expert), None
+
+
+def grouped_linear(x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+    """x [n, in] in consecutive blocks of rows[e] rows, weight [E, out, in]; returns [n, out].
+
+    torch's grouped_mm is used where it has a grouped kernel (CUDA, bf16); elsewhere it loops over the groups as the
+    line below does, and more slowly (measured with torch 2.13 on CPU).
+    """
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        ends = rows.cumsum(0).to(device=x.device, dtype=torch.int32)
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    blocks = x.split(rows.tolist())
+    return torch.cat([F.linear(block, w) for block, w in zip(blocks, weight.unbind(0), strict=True)])
+
+
+def layer_spec(moe: bool) -> ModuleSpec:
+    """One transformer layer, dense or with experts."""
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.padding_causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=PackedAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=RMSNorm,
+            k_layernorm=RMSNorm,
+        ),
+    )
+    dense = ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    )
+    experts = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=GroupedExperts))
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=experts if moe else dense,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )

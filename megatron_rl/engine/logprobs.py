@@ -1,0 +1,96 @@
+"""Token log-probs and entropy from hidden states under vocabulary parallelism, without a full logits tensor.
+
+Shapes: T tokens, H hidden, V vocabulary rows of this tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class VocabularyShard:
+    """Rows [start, start + V) of a vocabulary padded up to a multiple of the group; rows >= size are padding."""
+
+    start: int
+    size: int
+    group: dist.ProcessGroup
+
+
+class TokenLogProbs(torch.autograd.Function):
+    """log softmax(hidden @ weight.T / temperature) at the labels, and the entropy over the whole vocabulary.
+
+    Logits exist for `chunk` tokens at a time, in the forward and, computed again, in the backward pass. The gradient of
+    hidden is this rank's part of a sum over the group, as Megatron's sequence-parallel gather expects it. Entropy
+    carries no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        temperature: float,
+        shard: VocabularyShard,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        """hidden [T, H], weight [V, H], labels [T] global ids; returns log-probs [T] and entropy [T], fp32."""
+        logprobs, entropy, log_z = (
+            torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(3)
+        )
+        for rows in torch.arange(len(hidden), device=hidden.device).split(chunk):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            logits = _logits(hidden[part], weight, temperature, shard)
+            top = logits.max(dim=-1).values
+            dist.all_reduce(top, op=dist.ReduceOp.MAX, group=shard.group)
+            unnormalised = (logits - top[:, None]).exp()
+            local, mine = _local_labels(labels[part], shard, len(weight))
+            at_label = logits.gather(1, local[:, None]).squeeze(1) * mine
+            sums = torch.stack([unnormalised.sum(-1), (unnormalised * logits).sum(-1), at_label])
+            dist.all_reduce(sums, group=shard.group)
+            log_z[part] = top + sums[0].log()
+            logprobs[part] = sums[2] - log_z[part]
+            entropy[part] = log_z[part] - sums[1] / sums[0]
+        ctx.save_for_backward(hidden, weight, labels, log_z)
+        ctx.constants = (temperature, shard, chunk)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, log_z = ctx.saved_tensors
+        temperature, shard, chunk = ctx.constants
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for rows in torch.arange(len(hidden), device=hidden.device).split(chunk):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            grad = grads[0][part, None] / temperature
+            logits = _logits(hidden[part], weight, temperature, shard)
+            grad_logits = -(logits - log_z[part, None]).exp() * grad
+            local, mine = _local_labels(labels[part], shard, len(weight))
+            grad_logits.scatter_add_(1, local[:, None], grad * mine[:, None])
+            grad_logits = grad_logits.to(weight.dtype)
+            grad_hidden[part] = grad_logits @ weight
+            grad_weight += grad_logits.t() @ hidden[part]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, temperature: float, shard: VocabularyShard) -> Tensor:
+    logits = (hidden @ weight.t()).float() / temperature
+    padding = shard.start + len(weight) - shard.size
+    if padding > 0:
+        # Finite, so that 0 * logit stays 0 in the entropy.
+        logits[:, max(len(weight) - padding, 0) :] = torch.finfo(torch.float32).min
+    return logits
+
+
+def _local_labels(labels: Tensor, shard: VocabularyShard, rows: int) -> tuple[Tensor, Tensor]:
+    """The labels as rows of this shard, and 1.0 where this shard holds them."""
+    local = labels - shard.start
+    return local.clamp(0, rows - 1), ((local >= 0) & (local < rows)).float()

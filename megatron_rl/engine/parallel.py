@@ -1,0 +1,85 @@
+"""Process groups of a layout, and where this rank stands in it."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_rl.config.layout import Layout
+from megatron_rl.engine.device import backend
+
+
+@dataclass(frozen=True)
+class Place:
+    """This rank's coordinates. A replica is the tp * cp * pp ranks that hold one copy of the dense weights."""
+
+    rank: int
+    tp: int
+    pp: int
+    cp: int
+    dp: int
+    ep: int
+    etp: int
+
+    control: dist.ProcessGroup  # gloo over the world, for lengths, samples and metrics
+    replica: dist.ProcessGroup  # gloo over this replica
+
+    @property
+    def leads_replica(self) -> bool:
+        """Whether this rank talks to the rollout servers for its data-parallel replica."""
+        return self.tp == self.pp == self.cp == 0
+
+
+def start_process_groups(
+    layout: Layout, device: torch.device, seed: int, timeout_seconds: float = 1800.0
+) -> Place:
+    """Joins the torchrun world if need be and makes Megatron-Core's groups. Collective.
+
+    Raises RuntimeError when the world's size is not the layout's.
+    """
+    if not dist.is_initialized():
+        dist.init_process_group(backend(device), timeout=datetime.timedelta(seconds=timeout_seconds))
+    if dist.get_world_size() != layout.world_size:
+        raise RuntimeError(
+            f"the layout needs {layout.world_size} ranks, but {dist.get_world_size()} were started"
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    control, replica = _control_groups(layout)
+    return Place(
+        rank=dist.get_rank(),
+        tp=parallel_state.get_tensor_model_parallel_rank(),
+        pp=parallel_state.get_pipeline_model_parallel_rank(),
+        cp=parallel_state.get_context_parallel_rank(),
+        dp=parallel_state.get_data_parallel_rank(),
+        ep=parallel_state.get_expert_model_parallel_rank(),
+        etp=parallel_state.get_expert_tensor_parallel_rank(),
+        control=control,
+        replica=replica,
+    )
+
+
+def _control_groups(layout: Layout) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    # Megatron-Core's rank order: tp fastest, then cp, dp and pp.
+    ranks = torch.arange(layout.world_size).view(layout.pp, layout.dp, layout.cp * layout.tp)
+    control = dist.new_group(backend="gloo")
+    replicas = [dist.new_group(ranks[:, dp].flatten().tolist(), backend="gloo") for dp in range(layout.dp)]
+    return control, replicas[parallel_state.get_data_parallel_rank()]
+
+
+def stop_process_groups() -> None:
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,136 @@
+"""The policy on this rank: stock Megatron-Core stages, loaded from and exported to Hugging Face weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from torch import Tensor
+
+from megatron_rl.config.layout import Layout
+from megatron_rl.config.schema import EngineConfig, OptimConfig
+from megatron_rl.data.packing import PackedBatch
+from megatron_rl.engine.batch import MicroBatch, micro_batch
+from megatron_rl.engine.model import build_stages, transformer_config
+from megatron_rl.engine.optimizer import build_optimizer
+from megatron_rl.engine.parallel import Place
+from megatron_rl.engine.step import LossFunction, forward, forward_backward
+from megatron_rl.models.architecture import Architecture, read_architecture
+from megatron_rl.models.weights_io import ModelRanks, load_weights
+from megatron_rl.weights.export import ExportGroups, export_stream
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What one optimizer step says of itself, the same on every rank."""
+
+    grad_norm: float  # global, before clipping
+    lr: float
+
+
+class Policy:
+    """One model under one layout. Every public method is collective: all ranks call it with the same arguments,
+    but for the micro-batches, which are each data-parallel replica's own and as many on every rank."""
+
+    def __init__(
+        self,
+        model_dir: Path,
+        layout: Layout,
+        place: Place,
+        engine: EngineConfig,
+        device: torch.device,
+        optim: OptimConfig | None,
+        temperature: float = 1.0,
+    ) -> None:
+        """Without `optim` gradients are reduced whole into each parameter's main_grad (for comparing them)."""
+        self.arch: Architecture = read_architecture(model_dir)
+        self.model_dir = model_dir
+        self.layout = layout
+        self.place = place
+        self.engine = engine
+        self.device = device
+        config = transformer_config(self.arch, engine, layout)
+        config.finalize_model_grads_func = finalize_model_grads
+        stages = build_stages(self.arch, engine, layout, config, temperature)
+        ranks = ModelRanks(
+            tp_rank=place.tp,
+            tp_size=layout.tp,
+            ep_rank=place.ep,
+            ep_size=layout.ep,
+            etp_rank=place.etp,
+            etp_size=layout.etp,
+        )
+        self.unused_weights = load_weights(list(stages), self.arch, model_dir, ranks)
+        ddp = DistributedDataParallelConfig(
+            use_distributed_optimizer=optim is not None, grad_reduce_in_fp32=True, overlap_grad_reduce=False
+        )
+        self.stages = [
+            DistributedDataParallel(config, ddp, stage, disable_bucketing=index > 0)
+            for index, stage in enumerate(stages)
+        ]
+        if optim is not None:
+            self.optimizer, self.scheduler = build_optimizer(optim, self.stages, engine.dtype == "bf16")
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes log-probs and the loss."""
+        return self.place.pp == self.layout.pp - 1
+
+    def parameters(self) -> int:
+        """Parameters of this rank, without those of other ranks."""
+        return sum(p.numel() for stage in self.stages for p in stage.parameters())
+
+    def _micro_batches(self, batches: Sequence[PackedBatch]) -> list[MicroBatch]:
+        return [micro_batch(b, self.layout.cp, self.place.cp, self.device) for b in batches]
+
+    def logprobs(self, batches: Sequence[PackedBatch]) -> list[tuple[Tensor, Tensor]]:
+        """Log-prob of each position's label and entropy, both [T] fp32, per micro-batch; [] off the last stage.
+
+        The stages stay in training mode: there is no dropout, and the same code path as the update's forward
+        pass makes the importance ratios of the first mini-batch exactly 1.
+        """
+        return forward(self.stages, self._micro_batches(batches))
+
+    def gradients(self, batches: Sequence[PackedBatch], loss: LossFunction) -> None:
+        """Leaves the gradient of the summed loss in each parameter's main_grad."""
+        for stage in self.stages:
+            stage.zero_grad_buffer()
+        forward_backward(self.stages, self._micro_batches(batches), loss)
+
+    def update(self, batches: Sequence[PackedBatch], loss: LossFunction) -> UpdateResult:
+        """One optimizer step. Raises RuntimeError for a non-finite gradient, before any weight has changed."""
+        self.optimizer.zero_grad()
+        self.gradients(batches, loss)
+        self.scheduler.step(increment=1)
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            raise RuntimeError(
+                f"the gradient norm is {grad_norm}; no weight was changed. Look at the last line of metrics.jsonl for "
+                "the ratios, and at the saved rollouts for the rewards"
+            )
+        _, grad_norm, _ = self.optimizer.step()
+        return UpdateResult(grad_norm=float(grad_norm), lr=self.optimizer.param_groups[0]["lr"])
+
+    def export(
+        self, bucket_bytes: int, tensor_of: Callable[[torch.nn.Parameter], Tensor] = lambda p: p.data
+    ) -> Iterator[list[tuple[str, Tensor]]]:
+        """Buckets of (Hugging Face name, whole tensor) on rank 0, empty lists elsewhere."""
+        groups = ExportGroups(
+            tp=parallel_state.get_tensor_model_parallel_group(),
+            etp=parallel_state.get_expert_tensor_parallel_group(),
+            ep=parallel_state.get_expert_model_parallel_group(),
+            pp=parallel_state.get_pipeline_model_parallel_group(),
+        )
+        return export_stream(
+            [stage.module for stage in self.stages], self.arch, groups, bucket_bytes, tensor_of
+        )

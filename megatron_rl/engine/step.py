@@ -1,0 +1,110 @@
+"""One pass of Megatron-Core's pipeline schedule over packed micro-batches: forward only, or with gradients.
+
+The loss of a micro-batch is its share of a sum over all micro-batches and data-parallel ranks (the denominators are
+global and already in it), so gradients are summed over ranks, never averaged.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_rl.engine.batch import MicroBatch
+
+LossFunction = Callable[[int, Tensor, Tensor], Tensor]
+"""(micro-batch index, log-probs [T], entropy [T]) -> scalar loss. T is the whole packed batch, padding included."""
+
+
+class _GatherContext(torch.autograd.Function):
+    """[T / cp, ...] of each context-parallel rank, concatenated. The loss that follows is computed on every rank alike,
+    so each rank takes its own slice of the gradient and nothing is summed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(x) for _ in range(group.size())]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].chunk(ctx.group.size())[ctx.group.rank()], None
+
+
+def _whole(output: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """The last stage's [T / cp, 2] -> log-probs and entropy [T] in packed order."""
+    group = parallel_state.get_context_parallel_group()
+    if group.size() > 1:
+        output = _GatherContext.apply(output, group).index_select(0, batch.gather_order)
+    return output[:, 0], output[:, 1].detach()
+
+
+def forward_backward(
+    stages: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch], loss: LossFunction
+) -> None:
+    """Accumulates the summed loss's gradients into the stages' gradient buffers, reduced over ranks. Collective.
+
+    `loss` is called on the last pipeline stage only, once per micro-batch.
+    """
+    # Megatron-Core divides gradients (and the aux loss, which it scales by its own tokens) by the number of tokens:
+    # multiplying our loss by that number first leaves ours as it is and the aux loss a mean over tokens.
+    tokens = torch.tensor(sum(b.token_ids.numel() for b in micro_batches), dtype=torch.int64)
+    device = micro_batches[0].token_ids.device
+    tokens = tokens.to(device)
+    dist.all_reduce(tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+
+    def loss_function(index: int, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        value = loss(index, *_whole(output, micro_batches[index]))
+        return value * tokens, torch.tensor(output.shape[0], dtype=torch.int, device=device), {}
+
+    _run(stages, micro_batches, loss_function, forward_only=False)
+
+
+@torch.no_grad()
+def forward(
+    stages: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch]
+) -> list[tuple[Tensor, Tensor]]:
+    """(log-probs [T], entropy [T]) of each micro-batch on the last pipeline stage, [] on the others. Collective."""
+
+    def collect(index: int, output: Tensor, non_loss_data: bool = True) -> tuple[Tensor, Tensor]:
+        return _whole(output, micro_batches[index])
+
+    return _run(stages, micro_batches, collect, forward_only=True)
+
+
+def _run(
+    stages: Sequence[torch.nn.Module],
+    micro_batches: Sequence[MicroBatch],
+    loss_function: Callable[..., Any],
+    forward_only: bool,
+) -> list[Any]:
+    def forward_step(batches: Iterator[tuple[int, MicroBatch]], stage: torch.nn.Module) -> tuple[Tensor, Any]:
+        index, batch = next(batches)
+        output = stage(
+            input_ids=batch.token_ids,
+            position_ids=batch.position_ids,
+            attention_mask=None,
+            labels=batch.labels,
+            packed_seq_params=batch.sequences,
+        )
+        return output, functools.partial(loss_function, index)
+
+    iterators = [iter(list(enumerate(micro_batches))) for _ in stages]
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(stages) > 1 else iterators[0],
+        model=list(stages) if len(stages) > 1 else stages[0],
+        num_microbatches=len(micro_batches),
+        # Over all context-parallel ranks; used with virtual stages only, else shapes travel with the tensors.
+        seq_length=int(micro_batches[0].packed.cu_seqlens[-1]),
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )

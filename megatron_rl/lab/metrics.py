@@ -1,0 +1,185 @@
+"""What is measured: of every optimizer step while it trains, and of every rollout before it does.
+
+All are sums over tokens, sequences, samples or groups, so none depends on how these are cut into
+micro-batches and ranks. Use one accumulator per optimizer step; the caller tags its report with the
+mini-batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_rl.data.sample import Group, Sample, Verdict
+from megatron_rl.lab.sketch import Kind, MetricAccumulator
+from megatron_rl.objectives.advantages import all_equal
+from megatron_rl.objectives.inputs import Clipping, LossInputs, PolicyLossOutputs
+from megatron_rl.objectives.ratios import Tokens
+
+BEYOND = (2, 10)
+"""F(tau): fraction of tokens with max(rho, 1/rho) > tau."""
+
+TRAINING: dict[str, Kind] = {
+    "loss": Kind.SUM,
+    "tokens": Kind.SUM,
+    "sequences": Kind.SUM,
+    "entropy": Kind.TAIL,
+    "advantage": Kind.TAIL,  # by sequence
+    # pi_old, pi_theta and mu, by token but for the sequence ratio.
+    "ratio": Kind.RATIO,  # r = pi_theta / pi_old
+    "rho": Kind.RATIO,  # pi_old / mu
+    "omega": Kind.RATIO,  # pi_theta / mu
+    "sequence_ratio": Kind.RATIO,  # s, with the objective's denominator
+    "abs_log_sequence_ratio": Kind.TAIL,  # choose GSPO's clip from its quantiles
+    **{f"rho/beyond_{tau}": Kind.MEAN for tau in BEYOND},
+    "abs_logprob_gap": Kind.TAIL,  # |log pi_old - log mu|
+    "log_perplexity_gap": Kind.TAIL,  # log perplexity under pi_old less that under mu, by sequence
+    # A KL is a mean only: the tails of its terms are those of rho and of the ratio.
+    **{
+        f"kl/{pair}/{estimate}": Kind.MEAN
+        for pair in ("rollout_old", "old_policy")
+        for estimate in ("k1", "k3")
+    },
+    # Fractions of tokens, and of sequences with at least one such token.
+    **{
+        f"clip/{side}/{kind}/{unit}": Kind.MEAN
+        for side in ("low", "high")
+        for kind in ("active", "any")
+        for unit in ("token", "sequence")
+    },
+    "clip/dual/token": Kind.MEAN,
+    "clip/dual/sequence": Kind.MEAN,
+}
+
+SFT: dict[str, Kind] = {"loss": Kind.SUM, "tokens": Kind.SUM, "nll": Kind.TAIL, "entropy": Kind.TAIL}
+
+ROLLOUT: dict[str, Kind] = {
+    "prompts": Kind.SUM,
+    "samples": Kind.SUM,
+    "tokens": Kind.SUM,  # generated ones
+    "reward": Kind.TAIL,
+    "accuracy": Kind.MEAN,
+    # Fractions of groups. Dead: all rewards equal, so every advantage is 0.
+    "group/dead": Kind.MEAN,
+    "group/dead/all_correct": Kind.MEAN,
+    "group/dead/all_wrong": Kind.MEAN,
+    "response_length": Kind.TAIL,
+    "response_length/correct": Kind.TAIL,
+    "response_length/wrong": Kind.TAIL,
+    "truncated": Kind.MEAN,
+    "staleness": Kind.TAIL,  # weight versions behind, by generated token
+}
+
+
+def training_metrics(
+    metrics: MetricAccumulator, inputs: LossInputs, outputs: PolicyLossOutputs, entropy: Tensor
+) -> None:
+    """Adds one micro-batch to an accumulator of TRAINING; entropy [T] as in `inputs`, over the full
+    vocabulary."""
+    tokens = Tokens.of(inputs)
+    present = tokens.lengths > 0
+    logprobs, old, rollout = (
+        each.detach().double() for each in (tokens.logprobs, tokens.old_logprobs, tokens.rollout_logprobs)
+    )
+    log_rho = old - rollout
+    log_s = outputs.values.log_sequence_ratio[present]
+    metrics.add("loss", outputs.loss)
+    metrics.add("tokens", tokens.lengths)
+    metrics.add("sequences", present)
+    metrics.add("entropy", entropy[inputs.loss_mask])
+    metrics.add("advantage", tokens.sequence_mean(tokens.advantages.double())[present])
+    metrics.add("ratio", logprobs - old)
+    metrics.add("rho", log_rho)
+    metrics.add("omega", logprobs - rollout)
+    metrics.add("sequence_ratio", log_s)
+    metrics.add("abs_log_sequence_ratio", log_s.abs())
+    for tau in BEYOND:
+        metrics.add(f"rho/beyond_{tau}", log_rho.abs() > math.log(tau))
+    metrics.add("abs_logprob_gap", log_rho.abs())
+    metrics.add("log_perplexity_gap", -tokens.sequence_mean(log_rho)[present])
+    _add_kl(metrics, "kl/rollout_old", log_rho)
+    _add_kl(metrics, "kl/old_policy", logprobs - old)
+    _add_clipping(metrics, outputs.values.clipping, tokens)
+
+
+def _add_kl(metrics: MetricAccumulator, name: str, log_ratio: Tensor) -> None:
+    """KL(p, q) of samples from p, log_ratio = log q - log p: k1 = -log(q/p), k3 = q/p - 1 - log(q/p)."""
+    metrics.add(f"{name}/k1", -log_ratio)
+    metrics.add(f"{name}/k3", log_ratio.expm1() - log_ratio)
+
+
+def _add_clipping(metrics: MetricAccumulator, clipping: Clipping, tokens: Tokens) -> None:
+    masks = {
+        "low/active": clipping.active_low,
+        "low/any": clipping.below,
+        "high/active": clipping.active_high,
+        "high/any": clipping.above,
+        "dual": clipping.active_dual,
+    }
+    for name, mask in masks.items():
+        if mask is not None:
+            metrics.add(f"clip/{name}/token", mask)
+            metrics.add(f"clip/{name}/sequence", tokens.sequence_mean(mask.double())[tokens.lengths > 0] > 0)
+
+
+def sft_metrics(
+    metrics: MetricAccumulator, logprobs: Tensor, loss_mask: Tensor, loss: Tensor, entropy: Tensor
+) -> None:
+    """Adds one micro-batch to an accumulator of SFT; logprobs, loss_mask and entropy are [T]."""
+    metrics.add("loss", loss)
+    metrics.add("tokens", loss_mask)
+    metrics.add("nll", -logprobs[loss_mask])
+    metrics.add("entropy", entropy[loss_mask])
+
+
+def rollout_metrics(metrics: MetricAccumulator, groups: Sequence[Group], weight_version: int) -> None:
+    """Adds judged groups to an accumulator of ROLLOUT. `weight_version` is the trainer's now.
+
+    Raises ValueError for a sample without a verdict.
+    """
+    metrics.add("prompts", torch.tensor(len(groups)))
+    for group in groups:
+        verdicts = [_verdict(sample) for sample in group.samples]
+        rewards = np.array([verdict.reward for verdict in verdicts])
+        correct = np.array([verdict.correct for verdict in verdicts])
+        lengths = np.array([sample.response_tokens for sample in group.samples])
+        dead = all_equal(rewards)
+        values = {
+            "samples": len(group.samples),
+            "tokens": lengths,
+            "reward": rewards,
+            "accuracy": correct,
+            "group/dead": dead,
+            "group/dead/all_correct": dead and correct.all(),
+            "group/dead/all_wrong": dead and not correct.any(),
+            "response_length": lengths,
+            "response_length/correct": lengths[correct],
+            "response_length/wrong": lengths[~correct],
+            "truncated": [sample.finish_reason == "length" for sample in group.samples],
+            "staleness": np.concatenate([_staleness(sample, weight_version) for sample in group.samples]),
+        }
+        for name, value in values.items():
+            metrics.add(name, torch.as_tensor(value))
+
+
+def _verdict(sample: Sample) -> Verdict:
+    if sample.verdict is None:
+        raise ValueError(
+            f"prompt {sample.prompt.id!r} sample {sample.index}: no verdict; judge it before measuring it"
+        )
+    return sample.verdict
+
+
+def _staleness(sample: Sample, weight_version: int) -> np.ndarray:
+    """[|y|] weight versions between the one that generated each token and the trainer's."""
+    return np.concatenate(
+        [
+            np.full(int(sample.loss_mask[span.start : span.end].sum()), weight_version - span.version)
+            for span in sample.versions
+        ]
+        or [np.zeros(0, dtype=np.int64)]
+    )

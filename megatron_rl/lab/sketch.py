@@ -1,0 +1,178 @@
+"""Sums, means and tails of values that are spread over micro-batches and ranks, merged without loss.
+
+The state is one vector to be summed and one to be maximised over ranks, so an ordinary all-reduce merges it,
+and its shape follows from the names of the metrics alone, so ranks that hold no values take part with an
+untouched one.
+
+Quantiles come from counts on a fixed grid of bins that grow geometrically away from zero on both sides, the
+idea of DDSketch [1908.10693]. Each bin keeps its count and its sum, and stands for its mean: where values are
+few, quantiles are exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+GROWTH = 1.01
+"""A quantile is within 1% of the exact one (inverted CDF: a value of the data), relative to it ..."""
+SMALLEST = 1e-7
+"""... or, nearer to zero than this, within twice this."""
+LARGEST = 1e7
+"""Farther from zero than this all values share a bin."""
+SIDE = math.ceil(math.log(LARGEST / SMALLEST) / math.log(GROWTH))
+BINS = 2 * SIDE + 1
+
+QUANTILES = {"p1": 0.01, "p50": 0.5, "p99": 0.99}
+
+
+class Kind(Enum):
+    """What is kept of a metric, and so what is reported."""
+
+    SUM = "sum"
+    MEAN = "mean"
+    """Of numbers, or of truth values: a fraction."""
+    TAIL = "tail"
+    """Mean, std, min, max and QUANTILES."""
+    RATIO = "ratio"
+    """As TAIL, of exp(value), with chi2 = E[w^2] - 1 and ess = E[w]^2 / E[w^2] of these weights w. Ratios are
+    given as their logs, so that quantiles near 1 are sharp: within 1e-6 where |w - 1| < 1e-4."""
+
+    @property
+    def size(self) -> int:
+        return {Kind.SUM: 1, Kind.MEAN: 2}.get(self, TAIL_SIZE)
+
+
+# A tail's state: count and sum of each bin, then these.
+TOTAL, SQUARES, NOT_FINITE = 2 * BINS, 2 * BINS + 1, 2 * BINS + 2
+TAIL_SIZE = 2 * BINS + 3
+
+
+def bin_of(values: Tensor) -> Tensor:
+    """Bin 0 .. BINS - 1 of finite float64 values."""
+    steps = (values.abs() / SMALLEST).log() / math.log(GROWTH)
+    return (SIDE + values.sign() * steps.ceil().clamp(0, SIDE)).long()
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a metric's state is: sums[start : start + kind.size], maxima[extremes : extremes + 2]."""
+
+    kind: Kind
+    start: int
+    extremes: int
+
+
+class MetricAccumulator:
+    """The metrics of one optimizer step or one rollout, by name.
+
+    To merge ranks that hold different samples, all-reduce `sums` with SUM and `maxima` with MAX, both
+    float64, in place; ranks that hold the same samples (tensor and context parallelism) would count them
+    twice.
+    """
+
+    def __init__(self, kinds: Mapping[str, Kind], device: torch.device | str = "cpu") -> None:
+        self._slots: dict[str, Slot] = {}
+        size = 0
+        for position, (name, kind) in enumerate(kinds.items()):
+            self._slots[name] = Slot(kind, size, 2 * position)
+            size += kind.size
+        self.sums = torch.zeros(size, dtype=torch.float64, device=device)
+        self.maxima = torch.full((2 * len(kinds),), -math.inf, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, name: str, values: Tensor) -> None:
+        """Values of any shape and dtype; KeyError for a name that was not declared."""
+        slot = self._slots[name]
+        values = values.detach().flatten().to(self.sums)
+        if not len(values):
+            return
+        state = self.sums[slot.start : slot.start + slot.kind.size]
+        if slot.kind is Kind.SUM:
+            state += values.sum()
+        elif slot.kind is Kind.MEAN:
+            state[0] += values.sum()
+            state[1] += len(values)
+        else:
+            self._add_tail(slot, state, values)
+
+    def _add_tail(self, slot: Slot, state: Tensor, values: Tensor) -> None:
+        finite = values.isfinite()
+        ones = finite.to(values)
+        kept = values.where(finite, 0.0)
+        bins = bin_of(kept)
+        natural = (kept.exp() if slot.kind is Kind.RATIO else kept) * ones
+        state.index_add_(0, bins, ones)
+        state.index_add_(0, BINS + bins, kept)
+        state[TOTAL] += natural.sum()
+        state[SQUARES] += natural.square().sum()
+        state[NOT_FINITE] += len(values) - ones.sum()
+        lowest = kept.where(finite, math.inf).min()
+        highest = kept.where(finite, -math.inf).max()
+        extremes = self.maxima[slot.extremes : slot.extremes + 2]
+        extremes.copy_(torch.maximum(extremes, torch.stack([-lowest, highest])))
+
+    def merge(self, other: MetricAccumulator) -> None:
+        """Takes in another's values; what the all-reduce does, within one process."""
+        if list(other._slots.items()) != list(self._slots.items()):
+            raise ValueError("metrics: cannot merge accumulators of different metrics")
+        self.sums += other.sums.to(self.sums)
+        self.maxima.copy_(torch.maximum(self.maxima, other.maxima.to(self.maxima)))
+
+    def finalize(self) -> dict[str, float]:
+        """Numbers by name; a tail gives `name/mean`, `name/p99`, ... A mean or tail without values is left
+        out.
+
+        Non-finite values are left out of a tail and counted under `name/not_finite`, which is there only if
+        there are any.
+        """
+        sums, maxima = self.sums.cpu(), self.maxima.cpu()
+        report: dict[str, float] = {}
+        for name, slot in self._slots.items():
+            state = sums[slot.start : slot.start + slot.kind.size]
+            if slot.kind is Kind.SUM:
+                report[name] = float(state)
+            elif slot.kind is Kind.MEAN:
+                total, count = state.tolist()
+                if count:
+                    report[name] = total / count
+            else:
+                low, high = maxima[slot.extremes : slot.extremes + 2].tolist()
+                tail = tail_statistics(state, -low, high, slot.kind)
+                report |= {f"{name}/{statistic}": value for statistic, value in tail.items()}
+        return report
+
+
+def tail_statistics(state: Tensor, lowest: float, highest: float, kind: Kind) -> dict[str, float]:
+    """Statistics of one tail from its state [TAIL_SIZE] and its exact extremes, by their short names."""
+    counts, sums = state[:BINS], state[BINS:TOTAL]
+    total, squares, not_finite = state[TOTAL:].tolist()
+    report = {"not_finite": not_finite} if not_finite else {}
+    count = float(counts.sum())
+    if not count:
+        return report
+    cumulative = counts.cumsum(0)
+    points = {"min": lowest, "max": highest}
+    for statistic, fraction in QUANTILES.items():
+        rank = max(math.ceil(fraction * count), 1)
+        found = int(torch.searchsorted(cumulative, torch.tensor(float(rank), dtype=torch.float64)))
+        # The mean of equal values can round to outside of them.
+        points[statistic] = min(max(float(sums[found] / counts[found]), lowest), highest)
+    mean, square = total / count, squares / count
+    if kind is Kind.RATIO:
+        points = {statistic: _exp(value) for statistic, value in points.items()}
+        report |= {"chi2": square - 1, "ess": mean * mean / square}
+    spread = math.sqrt(max(square - mean * mean, 0.0))
+    return {"mean": mean, "std": spread, **points, **report}
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf

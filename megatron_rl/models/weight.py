@@ -1,0 +1,142 @@
+"""One logical weight: its tensors in Hugging Face's files, its name in Megatron-Core, and how ranks share it.
+
+A layout answers one question: which stretch of which Hugging Face tensor lies where in rank r's shard of n.
+Loading copies along these pieces from files into shards, exporting copies along the same pieces from shards
+into whole tensors, so there is no second description to disagree with the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_rl.models.architecture import Architecture
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor of the Hugging Face checkpoint."""
+
+    name: str
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Positions [start, start + length) of source number `source` are those from `offset` in a shard."""
+
+    source: int
+    start: int
+    length: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sources are interleaved block by block along `dim`, and then cut into one shard per rank."""
+
+    dim: int = 0
+    blocks: int | None = 1  # block b holds the b-th part of each source; None: as many blocks as shards
+    split: bool = True  # False: every rank holds the whole
+    padded: bool = False  # zeros are added at the end until the shards are equal
+
+    def cut(self, lengths: Sequence[int], rank: int, size: int) -> tuple[int, tuple[Piece, ...]]:
+        """The extent along `dim` of rank's shard of `size`, and its pieces; zeros where no piece lies.
+
+        `lengths` are the sources' extents along `dim`. Raises ValueError when they do not divide evenly.
+        """
+        if not self.split:
+            rank, size = 0, 1
+        blocks = size if self.blocks is None else self.blocks
+        total = sum(lengths)
+        if any(length % blocks for length in lengths) or (total % size and not self.padded):
+            raise ValueError(f"extents {list(lengths)} do not divide into {blocks} blocks and {size} shards")
+        extent = -(-total // size)
+        first = rank * extent
+        pieces = []
+        position = 0
+        for block in range(blocks):
+            for source, length in enumerate(n // blocks for n in lengths):
+                begin, end = max(position, first), min(position + length, first + extent)
+                if begin < end:
+                    start = block * length + begin - position
+                    pieces.append(Piece(source, start, end - begin, begin - first))
+                position += length
+        return extent, tuple(pieces)
+
+
+REPLICATED = Layout(split=False)
+COLUMNS = Layout(dim=1)  # row-parallel linear layers: [out, in / n]
+VOCABULARY = Layout(padded=True)
+GATE_UP = Layout(blocks=None)  # each rank: its part of gate, then its part of up
+
+
+def grouped_qkv(num_kv_heads: int) -> Layout:
+    """Per key-value head: its query heads, its key, its value."""
+    return Layout(blocks=num_kv_heads)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight under its Megatron-Core name, with global layer and expert numbers (both 0-based)."""
+
+    name: str
+    sources: tuple[Source, ...]
+    layout: Layout
+    at: int | Literal["first", "last"]  # the layer it belongs to, or the end of the pipeline that holds it
+    expert: int | None = None  # set: shared over expert-tensor ranks, held by one expert-parallel rank
+    copy: bool = False  # a second copy of tied embeddings: loaded, never exported
+
+    def cut(self, rank: int, size: int) -> tuple[Shape, tuple[Piece, ...]]:
+        """Shape and pieces of rank's shard of `size`. Raises ValueError when it does not divide evenly."""
+        try:
+            extent, pieces = self.layout.cut([s.shape[self.layout.dim] for s in self.sources], rank, size)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}; choose another tensor-parallel size") from None
+        shape = list(self.sources[0].shape)
+        shape[self.layout.dim] = extent
+        return tuple(shape), pieces
+
+    def elements(self) -> int:
+        """Of the whole weight, without padding."""
+        return sum(torch.Size(source.shape).numel() for source in self.sources)
+
+    @torch.no_grad()
+    def fill(
+        self, shard: Tensor, read: Callable[[Source, int, int, int], Tensor], rank: int, size: int
+    ) -> None:
+        """Writes rank's shard of `size`; read(source, dim, start, length) gives a stretch of a source."""
+        shape, pieces = self.cut(rank, size)
+        if tuple(shard.shape) != shape:
+            raise ValueError(f"{self.name}: the shard has shape {tuple(shard.shape)}; expected {shape}")
+        dim = self.layout.dim
+        if sum(piece.length for piece in pieces) < shape[dim]:
+            shard.zero_()
+        for piece in pieces:
+            stretch = read(self.sources[piece.source], dim, piece.start, piece.length)
+            shard.narrow(dim, piece.offset, piece.length).copy_(stretch)
+
+    @torch.no_grad()
+    def assemble(self, shards: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, whole tensor) of each source, from the shards of all ranks."""
+        dim = self.layout.dim
+        whole = [shards[0].new_empty(source.shape) for source in self.sources]
+        for rank, shard in enumerate(shards):
+            for piece in self.cut(rank, len(shards))[1]:
+                stretch = shard.narrow(dim, piece.offset, piece.length)
+                whole[piece.source].narrow(dim, piece.start, piece.length).copy_(stretch)
+        return zip((source.name for source in self.sources), whole, strict=True)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one family of models declares."""
+
+    weights: Callable[[Architecture], list[Weight]]  # in the order in which they are exported
+    unused: tuple[str, ...]  # regular expressions for names of tensors that a checkpoint may have in excess

@@ -1,0 +1,260 @@
+"""Weights from and to a Hugging Face model directory, tensor by tensor.
+
+Loading: each rank reads from the safetensors files only what it holds. Saving: one process writes a stream
+of whole tensors, and never holds more than one file's worth.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from megatron_rl.models.architecture import Architecture, read_architecture
+from megatron_rl.models.binding import ModelRanks, Slot, bind
+from megatron_rl.models.family import FAMILIES
+from megatron_rl.models.weight import Shape, Source
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_DTYPES = ("F32", "F16", "BF16")
+# Besides weights, what a server or transformers needs to load the directory.
+_COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+)
+
+
+class TensorFiles:
+    """The safetensors files of a model directory; reads stretches of tensors without the whole.
+
+    Raises FileNotFoundError when the directory has neither an index nor a single file, or a listed file is
+    absent.
+    """
+
+    def __init__(self, model_dir: Path) -> None:
+        self.model_dir = Path(model_dir)
+        self._handles: dict[Path, Any] = {}
+        index, single = self.model_dir / _INDEX, self.model_dir / _SINGLE
+        if index.exists():
+            self._files = {name: self.model_dir / file for name, file in _weight_map(index).items()}
+            self.listing = index
+        elif single.exists():
+            self._files = dict.fromkeys(self._open(single).keys(), single)
+            self.listing = single
+        else:
+            raise FileNotFoundError(
+                f"{self.model_dir} holds neither {_INDEX} nor {_SINGLE}; expected one of them"
+            )
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._files)
+
+    def shape(self, name: str) -> Shape:
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """As safetensors names it: F32, BF16, ..."""
+        return str(self._slice(name).get_dtype())
+
+    def read(self, source: Source, dim: int, start: int, length: int) -> Tensor:
+        """Positions [start, start + length) of a tensor along `dim`, in the file's dtype, on the CPU.
+
+        Raises ValueError when the tensor is missing, or has not the source's shape, or is not floating
+        point of 16 or 32 bits.
+        """
+        name, file = source.name, self._files.get(source.name)
+        if (found := self.shape(name)) != source.shape:
+            raise ValueError(f"{file}: {name} has shape {found}; config.json asks for {source.shape}")
+        if (dtype := self.dtype(name)) not in _DTYPES:
+            raise ValueError(f"{file}: {name} has dtype {dtype}; expected one of {', '.join(_DTYPES)}")
+        return self._slice(name)[(slice(None),) * dim + (slice(start, start + length),)]
+
+    def _open(self, file: Path) -> Any:
+        if file not in self._handles:
+            try:
+                self._handles[file] = safe_open(file, framework="pt")
+            except FileNotFoundError:
+                raise FileNotFoundError(f"{self.listing} lists {file.name}, which does not exist") from None
+            except SafetensorError as error:
+                raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+        return self._handles[file]
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._files:
+            raise ValueError(f"{self.listing}: tensor {name} is missing; config.json asks for it")
+        try:
+            return self._open(self._files[name]).get_slice(name)
+        except SafetensorError:
+            raise ValueError(
+                f"{self._files[name]}: tensor {name} is missing; {self.listing.name} puts it there"
+            ) from None
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{index} is not an index: expected a JSON object with weight_map in it") from None
+
+
+@torch.no_grad()
+def load_weights(
+    chunks: Sequence[nn.Module], arch: Architecture, model_dir: Path, ranks: ModelRanks
+) -> tuple[str, ...]:
+    """Fills every parameter of this rank's stages (unwrapped GPTModels), once, in the parameter's own dtype.
+
+    Returns the names of tensors in the files that the model does not use, all of them known to be harmless.
+    Raises ValueError or FileNotFoundError naming parameter, tensor or file: for a missing, unknown or
+    misshapen tensor, and for all that `bind` refuses.
+    """
+    files = TensorFiles(model_dir)
+    slots = bind(chunks, arch, ranks)
+    unused = _check_names(files, arch)
+    for slot in slots:
+        slot.weight.fill(slot.of(slot.parameter.data), files.read, *ranks.share(slot.weight))
+    if "lm_head.weight" in unused:
+        _check_stray_head(files, slots, ranks)
+    return unused
+
+
+def _check_names(files: TensorFiles, arch: Architecture) -> tuple[str, ...]:
+    """All tensors of the model, not only this rank's, so that every rank gives the same answer."""
+    family = FAMILIES[arch.family]
+    wanted = {source.name for weight in family.weights(arch) for source in weight.sources}
+    if missing := sorted(wanted.difference(files.names)):
+        raise ValueError(f"{files.listing}: {_some(missing)} missing; config.json asks for it")
+    excess = sorted(set(files.names) - wanted)
+    harmless = [*family.unused, r"lm_head\.weight"] if arch.tied_embeddings else family.unused
+    unknown = [name for name in excess if not any(re.fullmatch(pattern, name) for pattern in harmless)]
+    if unknown:
+        raise ValueError(
+            f"{files.listing}: {_some(unknown)} has no place in the {arch.family} model of config.json; "
+            "remove it from the files, or correct config.json"
+        )
+    return tuple(excess)
+
+
+def _check_stray_head(files: TensorFiles, slots: Sequence[Slot], ranks: ModelRanks) -> None:
+    """Some checkpoints with tied embeddings store the output layer all the same: it must be the embedding."""
+    for slot in slots:
+        if slot.weight.name == "embedding.word_embeddings.weight":
+            (embedding,) = slot.weight.sources
+            head = Source("lm_head.weight", embedding.shape)
+            for piece in slot.weight.cut(*ranks.share(slot.weight))[1]:
+                stretch = (slot.weight.layout.dim, piece.start, piece.length)
+                if not torch.equal(files.read(head, *stretch), files.read(embedding, *stretch)):
+                    raise ValueError(
+                        f"{files.listing}: lm_head.weight differs from {embedding.name}, "
+                        "but config.json says tie_word_embeddings = true; set it to false"
+                    )
+
+
+def save_weights(
+    tensors: Iterable[tuple[str, Tensor]],
+    model_dir: Path,
+    source_dir: Path,
+    max_shard_bytes: int,
+    dtype: torch.dtype,
+) -> None:
+    """Writes a Hugging Face directory: `tensors` cast to `dtype`, the rest from source_dir.
+
+    The directory appears whole or not at all. Raises FileExistsError when model_dir is there already, and
+    ValueError when a tensor is not one of source_dir's config.json, comes twice, has another shape or never
+    comes.
+    """
+    model_dir, source_dir = Path(model_dir), Path(source_dir)
+    arch = read_architecture(source_dir)
+    if model_dir.exists():
+        raise FileExistsError(f"{model_dir} exists already; choose another directory, or remove it")
+    partial = model_dir.with_name(f".{model_dir.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.mkdir(parents=True)
+    try:
+        _copy_companions(source_dir, partial, dtype)
+        _write_shards(_checked(tensors, arch), partial, max_shard_bytes, dtype)
+        partial.rename(model_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _copy_companions(source_dir: Path, target: Path, dtype: torch.dtype) -> None:
+    for file in sorted({f for pattern in _COMPANIONS for f in source_dir.glob(pattern) if f.is_file()}):
+        shutil.copyfile(file, target / file.name)
+    config = json.loads((target / "config.json").read_text())
+    field = "torch_dtype" if "torch_dtype" in config else "dtype"
+    name = str(dtype).removeprefix("torch.")
+    if config.get(field) != name:
+        (target / "config.json").write_text(json.dumps({**config, field: name}, indent=2) + "\n")
+
+
+def _checked(tensors: Iterable[tuple[str, Tensor]], arch: Architecture) -> Iterable[tuple[str, Tensor]]:
+    weights = FAMILIES[arch.family].weights(arch)
+    awaited = {source.name: source.shape for weight in weights for source in weight.sources}
+    for name, tensor in tensors:
+        if name not in awaited:
+            raise ValueError(
+                f"{name} was to be saved, but is no tensor of this {arch.family} model, or came before"
+            )
+        if (shape := awaited.pop(name)) != tuple(tensor.shape):
+            raise ValueError(f"{name} was to be saved with shape {tuple(tensor.shape)}; expected {shape}")
+        yield name, tensor
+    if awaited:
+        raise ValueError(f"never given to be saved: {_some(sorted(awaited))}")
+
+
+def _write_shards(
+    tensors: Iterable[tuple[str, Tensor]], target: Path, max_shard_bytes: int, dtype: torch.dtype
+) -> None:
+    shards: list[list[str]] = []  # names per file
+    held: dict[str, Tensor] = {}
+    held_bytes = total_bytes = 0
+
+    def write() -> None:
+        file = target / f"{len(shards)}.safetensors"
+        save_file(held, file, metadata={"format": "pt"})
+        shutil.copymode(target / "config.json", file)  # safetensors makes it readable by its owner alone
+        shards.append(list(held))
+        held.clear()
+
+    for name, tensor in tensors:
+        stored = tensor.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
+        if held and held_bytes + stored.nbytes > max_shard_bytes:
+            write()
+            held_bytes = 0
+        held[name] = stored
+        held_bytes += stored.nbytes
+        total_bytes += stored.nbytes
+    write()
+
+    if len(shards) == 1:
+        (target / "0.safetensors").rename(target / _SINGLE)
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (target / f"{number}.safetensors").rename(target / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    (target / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -1,0 +1,101 @@
+"""What a loss reads and what it gives back, for one packed micro-batch.
+
+Shapes: T packed positions, padding and prompts included; M of them masked in; S sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LossInputs:
+    """The whole sequences of one micro-batch, gathered over context parallelism.
+
+    What stands at positions outside `loss_mask` is never read. Raises ValueError when a shape or dtype
+    differs.
+    """
+
+    logprobs: Tensor
+    """[T] float, log pi_theta of the token at each position; the only one that carries a gradient."""
+    old_logprobs: Tensor
+    """[T] float, log pi_old."""
+    rollout_logprobs: Tensor
+    """[T] float, log mu."""
+    advantages: Tensor
+    """[T] float, constant over a response."""
+    loss_mask: Tensor
+    """[T] bool, True where the policy generated the token and it is to be trained on."""
+    sequence_ids: Tensor
+    """[T] int64 in 0 .. S - 1."""
+    num_sequences: int
+    """S; sequences without a masked-in token may be among them."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor) and value.shape != self.logprobs.shape:
+                shape, expected = tuple(value.shape), tuple(self.logprobs.shape)
+                raise ValueError(f"{field.name}: shape {shape}, expected that of logprobs, {expected}")
+        for name, dtype in (("loss_mask", torch.bool), ("sequence_ids", torch.int64)):
+            if getattr(self, name).dtype != dtype:
+                raise ValueError(f"{name}: dtype {getattr(self, name).dtype}, expected {dtype}")
+
+
+@dataclass(frozen=True)
+class Denominators:
+    """Of one global mini-batch, over all its micro-batches and data-parallel ranks; the schedule fixes them.
+
+    They are what makes the gradient independent of how the mini-batch is cut up. Both may be 0, where all is
+    masked out. Raises ValueError for numbers that no mini-batch has.
+    """
+
+    tokens: int
+    """Masked-in tokens."""
+    sequences: int
+    """Sequences with a masked-in token: one that is masked out leaves numerator and denominator."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < self.sequences or self.sequences < 0:
+            raise ValueError(
+                f"denominators: {self.sequences} sequences cannot share {self.tokens} masked-in tokens"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class LossOutputs:
+    loss: Tensor
+    """Scalar: this micro-batch's share. Summed over micro-batches and data-parallel ranks it is the loss."""
+
+
+@dataclass(frozen=True, eq=False)
+class Clipping:
+    """Where the ratio left its band, [M] bool each."""
+
+    below: Tensor
+    """Ratio under 1 - low, whatever the advantage."""
+    above: Tensor
+    """Ratio over 1 + high, whatever the advantage."""
+    active_low: Tensor
+    """Below, with a negative advantage: the clip took the gradient away."""
+    active_high: Tensor
+    """Above, with a positive advantage: the clip took the gradient away."""
+    active_dual: Tensor | None
+    """Over the dual clip, with a negative advantage; None where there is no dual clip."""
+
+
+@dataclass(frozen=True, eq=False)
+class LossValues:
+    """Detached, for metrics."""
+
+    log_sequence_ratio: Tensor
+    """[S] log s of GSPO, whatever the objective's ratio, with its denominator; 0 without masked-in tokens."""
+    clipping: Clipping
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyLossOutputs(LossOutputs):
+    values: LossValues

@@ -1,0 +1,287 @@
+"""`megatron-rl parity`: the engine's log-probs and gradients against transformers', and against a live server's.
+
+The reference is computed once, in the calling process, in fp32, and written to a temporary directory. The engine runs on
+ranks of its own, started per world size; rank 0 compares. The loss is the mean negative log-prob of all tokens but the
+first of each sequence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from megatron_rl.config.layout import Layout, check_layout, parse_layout
+from megatron_rl.config.schema import EngineConfig
+from megatron_rl.data.sample import Prompt, Sample
+from megatron_rl.models.architecture import read_architecture
+
+BOUNDS = {"fp32": (2e-5, 1e-4), "bf16": (0.1, 0.2)}
+"""Largest |log-prob difference| and relative gradient difference that pass, by dtype."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the ranks are told, as JSON."""
+
+    model: str
+    reference: str  # directory with logprobs.npy and gradients.safetensors
+    layouts: list[str]
+    dtype: str
+    recompute: str
+    device: str
+    max_tokens: int | None
+
+
+@dataclass(frozen=True)
+class Result:
+    layout: str
+    tokens: int
+    logprob_max_abs_diff: float
+    grad_max_rel_diff: float
+    worst_gradient: str
+    passed: bool
+
+
+class ParityError(ValueError):
+    """Tokens or a layout that cannot be compared."""
+
+
+def read_tokens(path: Path, vocab_size: int) -> list[list[int]]:
+    """One JSON list of ids a line, each of at least two. Raises ParityError naming the line."""
+    sequences = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            ids = orjson.loads(line)
+        except orjson.JSONDecodeError as error:
+            raise ParityError(f"{path}:{number}: not JSON ({error}); expected one list of token ids") from None
+        if not isinstance(ids, list) or len(ids) < 2 or not all(type(i) is int for i in ids):
+            raise ParityError(f"{path}:{number}: expected a list of at least two token ids")
+        outside = [i for i in ids if not 0 <= i < vocab_size]
+        if outside:
+            raise ParityError(f"{path}:{number}: token id {outside[0]} is outside the vocabulary of {vocab_size}")
+        sequences.append(ids)
+    if not sequences:
+        raise ParityError(f"{path}: no sequences; expected one list of token ids a line")
+    return sequences
+
+
+def run(
+    model: Path,
+    tokens: Path,
+    layouts: list[str],
+    dtype: str = "fp32",
+    recompute: str = "none",
+    url: str | None = None,
+    as_json: bool = False,
+    device: str = "auto",
+    max_tokens: int | None = None,
+) -> int:
+    """Prints one result per layout; returns 0 when all pass, else 1. Raises ParityError for unusable input."""
+    arch = read_architecture(model)
+    sequences = read_tokens(tokens, arch.vocab_size)
+    engine = EngineConfig(dtype=dtype, recompute=recompute, device=device)  # type: ignore[arg-type]
+    by_world: dict[int, list[str]] = {}
+    for text in layouts:
+        layout = Layout.resolve(*parse_layout(text))
+        problems = check_layout(layout, arch, engine)
+        if problems:
+            raise ParityError(f"--layout {text}: " + "; ".join(problems))
+        by_world.setdefault(layout.world_size, []).append(text)
+
+    with tempfile.TemporaryDirectory(prefix="megatron-rl-parity-") as scratch:
+        logprobs = write_reference(model, sequences, Path(scratch))
+        results: dict[str, Result] = {}
+        for world, same_world in sorted(by_world.items()):
+            spec = Spec(str(model), scratch, same_world, dtype, recompute, device, max_tokens)
+            results |= {r.layout: r for r in _run_ranks(spec, world, Path(scratch))}
+    ordered = [results[text] for text in layouts]
+    served = _server_difference(url, sequences, logprobs) if url else None
+    _report(ordered, dtype, url, served, as_json)
+    return 0 if all(r.passed for r in ordered) and (served is None or served <= BOUNDS[dtype][0]) else 1
+
+
+def write_reference(model: Path, sequences: Sequence[Sequence[int]], directory: Path) -> list[list[float]]:
+    """transformers' fp32 log-probs and gradients into `directory`; returns the log-probs of tokens 1.. of each."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    total = sum(len(ids) - 1 for ids in sequences)
+    logprobs = []
+    for ids in sequences:
+        logits = reference(input_ids=torch.tensor([ids])).logits[0, :-1].float()
+        chosen = torch.log_softmax(logits, -1).gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
+        (-chosen.sum() / total).backward()
+        logprobs.append(chosen.tolist())
+    gradients = dict(_file_tensors(reference))
+    save_file(gradients, directory / "gradients.safetensors")
+    (directory / "logprobs.json").write_bytes(orjson.dumps(logprobs))
+    (directory / "tokens.json").write_bytes(orjson.dumps(sequences))
+    return logprobs
+
+
+def _file_tensors(reference: object) -> Iterator[tuple[str, object]]:
+    """The gradients under the names that the weights have in files: save_pretrained knows them, so it is asked."""
+    import torch
+    from safetensors.torch import load_file
+
+    with torch.no_grad():
+        for parameter in reference.parameters():  # type: ignore[attr-defined]
+            grad = parameter.grad
+            parameter.copy_(torch.zeros_like(parameter) if grad is None else grad)
+    with tempfile.TemporaryDirectory() as scratch:
+        reference.save_pretrained(scratch)  # type: ignore[attr-defined]
+        for file in sorted(Path(scratch).glob("*.safetensors")):
+            yield from load_file(file).items()
+
+
+def _run_ranks(spec: Spec, world: int, scratch: Path) -> list[Result]:
+    from megatron_rl.engine.launch import run_ranks
+
+    spec_file, answer = scratch / "spec.json", scratch / f"world-{world}.json"
+    spec_file.write_text(json.dumps(asdict(spec)))
+    if run_ranks("megatron_rl.parity", [str(spec_file), str(answer)], world) != 0 or not answer.is_file():
+        raise ParityError(f"the engine failed on {world} ranks for layouts {spec.layouts}; its output is above")
+    return [Result(**r) for r in orjson.loads(answer.read_bytes())]
+
+
+def _server_difference(url: str, sequences: Sequence[list[int]], logprobs: list[list[float]]) -> float:
+    from megatron_rl.rollout.client import SGLangClient
+
+    async def ask() -> list[list[float]]:
+        async with SGLangClient(url) as client:
+            return await asyncio.gather(*(client.score(ids) for ids in sequences))
+
+    served = asyncio.run(ask())
+    return max(float(np.abs(np.subtract(a, b)).max()) for a, b in zip(served, logprobs, strict=True))
+
+
+def _report(results: list[Result], dtype: str, url: str | None, served: float | None, as_json: bool) -> None:
+    bounds = {"logprob_bound": BOUNDS[dtype][0], "grad_bound": BOUNDS[dtype][1], "dtype": dtype}
+    if as_json:
+        for r in results:
+            extra = {} if served is None else {"server": url, "server_logprob_max_abs_diff": served}
+            print(json.dumps({**asdict(r), **bounds, **extra}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"parity with transformers ({dtype}; bounds {BOUNDS[dtype][0]:g} and {BOUNDS[dtype][1]:g})")
+    for column in ("layout", "tokens", "log-prob, max abs", "gradient, max rel", "worst gradient", "passed"):
+        table.add_column(column)
+    for r in results:
+        table.add_row(
+            r.layout,
+            str(r.tokens),
+            f"{r.logprob_max_abs_diff:.2e}",
+            f"{r.grad_max_rel_diff:.2e}",
+            r.worst_gradient,
+            "yes" if r.passed else "NO",
+        )
+    if served is not None:
+        table.add_row(f"server {url}", str(results[0].tokens), f"{served:.2e}", "", "", "")
+    Console().print(table)
+
+
+# ---- on the ranks ----------------------------------------------------------------------------------------------
+
+
+def worker(spec: Spec, answer: Path) -> None:
+    from megatron_rl.engine.device import use_device
+
+    device = use_device(spec.device)
+    from megatron.core import parallel_state
+
+    from megatron_rl.engine.parallel import start_process_groups, stop_process_groups
+
+    engine = EngineConfig(dtype=spec.dtype, recompute=spec.recompute, device=spec.device)  # type: ignore[arg-type]
+    results = []
+    for text in spec.layouts:
+        layout = Layout.resolve(*parse_layout(text))
+        place = start_process_groups(layout, device, seed=0)
+        results.append(_compare(spec, text, layout, place, engine, device))
+        parallel_state.destroy_model_parallel()
+    if place.rank == 0:
+        answer.write_bytes(orjson.dumps([asdict(r) for r in results]))
+    stop_process_groups()
+
+
+def _compare(spec: Spec, text: str, layout: Layout, place, engine: EngineConfig, device) -> Result:  # type: ignore[no-untyped-def]
+    import torch
+    import torch.distributed as dist
+    from safetensors import safe_open
+
+    from megatron_rl.data.packing import pack
+    from megatron_rl.data.schedule import SampleSize, plan
+    from megatron_rl.engine.policy import Policy
+    from megatron_rl.objectives.losses import sft_loss
+
+    reference = Path(spec.reference)
+    sequences = orjson.loads((reference / "tokens.json").read_bytes())
+    wanted = orjson.loads((reference / "logprobs.json").read_bytes())
+    samples = [_as_sample(index, ids) for index, ids in enumerate(sequences)]
+    sizes = [SampleSize(i, i, len(s.token_ids), s.response_tokens) for i, s in enumerate(samples)]
+    longest, total = max(s.tokens for s in sizes), sum(s.tokens for s in sizes)
+    step = plan(
+        sizes,
+        mini_batches=1,
+        dp=layout.dp,
+        # Several micro-batches, so that the pipeline schedule is really run.
+        max_tokens=spec.max_tokens or max(longest, total // (2 * layout.pp * layout.dp)),
+        micro_batch_multiple=layout.pp if layout.vpp > 1 else 1,
+        align=2 * layout.cp if layout.cp > 1 else 1,
+    ).steps[0]
+    mine = step.micro_batches[place.dp]
+    batches = [pack([samples[i] for i in ids], cp=layout.cp, tp=layout.tp) for ids in mine]
+    policy = Policy(Path(spec.model), layout, place, engine, device, optim=None)
+
+    worst = 0.0
+    for ids, batch, (logprobs, _) in zip(mine, batches, policy.logprobs(batches) or [], strict=False):
+        expected = np.concatenate([wanted[i] for i in ids])
+        worst = max(worst, float(np.abs(logprobs.cpu().numpy()[batch.loss_mask] - expected).max()))
+    difference = torch.tensor(worst)
+    dist.all_reduce(difference, op=dist.ReduceOp.MAX, group=place.control)
+
+    masks = [torch.as_tensor(b.loss_mask, device=device) for b in batches]
+    policy.gradients(batches, lambda k, logprobs, _: sft_loss(logprobs, masks[k], step.denominators).loss)
+    relative, name = 0.0, ""
+    with safe_open(reference / "gradients.safetensors", "pt") as file:
+        missing = set(file.keys())
+        for bucket in policy.export(64 << 20, tensor_of=lambda p: p.main_grad):  # type: ignore[attr-defined]
+            for tensor_name, gradient in bucket:
+                missing.discard(tensor_name)
+                error = _relative(gradient.cpu().float().numpy(), file.get_tensor(tensor_name).numpy())
+                if error >= relative:
+                    relative, name = error, tensor_name
+    if place.rank == 0 and missing:
+        raise ParityError(f"layout {text}: no gradient was exported for {sorted(missing)[:5]}")
+    bounds = BOUNDS[spec.dtype]
+    passed = difference.item() <= bounds[0] and relative <= bounds[1]
+    return Result(text, total - len(sequences), difference.item(), relative, name, passed)
+
+
+def _as_sample(index: int, ids: list[int]) -> Sample:
+    prompt = Prompt(id=str(index), text="", token_ids=(ids[0],), answer="", verifier="")
+    return Sample.start(prompt, 0).extend(ids[1:], [0.0] * (len(ids) - 1), weight_version=0)
+
+
+def _relative(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:
+    """Largest difference as a share of the tensor's largest value; any value where zeros are due counts as itself."""
+    scale = float(np.abs(expected).max())
+    return float(np.abs(found - expected).max()) / (scale or 1.0)
+
+
+if __name__ == "__main__":
+    worker(Spec(**json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]))
