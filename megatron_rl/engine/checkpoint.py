@@ -15,10 +15,10 @@ from typing import Any
 import orjson
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_rl.engine.exchange import all_gather_bytes
+from megatron_rl.engine.optimizer import optimizer_parts
 from megatron_rl.engine.policy import Policy
 
 FORMAT = 1
@@ -71,7 +71,7 @@ def load_checkpoint(directory: Path, policy: Policy) -> dict[str, Any]:
             f"{path}: missing or not what its manifest says; delete {directory} to resume from the one before"
         )
     saved = torch.load(path, map_location=policy.device, weights_only=True)
-    for optimizer, part in zip(_parts(policy.optimizer), saved["optimizers"], strict=True):
+    for optimizer, part in zip(optimizer_parts(policy.optimizer), saved["optimizers"], strict=True):
         if optimizer.is_stub_optimizer:
             continue
         inner = optimizer.optimizer
@@ -119,15 +119,11 @@ def _rank_state(policy: Policy) -> dict[str, Any]:
                 "main_params": [[p.data for p in group["params"]] for group in part.optimizer.param_groups],
                 "inner": part.optimizer.state_dict(),
             }
-            for part in _parts(policy.optimizer)
+            for part in optimizer_parts(policy.optimizer)
         ],
         "scheduler": policy.scheduler.state_dict(),
         "rng": {"torch": torch.get_rng_state(), "megatron": get_cuda_rng_tracker().get_states()},
     }
-
-
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
 def _layout(policy: Policy) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from megatron_rl.config.schema import EngineConfig, OptimConfig
 from megatron_rl.data.packing import PackedBatch
 from megatron_rl.engine.batch import MicroBatch, micro_batch
 from megatron_rl.engine.model import build_stages, transformer_config
-from megatron_rl.engine.optimizer import build_optimizer
+from megatron_rl.engine.grad_norms import grad_norms
+from megatron_rl.engine.optimizer import build_optimizer, optimizer_parts
 from megatron_rl.engine.parallel import Place
 from megatron_rl.engine.step import LossFunction, forward, forward_backward
 from megatron_rl.models.architecture import Architecture, read_architecture
@@ -34,6 +35,7 @@ class UpdateResult:
     """What one optimizer step says of itself, the same on every rank."""
 
     grad_norm: float  # global, before clipping
+    grad_norms: dict[str, float]  # the same by kind of weight
     lr: float
 
 
@@ -112,14 +114,15 @@ class Policy:
         self.gradients(batches, loss)
         self.scheduler.step(increment=1)
         self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
-        if not math.isfinite(grad_norm):
+        by_kind = grad_norms(self.stages, optimizer_parts(self.optimizer), self.device)
+        total = math.hypot(*by_kind.values())
+        if not math.isfinite(total):
             raise RuntimeError(
-                f"the gradient norm is {grad_norm}; no weight was changed. Look at the last line of metrics.jsonl for "
-                "the ratios, and at the saved rollouts for the rewards"
+                f"non-finite gradients, norms {by_kind}; no weight was changed. Look at the ratios in the last lines of "
+                "metrics.jsonl and at the rewards in the saved rollouts"
             )
-        _, grad_norm, _ = self.optimizer.step()
-        return UpdateResult(grad_norm=float(grad_norm), lr=self.optimizer.param_groups[0]["lr"])
+        self.optimizer.step()
+        return UpdateResult(total, by_kind, lr=self.optimizer.param_groups[0]["lr"])
 
     def export(
         self, bucket_bytes: int, tensor_of: Callable[[torch.nn.Parameter], Tensor] = lambda p: p.data

@@ -151,28 +151,27 @@ def _gather(
         if mine:
             _transfer([dist.P2POp(dist.isend, torch.cat(mine), DESTINATION)])
         return []
-
-    shapes = [[weight.cut(i, len(holders))[0] for i in range(len(holders))] for weight, holders in bucket]
-    elements: dict[int, int] = {}
-    for (_, holders), shard_shapes in zip(bucket, shapes, strict=True):
-        for holder, shape in zip(holders, shard_shapes, strict=True):
-            elements[holder] = elements.get(holder, 0) + math.prod(shape)
-    elements.pop(DESTINATION, None)
-    received = {holder: like.new_empty(count) for holder, count in elements.items()}
-    _transfer([dist.P2POp(dist.irecv, flat, holder) for holder, flat in received.items()])
-
+    received = _receive(bucket, like)
     tensors: list[tuple[str, Tensor]] = []
-    for (weight, holders), shard_shapes in zip(bucket, shapes, strict=True):
-        shards = []
-        for holder, shape in zip(holders, shard_shapes, strict=True):
-            if holder == DESTINATION:
-                shards.append(local(weight))
-            else:
-                count = math.prod(shape)
-                shards.append(received[holder][:count].view(shape))
-                received[holder] = received[holder][count:]
+    for weight, holders in bucket:
+        shards = [local(weight) if holder == DESTINATION else next(received[holder]) for holder in holders]
         tensors += weight.assemble(shards)
     return tensors
+
+
+def _receive(bucket: Sequence[tuple[Weight, range]], like: Tensor) -> dict[int, Iterator[Tensor]]:
+    """What each other holder sends of the bucket, shard by shard in the bucket's order."""
+    shapes: dict[int, list[tuple[int, ...]]] = {}
+    for weight, holders in bucket:
+        for number, holder in enumerate(holders):
+            if holder != DESTINATION:
+                shapes.setdefault(holder, []).append(weight.cut(number, len(holders))[0])
+    counts = {holder: [math.prod(shape) for shape in shapes[holder]] for holder in shapes}
+    flats = {holder: like.new_empty(sum(counts[holder])) for holder in shapes}
+    _transfer([dist.P2POp(dist.irecv, flat, holder) for holder, flat in flats.items()])
+    return {
+        holder: map(Tensor.view, flat.split(counts[holder]), shapes[holder]) for holder, flat in flats.items()
+    }
 
 
 def _transfer(operations: list[dist.P2POp]) -> None:
@@ -199,6 +198,6 @@ def _check_agreement(bucket_bytes: int, sample: Tensor) -> None:
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
     if not torch.equal(extremes, torch.cat([mine, -mine])):
         raise RuntimeError(
-            f"ranks disagree: rank {dist.get_rank()} exports {sample.dtype} in buckets of {bucket_bytes} bytes; "
-            "give every rank the same"
+            f"ranks disagree: {sample.dtype} in buckets of {bucket_bytes} bytes on rank {dist.get_rank()}, "
+            "something else on another; give every rank the same"
         )

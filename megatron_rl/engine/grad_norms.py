@@ -1,0 +1,46 @@
+"""Gradient norms by kind of weight, before clipping, from the distributed optimizer's shards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.module import param_is_not_shared
+
+KINDS = ("router", "expert", "attention", "embedding", "other")
+
+
+def kind_of(parameter_name: str) -> str:
+    if ".router." in parameter_name:
+        return "router"
+    if ".experts." in parameter_name:
+        return "expert"
+    if ".self_attention." in parameter_name:
+        return "attention"
+    if "word_embeddings" in parameter_name or "output_layer" in parameter_name:
+        return "embedding"
+    return "other"
+
+
+def grad_norms(
+    stages: Sequence[torch.nn.Module], optimizers: Sequence[MegatronOptimizer], device: torch.device
+) -> dict[str, float]:
+    """Global norms; the squares sum to the square of the optimizer's own norm. Collective, after prepare_grads()."""
+    squares = torch.zeros(len(KINDS), dtype=torch.float64, device=device)
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            # The same filter as Megatron-Core's: tied and tensor-parallel copies count once.
+            if not param_is_not_shared(parameter):
+                continue
+            for optimizer in optimizers:
+                if optimizer.is_stub_optimizer or parameter not in optimizer.model_param_group_index_map:
+                    continue
+                group, order = optimizer.model_param_group_index_map[parameter]
+                shard = optimizer.optimizer.param_groups[group]["params"][order]
+                if shard.grad is not None and tensor_parallel.param_is_not_tensor_parallel_duplicate(shard):
+                    squares[KINDS.index(kind_of(name))] += shard.grad.double().square().sum()
+    dist.all_reduce(squares)
+    return dict(zip(KINDS, squares.sqrt().tolist(), strict=True))

@@ -1,0 +1,167 @@
+"""The live console of a run, and the timer of its phases.
+
+On a terminal: a progress bar over rollout steps with the time left, the latest figures, and the time of each phase.
+Elsewhere (a log file, CI): one plain line per step.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self, TextIO
+
+import rich.console
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+PREFIX = "time/"
+_PACE_STEPS = 20  # the time left is reckoned at the mean pace of so many latest steps
+
+
+class PhaseTimer:
+    """Seconds per phase, summed until they are drained. Works on every rank.
+
+    Times are the host's, by a monotonic clock: work that CUDA still has queued counts in the phase that waits for it.
+    A phase inside another counts in both.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - start
+
+    def drain(self) -> dict[str, float]:
+        """{"time/<phase>": seconds} since the last drain, in the order in which the phases first ended."""
+        drained = {PREFIX + name: seconds for name, seconds in self._seconds.items()}
+        self._seconds.clear()
+        return drained
+
+
+class Console:
+    """Shows a run on rank 0; off rank 0 (`shows=False`) it times phases and prints nothing.
+
+    Use it as a context manager, so that an error leaves the terminal whole. `first_step` is the number of rollout
+    steps that a resumed run had already made.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        first_step: int = 0,
+        *,
+        shows: bool = True,
+        file: TextIO | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.timer = PhaseTimer(clock)
+        self._total_steps = total_steps
+        self._step = first_step
+        self._clock = clock
+        self._ends: deque[float] = deque(maxlen=_PACE_STEPS + 1)
+        self._figures: dict[str, str] = {}
+        self._times: dict[str, float] = {}
+        self._phase = ""
+        out = file or sys.stdout
+        # Asked of the file itself: rich also calls a log file a terminal, where the environment forces colours.
+        self._console = rich.console.Console(file=out, force_terminal=out.isatty()) if shows else None
+        self._live: Live | None = None
+        self._progress = Progress(
+            TextColumn("step"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+        )
+        self._bar = self._progress.add_task("", total=total_steps, completed=first_step, left="")
+
+    def __enter__(self) -> Self:
+        self._ends.append(self._clock())
+        console = self._console
+        if console is not None and console.is_terminal and not console.is_dumb_terminal:
+            self._live = Live(console=console, get_renderable=self._draw, refresh_per_second=2)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times the phase in `timer` and shows that it runs."""
+        outer, self._phase = self._phase, name
+        try:
+            with self.timer.phase(name):
+                yield
+        finally:
+            self._phase = outer
+
+    def step(
+        self,
+        step: int,
+        *,
+        reward: float,
+        accuracy: float,
+        tokens_per_second: float,
+        times: Mapping[str, float],
+    ) -> None:
+        """Shows the step just done, `step` of the total (from 1). `times` is what the timer drained for it."""
+        self._step = step
+        self._ends.append(self._clock())
+        self._figures |= {
+            "reward": f"{reward:.3f}",
+            "accuracy": f"{accuracy:.3f}",
+            "tokens/s": f"{tokens_per_second:.0f}",
+        }
+        self._times = {name.removeprefix(PREFIX): seconds for name, seconds in times.items()}
+        self._progress.update(self._bar, completed=step, left=f"left {self._left()}")
+        phases = [f"{name} {seconds:.2f}s" for name, seconds in self._times.items()]
+        self._line(
+            f"step {step}/{self._total_steps}", *self._shown_figures(), *phases, f"left {self._left()}"
+        )
+
+    def heldout(self, accuracy: float) -> None:
+        """Shows the accuracy of an evaluation on held-out prompts."""
+        self._figures["held-out accuracy"] = f"{accuracy:.3f}"
+        self._line(f"after step {self._step}", f"held-out accuracy {accuracy:.3f}")
+
+    def _line(self, *parts: str) -> None:
+        """Prints a plain line where nothing is drawn."""
+        if self._console is not None and self._live is None:
+            self._console.print("  ".join(parts), soft_wrap=True, markup=False, highlight=False)
+
+    def _draw(self) -> rich.console.Group:
+        table = Table.grid(padding=(0, 2))
+        for name, seconds in self._times.items():
+            share = seconds / (sum(self._times.values()) or 1.0)
+            table.add_row(name, f"{seconds:.2f} s", f"{share:.0%}")
+        running = f"now: {self._phase}" if self._phase else ""
+        return rich.console.Group(
+            self._progress, Text("  ".join(self._shown_figures())), table, Text(running)
+        )
+
+    def _shown_figures(self) -> list[str]:
+        return [f"{name} {figure}" for name, figure in self._figures.items()]
+
+    def _left(self) -> str:
+        """Time left as h:mm:ss; "-" before there is a pace to reckon with."""
+        if len(self._ends) < 2:
+            return "-"
+        pace = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        seconds = round(pace * (self._total_steps - self._step))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

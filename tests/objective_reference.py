@@ -1,0 +1,155 @@
+"""Batches for the tests of objectives and metrics, and the losses again: float64 NumPy, no shared code."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_rl.config.schema import ClipConfig, ObjectiveConfig
+from megatron_rl.objectives.inputs import Denominators, LossInputs
+
+GRPO = ObjectiveConfig(ratio="token", aggregation="seq-mean-token-mean", clip=ClipConfig(low=0.2, high=0.2))
+DAPO = ObjectiveConfig(ratio="token", aggregation="token-mean", clip=ClipConfig(low=0.2, high=0.28))
+# Clips of short sequences, wide enough to clip some and not all of them.
+GSPO = ObjectiveConfig(
+    ratio="sequence", aggregation="seq-mean-token-mean", clip=ClipConfig(low=0.04, high=0.06)
+)
+GSPO_TOKEN = GSPO.model_copy(update={"ratio": "sequence-token"})
+OBJECTIVES = {"grpo": GRPO, "dapo": DAPO, "gspo": GSPO, "gspo-token": GSPO_TOKEN}
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedSequence:
+    """One prompt and response, [n] each."""
+
+    logprobs: np.ndarray
+    old: np.ndarray
+    rollout: np.ndarray
+    entropy: np.ndarray
+    mask: np.ndarray
+    advantage: float
+
+
+def random_sequences(seed: int, lengths: Sequence[int], drift: float = 0.3) -> list[TrainedSequence]:
+    """Sequences with these numbers of masked-in tokens, among others that are masked out and hold NaN."""
+    rng = np.random.default_rng(seed)
+    sequences = []
+    for length in lengths:
+        n = length + int(rng.integers(1, 5))
+        mask = np.zeros(n, dtype=bool)
+        mask[rng.permutation(n)[:length]] = True
+        old = -rng.exponential(1.0, n)
+        values = {
+            "old": old,
+            "logprobs": old + drift * rng.normal(size=n),
+            "rollout": old + 0.1 * rng.normal(size=n),
+            "entropy": rng.exponential(1.0, n),
+        }
+        values = {name: np.where(mask, value, np.nan) for name, value in values.items()}
+        sequences.append(TrainedSequence(**values, mask=mask, advantage=float(rng.normal())))
+    return sequences
+
+
+def pack(
+    sequences: Sequence[TrainedSequence], dtype: torch.dtype = torch.float64, padding: int = 0
+) -> LossInputs:
+    def tensor(arrays: list[np.ndarray]) -> torch.Tensor:
+        return torch.tensor(np.concatenate([*arrays, np.full(padding, np.nan)]), dtype=dtype)
+
+    lengths = [len(sequence.mask) for sequence in sequences]
+    mask = np.concatenate([*(sequence.mask for sequence in sequences), np.zeros(padding, dtype=bool)])
+    ids = np.concatenate(
+        [np.repeat(np.arange(len(sequences)), lengths), np.full(padding, len(sequences) - 1)]
+    )
+    return LossInputs(
+        logprobs=tensor([sequence.logprobs for sequence in sequences]).requires_grad_(),
+        old_logprobs=tensor([sequence.old for sequence in sequences]),
+        rollout_logprobs=tensor([sequence.rollout for sequence in sequences]),
+        advantages=tensor([np.where(s.mask, s.advantage, np.nan) for s in sequences]),
+        loss_mask=torch.as_tensor(mask),
+        sequence_ids=torch.as_tensor(ids.astype(np.int64)),
+        num_sequences=len(sequences),
+    )
+
+
+def packed_entropy(sequences: Sequence[TrainedSequence], padding: int = 0) -> torch.Tensor:
+    return torch.tensor(np.concatenate([*(s.entropy for s in sequences), np.full(padding, np.nan)]))
+
+
+def denominators(sequences: Sequence[TrainedSequence]) -> Denominators:
+    lengths = [int(sequence.mask.sum()) for sequence in sequences]
+    return Denominators(tokens=sum(lengths), sequences=sum(length > 0 for length in lengths))
+
+
+def split(items: Sequence[TrainedSequence], parts: int, seed: int) -> list[list[TrainedSequence]]:
+    """The items in another order, cut into at most so many non-empty parts."""
+    rng = np.random.default_rng(seed)
+    shuffled = [items[i] for i in rng.permutation(len(items))]
+    cuts = np.sort(rng.integers(0, len(items) + 1, parts - 1))
+    bounds = [0, *cuts, len(items)]
+    return [shuffled[a:b] for a, b in itertools.pairwise(bounds) if b > a]
+
+
+Logprobs = list[np.ndarray]  # per sequence, its masked-in tokens
+
+
+def reference_loss(
+    sequences: Sequence[TrainedSequence], config: ObjectiveConfig, live: Logprobs, frozen: Logprobs
+) -> float:
+    """The loss at `live`; stop-gradients read `frozen`."""
+    terms: list[list[float]] = []
+    for sequence, new, stopped in zip(sequences, live, frozen, strict=True):
+        base = (sequence.old if config.denominator == "old" else sequence.rollout)[sequence.mask]
+        if len(base):
+            ratios = RATIO[config.ratio](new, stopped, base)
+            terms.append([_clipped(ratio, sequence.advantage, config.clip) for ratio in ratios])
+    lengths = [len(term) for term in terms]
+    match config.aggregation:
+        case "token-mean":
+            return -sum(map(sum, terms)) / sum(lengths)
+        case "seq-mean-token-mean":
+            return -np.mean([np.mean(term) for term in terms])
+        case "seq-mean-token-sum":
+            return -np.mean([sum(term) for term in terms])
+        case "constant-length":
+            return -sum(map(sum, terms)) / (len(terms) * config.constant_length)
+
+
+def _clipped(ratio: float, advantage: float, clip: ClipConfig) -> float:
+    bounded = min(max(ratio, 1 - clip.low), 1 + clip.high)
+    value = min(ratio * advantage, bounded * advantage)
+    return max(value, clip.dual * advantage) if clip.dual is not None and advantage < 0 else value
+
+
+def _geometric_mean(ratios: np.ndarray) -> float:
+    return math.prod(ratios) ** (1 / len(ratios))
+
+
+RATIO: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
+    "token": lambda new, stopped, base: np.exp(new) / np.exp(base),
+    "sequence": lambda new, stopped, base: np.full(len(new), _geometric_mean(np.exp(new) / np.exp(base))),
+    "sequence-token": lambda new, stopped, base: (
+        _geometric_mean(np.exp(stopped) / np.exp(base)) * np.exp(new) / np.exp(stopped)
+    ),
+}
+
+
+def reference(sequences: Sequence[TrainedSequence], config: ObjectiveConfig) -> tuple[float, np.ndarray]:
+    """Loss, and its gradient for every masked-in token in order, by central differences."""
+    here = [sequence.logprobs[sequence.mask] for sequence in sequences]
+    step = 1e-6
+    gradient = []
+    for i, values in enumerate(here):
+        for t in range(len(values)):
+            ends = []
+            for sign in (1, -1):
+                moved = [each.copy() for each in here]
+                moved[i][t] += sign * step
+                ends.append(reference_loss(sequences, config, moved, here))
+            gradient.append((ends[0] - ends[1]) / (2 * step))
+    return reference_loss(sequences, config, here, here), np.array(gradient)

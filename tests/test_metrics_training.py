@@ -1,0 +1,212 @@
+"""Metrics of an optimizer step: against their formulas in NumPy, and unchanged by how the batch is cut up."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from objective_reference import (
+    GRPO,
+    GSPO,
+    OBJECTIVES,
+    denominators,
+    pack,
+    packed_entropy,
+    random_sequences,
+    reference,
+    split,
+)
+
+from megatron_rl.config.schema import ClipConfig
+from megatron_rl.lab.metrics import SFT, TRAINING, sft_metrics, training_metrics
+from megatron_rl.lab.sketch import MetricAccumulator
+from megatron_rl.objectives.inputs import Denominators
+from megatron_rl.objectives.policy import policy_loss, sft_loss
+
+TAILS = {"p1": 0.01, "p50": 0.5, "p99": 0.99}
+
+
+def measure(micro_batches, config, whole, dtype=torch.float64):
+    """One accumulator, as of one rank, over its micro-batches."""
+    metrics = MetricAccumulator(TRAINING)
+    for padding, sequences in enumerate(micro_batches):
+        inputs = pack(sequences, dtype, padding)
+        outputs = policy_loss(inputs, config, denominators(whole))
+        training_metrics(metrics, inputs, outputs, packed_entropy(sequences, padding))
+    return metrics
+
+
+def tail(name, values):
+    return {
+        f"{name}/mean": values.mean(),
+        f"{name}/std": values.std(),
+        f"{name}/min": values.min(),
+        f"{name}/max": values.max(),
+        **{f"{name}/{p}": np.quantile(values, q, method="inverted_cdf") for p, q in TAILS.items()},
+    }
+
+
+def weights(name, values):
+    squares = (values**2).mean()
+    return tail(name, values) | {f"{name}/chi2": squares - 1, f"{name}/ess": values.mean() ** 2 / squares}
+
+
+def expected_metrics(sequences, config):
+    present = [sequence for sequence in sequences if sequence.mask.any()]
+    new, old, mu, entropy = (
+        [getattr(s, name)[s.mask] for s in present] for name in ("logprobs", "old", "rollout", "entropy")
+    )
+    base = old if config.denominator == "old" else mu
+    advantage = np.array([sequence.advantage for sequence in present])
+    token_advantage = np.concatenate([np.full(len(o), a) for o, a in zip(old, advantage, strict=True)])
+    r = np.exp(np.concatenate(new) - np.concatenate(old))
+    rho = np.exp(np.concatenate(old) - np.concatenate(mu))
+    s = np.array([math.exp((n - b).mean()) for n, b in zip(new, base, strict=True)])
+    clipped = np.concatenate([np.exp(n - b) for n, b in zip(new, base, strict=True)])
+    if config.ratio != "token":
+        clipped = np.concatenate([np.full(len(o), each) for o, each in zip(old, s, strict=True)])
+    below, above = clipped < 1 - config.clip.low, clipped > 1 + config.clip.high
+    masks = {
+        "clip/low/any": below,
+        "clip/low/active": below & (token_advantage < 0),
+        "clip/high/any": above,
+        "clip/high/active": above & (token_advantage > 0),
+    }
+    if config.clip.dual is not None:
+        masks["clip/dual"] = (clipped > config.clip.dual) & (token_advantage < 0)
+    ends = np.cumsum([len(o) for o in old])
+    expected = {
+        "loss": reference(sequences, config)[0],
+        "tokens": len(r),
+        "sequences": len(present),
+        "kl/rollout_old/k1": -np.log(rho).mean(),
+        "kl/rollout_old/k3": (rho - 1 - np.log(rho)).mean(),
+        "kl/old_policy/k1": -np.log(r).mean(),
+        "kl/old_policy/k3": (r - 1 - np.log(r)).mean(),
+        **{f"rho/beyond_{tau}": (np.maximum(rho, 1 / rho) > tau).mean() for tau in (2, 10)},
+        **tail("entropy", np.concatenate(entropy)),
+        **tail("advantage", advantage),
+        **weights("ratio", r),
+        **weights("rho", rho),
+        **weights("omega", r * rho),
+        **weights("sequence_ratio", s),
+        **tail("abs_log_sequence_ratio", np.abs(np.log(s))),
+        **tail("abs_logprob_gap", np.abs(np.log(rho))),
+        **tail("log_perplexity_gap", np.array([m.mean() - o.mean() for m, o in zip(mu, old, strict=True)])),
+    }
+    for name, mask in masks.items():
+        expected[f"{name}/token"] = mask.mean()
+        expected[f"{name}/sequence"] = np.mean([each.any() for each in np.split(mask, ends[:-1])])
+    return expected
+
+
+def assert_equal(report, expected, quantiles=0.0):
+    assert report.keys() == expected.keys()
+    for name, value in expected.items():
+        slack = quantiles if name.rsplit("/")[-1] in TAILS else 0.0
+        assert report[name] == pytest.approx(value, rel=1e-6 + slack, abs=1e-7), name
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("denominator", ["old", "rollout"])
+def test_every_metric_equals_its_formula(name, denominator):
+    clip = OBJECTIVES[name].clip.model_copy(update={"dual": 1.1})
+    config = OBJECTIVES[name].model_copy(update={"denominator": denominator, "clip": clip})
+    sequences = random_sequences(8, [5, 0, 9, 1, 12, 3, 8, 2], drift=0.5)
+    expected = expected_metrics(sequences, config)
+    assert 0 < expected["clip/high/active/token"] < expected["clip/high/any/token"]
+    assert 0 < expected["clip/low/active/token"] < expected["clip/low/any/token"]
+    assert expected["clip/dual/token"] > 0
+    assert_equal(measure([sequences], config, sequences).finalize(), expected, quantiles=0.01)
+
+
+def test_every_declared_metric_is_measured():
+    clip = GRPO.clip.model_copy(update={"dual": 3.0})
+    sequences = random_sequences(8, [5, 3])
+    report = measure([sequences], GRPO.model_copy(update={"clip": clip}), sequences).finalize()
+    for name in TRAINING:
+        assert name in report or f"{name}/mean" in report, name
+
+
+def test_without_a_dual_clip_there_is_no_dual_fraction():
+    sequences = random_sequences(8, [5, 3])
+    assert not [name for name in measure([sequences], GRPO, sequences).finalize() if "dual" in name]
+
+
+def test_kl_estimates_of_the_specification():
+    for p, q, k1, k3 in ((0.5, 0.4, 0.2231, 0.0231), (0.4, 0.5, -0.2231, 0.0269)):
+        inputs = pack(random_sequences(0, [1]))
+        mask = inputs.loss_mask
+        with torch.no_grad():
+            inputs.rollout_logprobs[mask] = math.log(p)
+            inputs.old_logprobs[mask] = math.log(q)
+            inputs.logprobs[mask] = math.log(p)
+        metrics = MetricAccumulator(TRAINING)
+        outputs = policy_loss(inputs, GRPO, Denominators(1, 1))
+        training_metrics(metrics, inputs, outputs, torch.zeros(len(mask)))
+        report = metrics.finalize()
+        assert report["kl/rollout_old/k1"] == pytest.approx(k1, abs=5e-5)
+        assert report["kl/rollout_old/k3"] == pytest.approx(k3, abs=5e-5)
+        # The other pair runs the other way: from pi_old = q to pi_theta = p.
+        assert report["kl/old_policy/k1"] == pytest.approx(-k1, abs=5e-5)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.integers(0, 8), min_size=2, max_size=8).filter(any),
+    st.sampled_from(list(OBJECTIVES)),
+    st.integers(1, 3),
+    st.integers(1, 3),
+)
+def test_ranks_micro_batches_and_order_do_not_matter(seed, lengths, name, ranks, micro_batches):
+    config = OBJECTIVES[name]
+    sequences = random_sequences(seed, lengths)
+    whole = measure([sequences], config, sequences).finalize()
+    merged = MetricAccumulator(TRAINING)  # of a rank that holds nothing
+    for share in split(sequences, ranks, seed):
+        merged.merge(measure(split(share, micro_batches, seed + 1), config, sequences))
+    report = merged.finalize()
+    assert report.keys() == whole.keys()
+    for metric, value in whole.items():
+        assert report[metric] == pytest.approx(value, rel=1e-9, abs=1e-9), metric
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.integers(1, 8), min_size=1, max_size=5),
+    st.sampled_from(list(OBJECTIVES)),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_first_mini_batch_is_exact(seed, lengths, name, dtype):
+    config = OBJECTIVES[name].model_copy(update={"clip": ClipConfig(low=0.0, high=0.0)})
+    sequences = random_sequences(seed, lengths, drift=0.0)
+    report = measure([sequences], config, sequences, dtype).finalize()
+    for statistic in ("mean", "min", "max", "p1", "p50", "p99", "ess"):
+        assert report[f"ratio/{statistic}"] == report[f"sequence_ratio/{statistic}"] == 1.0
+    for metric, value in report.items():
+        if metric.startswith(("clip/", "kl/old_policy/")):
+            assert value == 0.0, metric
+
+
+def test_a_micro_batch_that_is_all_masked_out_adds_nothing():
+    sequences, nothing = random_sequences(1, [4, 2]), random_sequences(2, [0, 0])
+    expected = measure([sequences], GSPO, sequences).finalize()
+    assert measure([sequences, nothing], GSPO, sequences).finalize() == expected
+
+
+def test_sft_metrics():
+    logprobs, mask = torch.tensor([math.nan, -1.0, -3.0]), torch.tensor([False, True, True])
+    metrics = MetricAccumulator(SFT)
+    loss = sft_loss(logprobs, mask, Denominators(2, 1)).loss
+    sft_metrics(metrics, logprobs, mask, loss, entropy=torch.tensor([math.nan, 0.5, 1.0]))
+    report = metrics.finalize()
+    assert (report["loss"], report["tokens"], report["nll/max"], report["entropy/mean"]) == (
+        2.0,
+        2,
+        3.0,
+        0.75,
+    )

@@ -1,0 +1,187 @@
+"""config.json read into an Architecture, and everything in it that is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from megatron_rl.models.architecture import Architecture, read_architecture
+
+# As published for Qwen3-30B-A3B (written by transformers 4.51).
+MOE: dict = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "decoder_sparse_step": 1,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+DENSE = {
+    **{k: v for k, v in MOE.items() if k not in {"decoder_sparse_step", "mlp_only_layers", "router_aux_loss_coef"}},
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "tie_word_embeddings": True,
+}
+for _name in ("moe_intermediate_size", "norm_topk_prob", "num_experts", "num_experts_per_tok", "output_router_logits"):
+    DENSE.pop(_name)
+ABSENT = object()
+
+
+def read(directory: Path, base: dict, **changes: object) -> Architecture:
+    content = {name: value for name, value in {**base, **changes}.items() if value is not ABSENT}
+    (directory / "config.json").write_text(json.dumps(content))
+    return read_architecture(directory)
+
+
+def test_qwen3_30b_a3b(tmp_path):
+    assert read(tmp_path, MOE) == Architecture(
+        family="qwen3_moe",
+        num_layers=48,
+        hidden_size=2048,
+        num_heads=32,
+        num_kv_heads=4,
+        head_dim=128,
+        vocab_size=151936,
+        ffn_hidden_size=6144,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        max_position_embeddings=40960,
+        tied_embeddings=False,
+        initializer_range=0.02,
+        num_experts=128,
+        experts_per_token=8,
+        expert_hidden_size=768,
+        norm_topk_prob=True,
+        dense_layers=(),
+    )
+
+
+def test_dense(tmp_path):
+    arch = read(tmp_path, DENSE)
+    assert (arch.family, arch.tied_embeddings, arch.num_experts) == ("qwen3", True, 0)
+    assert not arch.is_moe(0)
+
+
+def test_what_transformers_5_writes_reads_the_same(tmp_path):
+    """num_local_experts and rope_parameters in place of num_experts and rope_theta."""
+    from transformers import Qwen3Config, Qwen3MoeConfig
+
+    for base, config in ((MOE, Qwen3MoeConfig), (DENSE, Qwen3Config)):
+        before = read(tmp_path, base)
+        config.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
+        written = json.loads((tmp_path / "saved" / "config.json").read_text())
+        assert "rope_parameters" in written
+        assert "num_experts" not in written
+        assert read_architecture(tmp_path / "saved") == before
+
+
+@pytest.mark.parametrize(
+    ("mlp_only", "step", "dense"),
+    [([], 1, ()), ([0, 2], 1, (0, 2)), ([], 2, (0, 2, 4)), ([1], 3, (0, 1, 3, 4)), (None, 1, ())],
+)
+def test_dense_layers_are_those_of_transformers(tmp_path, mlp_only, step, dense):
+    from transformers import AutoConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeMLP
+
+    small = {"num_hidden_layers": 6, "hidden_size": 8, "num_experts": 8, "moe_intermediate_size": 4}
+    arch = read(tmp_path, MOE, **small, intermediate_size=4, mlp_only_layers=mlp_only, decoder_sparse_step=step)
+    assert arch.dense_layers == dense
+    config = AutoConfig.from_pretrained(tmp_path)
+    theirs = [isinstance(Qwen3MoeDecoderLayer(config, layer).mlp, Qwen3MoeMLP) for layer in range(6)]
+    assert theirs == [not arch.is_moe(layer) for layer in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; expected \"silu\""),
+        ({"attention_bias": True}, "attention_bias is True; expected false"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
+        ({"use_sliding_window": True}, "use_sliding_window is True"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type is 'yarn'"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling.type is 'linear'"),
+        ({"rope_scaling": {"rope_type": "default", "factor": 4.0}}, "not understood: rope_scaling.factor = 4.0"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_theta is .*differ"),
+        ({"rope_theta": ABSENT}, "rope_theta is missing"),
+        ({"layer_types": ["sliding_attention"] * 48}, "layer_types is .*full_attention"),
+        ({"layer_types": ["full_attention"]}, "layer_types is .*each of the 48 layers"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is .*fp8"),
+        ({"model_type": "deepseek_v3"}, "model_type is 'deepseek_v3'; expected qwen3_moe or qwen3"),
+        ({"architectures": ["Qwen3MoeForTokenClassification"]}, "architectures is .*Qwen3MoeForCausalLM"),
+        ({"num_shared_experts": 1}, "not understood: num_shared_experts = 1; .*remove it"),
+        ({"head_dims": 64}, "not understood: head_dims = 64"),
+        ({"hidden_size": ABSENT}, "hidden_size is missing"),
+        ({"hidden_size": "2048"}, "hidden_size is '2048'; expected an integer"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"tie_word_embeddings": ABSENT}, "tie_word_embeddings is missing"),
+        ({"norm_topk_prob": ABSENT}, "norm_topk_prob is missing"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob is 1; expected true or false"),
+        ({"num_experts": 0}, "num_experts is 0"),
+        ({"num_experts": ABSENT}, "num_experts is missing"),
+        ({"num_local_experts": 64}, r"num_experts is \[64, 128\]"),
+        ({"num_experts_per_tok": 129}, "num_experts_per_tok is 129; expected at most num_experts = 128"),
+        ({"mlp_only_layers": [48]}, r"mlp_only_layers is \[48\]; expected .* 0 to 47"),
+        ({"num_key_value_heads": 5}, "num_key_value_heads is 5; expected a divisor of num_attention_heads = 32"),
+    ],
+)
+def test_refused(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        read(tmp_path, MOE, **change)
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_a_dense_model_refuses_the_fields_of_experts_and_needs_head_dim(tmp_path):
+    with pytest.raises(ValueError, match="not understood: num_experts = 8"):
+        read(tmp_path, DENSE, num_experts=8)
+    with pytest.raises(ValueError, match="head_dim is missing"):
+        read(tmp_path, DENSE, head_dim=ABSENT)
+    assert read(tmp_path, MOE, head_dim=ABSENT).head_dim == 64
+
+
+def test_no_file_and_no_json(tmp_path):
+    with pytest.raises(FileNotFoundError, match="model directory"):
+        read_architecture(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        read_architecture(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="must hold a JSON object"):
+        read_architecture(tmp_path)
+
+
+def test_importable_without_torch():
+    code = "import sys; import megatron_rl.models.architecture; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,226 @@
+"""Weights cut into shards and put together again, without files or processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.binding import ModelRanks, bind
+from megatron_rl.models.family import FAMILIES
+from megatron_rl.models.weight import COLUMNS, GATE_UP, VOCABULARY, Piece, grouped_qkv
+from megatron_rl.weights.export import Grid
+from models_reference import (
+    chunk_layers,
+    chunk_parameters,
+    dense_architecture,
+    hf_shapes,
+    hf_tensors,
+    moe_architecture,
+    stage_module,
+)
+from torch import Tensor, nn
+
+
+def fill_rank(
+    hf: dict[str, Tensor], arch: Architecture, grid: Grid, rank: int, transformer_engine: bool
+) -> tuple[list[nn.Module], list[dict[str, Tensor]]]:
+    """The rank's stages filled by the package, and what the reference says is in them."""
+    ranks = grid.ranks(rank)
+    chunks, expected = [], []
+    for layers in chunk_layers(arch, grid.stage(rank), grid.pp, grid.vpp):
+        parameters = chunk_parameters(
+            hf,
+            arch,
+            layers,
+            tp=(ranks.tp_rank, ranks.tp_size),
+            ep=(ranks.ep_rank, ranks.ep_size),
+            etp=(ranks.etp_rank, ranks.etp_size),
+            transformer_engine=transformer_engine,
+        )
+        expected.append(parameters)
+        chunks.append(stage_module({n: torch.full_like(t, math.nan) for n, t in parameters.items()}, layers))
+    for slot in bind(chunks, arch, ranks):
+        slot.weight.fill(
+            slot.of(slot.parameter.data),
+            lambda source, dim, start, length: hf[source.name].narrow(dim, start, length),
+            *ranks.share(slot.weight),
+        )
+    return chunks, expected
+
+
+def differs(chunks: list[nn.Module], expected: list[dict[str, Tensor]]) -> list[str]:
+    return [
+        name
+        for chunk, parameters in zip(chunks, expected, strict=True)
+        for name, parameter in chunk.named_parameters()
+        if not torch.equal(parameter.data, parameters[name])
+    ]
+
+
+@st.composite
+def models_and_layouts(draw: st.DrawFn) -> tuple[Architecture, Grid]:
+    choose = lambda *values: draw(st.sampled_from(values))  # noqa: E731
+    tp, pp, vpp = choose(1, 2, 4), choose(1, 2, 3), choose(1, 2)
+    vpp = vpp if pp > 1 else 1
+    kv_heads = choose(1, 2, 4)
+    num_layers = pp * vpp * choose(1, 2)
+    changes: dict = {
+        "num_layers": num_layers,
+        "hidden_size": choose(4, 6),
+        "num_kv_heads": kv_heads,
+        "num_heads": kv_heads * choose(1, 2, 3),
+        "head_dim": choose(4, 8),
+        "vocab_size": draw(st.integers(3, 17)),
+        "ffn_hidden_size": 4 * choose(1, 2),
+        "tied_embeddings": draw(st.booleans()),
+    }
+    if draw(st.booleans()):
+        ep, etp = choose(1, 2, 4), choose(1, 2)
+        dense = tuple(n for n in range(num_layers) if draw(st.booleans()))
+        arch = moe_architecture(**changes, num_experts=ep * choose(1, 2), dense_layers=dense)
+    else:
+        ep, etp = 1, 1
+        arch = dense_architecture(**changes)
+    world = math.lcm(tp, ep * etp) * choose(1, 2) * pp
+    return arch, Grid(world=world, tp=tp, etp=etp, ep=ep, pp=pp, vpp=vpp)
+
+
+@settings(max_examples=60, deadline=None)
+@given(models_and_layouts(), st.booleans())
+def test_every_layout_holds_the_reference_and_gives_the_checkpoint_back(case, transformer_engine):
+    arch, grid = case
+    hf = hf_tensors(arch)
+    ranks = []
+    for rank in range(grid.world):
+        chunks, expected = fill_rank(hf, arch, grid, rank, transformer_engine)
+        assert differs(chunks, expected) == []
+        ranks.append({slot.weight.name: slot for slot in bind(chunks, arch, grid.ranks(rank))})
+
+    exported: list[tuple[str, Tensor]] = []
+    for weight in FAMILIES[arch.family].weights(arch):
+        if not weight.copy:
+            slots = [ranks[holder][weight.name] for holder in grid.holders(weight, arch)]
+            exported += weight.assemble([slot.of(slot.parameter.data) for slot in slots])
+    assert [name for name, _ in exported] == list(hf)
+    assert all(torch.equal(tensor, hf[name]) for name, tensor in exported)
+
+
+@pytest.mark.parametrize("mutation", ["q and k", "gate and up", "two experts", "two layers' routers"])
+def test_a_swap_is_seen(monkeypatch, mutation):
+    arch = moe_architecture(num_heads=2)  # q and k have the same shape
+    family = FAMILIES[arch.family]
+
+    def mutated(arch: Architecture) -> list:
+        weights = family.weights(arch)
+        names = {weight.name: i for i, weight in enumerate(weights)}
+        layer = "decoder.layers.2"
+        first, second = {
+            "q and k": (f"{layer}.self_attention.linear_qkv.weight",) * 2,
+            "gate and up": (f"{layer}.mlp.experts.linear_fc1.weight1",) * 2,
+            "two experts": tuple(f"{layer}.mlp.experts.linear_fc2.weight{e}" for e in (1, 2)),
+            "two layers' routers": ("decoder.layers.2.mlp.router.weight", "decoder.layers.3.mlp.router.weight"),
+        }[mutation]
+        a, b = weights[names[first]], weights[names[second]]
+        if a is b:
+            one, two, *rest = a.sources
+            weights[names[first]] = dataclasses.replace(a, sources=(two, one, *rest))
+        else:
+            weights[names[first]] = dataclasses.replace(a, sources=b.sources)
+            weights[names[second]] = dataclasses.replace(b, sources=a.sources)
+        return weights
+
+    grid = Grid(world=1, tp=1, etp=1, ep=1, pp=1, vpp=1)
+    assert differs(*fill_rank(hf_tensors(arch), arch, grid, 0, False)) == []
+    monkeypatch.setitem(FAMILIES, arch.family, dataclasses.replace(family, weights=mutated))
+    assert differs(*fill_rank(hf_tensors(arch), arch, grid, 0, False)) != []
+
+
+def test_pieces_by_hand():
+    # Two key-value heads of width 2, two query heads each, over two ranks.
+    assert grouped_qkv(2).cut([8, 4, 4], rank=1, size=2) == (
+        8,
+        (Piece(0, 4, 4, 0), Piece(1, 2, 2, 4), Piece(2, 2, 2, 6)),
+    )
+    # More ranks than key-value heads: a rank's shard begins inside a group.
+    assert grouped_qkv(1).cut([4, 2, 2], rank=1, size=2) == (4, (Piece(1, 0, 2, 0), Piece(2, 0, 2, 2)))
+    assert GATE_UP.cut([6, 6], rank=2, size=3) == (4, (Piece(0, 4, 2, 0), Piece(1, 4, 2, 2)))
+    assert COLUMNS.cut([6], rank=1, size=2) == (3, (Piece(0, 3, 3, 0),))
+    assert VOCABULARY.cut([5], rank=1, size=2) == (3, (Piece(0, 3, 2, 0),))
+    assert VOCABULARY.cut([5], rank=3, size=4) == (2, ())
+
+
+@pytest.mark.parametrize("arch", [moe_architecture(), dense_architecture(tied_embeddings=True)])
+def test_the_family_lists_the_checkpoint_in_order(arch):
+    listed = [
+        (source.name, source.shape)
+        for weight in FAMILIES[arch.family].weights(arch)
+        if not weight.copy
+        for source in weight.sources
+    ]
+    assert listed == list(hf_shapes(arch).items())
+
+
+def test_what_does_not_divide_is_named():
+    arch = dense_architecture(ffn_hidden_size=10)
+    chunk = stage_module(chunk_parameters(hf_tensors(arch), arch, range(4)), range(4))
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.linear_fc1\.weight: .*\[10, 10\].*4 shards.*choose"):
+        for weight in FAMILIES["qwen3"].weights(arch):
+            weight.cut(0, 4)
+    with pytest.raises(ValueError, match="4 experts do not divide over 3"):
+        bind([chunk], moe_architecture(), ModelRanks(ep_size=3))
+
+
+def bad_stages(change) -> list[nn.Module]:
+    arch = moe_architecture()
+    parameters = chunk_parameters(hf_tensors(arch), arch, range(4))
+    change(parameters)
+    return [stage_module(parameters, range(4))]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p.update({"decoder.layers.0.mlp.bias": torch.zeros(2)}), r"layers\.0\.mlp\.bias .* no weight"),
+        (
+            lambda p: p.pop("decoder.layers.2.self_attention.k_layernorm.weight"),
+            r"no parameter .* holds decoder\.layers\.2\.self_attention\.k_layernorm\.weight .*k_norm",
+        ),
+        (lambda p: p.pop("output_layer.weight"), r"no parameter .* output_layer\.weight \(lm_head\.weight\)"),
+        (
+            lambda p: p.update({"decoder.layers.0.mlp.experts.weight2": torch.zeros(3, 12, 4)}),
+            r"layers\.0\.mlp\.experts\.weight2 has shape \(3, 12, 4\); .* ask for \(4, 12, 4\)",
+        ),
+        (
+            lambda p: p.update({"decoder.layers.0.mlp.experts.linear_fc1.weight4": torch.zeros(8, 12)}),
+            r"linear_fc1\.weight4 .* is no weight",
+        ),
+        (
+            lambda p: p.update({"decoder.layers.0.mlp.experts.linear_fc1.weight1": torch.zeros(8, 12)}),
+            r"layers\.0\.mlp\.experts\.linear_fc1\.weight1 is held twice",
+        ),
+    ],
+)
+def test_a_stage_that_does_not_fit_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        bind(bad_stages(change), moe_architecture(), ModelRanks())
+
+
+def test_another_ranks_expert_is_refused():
+    arch = moe_architecture()
+    parameters = chunk_parameters(hf_tensors(arch), arch, range(4), ep=(0, 2), transformer_engine=True)
+    parameters["decoder.layers.0.mlp.experts.linear_fc1.weight2"] = torch.zeros(8, 12)
+    with pytest.raises(ValueError, match=r"linear_fc1\.weight2 .* is no weight of this rank"):
+        bind([stage_module(parameters, range(4))], arch, ModelRanks(ep_size=2))
+
+
+def test_layers_are_numbered_by_layer_number_and_not_by_place():
+    arch = moe_architecture(dense_layers=())
+    stage = stage_module(chunk_parameters(hf_tensors(arch), arch, [2, 3]), [2, 3])
+    names = [slot.weight.name for slot in bind([stage], arch, ModelRanks())]
+    assert names[0] == "decoder.layers.2.input_layernorm.weight"
+    assert names[-1] == "output_layer.weight"

@@ -1,0 +1,349 @@
+"""GRPO, DAPO, GSPO, GSPO-token: numbers by hand, a float64 reference, what must not change a loss."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from objective_reference import (
+    DAPO,
+    GRPO,
+    GSPO,
+    GSPO_TOKEN,
+    OBJECTIVES,
+    denominators,
+    pack,
+    random_sequences,
+    reference,
+    split,
+)
+
+from megatron_rl.config.schema import ClipConfig, ObjectiveConfig
+from megatron_rl.objectives.inputs import Denominators, LossInputs
+from megatron_rl.objectives.policy import policy_loss, sft_loss
+
+seeds = st.integers(0, 10**6)
+some_lengths = st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any)
+AGGREGATIONS = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant-length"]
+
+
+def loss_and_gradient(sequences, config, dtype=torch.float64, padding=0, whole=None):
+    """The loss of one micro-batch, and the gradient of its masked-in tokens in packed order."""
+    inputs = pack(sequences, dtype, padding)
+    outputs = policy_loss(inputs, config, denominators(whole or sequences))
+    outputs.loss.backward()
+    gradient = inputs.logprobs.grad
+    assert (gradient[~inputs.loss_mask] == 0).all()
+    return outputs, gradient[inputs.loss_mask].double().numpy()
+
+
+def one_response(ratios, advantage, dtype=torch.float64):
+    n = len(ratios)
+    return LossInputs(
+        logprobs=torch.tensor(ratios, dtype=dtype).log().requires_grad_(),
+        old_logprobs=torch.zeros(n, dtype=dtype),
+        rollout_logprobs=torch.zeros(n, dtype=dtype),
+        advantages=torch.full((n,), float(advantage), dtype=dtype),
+        loss_mask=torch.ones(n, dtype=torch.bool),
+        sequence_ids=torch.zeros(n, dtype=torch.int64),
+        num_sequences=1,
+    )
+
+
+# Numbers worked out by hand
+
+
+def test_gspo_ratio_of_the_specification():
+    unclipped = GSPO.model_copy(update={"clip": ClipConfig(low=0.5, high=0.5)})
+    outputs = policy_loss(one_response([1.10, 0.95, 1.30, 0.90], 1.0), unclipped, Denominators(4, 1))
+    assert outputs.loss.item() == pytest.approx(-1.0515, abs=5e-5)
+    assert outputs.values.log_sequence_ratio.exp().item() == pytest.approx(1.0515, abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "objective", "slope"),
+    [
+        (1.5, 1.0, 1.28, 0.0),  # above, good: bounded at 1 + high
+        (1.5, -1.0, -1.5, -1.5),  # above, bad: the gradient must go on pushing down
+        (0.5, 1.0, 0.5, 0.5),  # below, good: the gradient must go on pushing up
+        (0.5, -1.0, -0.8, 0.0),  # below, bad: bounded at 1 - low
+        (1.1, 2.0, 2.2, 2.2),
+        (0.9, -2.0, -1.8, -1.8),
+        (5.0, -1.0, -3.0, 0.0),  # beyond the dual clip of 3
+        (5.0, 1.0, 1.28, 0.0),
+    ],
+)
+def test_clip_by_sign_of_the_advantage(ratio, advantage, objective, slope):
+    config = DAPO.model_copy(update={"clip": ClipConfig(low=0.2, high=0.28, dual=3.0)})
+    inputs = one_response([ratio], advantage)
+    outputs = policy_loss(inputs, config, Denominators(1, 1))
+    outputs.loss.backward()
+    assert -outputs.loss.item() == pytest.approx(objective)
+    assert -inputs.logprobs.grad.item() == pytest.approx(slope)
+    clipping = outputs.values.clipping
+    assert clipping.above.item() == (ratio > 1.28)
+    assert clipping.below.item() == (ratio < 0.8)
+    assert clipping.active_high.item() == (ratio > 1.28 and advantage > 0)
+    assert clipping.active_low.item() == (ratio < 0.8 and advantage < 0)
+    assert clipping.active_dual.item() == (ratio == 5.0 and advantage < 0)
+
+
+def test_aggregations_of_two_responses():
+    # Ratio 1 throughout: a term is its advantage. Responses of 1 and 3 tokens with advantages 1 and -2.
+    sequences = [
+        dataclasses.replace(sequence, logprobs=sequence.old, advantage=advantage)
+        for sequence, advantage in zip(random_sequences(0, [1, 3]), [1.0, -2.0], strict=True)
+    ]
+    expected = {
+        "token-mean": (1 - 6) / 4,
+        "seq-mean-token-mean": (1 - 2) / 2,
+        "seq-mean-token-sum": (1 - 6) / 2,
+        "constant-length": (1 - 6) / (2 * 10),
+    }
+    for aggregation, objective in expected.items():
+        config = ObjectiveConfig(aggregation=aggregation, constant_length=10)
+        outputs, _ = loss_and_gradient(sequences, config)
+        assert -outputs.loss.item() == pytest.approx(objective), aggregation
+
+
+def test_sft_loss_is_the_mean_over_masked_in_tokens():
+    logprobs = torch.tensor([float("nan"), -1.0, -3.0, -5.0], requires_grad=True)
+    mask = torch.tensor([False, True, True, False])
+    parts = [sft_loss(logprobs[a:b], mask[a:b], Denominators(2, 1)).loss for a, b in ((0, 2), (2, 4))]
+    sum(parts).backward()
+    assert sum(parts).item() == 2.0
+    assert logprobs.grad.tolist() == [0.0, -0.5, -0.5, 0.0]
+
+
+# The float64 reference
+
+
+@pytest.mark.parametrize("denominator", ["old", "rollout"])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_loss_and_gradient_equal_the_reference(name, aggregation, denominator):
+    config = OBJECTIVES[name].model_copy(
+        update={"aggregation": aggregation, "denominator": denominator, "constant_length": 5}
+    )
+    clipped = 0
+    for seed in range(4):
+        sequences = random_sequences(seed, [3, 0, 5, 1, 7, 2])
+        outputs, gradient = loss_and_gradient(sequences, config, padding=3)
+        loss, expected = reference(sequences, config)
+        assert outputs.loss.item() == pytest.approx(loss, abs=1e-10)
+        np.testing.assert_allclose(gradient, expected, atol=1e-8)
+        single, single_gradient = loss_and_gradient(sequences, config, torch.float32)
+        assert single.loss.dtype == torch.float32
+        assert single.loss.item() == pytest.approx(loss, abs=1e-6)
+        np.testing.assert_allclose(single_gradient, expected, atol=1e-6)
+        clipped += int((outputs.values.clipping.active_low | outputs.values.clipping.active_high).sum())
+    assert 0 < clipped < 4 * 18, "the comparison must cover clipped and free tokens"
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_dual_clip_equals_the_reference(name):
+    clip = OBJECTIVES[name].clip.model_copy(update={"dual": 1.1})
+    config = OBJECTIVES[name].model_copy(update={"clip": clip})
+    dual = 0
+    for seed in range(10, 14):
+        sequences = random_sequences(seed, [4, 2, 6, 3])
+        outputs, gradient = loss_and_gradient(sequences, config)
+        loss, expected = reference(sequences, config)
+        assert outputs.loss.item() == pytest.approx(loss, abs=1e-10)
+        np.testing.assert_allclose(gradient, expected, atol=1e-8)
+        dual += int(outputs.values.clipping.active_dual.sum())
+    assert dual
+
+
+@settings(deadline=None, max_examples=40)
+@given(seeds, some_lengths, st.sampled_from(list(OBJECTIVES)), st.sampled_from(AGGREGATIONS))
+def test_any_batch_equals_the_reference(seed, lengths, name, aggregation):
+    config = OBJECTIVES[name].model_copy(update={"aggregation": aggregation, "constant_length": 9})
+    sequences = random_sequences(seed, lengths)
+    outputs, gradient = loss_and_gradient(sequences, config)
+    loss, expected = reference(sequences, config)
+    assert outputs.loss.item() == pytest.approx(loss, abs=1e-6)
+    np.testing.assert_allclose(gradient, expected, atol=1e-6)
+
+
+# What must not change a loss
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seeds, some_lengths, st.sampled_from(list(OBJECTIVES)), st.sampled_from(AGGREGATIONS), st.integers(1, 4)
+)
+def test_order_and_micro_batches_do_not_matter(seed, lengths, name, aggregation, parts):
+    config = OBJECTIVES[name].model_copy(update={"aggregation": aggregation, "constant_length": 9})
+    sequences = random_sequences(seed, lengths)
+    whole, gradient = loss_and_gradient(sequences, config)
+    wanted = dict(zip(token_keys(sequences), gradient, strict=True))
+    total, got = 0.0, {}
+    for padding, micro_batch in enumerate(split(sequences, parts, seed)):
+        outputs, part = loss_and_gradient(micro_batch, config, padding=padding, whole=sequences)
+        total += outputs.loss.item()
+        got |= dict(zip(token_keys(micro_batch), part, strict=True))
+    assert total == pytest.approx(whole.loss.item(), abs=1e-12)
+    assert got.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert got[key] == pytest.approx(value, abs=1e-12)
+
+
+def token_keys(sequences):
+    """Tells tokens apart, whatever their order."""
+    return [(id(sequence), int(t)) for sequence in sequences for t in np.flatnonzero(sequence.mask)]
+
+
+def test_denominators_of_each_micro_batch_would_be_seen():
+    # What the test above must catch: micro-batches that normalise by themselves give another loss.
+    sequences = random_sequences(3, [2, 6, 4])
+    whole, _ = loss_and_gradient(sequences, GRPO)
+    alone = sum(loss_and_gradient([sequence], GRPO)[0].loss.item() for sequence in sequences)
+    assert abs(alone - whole.loss.item()) > 1e-3
+
+
+@settings(deadline=None, max_examples=40)
+@given(seeds, some_lengths)
+def test_token_mean_is_sequence_mean_only_at_equal_lengths(seed, lengths):
+    sequences = random_sequences(seed, lengths)
+    free = DAPO.model_copy(
+        update={"clip": ClipConfig(low=0.99, high=99.0)}
+    )  # so that every token has a gradient
+    by_token, token_gradient = loss_and_gradient(sequences, free)
+    by_sequence, sequence_gradient = loss_and_gradient(
+        sequences, free.model_copy(update={"aggregation": "seq-mean-token-mean"})
+    )
+    equal = len({length for length in lengths if length}) == 1
+    assert np.allclose(token_gradient, sequence_gradient, rtol=1e-9, atol=0) == equal
+    if equal:
+        assert by_token.loss.item() == pytest.approx(by_sequence.loss.item(), abs=1e-12)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seeds, st.integers(1, 6), st.integers(1, 6))
+def test_on_policy_at_equal_lengths_all_objectives_have_one_gradient(seed, length, count):
+    sequences = random_sequences(seed, [length] * count, drift=0.0)
+    gradients = [loss_and_gradient(sequences, config)[1] for config in OBJECTIVES.values()]
+    assert np.abs(gradients[0]).max() > 0
+    for gradient in gradients[1:]:
+        np.testing.assert_allclose(gradient, gradients[0], atol=1e-12)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seeds, some_lengths, st.sampled_from(AGGREGATIONS))
+def test_gspo_token_is_gspo_in_value_clip_and_gradient(seed, lengths, aggregation):
+    update = {"aggregation": aggregation, "constant_length": 9}
+    sequences = random_sequences(seed, lengths)
+    gspo, gradient = loss_and_gradient(sequences, GSPO.model_copy(update=update))
+    by_token, token_gradient = loss_and_gradient(sequences, GSPO_TOKEN.model_copy(update=update))
+    assert by_token.loss.item() == gspo.loss.item()
+    for name in ("below", "above", "active_low", "active_high"):
+        assert torch.equal(getattr(by_token.values.clipping, name), getattr(gspo.values.clipping, name))
+    np.testing.assert_allclose(token_gradient, gradient, atol=1e-12)
+
+
+def test_gspo_gradient_is_that_of_the_paper():
+    # mean_i s_i A_i (1/|y_i|) sum_t grad log pi, here with a clip that never acts.
+    sequences = random_sequences(5, [4, 2, 7])
+    config = GSPO.model_copy(update={"clip": ClipConfig(low=0.9, high=9.0)})
+    _, gradient = loss_and_gradient(sequences, config)
+    expected = []
+    for sequence in sequences:
+        log_ratio = (sequence.logprobs - sequence.old)[sequence.mask]
+        share = np.exp(log_ratio.mean()) * sequence.advantage / len(log_ratio) / len(sequences)
+        expected += [-share] * len(log_ratio)
+    np.testing.assert_allclose(gradient, expected, atol=1e-12)
+
+
+# Edges
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    seeds, some_lengths, st.sampled_from(list(OBJECTIVES)), st.sampled_from([torch.float32, torch.float64])
+)
+def test_first_mini_batch_is_exact(seed, lengths, name, dtype):
+    config = OBJECTIVES[name].model_copy(update={"clip": ClipConfig(low=0.0, high=0.0)})
+    sequences = random_sequences(seed, lengths, drift=0.0)
+    outputs, gradient = loss_and_gradient(sequences, config, dtype)
+    clipping = outputs.values.clipping
+    assert (outputs.values.log_sequence_ratio == 0).all()
+    for mask in (clipping.below, clipping.above, clipping.active_low, clipping.active_high):
+        assert not mask.any()
+    # Ratio 1 exactly: the loss is the weighted sum of the advantages, and every token has a gradient.
+    assert (gradient != 0).all()
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_batch_that_is_all_masked_out_gives_zero(name, aggregation):
+    config = OBJECTIVES[name].model_copy(update={"aggregation": aggregation, "constant_length": 9})
+    inputs = pack(random_sequences(1, [0, 0]))
+    outputs = policy_loss(inputs, config, Denominators(0, 0))
+    outputs.loss.backward()
+    assert outputs.loss.item() == 0
+    assert (inputs.logprobs.grad == 0).all()
+
+
+def test_a_masked_out_sequence_changes_nothing():
+    sequences = random_sequences(2, [3, 0, 4])
+    with_it, gradient = loss_and_gradient(sequences, GRPO)
+    without_it, expected = loss_and_gradient([sequences[0], sequences[2]], GRPO)
+    assert with_it.loss.item() == without_it.loss.item()
+    assert (gradient == expected).all()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_clipped_ratio_that_overflows_has_no_gradient(name):
+    inputs = one_response([1.0, 1.0], 1.0, torch.float32)
+    inputs = dataclasses.replace(inputs, old_logprobs=torch.full((2,), -500.0))
+    outputs = policy_loss(inputs, OBJECTIVES[name], Denominators(2, 1))
+    outputs.loss.backward()
+    assert -outputs.loss.item() == pytest.approx(1 + OBJECTIVES[name].clip.high)
+    assert inputs.logprobs.grad.tolist() == [0.0, 0.0]
+
+
+def test_the_gradient_flows_through_the_policy_alone():
+    # An engine that hands in its own forward pass as pi_old must not lose the gradient.
+    inputs = one_response([1.0, 0.5], 1.0)
+    policy_loss(
+        dataclasses.replace(inputs, old_logprobs=inputs.logprobs), GRPO, Denominators(2, 1)
+    ).loss.backward()
+    assert inputs.logprobs.grad.tolist() == [-0.5, -0.5]
+
+
+def test_values_for_metrics_are_detached():
+    outputs, _ = loss_and_gradient(random_sequences(2, [3, 4]), GSPO)
+    assert not outputs.values.log_sequence_ratio.requires_grad
+
+
+# Errors
+
+
+def test_inputs_of_another_shape_or_dtype_are_named():
+    inputs = one_response([1.0, 1.0], 1.0)
+    with pytest.raises(ValueError, match=r"advantages: shape \(3,\), expected that of logprobs, \(2,\)"):
+        dataclasses.replace(inputs, advantages=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"loss_mask: dtype torch.int64, expected torch.bool"):
+        dataclasses.replace(inputs, loss_mask=torch.ones(2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(("tokens", "sequences"), [(1, 2), (-1, -2), (5, -1)])
+def test_denominators_that_no_mini_batch_has(tokens, sequences):
+    with pytest.raises(ValueError, match="denominators"):
+        Denominators(tokens, sequences)
+
+
+def test_constant_length_needs_its_constant():
+    config = ObjectiveConfig(aggregation="constant-length")
+    with pytest.raises(ValueError, match=r"objective\.constant_length: not set"):
+        policy_loss(one_response([1.0], 1.0), config, Denominators(1, 1))
+
+
+def test_advantages_of_zero_leave_no_gradient():
+    sequence = dataclasses.replace(random_sequences(4, [3])[0], advantage=0.0)
+    outputs, gradient = loss_and_gradient([sequence], GSPO)
+    assert outputs.loss.item() == 0
+    assert not gradient.any()
