@@ -39,11 +39,12 @@ demo test test-all: export OMP_NUM_THREADS := 1
 demo: install
 	$(BIN)/python examples/demo/run.py --preset $(PRESET)
 
+# Ranks that wait for each other can wait for ever: no test may take longer than this many seconds.
 test: install
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest --timeout 300 -m "not slow and not gpu"
 
 test-all: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --timeout 1800
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -22,6 +22,7 @@ import orjson
 from megatron_rl.config.layout import Layout, check_layout, parse_layout
 from megatron_rl.config.schema import EngineConfig
 from megatron_rl.data.sample import Prompt, Sample
+from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import read_architecture
 
 BOUNDS = {"fp32": (2e-5, 1e-4), "bf16": (0.1, 0.2)}
@@ -51,7 +52,7 @@ class Result:
     passed: bool
 
 
-class ParityError(ValueError):
+class ParityError(UserError):
     """Tokens or a layout that cannot be compared."""
 
 
@@ -82,9 +83,9 @@ def run(
     layouts: list[str],
     dtype: str = "fp32",
     recompute: str = "none",
+    device: str = "auto",
     url: str | None = None,
     as_json: bool = False,
-    device: str = "auto",
     max_tokens: int | None = None,
 ) -> int:
     """Prints one result per layout; returns 0 when all pass, else 1. Raises ParityError for unusable input."""
@@ -223,10 +224,10 @@ def _compare(spec: Spec, text: str, layout: Layout, place, engine: EngineConfig,
     import torch.distributed as dist
     from safetensors import safe_open
 
-    from megatron_rl.data.packing import pack
+    from megatron_rl.data.packing import pack_all
     from megatron_rl.data.schedule import SampleSize, plan
     from megatron_rl.engine.policy import Policy
-    from megatron_rl.objectives.losses import sft_loss
+    from megatron_rl.objectives.policy import sft_loss
 
     reference = Path(spec.reference)
     sequences = orjson.loads((reference / "tokens.json").read_bytes())
@@ -244,7 +245,9 @@ def _compare(spec: Spec, text: str, layout: Layout, place, engine: EngineConfig,
         align=2 * layout.cp if layout.cp > 1 else 1,
     ).steps[0]
     mine = step.micro_batches[place.dp]
-    batches = [pack([samples[i] for i in ids], cp=layout.cp, tp=layout.tp) for ids in mine]
+    batches = pack_all(
+        [[(samples[i], 0.0) for i in ids] for ids in mine], cp=layout.cp, tp=layout.tp, equal=layout.vpp > 1
+    )
     policy = Policy(Path(spec.model), layout, place, engine, device, optim=None)
 
     worst = 0.0

@@ -1,7 +1,7 @@
-"""A second, independent writing of the Hugging Face <-> Megatron-Core map, to hold megatron_rl.models against.
+"""The Hugging Face <-> Megatron-Core map written a second time, to hold megatron_rl.models against.
 
-It cuts with view, cat and chunk as Megatron-Core's attention and MLP read their weights, and shares no code with
-the package but Architecture.
+It cuts with view, cat and chunk, as Megatron-Core's attention and MLP read their weights, and shares no code
+with the package but Architecture.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import itertools
 from collections.abc import Iterable
 
 import torch
-from megatron_rl.models.architecture import Architecture
 from torch import Tensor, nn
+
+from megatron_rl.models.architecture import Architecture
 
 
 def moe_architecture(**changes: object) -> Architecture:
@@ -143,7 +144,9 @@ def _layer(own, arch, layer, tp, ep, etp, transformer_engine) -> dict[str, Tenso
     )
     mixed = torch.cat([q, k, v], dim=1).reshape(-1, arch.hidden_size)
     moe = bool(arch.num_experts) and layer not in arch.dense_layers
-    input_norm = "self_attention.linear_qkv.layer_norm_weight" if transformer_engine else "input_layernorm.weight"
+    input_norm = (
+        "self_attention.linear_qkv.layer_norm_weight" if transformer_engine else "input_layernorm.weight"
+    )
     mlp_norm = (
         "mlp.linear_fc1.layer_norm_weight" if transformer_engine and not moe else "pre_mlp_layernorm.weight"
     )
@@ -189,3 +192,21 @@ def stage_module(parameters: dict[str, Tensor], layers: Iterable[int]) -> nn.Mod
     for local, layer in enumerate(layers):
         root.get_submodule(f"decoder.layers.{local}").layer_number = layer + 1
     return root
+
+
+_SMALL: dict = {
+    "num_layers": 4,
+    "hidden_size": 16,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "ffn_hidden_size": 24,
+    "num_experts": 4,
+    "expert_hidden_size": 8,
+    "vocab_size": 37,
+}
+# Arguments of make_tiny_model: experts and one dense layer; tied embeddings.
+TINY: dict[str, dict] = {
+    "qwen3_moe": {**_SMALL, "family": "qwen3_moe", "mlp_only_layers": [1]},
+    "qwen3": {**_SMALL, "family": "qwen3", "tied": True},
+}

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from megatron_rl.config.schema import ClipConfig, ObjectiveConfig
-from megatron_rl.objectives.inputs import Denominators, LossInputs
+from megatron_rl.data.schedule import Denominators
+from megatron_rl.objectives.inputs import LossInputs
 
 GRPO = ObjectiveConfig(ratio="token", aggregation="seq-mean-token-mean", clip=ClipConfig(low=0.2, high=0.2))
 DAPO = ObjectiveConfig(ratio="token", aggregation="token-mean", clip=ClipConfig(low=0.2, high=0.28))
@@ -35,7 +36,9 @@ class TrainedSequence:
     advantage: float
 
 
-def random_sequences(seed: int, lengths: Sequence[int], drift: float = 0.3) -> list[TrainedSequence]:
+def random_sequences(
+    seed: int, lengths: Sequence[int], drift: float = 0.3, mismatch: float = 0.1
+) -> list[TrainedSequence]:
     """Sequences with these numbers of masked-in tokens, among others that are masked out and hold NaN."""
     rng = np.random.default_rng(seed)
     sequences = []
@@ -47,7 +50,7 @@ def random_sequences(seed: int, lengths: Sequence[int], drift: float = 0.3) -> l
         values = {
             "old": old,
             "logprobs": old + drift * rng.normal(size=n),
-            "rollout": old + 0.1 * rng.normal(size=n),
+            "rollout": old + mismatch * rng.normal(size=n),
             "entropy": rng.exponential(1.0, n),
         }
         values = {name: np.where(mask, value, np.nan) for name, value in values.items()}

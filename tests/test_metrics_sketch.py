@@ -52,6 +52,11 @@ def test_few_values_have_exact_quantiles():
     assert (report["x/p1"], report["x/p50"], report["x/p99"]) == (-3.0, 0.1, 700.0)
 
 
+def test_quantiles_stay_within_the_extremes():
+    report = accumulate(np.full(3, 0.1), {"x": Kind.TAIL}).finalize()  # 0.1 + 0.1 + 0.1 is not 0.3
+    assert report["x/min"] == report["x/p50"] == report["x/p99"] == report["x/max"]
+
+
 def test_a_ratio_is_sharp_near_one():
     log_weights = 2e-5 * np.random.default_rng(0).normal(size=50_000)
     weights = np.exp(log_weights)

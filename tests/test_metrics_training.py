@@ -20,9 +20,9 @@ from objective_reference import (
 )
 
 from megatron_rl.config.schema import ClipConfig
+from megatron_rl.data.schedule import Denominators
 from megatron_rl.lab.metrics import SFT, TRAINING, sft_metrics, training_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
-from megatron_rl.objectives.inputs import Denominators
 from megatron_rl.objectives.policy import policy_loss, sft_loss
 
 TAILS = {"p1": 0.01, "p50": 0.5, "p99": 0.99}
@@ -114,11 +114,12 @@ def assert_equal(report, expected, quantiles=0.0):
 def test_every_metric_equals_its_formula(name, denominator):
     clip = OBJECTIVES[name].clip.model_copy(update={"dual": 1.1})
     config = OBJECTIVES[name].model_copy(update={"denominator": denominator, "clip": clip})
-    sequences = random_sequences(8, [5, 0, 9, 1, 12, 3, 8, 2], drift=0.5)
+    sequences = random_sequences(8, [5, 0, 9, 1, 30, 3, 8, 2], drift=0.5, mismatch=1.5)
     expected = expected_metrics(sequences, config)
     assert 0 < expected["clip/high/active/token"] < expected["clip/high/any/token"]
     assert 0 < expected["clip/low/active/token"] < expected["clip/low/any/token"]
     assert expected["clip/dual/token"] > 0
+    assert 0 < expected["rho/beyond_10"] < expected["rho/beyond_2"] < 1
     assert_equal(measure([sequences], config, sequences).finalize(), expected, quantiles=0.01)
 
 

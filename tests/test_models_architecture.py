@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from megatron_rl.models.architecture import Architecture, read_architecture
 
 # As published for Qwen3-30B-A3B (written by transformers 4.51).
@@ -48,12 +49,22 @@ MOE: dict = {
     "vocab_size": 151936,
 }
 DENSE = {
-    **{k: v for k, v in MOE.items() if k not in {"decoder_sparse_step", "mlp_only_layers", "router_aux_loss_coef"}},
+    **{
+        k: v
+        for k, v in MOE.items()
+        if k not in {"decoder_sparse_step", "mlp_only_layers", "router_aux_loss_coef"}
+    },
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
     "tie_word_embeddings": True,
 }
-for _name in ("moe_intermediate_size", "norm_topk_prob", "num_experts", "num_experts_per_tok", "output_router_logits"):
+for _name in (
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "num_experts",
+    "num_experts_per_tok",
+    "output_router_logits",
+):
     DENSE.pop(_name)
 ABSENT = object()
 
@@ -115,7 +126,9 @@ def test_dense_layers_are_those_of_transformers(tmp_path, mlp_only, step, dense)
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeMLP
 
     small = {"num_hidden_layers": 6, "hidden_size": 8, "num_experts": 8, "moe_intermediate_size": 4}
-    arch = read(tmp_path, MOE, **small, intermediate_size=4, mlp_only_layers=mlp_only, decoder_sparse_step=step)
+    arch = read(
+        tmp_path, MOE, **small, intermediate_size=4, mlp_only_layers=mlp_only, decoder_sparse_step=step
+    )
     assert arch.dense_layers == dense
     config = AutoConfig.from_pretrained(tmp_path)
     theirs = [isinstance(Qwen3MoeDecoderLayer(config, layer).mlp, Qwen3MoeMLP) for layer in range(6)]
@@ -131,7 +144,10 @@ def test_dense_layers_are_those_of_transformers(tmp_path, mlp_only, step, dense)
         ({"use_sliding_window": True}, "use_sliding_window is True"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type is 'yarn'"),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling.type is 'linear'"),
-        ({"rope_scaling": {"rope_type": "default", "factor": 4.0}}, "not understood: rope_scaling.factor = 4.0"),
+        (
+            {"rope_scaling": {"rope_type": "default", "factor": 4.0}},
+            "not understood: rope_scaling.factor = 4.0",
+        ),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_theta is .*differ"),
         ({"rope_theta": ABSENT}, "rope_theta is missing"),
         ({"layer_types": ["sliding_attention"] * 48}, "layer_types is .*full_attention"),
@@ -154,7 +170,10 @@ def test_dense_layers_are_those_of_transformers(tmp_path, mlp_only, step, dense)
         ({"num_local_experts": 64}, r"num_experts is \[64, 128\]"),
         ({"num_experts_per_tok": 129}, "num_experts_per_tok is 129; expected at most num_experts = 128"),
         ({"mlp_only_layers": [48]}, r"mlp_only_layers is \[48\]; expected .* 0 to 47"),
-        ({"num_key_value_heads": 5}, "num_key_value_heads is 5; expected a divisor of num_attention_heads = 32"),
+        (
+            {"num_key_value_heads": 5},
+            "num_key_value_heads is 5; expected a divisor of num_attention_heads = 32",
+        ),
     ],
 )
 def test_refused(tmp_path, change, message):

@@ -9,11 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron_rl.models.architecture import Architecture
-from megatron_rl.models.binding import ModelRanks, bind
-from megatron_rl.models.family import FAMILIES
-from megatron_rl.models.weight import COLUMNS, GATE_UP, VOCABULARY, Piece, grouped_qkv
-from megatron_rl.weights.export import Grid
 from models_reference import (
     chunk_layers,
     chunk_parameters,
@@ -24,6 +19,12 @@ from models_reference import (
     stage_module,
 )
 from torch import Tensor, nn
+
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.binding import ModelRanks, bind
+from megatron_rl.models.family import FAMILIES
+from megatron_rl.models.weight import COLUMNS, GATE_UP, VOCABULARY, Piece, grouped_qkv
+from megatron_rl.weights.export import Grid
 
 
 def fill_rank(
@@ -123,7 +124,10 @@ def test_a_swap_is_seen(monkeypatch, mutation):
             "q and k": (f"{layer}.self_attention.linear_qkv.weight",) * 2,
             "gate and up": (f"{layer}.mlp.experts.linear_fc1.weight1",) * 2,
             "two experts": tuple(f"{layer}.mlp.experts.linear_fc2.weight{e}" for e in (1, 2)),
-            "two layers' routers": ("decoder.layers.2.mlp.router.weight", "decoder.layers.3.mlp.router.weight"),
+            "two layers' routers": (
+                "decoder.layers.2.mlp.router.weight",
+                "decoder.layers.3.mlp.router.weight",
+            ),
         }[mutation]
         a, b = weights[names[first]], weights[names[second]]
         if a is b:
@@ -165,14 +169,20 @@ def test_the_family_lists_the_checkpoint_in_order(arch):
     assert listed == list(hf_shapes(arch).items())
 
 
-def test_what_does_not_divide_is_named():
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("mlp.linear_fc1", 4), ("self_attention.linear_proj", 3), ("self_attention.linear_qkv", 3)],
+)
+def test_what_does_not_divide_is_named(name, size):
     arch = dense_architecture(ffn_hidden_size=10)
-    chunk = stage_module(chunk_parameters(hf_tensors(arch), arch, range(4)), range(4))
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.linear_fc1\.weight: .*\[10, 10\].*4 shards.*choose"):
-        for weight in FAMILIES["qwen3"].weights(arch):
-            weight.cut(0, 4)
+    weights = {weight.name: weight for weight in FAMILIES["qwen3"].weights(arch)}
+    with pytest.raises(ValueError, match=rf"layers\.0\.{name}\.weight: .* {size} shards; choose"):
+        weights[f"decoder.layers.0.{name}.weight"].cut(0, size)
+
+
+def test_experts_that_do_not_divide_are_named():
     with pytest.raises(ValueError, match="4 experts do not divide over 3"):
-        bind([chunk], moe_architecture(), ModelRanks(ep_size=3))
+        bind([], moe_architecture(), ModelRanks(ep_size=3))
 
 
 def bad_stages(change) -> list[nn.Module]:
@@ -185,7 +195,10 @@ def bad_stages(change) -> list[nn.Module]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: p.update({"decoder.layers.0.mlp.bias": torch.zeros(2)}), r"layers\.0\.mlp\.bias .* no weight"),
+        (
+            lambda p: p.update({"decoder.layers.0.mlp.bias": torch.zeros(2)}),
+            r"layers\.0\.mlp\.bias .* no weight",
+        ),
         (
             lambda p: p.pop("decoder.layers.2.self_attention.k_layernorm.weight"),
             r"no parameter .* holds decoder\.layers\.2\.self_attention\.k_layernorm\.weight .*k_norm",

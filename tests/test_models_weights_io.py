@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import stat
@@ -9,42 +10,32 @@ from pathlib import Path
 
 import pytest
 import torch
+from models_reference import TINY, chunk_parameters, hf_shapes, stage_module
+from safetensors.torch import load_file, save_file
+from tiny_models import make_tiny_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
 from megatron_rl.models import weights_io
 from megatron_rl.models.architecture import Architecture, read_architecture
 from megatron_rl.models.binding import ModelRanks, bind
 from megatron_rl.models.weight import Source
 from megatron_rl.models.weights_io import TensorFiles, load_weights, save_weights
-from models_reference import chunk_parameters, hf_shapes, stage_module
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-SMALL = {
-    "vocab_size": 37,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-}
 TOKENS = torch.arange(20).view(2, 10)
 
 
-def make(directory: Path, family: str, shard: str = "1GB") -> tuple[Path, Architecture]:
-    """A model that transformers saved."""
-    torch.manual_seed(0)
-    if family == "qwen3_moe":
-        experts = {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, **experts, mlp_only_layers=[1]))
-    else:
-        model = Qwen3ForCausalLM(Qwen3Config(**SMALL, tie_word_embeddings=True))
-    for parameter in model.parameters():  # norms too: ones everywhere would hide a norm in another's place
-        torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(directory, max_shard_size=shard)
-    (directory / "tokenizer.json").write_text("{}")
+def make(directory: Path, family: str) -> tuple[Path, Architecture]:
+    make_tiny_model(directory, **TINY[family])
     (directory / "README.md").write_text("not to be copied")
+    return directory, read_architecture(directory)
+
+
+def make_sharded(directory: Path) -> tuple[Path, Architecture]:
+    make(directory, "qwen3_moe")
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    (directory / "model.safetensors").unlink()
+    model.save_pretrained(directory, max_shard_size="4KB")
     return directory, read_architecture(directory)
 
 
@@ -71,7 +62,9 @@ def empty_stage(arch: Architecture, layers=None, dtype=torch.float32, **ranks) -
     layers = range(arch.num_layers) if layers is None else layers
     zeros = {name: torch.zeros(shape) for name, shape in hf_shapes(arch).items()}
     parameters = chunk_parameters(zeros, arch, layers, **ranks)
-    return stage_module({n: torch.full_like(t, torch.nan, dtype=dtype) for n, t in parameters.items()}, layers)
+    return stage_module(
+        {n: torch.full_like(t, torch.nan, dtype=dtype) for n, t in parameters.items()}, layers
+    )
 
 
 def whole(stage: nn.Module, arch: Architecture) -> list[tuple[str, Tensor]]:
@@ -86,13 +79,12 @@ def edit(directory: Path, change) -> None:
     save_file(tensors, directory / "model.safetensors")
 
 
-# ---- loading -------------------------------------------------------------------------------------------------------
+# ---- loading -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shard", ["1GB", "4KB"])
-def test_loads_what_transformers_saved(tmp_path, shard):
-    directory, arch = make(tmp_path / "hf", "qwen3_moe", shard)
-    assert (directory / "model.safetensors.index.json").exists() == (shard == "4KB")
+@pytest.mark.parametrize("sharded", [False, True])
+def test_loads_what_transformers_saved(tmp_path, sharded):
+    directory, arch = make_sharded(tmp_path / "hf") if sharded else make(tmp_path / "hf", "qwen3_moe")
     stage = empty_stage(arch)
     assert load_weights([stage], arch, directory, ModelRanks()) == ()
     expected = chunk_parameters(files_of(directory), arch, range(arch.num_layers))
@@ -114,10 +106,10 @@ def test_a_rank_reads_only_its_share(moe, monkeypatch):
     monkeypatch.setattr(TensorFiles, "read", counted)
     shares = {"tp": (1, 2), "ep": (1, 2), "etp": (0, 2)}
     ranks = ModelRanks(tp_rank=1, tp_size=2, ep_rank=1, ep_size=2, etp_rank=0, etp_size=2)
-    stages = [empty_stage(arch, [layer], **shares) for layer in (0, 2)]  # two virtual stages
+    stages = [empty_stage(arch, [layer], **shares) for layer in (0, 3)]  # two virtual stages
     load_weights(stages, arch, directory, ranks)
     tensors = files_of(directory)
-    for stage, layers in zip(stages, ([0], [2]), strict=True):
+    for stage, layers in zip(stages, ([0], [3]), strict=True):
         for name, tensor in chunk_parameters(tensors, arch, layers, **shares).items():
             assert torch.equal(stage.get_parameter(name), tensor), name
     held = sum(p.numel() for stage in stages for p in stage.parameters())
@@ -140,7 +132,7 @@ def test_values_are_cast_to_the_parameters_dtype(moe):
 
 def test_the_last_stage_of_a_tied_model_gets_the_embedding(tied):
     directory, arch = tied
-    last = empty_stage(arch, [2], tp=(1, 2))
+    last = empty_stage(arch, [3], tp=(1, 2))
     load_weights([last], arch, directory, ModelRanks(tp_rank=1, tp_size=2))
     embedding = files_of(directory)["model.embed_tokens.weight"]
     assert torch.equal(last.output_layer.weight[:18], embedding[19:])
@@ -155,8 +147,14 @@ K_PROJ = "model.layers.1.self_attn.k_proj.weight"
     [
         (lambda t: t.pop(K_PROJ), rf"{K_PROJ} missing; config.json asks for it"),
         (lambda t: t.update({K_PROJ: torch.zeros(8, 16)}), rf"{K_PROJ} has shape \(8, 16\); .* \(16, 16\)"),
-        (lambda t: t.update({K_PROJ: torch.zeros(16, 16, dtype=torch.int8)}), rf"{K_PROJ} has dtype I8; expected"),
-        (lambda t: t.update({K_PROJ: torch.zeros(16, 16).to(torch.float8_e4m3fn)}), rf"{K_PROJ} has dtype F8_E4M3"),
+        (
+            lambda t: t.update({K_PROJ: torch.zeros(16, 16, dtype=torch.int8)}),
+            rf"{K_PROJ} has dtype I8; expected",
+        ),
+        (
+            lambda t: t.update({K_PROJ: torch.zeros(16, 16).to(torch.float8_e4m3fn)}),
+            rf"{K_PROJ} has dtype F8_E4M3",
+        ),
         (
             lambda t: t.update({"model.layers.1.self_attn.k_proj.bias": torch.zeros(16)}),
             r"model\.layers\.1\.self_attn\.k_proj\.bias has no place in the qwen3_moe model",
@@ -187,22 +185,29 @@ def test_a_stray_output_layer_must_be_the_tied_embedding(tied):
     edit(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     assert load_weights([empty_stage(arch)], arch, directory, ModelRanks()) == ("lm_head.weight",)
     edit(directory, lambda t: t["lm_head.weight"][36].add_(1))
-    with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
         load_weights([empty_stage(arch)], arch, directory, ModelRanks())
 
 
 def test_broken_directories(tmp_path):
-    directory, arch = make(tmp_path / "hf", "qwen3_moe", "4KB")
+    directory, arch = make_sharded(tmp_path / "hf")
 
     def load() -> None:
         load_weights([empty_stage(arch)], arch, directory, ModelRanks())
 
+    single = directory / "model.safetensors"
+    single.write_bytes(b"of an earlier save")
+    with pytest.raises(ValueError, match=r"holds both .* and model\.safetensors; .* remove one"):
+        load()
+    single.unlink()
     index = directory / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     first, *_, last = sorted(set(content["weight_map"].values()))
     name = next(n for n, file in content["weight_map"].items() if file == first)
     index.write_text(json.dumps({"weight_map": {**content["weight_map"], name: last}}))
-    with pytest.raises(ValueError, match=f"{last}: tensor {name} is missing; model.safetensors.index.json puts it"):
+    with pytest.raises(
+        ValueError, match=f"{last}: tensor {name} is missing; model.safetensors.index.json puts it"
+    ):
         load()
     index.write_text(json.dumps(content))
     whole_file = (directory / first).read_bytes()
@@ -216,7 +221,7 @@ def test_broken_directories(tmp_path):
     with pytest.raises(ValueError, match="is not an index"):
         load()
     index.unlink()
-    with pytest.raises(FileNotFoundError, match="neither model.safetensors.index.json nor model.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"holds neither .* nor .*; expected one"):
         load()
 
 
@@ -232,7 +237,7 @@ def test_tensor_files_lists_shapes_and_dtypes_and_reads_columns(moe):
         files.shape("nobody")
 
 
-# ---- saving --------------------------------------------------------------------------------------------------------
+# ---- saving ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 3000])
@@ -256,7 +261,7 @@ def test_a_saved_directory_is_the_same_model_to_transformers(model, tmp_path, ma
 
 
 def test_shards_are_bounded_and_listed(moe, tmp_path):
-    directory, arch = moe
+    directory, _ = moe
     saved = tmp_path / "saved"
     save_weights(files_of(directory).items(), saved, directory, 3000, torch.float32)
     index = json.loads((saved / "model.safetensors.index.json").read_text())
@@ -264,10 +269,13 @@ def test_shards_are_bounded_and_listed(moe, tmp_path):
     assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
     assert set(index["weight_map"].values()) == {shard.name for shard in shards}
     assert len(shards) > 10
+    sizes = []
     for shard in shards:
         tensors = load_file(shard)
         assert {name for name, file in index["weight_map"].items() if file == shard.name} == set(tensors)
-        assert sum(t.nbytes for t in tensors.values()) <= 3000 or len(tensors) == 1
+        sizes.append(sum(t.nbytes for t in tensors.values()))
+        assert sizes[-1] <= 3000 or len(tensors) == 1
+    assert all(a + b > 3000 for a, b in itertools.pairwise(sizes))  # none was begun while there was room
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in files_of(directory).values())
 
 
@@ -312,13 +320,18 @@ def test_only_one_shard_is_held(moe, tmp_path, monkeypatch):
         (lambda pairs: pairs[:-1], "never given to be saved: model.norm.weight"),
         (lambda pairs: [*pairs, pairs[3]], "is no tensor of this qwen3_moe model, or came before"),
         (lambda pairs: [*pairs, ("model.extra", torch.zeros(1))], "model.extra was to be saved"),
-        (lambda pairs: [(pairs[0][0], pairs[0][1][1:]), *pairs[1:]], r"with shape \(36, 16\); expected \(37, 16\)"),
+        (
+            lambda pairs: [(pairs[0][0], pairs[0][1][1:]), *pairs[1:]],
+            r"with shape \(36, 16\); expected \(37, 16\)",
+        ),
     ],
 )
 def test_an_incomplete_stream_leaves_nothing_behind(moe, tmp_path, change, message):
     directory, _ = moe
     with pytest.raises(ValueError, match=message):
-        save_weights(change(list(files_of(directory).items())), tmp_path / "saved", directory, 3000, torch.float32)
+        save_weights(
+            change(list(files_of(directory).items())), tmp_path / "saved", directory, 3000, torch.float32
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 

@@ -21,7 +21,8 @@ from objective_reference import (
 )
 
 from megatron_rl.config.schema import ClipConfig, ObjectiveConfig
-from megatron_rl.objectives.inputs import Denominators, LossInputs
+from megatron_rl.data.schedule import Denominators
+from megatron_rl.objectives.inputs import LossInputs
 from megatron_rl.objectives.policy import policy_loss, sft_loss
 
 seeds = st.integers(0, 10**6)
@@ -115,6 +116,7 @@ def test_sft_loss_is_the_mean_over_masked_in_tokens():
     sum(parts).backward()
     assert sum(parts).item() == 2.0
     assert logprobs.grad.tolist() == [0.0, -0.5, -0.5, 0.0]
+    assert sft_loss(logprobs[:1], mask[:1], Denominators(0, 0)).loss.item() == 0
 
 
 # The float64 reference

@@ -84,9 +84,7 @@ def micro_batch(packed: PackedBatch, cp: int, cp_rank: int, device: torch.device
     )
 
 
-def attention_plan(
-    cu_seqlens: npt.NDArray[np.integer], cp: int, cp_rank: int, device: torch.device
-) -> AttentionPlan:
+def attention_plan(cu_seqlens: npt.NDArray[np.integer], cp: int, cp_rank: int, device: torch.device) -> AttentionPlan:
     """cu_seqlens [S + 1] of the whole batch. Sequences share a call when their lengths have the same power of two."""
     mine = cp_index(cu_seqlens, cp, cp_rank)
     in_gathered = np.argsort(np.concatenate([cp_index(cu_seqlens, cp, rank) for rank in range(cp)]))
@@ -118,9 +116,7 @@ def attention_plan(
     return AttentionPlan(tuple(batches), torch.as_tensor(slot_of, device=device))
 
 
-def _padded_ranges(
-    starts: npt.NDArray[np.integer], lengths: npt.NDArray[np.integer]
-) -> npt.NDArray[np.int64]:
+def _padded_ranges(starts: npt.NDArray[np.integer], lengths: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
     """[B, max length]: start, start + 1, ... per row, then -1."""
     steps = np.arange(lengths.max())
     return np.where(steps < lengths[:, None], starts[:, None] + steps, -1).astype(np.int64)

@@ -20,12 +20,13 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron_rl.engine.exchange import all_gather_bytes
 from megatron_rl.engine.optimizer import optimizer_parts
 from megatron_rl.engine.policy import Policy
+from megatron_rl.errors import UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that is incomplete, damaged or of another layout."""
 
 

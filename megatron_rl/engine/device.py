@@ -147,8 +147,15 @@ def _all_to_all() -> None:
     """gloo's all_to_all_single takes split sizes only as lists of ints, and only contiguous input."""
     plain = torch.distributed.all_to_all_single
 
-    def all_to_all_single(output: Any, input: Any, output_splits: Any = None, input_splits: Any = None,
-                          group: Any = None, async_op: bool = False, **splits: Any) -> Any:
+    def all_to_all_single(
+        output: Any,
+        input: Any,
+        output_splits: Any = None,
+        input_splits: Any = None,
+        group: Any = None,
+        async_op: bool = False,
+        **splits: Any,
+    ) -> Any:
         output_splits = splits.get("output_split_sizes", output_splits)
         input_splits = splits.get("input_split_sizes", input_splits)
         as_ints = [None if s is None else [int(n) for n in s] for s in (output_splits, input_splits)]
@@ -170,8 +177,13 @@ def _uneven_collectives() -> None:
             torch.distributed.broadcast(output, group=group, group_src=index)
         return None
 
-    def reduce_scatter(output: Any, inputs: Any, op: Any = torch.distributed.ReduceOp.SUM, group: Any = None,
-                       async_op: bool = False) -> Any:
+    def reduce_scatter(
+        output: Any,
+        inputs: Any,
+        op: Any = torch.distributed.ReduceOp.SUM,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
         if all(i.shape == output.shape for i in inputs):
             return even_scatter(output, inputs, op=op, group=group, async_op=async_op)
         for index, part in enumerate(inputs):
@@ -204,5 +216,3 @@ CPU_LAYER: dict[str, Callable[[], None]] = {
     "uneven_collectives": _uneven_collectives,
     "router_gemm": _router_gemm,
 }
-
-

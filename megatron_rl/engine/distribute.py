@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import orjson
 
 from megatron_rl.config.layout import Layout
-from megatron_rl.data.packing import PackedBatch, pack
+from megatron_rl.data.packing import PackedBatch, pack_all
 from megatron_rl.data.sample import Sample
 from megatron_rl.data.schedule import Denominators, SampleSize, plan
 from megatron_rl.data.store import decode_samples, encode_samples
@@ -73,17 +73,16 @@ def distribute(
     return [
         MiniBatch(
             index=step.mini_batch,
-            micro_batches=tuple(
-                _pack([samples[i] for i in micro_batch], layout) for micro_batch in step.micro_batches[place.dp]
+            micro_batches=pack_all(
+                [[(samples[i].sample, samples[i].advantage) for i in part] for part in step.micro_batches[place.dp]],
+                cp=layout.cp,
+                tp=layout.tp,
+                equal=layout.vpp > 1,
             ),
             denominators=step.denominators,
         )
         for step in schedule.steps
     ]
-
-
-def _pack(samples: Sequence[TrainSample], layout: Layout) -> PackedBatch:
-    return pack([s.sample for s in samples], [s.advantage for s in samples], cp=layout.cp, tp=layout.tp)
 
 
 def _exchange_sizes(mine: Sequence[TrainSample], place: Place) -> tuple[list[SampleSize], list[int]]:
@@ -107,5 +106,3 @@ def _decode(data: bytes) -> list[TrainSample]:
         TrainSample(int(index), int(group), sample, float(advantage))
         for (index, group, advantage), sample in zip(header, samples, strict=True)
     ]
-
-

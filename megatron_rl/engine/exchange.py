@@ -16,14 +16,12 @@ def all_gather_bytes(data: bytes, group: dist.ProcessGroup) -> list[bytes]:
     padded[: len(mine)] = mine
     everyone = [torch.empty_like(padded) for _ in range(group.size())]
     dist.all_gather(everyone, padded, group=group)
-    return [
-        part[: int(size)].numpy().tobytes() for part, size in zip(everyone, sizes, strict=True)
-    ]
+    return [part[: int(size)].numpy().tobytes() for part, size in zip(everyone, sizes, strict=True)]
 
 
-def broadcast_bytes(data: bytes | None, group: dist.ProcessGroup) -> bytes:
-    """The bytes of the group's first rank; `data` is ignored elsewhere."""
-    source = dist.get_global_rank(group, 0)
+def broadcast_bytes(data: bytes | None, group: dist.ProcessGroup, source: int = 0) -> bytes:
+    """The bytes of the group's rank number `source`; `data` is ignored elsewhere."""
+    source = dist.get_global_rank(group, source)
     size = torch.tensor([len(data or b"")])
     dist.broadcast(size, source, group=group)
     buffer = torch.empty(max(1, int(size)), dtype=torch.uint8)

@@ -107,9 +107,7 @@ class GroupedExperts(MegatronModule):
     dispatcher's: it gathers the input tokens and reduces the output.
     """
 
-    def __init__(
-        self, num_local_experts: int, config: TransformerConfig, pg_collection: Any = None, **_: Any
-    ) -> None:
+    def __init__(self, num_local_experts: int, config: TransformerConfig, pg_collection: Any = None, **_: Any) -> None:
         super().__init__(config=config)
         ffn = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
         shapes = {

@@ -33,9 +33,7 @@ class PolicyModel(GPTModel):
         self.temperature = temperature
         self.logit_chunk_tokens = logit_chunk_tokens
         tp = self.pg_collection.tp
-        self.shard = VocabularyShard(
-            start=tp.rank() * self.vocab_size // tp.size(), size=unpadded_vocab_size, group=tp
-        )
+        self.shard = VocabularyShard(start=tp.rank() * self.vocab_size // tp.size(), size=unpadded_vocab_size, group=tp)
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor, **_: Any) -> Tensor:
         """Takes the place of the logits: hidden_states [T, 1, H] (sequence-parallel), labels [1, T]."""

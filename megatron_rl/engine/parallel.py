@@ -35,9 +35,7 @@ class Place:
         return self.tp == self.pp == self.cp == 0
 
 
-def start_process_groups(
-    layout: Layout, device: torch.device, seed: int, timeout_seconds: float = 1800.0
-) -> Place:
+def start_process_groups(layout: Layout, device: torch.device, seed: int, timeout_seconds: float = 1800.0) -> Place:
     """Joins the torchrun world if need be and makes Megatron-Core's groups. Collective.
 
     Raises RuntimeError when the world's size is not the layout's.
@@ -45,9 +43,7 @@ def start_process_groups(
     if not dist.is_initialized():
         dist.init_process_group(backend(device), timeout=datetime.timedelta(seconds=timeout_seconds))
     if dist.get_world_size() != layout.world_size:
-        raise RuntimeError(
-            f"the layout needs {layout.world_size} ranks, but {dist.get_world_size()} were started"
-        )
+        raise RuntimeError(f"the layout needs {layout.world_size} ranks, but {dist.get_world_size()} were started")
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,

@@ -20,8 +20,8 @@ from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import EngineConfig, OptimConfig
 from megatron_rl.data.packing import PackedBatch
 from megatron_rl.engine.batch import MicroBatch, micro_batch
-from megatron_rl.engine.model import build_stages, transformer_config
 from megatron_rl.engine.grad_norms import grad_norms
+from megatron_rl.engine.model import build_stages, transformer_config
 from megatron_rl.engine.optimizer import build_optimizer, optimizer_parts
 from megatron_rl.engine.parallel import Place
 from megatron_rl.engine.step import LossFunction, forward, forward_backward
@@ -60,6 +60,7 @@ class Policy:
         self.place = place
         self.engine = engine
         self.device = device
+        self.temperature = temperature
         config = transformer_config(self.arch, engine, layout)
         config.finalize_model_grads_func = finalize_model_grads
         stages = build_stages(self.arch, engine, layout, config, temperature)
@@ -94,13 +95,22 @@ class Policy:
     def _micro_batches(self, batches: Sequence[PackedBatch]) -> list[MicroBatch]:
         return [micro_batch(b, self.layout.cp, self.place.cp, self.device) for b in batches]
 
-    def logprobs(self, batches: Sequence[PackedBatch]) -> list[tuple[Tensor, Tensor]]:
+    def logprobs(self, batches: Sequence[PackedBatch], temperature: float | None = None) -> list[tuple[Tensor, Tensor]]:
         """Log-prob of each position's label and entropy, both [T] fp32, per micro-batch; [] off the last stage.
+
+        They are those of logits / `temperature`; None is the policy's own.
 
         The stages stay in training mode: there is no dropout, and the same code path as the update's forward
         pass makes the importance ratios of the first mini-batch exactly 1.
         """
-        return forward(self.stages, self._micro_batches(batches))
+        stages = [stage.module for stage in self.stages]
+        for stage in stages:
+            stage.temperature = temperature or self.temperature
+        try:
+            return forward(self.stages, self._micro_batches(batches))
+        finally:
+            for stage in stages:
+                stage.temperature = self.temperature
 
     def gradients(self, batches: Sequence[PackedBatch], loss: LossFunction) -> None:
         """Leaves the gradient of the summed loss in each parameter's main_grad."""
@@ -134,6 +144,4 @@ class Policy:
             ep=parallel_state.get_expert_model_parallel_group(),
             pp=parallel_state.get_pipeline_model_parallel_group(),
         )
-        return export_stream(
-            [stage.module for stage in self.stages], self.arch, groups, bucket_bytes, tensor_of
-        )
+        return export_stream([stage.module for stage in self.stages], self.arch, groups, bucket_bytes, tensor_of)

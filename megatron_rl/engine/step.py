@@ -68,9 +68,7 @@ def forward_backward(
 
 
 @torch.no_grad()
-def forward(
-    stages: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch]
-) -> list[tuple[Tensor, Tensor]]:
+def forward(stages: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
     """(log-probs [T], entropy [T]) of each micro-batch on the last pipeline stage, [] on the others. Collective."""
 
     def collect(index: int, output: Tensor, non_loss_data: bool = True) -> tuple[Tensor, Tensor]:

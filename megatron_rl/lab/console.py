@@ -1,7 +1,7 @@
 """The live console of a run, and the timer of its phases.
 
-On a terminal: a progress bar over rollout steps with the time left, the latest figures, and the time of each phase.
-Elsewhere (a log file, CI): one plain line per step.
+On a terminal: a progress bar over rollout steps with the time left, the latest figures, and the time of each
+phase. Elsewhere (a log file, CI): one plain line per step.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _PACE_STEPS = 20  # the time left is reckoned at the mean pace of so many latest
 class PhaseTimer:
     """Seconds per phase, summed until they are drained. Works on every rank.
 
-    Times are the host's, by a monotonic clock: work that CUDA still has queued counts in the phase that waits for it.
-    A phase inside another counts in both.
+    Times are the host's, by a monotonic clock: work that CUDA still has queued counts in the phase that waits
+    for it. A phase inside another counts in both.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -53,8 +53,8 @@ class PhaseTimer:
 class Console:
     """Shows a run on rank 0; off rank 0 (`shows=False`) it times phases and prints nothing.
 
-    Use it as a context manager, so that an error leaves the terminal whole. `first_step` is the number of rollout
-    steps that a resumed run had already made.
+    Use it as a context manager, so that an error leaves the terminal whole. `first_step` is the number of
+    rollout steps that a resumed run had already made.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Console:
         self._times: dict[str, float] = {}
         self._phase = ""
         out = file or sys.stdout
-        # Asked of the file itself: rich also calls a log file a terminal, where the environment forces colours.
+        # Asked of the file itself: rich takes a log file for a terminal where the environment forces colours.
         self._console = rich.console.Console(file=out, force_terminal=out.isatty()) if shows else None
         self._live: Live | None = None
         self._progress = Progress(
@@ -111,29 +111,17 @@ class Console:
         finally:
             self._phase = outer
 
-    def step(
-        self,
-        step: int,
-        *,
-        reward: float,
-        accuracy: float,
-        tokens_per_second: float,
-        times: Mapping[str, float],
-    ) -> None:
-        """Shows the step just done, `step` of the total (from 1). `times` is what the timer drained for it."""
+    def step(self, step: int, figures: Mapping[str, float], times: Mapping[str, float]) -> None:
+        """Shows the step just done, `step` of the total (from 1); `times` is what the timer drained."""
         self._step = step
         self._ends.append(self._clock())
         self._figures |= {
-            "reward": f"{reward:.3f}",
-            "accuracy": f"{accuracy:.3f}",
-            "tokens/s": f"{tokens_per_second:.0f}",
+            name: f"{value:.0f}" if abs(value) >= 100 else f"{value:.3f}" for name, value in figures.items()
         }
         self._times = {name.removeprefix(PREFIX): seconds for name, seconds in times.items()}
         self._progress.update(self._bar, completed=step, left=f"left {self._left()}")
         phases = [f"{name} {seconds:.2f}s" for name, seconds in self._times.items()]
-        self._line(
-            f"step {step}/{self._total_steps}", *self._shown_figures(), *phases, f"left {self._left()}"
-        )
+        self._line(f"step {step}/{self._total_steps}", *self._shown_figures(), *phases, f"left {self._left()}")
 
     def heldout(self, accuracy: float) -> None:
         """Shows the accuracy of an evaluation on held-out prompts."""
@@ -151,9 +139,7 @@ class Console:
             share = seconds / (sum(self._times.values()) or 1.0)
             table.add_row(name, f"{seconds:.2f} s", f"{share:.0%}")
         running = f"now: {self._phase}" if self._phase else ""
-        return rich.console.Group(
-            self._progress, Text("  ".join(self._shown_figures())), table, Text(running)
-        )
+        return rich.console.Group(self._progress, Text("  ".join(self._shown_figures())), table, Text(running))
 
     def _shown_figures(self) -> list[str]:
         return [f"{name} {figure}" for name, figure in self._figures.items()]

@@ -39,11 +39,7 @@ TRAINING: dict[str, Kind] = {
     "abs_logprob_gap": Kind.TAIL,  # |log pi_old - log mu|
     "log_perplexity_gap": Kind.TAIL,  # log perplexity under pi_old less that under mu, by sequence
     # A KL is a mean only: the tails of its terms are those of rho and of the ratio.
-    **{
-        f"kl/{pair}/{estimate}": Kind.MEAN
-        for pair in ("rollout_old", "old_policy")
-        for estimate in ("k1", "k3")
-    },
+    **{f"kl/{pair}/{estimate}": Kind.MEAN for pair in ("rollout_old", "old_policy") for estimate in ("k1", "k3")},
     # Fractions of tokens, and of sequences with at least one such token.
     **{
         f"clip/{side}/{kind}/{unit}": Kind.MEAN
@@ -126,9 +122,7 @@ def _add_clipping(metrics: MetricAccumulator, clipping: Clipping, tokens: Tokens
             metrics.add(f"clip/{name}/sequence", tokens.sequence_mean(mask.double())[tokens.lengths > 0] > 0)
 
 
-def sft_metrics(
-    metrics: MetricAccumulator, logprobs: Tensor, loss_mask: Tensor, loss: Tensor, entropy: Tensor
-) -> None:
+def sft_metrics(metrics: MetricAccumulator, logprobs: Tensor, loss_mask: Tensor, loss: Tensor, entropy: Tensor) -> None:
     """Adds one micro-batch to an accumulator of SFT; logprobs, loss_mask and entropy are [T]."""
     metrics.add("loss", loss)
     metrics.add("tokens", loss_mask)
@@ -168,9 +162,7 @@ def rollout_metrics(metrics: MetricAccumulator, groups: Sequence[Group], weight_
 
 def _verdict(sample: Sample) -> Verdict:
     if sample.verdict is None:
-        raise ValueError(
-            f"prompt {sample.prompt.id!r} sample {sample.index}: no verdict; judge it before measuring it"
-        )
+        raise ValueError(f"prompt {sample.prompt.id!r} sample {sample.index}: no verdict; judge it before measuring it")
     return sample.verdict
 
 

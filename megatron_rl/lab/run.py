@@ -46,8 +46,8 @@ MAY_CHANGE = (
 )
 """Keys, with all below them, that may differ on resume: how long a run goes, where and how fast.
 
-Of presets only the names are free: what they set is compared, key by key. A server's dtype and flags do change mu,
-but a run outlives its servers; the mismatch metrics show the change.
+Of presets only the names are free: what they set is compared, key by key. A server's dtype and flags do
+change mu, but a run outlives its servers; the mismatch metrics show the change.
 """
 
 # In the order in which they are written: only a directory with a config.yaml can be resumed.
@@ -102,10 +102,8 @@ class RunDir:
         """The directory for the other ranks, once rank 0 has created it: its paths; nothing is written."""
         return cls(path, writes=False)
 
-    def log_metrics(
-        self, step: int, mini_batch: int, weight_version: int, metrics: Mapping[str, float]
-    ) -> None:
-        """Appends the line of one optimizer step. A metric that is not finite becomes null, with a warning."""
+    def log_metrics(self, step: int, mini_batch: int, weight_version: int, metrics: Mapping[str, float]) -> None:
+        """Appends the line of one optimizer step; a metric that is not finite becomes null (warned once)."""
         if not self._writes:
             return
         tags = {"step": step, "mini_batch": mini_batch, "weight_version": weight_version}
@@ -141,9 +139,7 @@ class RunDir:
         # Of what the interrupted run had plotted, TensorBoard hides all from the next optimizer step on.
         self._hide_events_from = self._optimizer_steps + 1
 
-    def _append(
-        self, file: Path, tags: Mapping[str, int], metrics: Mapping[str, float]
-    ) -> dict[str, float | None]:
+    def _append(self, file: Path, tags: Mapping[str, int], metrics: Mapping[str, float]) -> dict[str, float | None]:
         reserved = [name for name in metrics if name in _TAGS]
         if reserved:
             raise ValueError(f"metric {reserved[0]!r} has the name of a tag of {file.name}: give it another")
@@ -201,9 +197,7 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
             except orjson.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error}). Remove the line.") from error
             if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                raise ValueError(
-                    f"{path}, line {number}: expected an object with an integer `step`. Remove it."
-                )
+                raise ValueError(f"{path}, line {number}: expected an object with an integer `step`. Remove it.")
             end += len(line)
             yield record, end
 

@@ -77,6 +77,7 @@ class MetricAccumulator:
     """
 
     def __init__(self, kinds: Mapping[str, Kind], device: torch.device | str = "cpu") -> None:
+        self.kinds = dict(kinds)
         self._slots: dict[str, Slot] = {}
         size = 0
         for position, (name, kind) in enumerate(kinds.items()):

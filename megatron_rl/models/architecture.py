@@ -66,9 +66,7 @@ class Architecture:
     experts_per_token: int = 0
     expert_hidden_size: int = 0
     norm_topk_prob: bool = False
-    dense_layers: tuple[
-        int, ...
-    ] = ()  # 0-based numbers of the layers without experts; empty if num_experts is 0
+    dense_layers: tuple[int, ...] = ()  # 0-based numbers of the layers without experts; empty if num_experts is 0
 
     def is_moe(self, layer: int) -> bool:
         """Whether layer `layer` (0-based, global) has experts."""
@@ -110,9 +108,7 @@ class _Fields:
         if name in self.left:
             return self.left.pop(name)
         if default is None:
-            raise ValueError(
-                f"{self.path}: {self.prefix}{name} is missing, and it has no safe default; add it"
-            )
+            raise ValueError(f"{self.path}: {self.prefix}{name} is missing, and it has no safe default; add it")
         return default
 
     def integer(self, name: str, default: int | None = None) -> int:
@@ -143,9 +139,7 @@ class _Fields:
     def end(self) -> None:
         unknown = {name: value for name, value in self.left.items() if name not in _NO_MATTER}
         if unknown:
-            listed = ", ".join(
-                f"{self.prefix}{name} = {json.dumps(value)}" for name, value in unknown.items()
-            )
+            listed = ", ".join(f"{self.prefix}{name} = {json.dumps(value)}" for name, value in unknown.items())
             raise ValueError(
                 f"{self.path}: not understood: {listed}; if it changes nothing in the model, remove it there"
             )
@@ -163,16 +157,12 @@ def _architecture(fields: _Fields) -> Architecture:
     num_layers = fields.integer("num_hidden_layers")
     layer_types = fields.left.pop("layer_types", None)
     if layer_types not in (None, ["full_attention"] * num_layers):
-        raise fields.error(
-            "layer_types", layer_types, f'"full_attention" for each of the {num_layers} layers'
-        )
+        raise fields.error("layer_types", layer_types, f'"full_attention" for each of the {num_layers} layers')
     hidden_size = fields.integer("hidden_size")
     num_heads = fields.integer("num_attention_heads")
     num_kv_heads = fields.integer("num_key_value_heads")
     if num_heads % num_kv_heads:
-        raise fields.error(
-            "num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads = {num_heads}"
-        )
+        raise fields.error("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads = {num_heads}")
     # transformers and SGLang both derive head_dim so for qwen3_moe; for qwen3 its absence would mean 128.
     derived = hidden_size // num_heads if family == "qwen3_moe" and hidden_size % num_heads == 0 else None
 
@@ -248,7 +238,5 @@ def _rope_theta(fields: _Fields) -> float:
     if not thetas:
         return fields.number("rope_theta")  # raises: it is missing
     if len(set(thetas)) > 1:
-        raise fields.error(
-            "rope_theta", thetas, "one value; rope_theta and rope_parameters.rope_theta differ"
-        )
+        raise fields.error("rope_theta", thetas, "one value; rope_theta and rope_parameters.rope_theta differ")
     return thetas[0]

@@ -65,9 +65,7 @@ def bind(chunks: Sequence[nn.Module], arch: Architecture, ranks: ModelRanks) -> 
     """
     weights = {weight.name: weight for weight in FAMILIES[arch.family].weights(arch)}
     if arch.num_experts % ranks.ep_size:
-        raise ValueError(
-            f"{arch.num_experts} experts do not divide over {ranks.ep_size} expert-parallel ranks"
-        )
+        raise ValueError(f"{arch.num_experts} experts do not divide over {ranks.ep_size} expert-parallel ranks")
     local_experts = arch.num_experts // ranks.ep_size
     experts = range(ranks.ep_rank * local_experts, (ranks.ep_rank + 1) * local_experts)
     slots: dict[str, Slot] = {}
@@ -76,9 +74,7 @@ def bind(chunks: Sequence[nn.Module], arch: Architecture, ranks: ModelRanks) -> 
             for canonical, index in _canonical(chunk, name, experts):
                 weight = weights.get(canonical)
                 if weight is None or (weight.expert is not None and weight.expert not in experts):
-                    raise ValueError(
-                        f"parameter {name} ({canonical}) is no weight of this rank's {arch.family}"
-                    )
+                    raise ValueError(f"parameter {name} ({canonical}) is no weight of this rank's {arch.family}")
                 if canonical in slots:
                     raise ValueError(f"parameter {name}: {canonical} is held twice on this rank")
                 slots[canonical] = Slot(weight, parameter, index)
@@ -92,14 +88,11 @@ def _check_shape(name: str, slot: Slot, ranks: ModelRanks, local_experts: int) -
     expected = shape if slot.index is None else (local_experts, *shape)
     if tuple(slot.parameter.shape) != expected:
         raise ValueError(
-            f"parameter {name} has shape {tuple(slot.parameter.shape)}; "
-            f"config.json and the layout ask for {expected}"
+            f"parameter {name} has shape {tuple(slot.parameter.shape)}; config.json and the layout ask for {expected}"
         )
 
 
-def _check_complete(
-    weights: dict[str, Weight], slots: dict[str, Slot], arch: Architecture, experts: range
-) -> None:
+def _check_complete(weights: dict[str, Weight], slots: dict[str, Slot], arch: Architecture, experts: range) -> None:
     """A weight of the files that the model lacks would be dropped in silence, as a norm left unconfigured."""
     held: set[int | str] = {slot.weight.at for slot in slots.values()}
     held |= {end for end, layer in (("first", 0), ("last", arch.num_layers - 1)) if layer in held}

@@ -34,9 +34,7 @@ def attention(arch: Architecture, layer: int) -> Iterator[Weight]:
     q_rows, kv_rows = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
 
     def norm(name: str, hf_name: str, width: int) -> Weight:
-        return Weight(
-            f"{mcore}.{name}.weight", (Source(f"{hf}.{hf_name}.weight", (width,)),), REPLICATED, layer
-        )
+        return Weight(f"{mcore}.{name}.weight", (Source(f"{hf}.{hf_name}.weight", (width,)),), REPLICATED, layer)
 
     yield norm("input_layernorm", "input_layernorm", hidden)
     yield Weight(

@@ -108,9 +108,7 @@ class Weight:
         return sum(torch.Size(source.shape).numel() for source in self.sources)
 
     @torch.no_grad()
-    def fill(
-        self, shard: Tensor, read: Callable[[Source, int, int, int], Tensor], rank: int, size: int
-    ) -> None:
+    def fill(self, shard: Tensor, read: Callable[[Source, int, int, int], Tensor], rank: int, size: int) -> None:
         """Writes rank's shard of `size`; read(source, dim, start, length) gives a stretch of a source."""
         shape, pieces = self.cut(rank, size)
         if tuple(shard.shape) != shape:

@@ -43,13 +43,15 @@ class TensorFiles:
     """The safetensors files of a model directory; reads stretches of tensors without the whole.
 
     Raises FileNotFoundError when the directory has neither an index nor a single file, or a listed file is
-    absent.
+    absent, and ValueError when it has both: transformers would read one and SGLang the other.
     """
 
     def __init__(self, model_dir: Path) -> None:
         self.model_dir = Path(model_dir)
         self._handles: dict[Path, Any] = {}
         index, single = self.model_dir / _INDEX, self.model_dir / _SINGLE
+        if index.exists() and single.exists():
+            raise ValueError(f"{self.model_dir} holds both {_INDEX} and {_SINGLE}; engines differ over it: remove one")
         if index.exists():
             self._files = {name: self.model_dir / file for name, file in _weight_map(index).items()}
             self.listing = index
@@ -57,9 +59,7 @@ class TensorFiles:
             self._files = dict.fromkeys(self._open(single).keys(), single)
             self.listing = single
         else:
-            raise FileNotFoundError(
-                f"{self.model_dir} holds neither {_INDEX} nor {_SINGLE}; expected one of them"
-            )
+            raise FileNotFoundError(f"{self.model_dir} holds neither {_INDEX} nor {_SINGLE}; expected one of them")
 
     @property
     def names(self) -> list[str]:
@@ -208,9 +208,7 @@ def _checked(tensors: Iterable[tuple[str, Tensor]], arch: Architecture) -> Itera
     awaited = {source.name: source.shape for weight in weights for source in weight.sources}
     for name, tensor in tensors:
         if name not in awaited:
-            raise ValueError(
-                f"{name} was to be saved, but is no tensor of this {arch.family} model, or came before"
-            )
+            raise ValueError(f"{name} was to be saved, but is no tensor of this {arch.family} model, or came before")
         if (shape := awaited.pop(name)) != tuple(tensor.shape):
             raise ValueError(f"{name} was to be saved with shape {tuple(tensor.shape)}; expected {shape}")
         yield name, tensor

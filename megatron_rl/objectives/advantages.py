@@ -21,10 +21,9 @@ def group_advantages(
 ) -> npt.NDArray[np.float64]:
     """Advantages [G] of the rewards [G] of one group; groups may differ in size.
 
-    (R - mean) / std is GRPO [2402.03300], R - mean is Dr.GRPO [2503.20783];
-    `baseline: none` with `std: none` gives the rewards themselves. There is no epsilon beside the standard
-    deviation. A group whose rewards are all equal, a group of one among them, has advantage 0 wherever a
-    baseline or a standard deviation is asked for.
+    (R - mean) / std is GRPO [2402.03300], R - mean is Dr.GRPO [2503.20783]; `baseline: none` with `std: none`
+    gives the rewards themselves. There is no epsilon beside the standard deviation. A group whose rewards are
+    all equal, a group of one among them, has advantage 0 wherever a baseline or a std is asked for.
 
     Raises ValueError when the group is empty or a reward is not finite.
     """

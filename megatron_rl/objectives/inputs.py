@@ -45,26 +45,6 @@ class LossInputs:
                 raise ValueError(f"{name}: dtype {getattr(self, name).dtype}, expected {dtype}")
 
 
-@dataclass(frozen=True)
-class Denominators:
-    """Of one global mini-batch, over all its micro-batches and data-parallel ranks; the schedule fixes them.
-
-    They are what makes the gradient independent of how the mini-batch is cut up. Both may be 0, where all is
-    masked out. Raises ValueError for numbers that no mini-batch has.
-    """
-
-    tokens: int
-    """Masked-in tokens."""
-    sequences: int
-    """Sequences with a masked-in token: one that is masked out leaves numerator and denominator."""
-
-    def __post_init__(self) -> None:
-        if self.tokens < self.sequences or self.sequences < 0:
-            raise ValueError(
-                f"denominators: {self.sequences} sequences cannot share {self.tokens} masked-in tokens"
-            )
-
-
 @dataclass(frozen=True, eq=False)
 class LossOutputs:
     loss: Tensor

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron_rl.config.schema import ClipConfig, ObjectiveConfig
-from megatron_rl.objectives.inputs import Clipping, Denominators
+from megatron_rl.data.schedule import Denominators
+from megatron_rl.objectives.inputs import Clipping
 from megatron_rl.objectives.ratios import Tokens
 
 
@@ -47,11 +48,11 @@ def token_weights(tokens: Tokens, config: ObjectiveConfig, denominators: Denomin
     token-mean is DAPO [2503.14476, equation 8], seq-mean-token-mean GRPO [2402.03300, equation 3],
     constant-length Dr.GRPO [2503.20783]. Raises ValueError when constant-length has no constant_length.
     """
-    sequences = max(denominators.sequences, 1)
+    sequences = denominators.sequences
     each = torch.ones_like(tokens.logprobs)
     match config.aggregation:
         case "token-mean":
-            return each / max(denominators.tokens, 1)
+            return each / denominators.tokens
         case "seq-mean-token-mean":
             return each / (tokens.lengths[tokens.sequence_ids] * sequences)
         case "seq-mean-token-sum":

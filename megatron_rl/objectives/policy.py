@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from megatron_rl.config.schema import ObjectiveConfig
-from megatron_rl.objectives.inputs import Denominators, LossInputs, LossOutputs, LossValues, PolicyLossOutputs
+from megatron_rl.data.schedule import Denominators
+from megatron_rl.objectives.inputs import LossInputs, LossOutputs, LossValues, PolicyLossOutputs
 from megatron_rl.objectives.losses import clipped_surrogate, token_weights
 from megatron_rl.objectives.ratios import RATIOS, Tokens, token_log_ratio
 

@@ -6,7 +6,6 @@ is one flat byte tensor (SGLang's "flattened_bucket").
 
 from __future__ import annotations
 
-import asyncio
 import datetime
 import socket
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, _new_process_group_helper, _world
 
 from megatron_rl.engine.device import backend
+from megatron_rl.errors import UserError
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import SGLangClient
 
@@ -26,7 +26,7 @@ GROUP = "megatron_rl_weights"
 T = TypeVar("T")
 
 
-class WeightSyncError(RuntimeError):
+class WeightSyncError(UserError):
     """A server that refused weights, or did not answer in time."""
 
 
@@ -50,16 +50,16 @@ class CollectiveRoute:
         """Sends the buckets as weight version `version`; returns the bytes sent. Raises WeightSyncError."""
         if self._group is None:
             self._group = self._join()
-        self._wait(self._ask("begin_weight_update"))
+        wait_for(self._ask("begin_weight_update"), self._timeout)
         sent = 0
         for bucket, is_last in _mark_last(buckets):
             sent += self._send(bucket, version if is_last else None)
-        self._wait(self._ask("end_weight_update"))
+        wait_for(self._ask("end_weight_update"), self._timeout)
         return sent
 
     def close(self) -> None:
         if self._group is not None:
-            self._wait(self._ask("destroy_weights_update_group", group_name=GROUP))
+            wait_for(self._ask("destroy_weights_update_group", group_name=GROUP), self._timeout)
             dist.destroy_process_group(self._group)
             self._group = None
 
@@ -77,7 +77,7 @@ class CollectiveRoute:
             weight_version=version,
         )
         dist.broadcast(flat.to(self._device), src=0, group=self._group)
-        self._wait(answers)
+        wait_for(answers, self._timeout)
         return flat.numel()
 
     def _join(self) -> dist.ProcessGroup:
@@ -111,20 +111,24 @@ class CollectiveRoute:
             timeout=timeout,
         )
         _world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
-        self._wait(answers)
+        wait_for(answers, self._timeout)
         return group
 
     def _ask(self, call: str, **arguments: Any) -> list[Future[Any]]:
         return [self._loop.start(getattr(client, call)(**arguments)) for client in self._clients]
 
-    def _wait(self, answers: Sequence[Future[T]]) -> list[T]:
-        try:
-            return [answer.result(timeout=self._timeout) for answer in answers]
-        except (TimeoutError, asyncio.TimeoutError) as error:
-            raise WeightSyncError(f"a server did not answer within {self._timeout:.0f} s") from error
+
+def wait_for(answers: Sequence[Future[T]], timeout_seconds: float) -> list[T]:
+    """Raises WeightSyncError when a server does not answer in time."""
+    try:
+        return [answer.result(timeout=timeout_seconds) for answer in answers]
+    except TimeoutError as error:
+        raise WeightSyncError(f"a server did not answer within {timeout_seconds:.0f} s") from error
 
 
-def _mark_last(buckets: Iterable[list[tuple[str, Tensor]]]) -> Iterator[tuple[list[tuple[str, Tensor]], bool]]:
+def _mark_last(
+    buckets: Iterable[list[tuple[str, Tensor]]],
+) -> Iterator[tuple[list[tuple[str, Tensor]], bool]]:
     """Each non-empty bucket, and whether it is the last."""
     iterator = (bucket for bucket in buckets if bucket)
     current = next(iterator, None)

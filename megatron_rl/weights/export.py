@@ -108,9 +108,7 @@ def export_stream(
     weights = [weight for weight in FAMILIES[arch.family].weights(arch) if not weight.copy]
     for weight in weights:
         if rank in grid.holders(weight, arch) and weight.name not in slots:
-            raise RuntimeError(
-                f"rank {rank} should hold {weight.name}; expected Megatron-Core's even pipeline split"
-            )
+            raise RuntimeError(f"rank {rank} should hold {weight.name}; expected Megatron-Core's even pipeline split")
     sample = tensor_of(next(iter(slots.values())).parameter)
 
     def local(weight: Weight) -> Tensor:
@@ -169,9 +167,7 @@ def _receive(bucket: Sequence[tuple[Weight, range]], like: Tensor) -> dict[int, 
     counts = {holder: [math.prod(shape) for shape in shapes[holder]] for holder in shapes}
     flats = {holder: like.new_empty(sum(counts[holder])) for holder in shapes}
     _transfer([dist.P2POp(dist.irecv, flat, holder) for holder, flat in flats.items()])
-    return {
-        holder: map(Tensor.view, flat.split(counts[holder]), shapes[holder]) for holder, flat in flats.items()
-    }
+    return {holder: map(Tensor.view, flat.split(counts[holder]), shapes[holder]) for holder, flat in flats.items()}
 
 
 def _transfer(operations: list[dist.P2POp]) -> None:

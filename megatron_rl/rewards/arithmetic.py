@@ -1,0 +1,12 @@
+"""The verifier of the arithmetic task (megatron_rl.data.arithmetic)."""
+
+from __future__ import annotations
+
+from megatron_rl.data.sample import Prompt, Verdict
+
+
+def verify_arithmetic(prompt: Prompt, response: str) -> Verdict:
+    """Right when what follows the only '#' is the answer, exactly; the steps before it are not judged."""
+    parts = response.split("#")
+    correct = len(parts) == 2 and parts[1].strip() == prompt.answer
+    return Verdict(float(correct), correct)

@@ -1,0 +1,142 @@
+"""SGLang's server on a machine without a GPU: the stock `sglang.launch_server` behind the stand-ins that it needs there.
+
+    python -m megatron_rl.rollout.sglang_cpu --model-path DIR --device cpu ...
+
+`megatron_rl.rollout.server` writes that command, for the CPU only; importing this module from elsewhere does nothing.
+SGLang's scheduler and detokenizer are spawned, and a spawned process runs its parent's main module again under the name
+`__mp_main__`: so the stand-ins reach them too, before they import SGLang.
+
+SGLang imports GPU packages that its CPU path does not use. A stand-in serves such an import only where the real package
+is missing, lets names resolve, and raises when one of them is called; the few names that must do something while
+modules are being defined are listed below. A wrong result cannot come of it: what is not here cannot run.
+tests/test_rollout_logprobs.py holds the server to transformers' numbers.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import runpy
+import sys
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+class Missing:
+    """A name of a GPU package. Its attributes resolve; calling it, or launching it as a kernel, raises."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Missing:
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+        return Missing(f"{self._name}.{attribute}")
+
+    def __getitem__(self, grid: object) -> Missing:
+        return self  # kernel[grid](...) is how triton launches
+
+    def __call__(self, *args: object, **kwargs: object) -> Any:
+        raise NotImplementedError(f"{self._name} was called, but there is no GPU and no stand-in for it on the CPU")
+
+
+class StandIn(types.ModuleType):
+    """A module of a missing GPU package, with `given` as the names that do something."""
+
+    def __init__(self, name: str, version: str, given: Mapping[str, object]) -> None:
+        super().__init__(name)
+        self.__version__ = version
+        self.__dict__.update(given)
+
+    def __getattr__(self, name: str) -> Missing:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Missing(f"{self.__name__}.{name}")
+
+
+class NoDriver(StandIn):
+    def __getattr__(self, name: str) -> Missing:
+        if name == "active":  # asked for while SGLang finds out what there is; it catches what triton raises
+            raise RuntimeError("0 active drivers ([]). There should only be one.")
+        return super().__getattr__(name)
+
+
+def jit(function: Callable[..., object] | None = None, **options: object) -> Any:
+    """`@triton.jit` and `@triton.jit(...)`."""
+    if function is None:
+        return jit
+    return Missing(f"triton kernel {getattr(function, '__name__', function)}")
+
+
+def decorator_factory(*args: object, **kwargs: object) -> Any:
+    """`@triton.autotune(...)` and `@triton.heuristics(...)`, above a kernel."""
+    return lambda kernel: kernel
+
+
+TRITON: dict[str, object] = {
+    "jit": jit,
+    "autotune": decorator_factory,
+    "heuristics": decorator_factory,
+    "Config": dict,  # the configurations that autotune is given
+    "cdiv": lambda a, b: -(a // -b),
+    "next_power_of_2": lambda n: 1 << (n - 1).bit_length(),
+}
+
+# Package -> (version, {module: names that do something}).
+PACKAGES: dict[str, tuple[str, dict[str, dict[str, object]]]] = {
+    # Kernels compiled for CUDA. Layers take `forward_native`, in plain PyTorch, on the CPU.
+    "sgl_kernel": ("0.0.0", {}),
+    # Image transforms, imported for multimodal models. It must stay missing in the environment: it replaces torch.
+    "torchvision": ("0.0.0", {}),
+    # Kernels are defined where some 400 modules are imported. 3.0 had no `triton.knobs`, and SGLang knows that.
+    "triton": ("3.0.0", {"triton": TRITON, "triton.language": {"constexpr": lambda value: value}}),
+}
+ABSENT = ("triton.knobs",)
+
+
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Last on sys.meta_path, so that an installed package comes first."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname.partition(".")[0] not in PACKAGES or fullname in ABSENT or _only_asked():
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        version, given = PACKAGES[spec.name.partition(".")[0]]
+        kind = NoDriver if spec.name == "triton.runtime.driver" else StandIn
+        return kind(spec.name, version, given.get(spec.name, {}))
+
+    def exec_module(self, module: types.ModuleType) -> None: ...
+
+
+def _only_asked() -> bool:
+    """Whether importlib.util.find_spec asks: transformers then sees the package as missing, which it is."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and ("importlib" in frame.f_code.co_filename or frame.f_globals is globals()):
+        if frame.f_code.co_filename == importlib.util.__file__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def register_hooks() -> None:
+    """Through SGLang's own registry: host buffers are not registered with CUDA (`--enable-return-routed-experts`)."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(
+        "sglang.srt.mem_cache.pool_host.common._cuda_host_register",
+        lambda buffer, registration_granularity_bytes=None: None,
+        HookType.REPLACE,
+    )
+
+
+if __name__ in ("__main__", "__mp_main__"):
+    sys.meta_path.append(Finder())
+    register_hooks()
+if __name__ == "__main__":
+    runpy.run_module("sglang.launch_server", run_name="__main__")

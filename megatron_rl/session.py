@@ -1,0 +1,193 @@
+"""What an RL run holds beside the trainer: prompts, servers and the weight sync. Built by `open_session`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import orjson
+from transformers import AutoTokenizer
+
+from megatron_rl.config.schema import Config
+from megatron_rl.data.prompts import Fields, PromptCursor, PromptDataset, load_prompts
+from megatron_rl.data.sample import Group
+from megatron_rl.data.store import write_groups
+from megatron_rl.engine.exchange import broadcast_bytes
+from megatron_rl.lab.metrics import ROLLOUT, rollout_metrics
+from megatron_rl.lab.sketch import MetricAccumulator
+from megatron_rl.rewards import grade
+from megatron_rl.rollout.evaluate import evaluation
+from megatron_rl.rollout.pool import Pool
+from megatron_rl.rollout.sampler import Sampling
+from megatron_rl.rollout.source import Leader, rollout_file, saved_groups
+from megatron_rl.trainer import Trainer, open_trainer
+from megatron_rl.weights.sync import WeightSync
+
+
+class Session:
+    """An RL run after `step` rollout steps; the policy is then weight version `step`. Without servers, when rollouts are
+    replayed, `sync_weights` and `evaluate` do nothing."""
+
+    def __init__(self, trainer: Trainer, config: Config, pool: Pool | None, leader: Leader | None) -> None:
+        """`pool` is rank 0's, `leader` each data-parallel leader's; None elsewhere and without servers."""
+        self.trainer = trainer
+        self.config = config
+        self.step = 0
+        self._cursor = PromptCursor(config.seed)
+        self._pool = pool
+        self._leader = leader
+        self._leads = trainer.place.leads_replica
+        self._has_servers = config.rollout.replay_from is None
+        self._tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        self._prompts = self._load(config.data.train) if leader else None
+        heldout = config.data.heldout
+        self._heldout = self._load(heldout) if heldout and pool else None
+        first = leader if trainer.place.rank == 0 else None
+        self._weights = WeightSync(config.weights, trainer.policy, first, trainer.run.path / "weights")
+        self._rollout_metrics: dict[str, float] = {}
+        self._sync_metrics: dict[str, float] = {}
+
+    def rollout(self) -> list[Group]:
+        """This leader's share of the next step's groups, judged and saved; [] off the leaders."""
+        place, config = self.trainer.place, self.config.rollout
+        groups: list[Group] = []
+        if self._leads and not self._has_servers:
+            assert config.replay_from is not None
+            groups = saved_groups(config.replay_from, self.step + 1, place.dp, self.trainer.layout.dp)
+        if self._prompts is not None:
+            groups = self._sample()
+            write_groups(
+                rollout_file(self.trainer.run.rollouts, self.step + 1, place.dp),
+                groups,
+                weight_version=self.step,
+            )
+        metrics = MetricAccumulator(ROLLOUT)
+        rollout_metrics(metrics, groups, self.step)
+        reduced = self.trainer.reduce(metrics, holds_samples=self._leads)
+        self._rollout_metrics = {f"rollout/{name}": value for name, value in reduced.items()}
+        return groups
+
+    def _sample(self) -> list[Group]:
+        assert self._prompts is not None
+        assert self._leader is not None
+        config, place = self.config.rollout, self.trainer.place
+        prompts, self._cursor = self._prompts.take(self._cursor, config.prompts_per_step)
+        share = [(i, p) for i, p in enumerate(prompts) if i % self.trainer.layout.dp == place.dp]
+        with self.trainer.phase("rollout"):
+            self._check_servers()
+            groups = self._leader.sample(share, self._sampling(config.group_size, config.temperature))
+        with self.trainer.phase("rewards"):
+            return grade(groups, self._decode)
+
+    def log_update(self, mini_batch: int, metrics: dict[str, float]) -> None:
+        first = self._rollout_metrics if mini_batch == 0 else {}
+        self.trainer.log_update(self.step + 1, mini_batch, self.step, {**first, **metrics})
+
+    def sync_weights(self) -> None:
+        """All servers hold weight version `step` afterwards."""
+        if self._has_servers:
+            with self.trainer.phase("weight sync"):
+                self._check_servers()
+                self._sync_metrics = self._weights.push(self.step)
+
+    def finish_step(self) -> None:
+        """Counts the step, syncs its weights and shows it."""
+        self.step += 1
+        self.sync_weights()
+        times = self.trainer.finish_step(self._sync_metrics)
+        figures = self._rollout_metrics
+        shown = {
+            "reward": figures["rollout/reward/mean"],
+            "accuracy": figures["rollout/accuracy"],
+            "tokens/s": figures["rollout/tokens"] / max(sum(times.values()), 1e-9),
+        }
+        self.trainer.console.step(self.step, shown, times)
+
+    def evaluate(self) -> None:
+        """Held-out prompts, asked by rank 0; the other ranks go on and wait at the next collective."""
+        if self._heldout is None:
+            return
+        assert self._leader is not None
+        config = self.config.eval
+        count = min(len(self._heldout), config.prompts or len(self._heldout))
+        prompts = [(i, self._heldout[i]) for i in range(count)]
+        with self.trainer.phase("evaluation"):
+            groups = grade(
+                self._leader.sample(prompts, self._sampling(config.samples, config.temperature)), self._decode
+            )
+        report = evaluation(groups)
+        self.trainer.run.log_eval(self.step, self.step, report)
+        self.trainer.console.heldout(report["avg_at_k"])
+
+    def save(self) -> None:
+        state = {"cursor": self._cursor.as_json(), "weight_version": self.step}
+        self.trainer.save(self.step, state, self.config.checkpoint)
+
+    def resume(self) -> None:
+        state = self.trainer.resume()
+        if state is not None:
+            self.step = state["step"]
+            self._cursor = PromptCursor(**state["cursor"])
+
+    def close(self) -> None:
+        self._weights.close()
+
+    def _sampling(self, samples: int, temperature: float) -> Sampling:
+        return Sampling(
+            samples=samples,
+            max_response_tokens=self.config.rollout.max_response_tokens,
+            temperature=temperature,
+            concurrency=self.config.rollout.concurrency,
+            vocab_size=self.trainer.policy.arch.vocab_size,
+            versions=frozenset({self.step}),
+        )
+
+    def _load(self, source: str) -> PromptDataset:
+        data = self.config.data
+        fields = Fields(data.prompt_field, data.answer_field, data.verifier, data.chat_template)
+        return load_prompts(source, fields, self._tokenizer, data.max_prompt_tokens)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def _check_servers(self) -> None:
+        if self._pool is not None:
+            self._pool.check_alive()
+
+
+@contextlib.contextmanager
+def open_session(config: Config, resume: bool) -> Iterator[Session]:
+    """The run on this rank, its servers started if need be, resumed from the newest complete checkpoint if asked."""
+    temperature = config.rollout.temperature
+    with (
+        open_trainer(config, steps=config.train.steps, resume=resume, temperature=temperature) as trainer,
+        ExitStack() as stack,
+    ):
+        pool, leader = None, None
+        if config.rollout.replay_from is None:
+            pool, leader = _connect(config, trainer, stack)
+        session = Session(trainer, config, pool, leader)
+        if resume:
+            session.resume()
+        yield session
+        session.close()
+
+
+def _connect(config: Config, trainer: Trainer, stack: ExitStack) -> tuple[Pool | None, Leader | None]:
+    """Rank 0 starts or checks the servers and tells the leaders where they are."""
+    place, rollout = trainer.place, config.rollout
+    pool = None
+    if place.rank == 0:
+        pool = stack.enter_context(Pool(rollout, config.engine, config.model.path, trainer.run.logs, config.seed))
+    urls = orjson.loads(broadcast_bytes(orjson.dumps(pool.urls if pool else []), place.control))
+    if not place.leads_replica:
+        return None, None
+    leader = Leader(
+        urls,
+        api_key=rollout.servers.api_key,
+        deadline=rollout.deadline,
+        concurrency=rollout.concurrency,
+    )
+    stack.callback(leader.close)
+    return pool, leader

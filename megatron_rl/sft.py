@@ -1,0 +1,59 @@
+"""Supervised fine-tuning on the same engine: it makes cold starts."""
+
+from __future__ import annotations
+
+import shutil
+
+from transformers import AutoTokenizer
+
+from megatron_rl.config.schema import SftConfig
+from megatron_rl.data.prompts import Fields, PromptCursor, load_sft_samples, take_indexes
+from megatron_rl.data.sample import Sample
+from megatron_rl.engine.distribute import TrainSample, distribute
+from megatron_rl.engine.losses import SftLoss
+from megatron_rl.trainer import Trainer, open_trainer
+
+
+def sft(config: SftConfig, resume: bool = False) -> None:
+    """Runs `config.steps` optimizer steps and leaves the model as a Hugging Face directory in run_dir/model."""
+    with open_trainer(config, steps=config.steps, resume=resume) as trainer:
+        samples = _load(config, trainer)
+        state = trainer.resume() if resume else None
+        step = state["step"] if state else 0
+        cursor = PromptCursor(**state["cursor"]) if state else PromptCursor(config.seed)
+        while step < config.steps:
+            chosen, cursor = take_indexes(len(samples), cursor, config.batch_size) if samples else ([], cursor)
+            (mini_batch,) = distribute(
+                _share(samples, chosen, trainer),
+                trainer.place,
+                trainer.layout,
+                mini_batches=1,
+                max_tokens=config.engine.max_tokens_per_micro_batch,
+            )
+            metrics = trainer.update(mini_batch, SftLoss(mini_batch, trainer.policy.device))
+            step += 1
+            trainer.log_update(step, 0, 0, metrics)
+            times = trainer.finish_step({})
+            tokens_per_second = metrics["tokens"] / max(sum(times.values()), 1e-9)
+            trainer.console.step(step, {"loss": metrics["loss"], "tokens/s": tokens_per_second}, times)
+            if step == config.steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                trainer.save(step, {"cursor": cursor.as_json()}, config.checkpoint)
+        directory = trainer.run.path / "model"
+        if trainer.place.rank == 0:
+            shutil.rmtree(directory, ignore_errors=True)  # of the run that is resumed
+        trainer.export(directory)
+
+
+def _load(config: SftConfig, trainer: Trainer) -> list[Sample]:
+    """All examples, on the data-parallel leaders."""
+    if not trainer.place.leads_replica:
+        return []
+    fields = Fields(config.data.prompt_field, config.data.response_field, chat_template=config.data.chat_template)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    return load_sft_samples(config.data.train, fields, tokenizer, config.data.max_tokens)
+
+
+def _share(samples: list[Sample], chosen: list[int], trainer: Trainer) -> list[TrainSample]:
+    """This leader's examples of the batch; each is a group of its own, since a batch is one mini-batch."""
+    place, dp = trainer.place, trainer.layout.dp
+    return [TrainSample(i, i, samples[k], 0.0) for i, k in enumerate(chosen) if i % dp == place.dp]

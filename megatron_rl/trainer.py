@@ -1,0 +1,161 @@
+"""What RL and supervised fine-tuning share on each rank: the policy, the run directory, metrics and checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_rl.config.layout import Layout
+from megatron_rl.config.load import check_config, dump_config
+from megatron_rl.config.schema import CheckpointConfig, Config, SftConfig
+from megatron_rl.engine.checkpoint import checkpoints, load_checkpoint, prune, save_checkpoint
+from megatron_rl.engine.device import use_device
+from megatron_rl.engine.distribute import MiniBatch
+from megatron_rl.engine.losses import PolicyLoss, SftLoss
+from megatron_rl.engine.parallel import Place, start_process_groups, stop_process_groups
+from megatron_rl.engine.policy import Policy
+from megatron_rl.lab.console import Console
+from megatron_rl.lab.run import RunDir
+from megatron_rl.lab.sketch import MetricAccumulator
+from megatron_rl.models.architecture import read_architecture
+from megatron_rl.models.weights_io import save_weights
+
+MAX_SHARD_BYTES = 4 << 30
+
+
+class Trainer:
+    """Built by `open_trainer`. Its methods are collective but where they say otherwise."""
+
+    def __init__(
+        self,
+        config: Config | SftConfig,
+        layout: Layout,
+        place: Place,
+        policy: Policy,
+        run: RunDir,
+        console: Console,
+    ) -> None:
+        self.config = config
+        self.layout = layout
+        self.place = place
+        self.policy = policy
+        self.run = run
+        self.console = console
+        self._held: tuple[int, int, int, dict[str, float]] | None = None
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        return self.console.phase(name)
+
+    def update(self, mini_batch: MiniBatch, loss: PolicyLoss | SftLoss) -> dict[str, float]:
+        """One optimizer step; returns its metrics, over all ranks."""
+        with self.phase("update"):
+            result = self.policy.update(mini_batch.micro_batches, loss)
+        metrics = self.reduce(loss.metrics, holds_samples=self.policy.is_last_stage)
+        norms = {f"grad_norm/{kind}": norm for kind, norm in result.grad_norms.items()}
+        return {**metrics, "lr": result.lr, "grad_norm": result.grad_norm, **norms}
+
+    def reduce(self, metrics: MetricAccumulator, holds_samples: bool) -> dict[str, float]:
+        """The metrics of all ranks together. Tensor- and context-parallel ranks hold the same samples: one counts."""
+        place = self.place
+        sums, maxima = metrics.sums.cpu(), metrics.maxima.cpu()
+        if not holds_samples or place.tp or place.cp:
+            empty = MetricAccumulator(metrics.kinds)
+            sums, maxima = empty.sums, empty.maxima
+        dist.all_reduce(sums, group=place.control)
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=place.control)
+        total = MetricAccumulator(metrics.kinds)
+        total.sums.copy_(sums)
+        total.maxima.copy_(maxima)
+        return total.finalize()
+
+    def log_update(self, step: int, mini_batch: int, weight_version: int, metrics: Mapping[str, float]) -> None:
+        """Writes the line of the optimizer step before this one; this one's waits for what is known only later."""
+        self._flush()
+        self._held = (step, mini_batch, weight_version, dict(metrics))
+
+    def finish_step(self, more: Mapping[str, float]) -> dict[str, float]:
+        """Writes the last optimizer step's line, with `more` and the time per phase; returns the times."""
+        times = self.console.timer.drain()
+        if self._held is not None:
+            self._held[3].update({**more, **times})
+        self._flush()
+        return times
+
+    def _flush(self) -> None:
+        if self._held is not None:
+            self.run.log_metrics(*self._held)
+            self._held = None
+
+    def save(self, step: int, state: dict[str, Any], config: CheckpointConfig) -> None:
+        """A resumable checkpoint of `step`; older ones than `config.keep` go."""
+        with self.phase("checkpoint"):
+            root = self.run.checkpoints
+            save_checkpoint(root / f"step-{step:06d}", self.policy, {"step": step, **state})
+            if self.place.rank == 0:
+                prune(root, config.keep)
+
+    def resume(self) -> dict[str, Any] | None:
+        """Restores the newest complete checkpoint and returns its state; None when there is none yet."""
+        found = checkpoints(self.run.checkpoints)
+        step = torch.tensor(int(found[-1].name.removeprefix("step-")) if found else -1)
+        # All ranks take rank 0's answer: a file system may show them different directories.
+        dist.broadcast(step, 0, group=self.place.control)
+        self.run.truncate_after(max(int(step), 0))
+        if step < 0:
+            return None
+        return load_checkpoint(self.run.checkpoints / f"step-{int(step):06d}", self.policy)
+
+    def export(self, directory: Path, bucket_mib: int = 256) -> None:
+        """The weights as a Hugging Face directory."""
+        buckets = self.policy.export(bucket_mib << 20)
+        if self.place.rank == 0:
+            dtype = torch.bfloat16 if self.config.engine.dtype == "bf16" else torch.float32
+            tensors = (pair for bucket in buckets for pair in bucket)
+            save_weights(tensors, directory, self.policy.model_dir, MAX_SHARD_BYTES, dtype)
+        else:
+            for _ in buckets:
+                pass
+        dist.barrier(group=self.place.control)
+
+
+@contextlib.contextmanager
+def open_trainer(
+    config: Config | SftConfig, *, steps: int, resume: bool, temperature: float = 1.0
+) -> Iterator[Trainer]:
+    """Raises ConfigError before any process group starts, FileExistsError for a run directory in use."""
+    arch = read_architecture(config.model.path)
+    layout = check_config(config, arch, int(os.environ.get("WORLD_SIZE", "1")))
+    device = use_device(config.engine.device)
+    place = start_process_groups(layout, device, config.seed)
+    try:
+        run = _run_dir(config, place, resume)
+        policy = Policy(config.model.path, layout, place, config.engine, device, config.optim, temperature)
+        with Console(steps, shows=place.rank == 0) as console:
+            yield Trainer(config, layout, place, policy, run, console)
+        run.close()
+    finally:
+        stop_process_groups()
+
+
+def _run_dir(config: Config | SftConfig, place: Place, resume: bool) -> RunDir:
+    """Made by rank 0; the others wait for it, and fail with it."""
+    failure: BaseException | None = None
+    if place.rank == 0:
+        try:
+            run = RunDir.create(config.run_dir, dump_config(config), resume)
+        except (OSError, ValueError) as error:
+            failure = error
+    failed = torch.tensor(int(failure is not None))
+    dist.broadcast(failed, 0, group=place.control)
+    if failure is not None:
+        raise failure
+    if failed:
+        raise SystemExit(2)  # rank 0 says why
+    return run if place.rank == 0 else RunDir.attach(config.run_dir)

@@ -1,0 +1,58 @@
+"""Weights to rollout servers through a directory that both sides see."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_rl.models.weights_io import save_weights
+from megatron_rl.rollout.background import BackgroundLoop
+from megatron_rl.rollout.client import SGLangClient
+from megatron_rl.weights.collective import wait_for
+
+MAX_SHARD_BYTES = 4 << 30
+
+
+class DiskRoute:
+    """Lives on the trainer's rank 0 only. Keeps the newest two versions: a server may still be reading the last."""
+
+    def __init__(
+        self,
+        clients: Sequence[SGLangClient],
+        loop: BackgroundLoop,
+        directory: Path,
+        source_dir: Path,
+        dtype: torch.dtype,
+        timeout_seconds: float,
+    ) -> None:
+        self._clients = clients
+        self._loop = loop
+        self._directory = directory.resolve()
+        self._source_dir = source_dir
+        self._dtype = dtype
+        self._timeout = timeout_seconds
+
+    def push(self, buckets: Iterable[list[tuple[str, Tensor]]], version: int) -> int:
+        """Writes the buckets as weight version `version` and has all servers load it; returns the bytes written.
+
+        Raises WeightSyncError when a server does not answer in time.
+        """
+        target = self._directory / f"version-{version:06d}"
+        shutil.rmtree(target, ignore_errors=True)  # of a run that was resumed
+        self._directory.mkdir(parents=True, exist_ok=True)
+        tensors = (pair for bucket in buckets for pair in bucket)
+        save_weights(tensors, target, self._source_dir, MAX_SHARD_BYTES, self._dtype)
+        answers = [
+            self._loop.start(client.update_weights_from_disk(str(target), weight_version=version))
+            for client in self._clients
+        ]
+        wait_for(answers, self._timeout)
+        for old in sorted(self._directory.glob("version-*"))[:-2]:
+            shutil.rmtree(old)
+        return sum(file.stat().st_size for file in target.glob("*.safetensors"))
+
+    def close(self) -> None: ...

@@ -1,0 +1,63 @@
+"""Weight sync: the policy to all rollout servers, by one of two routes, and verified when asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megatron_rl.config.schema import WeightsConfig
+from megatron_rl.engine.policy import Policy
+from megatron_rl.rollout.source import Leader
+from megatron_rl.weights.collective import CollectiveRoute
+from megatron_rl.weights.disk import DiskRoute
+from megatron_rl.weights.verify import probe, trainer_logprobs, verify
+
+
+class WeightSync:
+    """On every rank; `leader` is rank 0's connections and None elsewhere."""
+
+    def __init__(self, config: WeightsConfig, policy: Policy, leader: Leader | None, directory: Path) -> None:
+        self._config = config
+        self._policy = policy
+        self._leader = leader
+        self._route: CollectiveRoute | DiskRoute | None = None
+        self._syncs = 0
+        if leader is not None and config.route == "collective":
+            self._route = CollectiveRoute(leader.clients, leader.loop, policy.device, config.timeout)
+        elif leader is not None:
+            dtype = torch.bfloat16 if policy.engine.dtype == "bf16" else torch.float32
+            self._route = DiskRoute(leader.clients, leader.loop, directory, policy.model_dir, dtype, config.timeout)
+
+    def push(self, version: int) -> dict[str, float]:
+        """All servers then hold weight version `version`; returns what is to be logged. Collective.
+
+        Raises WeightSyncError when a server fails, or a verification does.
+        """
+        buckets = self._policy.export(self._config.bucket_mib << 20)
+        report: dict[str, float] = {}
+        if self._route is not None:
+            report["weights/bytes"] = float(self._route.push(buckets, version))
+        else:
+            for _ in buckets:
+                pass
+        if self._config.verify and self._syncs % self._config.verify == 0:
+            report |= self._verify()
+        self._syncs += 1
+        return report
+
+    def close(self) -> None:
+        if self._route is not None:
+            self._route.close()
+
+    def _verify(self) -> dict[str, float]:
+        expected = trainer_logprobs(self._policy)
+        if self._leader is None or expected is None:
+            return {}
+        bound = self._config.verify_bound or (1e-5 if self._policy.engine.dtype == "fp32" else 0.1)
+        sequences = probe(self._policy.arch)
+        result = self._leader.loop.run(verify(self._leader.clients, expected, sequences, bound))
+        return {
+            "weights/probe_max_abs_diff": result.max_abs_diff,
+            "weights/probe_mean_abs_diff": result.mean_abs_diff,
+        }

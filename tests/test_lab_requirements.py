@@ -1,0 +1,67 @@
+"""The frozen environments agree with pyproject.toml and with each other."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+CPU, CPU_PY312, NODEPS = (ROOT / "requirements" / f"{n}.txt" for n in ("cpu", "cpu-py312", "cpu-nodeps"))
+
+
+def pins(file: Path) -> dict[str, Version]:
+    """Version by name; every line must be an exact pin."""
+    found = {}
+    for line in file.read_text().splitlines():
+        if not (text := line.partition("#")[0].strip()):
+            continue
+        requirement = Requirement(text)
+        (specifier,) = requirement.specifier
+        assert specifier.operator == "==", f"{file.name}: {text} is not pinned"
+        name = canonicalize_name(requirement.name)
+        assert name not in found, f"{file.name}: {name} is pinned twice"
+        found[name] = Version(specifier.version)
+    return found
+
+
+def declared(*extras: str) -> list[Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    texts = project["dependencies"] + [text for e in extras for text in project["optional-dependencies"][e]]
+    return [Requirement(text) for text in texts]
+
+
+@pytest.mark.parametrize("file", [CPU, CPU_PY312], ids=lambda file: file.name)
+def test_every_declared_dependency_is_pinned_in_its_range(file: Path) -> None:
+    frozen = pins(file)
+    for requirement in declared("dev"):
+        name = canonicalize_name(requirement.name)
+        assert name in frozen, f"{file.name} does not pin {requirement.name} of pyproject.toml"
+        assert requirement.specifier.contains(frozen[name], prereleases=True), (
+            f"{file.name} pins {name}=={frozen[name]}, but pyproject.toml asks for {requirement}"
+        )
+
+
+def test_sglang_is_pinned_in_its_range() -> None:
+    (requirement,) = (r for r in declared("sglang") if r.name == "sglang")
+    assert requirement.specifier.contains(pins(NODEPS)["sglang"])
+
+
+def test_the_python_versions_differ_in_megatron_core_only() -> None:
+    cpu, cpu_py312 = pins(CPU), pins(CPU_PY312)
+    assert {name for name in cpu | cpu_py312 if cpu.get(name) != cpu_py312.get(name)} == {"megatron-core"}
+    assert cpu["megatron-core"] < cpu_py312["megatron-core"]
+
+
+@pytest.mark.parametrize("file", [CPU, CPU_PY312, NODEPS], ids=lambda file: file.name)
+def test_nothing_that_needs_cuda_or_replaces_torch(file: Path) -> None:
+    forbidden = {"torchvision", "torchaudio", "triton", "sgl-kernel", "sglang-kernel", "flashinfer-python"}
+    assert not {name for name in pins(file) if name in forbidden or name.startswith(("nvidia-", "cuda-"))}
+
+
+@pytest.mark.parametrize("file", [CPU, CPU_PY312], ids=lambda file: file.name)
+def test_torch_comes_first(file: Path) -> None:
+    """A host that must take torch from another index can read off the first pin which one."""
+    assert next(iter(pins(file))) == "torch"

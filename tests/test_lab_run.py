@@ -1,0 +1,361 @@
+"""The run directory: created once, refused, resumed, cut back to a checkpoint, and read."""
+
+import json
+import logging
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_rl.lab import provenance, run
+from megatron_rl.lab.run import RunDir, read_metrics
+
+CONFIG = {
+    "presets": ["gspo"],
+    "run_dir": "runs/a",
+    "seed": 7,
+    "optim": {"lr": 1e-6, "betas": [0.9, 0.95]},
+    "train": {"steps": 10, "mini_batches": 2},
+    "eval": {"every": 0},
+    "rollout": {"group_size": 8, "servers": {"urls": [], "launch": 1}},
+}
+
+
+def changed(**dotted: object) -> str:
+    config = yaml.safe_load(yaml.safe_dump(CONFIG))
+    for key, value in dotted.items():
+        *above, last = key.split("__")
+        node = config
+        for name in above:
+            node = node[name]
+        node[last] = value
+    return yaml.safe_dump(config)
+
+
+def log_steps(run_dir: RunDir, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        for mini_batch in range(2):
+            run_dir.log_metrics(step, mini_batch, step - 1, {"loss": step + mini_batch / 10})
+        run_dir.log_eval(step, step, {"accuracy": step / 10})
+
+
+def without_time(path: Path) -> list[dict[str, object]]:
+    return [{k: v for k, v in line.items() if k != "time"} for line in read_metrics(path)]
+
+
+def events(path: Path, tag: str) -> list[tuple[int, float]]:
+    reader = EventAccumulator(str(path / "tensorboard"))
+    reader.Reload()
+    return [(event.step, round(event.value, 4)) for event in reader.Scalars(tag)]
+
+
+# ---- create and refuse -------------------------------------------------------------------------------------
+
+
+def test_create_freezes_configuration_versions_and_commit(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "a"
+    made = RunDir.create(path, changed(), resume=False)
+    assert (path / "config.yaml").read_text() == changed()
+    versions = json.loads((path / "versions.json").read_text())
+    assert versions["torch"] == torch.__version__
+    assert {
+        "python",
+        "megatron-core",
+        "transformers",
+        "sglang",
+        "megatron_rl",
+        "platform",
+        "cpu_count",
+    } <= set(versions)
+    assert all(directory.is_dir() for directory in (made.rollouts, made.checkpoints, made.logs))
+    assert not list(path.glob(".*")), "a partial file was left behind"
+
+
+def test_create_takes_an_empty_directory(tmp_path: Path) -> None:
+    RunDir.create(tmp_path, changed(), resume=False)
+    assert (tmp_path / "config.yaml").exists()
+
+
+def test_create_refuses_a_directory_that_holds_anything(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"Resume the run that is in it, name another run_dir") as error:
+        RunDir.create(tmp_path, changed(), resume=False)
+    assert str(tmp_path) in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_create_refuses_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "run"
+    file.write_text("mine")
+    with pytest.raises(FileExistsError, match="not an empty directory"):
+        RunDir.create(file, changed(), resume=False)
+    assert file.read_text() == "mine"
+
+
+def test_start_that_breaks_off_leaves_nothing_to_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """config.yaml is the last record to be written, so a half-written start never passes for a run."""
+    replaced: list[str] = []
+    replace = run.os.replace
+
+    def replace_until_config(source: Path, target: Path) -> None:
+        if target.name == "config.yaml":
+            raise OSError("disk is full")
+        replaced.append(target.name)
+        replace(source, target)
+
+    monkeypatch.setattr(run.os, "replace", replace_until_config)
+    with pytest.raises(OSError, match="disk is full"):
+        RunDir.create(tmp_path / "a", changed(), resume=False)
+    monkeypatch.undo()
+    assert "versions.json" in replaced
+    with pytest.raises(FileNotFoundError, match=r"no config\.yaml"):
+        RunDir.create(tmp_path / "a", changed(), resume=True)
+
+
+# ---- resume ------------------------------------------------------------------------------------------------
+
+
+def test_resume_needs_a_run(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="Start without resume"):
+        RunDir.create(tmp_path / "a", changed(), resume=True)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train__steps": 20},
+        {"eval__every": 5},
+        {"rollout__servers__urls": ["http://localhost:1"]},
+        {"run_dir": "elsewhere/a"},
+        {"presets": []},
+    ],
+)
+def test_resume_lets_some_keys_change_and_keeps_the_earlier_records(tmp_path: Path, change: dict) -> None:
+    RunDir.create(tmp_path, changed(), resume=False)
+    RunDir.create(tmp_path, changed(**change), resume=True)
+    assert (tmp_path / "config.yaml").read_text() == changed(**change)
+    assert (tmp_path / "history" / "0" / "config.yaml").read_text() == changed()
+    assert (tmp_path / "history" / "0" / "versions.json").exists()
+    RunDir.create(tmp_path, changed(), resume=True)
+    assert (tmp_path / "history" / "1" / "config.yaml").read_text() == changed(**change)
+
+
+def test_resume_with_nothing_changed_adds_no_history(tmp_path: Path) -> None:
+    RunDir.create(tmp_path, changed(), resume=False)
+    RunDir.create(tmp_path, changed(), resume=True)
+    assert not (tmp_path / "history").exists()
+
+
+def test_resume_refuses_another_configuration_and_names_every_key(tmp_path: Path) -> None:
+    RunDir.create(tmp_path, changed(), resume=False)
+    other = changed(optim__lr=2e-6, train__mini_batches=4, train__steps=20, optim__betas=[0.9, 0.99], kl=0.1)
+    with pytest.raises(ValueError, match="another configuration") as error:
+        RunDir.create(tmp_path, other, resume=True)
+    message = str(error.value)
+    assert "optim.lr: 1e-06 in the run, 2e-06 now" in message
+    assert "train.mini_batches: 2 in the run, 4 now" in message
+    assert "optim.betas: [0.9, 0.95] in the run, [0.9, 0.99] now" in message
+    assert "kl: absent in the run, 0.1 now" in message
+    assert "train.steps:" not in message
+    assert (tmp_path / "config.yaml").read_text() == changed(), "a refused resume must change nothing"
+
+
+def test_keys_that_only_begin_like_a_free_one_are_compared(tmp_path: Path) -> None:
+    RunDir.create(tmp_path, changed(), resume=False)
+    with pytest.raises(ValueError, match=r"evaluation\.every"):
+        RunDir.create(tmp_path, changed(evaluation={"every": 1}), resume=True)
+
+
+def test_resumed_files_equal_those_of_an_uninterrupted_run(tmp_path: Path) -> None:
+    straight = RunDir.create(tmp_path / "straight", changed(), resume=False)
+    log_steps(straight, 1, 6)
+    straight.close()
+
+    broken = RunDir.create(tmp_path / "broken", changed(), resume=False)
+    log_steps(broken, 1, 4)
+    broken.log_metrics(5, 0, 4, {"loss": -1.0})  # step 5 breaks off after its first mini-batch
+    broken.close()
+    with broken.metrics_file.open("ab") as file:
+        file.write(b'{"step":5,"mini_ba')
+    resumed = RunDir.create(tmp_path / "broken", changed(), resume=True)
+    resumed.truncate_after(3)
+    log_steps(resumed, 4, 6)
+    resumed.close()
+
+    assert without_time(resumed.metrics_file) == without_time(straight.metrics_file)
+    assert without_time(resumed.eval_file) == without_time(straight.eval_file)
+    assert events(resumed.path, "loss") == events(straight.path, "loss")
+    assert events(resumed.path, "eval/accuracy") == events(straight.path, "eval/accuracy")
+    assert [step for step, _ in events(straight.path, "loss")] == list(range(1, 13))
+
+
+def test_truncate_after_counts_rollout_steps_not_lines(tmp_path: Path) -> None:
+    made = RunDir.create(tmp_path, changed(), resume=False)
+    log_steps(made, 1, 3)
+    made.truncate_after(2)
+    assert [(line["step"], line["mini_batch"]) for line in read_metrics(made.metrics_file)] == [
+        (1, 0),
+        (1, 1),
+        (2, 0),
+        (2, 1),
+    ]
+    assert [line["step"] for line in read_metrics(made.eval_file)] == [1, 2]
+    made.truncate_after(0)
+    assert made.metrics_file.read_bytes() == b""
+
+
+def test_events_reopen_after_close_without_hiding_what_they_hold(tmp_path: Path) -> None:
+    made = RunDir.create(tmp_path, changed(), resume=False)
+    RunDir.create(tmp_path, changed(), resume=True)
+    made.truncate_after(0)
+    log_steps(made, 1, 2)
+    made.close()
+    log_steps(made, 3, 3)
+    made.close()
+    assert [step for step, _ in events(tmp_path, "loss")] == [1, 2, 3, 4, 5, 6]
+
+
+# ---- lines -------------------------------------------------------------------------------------------------
+
+
+def test_torn_last_line_is_left_out_when_read_and_cut_on_resume(tmp_path: Path) -> None:
+    made = RunDir.create(tmp_path, changed(), resume=False)
+    log_steps(made, 1, 1)
+    made.close()
+    whole = made.metrics_file.read_bytes()
+    made.metrics_file.write_bytes(whole + b'{"step":2,"loss":0.')
+    assert [line["step"] for line in read_metrics(made.metrics_file)] == [1, 1]
+    RunDir.create(tmp_path, changed(), resume=True)
+    assert made.metrics_file.read_bytes() == whole
+
+
+def test_every_line_is_whole_in_the_file_as_soon_as_it_is_logged(tmp_path: Path) -> None:
+    made = RunDir.create(tmp_path, changed(), resume=False)
+    for step in range(1, 4):
+        made.log_metrics(step, 0, 0, {f"metric/{i}": float(i) for i in range(2000)})
+        content = made.metrics_file.read_bytes()
+        assert content.endswith(b"}\n")
+        assert content.count(b"\n") == step
+
+
+def test_line_carries_its_tags_and_plain_numbers(tmp_path: Path) -> None:
+    made = RunDir.create(tmp_path, changed(), resume=False)
+    values = {"a": np.float32(0.5), "b": torch.tensor(2.5), "tokens": 7, "c": np.int64(3)}
+    made.log_metrics(4, 1, 3, values)  # type: ignore[arg-type]
+    (line,) = read_metrics(made.metrics_file)
+    assert line.pop("time") > 1.6e9
+    assert line == {
+        "step": 4,
+        "mini_batch": 1,
+        "weight_version": 3,
+        "a": 0.5,
+        "b": 2.5,
+        "tokens": 7,
+        "c": 3.0,
+    }
+    assert isinstance(line["tokens"], int)
+
+
+def test_values_that_are_not_finite_become_null_and_are_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = RunDir.create(tmp_path, changed(), resume=False)
+    with caplog.at_level(logging.WARNING):
+        made.log_metrics(1, 0, 0, {"loss": float("nan"), "kl": 1.0})
+        made.log_metrics(2, 0, 0, {"loss": float("inf"), "kl": float("-inf")})
+    assert [(line["loss"], line["kl"]) for line in read_metrics(made.metrics_file)] == [
+        (None, 1.0),
+        (None, None),
+    ]
+    assert [r.getMessage().split(":")[0] for r in caplog.records] == [
+        "metric loss is nan at step 1",
+        "metric kl is -inf at step 2",
+    ]
+    made.close()
+    assert events(tmp_path, "kl") == [(1, 1.0)]
+
+
+def test_metric_may_not_take_the_name_of_a_tag(tmp_path: Path) -> None:
+    made = RunDir.create(tmp_path, changed(), resume=False)
+    with pytest.raises(ValueError, match="'weight_version' has the name of a tag"):
+        made.log_metrics(1, 0, 0, {"weight_version": 3})
+    assert not made.metrics_file.exists()
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    created = RunDir.create(tmp_path, changed(), resume=False)
+    log_steps(created, 1, 2)
+    created.close()
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    attached = RunDir.attach(tmp_path)
+    assert attached.checkpoints == created.checkpoints
+    log_steps(attached, 3, 3)
+    attached.truncate_after(0)
+    attached.close()
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("bad", [b"not json\n", b"[1]\n", b'{"loss": 1}\n'])
+def test_reading_names_the_file_and_the_bad_line(tmp_path: Path, bad: bytes) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step":1}\n' + bad + b'{"step":2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+        read_metrics(file)
+
+
+# ---- provenance --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("a = 1\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    return package / "__init__.py"
+
+
+def test_git_state_of_a_clean_and_of_a_changed_checkout(checkout: Path) -> None:
+    clean = provenance.git_state(checkout)
+    assert clean is not None
+    assert len(clean.commit) == 40
+    assert not clean.dirty
+    checkout.write_text("a = 2\n")
+    (checkout.parent / "new.py").write_text("")
+    dirty = provenance.git_state(checkout)
+    assert dirty is not None
+    assert dirty.commit == clean.commit
+    assert dirty.dirty
+    assert "-a = 1\n+a = 2\n" in dirty.diff
+    assert dirty.untracked == ("package/new.py",)
+
+
+def test_a_package_installed_below_a_checkout_has_no_commit(checkout: Path) -> None:
+    installed = checkout.parent / "site-packages" / "__init__.py"
+    installed.parent.mkdir()
+    installed.write_text("")
+    assert provenance.git_state(installed) is None
+
+
+def test_git_records_are_written_with_the_diff(
+    tmp_path: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout.write_text("a = 2\n")
+    monkeypatch.setattr(run.megatron_rl, "__file__", str(checkout))
+    RunDir.create(tmp_path / "run", changed(), resume=False)
+    state = json.loads((tmp_path / "run" / "git.json").read_text())
+    assert state["dirty"] is True
+    assert "+a = 2" in (tmp_path / "run" / "git.diff").read_text()
