@@ -117,8 +117,12 @@ def write_reference(model: Path, sequences: Sequence[Sequence[int]], directory: 
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    # transformers leaves out the gradient of the padding token's row, even where that token is read.
+    reference.get_input_embeddings().padding_idx = None
     total = sum(len(ids) - 1 for ids in sequences)
     logprobs = []
     for ids in sequences:

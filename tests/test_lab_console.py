@@ -30,7 +30,8 @@ def read_terminal(leader: int) -> bytes:
 
 
 def a_step(console: Console, step: int) -> None:
-    console.step(step, reward=0.25, accuracy=0.5, tokens_per_second=2091.4, times=console.timer.drain())
+    figures = {"reward": 0.25, "accuracy": 0.5, "tokens/s": 2091.4}
+    console.step(step, figures, console.timer.drain())
 
 
 def test_timer_sums_a_phase_and_starts_again_after_drain() -> None:
@@ -90,8 +91,7 @@ def test_without_a_terminal_one_plain_line_a_step(monkeypatch: pytest.MonkeyPatc
         a_step(console, 3)
     first, second, heldout, third = out.getvalue().splitlines()
     assert first == (
-        "step 1/4  reward 0.250  accuracy 0.500  tokens/s 2091  "
-        "rollout 30.00s  update [gspo] 60.00s  left 0:04:30"
+        "step 1/4  reward 0.250  accuracy 0.500  tokens/s 2091  rollout 30.00s  update [gspo] 60.00s  left 0:04:30"
     )
     assert second.endswith("left 0:03:00")
     assert heldout == "after step 2  held-out accuracy 0.125"
@@ -109,9 +109,9 @@ def test_long_plain_lines_are_not_wrapped() -> None:
     assert len(out.getvalue().splitlines()) == 1
 
 
-def test_time_left_follows_the_latest_steps_and_counts_from_a_resume() -> None:
+def test_time_left_follows_the_latest_steps_also_after_a_resume() -> None:
     clock, out = Clock(), io.StringIO()
-    with Console(100, first_step=50, file=out, clock=clock) as console:
+    with Console(100, file=out, clock=clock) as console:
         for step, seconds in enumerate([1000.0] + [1.0] * 20, start=51):
             clock.now += seconds
             a_step(console, step)
@@ -139,9 +139,7 @@ def test_on_a_terminal_it_draws_bar_figures_and_phases(monkeypatch: pytest.Monke
     monkeypatch.setenv("LINES", "40")
     leader, follower = os.openpty()
     chunks: list[bytes] = []
-    reader = threading.Thread(
-        target=lambda: chunks.extend(iter(lambda: read_terminal(leader), b"")), daemon=True
-    )
+    reader = threading.Thread(target=lambda: chunks.extend(iter(lambda: read_terminal(leader), b"")), daemon=True)
     reader.start()
     clock = Clock()
     with open(follower, "w") as out, Console(4, file=out, clock=clock) as console:

@@ -12,7 +12,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_rl.lab import provenance, run
-from megatron_rl.lab.run import RunDir, read_metrics
+from megatron_rl.lab.run import RunDir, RunDirError, read_metrics
 
 CONFIG = {
     "presets": ["gspo"],
@@ -96,9 +96,7 @@ def test_create_refuses_a_file(tmp_path: Path) -> None:
     assert file.read_text() == "mine"
 
 
-def test_start_that_breaks_off_leaves_nothing_to_resume(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_start_that_breaks_off_leaves_nothing_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """config.yaml is the last record to be written, so a half-written start never passes for a run."""
     replaced: list[str] = []
     replace = run.os.replace
@@ -156,7 +154,7 @@ def test_resume_with_nothing_changed_adds_no_history(tmp_path: Path) -> None:
 def test_resume_refuses_another_configuration_and_names_every_key(tmp_path: Path) -> None:
     RunDir.create(tmp_path, changed(), resume=False)
     other = changed(optim__lr=2e-6, train__mini_batches=4, train__steps=20, optim__betas=[0.9, 0.99], kl=0.1)
-    with pytest.raises(ValueError, match="another configuration") as error:
+    with pytest.raises(RunDirError, match="another configuration") as error:
         RunDir.create(tmp_path, other, resume=True)
     message = str(error.value)
     assert "optim.lr: 1e-06 in the run, 2e-06 now" in message
@@ -169,7 +167,7 @@ def test_resume_refuses_another_configuration_and_names_every_key(tmp_path: Path
 
 def test_keys_that_only_begin_like_a_free_one_are_compared(tmp_path: Path) -> None:
     RunDir.create(tmp_path, changed(), resume=False)
-    with pytest.raises(ValueError, match=r"evaluation\.every"):
+    with pytest.raises(RunDirError, match=r"evaluation\.every"):
         RunDir.create(tmp_path, changed(evaluation={"every": 1}), resume=True)
 
 
@@ -306,7 +304,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 def test_reading_names_the_file_and_the_bad_line(tmp_path: Path, bad: bytes) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(b'{"step":1}\n' + bad + b'{"step":2}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+    with pytest.raises(RunDirError, match=r"metrics\.jsonl, line 2"):
         read_metrics(file)
 
 
@@ -350,9 +348,7 @@ def test_a_package_installed_below_a_checkout_has_no_commit(checkout: Path) -> N
     assert provenance.git_state(installed) is None
 
 
-def test_git_records_are_written_with_the_diff(
-    tmp_path: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_git_records_are_written_with_the_diff(tmp_path: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkout.write_text("a = 2\n")
     monkeypatch.setattr(run.megatron_rl, "__file__", str(checkout))
     RunDir.create(tmp_path / "run", changed(), resume=False)

@@ -1,35 +1,51 @@
-"""Makes the demo's model: a Hugging Face-format Qwen3-MoE with random weights and a tokenizer of single characters."""
+"""Makes the demo's model: a Hugging Face-format Qwen3-MoE with random weights and a tokenizer of single characters.
+
+python tools/make_demo_model.py DIRECTORY
+"""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from megatron_rl.data.arithmetic import ALPHABET
 
-VOCABULARY = ["<pad>", "<eos>", *ALPHABET]
+VOCABULARY = ("<pad>", "<eos>", *ALPHABET)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A token is a character of the arithmetic task. There is no unknown token: any other character is an error."""
     ids = {token: number for number, token in enumerate(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<pad>"))
+    # The model's constructor defaults to "<unk>", which is not in the vocabulary, so an unknown character raises.
+    tokenizer = Tokenizer(models.WordLevel(ids))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", clean_up_tokenization_spaces=False
+    )
 
 
-def make_model(directory: Path, *, layers: int, hidden: int, experts: int, top_k: int, seed: int) -> None:
-    """About 2.7M parameters with 6 layers, hidden 128, 16 experts and top-4; fp32, from the seed alone."""
+def make_demo_model(
+    directory: Path, *, layers: int = 6, hidden: int = 128, experts: int = 16, top_k: int = 4, seed: int = 0
+) -> None:
+    """Writes fp32 weights, the same for the same arguments: 2.7M parameters as it stands.
+
+    Raises FileExistsError when there is something at `directory`, which appears whole or not at all.
+    """
+    if directory.exists():
+        raise FileExistsError(f"{directory}: exists already; remove it or name another directory")
     tokenizer = make_tokenizer()
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = Qwen3MoeConfig(
-        vocab_size=32,
+        vocab_size=len(VOCABULARY),
         hidden_size=hidden,
-        intermediate_size=2 * hidden,
+        intermediate_size=2 * hidden,  # unused: every layer has experts
         moe_intermediate_size=hidden // 2,
         num_hidden_layers=layers,
         num_attention_heads=4,
@@ -38,30 +54,37 @@ def make_model(directory: Path, *, layers: int, hidden: int, experts: int, top_k
         num_experts=experts,
         num_experts_per_tok=top_k,
         norm_topk_prob=True,
-        decoder_sparse_step=1,
         mlp_only_layers=[],
         max_position_embeddings=512,
         tie_word_embeddings=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
+        **ends,
     )
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3MoeForCausalLM(config).float()
+    model.generation_config = GenerationConfig(**ends)
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(directory)
 
 
 def main(
     directory: Path,
-    layers: Annotated[int, typer.Option()] = 6,
-    hidden: Annotated[int, typer.Option()] = 128,
-    experts: Annotated[int, typer.Option()] = 16,
-    top_k: Annotated[int, typer.Option()] = 4,
-    seed: Annotated[int, typer.Option()] = 0,
+    layers: Annotated[int, typer.Option(min=1)] = 6,
+    hidden: Annotated[int, typer.Option(min=8)] = 128,
+    experts: Annotated[int, typer.Option(min=1)] = 16,
+    top_k: Annotated[int, typer.Option(min=1)] = 4,
+    seed: int = 0,
 ) -> None:
-    make_model(directory, layers=layers, hidden=hidden, experts=experts, top_k=top_k, seed=seed)
-    print(f"wrote {directory}")
+    """Makes a random Qwen3-MoE with the tokenizer of the arithmetic task in DIRECTORY."""
+    try:
+        make_demo_model(directory, layers=layers, hidden=hidden, experts=experts, top_k=top_k, seed=seed)
+    except FileExistsError as error:
+        raise typer.BadParameter(str(error)) from None
+    typer.echo(f"wrote {directory}")
 
 
 if __name__ == "__main__":

@@ -3,27 +3,26 @@
     prompt    3+5+2+9=
     response  3+5=8,8+2=10,10+9=19#19         each addition, then the answer after '#'
 
-Nine terms give responses of about 58 characters and prompts of 18; the number of terms sets the length. Problems are a
-function of (seed, index) and their split: a problem is held out or not by a hash of its text, so that the splits share none.
+Nine terms make prompts of 18 characters and responses of 49 to 65; the number of terms sets the length. Whether a
+problem is held out is decided by a hash of its terms: the two splits share none, whatever their seeds and counts.
 """
 
 from __future__ import annotations
 
+import difflib
 import hashlib
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import accumulate, pairwise
 
 import numpy as np
 
-from megatron_rl.errors import UserError
+from megatron_rl.data.records import DataError
 
 PREFIX = "arithmetic:"
 ALPHABET = "0123456789+,=#"
+SPLITS = ("train", "heldout")
 HELD_OUT_SHARE = 8  # one problem in so many
-
-
-class TaskError(UserError):
-    """An `arithmetic:` specification with a mistake in it."""
 
 
 @dataclass(frozen=True)
@@ -35,50 +34,56 @@ class ArithmeticTask:
 
     @classmethod
     def parse(cls, spec: str) -> ArithmeticTask:
-        """`arithmetic:terms=9,split=train,count=20000,seed=0`; what is left out has its default. Raises TaskError."""
-        values: dict[str, str] = {}
+        """`arithmetic:terms=9,split=train,count=20000,seed=0`; what is left out has its default. Raises DataError."""
+        types = {field.name: type(field.default) for field in fields(cls)}
+        values: dict[str, int | str] = {}
         for part in filter(None, spec.removeprefix(PREFIX).split(",")):
             key, _, value = part.partition("=")
-            if key not in cls.__dataclass_fields__:
-                raise TaskError(f"{spec!r}: no key {key!r}; there are {', '.join(cls.__dataclass_fields__)}")
-            values[key] = value
-        numbers = {}
-        for key in ("terms", "count", "seed"):
-            if key in values and not values[key].isdigit():
-                raise TaskError(f"{spec!r}: {key}: {values[key]!r} is not a whole number")
+            if key not in types:
+                close = difflib.get_close_matches(key, types, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(types)}"
+                raise DataError(f"{spec}: no key {key!r}; {hint}")
             if key in values:
-                numbers[key] = int(values[key])
-        task = cls(split=values.get("split", "train"), **numbers)
-        if task.split not in ("train", "heldout"):
-            raise TaskError(f"{spec!r}: split: {task.split!r} is neither train nor heldout")
-        if task.terms < 2 or task.count < 1:
-            raise TaskError(f"{spec!r}: terms must be at least 2, and count at least 1")
+                raise DataError(f"{spec}: {key}: given twice")
+            if types[key] is int and not value.isdecimal():
+                raise DataError(f"{spec}: {key}: expected a whole number, found {value!r}")
+            values[key] = int(value) if types[key] is int else value
+        task = cls(**values)  # type: ignore[arg-type]
+        if task.split not in SPLITS:
+            raise DataError(f"{spec}: split: expected {' or '.join(SPLITS)}, found {task.split!r}")
+        for key, least in (("terms", 2), ("count", 1)):
+            if getattr(task, key) < least:
+                raise DataError(f"{spec}: {key}: expected at least {least}, found {getattr(task, key)}")
         return task
 
-    def problems(self) -> list[list[int]]:
-        """`count` different problems of this split, as their terms."""
-        rng = np.random.default_rng([self.seed, self.terms, len(self.split)])
+    def problems(self) -> list[tuple[int, ...]]:
+        """The terms, 1 to 9, of `count` different problems of the split. A smaller count gives the first of them.
+
+        Raises DataError where the split has fewer.
+        """
+        rng = np.random.default_rng([self.seed, self.terms, SPLITS.index(self.split)])
         found: dict[tuple[int, ...], None] = {}
-        tries = 0
-        while len(found) < self.count:
-            tries += 1
-            if tries > 100 * self.count + 1000:
-                raise TaskError(f"fewer than {self.count} problems of {self.terms} terms exist in {self.split}")
+        for _ in range(1000 + 100 * self.count):
             terms = tuple(rng.integers(1, 10, self.terms).tolist())
-            if _held_out(terms) == (self.split == "heldout"):
+            if is_held_out(terms) == (self.split == "heldout"):
                 found[terms] = None
-        return [list(terms) for terms in found]
+                if len(found) == self.count:
+                    return list(found)
+        raise DataError(
+            f"{PREFIX} count: found {len(found)} problems of {self.terms} terms in split {self.split}, "
+            f"not {self.count}; ask for fewer or use more terms"
+        )
 
 
-def _held_out(terms: tuple[int, ...]) -> bool:
+def is_held_out(terms: Sequence[int]) -> bool:
     return hashlib.sha256(bytes(terms)).digest()[0] % HELD_OUT_SHARE == 0
 
 
-def prompt_text(terms: list[int]) -> str:
+def prompt_text(terms: Sequence[int]) -> str:
     return "+".join(map(str, terms)) + "="
 
 
-def response_text(terms: list[int]) -> str:
+def response_text(terms: Sequence[int]) -> str:
     sums = list(accumulate(terms))
-    steps = (f"{a}+{b}={c}" for a, b, c in zip(sums, terms[1:], sums[1:], strict=False))
-    return ",".join(steps) + f"#{sums[-1]}"
+    steps = [f"{a}+{term}={b}" for (a, b), term in zip(pairwise(sums), terms[1:], strict=True)]
+    return f"{','.join(steps)}#{sums[-1]}"

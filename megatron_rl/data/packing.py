@@ -1,15 +1,17 @@
 """Packing a micro-batch's samples into one row (THD), and the order of context parallelism. NumPy, no torch.
 
 Nothing is padded to the longest. Under context parallelism each sequence is lengthened to a multiple of 2 * cp; under
-sequence parallelism the last one until the row divides among the ranks. Padding repeats a sequence's own last token: it is
-causal, so nothing real attends to it, its routes are those of a real token rather than one hot expert's, and it is in no
-loss mask.
+sequence parallelism the last one until the row divides among the ranks. Padding repeats its sequence from the start:
+nothing real attends to it, for it comes later; it is in no loss mask; and it visits many experts, where one token
+repeated would send all of it to the same few.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +21,7 @@ from megatron_rl.data.sample import Sample
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
+T = TypeVar("T", bound=np.generic)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +55,15 @@ def pack(
     tp: int = 1,
     total: int | None = None,
 ) -> PackedBatch:
-    """The samples in their order. `total` lengthens the row to so many positions (which must divide among the ranks)."""
+    """The samples in their order, each with one advantage for its whole response.
+
+    `total` lengthens the row to so many positions, which must divide among the ranks. Raises ValueError for a sample
+    whose first token is in the loss mask: nothing predicts it.
+    """
     lengths = padded_lengths([len(s.token_ids) for s in samples], cp=cp, tp=tp, total=total)
     parts = [_place(s, a, n, i) for i, (s, a, n) in enumerate(zip(samples, advantages, lengths, strict=True))]
-    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    return PackedBatch(*columns, cu_seqlens=np.cumsum([0, *lengths], dtype=np.int64))
+    columns: list[npt.NDArray[Any]] = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    return PackedBatch(*columns, np.cumsum([0, *lengths], dtype=np.int64))
 
 
 def pack_all(
@@ -74,32 +81,34 @@ def padded_lengths(lengths: Sequence[int], *, cp: int, tp: int, total: int | Non
     multiple = 2 * cp if cp > 1 else 1
     padded = [-(-n // multiple) * multiple for n in lengths]
     # Each context-parallel rank's tokens divide among the tensor-parallel ranks.
-    row = np.lcm(multiple, cp * tp)
+    row = math.lcm(multiple, cp * tp)
     wanted = -(-sum(padded) // row) * row if total is None else total
     if wanted < sum(padded) or wanted % row:
         raise ValueError(f"a row of {wanted} positions cannot hold {sum(padded)} in multiples of {row}")
-    padded[-1] += int(wanted) - sum(padded)
+    padded[-1] += wanted - sum(padded)
     return padded
 
 
 def _place(sample: Sample, advantage: float, length: int, sequence: int) -> tuple[npt.NDArray[np.generic], ...]:
     """One sequence's columns, in PackedBatch's order, lengthened to `length`."""
     n = len(sample.token_ids)
-
-    def column(values: npt.NDArray[np.generic], dtype: type, fill: object) -> npt.NDArray[np.generic]:
-        out = np.full(length, fill, dtype=dtype)
-        out[: len(values)] = values
-        return out
-
-    mask = column(sample.loss_mask[1:], np.bool_, False)
-    last = sample.token_ids[-1]
+    if not n or sample.loss_mask[0]:
+        raise ValueError(
+            f"prompt {sample.prompt.id!r} sample {sample.index}: its first token cannot be trained on; "
+            "a prompt needs at least one token"
+        )
+    repeated = np.resize(sample.token_ids, length + 1).astype(np.int64)
+    mask = np.zeros(length, dtype=np.bool_)
+    mask[: n - 1] = sample.loss_mask[1:]
+    logprobs = np.zeros(length, dtype=np.float32)
+    logprobs[: n - 1] = sample.rollout_logprobs[1:]
     return (
-        column(sample.token_ids, np.int64, last),
+        repeated[:-1],
         np.arange(length, dtype=np.int64),
-        column(sample.token_ids[1:], np.int64, last),
+        repeated[1:],
         mask,
-        column(sample.rollout_logprobs[1:], np.float32, 0.0),
-        np.where(mask, np.float32(advantage), np.float32(0.0)).astype(np.float32),
+        logprobs,
+        mask * np.float32(advantage),
         np.full(length, sequence, dtype=np.int64),
         np.arange(length) < n,
     )
@@ -108,9 +117,11 @@ def _place(sample: Sample, advantage: float, length: int, sequence: int) -> tupl
 def cp_index(cu_seqlens: npt.NDArray[np.integer], cp: int, rank: int) -> Ints:
     """Positions of the row that a context-parallel rank holds, in its order: [T / cp].
 
-    Each sequence is cut into 2 * cp chunks; rank r holds chunks r and 2 * cp - 1 - r, so that causal attention costs every
-    rank the same. This is Megatron-Core's and Transformer Engine's order for packed sequences, and the only place where
-    it is made. Raises ValueError for a sequence that does not divide.
+    Each sequence is cut into 2 * cp chunks; rank r holds chunks r and 2 * cp - 1 - r, so that causal attention costs
+    every rank the same. This is Megatron-Core's and Transformer Engine's order for packed sequences, and the only place
+    where it is made. Under sequence parallelism each tensor-parallel rank holds one of tp equal runs of this order.
+
+    Raises ValueError for a sequence that does not divide.
     """
     if cp == 1:
         return np.arange(cu_seqlens[-1], dtype=np.int64)
@@ -122,3 +133,17 @@ def cp_index(cu_seqlens: npt.NDArray[np.integer], cp: int, rank: int) -> Ints:
         for part in (rank, 2 * cp - 1 - rank):
             chunks.append(np.arange(start + part * chunk, start + (part + 1) * chunk))
     return np.concatenate(chunks).astype(np.int64)
+
+
+def cp_slice(array: npt.NDArray[T], cu_seqlens: npt.NDArray[np.integer], cp: int, rank: int) -> npt.NDArray[T]:
+    """[T, ...] -> [T / cp, ...]: what a context-parallel rank holds of anything that goes by position."""
+    return array[cp_index(cu_seqlens, cp, rank)]
+
+
+def cp_unslice(slices: Sequence[npt.NDArray[T]], cu_seqlens: npt.NDArray[np.integer]) -> npt.NDArray[T]:
+    """The inverse: the slices of all ranks, in their order -> [T, ...]."""
+    cp = len(slices)
+    order = np.concatenate([cp_index(cu_seqlens, cp, rank) for rank in range(cp)])
+    whole = np.empty((len(order), *slices[0].shape[1:]), dtype=slices[0].dtype)
+    whole[order] = np.concatenate(slices)
+    return whole

@@ -1,33 +1,34 @@
-"""Prompts and supervised examples, from JSONL, a data set on disk, or the arithmetic task."""
+"""Prompts and supervised examples, from a data set on disk or the arithmetic task, in an order that can be resumed."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import orjson
 
-from megatron_rl.data.arithmetic import PREFIX, ArithmeticTask, prompt_text, response_text
+from megatron_rl.data import arithmetic
+from megatron_rl.data.arithmetic import ArithmeticTask
+from megatron_rl.data.records import DataError, Record, read_records
 from megatron_rl.data.sample import Prompt, Sample
-from megatron_rl.errors import UserError
-
-
-class DataError(UserError):
-    """A data set or record that cannot be used; names file, line and field."""
 
 
 class Tokenizer(Protocol):
     """What is used of a Hugging Face tokenizer."""
 
-    eos_token_id: int | None
+    @property
+    def eos_token_id(self) -> Any: ...
+
+    @property
+    def chat_template(self) -> Any: ...
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Any: ...
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -39,28 +40,49 @@ class PromptCursor:
     position: int = 0
 
     def as_json(self) -> dict[str, int]:
+        """`PromptCursor(**cursor.as_json())` is the same cursor."""
         return asdict(self)
 
 
 class PromptDataset:
-    """Prompts in an order that is shuffled anew each epoch, by the cursor's seed."""
+    """Prompts in an order that is shuffled anew each epoch, by the cursor's seed.
 
-    def __init__(self, prompts: Sequence[Prompt]) -> None:
+    Token ids are made when a prompt is taken: kept for a whole data set, they would be ten times its text.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], encode: Callable[[str], list[int]]) -> None:
+        """`prompts` without their token ids."""
         self._prompts = prompts
+        self._encode = encode
 
     def __len__(self) -> int:
         return len(self._prompts)
 
     def __getitem__(self, index: int) -> Prompt:
-        return self._prompts[index]
+        prompt = self._prompts[index]
+        return dataclasses.replace(prompt, token_ids=tuple(self._encode(prompt.text)))
+
+    @property
+    def verifiers(self) -> frozenset[str]:
+        """All that the prompts name, so that a misspelt one is found before the first rollout."""
+        return frozenset(prompt.verifier for prompt in self._prompts)
 
     def take(self, cursor: PromptCursor, count: int) -> tuple[list[Prompt], PromptCursor]:
         """The next `count` prompts, over the ends of epochs, and the cursor after them."""
-        indexes, cursor = take_indexes(len(self._prompts), cursor, count)
-        return [self._prompts[i] for i in indexes], cursor
+        indexes, cursor = take_indexes(len(self), cursor, count)
+        return [self[i] for i in indexes], cursor
 
 
 def take_indexes(size: int, cursor: PromptCursor, count: int) -> tuple[list[int], PromptCursor]:
+    """The next `count` indexes of a data set of `size`, and the cursor after them.
+
+    Raises DataError for a cursor that does not fit the data set.
+    """
+    if not 0 <= cursor.position < size:
+        raise DataError(
+            f"the run has taken {cursor.position} prompts of this epoch, but the data set has {size}; "
+            "it is not the one that the run began with"
+        )
     epoch, position = cursor.epoch, cursor.position
     taken: list[int] = []
     while len(taken) < count:
@@ -79,124 +101,115 @@ class Fields:
 
     prompt: str
     answer: str  # or the response, of a supervised example
-    verifier: str = ""
+    verifier: str = ""  # of a record without a field of that name
     chat_template: bool = False
 
 
 def load_prompts(source: str, fields: Fields, tokenizer: Tokenizer, max_tokens: int) -> PromptDataset:
-    """Raises DataError naming file, line and field for a record that cannot be used, or a prompt over `max_tokens`."""
+    """Reads and checks all of `source`: what read_records takes, or `arithmetic:SPEC`.
+
+    A record may carry its own id (else file name and line) and verifier. Raises DataError naming file, line and
+    field for a record that cannot be used, an id given twice, or a prompt over `max_tokens`.
+    """
+    chat = ChatFormat(tokenizer, fields.chat_template)
     prompts = []
-    for where, record in _records(source, fields):
-        text = _text(record, fields.prompt, where, chat=fields.chat_template)
-        ids = _prompt_ids(text, tokenizer, fields.chat_template)
-        if not 0 < len(ids) <= max_tokens:
-            raise DataError(
-                f"{where}: {fields.prompt}: {len(ids)} tokens; expected 1 to data.max_prompt_tokens {max_tokens}"
+    where: dict[str, str] = {}
+    for record in _records(source, fields, answer_text=lambda terms: str(sum(terms))):
+        text = chat.text(record, fields.prompt)
+        tokens = len(_encoded(chat.encode, text, record, fields.prompt))
+        if not 0 < tokens <= max_tokens:
+            raise record.error(
+                fields.prompt, f"prompt has {tokens} tokens, expected 1 to data.max_prompt_tokens = {max_tokens}"
             )
-        prompts.append(
-            Prompt(
-                id=str(record.get("id", where)),
-                text=text if isinstance(text, str) else orjson.dumps(text).decode(),
-                token_ids=tuple(ids),
-                answer=str(_field(record, fields.answer, where)),
-                verifier=str(record.get("verifier", fields.verifier)),
-            )
+        prompt = Prompt(
+            id=record.text("id", default=record.id),
+            text=text,
+            token_ids=(),
+            answer=record.text(fields.answer),
+            verifier=record.text("verifier", default=fields.verifier),
         )
+        if prompt.id in where:
+            raise record.error("id", f"{prompt.id!r} is also at {where[prompt.id]}; ids must differ")
+        where[prompt.id] = record.where
+        prompts.append(prompt)
     if not prompts:
         raise DataError(f"{source}: no prompts")
-    return PromptDataset(prompts)
+    return PromptDataset(prompts, chat.encode)
 
 
 def load_sft_samples(source: str, fields: Fields, tokenizer: Tokenizer, max_tokens: int) -> list[Sample]:
     """Each record's prompt, with its response and the end-of-sequence token in the loss mask. Raises DataError."""
     if tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer has no end-of-sequence token; a response would never end")
+        raise DataError("the tokenizer has no end-of-sequence token (eos_token); a response would never end")
+    chat = ChatFormat(tokenizer, fields.chat_template)
     samples = []
-    for where, record in _records(source, fields):
-        text = _text(record, fields.prompt, where, chat=fields.chat_template)
-        ids = _prompt_ids(text, tokenizer, fields.chat_template)
-        response = tokenizer.encode(str(_field(record, fields.answer, where)), add_special_tokens=False)
+    for record in _records(source, fields, answer_text=arithmetic.response_text):
+        text = chat.text(record, fields.prompt)
+        ids = _encoded(chat.encode, text, record, fields.prompt)
+        plain = functools.partial(tokenizer.encode, add_special_tokens=False)
+        response = _encoded(plain, record.text(fields.answer), record, fields.answer)
         response.append(tokenizer.eos_token_id)
-        if not ids or len(ids) + len(response) > max_tokens:
-            raise DataError(
-                f"{where}: {len(ids) + len(response)} tokens; expected at most data.max_tokens {max_tokens}"
+        tokens = len(ids) + len(response)
+        if not ids or tokens > max_tokens:
+            raise record.error(
+                f"{fields.prompt}, {fields.answer}",
+                f"{len(ids)} + {len(response)} tokens, expected a prompt, and at most data.max_tokens = {max_tokens}",
             )
-        prompt = Prompt(where, "", tuple(ids), "", "")
+        prompt = Prompt(record.text("id", default=record.id), text, tuple(ids), answer="", verifier="")
         samples.append(Sample.start(prompt, 0).extend(response, [0.0] * len(response), weight_version=0))
     if not samples:
         raise DataError(f"{source}: no examples")
     return samples
 
 
-def _prompt_ids(text: Any, tokenizer: Tokenizer, chat_template: bool) -> list[int]:
-    if not chat_template:
-        return tokenizer.encode(text, add_special_tokens=False)
-    messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False))
+class ChatFormat:
+    """A prompt as the model reads it: as it stands, or as messages in the tokenizer's chat template."""
+
+    def __init__(self, tokenizer: Tokenizer, chat_template: bool) -> None:
+        if chat_template and not tokenizer.chat_template:
+            raise DataError("data.chat_template: true, but the model's tokenizer has no chat template")
+        self._tokenizer = tokenizer
+        self._chat = chat_template
+
+    def encode(self, text: str) -> list[int]:
+        """Of a rendered prompt: a chat template writes the tokenizer's special tokens itself."""
+        return self._tokenizer.encode(text, add_special_tokens=not self._chat)
+
+    def text(self, record: Record, name: str) -> str:
+        value = record.field(name)
+        if not self._chat:
+            if isinstance(value, str):
+                return value
+            hint = "; messages need data.chat_template: true" if isinstance(value, list) else ""
+            raise record.error(name, f"expected text, found {type(value).__name__}{hint}")
+        messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
+        if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+            raise record.error(name, "expected text or a list of messages, each with role and content as text")
+        return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
-def _records(source: str, fields: Fields) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(where it stands, record)."""
-    if source.startswith(PREFIX):
-        task = ArithmeticTask.parse(source)
-        for number, terms in enumerate(task.problems()):
-            answer, response = str(sum(terms)), response_text(terms)
-            names = {fields.prompt: prompt_text(terms), "answer": answer, "response": response}
-            yield f"{PREFIX}{task.split}:{number}", names
-        return
-    path = Path(source)
-    if path.is_dir():
-        yield from _data_set(path)
-    elif path.is_file():
-        yield from _json_lines(path)
-    else:
-        raise DataError(f"{source}: no such file or directory; expected JSONL, a data set directory or {PREFIX}...")
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path.name}:{number}"
-            if not line.strip():
-                continue
-            try:
-                record = orjson.loads(line)
-            except orjson.JSONDecodeError as error:
-                raise DataError(f"{path}:{number}: not JSON: {error}") from None
-            if not isinstance(record, dict):
-                raise DataError(f"{path}:{number}: expected an object, found {type(record).__name__}")
-            yield where, record
-
-
-def _data_set(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    import datasets
-
+def _encoded(encode: Callable[[str], list[int]], text: str, record: Record, name: str) -> list[int]:
     try:
-        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-            loaded = datasets.load_from_disk(str(path))
-        else:
-            files = sorted(str(f) for f in path.glob("*.parquet"))
-            loaded = datasets.load_dataset("parquet", data_files=files, split="train") if files else None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a data set: {error}") from None
-    if loaded is None or isinstance(loaded, datasets.DatasetDict):
-        splits = f"; name one of its splits: {', '.join(loaded)}" if loaded else ""
-        raise DataError(f"{path}: expected one split of a saved data set, or parquet files{splits}")
-    for number, record in enumerate(loaded):
-        yield f"{path.name}:{number}", record
+        return encode(text)
+    except Exception as error:  # what a tokenizer raises for a character that it does not know has no type of its own
+        raise record.error(name, f"the tokenizer cannot encode {text[:80]!r}: {error}") from None
 
 
-def _field(record: Mapping[str, Any], name: str, where: str) -> Any:
-    if record.get(name) is None:
-        close = difflib.get_close_matches(name, record, n=1)
-        hint = f"; did you mean {close[0]}?" if close else f"; it has {', '.join(sorted(record))}"
-        raise DataError(f"{where}: no field {name!r}{hint}")
-    return record[name]
-
-
-def _text(record: Mapping[str, Any], name: str, where: str, chat: bool) -> Any:
-    value = _field(record, name, where)
-    if isinstance(value, str) or (chat and isinstance(value, list)):
-        return value
-    expected = "text or a list of messages" if chat else "text (messages need data.chat_template: true)"
-    raise DataError(f"{where}: {name}: expected {expected}, found {type(value).__name__}")
+def _records(source: str, fields: Fields, answer_text: Callable[[Sequence[int]], str]) -> Iterator[Record]:
+    """`answer_text` gives what stands in fields.answer for the terms of an arithmetic problem."""
+    if not source.startswith(arithmetic.PREFIX):
+        yield from read_records(Path(source))
+        return
+    task = ArithmeticTask.parse(source)
+    for number, terms in enumerate(task.problems()):
+        values = {
+            fields.prompt: arithmetic.prompt_text(terms),
+            fields.answer: answer_text(terms),
+            "verifier": "arithmetic",
+        }
+        where = f"{arithmetic.PREFIX}{task.split}:{number}"
+        yield Record(where, where, values)

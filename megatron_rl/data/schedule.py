@@ -1,13 +1,13 @@
 """The global plan of one rollout batch: which sample is trained on in which optimizer step, on which data-parallel
 replica and in which micro-batch. Pure Python, the same on every rank.
 
-What an optimizer step trains on depends on the groups alone. The layout only decides how that work is cut up, so losses,
-gradients and metrics do not change with it.
+What an optimizer step trains on depends on the groups alone. The layout only decides how that work is cut up, so
+losses, gradients and metrics do not change with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 ATTENTION_COST = 1e-4
@@ -21,7 +21,7 @@ class SampleSize:
     index: int  # global, group-major
     group: int
     tokens: int  # prompt and response
-    response_tokens: int  # masked in
+    response_tokens: int  # masked in; may be 0
 
     @property
     def cost(self) -> float:
@@ -32,8 +32,8 @@ class SampleSize:
 class Denominators:
     """Of one global mini-batch, over all its micro-batches and data-parallel replicas.
 
-    They are what makes the gradient independent of how the mini-batch is cut up. Both may be 0, where all is masked out.
-    Raises ValueError for numbers that no mini-batch has.
+    They are what makes the gradient independent of how the mini-batch is cut up. Both may be 0, where all is masked
+    out. Raises ValueError for numbers that no mini-batch has.
     """
 
     tokens: int
@@ -48,7 +48,7 @@ class Denominators:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One optimizer step: micro_batches[dp][k] is a tuple of sample indexes; every replica has as many."""
+    """One optimizer step. micro_batches[dp][k] is a tuple of sample indexes; every replica has as many, none empty."""
 
     mini_batch: int
     denominators: Denominators
@@ -58,6 +58,20 @@ class StepPlan:
 @dataclass(frozen=True)
 class Schedule:
     steps: tuple[StepPlan, ...]
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """Of a micro-batch."""
+
+    tokens: int
+    align: int
+
+    def tokens_of(self, sample: SampleSize) -> int:
+        return -(-sample.tokens // self.align) * self.align
+
+    def holds(self, samples: Sequence[SampleSize]) -> bool:
+        return len(samples) == 1 or sum(map(self.tokens_of, samples)) <= self.tokens
 
 
 def plan(
@@ -73,11 +87,14 @@ def plan(
     """Groups go to mini-batches in equal consecutive blocks; within one, samples to replicas by balanced cost.
 
     max_tokens: budget of a micro-batch, each sample counted as its length rounded up to `align`; a longer sample gets a
-    micro-batch of its own. micro_batch_multiple: what the number of micro-batches must divide by. home: the replica that
-    holds each sample, kept where balance allows.
+    micro-batch of its own. micro_batch_multiple: what the number of micro-batches must divide by. home: the replica
+    that holds each of `sizes`, kept where balance allows.
 
-    Raises ValueError when groups do not divide into mini-batches, or samples cannot fill all replicas.
+    Raises ValueError when an index is there twice, groups do not divide into mini-batches, or a mini-batch has too few
+    samples to give each replica as many micro-batches as its tokens need.
     """
+    if len({size.index for size in sizes}) < len(sizes):
+        raise ValueError("two samples have the same index; a group was fetched twice, or numbered wrongly")
     groups = sorted({size.group for size in sizes})
     if not groups or len(groups) % mini_batches:
         raise ValueError(
@@ -85,84 +102,105 @@ def plan(
         )
     per_step = len(groups) // mini_batches
     step_of = {group: position // per_step for position, group in enumerate(groups)}
-    homes = dict(zip((s.index for s in sizes), home or [0] * len(sizes), strict=True))
+    homes = {} if home is None else {s.index: h for s, h in zip(sizes, home, strict=True)}
+    budget = _Budget(max_tokens, align)
     steps = []
     for number in range(mini_batches):
         members = [size for size in sizes if step_of[size.group] == number]
-        replicas = _balance(members, dp, homes if home is not None else None)
-        steps.append(
-            StepPlan(
-                mini_batch=number,
-                denominators=Denominators(
-                    tokens=sum(s.response_tokens for s in members),
-                    sequences=sum(s.response_tokens > 0 for s in members),
-                ),
-                micro_batches=_micro_batches(replicas, max_tokens, micro_batch_multiple, align),
-            )
+        replicas = _balance(members, dp, homes)
+        try:
+            count = _even_counts(replicas, budget, micro_batch_multiple)
+        except ValueError as error:
+            raise ValueError(f"mini-batch {number} of {mini_batches} {error}") from None
+        denominators = Denominators(
+            tokens=sum(s.response_tokens for s in members),
+            sequences=sum(s.response_tokens > 0 for s in members),
         )
+        steps.append(StepPlan(number, denominators, tuple(_cut(r, count, budget) for r in replicas)))
     return Schedule(tuple(steps))
 
 
-def _balance(members: Sequence[SampleSize], dp: int, homes: dict[int, int] | None) -> list[list[SampleSize]]:
-    """Longest first to the least loaded replica, or to the sample's home while that is not over its fair share."""
+def _balance(members: Sequence[SampleSize], dp: int, homes: Mapping[int, int]) -> list[list[SampleSize]]:
+    """Longest first, to the least loaded replica, or to the sample's home while that would exceed its fair share by no
+    more than half the sample."""
     share = sum(s.cost for s in members) / dp
     replicas: list[list[SampleSize]] = [[] for _ in range(dp)]
     loads = [0.0] * dp
-    for sample in sorted(members, key=lambda s: (-s.cost, s.index)):
-        target = min(range(dp), key=lambda r: (loads[r], r))
-        if homes is not None:
-            at_home = homes[sample.index]
-            if loads[at_home] + sample.cost <= share + max(0.01 * share, sample.cost / 2):
-                target = at_home
+    for sample in _longest_first(members):
+        target = min(range(dp), key=lambda replica: (loads[replica], replica))
+        at_home = homes.get(sample.index, target)
+        if loads[at_home] + sample.cost / 2 <= share:
+            target = at_home
         replicas[target].append(sample)
         loads[target] += sample.cost
     return replicas
 
 
-def _micro_batches(
-    replicas: Sequence[Sequence[SampleSize]], max_tokens: int, multiple: int, align: int
-) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    def padded(sample: SampleSize) -> int:
-        return -(-sample.tokens // align) * align
+def _even_counts(replicas: list[list[SampleSize]], budget: _Budget, multiple: int) -> int:
+    """How many micro-batches every replica makes: as many as the fullest needs, and not more than any has samples.
 
-    needed = 1
-    for samples in replicas:
-        needed = max(needed, len(_first_fit(samples, padded, max_tokens)))
-    count = -(-needed // multiple) * multiple
-    fewest = min(len(samples) for samples in replicas)
-    if fewest < count:
-        raise ValueError(
-            f"a mini-batch leaves one of {len(replicas)} data-parallel replicas {fewest} samples for {count} micro-batches; "
-            "use fewer replicas or mini-batches, more samples, or a larger engine.max_tokens_per_micro_batch"
-        )
-    return tuple(
-        tuple(tuple(sorted(s.index for s in part)) for part in _spread(samples, padded, max_tokens, count))
-        for samples in replicas
-    )
+    Replicas are in lockstep through their schedules and all-to-alls. One with a few long samples gets short ones from
+    the others. Raises ValueError when there are too few samples in all.
+    """
+    samples = sum(map(len, replicas))
+    count = 0
+    while True:
+        needed = max(len(_first_fit(replica, budget)) for replica in replicas)
+        count = max(count, -(-needed // multiple) * multiple)
+        if samples < count * len(replicas):
+            raise ValueError(
+                f"has {samples} samples, but {len(replicas)} data-parallel replicas make {count} micro-batches each; "
+                "use fewer replicas, mini-batches or pipeline stages, more samples, or a larger "
+                "engine.max_tokens_per_micro_batch"
+            )
+        poorest = min(replicas, key=len)
+        if len(poorest) >= count:
+            return count
+        richest = max(replicas, key=len)
+        shortest = _longest_first(richest)[-1]
+        richest.remove(shortest)
+        poorest.append(shortest)
 
 
-def _first_fit(samples, padded, max_tokens):  # type: ignore[no-untyped-def]
-    """First-fit decreasing: how few micro-batches hold the samples."""
+def _cut(samples: Sequence[SampleSize], count: int, budget: _Budget) -> tuple[tuple[int, ...], ...]:
+    """One replica's micro-batches, the fullest first, so that those that meet in an all-to-all are alike."""
+    parts = _evenly(samples, count, budget)
+    if not all(map(budget.holds, parts)):
+        parts = _first_fit(samples, budget)
+        while len(parts) < count:
+            fullest = max((part for part in parts if len(part) > 1), key=lambda p: sum(map(budget.tokens_of, p)))
+            parts.remove(fullest)
+            parts += [fullest[0::2], fullest[1::2]]
+    parts.sort(key=lambda part: (-sum(map(budget.tokens_of, part)), part[0].index))
+    return tuple(tuple(sorted(sample.index for sample in part)) for part in parts)
+
+
+def _evenly(samples: Sequence[SampleSize], count: int, budget: _Budget) -> list[list[SampleSize]]:
+    """Longest first to the emptiest of `count`; none stays empty, but one may exceed the budget."""
+    parts: list[list[SampleSize]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for sample in _longest_first(samples):
+        emptiest = loads.index(min(loads))
+        parts[emptiest].append(sample)
+        loads[emptiest] += budget.tokens_of(sample)
+    return parts
+
+
+def _first_fit(samples: Sequence[SampleSize], budget: _Budget) -> list[list[SampleSize]]:
+    """First-fit decreasing: about as few micro-batches as hold the samples."""
     parts: list[list[SampleSize]] = []
     loads: list[int] = []
-    for sample in sorted(samples, key=lambda s: (-padded(s), s.index)):
-        for k, load in enumerate(loads):
-            if load + padded(sample) <= max_tokens:
-                parts[k].append(sample)
-                loads[k] += padded(sample)
-                break
-        else:
+    for sample in _longest_first(samples):
+        tokens = budget.tokens_of(sample)
+        part = next((k for k, load in enumerate(loads) if load + tokens <= budget.tokens), None)
+        if part is None:
             parts.append([sample])
-            loads.append(padded(sample))
+            loads.append(tokens)
+        else:
+            parts[part].append(sample)
+            loads[part] += tokens
     return parts
 
 
-def _spread(samples, padded, max_tokens, count):  # type: ignore[no-untyped-def]
-    """`count` micro-batches within the budget, none empty: those of first fit, the fullest split until there are enough."""
-    parts = _first_fit(samples, padded, max_tokens)
-    while len(parts) < count:
-        splittable = [p for p in parts if len(p) > 1]
-        fullest = max(splittable, key=lambda p: (sum(map(padded, p)), len(p)))
-        parts.remove(fullest)
-        parts += [fullest[0::2], fullest[1::2]]
-    return parts
+def _longest_first(samples: Sequence[SampleSize]) -> list[SampleSize]:
+    return sorted(samples, key=lambda s: (-s.tokens, s.index))

@@ -1,93 +1,179 @@
-"""Rollouts on disk and between ranks: JSON lines, readable by people, exact to the last bit.
+"""Rollouts on disk and between ranks, exact to the last bit and never pickled.
 
-A float32 log-prob is written as the shortest decimal of its float64 value, which reads back to the same float32.
+On disk they are JSON lines that people can read. A float32 log-prob is written as the shortest decimal of its float64
+value, which reads back to the same float32. Between ranks they are safetensors, at nine bytes a token.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import orjson
+import safetensors.numpy
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from megatron_rl.data.sample import Group, Prompt, Sample, Verdict, VersionSpan
-from megatron_rl.errors import UserError
+from megatron_rl.data.sample import FinishReason, Group, Prompt, Sample, Verdict, VersionSpan
 
 FORMAT = 1
 
+_Count = Annotated[int, Field(ge=0)]
+_TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
-class StoreError(UserError):
-    """A rollout file that is not one; names file and line."""
+
+class StoreError(ValueError):
+    """A rollout file that is not one; names file, line and field."""
 
 
-def write_groups(path: Path, groups: Sequence[Group], *, weight_version: int) -> None:
-    """A header line, then one group a line. The file appears whole or not at all."""
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class _Header(_Record):
+    format: Literal[1]
+    weight_version: _Count
+    groups: _Count
+
+
+class _PromptRecord(_Record):
+    id: str
+    text: str
+    token_ids: list[_TokenId]
+    answer: str
+    verifier: str
+
+
+class _SampleRecord(_Record):
+    sample: _Count
+    token_ids: list[_TokenId]
+    loss_mask: list[Literal[0, 1]]
+    rollout_logprobs: list[Annotated[float, Field(le=0)]]
+    versions: list[tuple[int, _Count, _Count]]  # version, start, end
+    finish_reason: FinishReason | None
+    verdict: tuple[float, bool] | None  # reward, correct
+    response: str | None = None  # for people; token_ids count
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> _SampleRecord:
+        lengths = [len(values) for values in (self.token_ids, self.loss_mask, self.rollout_logprobs)]
+        if len(set(lengths)) > 1:
+            raise ValueError("{} token_ids, {} loss_mask and {} rollout_logprobs".format(*lengths))
+        if any(not start <= end <= lengths[0] for _, start, end in self.versions):
+            raise ValueError(f"versions: a span is not within the {lengths[0]} tokens")
+        return self
+
+
+class _GroupRecord(_Record):
+    index: _Count
+    prompt: _PromptRecord
+    samples: list[_SampleRecord]
+
+    @model_validator(mode="after")
+    def _responses_follow_the_prompt(self) -> _GroupRecord:
+        n = len(self.prompt.token_ids)
+        for sample in self.samples:
+            if sample.token_ids[:n] != self.prompt.token_ids or any(sample.loss_mask[:n]):
+                raise ValueError(f"sample {sample.sample}: does not begin with its prompt, outside the loss mask")
+        return self
+
+
+def write_groups(
+    path: Path,
+    groups: Sequence[Group],
+    *,
+    weight_version: int,
+    decode: Callable[[list[int]], str] | None = None,
+) -> None:
+    """A header line, then one group a line, with the responses' text where `decode` makes it of token ids.
+
+    The file appears whole or not at all.
+    """
     header = {"format": FORMAT, "weight_version": weight_version, "groups": len(groups)}
-    partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
-        for record in (header, *map(_group_record, groups)):
-            file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+        file.write(orjson.dumps(header, option=orjson.OPT_APPEND_NEWLINE))
+        for group in groups:
+            file.write(orjson.dumps(_group_record(group, decode), option=orjson.OPT_APPEND_NEWLINE))
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
 
 
 def read_groups(path: Path) -> list[Group]:
-    """Raises StoreError naming the file and line, FileNotFoundError when there is none."""
-    lines = path.read_bytes().splitlines()
-    records = [_parse(path, number, line) for number, line in enumerate(lines, start=1)]
-    if not records or records[0].get("format") != FORMAT:
-        raise StoreError(f"{path}:1: expected a header with format {FORMAT}; this is not a rollout file")
-    if records[0]["groups"] != len(records) - 1:
-        raise StoreError(f"{path}: the header says {records[0]['groups']} groups, {len(records) - 1} are there")
+    """Raises StoreError naming file, line and field, FileNotFoundError when there is no file."""
     groups = []
-    for number, record in enumerate(records[1:], start=2):
-        try:
-            prompt = _prompt(record["prompt"])
-            samples = tuple(_sample(prompt, s) for s in record["samples"])
-            groups.append(Group(record["index"], prompt, samples))
-        except (KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"{path}:{number}: not a group: {type(error).__name__} {error}") from None
+    with path.open("rb") as file:
+        header = _parse(_Header, path, 1, file.readline())
+        for number, line in enumerate(file, start=2):
+            record = _parse(_GroupRecord, path, number, line)
+            prompt = _prompt(record.prompt.model_dump())
+            groups.append(Group(record.index, prompt, tuple(_read_sample(prompt, s) for s in record.samples)))
+    if len(groups) != header.groups:
+        raise StoreError(f"{path}: the header says {header.groups} groups, {len(groups)} are there; it is cut off")
     return groups
 
 
 def encode_samples(samples: Sequence[Sample]) -> bytes:
-    """For other ranks of the trainer: no pickle."""
-    records = [{"prompt": _prompt_record(s.prompt), **_sample_record(s)} for s in samples]
-    return orjson.dumps(records, option=orjson.OPT_SERIALIZE_NUMPY)
+    """For other ranks of the trainer. `decode_samples` gives back the same."""
+
+    def column(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
+        return np.concatenate([np.empty(0, dtype), *arrays])
+
+    records = [{"prompt": _prompt_record(s.prompt), "tokens": len(s.token_ids), **_sample_record(s)} for s in samples]
+    return safetensors.numpy.save(
+        {
+            "records": np.frombuffer(orjson.dumps(records), dtype=np.uint8),
+            "token_ids": column([s.token_ids for s in samples], np.int32),
+            "loss_mask": column([s.loss_mask for s in samples], np.bool_),
+            "rollout_logprobs": column([s.rollout_logprobs for s in samples], np.float32),
+        }
+    )
 
 
 def decode_samples(data: bytes) -> list[Sample]:
-    return [_sample(_prompt(record["prompt"]), record) for record in orjson.loads(data)]
+    columns = safetensors.numpy.load(data)
+    records = orjson.loads(columns.pop("records").tobytes())
+    ends = np.cumsum([record["tokens"] for record in records], dtype=np.int64)
+    parts = {name: np.split(column, ends[:-1]) for name, column in columns.items()}
+    return [
+        _sample(_prompt(record["prompt"]), record, **{name: split[i] for name, split in parts.items()})
+        for i, record in enumerate(records)
+    ]
 
 
-def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+def _parse(kind: type[Any], path: Path, number: int, line: bytes) -> Any:
     try:
-        record = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        raise StoreError(f"{path}:{number}: not JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise StoreError(f"{path}:{number}: expected a JSON object")
-    return record
+        return kind.model_validate_json(line)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        expected = "not the header of a rollout file" if number == 1 else "not a group"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise StoreError(f"{path}:{number}: {expected}: {field + ': ' if field else ''}{first['msg']}{more}") from None
 
 
-def _group_record(group: Group) -> dict[str, Any]:
-    return {
-        "index": group.index,
-        "prompt": _prompt_record(group.prompt),
-        "samples": [_sample_record(s) for s in group.samples],
-    }
+def _group_record(group: Group, decode: Callable[[list[int]], str] | None) -> dict[str, Any]:
+    samples = []
+    for sample in group.samples:
+        text = {"response": decode(sample.response_ids.tolist())} if decode else {}
+        columns = {
+            "token_ids": sample.token_ids.tolist(),
+            "loss_mask": sample.loss_mask.astype(int).tolist(),
+            "rollout_logprobs": sample.rollout_logprobs.astype(float).tolist(),
+        }
+        samples.append({**_sample_record(sample), **text, **columns})
+    return {"index": group.index, "prompt": _prompt_record(group.prompt), "samples": samples}
 
 
 def _prompt_record(prompt: Prompt) -> dict[str, Any]:
     return {
         "id": prompt.id,
         "text": prompt.text,
-        "token_ids": list(prompt.token_ids),
+        "token_ids": prompt.token_ids,
         "answer": prompt.answer,
         "verifier": prompt.verifier,
     }
@@ -98,29 +184,32 @@ def _prompt(record: dict[str, Any]) -> Prompt:
 
 
 def _sample_record(sample: Sample) -> dict[str, Any]:
+    """All but the arrays."""
     verdict = sample.verdict
     return {
         "sample": sample.index,
-        "token_ids": sample.token_ids.tolist(),
-        "loss_mask": sample.loss_mask.astype(int).tolist(),
-        "rollout_logprobs": sample.rollout_logprobs.astype(float).tolist(),
         "versions": [[v.version, v.start, v.end] for v in sample.versions],
         "finish_reason": sample.finish_reason,
         "verdict": None if verdict is None else [verdict.reward, verdict.correct],
     }
 
 
-def _sample(prompt: Prompt, record: dict[str, Any]) -> Sample:
-    lengths = {len(record[k]) for k in ("token_ids", "loss_mask", "rollout_logprobs")}
-    if len(lengths) != 1:
-        raise ValueError(f"sample {record['sample']}: token_ids, loss_mask and rollout_logprobs differ in length")
+def _sample(prompt: Prompt, record: dict[str, Any], **columns: Any) -> Sample:
     return Sample(
         prompt=prompt,
         index=record["sample"],
-        token_ids=np.asarray(record["token_ids"], dtype=np.int32),
-        loss_mask=np.asarray(record["loss_mask"], dtype=np.bool_),
-        rollout_logprobs=np.asarray(record["rollout_logprobs"], dtype=np.float32),
         versions=tuple(VersionSpan(*v) for v in record["versions"]),
         finish_reason=record["finish_reason"],
         verdict=None if record["verdict"] is None else Verdict(*record["verdict"]),
+        **columns,
+    )
+
+
+def _read_sample(prompt: Prompt, record: _SampleRecord) -> Sample:
+    return _sample(
+        prompt,
+        record.model_dump(include={"sample", "versions", "finish_reason", "verdict"}),
+        token_ids=np.asarray(record.token_ids, dtype=np.int32),
+        loss_mask=np.asarray(record.loss_mask, dtype=np.bool_),
+        rollout_logprobs=np.asarray(record.rollout_logprobs, dtype=np.float32),
     )

@@ -72,9 +72,10 @@ def uses_transformer_engine(engine: EngineConfig) -> bool:
 def transformer_config(arch: Architecture, engine: EngineConfig, layout: Layout) -> TransformerConfig:
     te = uses_transformer_engine(engine)
     dtype = torch.bfloat16 if engine.dtype == "bf16" else torch.float32
-    moe: dict[str, Any] = {}
+    # Named for dense models too: the default dispatcher refuses packed sequences whether or not it is used.
+    moe: dict[str, Any] = {"moe_token_dispatcher_type": "alltoall"}
     if arch.num_experts:
-        moe = {
+        moe |= {
             "num_moe_experts": arch.num_experts,
             "moe_router_topk": arch.experts_per_token,
             "moe_ffn_hidden_size": arch.expert_hidden_size,
@@ -86,7 +87,6 @@ def transformer_config(arch: Architecture, engine: EngineConfig, layout: Layout)
             "moe_aux_loss_coeff": engine.aux_loss_coefficient,
             "moe_grouped_gemm": te,
             "moe_permute_fusion": te,
-            "moe_token_dispatcher_type": "alltoall",
         }
         if engine.dispatcher == "deepep":
             moe |= {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"}

@@ -53,14 +53,12 @@ class PhaseTimer:
 class Console:
     """Shows a run on rank 0; off rank 0 (`shows=False`) it times phases and prints nothing.
 
-    Use it as a context manager, so that an error leaves the terminal whole. `first_step` is the number of
-    rollout steps that a resumed run had already made.
+    Use it as a context manager, so that an error leaves the terminal whole.
     """
 
     def __init__(
         self,
         total_steps: int,
-        first_step: int = 0,
         *,
         shows: bool = True,
         file: TextIO | None = None,
@@ -68,7 +66,7 @@ class Console:
     ) -> None:
         self.timer = PhaseTimer(clock)
         self._total_steps = total_steps
-        self._step = first_step
+        self._step = 0
         self._clock = clock
         self._ends: deque[float] = deque(maxlen=_PACE_STEPS + 1)
         self._figures: dict[str, str] = {}
@@ -85,7 +83,7 @@ class Console:
             TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"),
         )
-        self._bar = self._progress.add_task("", total=total_steps, completed=first_step, left="")
+        self._bar = self._progress.add_task("", total=total_steps, left="")
 
     def __enter__(self) -> Self:
         self._ends.append(self._clock())

@@ -26,6 +26,7 @@ import orjson
 import yaml
 
 import megatron_rl
+from megatron_rl.errors import UserError
 from megatron_rl.lab import provenance
 
 if TYPE_CHECKING:
@@ -55,6 +56,10 @@ _RECORDS = ("versions.json", "git.json", "git.diff", "config.yaml")
 _TAGS = ("step", "mini_batch", "weight_version", "time")
 
 
+class RunDirError(UserError, ValueError):
+    """A configuration that does not fit the run, or a line of its files that cannot be read."""
+
+
 class RunDir:
     """Paths of a run directory and the writer of its metrics.
 
@@ -80,7 +85,7 @@ class RunDir:
 
         On resume call `truncate_after` with the checkpoint's step before anything is logged.
         Raises FileExistsError when the directory is not empty and `resume` is False, FileNotFoundError when
-        there is nothing to resume, ValueError when the configuration differs in more than MAY_CHANGE.
+        there is nothing to resume, RunDirError when the configuration differs in more than MAY_CHANGE.
         """
         run = cls(path, writes=True)
         if resume:
@@ -180,7 +185,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Lines of a metrics.jsonl or eval.jsonl, null where a metric was not finite.
 
     A last line without its end is left out: its run broke off there, or is writing it now.
-    Raises ValueError that names the file and the line that is not a JSON object.
+    Raises RunDirError that names the file and the line that is not a JSON object with a step.
     """
     return [record for record, _ in _lines(path)]
 
@@ -195,9 +200,9 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
             try:
                 record = orjson.loads(line)
             except orjson.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error}). Remove the line.") from error
+                raise RunDirError(f"{path}, line {number}: not JSON ({error}). Remove the line.") from error
             if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                raise ValueError(f"{path}, line {number}: expected an object with an integer `step`. Remove it.")
+                raise RunDirError(f"{path}, line {number}: expected an object with an integer `step`. Remove it.")
             end += len(line)
             yield record, end
 
@@ -231,7 +236,7 @@ def _check_resumable(path: Path, config_yaml: str) -> None:
         if frozen.get(key, "absent") != asked.get(key, "absent") and not _may_change(key)
     ]
     if differing:
-        raise ValueError(
+        raise RunDirError(
             f"run_dir {path} was started with another configuration:\n"
             + "\n".join(differing)
             + f"\nOnly these may differ on resume: {', '.join(MAY_CHANGE)}. "

@@ -8,5 +8,5 @@ from megatron_rl.data.sample import Prompt, Verdict
 def verify_arithmetic(prompt: Prompt, response: str) -> Verdict:
     """Right when what follows the only '#' is the answer, exactly; the steps before it are not judged."""
     parts = response.split("#")
-    correct = len(parts) == 2 and parts[1].strip() == prompt.answer
+    correct = len(parts) == 2 and parts[1] == prompt.answer
     return Verdict(float(correct), correct)

@@ -21,7 +21,7 @@ PROBE_SEQUENCES, PROBE_TOKENS = 4, 48
 
 @dataclass(frozen=True)
 class Verification:
-    """Over all servers: largest and mean |log-prob difference| on the probe, nats."""
+    """Over all servers: largest and mean |log-prob difference| on the probe, in nats; see _gaps."""
 
     max_abs_diff: float
     mean_abs_diff: float
@@ -70,7 +70,7 @@ async def verify(
     differences = []
     for client in clients:
         served = await asyncio.gather(*(client.score(ids) for ids in sequences))
-        gaps = np.concatenate([np.abs(np.subtract(s, e)) for s, e in zip(served, expected, strict=True)])
+        gaps = np.concatenate([_gaps(np.array(s), e) for s, e in zip(served, expected, strict=True)])
         if not gaps.max() <= bound:
             raise WeightSyncError(
                 f"{client.url}: log-probs of the probe differ from the trainer's by up to {gaps.max():.3g} "
@@ -82,3 +82,9 @@ async def verify(
         raise WeightSyncError(f"servers hold different weights, by checksum: {checksums}")
     everything = np.concatenate(differences)
     return Verification(float(everything.max()), float(everything.mean()))
+
+
+def _gaps(served: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """|difference|, relative where |log p| > 1: a token that is all but impossible has a log-prob of many nats, and rounding
+    grows with it."""
+    return np.abs(served - expected) / np.maximum(1.0, np.abs(expected))

@@ -1,0 +1,70 @@
+"""The judging of a rollout's groups."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+from megatron_rl.data.sample import Group, Sample, Verdict
+from megatron_rl.rewards.judges import Answer, Failure, Judges
+from megatron_rl.rewards.registry import RewardError, call_verifier, get_verifier
+
+logger = logging.getLogger(__name__)
+
+# Compares two strings. All others may be slow, hang or crash, and run in processes of their own.
+_QUICK = ("arithmetic",)
+
+
+def grade(groups: Sequence[Group], decode: Callable[[list[int]], str], judges: Judges | None = None) -> list[Group]:
+    """The groups with every sample's verdict. `decode` turns response ids into text, special tokens left out.
+
+    An answer on which a worker of `judges` takes too long or dies counts as wrong, with reward 0, and a warning tells
+    how many. Without `judges`, workers are started for this call and stopped after it. Raises RewardError naming
+    prompt, sample and verifier when a verifier fails or gives a reward that is not finite.
+    """
+    samples = [sample for group in groups for sample in group.samples]
+    answers = [Answer(s.prompt, decode(s.response_ids.tolist())) for s in samples]
+    positions = defaultdict(list)
+    for position, sample in enumerate(samples):
+        positions[sample.prompt.verifier].append(position)
+    verdicts: dict[int, Verdict] = {}
+    with ExitStack() as stack:
+        judges = judges or stack.enter_context(Judges())
+        for verifier, places in positions.items():
+            mine = [answers[p] for p in places]
+            results = _judge_here(verifier, mine) if verifier in _QUICK else judges.judge(verifier, mine)
+            verdicts.update(zip(places, _settle(verifier, [samples[p] for p in places], mine, results), strict=True))
+    judged = (dataclasses.replace(sample, verdict=verdicts[p]) for p, sample in enumerate(samples))
+    return [dataclasses.replace(group, samples=tuple(next(judged) for _ in group.samples)) for group in groups]
+
+
+def _judge_here(name: str, answers: Sequence[Answer]) -> list[Verdict | Failure]:
+    verifier = get_verifier(name)
+    return [call_verifier(verifier, answer.prompt, answer.response) for answer in answers]
+
+
+def _settle(
+    verifier: str, samples: Sequence[Sample], answers: Sequence[Answer], results: Sequence[Verdict | Failure]
+) -> list[Verdict]:
+    """Lost answers are wrong: an answer can be such that judging it never ends. What a verifier raises is an error."""
+    lost = []
+    verdicts = []
+    for sample, answer, result in zip(samples, answers, results, strict=True):
+        if isinstance(result, Failure) and not result.lost:
+            raise RewardError(
+                f"prompt {sample.prompt.id!r} sample {sample.index}: verifier {verifier!r} failed: {result.reason}; "
+                f"the response was {answer.response[:200]!r}"
+            )
+        if isinstance(result, Failure):
+            lost.append(f"{sample.prompt.id} sample {sample.index} {result.reason}")
+            result = Verdict(0.0, False)
+        verdicts.append(result)
+    if lost:
+        some = "; ".join(lost[:3]) + ("; ..." if len(lost) > 3 else "")
+        logger.warning(
+            "verifier %r: %d of %d answers count as wrong, not judged: %s", verifier, len(lost), len(samples), some
+        )
+    return verdicts

@@ -1,0 +1,47 @@
+"""Verifiers by name, and the call of one. They are imported when first asked for: math-verify brings sympy."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import math
+from collections.abc import Callable
+
+from megatron_rl.data.sample import Prompt, Verdict
+
+Verifier = Callable[[Prompt, str], Verdict]
+
+VERIFIERS = {
+    "arithmetic": "megatron_rl.rewards.arithmetic:verify_arithmetic",
+    "math": "megatron_rl.rewards.math:verify_math",
+}
+
+
+class RewardError(ValueError):
+    """A verifier that does not exist, fails, or gives a reward that cannot be used; names verifier and prompt."""
+
+
+def get_verifier(name: str) -> Verifier:
+    """One of VERIFIERS, or a user's own as `package.module:function`. Raises RewardError when there is none."""
+    module, colon, function = VERIFIERS.get(name, name).partition(":")
+    if not colon:
+        close = difflib.get_close_matches(name, VERIFIERS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(VERIFIERS)}"
+        raise RewardError(f"verifier {name!r}: no such verifier; {hint} Your own is written package.module:function")
+    try:
+        verifier = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RewardError(f"verifier {name!r}: {error}") from None
+    if not callable(verifier):
+        raise RewardError(f"verifier {name!r}: expected a function, found {type(verifier).__name__}")
+    return verifier
+
+
+def call_verifier(verifier: Verifier, prompt: Prompt, response: str) -> Verdict:
+    """Its verdict, as plain Python numbers. Raises what the verifier raises, and ValueError for what is no verdict."""
+    verdict = verifier(prompt, response)
+    if not isinstance(verdict, Verdict):
+        raise ValueError(f"expected a Verdict, got {type(verdict).__name__}")
+    if not math.isfinite(verdict.reward):
+        raise ValueError(f"the reward is {verdict.reward}, expected a finite number")
+    return Verdict(float(verdict.reward), bool(verdict.correct))

@@ -1,0 +1,32 @@
+"""Fixtures that several test files share: a small model directory, and one live server for the whole session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny_models import make_tiny_model
+
+from megatron_rl.rollout.server import Server, ServerOptions, free_ports
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """fp32 Qwen3-MoE with a dense layer, grouped-query attention and a character tokenizer."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    make_tiny_model(directory, mlp_only_layers=(0,))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A real SGLang server of the tiny model."""
+    (port,) = free_ports(1)
+    options = ServerOptions(model=tiny_model_dir, port=port, dtype="fp32", max_total_tokens=8192, threads=1)
+    server = Server(options, tmp_path_factory.mktemp("logs") / "server.log")
+    try:
+        server.wait_ready(120.0)
+        yield server
+    finally:
+        server.stop()
