@@ -1,33 +1,37 @@
-"""The command line. What each command needs is imported when it runs, so that help and --dry-run are quick."""
+"""The command line. What each command needs is imported when it runs, so that help, --dry-run and errors are quick."""
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from megatron_rl.config.load import check_config, dump_config, load_config
-from megatron_rl.config.schema import Config, SftConfig
+from megatron_rl.config.layout import Layout
+from megatron_rl.config.load import ConfigError, check_config, dump_config, load_config
+from megatron_rl.config.schema import Config, Device, EngineDtype, Recompute, ServerDtype, SftConfig
 from megatron_rl.errors import UserError
-from megatron_rl.models.architecture import read_architecture
+from megatron_rl.models.architecture import Architecture, read_architecture
+
+SECONDS_FOR_RANK_0 = 10.0
 
 app = typer.Typer(
     help="Reinforcement learning of mixture-of-experts language models on Megatron-Core and SGLang.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as optim.lr=1e-5")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and layout, and stop.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint.")]
-WorldSize = Annotated[
-    int | None, typer.Option("--world-size", help="Ranks to plan for, with --dry-run; else torchrun's.")
-]
+WorldSize = Annotated[int | None, typer.Option(min=1, help="Ranks that --dry-run plans for; else torchrun's, or 1.")]
+Model = Annotated[Path, typer.Option(exists=True, file_okay=False, help="Hugging Face model directory")]
 
 
 @app.command()
@@ -40,8 +44,9 @@ def train(
 ) -> None:
     """Trains a policy by RL. Start it with torchrun, one process per device."""
     loaded = load_config(Config, config, overrides or [])
+    arch, layout = _check(loaded, world_size, dry_run)
     if dry_run:
-        _show(loaded, world_size)
+        _show(loaded, arch, layout)
         return
     from megatron_rl.train import train as run
 
@@ -58,26 +63,27 @@ def sft(
 ) -> None:
     """Fine-tunes a model on prompts with responses. Start it with torchrun."""
     loaded = load_config(SftConfig, config, overrides or [])
+    arch, layout = _check(loaded, world_size, dry_run)
     if dry_run:
-        _show(loaded, world_size)
+        _show(loaded, arch, layout)
         return
     from megatron_rl.sft import sft as run
 
     run(loaded, resume=resume)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings={"allow_extra_args": True})
 def serve(
     context: typer.Context,
-    model: Annotated[Path, typer.Argument(help="Hugging Face model directory")],
+    model: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Hugging Face model directory")],
     host: Annotated[str, typer.Option()] = "127.0.0.1",
-    port: Annotated[int, typer.Option()] = 30000,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, fp32 or bf16")] = "auto",
-    tp: Annotated[int, typer.Option()] = 1,
-    max_total_tokens: Annotated[int, typer.Option(help="KV cache, in tokens")] = 65536,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 30000,
+    device: Annotated[Device, typer.Option()] = "auto",
+    dtype: Annotated[ServerDtype, typer.Option(help="auto: the dtype in the model's config.json")] = "auto",
+    tp: Annotated[int, typer.Option(min=1)] = 1,
+    max_total_tokens: Annotated[int, typer.Option(min=1, help="KV cache, in tokens")] = 65536,
 ) -> None:
-    """Starts a stock SGLang server with the flags that its device needs; other flags go to SGLang as they are."""
+    """Starts a stock SGLang server with the flags that its device needs; what follows -- goes to SGLang as it is."""
     from megatron_rl.rollout.server import ServerOptions
     from megatron_rl.rollout.server import serve as run
 
@@ -96,12 +102,12 @@ def serve(
 
 @app.command()
 def parity(
-    model: Annotated[Path, typer.Option(help="Hugging Face model directory")],
-    tokens: Annotated[Path, typer.Option(help="JSONL file: one list of token ids a line")],
+    model: Model,
+    tokens: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="JSONL file: a list of token ids a line")],
     layout: Annotated[list[str], typer.Option(help="such as tp=2,pp=2,ep=2; may be given several times")],
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
-    recompute: Annotated[str, typer.Option(help="none, selective or full")] = "none",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    dtype: Annotated[EngineDtype, typer.Option()] = "fp32",
+    recompute: Annotated[Recompute, typer.Option()] = "none",
+    device: Annotated[Device, typer.Option()] = "auto",
     url: Annotated[str | None, typer.Option(help="Also compare a live server's log-probs.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object per layout.")] = False,
 ) -> None:
@@ -112,20 +118,39 @@ def parity(
     raise typer.Exit(status)
 
 
-def _show(config: Config | SftConfig, world_size: int | None) -> None:
+def _check(config: Config | SftConfig, world_size: int | None, dry_run: bool) -> tuple[Architecture, Layout]:
+    """All that can be said of a configuration without torch, so that a mistake is told before anything is started."""
+    if world_size is not None and not dry_run:
+        raise ConfigError("--world-size: only --dry-run plans for a world; torchrun's --nproc-per-node starts one")
+    try:
+        arch = read_architecture(config.model.path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: {error}") from None
+    return arch, check_config(config, arch, world_size or int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def _show(config: Config | SftConfig, arch: Architecture, layout: Layout) -> None:
     from megatron_rl.config.show import show_layout
 
-    arch = read_architecture(config.model.path)
-    world = world_size or int(os.environ.get("WORLD_SIZE", "1"))
-    layout = check_config(config, arch, world)
     print(dump_config(config))
-    show_layout(layout, arch)
+    show_layout(layout, arch, config.engine)
 
 
 def main() -> None:
     """One `error:` and exit status 2 for what the user can mend; a traceback for anything else."""
+    rank = int(os.environ.get("RANK", "0"))
     try:
         app()
-    except (UserError, FileExistsError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except ConfigError as error:
+        if rank == 0:  # every rank finds the same
+            sys.exit(_tell(error))
+        # torchrun ends all ranks as soon as one leaves: rank 0 must be the first, or nobody says why.
+        time.sleep(SECONDS_FOR_RANK_0)
         sys.exit(2)
+    except (UserError, FileExistsError, FileNotFoundError) as error:
+        sys.exit(_tell(error, f"rank {rank}: " if rank else ""))
+
+
+def _tell(error: Exception, who: str = "") -> int:
+    print(f"error: {who}{error}", file=sys.stderr, flush=True)
+    return 2

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 from transformers import AutoTokenizer
 
 from megatron_rl.config.schema import SftConfig
@@ -38,10 +36,7 @@ def sft(config: SftConfig, resume: bool = False) -> None:
             trainer.console.step(step, {"loss": metrics["loss"], "tokens/s": tokens_per_second}, times)
             if step == config.steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 trainer.save(step, {"cursor": cursor.as_json()}, config.checkpoint)
-        directory = trainer.run.path / "model"
-        if trainer.place.rank == 0:
-            shutil.rmtree(directory, ignore_errors=True)  # of the run that is resumed
-        trainer.export(directory)
+        trainer.export(trainer.run.path / "model")
 
 
 def _load(config: SftConfig, trainer: Trainer) -> list[Sample]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,6 +22,7 @@ from megatron_rl.engine.distribute import MiniBatch
 from megatron_rl.engine.losses import PolicyLoss, SftLoss
 from megatron_rl.engine.parallel import Place, start_process_groups, stop_process_groups
 from megatron_rl.engine.policy import Policy
+from megatron_rl.errors import UserError
 from megatron_rl.lab.console import Console
 from megatron_rl.lab.run import RunDir
 from megatron_rl.lab.sketch import MetricAccumulator
@@ -107,13 +109,15 @@ class Trainer:
         step = torch.tensor(int(found[-1].name.removeprefix("step-")) if found else -1)
         # All ranks take rank 0's answer: a file system may show them different directories.
         dist.broadcast(step, 0, group=self.place.control)
-        self.run.truncate_after(max(int(step), 0))
+        self.run.truncate_after(int(step))
         if step < 0:
             return None
         return load_checkpoint(self.run.checkpoints / f"step-{int(step):06d}", self.policy)
 
     def export(self, directory: Path, bucket_mib: int = 256) -> None:
-        """The weights as a Hugging Face directory."""
+        """The weights as a Hugging Face directory, in place of the one that an earlier start of the run left there."""
+        if self.place.rank == 0:
+            shutil.rmtree(directory, ignore_errors=True)
         buckets = self.policy.export(bucket_mib << 20)
         if self.place.rank == 0:
             dtype = torch.bfloat16 if self.config.engine.dtype == "bf16" else torch.float32
@@ -133,6 +137,7 @@ def open_trainer(
     arch = read_architecture(config.model.path)
     layout = check_config(config, arch, int(os.environ.get("WORLD_SIZE", "1")))
     device = use_device(config.engine.device)
+    joins_world = not dist.is_initialized()
     place = start_process_groups(layout, device, config.seed)
     try:
         run = _run_dir(config, place, resume)
@@ -141,7 +146,7 @@ def open_trainer(
             yield Trainer(config, layout, place, policy, run, console)
         run.close()
     finally:
-        stop_process_groups()
+        stop_process_groups(leave_world=joins_world)
 
 
 def _run_dir(config: Config | SftConfig, place: Place, resume: bool) -> RunDir:
@@ -150,7 +155,7 @@ def _run_dir(config: Config | SftConfig, place: Place, resume: bool) -> RunDir:
     if place.rank == 0:
         try:
             run = RunDir.create(config.run_dir, dump_config(config), resume)
-        except (OSError, ValueError) as error:
+        except (OSError, UserError) as error:
             failure = error
     failed = torch.tensor(int(failure is not None))
     dist.broadcast(failed, 0, group=place.control)

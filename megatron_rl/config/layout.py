@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_rl.config.schema import EngineConfig, ParallelConfig
@@ -37,54 +38,76 @@ class Layout:
             if world_size % size:
                 raise LayoutError(
                     f"parallel: {keys} = {size} does not divide the world of {world_size} ranks; "
-                    f"start a multiple of {_smallest_world(parallel)} ranks"
+                    f"start a multiple of {world_size_of(parallel)} ranks"
                 )
         degrees = parallel.model_dump()
         return cls(**degrees, dp=world_size // dense, edp=world_size // expert, world_size=world_size)
 
 
-def _smallest_world(parallel: ParallelConfig) -> int:
+def world_size_of(parallel: ParallelConfig) -> int:
+    """The smallest world that the degrees divide; all others are its multiples."""
     return math.lcm(parallel.tp * parallel.cp, parallel.etp * parallel.ep) * parallel.pp
 
 
 def parse_layout(text: str) -> tuple[ParallelConfig, int]:
-    """`tp=2,pp=2,ep=2` (dp=N too) -> the degrees and the world they need. Raises LayoutError naming the part."""
+    """`tp=2,pp=2,ep=2` -> the degrees and a world: the smallest, or with `dp=N` that of N data-parallel replicas.
+
+    Raises LayoutError naming the part that is no degree, or is there twice.
+    """
+    known = (*ParallelConfig.model_fields, "dp")
     degrees: dict[str, int] = {}
     for part in filter(None, text.split(",")):
         key, _, value = part.partition("=")
-        if key not in (*ParallelConfig.model_fields, "dp") or not value.isdigit() or int(value) < 1:
-            known = ", ".join((*ParallelConfig.model_fields, "dp"))
-            raise LayoutError(f"layout {text!r}: {part!r} is not a degree such as tp=2; known: {known}")
+        if key not in known or not value.isdecimal() or int(value) < 1:
+            raise LayoutError(f"layout {text!r}: {part!r} is not a degree such as tp=2; known: {', '.join(known)}")
+        if key in degrees:
+            raise LayoutError(f"layout {text!r}: {key} is given twice")
         degrees[key] = int(value)
     dp = degrees.pop("dp", None)
     parallel = ParallelConfig(**degrees)
     if dp is None:
-        return parallel, _smallest_world(parallel)
+        return parallel, world_size_of(parallel)
     return parallel, parallel.tp * parallel.cp * parallel.pp * dp
 
 
 def check_layout(layout: Layout, arch: Architecture, engine: EngineConfig) -> list[str]:
-    """Contradictions with the model, each naming its keys; empty when the layout fits."""
-    problems = []
+    """Contradictions with the model and the engine, each naming its keys; empty when the layout fits."""
+    return [*_check_widths(layout, arch), *_check_stages(layout, arch), *_check_engine(layout, arch, engine)]
 
-    def divides(key: str, degree: int, what: str, size: int) -> None:
-        if size % degree:
-            problems.append(f"parallel.{key}: {degree} does not divide the {size} {what} of the model")
 
-    divides("tp", layout.tp, "attention heads", arch.num_heads)
-    divides("tp", layout.tp, "key-value heads", arch.num_kv_heads)
-    if len(arch.dense_layers) or not arch.num_experts:
-        divides("tp", layout.tp, "features of the dense MLP", arch.ffn_hidden_size)
+def _check_widths(layout: Layout, arch: Architecture) -> Iterator[str]:
+    shards = [("tp", "attention heads", arch.num_heads), ("tp", "key-value heads", arch.num_kv_heads)]
+    if arch.dense_layers or not arch.num_experts:
+        shards.append(("tp", "features of the dense MLP", arch.ffn_hidden_size))
     if arch.num_experts:
-        divides("ep", layout.ep, "experts", arch.num_experts)
-        divides("etp", layout.etp, "features of each expert", arch.expert_hidden_size)
+        shards.append(("ep", "experts", arch.num_experts))
+        shards.append(("etp", "features of each expert", arch.expert_hidden_size))
     elif layout.ep > 1 or layout.etp > 1:
-        problems.append(f"parallel.ep, parallel.etp: {layout.ep}, {layout.etp} on a model without experts")
+        yield f"parallel.ep, parallel.etp: {layout.ep}, {layout.etp} on a model without experts; both must be 1"
+    for key, what, size in shards:
+        degree = getattr(layout, key)
+        if size % degree:
+            yield f"parallel.{key}: {degree} does not divide the {size} {what} of the model"
+
+
+def _check_stages(layout: Layout, arch: Architecture) -> Iterator[str]:
     if layout.vpp > 1 and layout.pp == 1:
-        problems.append("parallel.vpp: virtual stages need pipeline stages; set parallel.pp above 1")
-    if arch.num_layers % (layout.pp * layout.vpp):
-        problems.append(
-            f"parallel.pp * parallel.vpp: {layout.pp * layout.vpp} does not divide the {arch.num_layers} layers; "
+        yield f"parallel.vpp: {layout.vpp} virtual stages need pipeline stages; set parallel.pp above 1"
+    stages = layout.pp * layout.vpp
+    if arch.num_layers % stages:
+        yield (
+            f"parallel.pp * parallel.vpp: {stages} does not divide the {arch.num_layers} layers of the model; "
             "uneven stages are not supported"
         )
-    return problems
+
+
+def _check_engine(layout: Layout, arch: Architecture, engine: EngineConfig) -> Iterator[str]:
+    if engine.device == "cpu" and engine.layers == "te":
+        yield "engine.layers: te needs a GPU, but engine.device is cpu; use auto or torch"
+    if engine.dispatcher == "deepep":
+        if engine.device == "cpu":
+            yield "engine.dispatcher: deepep needs a GPU, but engine.device is cpu; use alltoall"
+        if layout.ep * layout.etp == 1:
+            yield "engine.dispatcher: deepep needs parallel.ep or parallel.etp above 1; use alltoall"
+    if engine.aux_loss_coefficient and not arch.num_experts:
+        yield f"engine.aux_loss_coefficient: {engine.aux_loss_coefficient} on a model without experts; set it to 0"

@@ -1,96 +1,88 @@
-"""A configuration from presets, one YAML file and dotted overrides; every mistake in it in one error. No torch.
+"""A configuration from presets, one YAML file and dotted overrides, and what its keys say together. No torch.
 
-Later wins: presets (and theirs), then the file, then overrides. Paths are relative to the current directory, as for any
-command; only a preset given as a file is relative to the file that names it.
+Later wins: presets (and theirs), then the file, then the overrides. Paths are relative to the current directory, as for
+any command; only a preset given as a file is relative to the file that names it.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib import resources
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
-import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from megatron_rl.config.layout import Layout, LayoutError, check_layout
-from megatron_rl.config.schema import Config, SftConfig
-from megatron_rl.errors import UserError
+from megatron_rl.config.schema import Config, Frozen, SftConfig
+from megatron_rl.config.sources import ConfigError, Tree, nearest, read_sources, write_yaml
 from megatron_rl.models.architecture import Architecture
 
 C = TypeVar("C", Config, SftConfig)
 
 
-class ConfigError(UserError):
-    """Names each key, where it stands, what was found and what was expected, one line per mistake."""
-
-
-@dataclass
-class _Tree:
-    """Nested values, and for each leaf's dotted key where it was last set."""
-
-    values: dict[str, Any] = field(default_factory=dict)
-    origins: dict[str, str] = field(default_factory=dict)
-
-    def merge(self, values: Mapping[str, Any], origin: str) -> None:
-        _merge(self.values, values)
-        self.origins.update(dict.fromkeys(_keys(values), origin))
-
-    def origin(self, key: str) -> str:
-        """Of the key, of the first key below it, or of the section above."""
-        below = next((o for k, o in self.origins.items() if k.startswith(key + ".")), None)
-        while key and key not in self.origins:
-            key = key.rpartition(".")[0]
-        return self.origins.get(key) or below or ""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but for 1e-5 (a number here) and a key given twice (an error here)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                where = f"{self.name}:{key_node.start_mark.line + 1}"
-                raise ConfigError(f"{where}: {key_node.value}: given twice; keep one")
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-# "1e-5" without a point is a string to PyYAML.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
 def load_config(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
-    """Raises ConfigError with all mistakes at once."""
-    tree = _Tree()
-    own = _read_yaml(path)
-    given = [_parse_override(text) for text in overrides]
-    presets = next((values["presets"] for values, _ in reversed(given) if "presets" in values), own.get("presets", ()))
-    for name in _as_names(presets, str(path)):
-        _merge_preset(tree, name, path.parent, ())
-    tree.merge(own, str(path))
-    for values, origin in given:
-        tree.merge(values, origin)
-    tree.values["presets"] = _as_names(presets, str(path))
-    unknown = _unknown_keys(cls, tree)
-    if unknown:
-        raise ConfigError("\n".join(unknown))
+    """The configuration with its presets merged in; its `presets` is empty. Raises ConfigError with all mistakes."""
+    problems: list[str] = []
+    tree = read_sources(path, overrides, problems)
+    _add_sections(cls, tree.values)
     try:
-        return cls.model_validate(tree.values)
+        # JSON's strict mode is what a file of plain values needs: "8" and true are no integers, 1 is a number, text is
+        # a path and a list a tuple.
+        config = cls.model_validate_json(json.dumps(tree.values, default=str), strict=True)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e, tree) for e in error.errors())) from None
+        known = sorted(_keys(cls))
+        problems += [_explain(mistake, tree, path, known) for mistake in error.errors()]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
 
 
-def dump_config(config: BaseModel) -> str:
-    """YAML that loads back to the same configuration, presets already merged."""
-    return yaml.safe_dump({**config.model_dump(mode="json"), "presets": []}, sort_keys=False)
+def dump_config(config: Config | SftConfig) -> str:
+    """YAML that loads back to the same configuration."""
+    return write_yaml(config.model_dump(mode="json"))
+
+
+def _sections(cls: type[Frozen]) -> Iterator[tuple[str, type[Frozen]]]:
+    for name, info in cls.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Frozen):
+            yield name, info.annotation
+
+
+def _keys(cls: type[Frozen], prefix: str = "") -> Iterator[str]:
+    """All dotted keys, sections among them."""
+    yield from (prefix + name for name in cls.model_fields)
+    for name, section in _sections(cls):
+        yield from _keys(section, f"{prefix}{name}.")
+
+
+def _add_sections(cls: type[Frozen], values: dict[str, Any]) -> None:
+    """Sections that are left out become empty, so that what is missing in them is named by its own key."""
+    for name, section in _sections(cls):
+        inner = values.setdefault(name, {})
+        if isinstance(inner, dict):
+            _add_sections(section, inner)
+
+
+def _explain(mistake: Any, tree: Tree, path: Path, known: Sequence[str]) -> str:
+    """One line for one of pydantic's errors."""
+    key = ".".join(str(part) for part in mistake["loc"])
+    kind, found = mistake["type"], mistake["input"]
+    if kind == "missing":
+        return f"{path}: {key}: not set, and it has no default"
+    where = f"{tree.place(key)}: {key}"
+    if kind == "extra_forbidden":
+        return f"{where}: no such key{nearest(key, known)}"
+    bound = "a value " if kind.startswith(("greater", "less")) else ""
+    expected = {
+        "string_type": "text; put it in quotes",
+        "tuple_type": "a list",
+        "model_type": "a section of keys",
+    }.get(kind, bound + mistake["msg"].removeprefix("Input should be "))
+    return f"{where}: found {json.dumps(found, ensure_ascii=False)}, expected {expected}"
+
+
+# ---- contradictions --------------------------------------------------------------------------------------------
 
 
 def check_config(config: Config | SftConfig, arch: Architecture, world_size: int) -> Layout:
@@ -99,176 +91,137 @@ def check_config(config: Config | SftConfig, arch: Architecture, world_size: int
         layout = Layout.resolve(config.parallel, world_size)
     except LayoutError as error:
         raise ConfigError(str(error)) from None
-    problems = check_layout(layout, arch, config.engine)
-    optim = config.optim
-    if optim.schedule != "constant" and optim.decay_steps <= optim.warmup_steps:
-        problems.append(
-            f"optim.decay_steps: {optim.decay_steps}, but schedule {optim.schedule} needs more than warmup_steps "
-            f"({optim.warmup_steps})"
-        )
-    if optim.min_lr > optim.lr:
-        problems.append(f"optim.min_lr: {optim.min_lr} is above optim.lr {optim.lr}")
-    problems += _check_rl(config, arch, layout) if isinstance(config, Config) else _check_sft(config, arch, layout)
+    problems = [*check_layout(layout, arch, config.engine), *_check_optim(config)]
+    if isinstance(config, Config):
+        problems += [
+            *_check_batch(config, layout),
+            *_check_lengths(config, arch),
+            *_check_objective(config),
+            *_check_servers(config, arch),
+            *_check_evaluation(config),
+        ]
+    else:
+        problems += _check_sft(config, arch, layout)
     if problems:
         raise ConfigError("\n".join(problems))
     return layout
 
 
-def _check_rl(config: Config, arch: Architecture, layout: Layout) -> list[str]:
-    problems = []
-    rollout, train, data = config.rollout, config.train, config.data
+def _check_optim(config: Config | SftConfig) -> Iterator[str]:
+    optim = config.optim
+    if optim.schedule == "constant":
+        for key in ("decay_steps", "min_lr"):
+            if getattr(optim, key):
+                yield f"optim.{key}: {getattr(optim, key)} does nothing under optim.schedule constant"
+        return
+    if optim.decay_steps <= optim.warmup_steps:
+        yield (
+            f"optim.decay_steps: {optim.decay_steps}, but optim.schedule {optim.schedule} needs more than "
+            f"optim.warmup_steps {optim.warmup_steps}"
+        )
+    if optim.min_lr > optim.lr:
+        yield f"optim.min_lr: {optim.min_lr} is above optim.lr {optim.lr}"
+
+
+def _check_batch(config: Config, layout: Layout) -> Iterator[str]:
+    rollout, train = config.rollout, config.train
     if rollout.prompts_per_step % layout.dp:
-        problems.append(
-            f"rollout.prompts_per_step: {rollout.prompts_per_step} does not divide among {layout.dp} data-parallel replicas"
+        yield (
+            f"rollout.prompts_per_step: {rollout.prompts_per_step} does not divide among {layout.dp} "
+            "data-parallel replicas"
         )
     if rollout.prompts_per_step % train.mini_batches:
-        problems.append(
+        yield (
             f"train.mini_batches: {train.mini_batches} does not divide rollout.prompts_per_step "
             f"{rollout.prompts_per_step}; a group is never split"
         )
-    longest = data.max_prompt_tokens + rollout.max_response_tokens
-    if longest > arch.max_position_embeddings:
-        problems.append(
-            f"data.max_prompt_tokens + rollout.max_response_tokens: {longest} is more than the model's "
-            f"{arch.max_position_embeddings} positions"
+    samples = rollout.prompts_per_step // train.mini_batches * rollout.group_size
+    if samples < _fewest_samples(layout):
+        yield (
+            f"train.mini_batches: {train.mini_batches} leaves {samples} samples to a mini-batch, but the layout needs "
+            f"at least {_fewest_samples(layout)}; use fewer mini-batches or more prompts_per_step"
         )
     if not train.recompute_old_logprobs and train.mini_batches > 1:
-        problems.append(
-            f"train.recompute_old_logprobs: false needs train.mini_batches 1, not {train.mini_batches}: after the first "
-            "update the policy is no longer the old one"
+        yield (
+            f"train.recompute_old_logprobs: false needs train.mini_batches 1, not {train.mini_batches}: after the "
+            "first update the policy is no longer the old one"
         )
-    if config.objective.aggregation == "constant-length" and config.objective.constant_length is None:
-        problems.append("objective.constant_length: not set, needed by aggregation constant-length")
-    if rollout.replay_from is not None and rollout.servers.urls:
-        problems.append("rollout.replay_from: saved rollouts need no servers; drop rollout.servers.urls")
-    return problems
 
 
-def _check_sft(config: SftConfig, arch: Architecture, layout: Layout) -> list[str]:
-    problems = []
-    if config.batch_size < layout.dp:
-        problems.append(f"batch_size: {config.batch_size} is less than {layout.dp} data-parallel replicas")
+def _fewest_samples(layout: Layout) -> int:
+    """Of one optimizer step: no micro-batch is empty, and the interleaved schedule takes them by the pp."""
+    return layout.dp * (layout.pp if layout.vpp > 1 else 1)
+
+
+def _check_lengths(config: Config, arch: Architecture) -> Iterator[str]:
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    keys = "data.max_prompt_tokens + rollout.max_response_tokens"
+    if longest > arch.max_position_embeddings:
+        yield f"{keys}: {longest} is more than the model's {arch.max_position_embeddings} positions"
+    rollout = config.rollout
+    launches = rollout.replay_from is None and not rollout.servers.urls
+    if launches and longest > rollout.servers.max_total_tokens:
+        yield (
+            f"rollout.servers.max_total_tokens: {rollout.servers.max_total_tokens} is less than {keys} {longest}: "
+            "a server could not hold one request"
+        )
+
+
+def _check_objective(config: Config) -> Iterator[str]:
+    objective, advantage = config.objective, config.objective.advantage
+    if objective.aggregation == "constant-length" and objective.constant_length is None:
+        yield "objective.constant_length: not set, needed by objective.aggregation constant-length"
+    if objective.aggregation != "constant-length" and objective.constant_length is not None:
+        yield (
+            f"objective.constant_length: {objective.constant_length} does nothing under objective.aggregation "
+            f"{objective.aggregation}"
+        )
+    if config.rollout.group_size == 1 and (advantage.baseline, advantage.std) != ("none", "none"):
+        yield (
+            "rollout.group_size: 1 makes every advantage 0; use larger groups, or "
+            "objective.advantage.baseline and std none"
+        )
+
+
+def _check_servers(config: Config, arch: Architecture) -> Iterator[str]:
+    servers, weights = config.rollout.servers, config.weights
+    if config.rollout.replay_from is not None:
+        if servers.urls:
+            yield "rollout.replay_from: saved rollouts need no servers; drop rollout.servers.urls"
+        if weights.verify:
+            yield f"weights.verify: {weights.verify}, but rollout.replay_from uses no servers; set it to 0"
+        return
+    if servers.urls:
+        if servers.launch > 1 or servers.extra_flags:
+            yield (
+                "rollout.servers: launch and extra_flags are for servers that the trainer starts, but urls are given; "
+                "drop one or the other"
+            )
+        return
+    if arch.num_heads % servers.tp:
+        yield f"rollout.servers.tp: {servers.tp} does not divide the {arch.num_heads} attention heads of the model"
+    if weights.verify and weights.verify_bound is None and config.engine.dtype == "fp32" and servers.dtype == "bf16":
+        yield "weights.verify_bound: not set, and the bound for engine.dtype fp32 is too tight for bf16 servers"
+
+
+def _check_evaluation(config: Config) -> Iterator[str]:
+    evaluation, heldout = config.eval, config.data.heldout
+    if evaluation.every and heldout is None:
+        yield f"eval.every: {evaluation.every}, but data.heldout is not set: there is nothing to evaluate on"
+    if heldout is not None and config.rollout.replay_from is not None:
+        yield "data.heldout: rollout.replay_from uses no servers to evaluate with; set data.heldout to null"
+    if evaluation.samples > 1 and evaluation.temperature == 0:
+        yield (
+            f"eval.samples: {evaluation.samples} greedy responses to a prompt are all the same; "
+            "set eval.temperature above 0"
+        )
+
+
+def _check_sft(config: SftConfig, arch: Architecture, layout: Layout) -> Iterator[str]:
+    if config.batch_size < _fewest_samples(layout):
+        yield f"batch_size: {config.batch_size}, but the layout needs at least {_fewest_samples(layout)} samples a step"
     if config.data.max_tokens > arch.max_position_embeddings:
-        problems.append(
-            f"data.max_tokens: {config.data.max_tokens} is more than the model's {arch.max_position_embeddings} positions"
+        yield (
+            f"data.max_tokens: {config.data.max_tokens} is more than the model's "
+            f"{arch.max_position_embeddings} positions"
         )
-    return problems
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            values = yaml.load(file, Loader=_Loader)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
-    if values is not None and not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected keys and values, found {type(values).__name__}")
-    return values or {}
-
-
-def _parse_override(text: str) -> tuple[dict[str, Any], str]:
-    key, equals, value = text.partition("=")
-    origin = f"override {text!r}"
-    if not equals or not all(key.split(".")):
-        raise ConfigError(f"{origin}: expected key=value, such as optim.lr=1e-5")
-    try:
-        parsed = yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{origin}: the value is not YAML: {error}") from None
-    for part in reversed(key.split(".")):
-        parsed = {part: parsed}
-    return parsed, origin
-
-
-def _as_names(presets: Any, origin: str) -> list[str]:
-    names = [presets] if isinstance(presets, str) else list(presets or ())
-    if not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"{origin}: presets: expected names, found {presets!r}")
-    return names
-
-
-def _merge_preset(tree: _Tree, name: str, directory: Path, chain: tuple[str, ...]) -> None:
-    path = _preset_path(name, directory)
-    if str(path) in chain:
-        raise ConfigError(f"presets: a cycle: {' -> '.join((*chain, str(path)))}")
-    values = _read_yaml(path)
-    for inner in _as_names(values.pop("presets", ()), str(path)):
-        _merge_preset(tree, inner, path.parent, (*chain, str(path)))
-    tree.merge(values, str(path))
-
-
-def _preset_path(name: str, directory: Path) -> Path:
-    if name.endswith((".yaml", ".yml")):
-        return directory / name
-    builtin = Path(str(resources.files("megatron_rl.config") / "presets" / f"{name}.yaml"))
-    if not builtin.is_file():
-        known = sorted(p.stem for p in builtin.parent.glob("*.yaml"))
-        raise ConfigError(f"presets: no preset {name!r}{_nearest(name, known)}; there are {', '.join(known)}")
-    return builtin
-
-
-def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = dict(value) if isinstance(value, Mapping) else value
-
-
-def _keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    keys = []
-    for key, value in values.items():
-        nested = isinstance(value, Mapping) and value
-        keys += _keys(value, f"{prefix}{key}.") if nested else [f"{prefix}{key}"]
-    return keys
-
-
-def _unknown_keys(cls: type[BaseModel], tree: _Tree) -> list[str]:
-    known = _schema_keys(cls)
-    problems = []
-    for key in _keys(tree.values):
-        parents = {key.rsplit(".", n)[0] for n in range(key.count(".") + 1)}
-        if key not in known and not parents & _leaf_keys(cls):
-            problems.append(f"{tree.origin(key)}: {key}: no such key{_nearest(key, sorted(known))}")
-    return problems
-
-
-def _schema_keys(cls: type[BaseModel], prefix: str = "") -> set[str]:
-    keys: set[str] = set()
-    for name, info in cls.model_fields.items():
-        keys.add(prefix + name)
-        section = _section(info.annotation)
-        if section is not None:
-            keys |= _schema_keys(section, f"{prefix}{name}.")
-    return keys
-
-
-def _leaf_keys(cls: type[BaseModel]) -> set[str]:
-    keys = _schema_keys(cls)
-    return {k for k in keys if not any(other.startswith(k + ".") for other in keys)}
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    """The closest known key: by the whole of it, else by its last part."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-    if not close:
-        last = {k.rsplit(".", 1)[-1]: k for k in known}
-        close = [last[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], last, n=1, cutoff=0.7)]
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _explain(error: Any, tree: _Tree) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "missing":
-        return f"{key}: not set, and it has no default"
-    found = "" if isinstance(error["input"], dict) else f", found {error['input']!r}"
-    return f"{tree.origin(key)}: {key}: {error['msg']}{found}"

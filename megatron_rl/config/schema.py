@@ -12,10 +12,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+AdamBeta = Annotated[float, Field(ge=0, lt=1)]
+
+Device = Literal["auto", "cpu", "cuda"]
+EngineDtype = Literal["fp32", "bf16"]
+ServerDtype = Literal["auto", "fp32", "bf16"]
+Recompute = Literal["none", "selective", "full"]
 
 
 class Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Frozen):
@@ -41,12 +47,12 @@ class ParallelConfig(Frozen):
 
 
 class EngineConfig(Frozen):
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["fp32", "bf16"] = "bf16"
+    device: Device = "auto"
+    dtype: EngineDtype = "bf16"
     layers: Literal["auto", "te", "torch"] = "auto"
     """Transformer Engine where it imports, else the plain PyTorch provider of megatron_rl.engine.layers."""
     dispatcher: Literal["alltoall", "deepep"] = "alltoall"
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Recompute = "none"
     max_tokens_per_micro_batch: PositiveInt = 8192
     """Packed tokens of one micro-batch, over all context-parallel ranks. A longer sample gets one of its own."""
     logit_chunk_tokens: PositiveInt = 1024
@@ -63,8 +69,8 @@ class OptimConfig(Frozen):
     """In optimizer steps, as is decay_steps."""
     decay_steps: NonNegativeInt = 0
     """Optimizer steps until min_lr; needed by linear and cosine."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
+    betas: tuple[AdamBeta, AdamBeta] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_grad: Annotated[float, Field(gt=0)] = 1.0
     """Global gradient norm above which gradients are scaled down."""
@@ -89,7 +95,7 @@ class ServersConfig(Frozen):
     """Servers started elsewhere. Empty: the trainer starts and supervises `launch` servers itself."""
     launch: PositiveInt = 1
     tp: PositiveInt = 1
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    dtype: ServerDtype = "auto"
     """auto: the engine's dtype."""
     api_key: str | None = None
     start_timeout: Annotated[float, Field(gt=0)] = 600.0
@@ -182,9 +188,11 @@ class TrainConfig(Frozen):
 
 class Config(Frozen):
     presets: tuple[str, ...] = ()
-    """Built-in presets by name, or YAML files relative to this one; later ones win, this file wins over all."""
+    """Built-in presets by name, or YAML files relative to this one; later ones win, this file wins over all.
+
+    Once loaded it is empty: what the presets set is merged in."""
     run_dir: Path
-    seed: int = 0
+    seed: NonNegativeInt = 0
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     engine: EngineConfig = EngineConfig()
@@ -212,12 +220,14 @@ class SftConfig(Frozen):
 
     presets: tuple[str, ...] = ()
     run_dir: Path
-    seed: int = 0
+    seed: NonNegativeInt = 0
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     engine: EngineConfig = EngineConfig()
     optim: OptimConfig = OptimConfig()
     data: SftDataConfig
     steps: PositiveInt
+    """Optimizer steps."""
     batch_size: PositiveInt = 64
+    """Examples of one optimizer step, over all data-parallel ranks."""
     checkpoint: CheckpointConfig = CheckpointConfig()

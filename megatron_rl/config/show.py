@@ -1,41 +1,78 @@
-"""What a dry run shows: who holds what under a layout."""
+"""What a dry run shows: which rank holds what under a layout. No torch."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
 
 from megatron_rl.config.layout import Layout
+from megatron_rl.config.schema import EngineConfig
 from megatron_rl.models.architecture import Architecture
 
 MAX_RANKS = 64
 
 
-def show_layout(layout: Layout, arch: Architecture) -> None:
-    """Prints the degrees, and for each rank its coordinates, layers and experts."""
-    degrees = ", ".join(f"{k}={getattr(layout, k)}" for k in ("tp", "pp", "vpp", "cp", "dp", "ep", "etp", "edp"))
-    table = Table(title=f"{layout.world_size} ranks: {degrees}")
-    for column in ("rank", "tp", "cp", "dp", "pp", "etp", "ep", "layers", "experts"):
+@dataclass(frozen=True)
+class Holding:
+    """A rank's coordinates in the attention and the expert grid, and its part of the model."""
+
+    rank: int
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+    etp: int
+    ep: int
+    edp: int
+    layers: tuple[range, ...]  # one per virtual stage, 0-based
+    experts: range  # of every layer with experts; empty for a dense model
+
+
+def holding(rank: int, layout: Layout, arch: Architecture) -> Holding:
+    """Megatron-Core's order: tp is fastest, then cp, dp and pp; for experts etp, ep, edp and pp."""
+    pp, inner = divmod(rank, layout.world_size // layout.pp)
+    dp, of_replica = divmod(inner, layout.tp * layout.cp)
+    cp, tp = divmod(of_replica, layout.tp)
+    edp, of_experts = divmod(inner, layout.etp * layout.ep)
+    ep, etp = divmod(of_experts, layout.etp)
+    depth, share = arch.num_layers // (layout.pp * layout.vpp), arch.num_experts // layout.ep
+    starts = [(stage * layout.pp + pp) * depth for stage in range(layout.vpp)]
+    return Holding(
+        rank=rank,
+        tp=tp,
+        cp=cp,
+        dp=dp,
+        pp=pp,
+        etp=etp,
+        ep=ep,
+        edp=edp,
+        layers=tuple(range(start, start + depth) for start in starts),
+        experts=range(ep * share, (ep + 1) * share),
+    )
+
+
+def show_layout(layout: Layout, arch: Architecture, engine: EngineConfig) -> None:
+    """Prints the degrees, the budget of a micro-batch, and each rank's holding."""
+    degrees = ", ".join(f"{key}={getattr(layout, key)}" for key in ("tp", "pp", "vpp", "cp", "dp", "ep", "etp", "edp"))
+    budget = engine.max_tokens_per_micro_batch
+    table = Table(
+        title=f"{layout.world_size} ranks: {degrees}",
+        caption=f"micro-batch: at most {budget} packed tokens, {budget // layout.cp} a rank",
+    )
+    coordinates = ("rank", "tp", "cp", "dp", "pp", "etp", "ep", "edp")
+    for column in (*coordinates, "layers", "experts"):
         table.add_column(column, justify="right")
     for rank in range(min(layout.world_size, MAX_RANKS)):
-        table.add_row(*map(str, _row(rank, layout, arch)))
+        held = holding(rank, layout, arch)
+        layers = " ".join(map(_span, held.layers))
+        table.add_row(*(str(getattr(held, key)) for key in coordinates), layers, _span(held.experts))
     console = Console()
     console.print(table)
     if layout.world_size > MAX_RANKS:
         console.print(f"... and {layout.world_size - MAX_RANKS} ranks more")
 
 
-def _row(rank: int, layout: Layout, arch: Architecture) -> tuple[object, ...]:
-    """Megatron-Core's order: tp (etp for experts) is fastest, then cp and dp (ep), pp slowest."""
-    per_stage = layout.world_size // layout.pp
-    pp, inner = divmod(rank, per_stage)
-    tp, cp, dp = inner % layout.tp, inner // layout.tp % layout.cp, inner // (layout.tp * layout.cp)
-    etp, ep = inner % layout.etp, inner // layout.etp % layout.ep
-    per_chunk = arch.num_layers // (layout.pp * layout.vpp)
-    starts = [(v * layout.pp + pp) * per_chunk for v in range(layout.vpp)]
-    layers = " ".join(f"{start}-{start + per_chunk - 1}" for start in starts)
-    experts = "-"
-    if arch.num_experts:
-        share = arch.num_experts // layout.ep
-        experts = f"{ep * share}-{(ep + 1) * share - 1}"
-    return rank, tp, cp, dp, pp, etp, ep, layers, experts
+def _span(numbers: range) -> str:
+    return f"{numbers[0]}-{numbers[-1]}" if numbers else "-"

@@ -62,8 +62,8 @@ def pack(
     """
     lengths = padded_lengths([len(s.token_ids) for s in samples], cp=cp, tp=tp, total=total)
     parts = [_place(s, a, n, i) for i, (s, a, n) in enumerate(zip(samples, advantages, lengths, strict=True))]
-    columns: list[npt.NDArray[Any]] = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    return PackedBatch(*columns, np.cumsum([0, *lengths], dtype=np.int64))
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return PackedBatch(**columns, cu_seqlens=np.cumsum([0, *lengths], dtype=np.int64))
 
 
 def pack_all(
@@ -89,8 +89,8 @@ def padded_lengths(lengths: Sequence[int], *, cp: int, tp: int, total: int | Non
     return padded
 
 
-def _place(sample: Sample, advantage: float, length: int, sequence: int) -> tuple[npt.NDArray[np.generic], ...]:
-    """One sequence's columns, in PackedBatch's order, lengthened to `length`."""
+def _place(sample: Sample, advantage: float, length: int, sequence: int) -> dict[str, npt.NDArray[Any]]:
+    """One sequence's columns of the PackedBatch, lengthened to `length`."""
     n = len(sample.token_ids)
     if not n or sample.loss_mask[0]:
         raise ValueError(
@@ -102,16 +102,16 @@ def _place(sample: Sample, advantage: float, length: int, sequence: int) -> tupl
     mask[: n - 1] = sample.loss_mask[1:]
     logprobs = np.zeros(length, dtype=np.float32)
     logprobs[: n - 1] = sample.rollout_logprobs[1:]
-    return (
-        repeated[:-1],
-        np.arange(length, dtype=np.int64),
-        repeated[1:],
-        mask,
-        logprobs,
-        mask * np.float32(advantage),
-        np.full(length, sequence, dtype=np.int64),
-        np.arange(length) < n,
-    )
+    return {
+        "token_ids": repeated[:-1],
+        "position_ids": np.arange(length, dtype=np.int64),
+        "labels": repeated[1:],
+        "loss_mask": mask,
+        "rollout_logprobs": logprobs,
+        "advantages": mask * np.float32(advantage),
+        "sequence_ids": np.full(length, sequence, dtype=np.int64),
+        "valid": np.arange(length) < n,
+    }
 
 
 def cp_index(cu_seqlens: npt.NDArray[np.integer], cp: int, rank: int) -> Ints:

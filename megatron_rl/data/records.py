@@ -33,6 +33,8 @@ class Record:
     def field(self, name: str) -> Any:
         """Raises DataError where the field is missing or null, with the name nearest to it."""
         value = self.values.get(name)
+        if value is None and name in self.values:
+            raise self.error(name, "is null")
         if value is None:
             close = difflib.get_close_matches(name, self.values, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(sorted(self.values)) or 'none'}"

@@ -128,8 +128,8 @@ def _factories() -> None:
 
 def _to_cuda() -> None:
     """.cuda() on tensors and modules (rotary embedding under context parallelism, tied embeddings, DDP)."""
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment,method-assign]
-    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[assignment,method-assign]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
 
 
 def _tensor_types() -> None:
@@ -145,7 +145,7 @@ def _tensor_types() -> None:
 
 def _all_to_all() -> None:
     """gloo's all_to_all_single takes split sizes only as lists of ints, and only contiguous input."""
-    plain = torch.distributed.all_to_all_single
+    plain: Any = torch.distributed.all_to_all_single
 
     def all_to_all_single(
         output: Any,
@@ -161,7 +161,7 @@ def _all_to_all() -> None:
         as_ints = [None if s is None else [int(n) for n in s] for s in (output_splits, input_splits)]
         return plain(output, input.contiguous(), *as_ints, group=group, async_op=async_op)
 
-    torch.distributed.all_to_all_single = all_to_all_single
+    torch.distributed.all_to_all_single = all_to_all_single  # type: ignore[assignment]
 
 
 def _uneven_collectives() -> None:
@@ -193,8 +193,8 @@ def _uneven_collectives() -> None:
                 output.copy_(part)
         return None
 
-    torch.distributed.all_gather = all_gather
-    torch.distributed.reduce_scatter = reduce_scatter
+    torch.distributed.all_gather = all_gather  # type: ignore[assignment]
+    torch.distributed.reduce_scatter = reduce_scatter  # type: ignore[assignment]
 
 
 def _router_gemm() -> None:

@@ -10,6 +10,12 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -172,7 +178,19 @@ def build_stages(
                 logit_chunk_tokens=engine.logit_chunk_tokens,
             )
         )
+        _mark_shards(stages[-1])
     return stages
+
+
+def _mark_shards(stage: PolicyModel) -> None:
+    """Megatron-Core marks tensor-parallel weights as it initialises them, which we have it leave out. An unmarked one is
+    taken for a copy, and all shards but the first are missing from the gradient norm."""
+    dims = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+    for module in stage.modules():
+        dim = dims.get(type(module))
+        if dim is None or module.weight is None or hasattr(module.weight, "tensor_model_parallel"):
+            continue
+        set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
 
 
 def _block_spec(

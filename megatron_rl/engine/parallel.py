@@ -75,7 +75,8 @@ def _control_groups(layout: Layout) -> tuple[dist.ProcessGroup, dist.ProcessGrou
     return control, replicas[parallel_state.get_data_parallel_rank()]
 
 
-def stop_process_groups() -> None:
+def stop_process_groups(*, leave_world: bool = True) -> None:
+    """Undoes start_process_groups; the default group stays when the caller had made it."""
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
+    if leave_world and dist.is_initialized():
         dist.destroy_process_group()

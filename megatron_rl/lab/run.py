@@ -56,7 +56,7 @@ _RECORDS = ("versions.json", "git.json", "git.diff", "config.yaml")
 _TAGS = ("step", "mini_batch", "weight_version", "time")
 
 
-class RunDirError(UserError, ValueError):
+class RunDirError(UserError):
     """A configuration that does not fit the run, or a line of its files that cannot be read."""
 
 

@@ -96,14 +96,15 @@ class _Worker:
         command = [sys.executable, "-m", "megatron_rl.rewards.worker", self._verifier, str(theirs.fileno())]
         # A user's verifier is found wherever this process finds it.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
+        # Nothing is written to standard input: that it closes tells the worker that this process has ended.
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()], env=environment)
         theirs.close()
         self._ready = False
 
     def stop(self) -> None:
         self._connection.close()
         self._process.kill()
-        self._process.wait()
+        self._process.communicate()
 
     def ask(self, answer: Answer, deadline: float) -> Verdict | Failure:
         self._wait_until_ready()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import sys
 from multiprocessing.connection import Connection
 from typing import Any
@@ -38,5 +40,14 @@ def _reply(verifier: Verifier, message: dict[str, Any]) -> dict[str, Any]:
     return {"reward": verdict.reward, "correct": verdict.correct}
 
 
+def _end_with_the_parent() -> None:
+    """When the parent ends, however it does, the kernel closes our standard input and sends SIGIO, which ends a process
+    that has no handler for it, in the midst of a long computation in C too."""
+    stdin = sys.stdin.fileno()
+    fcntl.fcntl(stdin, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(stdin, fcntl.F_SETFL, fcntl.fcntl(stdin, fcntl.F_GETFL) | os.O_ASYNC)
+
+
 if __name__ == "__main__":
+    _end_with_the_parent()
     serve(sys.argv[1], Connection(int(sys.argv[2])))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
+import importlib.util
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -18,7 +20,27 @@ import psutil
 from megatron_rl.errors import UserError
 
 LOG_TAIL_LINES = 30
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+LOG_LINE_WIDTH = 300  # SGLang prints all its arguments in one line of 15,000 characters
+PORTS = range(20000, 32000)  # below Linux's ephemeral ports, which any outgoing connection may take
+STOP_SECONDS = 30.0
+
+# Those of the trainer's ranks would make the server join, or wait for, the trainer's own process group.
+TORCHRUN_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+    "ROLE_RANK",
+    "ROLE_WORLD_SIZE",
+    "ROLE_NAME",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_USE_AGENT_STORE",
+    "TORCHELASTIC_ERROR_FILE",
+)
 
 
 class ServerError(UserError):
@@ -27,18 +49,20 @@ class ServerError(UserError):
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """What a launched server is started with; see ServersConfig."""
+    """What a server is started with; see ServersConfig."""
 
     model: Path
     host: str = "127.0.0.1"
     port: int = 30000
-    device: str = "auto"
+    device: str = "auto"  # auto, cpu, cuda
     dtype: str = "auto"  # auto, fp32, bf16
     tp: int = 1
+    first_gpu: int = 0  # the server takes `tp` GPUs from this one on
     max_total_tokens: int = 65536
     max_running_requests: int = 256
-    threads: int | None = None  # cores for a server on a CPU; None: all
+    threads: int | None = None  # cores of a server on a CPU, over all its ranks; None: all
     seed: int = 0
+    api_key: str | None = None
     extra_flags: tuple[str, ...] = ()
 
 
@@ -46,80 +70,78 @@ def sglang_command(options: ServerOptions, has_gpu: bool) -> tuple[list[str], di
     """(argv, additional environment). On a GPU it is stock SGLang with stock flags; on a CPU its CPU engine in plain
     PyTorch, through megatron_rl.rollout.sglang_cpu."""
     on_cpu = options.device == "cpu" or (options.device == "auto" and not has_gpu)
-    dtype = {"fp32": "float32", "bf16": "bfloat16", "auto": "auto"}[options.dtype]
     flags = {
         "--model-path": str(options.model),
         "--host": options.host,
         "--port": str(options.port),
-        "--dtype": dtype,
+        "--dtype": {"fp32": "float32", "bf16": "bfloat16", "auto": "auto"}[options.dtype],
         "--tp": str(options.tp),
         "--max-total-tokens": str(options.max_total_tokens),
         "--max-running-requests": str(options.max_running_requests),
         "--random-seed": str(options.seed),
+        "--grammar-backend": "none",
+        "--log-level-http": "warning",  # else a line of log for every request
     }
-    environment = {"HF_HUB_OFFLINE": "1"}
-    module = "sglang.launch_server"
-    switches = ["--skip-server-warmup"]
+    if options.api_key is not None:
+        flags["--api-key"] = options.api_key
+    environment = {"HF_HUB_OFFLINE": "1"}  # the model is a directory; SGLang would ask the hub about it
     if on_cpu:
-        module = "megatron_rl.rollout.sglang_cpu"
-        flags |= {
-            "--device": "cpu",
-            "--attention-backend": "torch_native",
-            "--sampling-backend": "pytorch",
-            "--grammar-backend": "none",
-            "--mem-fraction-static": "0.3",
-        }
-        switches.append("--disable-cuda-graph")
-        threads = options.threads or os.cpu_count() or 1
-        per_rank = max(1, threads // options.tp)
-        environment |= {
-            "SGLANG_USE_CPU_ENGINE": "1",
-            "TORCHDYNAMO_DISABLE": "1",
-            "OMP_NUM_THREADS": str(per_rank),
-        }
-        if options.tp > 1:
-            bound = (f"{rank * per_rank}-{(rank + 1) * per_rank - 1}" for rank in range(options.tp))
-            environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(bound)
+        # Without the attention backend SGLang takes AMX kernels, which are not installed, where the CPU has AMX.
+        flags |= {"--device": "cpu", "--attention-backend": "torch_native"}
+        environment |= _cpu_environment(options)
+    elif options.first_gpu:
+        flags["--base-gpu-id"] = str(options.first_gpu)
+    module = "megatron_rl.rollout.sglang_cpu" if on_cpu else "sglang.launch_server"
     arguments = [part for pair in flags.items() for part in pair]
+    # An idle scheduler polls: on a CPU it would take a core from the trainer.
+    switches = ["--sleep-on-idle"] if on_cpu else []
     return [sys.executable, "-m", module, *arguments, *switches, *options.extra_flags], environment
 
 
+def _cpu_environment(options: ServerOptions) -> dict[str, str]:
+    per_rank = max(1, (options.threads or os.cpu_count() or 1) // options.tp)
+    environment = {
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "TORCHDYNAMO_DISABLE": "1",  # its compiled helpers need a C++ compiler and gain nothing here
+        "OMP_NUM_THREADS": str(per_rank),
+    }
+    if options.tp > 1:
+        # SGLang refuses more ranks than NUMA nodes unless told each rank's cores; without AMX it does not bind them.
+        cores = (f"{rank * per_rank}-{(rank + 1) * per_rank - 1}" for rank in range(options.tp))
+        environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(cores)
+    return environment
+
+
 def serve(options: ServerOptions) -> int:
-    """Runs a server in the foreground until it is interrupted; returns its exit status."""
+    """Runs a server in the foreground until it ends or is interrupted; returns its exit status."""
     _require_sglang()
     command, environment = sglang_command(options, _has_gpu())
-    process = subprocess.Popen(command, env={**os.environ, **environment}, preexec_fn=_die_with_parent)
+    server = _start(command, environment, output=None)
     try:
-        return process.wait()
+        return server.wait()
     except KeyboardInterrupt:
-        _end(process.pid)
         return 130
+    finally:
+        _kill(server)
 
 
 class Server:
     """A server of our own: started, watched, and ended with all its processes, also when the trainer is killed."""
 
     def __init__(self, options: ServerOptions, log: Path) -> None:
+        """Starts the server and returns before it answers. Its output is appended to `log`."""
         _require_sglang()
-        if not (options.model / "config.json").is_file():
-            raise ServerError(f"{options.model}: no config.json; expected a Hugging Face model directory")
         self.options = options
         self.url = f"http://{options.host}:{options.port}"
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
-        command, environment = sglang_command(options, _has_gpu())
-        # Ranks' own variables would make the server join the trainer's world.
-        inherited = {k: v for k, v in os.environ.items() if k not in _TORCHRUN_VARIABLES}
         with log.open("ab") as output:
-            self._process = subprocess.Popen(
-                command,
-                env={**inherited, **environment},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-                preexec_fn=_die_with_parent,
-            )
+            self._process = _start(*sglang_command(options, _has_gpu()), output)
+
+    @property
+    def pid(self) -> int:
+        """Leader of the process group that holds all the server's processes."""
+        return self._process.pid
 
     def is_alive(self) -> bool:
         return self._process.poll() is None
@@ -130,12 +152,12 @@ class Server:
         while time.monotonic() < deadline:
             self.check_alive()
             try:
-                if httpx.get(self.url + "/health", timeout=5.0).status_code == 200:
+                if httpx.get(self.url + "/health", timeout=5.0, trust_env=False).status_code == 200:
                     return
             except httpx.TransportError:
                 pass  # not listening yet
             time.sleep(0.3)
-        raise ServerError(self._explain(f"did not answer within {timeout_seconds:.0f} s"))
+        raise ServerError(self._explain(f"did not answer within {timeout_seconds:g} s"))
 
     def check_alive(self) -> None:
         """Raises ServerError when the server has died."""
@@ -143,38 +165,63 @@ class Server:
             raise ServerError(self._explain(f"ended with status {self._process.returncode}"))
 
     def stop(self) -> None:
-        _end(self._process.pid)
-        self._process.wait()
+        """Ends all the server's processes. It keeps nothing that a gentle end would save."""
+        _kill(self._process)
 
     def _explain(self, what: str) -> str:
         lines = self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-        return f"the SGLang server at {self.url} {what}; the end of its log {self.log}:\n" + "\n".join(lines)
+        tail = "\n".join("  " + line[:LOG_LINE_WIDTH] for line in lines)
+        return f"the SGLang server at {self.url} {what}; the end of its log {self.log}:\n{tail}"
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that are free now. SGLang takes a second one, HTTP port + 1000 or so, by itself."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
+    """Different ports on which nothing listens now. Another process could still take one before the server does;
+    the server then ends, and its log says so."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        if len(found) == count:
+            return found
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+        found.append(port)
+    raise ServerError(f"fewer than {count} free ports in {PORTS.start}..{PORTS.stop - 1}")
 
 
-_TORCHRUN_VARIABLES = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "ROLE_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "TORCHELASTIC_RUN_ID",
-    "TORCHELASTIC_USE_AGENT_STORE",
-)
+def _start(command: list[str], environment: dict[str, str], output: object) -> subprocess.Popen[bytes]:
+    inherited = {name: value for name, value in os.environ.items() if name not in TORCHRUN_VARIABLES}
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatron_rl.rollout.tether", *command],
+        env={**inherited, **environment},
+        stdin=subprocess.PIPE,  # never written to; see megatron_rl.rollout.tether
+        stdout=output,  # type: ignore[arg-type]
+        stderr=None if output is None else subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def _kill(server: subprocess.Popen[bytes]) -> None:
+    """Kills the server's process group, whatever is left of it, and waits until none of it runs."""
+    deadline = time.monotonic() + STOP_SECONDS
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+    while _runs(server.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if server.stdin is not None:
+        server.stdin.close()
+
+
+def _runs(group: int) -> bool:
+    """Whether a process of the group is left that is more than a zombie: those are init's to reap, and it may not."""
+    for process in psutil.process_iter(["status"]):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 def _has_gpu() -> bool:
@@ -184,37 +231,7 @@ def _has_gpu() -> bool:
 
 
 def _require_sglang() -> None:
-    import importlib.util
-
     if importlib.util.find_spec("sglang") is None:
         raise ServerError(
             "sglang is not installed here; install the extra [sglang], or give servers by rollout.servers.urls"
         )
-
-
-def _die_with_parent() -> None:
-    """In the child: SIGTERM when the parent dies, however it dies; SGLang then ends its own children."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _end(pid: int, patience_seconds: float = 10.0) -> None:
-    """Ends a process and all its descendants: politely, then not."""
-    try:
-        root = psutil.Process(pid)
-        processes = [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return
-    for process in processes:
-        _signal(process, signal.SIGTERM)
-    _, alive = psutil.wait_procs(processes, timeout=patience_seconds)
-    for process in alive:
-        _signal(process, signal.SIGKILL)
-    psutil.wait_procs(alive, timeout=patience_seconds)
-
-
-def _signal(process: psutil.Process, number: int) -> None:
-    try:
-        process.send_signal(number)
-    except psutil.NoSuchProcess:
-        return

@@ -107,7 +107,7 @@ class CollectiveRoute:
             [],
             dist.Backend(backend(self._device)),
             PrefixStore(GROUP, store),
-            group_name=GROUP,
+            group_name=GROUP,  # type: ignore[arg-type]
             timeout=timeout,
         )
         _world.pg_group_ranks[group] = {rank: rank for rank in range(world)}

@@ -1,0 +1,102 @@
+"""Small RL runs on saved rollouts, without a server: what several test files start from."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from tiny_models import EOS, VOCAB_SIZE
+from transformers import AutoModelForCausalLM
+
+from megatron_rl.data.sample import Group, Prompt, Sample, Verdict
+from megatron_rl.data.store import write_groups
+from megatron_rl.lab.run import read_metrics
+
+STEPS, PROMPTS, GROUP, MINI_BATCHES = 3, 8, 4, 4
+
+
+def save_rollouts(model: Path, run_dir: Path, *, steps: int = STEPS, shuffled: bool = False) -> None:
+    """Random responses with the model's own log-probs, as a server at the initial weights would have given."""
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    rng = np.random.default_rng(1)
+    for step in range(1, steps + 1):
+        groups = [_group(reference, rng, index) for index in range(PROMPTS)]
+        if shuffled:
+            groups = groups[::-1]
+        write_groups(run_dir / "rollouts" / f"step-{step:06d}-dp-0000.jsonl", groups, weight_version=step - 1)
+
+
+def _group(reference: torch.nn.Module, rng: np.random.Generator, index: int) -> Group:
+    ids = tuple(rng.integers(2, VOCAB_SIZE, rng.integers(3, 9)).tolist())
+    prompt = Prompt(f"prompt {index}", "", ids, "", "arithmetic")
+    samples = []
+    for number in range(GROUP):
+        response = [*rng.integers(2, VOCAB_SIZE, rng.integers(4, 24)).tolist(), EOS]
+        with torch.no_grad():
+            logits = reference(torch.tensor([[*ids, *response]])).logits[0, len(ids) - 1 : -1]
+        logprobs = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).squeeze(1).tolist()
+        sample = Sample.start(prompt, number).extend(response, [min(p, 0.0) for p in logprobs], 0)
+        correct = bool(rng.random() < 0.5)
+        samples.append(_judged(sample, correct))
+    return Group(index, prompt, tuple(samples))
+
+
+def _judged(sample: Sample, correct: bool) -> Sample:
+    import dataclasses
+
+    return dataclasses.replace(sample, finish_reason="stop", verdict=Verdict(float(correct), correct))
+
+
+def write_config(path: Path, model: Path, rollouts: Path, preset: str = "gspo") -> Path:
+    # A large eps: Adam divides by the gradient's own size, so with a small one the rounding of a gradient that is all
+    # but zero decides the direction of a whole step, and layouts part after a few.
+    path.write_text(
+        f"""
+presets: [{preset}]
+run_dir: {path.parent / "unset"}
+model: {{path: {model}}}
+engine: {{device: cpu, dtype: fp32, max_tokens_per_micro_batch: 96, logit_chunk_tokens: 20}}
+optim: {{lr: 1.0e-3, eps: 1.0e-4, clip_grad: 0.5}}
+data: {{train: unused, max_prompt_tokens: 16}}
+rollout:
+  prompts_per_step: {PROMPTS}
+  group_size: {GROUP}
+  max_response_tokens: 32
+  replay_from: {rollouts}
+objective: {{clip: {{low: 0.05, high: 0.05}}}}
+train: {{steps: {STEPS}, mini_batches: {MINI_BATCHES}}}
+"""
+    )
+    return path
+
+
+def torchrun(ranks: int, *arguments: str) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    return [sys.executable, *launcher, "--nproc-per-node", str(ranks), *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+
+
+def run_all(config: Path, ranks: int, runs: list[str]) -> None:
+    """One world of `ranks`; each run a list of overrides in one string."""
+    command = torchrun(ranks, str(Path(__file__).parent / "train_worker.py"), str(config), *runs)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def losses(run_dir: Path) -> np.ndarray:
+    """[steps * mini-batches, metrics]."""
+    names = ("loss", "grad_norm", "entropy/mean", "ratio/mean", "ratio/p99", "ratio/min", "clip/low/active/sequence")
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    return np.array([[line[name] for name in names] for line in lines])
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "model" / "model.safetensors")

@@ -1,0 +1,254 @@
+"""The command line as a user runs it: options, dry runs without torch, and one `error:` for what can be mended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import typer
+import yaml
+from config_files import RL, SFT, write, write_model
+
+from megatron_rl.cli import SECONDS_FOR_RANK_0, app
+from megatron_rl.config.load import load_config
+from megatron_rl.config.schema import Config
+from megatron_rl.rollout.server import free_ports
+
+OPTIONS = {
+    "train": {"config", "overrides", "--dry-run", "--resume", "--world-size"},
+    "sft": {"config", "overrides", "--dry-run", "--resume", "--world-size"},
+    "serve": {"model", "--host", "--port", "--device", "--dtype", "--tp", "--max-total-tokens"},
+    "parity": {
+        "--model",
+        "--tokens",
+        "--layout",
+        "--dtype",
+        "--recompute",
+        "--device",
+        "--url",
+        "--json",
+    },
+}
+BLOCK_TORCH = "import sys; sys.modules['torch'] = None; from megatron_rl.cli import main; main()"
+
+
+def environment(**more: str) -> dict[str, str]:
+    ours = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    return {**ours, "OMP_NUM_THREADS": "1", **more}
+
+
+def run(directory: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_rl", *arguments],
+        cwd=directory,
+        env=environment(**more),
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """With a.yaml (RL), sft.yaml and the model that they name."""
+    write(tmp_path / "a.yaml", RL)
+    write(tmp_path / "sft.yaml", SFT)
+    write_model(tmp_path / "model")
+    return tmp_path
+
+
+# ---- options ---------------------------------------------------------------------------------------------------
+
+
+def test_the_options_are_frozen() -> None:
+    """An option is a promise: one more is a decision, and this list is where it shows."""
+    group = typer.main.get_command(app)
+    found = {}
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        found[name] = {
+            option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
+        }
+    assert found == OPTIONS
+
+
+# ---- dry runs --------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_needs_no_torch(directory: Path) -> None:
+    command = ["train", "a.yaml", "optim.lr=1e-5", "parallel.ep=4", "--dry-run", "--world-size", "4"]
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCK_TORCH, *command],
+        cwd=directory,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    text, _, table = done.stdout.partition("4 ranks: ")
+    shown = write(directory / "shown.yaml", text)
+    assert load_config(Config, shown) == load_config(Config, directory / "a.yaml", ["optim.lr=1e-5", "parallel.ep=4"])
+    assert table.startswith("tp=1, pp=1, vpp=1, cp=1, dp=4, ep=4, etp=1, edp=1")
+    assert "12-15" in table
+    assert not (directory / "runs").exists()
+
+
+@pytest.mark.parametrize("command", [("train", "a.yaml"), ("sft", "sft.yaml")])
+def test_a_dry_run_takes_the_world_of_torchrun(directory: Path, command: tuple[str, str]) -> None:
+    done = run(directory, *command, "--dry-run", "parallel.pp=2", WORLD_SIZE="4")
+    assert done.returncode == 0, done.stderr
+    assert "4 ranks: tp=1, pp=2, vpp=1, cp=1, dp=2" in done.stdout
+    assert "4-7" in done.stdout
+    assert yaml.safe_load(done.stdout.partition("4 ranks")[0].rstrip())["parallel"]["pp"] == 2
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["train", "a.yaml", "optim.lrr=1"], "override 'optim.lrr=1': optim.lrr: no such key; did you mean optim.lr?"),
+        (["train", "b.yaml"], "b.yaml: no such file; expected a YAML configuration"),
+        (
+            ["train", "a.yaml", "parallel.tp=2"],
+            "parallel: tp * cp * pp = 2 does not divide the world of 1 ranks; start ",
+        ),
+        (["train", "a.yaml", "eval.every=1"], "eval.every: 1, but data.heldout is not set"),
+        (["train", "a.yaml", "model.path=x"], "model.path: x/config.json does not exist; "),
+        (["train", "a.yaml", "model.path=broken"], "model.path: broken/config.json: model_type is 'gpt2'; expected "),
+        (["train", "a.yaml", "--world-size", "2"], "--world-size: only --dry-run plans for a world; "),
+        (["train", "a.yaml", "parallel.ep=3", "--dry-run"], "parallel: etp * ep * pp = 3 does not divide the world of"),
+        (["sft", "a.yaml"], "a.yaml: steps: not set, and it has no default\na.yaml:4: train: no such key"),
+        (
+            ["parity", "--model", "model", "--tokens", "t.jsonl", "--layout", "tp=3"],
+            "--layout tp=3: parallel.tp: 3 does",
+        ),
+        (["parity", "--model", "model", "--tokens", "t.jsonl", "--layout", "xp=3"], "layout 'xp=3': 'xp=3' is not a"),
+        (["parity", "--model", "model", "--tokens", "a.yaml", "--layout", ""], "a.yaml:1: not JSON "),
+    ],
+)
+def test_one_clear_error(directory: Path, arguments: list[str], error: str) -> None:
+    write(directory / "broken" / "config.json", '{"model_type": "gpt2"}')
+    write(directory / "t.jsonl", "[1, 2, 3]\n")
+    done = run(directory, *arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith(f"error: {error}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["train"], "Missing argument 'CONFIG'"),
+        (["train", "a.yaml", "--dryrun"], "No such option: --dryrun"),
+        (["trian", "a.yaml"], "No such command 'trian'"),
+        (["serve", "missing"], "'missing' does not exist"),
+        (["serve", "model", "--prot", "1"], "No such option: --prot"),
+        (["serve", "model", "--dtype", "fp16"], "'fp16' is not one of 'auto', 'fp32', 'bf16'"),
+        (["serve", "model", "--device", "tpu"], "'tpu' is not one of 'auto', 'cpu', 'cuda'"),
+        (["parity", "--model", "model", "--tokens", "a.yaml"], "Missing option '--layout'"),
+    ],
+)
+def test_a_wrong_use_is_told_without_a_traceback(directory: Path, arguments: list[str], error: str) -> None:
+    done = run(directory, *arguments)
+    assert done.returncode == 2
+    assert error in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.distributed
+def test_of_many_ranks_one_tells_the_error(directory: Path) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "megatron_rl"]
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, *launcher, "train", "a.yaml", "optim.lr=fast"],
+        cwd=directory,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("error: override 'optim.lr=fast': optim.lr: found \"fast\"") == 1
+    assert time.monotonic() - started < 4 * SECONDS_FOR_RANK_0
+
+
+def test_another_rank_waits_in_silence_for_rank_0_to_be_the_first(directory: Path) -> None:
+    command = [sys.executable, "-m", "megatron_rl", "train", "a.yaml", "optim.lr=fast"]
+    rank = subprocess.Popen(
+        command,
+        cwd=directory,
+        env=environment(RANK="1", WORLD_SIZE="2"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            rank.wait(timeout=SECONDS_FOR_RANK_0 / 2)
+    finally:
+        rank.terminate()  # as torchrun does
+    assert rank.communicate()[0] == b""
+
+
+def test_an_error_that_only_one_rank_may_have_is_told_by_that_rank(directory: Path) -> None:
+    done = run(directory, "parity", "--model", "model", "--tokens", "a.yaml", "--layout", "", RANK="3", WORLD_SIZE="4")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: rank 3: a.yaml:1: not JSON")
+
+
+# ---- the real thing --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.distributed
+def test_parity_compares_every_layout(tiny_model_dir: Path, tmp_path: Path) -> None:
+    write(tmp_path / "t.jsonl", "[1, 2, 3, 4, 5, 6, 7, 8]\n[9, 8, 7, 6]\n[3, 3, 3, 3, 3]\n[11, 12]\n")
+    layouts = ["--layout", "ep=2", "--layout", "tp=2"]
+    done = run(tmp_path, "parity", "--model", str(tiny_model_dir), "--tokens", "t.jsonl", *layouts, "--json")
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [(answer["layout"], answer["tokens"], answer["passed"]) for answer in answers] == [
+        ("ep=2", 15, True),
+        ("tp=2", 15, True),
+    ]
+
+
+@pytest.mark.server
+def test_serve_gives_its_own_and_other_flags_to_sglang(tiny_model_dir: Path, tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    options = ["--port", str(port), "--device", "cpu", "--dtype", "fp32", "--max-total-tokens", "2048"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "megatron_rl", "serve", str(tiny_model_dir), *options, "--", "--log-level", "error"],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        info = ask(f"http://127.0.0.1:{port}/server_info", server)
+        assert info["model_path"] == str(tiny_model_dir)
+        assert (info["dtype"], info["device"]) == ("float32", "cpu")
+        assert info["max_total_tokens"] == 2048
+        assert info["log_level"] == "error"
+    finally:
+        server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=60) == 130
+
+
+def ask(url: str, server: subprocess.Popen[bytes], seconds: float = 180.0) -> dict[str, object]:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        assert server.poll() is None, f"the server ended with status {server.returncode}"
+        try:
+            answer = httpx.get(url, timeout=5.0)
+            if answer.status_code == 200:
+                return dict(answer.json())
+        except httpx.TransportError:
+            pass
+        time.sleep(0.5)
+    raise AssertionError(f"no answer from {url} in {seconds} s")

@@ -1,0 +1,142 @@
+"""Contradictions between keys, the model and the world: each is found, with all others, before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from config_files import ARCHITECTURE, RL, SFT, write
+
+from megatron_rl.config.load import ConfigError, check_config, load_config
+from megatron_rl.config.schema import Config, SftConfig
+
+
+def rl(tmp_path: Path, overrides: str) -> Config:
+    return load_config(Config, write(tmp_path / "a.yaml", RL), overrides.split())
+
+
+def found(config: Config | SftConfig, world_size: int = 1) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        check_config(config, ARCHITECTURE, world_size)
+    return str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size"),
+    [
+        ("", 1),
+        ("presets=gspo", 8),
+        ("parallel.tp=2 parallel.pp=2 parallel.vpp=2 parallel.ep=2", 16),
+        ("optim.schedule=cosine optim.decay_steps=10 optim.warmup_steps=9 optim.min_lr=1e-7", 1),
+        ("optim.warmup_steps=9", 1),
+        ("train.recompute_old_logprobs=false train.mini_batches=1", 1),
+        ("objective.denominator=rollout", 1),
+        ("objective.aggregation=constant-length objective.constant_length=100", 1),
+        ("rollout.group_size=1 objective.advantage.baseline=none objective.advantage.std=none", 1),
+        ("rollout.replay_from=runs/zero", 1),
+        ("rollout.servers.urls=[http://a:1]", 1),
+        ("rollout.servers.urls=[http://a:1] rollout.servers.tp=3 rollout.servers.max_total_tokens=1", 1),
+        ("eval.every=2 data.heldout=x.jsonl eval.samples=4 eval.temperature=1", 1),
+        ("weights.verify=1 rollout.servers.dtype=bf16", 1),
+        ("weights.verify=1 engine.dtype=fp32 rollout.servers.dtype=bf16 weights.verify_bound=0.1", 1),
+        ("data.max_prompt_tokens=1024 rollout.max_response_tokens=3072", 1),
+    ],
+)
+def test_configurations_without_a_contradiction(tmp_path: Path, overrides: str, world_size: int) -> None:
+    layout = check_config(rl(tmp_path, overrides), ARCHITECTURE, world_size)
+    assert layout.world_size == world_size
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "message"),
+    [
+        ("parallel.tp=2", 1, "parallel: tp * cp * pp = 2 does not divide the world of 1 ranks"),
+        ("parallel.ep=3 rollout.prompts_per_step=36", 3, "parallel.ep: 3 does not divide the 16 experts of the model"),
+        ("optim.schedule=cosine", 1, "optim.decay_steps: 0, but optim.schedule cosine needs more than"),
+        ("optim.schedule=linear optim.decay_steps=5 optim.warmup_steps=5", 1, "optim.decay_steps: 5, but"),
+        ("optim.decay_steps=5", 1, "optim.decay_steps: 5 does nothing under optim.schedule constant"),
+        ("optim.min_lr=1e-9", 1, "optim.min_lr: 1e-09 does nothing under optim.schedule constant"),
+        ("optim.schedule=linear optim.decay_steps=5 optim.min_lr=1", 1, "optim.min_lr: 1.0 is above optim.lr 1e-06"),
+        ("rollout.prompts_per_step=4", 8, "rollout.prompts_per_step: 4 does not divide among 8 data-parallel"),
+        ("rollout.prompts_per_step=30", 1, "train.mini_batches: 4 does not divide rollout.prompts_per_step 30"),
+        (
+            "rollout.prompts_per_step=8 train.mini_batches=8 rollout.group_size=4",
+            8,
+            "train.mini_batches: 8 leaves 4 samples to a mini-batch, but the layout needs at least 8",
+        ),
+        (
+            "rollout.prompts_per_step=4 rollout.group_size=3 parallel.pp=4 parallel.vpp=2",
+            4,
+            "train.mini_batches: 4 leaves 3 samples to a mini-batch, but the layout needs at least 4",
+        ),
+        ("train.recompute_old_logprobs=false", 1, "train.recompute_old_logprobs: false needs train.mini_batches 1"),
+        (
+            "rollout.max_response_tokens=3073",
+            1,
+            "data.max_prompt_tokens + rollout.max_response_tokens: 4097 is more than the model's 4096 positions",
+        ),
+        (
+            "rollout.servers.max_total_tokens=2047",
+            1,
+            "rollout.servers.max_total_tokens: 2047 is less than data.max_prompt_tokens + rollout.max_response_tokens",
+        ),
+        ("objective.aggregation=constant-length", 1, "objective.constant_length: not set"),
+        ("objective.constant_length=9", 1, "objective.constant_length: 9 does nothing under objective.aggregation"),
+        ("rollout.group_size=1", 1, "rollout.group_size: 1 makes every advantage 0"),
+        ("rollout.group_size=1 objective.advantage.std=none", 1, "rollout.group_size: 1 makes every advantage 0"),
+        (
+            "rollout.replay_from=r rollout.servers.urls=[http://a:1]",
+            1,
+            "rollout.replay_from: saved rollouts need no servers; drop rollout.servers.urls",
+        ),
+        ("rollout.replay_from=r weights.verify=2", 1, "weights.verify: 2, but rollout.replay_from uses no servers"),
+        ("rollout.replay_from=r data.heldout=x", 1, "data.heldout: rollout.replay_from uses no servers"),
+        (
+            "rollout.servers.urls=[a] rollout.servers.launch=2",
+            1,
+            "rollout.servers: launch and extra_flags are for servers that",
+        ),
+        (
+            "rollout.servers.urls=[a] rollout.servers.extra_flags=[x]",
+            1,
+            "rollout.servers: launch and extra_flags are for",
+        ),
+        ("rollout.servers.tp=3", 1, "rollout.servers.tp: 3 does not divide the 8 attention heads"),
+        (
+            "weights.verify=1 engine.dtype=fp32 rollout.servers.dtype=bf16",
+            1,
+            "weights.verify_bound: not set, and the bound for engine.dtype fp32 is too tight for bf16 servers",
+        ),
+        ("eval.every=1", 1, "eval.every: 1, but data.heldout is not set"),
+        ("eval.samples=4", 1, "eval.samples: 4 greedy responses to a prompt are all the same"),
+    ],
+)
+def test_a_contradiction_is_one_line(tmp_path: Path, overrides: str, world_size: int, message: str) -> None:
+    config = rl(tmp_path, overrides)
+    (line,) = found(config, world_size)
+    assert line.startswith(message)
+
+
+def test_all_contradictions_are_told_at_once(tmp_path: Path) -> None:
+    config = rl(tmp_path, "eval.every=1 parallel.vpp=2 rollout.prompts_per_step=30 optim.min_lr=1")
+    assert [line.partition(":")[0] for line in found(config)] == [
+        "parallel.vpp",
+        "optim.min_lr",
+        "train.mini_batches",
+        "eval.every",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "world_size", "message"),
+    [
+        ("batch_size=3", 4, "batch_size: 3, but the layout needs at least 4 samples a step"),
+        ("data.max_tokens=4097", 1, "data.max_tokens: 4097 is more than the model's 4096 positions"),
+        ("optim.schedule=cosine", 1, "optim.decay_steps: 0, but optim.schedule cosine needs more than"),
+    ],
+)
+def test_contradictions_of_supervised_fine_tuning(tmp_path: Path, override: str, world_size: int, message: str) -> None:
+    path = write(tmp_path / "a.yaml", SFT)
+    assert check_config(load_config(SftConfig, path), ARCHITECTURE, world_size).dp == world_size
+    (line,) = found(load_config(SftConfig, path, [override]), world_size)
+    assert line.startswith(message)

@@ -1,0 +1,259 @@
+"""Layouts: the degrees, what a model allows, and who holds what, against Megatron-Core's own answer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from config_files import ARCHITECTURE
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_rl.config.layout import Layout, LayoutError, check_layout, parse_layout, world_size_of
+from megatron_rl.config.schema import EngineConfig, ParallelConfig
+from megatron_rl.config.show import MAX_RANKS, holding, show_layout
+
+DENSE = replace(
+    ARCHITECTURE, family="qwen3", num_experts=0, experts_per_token=0, expert_hidden_size=0, norm_topk_prob=False
+)
+degrees = st.builds(ParallelConfig, **dict.fromkeys(("tp", "pp", "cp", "ep", "etp"), st.integers(1, 6)))
+
+
+def resolve(text: str) -> Layout:
+    return Layout.resolve(*parse_layout(text))
+
+
+# ---- the world -------------------------------------------------------------------------------------------------
+
+
+def test_data_parallelism_is_what_is_left() -> None:
+    layout = Layout.resolve(ParallelConfig(tp=2, pp=2, cp=2, ep=4), 32)
+    assert (layout.dp, layout.edp, layout.world_size) == (4, 4, 32)
+
+
+@given(degrees)
+def test_the_smallest_world_holds_the_layout_and_no_smaller_does(parallel: ParallelConfig) -> None:
+    smallest = world_size_of(parallel)
+    layout = Layout.resolve(parallel, smallest)
+    assert layout.tp * layout.cp * layout.pp * layout.dp == smallest
+    assert layout.etp * layout.ep * layout.pp * layout.edp == smallest
+    for world in range(1, smallest):
+        with pytest.raises(LayoutError):
+            Layout.resolve(parallel, world)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world", "message"),
+    [
+        (ParallelConfig(tp=2, pp=2), 6, "tp * cp * pp = 4 does not divide the world of 6 ranks; start a multiple of 4"),
+        (ParallelConfig(ep=4), 2, "etp * ep * pp = 4 does not divide the world of 2 ranks; start a multiple of 4"),
+        (
+            ParallelConfig(tp=2, ep=3),
+            2,
+            "etp * ep * pp = 3 does not divide the world of 2 ranks; start a multiple of 6",
+        ),
+    ],
+)
+def test_a_world_that_does_not_fit(parallel: ParallelConfig, world: int, message: str) -> None:
+    with pytest.raises(LayoutError) as caught:
+        Layout.resolve(parallel, world)
+    assert message in str(caught.value)
+
+
+# ---- parse_layout ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "parallel", "world"),
+    [
+        ("", ParallelConfig(), 1),
+        ("tp=2,pp=2,ep=2", ParallelConfig(tp=2, pp=2, ep=2), 4),
+        ("tp=2,cp=2,ep=2,etp=3", ParallelConfig(tp=2, cp=2, ep=2, etp=3), 12),
+        ("pp=2,vpp=3,dp=2", ParallelConfig(pp=2, vpp=3), 4),
+        ("dp=4,ep=4", ParallelConfig(ep=4), 4),
+    ],
+)
+def test_parse_layout(text: str, parallel: ParallelConfig, world: int) -> None:
+    assert parse_layout(text) == (parallel, world)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tp=2,xp=2", "'xp=2' is not a degree such as tp=2; known: tp, pp, vpp, cp, ep, etp, dp"),
+        ("tp=0", "'tp=0' is not a degree"),
+        ("tp=-1", "'tp=-1' is not a degree"),
+        ("tp", "'tp' is not a degree"),
+        ("tp=two", "'tp=two' is not a degree"),
+        ("tp=²", "'tp=²' is not a degree"),
+        ("tp=2,tp=4", "tp is given twice"),
+        ("tp=2;pp=2", "'tp=2;pp=2' is not a degree"),
+    ],
+)
+def test_parse_layout_names_what_is_wrong(text: str, message: str) -> None:
+    with pytest.raises(LayoutError) as caught:
+        parse_layout(text)
+    assert str(caught.value).startswith(f"layout {text!r}: ")
+    assert message in str(caught.value)
+
+
+# ---- check_layout ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["", "tp=4,pp=2,vpp=2,cp=2,ep=8,etp=2", "pp=8", "ep=16", "etp=3,tp=2"])
+def test_layouts_that_fit(text: str) -> None:
+    assert check_layout(resolve(text), ARCHITECTURE, EngineConfig()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tp=3", "parallel.tp: 3 does not divide the 8 attention heads of the model"),
+        ("tp=8", "parallel.tp: 8 does not divide the 4 key-value heads of the model"),
+        ("etp=5", "parallel.etp: 5 does not divide the 48 features of each expert of the model"),
+        ("ep=3", "parallel.ep: 3 does not divide the 16 experts of the model"),
+        ("pp=3", "parallel.pp * parallel.vpp: 3 does not divide the 8 layers of the model; uneven stages"),
+        ("pp=2,vpp=3", "parallel.pp * parallel.vpp: 6 does not divide the 8 layers"),
+        ("vpp=2", "parallel.vpp: 2 virtual stages need pipeline stages; set parallel.pp above 1"),
+    ],
+)
+def test_layouts_that_do_not_fit(text: str, message: str) -> None:
+    problems = check_layout(resolve(text), ARCHITECTURE, EngineConfig())
+    assert sum(problem.startswith(message) for problem in problems) == 1, problems
+
+
+def test_the_dense_mlp_counts_only_where_there_is_one() -> None:
+    odd = replace(ARCHITECTURE, ffn_hidden_size=97)
+    assert check_layout(resolve("tp=2"), odd, EngineConfig()) == []
+    for arch in (replace(odd, dense_layers=(0,)), replace(DENSE, ffn_hidden_size=97)):
+        (problem,) = check_layout(resolve("tp=2"), arch, EngineConfig())
+        assert problem == "parallel.tp: 2 does not divide the 97 features of the dense MLP of the model"
+
+
+@pytest.mark.parametrize("text", ["ep=2", "etp=2"])
+def test_expert_degrees_on_a_dense_model(text: str) -> None:
+    (problem,) = check_layout(resolve(text), DENSE, EngineConfig())
+    assert problem.startswith("parallel.ep, parallel.etp: ")
+    assert problem.endswith("on a model without experts; both must be 1")
+    assert check_layout(resolve("tp=2,pp=2"), DENSE, EngineConfig()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "engine", "message"),
+    [
+        ("", {"device": "cpu", "layers": "te"}, "engine.layers: te needs a GPU"),
+        ("ep=2", {"device": "cpu", "dispatcher": "deepep"}, "engine.dispatcher: deepep needs a GPU"),
+        ("tp=2", {"dispatcher": "deepep"}, "engine.dispatcher: deepep needs parallel.ep or parallel.etp above 1"),
+    ],
+)
+def test_engines_that_do_not_fit(text: str, engine: dict[str, str], message: str) -> None:
+    (problem,) = check_layout(resolve(text), ARCHITECTURE, EngineConfig.model_validate(engine))
+    assert problem.startswith(message)
+
+
+def test_a_balance_loss_needs_experts() -> None:
+    engine = EngineConfig(aux_loss_coefficient=0.01)
+    assert check_layout(resolve(""), ARCHITECTURE, engine) == []
+    (problem,) = check_layout(resolve(""), DENSE, engine)
+    assert problem.startswith("engine.aux_loss_coefficient: 0.01 on a model without experts")
+
+
+# ---- who holds what --------------------------------------------------------------------------------------------
+
+
+# In a process of its own: the engine's CPU layer has to be in place before megatron.core is imported here.
+ASK_MEGATRON = """
+import dataclasses, json, sys
+from megatron_rl.config.layout import Layout, parse_layout
+from megatron_rl.engine.device import use_device
+use_device("cpu")
+import torch
+from megatron.core.parallel_state import RankGenerator
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+def groups(layout):
+    order = "tp-cp-ep-dp-pp"
+    dense = RankGenerator(layout.tp, 1, layout.dp, layout.pp, layout.cp, order)
+    expert = RankGenerator(layout.etp, layout.ep, layout.edp, layout.pp, 1, order)
+    of_expert = {"etp": "tp", "ep": "ep", "edp": "dp"}
+    return {axis: dense.get_ranks(axis) for axis in ("tp", "cp", "dp", "pp")} | {
+        name: expert.get_ranks(axis) for name, axis in of_expert.items()
+    }
+
+def layers(layout, num_layers):
+    config = TransformerConfig(
+        num_layers=num_layers, hidden_size=64, num_attention_heads=8, pipeline_dtype=torch.float32,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+    )
+    stages = range(layout.vpp) if layout.vpp > 1 else [None]
+    parts = lambda pp: [
+        (get_transformer_layer_offset(config, vp_stage=v, pp_rank=pp), get_num_layers_to_build(config, v, pp))
+        for v in stages
+    ]
+    return [[list(range(first, first + count)) for first, count in parts(pp)] for pp in range(layout.pp)]
+
+resolved = [Layout.resolve(*parse_layout(text)) for text in sys.argv[2:]]
+print(json.dumps([[groups(layout), layers(layout, int(sys.argv[1]))] for layout in resolved]))
+"""
+LAYOUTS = (
+    "tp=2,cp=2,pp=2,dp=2,ep=4,etp=2",
+    "tp=4,ep=2,dp=2",
+    "pp=4,ep=2,dp=4",
+    "cp=2,etp=2,ep=2",
+    "pp=2,vpp=2",
+    "pp=2,vpp=4,tp=2",
+    "pp=4,vpp=2",
+)
+
+
+@pytest.fixture(scope="module")
+def megatron_core() -> dict[str, tuple[dict[str, list[list[int]]], list[list[list[int]]]]]:
+    """Its (groups by axis, layers by stage and virtual stage) of each of LAYOUTS."""
+    command = [sys.executable, "-W", "ignore", "-c", ASK_MEGATRON, str(ARCHITECTURE.num_layers), *LAYOUTS]
+    answer = subprocess.run(command, check=True, capture_output=True, text=True)
+    return dict(zip(LAYOUTS, json.loads(answer.stdout.splitlines()[-1]), strict=True))
+
+
+@pytest.mark.parametrize("text", LAYOUTS)
+def test_coordinates_are_megatron_cores(text: str, megatron_core) -> None:  # type: ignore[no-untyped-def]
+    groups, _ = megatron_core[text]
+    layout = resolve(text)
+    for axis, of_axis in groups.items():
+        assert len(of_axis) * getattr(layout, axis) == layout.world_size
+        for group in of_axis:
+            assert [getattr(holding(rank, layout, ARCHITECTURE), axis) for rank in group] == list(range(len(group)))
+
+
+@pytest.mark.parametrize("text", LAYOUTS)
+def test_layers_are_megatron_cores(text: str, megatron_core) -> None:  # type: ignore[no-untyped-def]
+    _, layers = megatron_core[text]
+    layout = resolve(text)
+    for rank in range(layout.world_size):
+        held = holding(rank, layout, ARCHITECTURE)
+        assert [list(part) for part in held.layers] == layers[held.pp]
+
+
+def test_every_expert_is_held_once_per_expert_replica() -> None:
+    layout = resolve("tp=2,pp=2,ep=4,etp=2,dp=4")
+    for pp in range(layout.pp):
+        for edp in range(layout.edp):
+            for etp in range(layout.etp):
+                held = [holding(rank, layout, ARCHITECTURE) for rank in range(layout.world_size)]
+                parts = [h.experts for h in held if (h.pp, h.edp, h.etp) == (pp, edp, etp)]
+                assert sorted(expert for part in parts for expert in part) == list(range(16))
+
+
+def test_the_table_stops_before_it_is_endless(capsys: pytest.CaptureFixture[str]) -> None:
+    layout = Layout.resolve(ParallelConfig(cp=2), 2 * MAX_RANKS)
+    show_layout(layout, DENSE, EngineConfig(max_tokens_per_micro_batch=1000))
+    shown = capsys.readouterr().out
+    assert f"{2 * MAX_RANKS} ranks: tp=1, pp=1, vpp=1, cp=2, dp={MAX_RANKS}" in shown
+    assert "at most 1000 packed tokens, 500 a rank" in shown
+    assert f"... and {MAX_RANKS} ranks more" in shown
+    assert f" {MAX_RANKS - 1} " in shown

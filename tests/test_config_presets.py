@@ -1,0 +1,91 @@
+"""The built-in presets: each sets all switches of the objective to its paper's values, and nothing else."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from config_files import RL, write
+
+from megatron_rl.config.load import load_config
+from megatron_rl.config.schema import AdvantageConfig, ClipConfig, Config, ObjectiveConfig
+from megatron_rl.config.sources import PRESETS
+
+FILES = sorted(PRESETS.glob("*.yaml"))
+# What the papers say, written a second time: a slip in a preset is a slip in every run that names it.
+PAPERS = {
+    "grpo": ObjectiveConfig(
+        ratio="token",
+        denominator="old",
+        clip=ClipConfig(low=0.2, high=0.2),
+        aggregation="seq-mean-token-mean",
+        advantage=AdvantageConfig(estimator="group", baseline="mean", std="sample"),
+    ),
+    "dapo": ObjectiveConfig(
+        ratio="token",
+        denominator="old",
+        clip=ClipConfig(low=0.2, high=0.28),
+        aggregation="token-mean",
+        advantage=AdvantageConfig(estimator="group", baseline="mean", std="sample"),
+    ),
+    "gspo": ObjectiveConfig(
+        ratio="sequence",
+        denominator="old",
+        clip=ClipConfig(low=3e-4, high=4e-4),
+        aggregation="seq-mean-token-mean",
+        advantage=AdvantageConfig(estimator="group", baseline="mean", std="sample"),
+    ),
+}
+
+
+def test_every_preset_is_held_to_its_paper() -> None:
+    assert {file.stem for file in FILES} == set(PAPERS)
+
+
+@pytest.mark.parametrize("name", sorted(PAPERS))
+def test_a_preset_is_its_papers_objective_and_changes_nothing_else(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / "a.yaml", RL)
+    plain, preset = load_config(Config, path), load_config(Config, path, [f"presets={name}"])
+    assert preset.objective == PAPERS[name]
+    assert preset == plain.model_copy(update={"objective": PAPERS[name]})
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_preset_sets_every_switch(file: Path) -> None:
+    """So that one preset over another leaves nothing of the first."""
+    values = yaml.safe_load(file.read_text())
+    assert leaves(values) == {f"objective.{key}" for key in leaves(ObjectiveConfig().model_dump())}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_preset_names_its_source(file: Path) -> None:
+    assert re.match(r"# .*\[\d{4}\.\d{5}", file.read_text())
+
+
+@pytest.mark.parametrize("name", sorted(PAPERS))
+def test_nothing_of_another_objective_shines_through_a_preset(tmp_path: Path, name: str) -> None:
+    write(
+        tmp_path / "other.yaml",
+        "objective: {ratio: sequence-token, denominator: rollout, clip: {low: 0.9, high: 9, dual: 9}, "
+        "aggregation: constant-length, constant_length: 9, advantage: {baseline: none, std: none}}\n",
+    )
+    path = write(tmp_path / "a.yaml", RL + f"presets: [other.yaml, {name}]\n")
+    assert load_config(Config, path).objective == PAPERS[name]
+
+
+def test_the_configuration_and_samples_import_without_torch() -> None:
+    modules = "megatron_rl.config.load, megatron_rl.config.show, megatron_rl.data.sample, megatron_rl.cli"
+    code = f"import sys, {modules}; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def leaves(values: dict[str, Any], prefix: str = "") -> set[str]:
+    found: set[str] = set()
+    for key, value in values.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key}
+    return found

@@ -1,0 +1,89 @@
+"""The arithmetic task: its problems, its texts and its specification."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_rl.data.arithmetic import ALPHABET, ArithmeticTask, is_held_out, prompt_text, response_text
+from megatron_rl.data.records import DataError
+from megatron_rl.data.sample import Prompt
+from megatron_rl.rewards.arithmetic import verify_arithmetic
+
+
+def test_texts_by_hand():
+    assert prompt_text([3, 5, 2, 9]) == "3+5+2+9="
+    assert response_text([3, 5, 2, 9]) == "3+5=8,8+2=10,10+9=19#19"
+
+
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=12))
+def test_every_step_is_true_and_the_verifier_accepts_the_reference(terms):
+    response = response_text(terms)
+    steps, _, answer = response.partition("#")
+    for step in steps.split(","):
+        left, _, right = step.partition("=")
+        assert sum(map(int, left.split("+"))) == int(right)
+    assert int(answer) == sum(terms)
+    assert set(prompt_text(terms) + response) <= set(ALPHABET)
+    prompt = Prompt("", prompt_text(terms), (), str(sum(terms)), "arithmetic")
+    assert verify_arithmetic(prompt, response).correct
+    assert not verify_arithmetic(prompt, response[:-1]).correct
+
+
+def test_nine_terms_make_responses_of_30_to_100_characters():
+    lengths = [len(response_text(terms)) for terms in ArithmeticTask(count=2000).problems()]
+    assert min(lengths) >= 49
+    assert max(lengths) <= 65
+    assert len(response_text([9] * 9)) == 65
+    assert len(response_text([1] * 9)) == 49
+
+
+def test_problems_depend_on_seed_and_index_only():
+    task = ArithmeticTask(count=300, seed=3)
+    assert task.problems() == ArithmeticTask(count=300, seed=3).problems()
+    assert task.problems()[:50] == ArithmeticTask(count=50, seed=3).problems()
+    assert task.problems() != ArithmeticTask(count=300, seed=4).problems()
+
+
+@pytest.mark.parametrize("terms", [2, 3, 9])
+def test_train_and_held_out_share_no_problem_and_none_comes_twice(terms):
+    """With two terms there are 81 problems, so without the hash they would meet."""
+    count = 6 if terms == 2 else 60
+    train = ArithmeticTask(terms, "train", 60, seed=0).problems()
+    heldout = ArithmeticTask(terms, "heldout", count, seed=1).problems()
+    assert len({*train, *heldout}) == 60 + count
+    assert not any(map(is_held_out, train))
+    assert all(map(is_held_out, heldout))
+
+
+def test_a_split_with_too_few_problems_says_how_many_there_are():
+    with pytest.raises(DataError, match=r"found 7[0-9] problems of 2 terms in split train, not 81"):
+        ArithmeticTask(terms=2, count=81).problems()
+
+
+def test_a_specification_overrides_the_defaults():
+    assert ArithmeticTask.parse("arithmetic:") == ArithmeticTask()
+    spec = "arithmetic:terms=4,split=heldout,count=7,seed=5"
+    assert ArithmeticTask.parse(spec) == ArithmeticTask(4, "heldout", 7, 5)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("term=4", "no key 'term'; did you mean 'terms'?"),
+        ("length=4", "no key 'length'; there are terms, split, count, seed"),
+        ("terms", "terms: expected a whole number, found ''"),
+        ("terms=4.5", "terms: expected a whole number, found '4.5'"),
+        ("seed=-1", "seed: expected a whole number, found '-1'"),
+        ("terms=4,terms=5", "terms: given twice"),
+        ("split=test", "split: expected train or heldout, found 'test'"),
+        ("terms=1", "terms: expected at least 2, found 1"),
+        ("count=0", "count: expected at least 1, found 0"),
+    ],
+)
+def test_a_mistake_in_a_specification_is_named(spec, message):
+    with pytest.raises(DataError) as caught:
+        ArithmeticTask.parse(f"arithmetic:{spec}")
+    assert message in str(caught.value)
+    assert f"arithmetic:{spec}" in str(caught.value)

@@ -1,0 +1,70 @@
+"""The demo's model directory: what transformers makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from megatron_rl.data.arithmetic import prompt_text, response_text
+from megatron_rl.models.architecture import read_architecture
+from tools.make_demo_model import VOCABULARY, make_demo_model
+
+SMALL = {"layers": 1, "hidden": 16, "experts": 4, "top_k": 2}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("demo") / "model"
+    make_demo_model(path)
+    return path
+
+
+def test_the_tokenizer_has_one_token_per_character_and_takes_nothing_else(directory):
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    text = prompt_text([3, 5, 2]) + response_text([3, 5, 2])
+    ids = tokenizer.encode(text)
+    assert len(ids) == len(text)
+    assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == text
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer)) == (0, 1, len(VOCABULARY))
+    assert tokenizer.decode([1]) == "<eos>"
+    with pytest.raises(Exception, match="UNK"):
+        tokenizer.encode("3 apples")
+
+
+def test_the_model_has_the_promised_shape(directory):
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    assert model.dtype == torch.float32
+    assert 2.6e6 < model.num_parameters() < 2.8e6
+    arch = read_architecture(directory)
+    assert (arch.num_layers, arch.hidden_size, arch.head_dim, arch.num_heads, arch.num_kv_heads) == (6, 128, 32, 4, 2)
+    assert (arch.num_experts, arch.experts_per_token, arch.vocab_size) == (16, 4, len(VOCABULARY))
+    assert arch.max_position_embeddings == 512
+    assert not arch.tied_embeddings
+    assert model.config.eos_token_id == GenerationConfig.from_pretrained(directory).eos_token_id == 1
+    logits = model(torch.tensor([[2, 3, 4]])).logits
+    assert logits.shape == (1, 3, len(VOCABULARY))
+    assert torch.isfinite(logits).all()
+
+
+def test_weights_depend_on_the_seed_alone(tmp_path):
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        make_demo_model(tmp_path / name, seed=seed, **SMALL)
+    assert torch.equal(state, torch.random.get_rng_state())
+    a, b, c = (load_file(tmp_path / name / "model.safetensors") for name in "abc")
+    assert a.keys() == b.keys() == c.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["lm_head.weight"], c["lm_head.weight"])
+
+
+def test_a_directory_that_is_there_is_left_alone(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine").write_text("kept")
+    with pytest.raises(FileExistsError, match="exists already"):
+        make_demo_model(tmp_path / "model", **SMALL)
+    assert [p.name for p in tmp_path.rglob("*")] == ["model", "mine"]

@@ -1,0 +1,239 @@
+"""Prompts and supervised examples from files, and the order in which they come."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import make_tokenizer
+
+from megatron_rl.data.arithmetic import ArithmeticTask, response_text
+from megatron_rl.data.prompts import Fields, PromptCursor, load_prompts, load_sft_samples, take_indexes
+from megatron_rl.data.records import DataError
+from tools.make_demo_model import make_tokenizer as make_demo_tokenizer
+
+FIELDS = Fields("prompt", "answer", "math")
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes records, or raw lines, as JSON lines."""
+
+    def write_lines(*records: object) -> str:
+        path = tmp_path / "data.jsonl"
+        lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+        path.write_text("\n".join(lines) + "\n")
+        return str(path)
+
+    return write_lines
+
+
+def question(**changes: object) -> dict[str, object]:
+    return {"prompt": "1+1=", "answer": "2", **changes}
+
+
+def test_a_record_becomes_a_prompt(write, tokenizer):
+    source = write(question(), "", question(id="mine", answer=3, verifier="arithmetic", prompt="4="))
+    prompts = load_prompts(source, FIELDS, tokenizer, 16)
+    assert len(prompts) == 2
+    first, second = prompts[0], prompts[1]
+    assert (first.id, first.text, first.answer, first.verifier) == ("data.jsonl:1", "1+1=", "2", "math")
+    assert tokenizer.decode(first.token_ids) == "1+1="
+    assert (second.id, second.text, second.answer, second.verifier) == ("mine", "4=", "3", "arithmetic")
+    assert prompts.verifiers == {"math", "arithmetic"}
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"promt": "1", "answer": "1"}, "no field 'prompt'; did you mean 'promt'?"),
+        ({"question": "1", "answer": "1"}, "no field 'prompt'; it has answer, question"),
+        (question(answer=None), "answer: is null"),
+        (question(answer=["2"]), "answer: expected text or a number, found list"),
+        (question(answer=True), "answer: expected text or a number, found bool"),
+        (question(prompt=7), "prompt: expected text, found int"),
+        (question(prompt=[{"role": "user", "content": "1"}]), "messages need data.chat_template: true"),
+        (question(prompt=""), "prompt has 0 tokens, expected 1 to data.max_prompt_tokens = 16"),
+        (question(prompt="1" * 17), "prompt has 17 tokens, expected 1 to data.max_prompt_tokens = 16"),
+        (question(id=["x"]), "id: expected text or a number"),
+        (question(id="first"), "'first' is also at "),
+        ("{'prompt': 1}", "not JSON"),
+        ("[1]", "expected an object with fields, found list"),
+    ],
+)
+def test_a_record_that_cannot_be_used_is_named_by_file_and_line(write, tokenizer, record, message):
+    source = write(question(id="first"), record)
+    with pytest.raises(DataError) as caught:
+        load_prompts(source, FIELDS, tokenizer, 16)
+    assert str(caught.value).startswith(f"{source}:2: ")
+    assert message in str(caught.value)
+
+
+def test_a_source_that_is_not_there_or_empty_is_named(write, tokenizer, tmp_path):
+    for source, message in [(str(tmp_path / "none"), "no such file"), (write(""), "no prompts")]:
+        with pytest.raises(DataError, match=message):
+            load_prompts(source, FIELDS, tokenizer, 16)
+
+
+def test_a_character_unknown_to_the_tokenizer_is_named(write):
+    source = write(question(), question(prompt="2 times 3"))
+    with pytest.raises(DataError, match=r"data\.jsonl:2: prompt: the tokenizer cannot encode '2 times 3'"):
+        load_prompts(source, FIELDS, make_demo_tokenizer(), 16)
+
+
+def test_chat_prompts_are_rendered_by_the_template(write):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace("<", "(").replace(">", ")").replace("(a)", "-")
+    messages = [{"role": "system", "content": "add"}, {"role": "user", "content": "1+1"}]
+    source = write(question(), question(prompt=messages))
+    fields = Fields("prompt", "answer", "math", chat_template=True)
+    prompts = load_prompts(source, fields, tokenizer, 64)
+    assert prompts[0].text == "(user)1+1=-"
+    assert prompts[1].text == "(system)add(user)1+1-"
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert list(prompts[1].token_ids) == expected
+    with pytest.raises(DataError, match=r"data\.jsonl:1: prompt: expected text or a list of messages"):
+        load_prompts(write(question(prompt=[{"content": "1"}])), fields, tokenizer, 64)
+    with pytest.raises(DataError, match="the model's tokenizer has no chat template"):
+        load_prompts(source, fields, make_tokenizer(), 64)
+
+
+def table() -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"prompt": ["1+1=", "2+2="], "answer": ["2", "4"]})
+
+
+def saved_directory(path: Path) -> Path:
+    table().save_to_disk(str(path))
+    return path
+
+
+def parquet_directory(path: Path) -> Path:
+    path.mkdir()
+    table().to_parquet(str(path / "train-00000-of-00002.parquet"))
+    table().to_parquet(str(path / "train-00001-of-00002.parquet"))
+    return path
+
+
+def parquet_file(path: Path) -> Path:
+    table().to_parquet(str(path.with_suffix(".parquet")))
+    return path.with_suffix(".parquet")
+
+
+@pytest.mark.parametrize(("make", "repeats"), [(saved_directory, 1), (parquet_directory, 2), (parquet_file, 1)])
+def test_data_sets_on_disk_are_read(tmp_path, tokenizer, make, repeats):
+    prompts = load_prompts(str(make(tmp_path / "qa")), FIELDS, tokenizer, 16)
+    assert [(prompts[i].text, prompts[i].answer) for i in range(len(prompts))] == [
+        ("1+1=", "2"),
+        ("2+2=", "4"),
+    ] * repeats
+    assert len({prompts[i].id for i in range(len(prompts))}) == 2 * repeats
+
+
+def test_a_bad_row_is_named(tmp_path, tokenizer):
+    path = saved_directory(tmp_path / "qa")
+    with pytest.raises(DataError, match=r"qa: row 0: no field 'anwser'; did you mean 'answer'\?"):
+        load_prompts(str(path), Fields("prompt", "anwser", "math"), tokenizer, 16)
+
+
+def test_several_splits_are_not_mixed(tmp_path, tokenizer):
+    splits = datasets.DatasetDict({"train": table(), "test": table()})
+    splits.save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(DataError, match=r"several splits; name one of .*saved/test, .*saved/train"):
+        load_prompts(str(tmp_path / "saved"), FIELDS, tokenizer, 16)
+    assert len(load_prompts(str(tmp_path / "saved" / "test"), FIELDS, tokenizer, 16)) == 2
+
+    directory = parquet_directory(tmp_path / "files")
+    table().to_parquet(str(directory / "test-00000-of-00001.parquet"))
+    with pytest.raises(DataError, match="files of several splits"):
+        load_prompts(str(directory), FIELDS, tokenizer, 16)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no Parquet or Arrow files"):
+        load_prompts(str(tmp_path / "empty"), FIELDS, tokenizer, 16)
+
+
+def test_arithmetic_prompts_bring_their_own_verifier(tokenizer):
+    prompts = load_prompts("arithmetic:terms=3,count=5", Fields("question", "solution", "math"), tokenizer, 16)
+    terms = ArithmeticTask(terms=3, count=5).problems()
+    for i, expected in enumerate(terms):
+        assert prompts[i].text == "+".join(map(str, expected)) + "="
+        assert prompts[i].answer == str(sum(expected))
+    assert prompts.verifiers == {"arithmetic"}
+
+
+# ---- order -------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 20), st.lists(st.integers(0, 25), max_size=8), st.integers(0, 3))
+def test_each_epoch_has_every_prompt_once_however_it_is_taken(size, counts, seed):
+    cursor, taken = PromptCursor(seed), []
+    for count in counts:
+        part, cursor = take_indexes(size, PromptCursor(**json.loads(json.dumps(cursor.as_json()))), count)
+        assert len(part) == count
+        taken += part
+    for start in range(0, len(taken) - size + 1, size):
+        assert sorted(taken[start : start + size]) == list(range(size))
+    assert max(Counter(taken[len(taken) // size * size :]).values(), default=1) == 1
+    assert taken == take_indexes(size, PromptCursor(seed), len(taken))[0]
+    assert cursor.epoch * size + cursor.position == len(taken)
+
+
+def test_order_differs_between_epochs_and_seeds():
+    first, cursor = take_indexes(50, PromptCursor(0), 50)
+    second, _ = take_indexes(50, cursor, 50)
+    other, _ = take_indexes(50, PromptCursor(1), 50)
+    assert first != list(range(50))
+    assert len({tuple(first), tuple(second), tuple(other)}) == 3
+
+
+def test_prompts_are_taken_in_that_order(tokenizer):
+    prompts = load_prompts("arithmetic:terms=3,count=5", FIELDS, tokenizer, 16)
+    taken, cursor = prompts.take(PromptCursor(7), 3)
+    assert [p.id for p in taken] == [prompts[i].id for i in take_indexes(5, PromptCursor(7), 3)[0]]
+    assert cursor == PromptCursor(7, 0, 3)
+
+
+def test_a_cursor_of_a_larger_data_set_is_refused():
+    with pytest.raises(DataError, match="taken 9 prompts of this epoch, but the data set has 5"):
+        take_indexes(5, PromptCursor(0, 1, 9), 1)
+
+
+# ---- supervised examples -----------------------------------------------------------------------------------------
+
+
+def test_a_supervised_sample_trains_on_the_response_and_its_end(write, tokenizer):
+    source = write({"prompt": "1+1=", "response": "2."})
+    (sample,) = load_sft_samples(source, Fields("prompt", "response"), tokenizer, 16)
+    assert tokenizer.decode(sample.token_ids) == "1+1=2.<eos>"
+    assert sample.loss_mask.tolist() == [False] * 4 + [True] * 3
+    assert sample.response_ids.tolist()[-1] == tokenizer.eos_token_id
+    assert sample.prompt.id == "data.jsonl:1"
+
+
+def test_arithmetic_examples_have_the_reference_response():
+    tokenizer = make_demo_tokenizer()
+    samples = load_sft_samples("arithmetic:terms=4,count=3", Fields("prompt", "response"), tokenizer, 64)
+    expected = [response_text(terms) + "<eos>" for terms in ArithmeticTask(terms=4, count=3).problems()]
+    assert [tokenizer.decode(sample.response_ids) for sample in samples] == expected
+
+
+def test_a_supervised_example_too_long_or_without_prompt_is_named(write, tokenizer):
+    fields = Fields("prompt", "response")
+    for record, message in [
+        ({"prompt": "1+1=", "response": "2" * 12}, r"4 \+ 13 tokens, .* at most data.max_tokens = 16"),
+        ({"prompt": "", "response": "2"}, "expected a prompt"),
+    ]:
+        with pytest.raises(DataError, match=rf"data\.jsonl:1: prompt, response: .*{message}"):
+            load_sft_samples(write(record), fields, tokenizer, 16)

@@ -1,0 +1,190 @@
+"""The plan of a rollout batch: what must hold for every batch and every layout."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from megatron_rl.data.schedule import Denominators, SampleSize, Schedule, plan
+
+
+def batch(lengths: list[list[tuple[int, int]]]) -> list[SampleSize]:
+    """One list of (prompt, response) tokens per group."""
+    pairs = [(group, p, r) for group, samples in enumerate(lengths) for p, r in samples]
+    return [SampleSize(i, group, p + r, r) for i, (group, p, r) in enumerate(pairs)]
+
+
+def members(schedule: Schedule) -> list[list[int]]:
+    return [sorted(i for r in s.micro_batches for part in r for i in part) for s in schedule.steps]
+
+
+sample = st.tuples(st.integers(1, 40), st.integers(0, 400))
+groups = st.lists(st.lists(sample, min_size=4, max_size=9), min_size=4, max_size=4)
+layouts = st.fixed_dictionaries(
+    {
+        "dp": st.integers(1, 3),
+        "max_tokens": st.integers(200, 2000),
+        "micro_batch_multiple": st.sampled_from([1, 2]),
+        "align": st.sampled_from([1, 4, 8]),
+    }
+)
+
+
+@given(groups, layouts, st.sampled_from([1, 2, 4]))
+def test_every_sample_is_trained_on_once_within_the_budget_and_in_lockstep(lengths, layout, mini_batches):
+    sizes = batch(lengths)
+    by_index = {size.index: size for size in sizes}
+    try:
+        schedule = plan(sizes, mini_batches=mini_batches, **layout)
+    except ValueError as error:
+        assert "micro-batches each" in str(error)  # noqa: PT017
+        return
+    assert sorted(i for step in members(schedule) for i in step) == sorted(by_index)
+    for step in schedule.steps:
+        counts = {len(replica) for replica in step.micro_batches}
+        assert len(step.micro_batches) == layout["dp"]
+        assert len(counts) == 1
+        assert counts.pop() % layout["micro_batch_multiple"] == 0
+        for part in (part for replica in step.micro_batches for part in replica):
+            padded = [-(-by_index[i].tokens // layout["align"]) * layout["align"] for i in part]
+            assert len(part) == 1 or 0 < sum(padded) <= layout["max_tokens"]
+
+
+@given(groups, layouts, layouts, st.sampled_from([1, 2, 4]))
+def test_what_a_step_trains_on_does_not_depend_on_the_layout(lengths, one, other, mini_batches):
+    sizes = batch(lengths)
+    roomy = {"max_tokens": 10**6, "micro_batch_multiple": 1}
+    first = plan(sizes, mini_batches=mini_batches, **{**one, **roomy})
+    second = plan(list(reversed(sizes)), mini_batches=mini_batches, **{**other, **roomy})
+    assert members(first) == members(second)
+    assert [s.denominators for s in first.steps] == [s.denominators for s in second.steps]
+    assert [s.mini_batch for s in first.steps] == list(range(mini_batches))
+
+
+@given(groups)
+def test_mini_batches_are_consecutive_blocks_of_whole_groups(lengths):
+    sizes = batch(lengths)
+    schedule = plan(sizes, mini_batches=2, dp=1, max_tokens=10**6)
+    assert members(schedule) == [[s.index for s in sizes if s.group // 2 == half] for half in (0, 1)]
+
+
+def test_groups_may_be_numbered_with_gaps():
+    sizes = [SampleSize(g * 8 + i, g, 10, 5) for g in (3, 5, 11, 40) for i in range(2)]
+    schedule = plan(sizes, mini_batches=2, dp=1, max_tokens=100)
+    assert members(schedule) == [[24, 25, 40, 41], [88, 89, 320, 321]]
+
+
+@given(groups)
+def test_denominators_count_masked_in_tokens_and_sequences_that_have_one(lengths):
+    step = plan(batch(lengths), mini_batches=1, dp=2, max_tokens=10**6).steps[0]
+    responses = [r for group in lengths for _, r in group]
+    assert step.denominators == Denominators(sum(responses), sum(r > 0 for r in responses))
+
+
+def test_denominators_refuse_more_sequences_than_tokens():
+    with pytest.raises(ValueError, match="3 sequences cannot share 2"):
+        Denominators(tokens=2, sequences=3)
+
+
+@given(groups, st.integers(1, 4), st.booleans())
+@example([[(1, 400)] * 4, [(1, 1)] * 9, [(1, 1)] * 9, [(1, 1)] * 9], 4, True)
+def test_replicas_are_balanced_to_within_one_sample(lengths, dp, at_home):
+    """A replica exceeds its fair share by no more than the longest sample costs, wherever the samples were fetched."""
+    sizes = batch(lengths)
+    step = plan(sizes, mini_batches=1, dp=dp, max_tokens=10**6, home=[0] * len(sizes) if at_home else None).steps[0]
+    cost = {size.index: size.cost for size in sizes}
+    loads = [sum(cost[i] for part in replica for i in part) for replica in step.micro_batches]
+    assert max(loads) <= sum(loads) / dp + max(cost.values()) + 1e-6
+
+
+def test_most_samples_stay_on_the_replica_that_fetched_them():
+    """Long-tailed responses, 512 samples on 8 replicas: without `home` seven of eight would move."""
+    rng = random.Random(0)
+    lengths = [[(100, min(8192, int(rng.lognormvariate(6.5, 0.8)))) for _ in range(16)] for _ in range(32)]
+    sizes = batch(lengths)
+    home = [size.group % 8 for size in sizes]
+
+    def moved_and_imbalance(home: list[int] | None) -> tuple[float, float]:
+        replicas = plan(sizes, mini_batches=1, dp=8, max_tokens=16384, home=home).steps[0].micro_batches
+        where = {i: dp for dp, replica in enumerate(replicas) for part in replica for i in part}
+        loads = [sum(sizes[i].cost for part in replica for i in part) for replica in replicas]
+        moved = sum(where[size.index] != size.group % 8 for size in sizes) / len(sizes)
+        return moved, max(loads) / (sum(loads) / 8) - 1
+
+    moved, imbalance = moved_and_imbalance(home)
+    elsewhere, _ = moved_and_imbalance(None)
+    assert elsewhere > 0.8
+    assert moved < 0.2
+    assert imbalance < 0.01
+
+
+def test_micro_batches_of_a_replica_are_even_and_the_fullest_come_first():
+    rng = random.Random(1)
+    sizes = batch([[(20, rng.randint(1, 200)) for _ in range(8)] for _ in range(8)])
+    step = plan(sizes, mini_batches=1, dp=2, max_tokens=1500).steps[0]
+    for replica in step.micro_batches:
+        loads = [sum(sizes[i].tokens for i in part) for part in replica]
+        assert loads == sorted(loads, reverse=True)
+        assert min(loads) > 0.9 * max(loads)
+
+
+def test_a_replica_with_one_long_sample_gets_short_ones_for_its_other_micro_batches():
+    """Balanced by cost the long sample would have a replica to itself, and one micro-batch to the others' four."""
+    sizes = batch([[(1, 999)] + [(1, 99)] * 12])
+    step = plan(sizes, mini_batches=1, dp=2, max_tokens=300).steps[0]
+    assert [len(replica) for replica in step.micro_batches] == [4, 4]
+    assert (0,) in [part for replica in step.micro_batches for part in replica]
+
+
+def test_even_micro_batches_give_way_to_the_budget():
+    """Eight hold these samples, 9 tokens each, without a gap. Longest first to the emptiest of nine would end at 10."""
+    sizes = [SampleSize(i, 0, n, 1) for i, n in enumerate([5] * 4 + [4] * 4 + [3] * 12)]
+    (replica,) = plan(sizes, mini_batches=1, dp=1, max_tokens=9, micro_batch_multiple=3).steps[0].micro_batches
+    assert len(replica) == 9
+    assert max(sum(sizes[i].tokens for i in part) for part in replica) == 9
+
+
+def test_a_sample_takes_its_aligned_length_of_the_budget():
+    sizes = [SampleSize(i, 0, 5, 1) for i in range(3)]
+    for align, count in ((1, 1), (8, 2)):
+        (replica,) = plan(sizes, mini_batches=1, dp=1, max_tokens=16, align=align).steps[0].micro_batches
+        assert len(replica) == count
+
+
+def test_a_sample_without_response_tokens_is_planned_and_counts_in_no_denominator():
+    step = plan([SampleSize(0, 0, 9, 0), SampleSize(1, 0, 9, 3)], mini_batches=1, dp=1, max_tokens=100).steps[0]
+    assert step.micro_batches == (((0, 1),),)
+    assert step.denominators == Denominators(tokens=3, sequences=1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "message"),
+    [
+        ([[(1, 1)] * 2] * 3, {"mini_batches": 2}, "3 groups do not divide into train.mini_batches = 2"),
+        ([], {}, "0 groups"),
+        ([[(1, 1)] * 3], {"dp": 4}, "mini-batch 0 of 1 has 3 samples, but 4 data-parallel replicas make 1"),
+        ([[(1, 1)] * 3], {"micro_batch_multiple": 4}, "has 3 samples, but 1 data-parallel replicas make 4"),
+        ([[(1, 60)] * 3], {"dp": 2, "max_tokens": 100}, "3 samples, but 2 data-parallel replicas make 2"),
+    ],
+)
+def test_an_impossible_plan_says_why(sizes, options, message):
+    options = {"mini_batches": 1, "dp": 1, "max_tokens": 1000, **options}
+    with pytest.raises(ValueError, match=message):
+        plan(batch(sizes), **options)
+
+
+def test_an_index_given_twice_is_an_error():
+    with pytest.raises(ValueError, match="same index"):
+        plan([SampleSize(7, 0, 9, 3)] * 2, mini_batches=1, dp=1, max_tokens=100)
+
+
+def test_a_large_batch_is_planned_in_a_moment():
+    rng = random.Random(2)
+    sizes = batch([[(100, int(rng.lognormvariate(7, 1))) for _ in range(16)] for _ in range(512)])
+    start = time.perf_counter()
+    plan(sizes, mini_batches=1, dp=8, max_tokens=16384, home=[s.group % 8 for s in sizes])
+    assert time.perf_counter() - start < 10

@@ -1,0 +1,146 @@
+"""Saved rollouts, and samples between ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_rl.data.sample import Group, Prompt, Sample, Verdict
+from megatron_rl.data.store import StoreError, decode_samples, encode_samples, read_groups, write_groups
+
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)  # lone surrogates are not UTF-8
+token_ids = st.lists(st.integers(0, 2**31 - 1), max_size=6)
+logprob = st.floats(-(2.0**100), 0, width=32)
+verdicts = st.none() | st.builds(Verdict, st.floats(allow_nan=False, allow_infinity=False), st.booleans())
+
+
+@st.composite
+def groups(draw) -> Group:
+    prompt = Prompt(draw(text), draw(text), tuple(draw(token_ids)), draw(text), draw(text))
+    samples = []
+    for index in range(draw(st.integers(0, 3))):
+        sample = Sample.start(prompt, index)
+        for ids in draw(st.lists(token_ids, max_size=3)):
+            logprobs = draw(st.none() | st.lists(logprob, min_size=len(ids), max_size=len(ids)))
+            sample = sample.extend(ids, logprobs, draw(st.integers(0, 9)))
+        reason = draw(st.sampled_from([None, "stop", "length", "abort"]))
+        samples.append(dataclasses.replace(sample, finish_reason=reason, verdict=draw(verdicts)))
+    return Group(draw(st.integers(0, 99)), prompt, tuple(samples))
+
+
+def assert_same(one: Sample, other: Sample) -> None:
+    for field in dataclasses.fields(Sample):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(a, np.ndarray):
+            assert a.dtype == b.dtype
+            assert a.tobytes() == b.tobytes(), field.name  # to the bit: -0.0 and denormal numbers too
+        else:
+            assert a == b, field.name
+
+
+@settings(deadline=None)  # a disk may be slow
+@given(st.lists(groups(), max_size=3))
+def test_groups_come_back_from_disk_as_they_were(tmp_path_factory, batch):
+    path = tmp_path_factory.mktemp("rollouts") / "step.jsonl"
+    write_groups(path, batch, weight_version=4, decode=str)
+    back = read_groups(path)
+    assert [(g.index, g.prompt) for g in back] == [(g.index, g.prompt) for g in batch]
+    for one, other in zip(batch, back, strict=True):
+        for a, b in zip(one.samples, other.samples, strict=True):
+            assert_same(a, b)
+
+
+@given(st.lists(groups(), max_size=3))
+def test_samples_come_back_from_bytes_as_they_were(batch):
+    samples = [sample for group in batch for sample in group.samples]
+    for one, other in zip(samples, decode_samples(encode_samples(samples)), strict=True):
+        assert_same(one, other)
+
+
+def one_group() -> Group:
+    prompt = Prompt("q:1", "1+1=", (3, 4), "2", "arithmetic")
+    sample = Sample.start(prompt, 0).extend([5, 6, 7], [-0.1, -1e-42, -3.5], 7)
+    return Group(0, prompt, (dataclasses.replace(sample, finish_reason="stop", verdict=Verdict(1.0, True)),))
+
+
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "step.jsonl"
+    write_groups(path, [one_group(), one_group()], weight_version=7, decode=lambda ids: f"text of {ids}")
+    return path
+
+
+def test_a_file_tells_people_what_was_answered(tmp_path):
+    header, first, _ = saved(tmp_path).read_bytes().splitlines()
+    assert orjson.loads(header) == {"format": 1, "weight_version": 7, "groups": 2}
+    assert orjson.loads(first)["prompt"]["text"] == "1+1="
+    assert orjson.loads(first)["samples"][0]["response"] == "text of [5, 6, 7]"
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = saved(tmp_path)
+    before = path.read_bytes()
+
+    def fails(ids: list[int]) -> str:
+        raise RuntimeError("no decoder")
+
+    with pytest.raises(RuntimeError, match="no decoder"):
+        write_groups(path, [one_group()], weight_version=8, decode=fails)
+    assert path.read_bytes() == before
+
+
+def edit(path: Path, line: int, change) -> None:
+    lines = path.read_bytes().splitlines()
+    record = orjson.loads(lines[line - 1])
+    change(record)
+    lines[line - 1] = orjson.dumps(record)
+    path.write_bytes(b"\n".join(lines) + b"\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r["samples"][0]["token_ids"].pop(), "4 token_ids, 5 loss_mask and 5 rollout_logprobs"),
+        (lambda r: r["samples"][0].pop("versions"), r"samples\.0\.versions: Field required"),
+        (lambda r: r["samples"][0].update(lossmask=[]), r"samples\.0\.lossmask: Extra"),
+        (lambda r: r["samples"][0]["token_ids"].__setitem__(3, 5.5), r"samples\.0\.token_ids\.3"),
+        (lambda r: r["samples"][0]["token_ids"].__setitem__(3, "5"), r"samples\.0\.token_ids\.3"),
+        (lambda r: r["samples"][0]["token_ids"].__setitem__(3, 2**31), r"samples\.0\.token_ids\.3"),
+        (lambda r: r["samples"][0]["rollout_logprobs"].__setitem__(3, 0.5), "less than or equal to 0"),
+        (lambda r: r["samples"][0]["rollout_logprobs"].__setitem__(3, None), r"rollout_logprobs\.3"),
+        (lambda r: r["samples"][0]["loss_mask"].__setitem__(0, 1), "does not begin with its prompt"),
+        (lambda r: r["samples"][0]["token_ids"].__setitem__(0, 9), "does not begin with its prompt"),
+        (lambda r: r["samples"][0].update(versions=[[7, 2, 6]]), "not within the 5 tokens"),
+        (lambda r: r["samples"][0].update(finish_reason="stopped"), "finish_reason"),
+        (lambda r: r["samples"][0].update(verdict=[None, True]), r"verdict\.0"),
+        (lambda r: r["prompt"].pop("answer"), r"prompt\.answer"),
+    ],
+)
+def test_a_damaged_record_is_refused_with_file_line_and_field(tmp_path, change, message):
+    path = saved(tmp_path)
+    edit(path, 3, change)
+    with pytest.raises(StoreError, match=rf"step\.jsonl:3: not a group: .*{message}"):
+        read_groups(path)
+
+
+def test_a_file_that_is_no_rollout_or_is_cut_off_is_refused(tmp_path):
+    path = saved(tmp_path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    for content, message in [
+        (b"", ":1: not the header"),
+        (lines[1], ":1: not the header"),
+        (lines[0].replace(b'"format":1', b'"format":2'), r":1: not the header of a rollout file: format"),
+        (b"".join(lines[:2]), "the header says 2 groups, 1 are there"),
+        (b"".join(lines)[:-10], ":3: not a group: Invalid JSON"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(StoreError, match=message):
+            read_groups(path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        read_groups(path)

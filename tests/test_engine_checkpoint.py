@@ -1,0 +1,102 @@
+"""Checkpoints: a run that is killed and resumed ends with the weights of the one that was not, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import orjson
+import pytest
+import torch
+from rl_runs import environment, run_all, save_rollouts, torchrun, weights, write_config
+from tiny_models import make_tiny_model
+
+from megatron_rl.lab.run import read_metrics
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration whose uninterrupted run is in `whole` beside it."""
+    root = tmp_path_factory.mktemp("checkpoint")
+    model = make_tiny_model(root / "model", num_layers=2)
+    save_rollouts(model, root / "saved", steps=STEPS)
+    config = write_config(root / "config.yaml", model, root / "saved", preset="grpo")
+    with config.open("a") as file:
+        file.write("checkpoint: {every: 1, keep: 2}\n")
+    run_all(config, 2, [f"run_dir={root / 'whole'} train.steps={STEPS} optim.warmup_steps=5"])
+    return config
+
+
+def start(config: Path, *options: str) -> subprocess.Popen[bytes]:
+    command = torchrun(2, "-m", "megatron_rl", "train", str(config), *options)
+    return subprocess.Popen(
+        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+
+
+@pytest.mark.distributed
+def test_killed_and_resumed_equals_uninterrupted(setting: Path) -> None:
+    run_dir = setting.parent / "killed"
+    options = (f"run_dir={run_dir}", f"train.steps={STEPS}", "optim.warmup_steps=5")
+    process = start(setting, *options)
+    deadline = time.monotonic() + 120
+    while not list(run_dir.glob("checkpoints/step-*/manifest.json")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(random.uniform(0.0, 1.0))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = len(read_metrics(run_dir / "metrics.jsonl"))
+
+    resumed = start(setting, *options, "--resume")
+    assert resumed.wait(timeout=120) == 0
+    assert done < STEPS * 4, "the run was over before it was killed; the test shows nothing"
+    for name, weight in weights(setting.parent / "whole").items():
+        assert torch.equal(weight, weights(run_dir)[name]), name
+    whole, again = (read_metrics(d / "metrics.jsonl") for d in (setting.parent / "whole", run_dir))
+    assert [(m["step"], m["mini_batch"], m["loss"], m["lr"]) for m in again] == [
+        (m["step"], m["mini_batch"], m["loss"], m["lr"]) for m in whole
+    ]
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step-000005", "step-000006"]
+
+
+def resume(setting: Path, run_dir: Path, ranks: int, *options: str) -> subprocess.CompletedProcess[str]:
+    command = torchrun(
+        ranks, "-m", "megatron_rl", "train", str(setting), f"run_dir={run_dir}", *options, "--resume"
+    )
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+
+
+@pytest.mark.distributed
+def test_damaged_checkpoint_is_refused(setting: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "damaged"
+    shutil.copytree(setting.parent / "whole", run_dir)
+    part = run_dir / "checkpoints" / "step-000006" / "rank-00001.pt"
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(bytes(content))
+    answer = resume(setting, run_dir, 2, f"train.steps={STEPS + 1}", "optim.warmup_steps=5")
+    assert answer.returncode != 0
+    assert "rank-00001.pt: missing or not what its manifest says" in answer.stderr
+
+    # Without its manifest it was never complete: the one before is taken.
+    (run_dir / "checkpoints" / "step-000006" / "manifest.json").unlink()
+    manifest = orjson.loads((run_dir / "checkpoints" / "step-000005" / "manifest.json").read_bytes())
+    assert manifest["state"]["step"] == 5
+
+
+@pytest.mark.distributed
+def test_another_layout_is_refused(setting: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "other"
+    shutil.copytree(setting.parent / "whole", run_dir)
+    answer = resume(setting, run_dir, 2, "parallel.ep=2", "optim.warmup_steps=5")
+    assert answer.returncode != 0
+    assert "parallel.ep" in answer.stderr

@@ -1,0 +1,137 @@
+"""The engine against transformers, in every kind of layout, through the tool that users have."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import VOCAB_SIZE, make_tiny_model
+
+ONE_RANK = ["tp=1"]
+TWO_RANKS = ["tp=2", "pp=2", "pp=2,vpp=2", "cp=2", "ep=2", "dp=2", "cp=2,ep=2"]
+FOUR_RANKS = ["tp=2,ep=2,etp=2", "tp=2,pp=2", "tp=2,pp=2,ep=2"]
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sequences of unequal length, enough for the micro-batches of every layout."""
+    rng = np.random.default_rng(0)
+    lines = [rng.integers(0, VOCAB_SIZE, n).tolist() for n in (5, 17, 40, 33, 9, 24, 3, 12, 50, 21, 2, 31)]
+    path = tmp_path_factory.mktemp("tokens") / "tokens.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "moe", num_layers=4, mlp_only_layers=(1,))
+
+
+def parity(model: Path, tokens: Path, layouts: list[str], *options: str) -> tuple[int, list[dict[str, object]]]:
+    command = [sys.executable, "-m", "megatron_rl", "parity", "--model", str(model), "--tokens", str(tokens), "--json"]
+    for layout in layouts:
+        command += ["--layout", layout]
+    done = subprocess.run([*command, "--device", "cpu", *options], capture_output=True, text=True, check=False)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert lines, done.stderr[-3000:]
+    return done.returncode, lines
+
+
+def check(model: Path, tokens: Path, layouts: list[str], *options: str) -> None:
+    status, results = parity(model, tokens, layouts, *options)
+    assert [r["layout"] for r in results] == layouts
+    for result in results:
+        assert result["logprob_max_abs_diff"] <= 2e-5, result
+        assert result["grad_max_rel_diff"] <= 1e-4, result
+        assert result["tokens"] == 235
+    assert status == 0
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layouts", [ONE_RANK, TWO_RANKS, FOUR_RANKS], ids=["1 rank", "2 ranks", "4 ranks"])
+def test_log_probs_and_gradients_equal_transformers(model: Path, tokens: Path, layouts: list[str]) -> None:
+    check(model, tokens, layouts)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("recompute", ["full", pytest.param("selective", marks=pytest.mark.slow)])
+def test_recompute_changes_nothing(model: Path, tokens: Path, recompute: str) -> None:
+    check(model, tokens, ["tp=2", "pp=2,vpp=2", "cp=2,ep=2"], "--recompute", recompute)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize("layouts", [ONE_RANK, TWO_RANKS, FOUR_RANKS], ids=["1 rank", "2 ranks", "4 ranks"])
+def test_recompute_changes_nothing_anywhere(model: Path, tokens: Path, layouts: list[str], recompute: str) -> None:
+    check(model, tokens, layouts, "--recompute", recompute)
+
+
+@pytest.mark.distributed
+def test_tied_embeddings(tmp_path: Path, tokens: Path) -> None:
+    tied = make_tiny_model(tmp_path / "tied", num_layers=4, mlp_only_layers=(1,), tied=True)
+    check(tied, tokens, ["tp=2", "pp=2", "pp=2,vpp=2", "dp=2"])
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_dense_model_and_unnormalised_routes(tmp_path: Path, tokens: Path) -> None:
+    check(make_tiny_model(tmp_path / "dense", family="qwen3", num_layers=4), tokens, ["tp=2", "pp=2", "cp=2"])
+    raw = make_tiny_model(tmp_path / "raw", num_layers=2, norm_topk_prob=False)
+    check(raw, tokens, ["tp=2", "ep=2"])
+
+
+@pytest.mark.distributed
+def test_a_model_with_two_experts_swapped_fails(model: Path, tokens: Path, tmp_path: Path) -> None:
+    """The mutation: transformers reads one model, the engine another whose layer 0 has experts 2 and 5 exchanged."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    swapped = tmp_path / "swapped"
+    shutil.copytree(model, swapped)
+    weights = load_file(swapped / "model.safetensors")
+    for part in ("gate_proj", "up_proj", "down_proj"):
+        a, b = (f"model.layers.0.mlp.experts.{e}.{part}.weight" for e in (2, 5))
+        weights[a], weights[b] = weights[b].clone(), weights[a].clone()
+    save_file(weights, swapped / "model.safetensors", metadata={"format": "pt"})
+    reference = subprocess.run(
+        [sys.executable, "-c", _SWAPPED_REFERENCE, str(model), str(swapped), str(tokens)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert reference.returncode == 1, reference.stderr[-2000:]
+    result = json.loads(reference.stdout.splitlines()[-1])
+    assert not result["passed"]
+    assert result["logprob_max_abs_diff"] > 1e-3
+
+
+_SWAPPED_REFERENCE = """
+import sys
+from pathlib import Path
+from megatron_rl import parity
+plain = parity.write_reference
+model, swapped, tokens = map(Path, sys.argv[1:])
+parity.write_reference = lambda _, *rest: plain(model, *rest)
+sys.exit(parity.run(swapped, tokens, ["tp=1"], as_json=True, device="cpu"))
+"""
+
+
+def test_unusable_tokens_name_the_line(model: Path, tmp_path: Path) -> None:
+    from megatron_rl.parity import ParityError, read_tokens
+
+    for content, message in (
+        ("[1, 2]\n[3]", ":2: expected a list of at least two"),
+        ("[1, 2]\nx", ":2: not JSON"),
+        ("[1, 99]", ":1: token id 99 is outside the vocabulary of 44"),
+        ("\n", "no sequences"),
+    ):
+        path = tmp_path / "tokens.jsonl"
+        path.write_text(content)
+        with pytest.raises(ParityError, match=message):
+            read_tokens(path, 44)

@@ -1,0 +1,253 @@
+"""Verifiers, the processes that run them, and the judging of groups."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+from megatron_rl.data.sample import Group, Prompt, Sample, Verdict
+from megatron_rl.rewards import Judges, RewardError, get_verifier, grade
+from megatron_rl.rewards.arithmetic import verify_arithmetic
+from megatron_rl.rewards.math import verify_math
+
+RESPONSES = ("a", "b", "c")
+
+
+def group(verifier: str, answer: str = "a", responses: tuple[str, ...] = RESPONSES, index: int = 0) -> Group:
+    """Response token i stands for responses[i]; decode below turns it back."""
+    prompt = Prompt(f"q:{index}", "?", (7, 7), answer, verifier)
+    samples = [Sample.start(prompt, i).extend([i], [-1.0], 0) for i in range(len(responses))]
+    return Group(index, prompt, tuple(samples))
+
+
+def decode(ids: list[int]) -> str:
+    return "".join(RESPONSES[i] for i in ids)
+
+
+def verdicts(groups: list[Group]) -> list[list[Verdict | None]]:
+    return [[sample.verdict for sample in g.samples] for g in groups]
+
+
+@pytest.fixture(scope="module")
+def judges():
+    with Judges(workers=2) as pool:
+        yield pool
+
+
+# ---- verifiers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("response", "correct"),
+    [
+        ("3+5=8#8", True),
+        ("nonsense#8", True),  # the steps are not judged
+        ("3+5=8#80", False),
+        ("3+5=8#08", False),
+        ("3+5=8#8 ", False),
+        ("3+5=8#7#8", False),  # one answer, not a list of them
+        ("3+5=8", False),
+        ("", False),
+    ],
+)
+def test_arithmetic_reads_the_one_marked_answer(response, correct):
+    prompt = Prompt("", "3+5=", (), "8", "arithmetic")
+    assert verify_arithmetic(prompt, response) == Verdict(float(correct), correct)
+
+
+@pytest.mark.parametrize(
+    ("answer", "response", "correct"),
+    [
+        ("72", "so it is \\boxed{72}", True),
+        ("72", "so it is 72.", True),
+        ("72", "so it is \\boxed{27}", False),
+        ("1/2", "we get $\\frac{2}{4}$", True),
+        ("\\frac{1}{2}", "\\boxed{0.5}", True),
+        ("x^2+1", "$1+x^2$", True),
+        ("\\sqrt{8}", "\\boxed{2\\sqrt{2}}", True),
+        ("$[0, 1)$", "\\boxed{[0,1)}", True),
+        ("(1,2)", "\\boxed{(2,1)}", False),
+        ("72", "I do not know", False),
+        ("72", "\\frac{\\frac{\\frac{", False),
+        ("72", "", False),
+    ],
+)
+def test_math_compares_expressions(answer, response, correct):
+    assert verify_math(Prompt("", "", (), answer, "math"), response) == Verdict(float(correct), correct)
+
+
+def test_math_works_off_the_main_thread():
+    """math-verify's own time limit, by signals, does not."""
+    found = []
+    prompt = Prompt("", "", (), "72", "math")
+    thread = threading.Thread(target=lambda: found.append(verify_math(prompt, "\\boxed{72}")))
+    thread.start()
+    thread.join()
+    assert found == [Verdict(1.0, True)]
+
+
+def test_verifiers_are_found_by_name():
+    assert get_verifier("arithmetic") is verify_arithmetic
+    assert get_verifier("math") is verify_math
+    import verifier_examples
+
+    assert get_verifier("verifier_examples:shaped") is verifier_examples.shaped
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("maths", "did you mean 'math'?"),
+        ("code", "there are arithmetic, math"),
+        ("nowhere:check", "No module named 'nowhere'"),
+        ("verifier_examples:shapes", "has no attribute 'shapes'"),
+        ("verifier_examples:NOT_A_FUNCTION", "expected a function, found int"),
+        (":check", "Empty module name"),
+    ],
+)
+def test_a_verifier_that_is_not_there_is_named(name, message, judges):
+    for attempt in (lambda: get_verifier(name), lambda: grade([group(name)], decode, judges)):
+        with pytest.raises(RewardError) as caught:
+            attempt()
+        assert repr(name) in str(caught.value)
+        assert message in str(caught.value)
+
+
+# ---- judging -----------------------------------------------------------------------------------------------------
+
+
+def test_every_sample_gets_its_own_verdict(judges):
+    """Groups of three verifiers, one of which runs here and two in other processes."""
+    mine = "verifier_examples:shaped"
+    batch = [
+        group(mine, "b", index=0),
+        group("arithmetic", index=1),
+        group(mine, "c", index=2),
+        group("math", "1", index=3),
+    ]
+    graded = grade(batch, decode, judges)
+    assert verdicts(graded) == [
+        [Verdict(-2.5, False), Verdict(1.0, True), Verdict(-2.5, False)],
+        [Verdict(0.0, False)] * 3,
+        [Verdict(-2.5, False), Verdict(-2.5, False), Verdict(1.0, True)],
+        [Verdict(0.0, False)] * 3,
+    ]
+    for before, after in zip(batch, graded, strict=True):
+        assert (before.index, before.prompt) == (after.index, after.prompt)
+        for one, other in zip(before.samples, after.samples, strict=True):
+            assert other.token_ids is one.token_ids
+    assert verdicts(batch)[0] == [None] * 3
+
+
+def test_groups_may_differ_in_size_and_be_none(judges):
+    batch = [group("arithmetic", responses=()), group("arithmetic", responses=("a",))]
+    assert [len(g.samples) for g in grade(batch, decode, judges)] == [0, 1]
+    assert grade([], decode, judges) == []
+
+
+@pytest.mark.parametrize(
+    ("verifier", "sample", "message"),
+    [
+        ("verifier_examples:raises", 1, "KeyError: 'unit'; the response was 'b'"),
+        ("verifier_examples:infinite", 0, "the reward is inf, expected a finite number"),
+        ("verifier_examples:bare_number", 0, "expected a Verdict, got float"),
+        ("math", 0, "the reference answer '' is not a mathematical expression"),
+    ],
+)
+def test_a_verifier_that_fails_names_prompt_and_sample(judges, verifier, sample, message):
+    with pytest.raises(RewardError) as caught:
+        grade([group(verifier, answer="", index=4)], decode, judges)
+    assert str(caught.value).startswith(f"prompt 'q:4' sample {sample}: verifier {verifier!r} failed: ")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("verifier", "reason"),
+    [
+        ("verifier_examples:hangs_in_c", "took over 1 s"),
+        ("verifier_examples:dies", "its process ended with exit status 3"),
+    ],
+)
+def test_a_verifier_that_hangs_or_dies_costs_that_answer_only(verifier, reason, caplog):
+    with Judges(workers=1, deadline=1.0) as pool, caplog.at_level(logging.WARNING):
+        for _ in range(2):  # the worker is started anew
+            graded = grade([group(verifier, index=5)], decode, pool)
+            assert verdicts(graded) == [[Verdict(1.0, True), Verdict(0.0, False), Verdict(1.0, True)]]
+    assert len(caplog.records) == 2
+    assert "1 of 3 answers count as wrong" in caplog.text
+    assert f"q:5 sample 1 {reason}" in caplog.text
+
+
+def test_math_that_never_ends_costs_that_answer_only():
+    batch = [Group(0, p := Prompt("q", "", (7,), "72", "math"), (Sample.start(p, 0).extend([0], [-1.0], 0),))]
+    with Judges(workers=1, deadline=2.0) as pool:
+        grade(batch, lambda _: "\\boxed{72}", pool)
+        start = time.monotonic()
+        graded = grade(batch, lambda _: "\\boxed{10^{10^{10}}}", pool)
+        assert time.monotonic() - start < 10
+    assert verdicts(graded) == [[Verdict(0.0, False)]]
+
+
+def test_judging_is_spread_over_processes_which_end_with_the_pool():
+    batch = [group("verifier_examples:whose_process", index=i) for i in range(40)]
+    before = set(psutil.Process().children())
+    with Judges(workers=3) as pool:
+        graded = grade(batch, decode, pool)
+        started = set(psutil.Process().children()) - before
+        assert len(started) == 3
+        found = {int(v.reward) for vs in verdicts(graded) for v in vs if v}
+        assert found <= {process.pid for process in started}
+        assert os.getpid() not in found
+    assert not any(process.is_running() for process in started)
+
+
+PARENT = """
+import sys
+from megatron_rl.data.sample import Prompt
+from megatron_rl.rewards.judges import Answer, Judges
+
+judges = Judges(workers=1, deadline=600.0)
+verifier = "verifier_examples:hangs_in_c"
+answers = [Answer(Prompt("q", "", (), "", verifier), response) for response in "ab"]
+judges.judge(verifier, answers[:1])
+print("ready", flush=True)
+judges.judge(verifier, answers[1:])
+"""
+
+
+def test_a_hanging_worker_ends_with_a_parent_that_is_killed():
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], env=path, stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == b"ready\n"
+    (worker,) = psutil.Process(parent.pid).children()
+    before = worker.cpu_times().user
+    while worker.cpu_times().user < before + 0.3:  # it computes
+        time.sleep(0.05)
+    parent.kill()
+    parent.communicate()
+    try:
+        worker.wait(10)  # raises TimeoutExpired
+    finally:
+        if worker.is_running():
+            worker.kill()
+
+
+def test_arithmetic_starts_no_process():
+    before = psutil.Process().children()
+    with Judges() as pool:
+        grade([group("arithmetic")], decode, pool)
+        assert psutil.Process().children() == before
+
+
+def test_without_a_pool_one_is_made_for_the_call():
+    before = psutil.Process().children()
+    assert verdicts(grade([group("verifier_examples:shaped")], decode))[0][0] == Verdict(1.0, True)
+    assert psutil.Process().children() == before

@@ -1,0 +1,94 @@
+"""Three RL steps of four mini-batches on saved rollouts: the same losses and weights, however the work is cut up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rl_runs import MINI_BATCHES, STEPS, losses, run_all, save_rollouts, weights, write_config
+from tiny_models import make_tiny_model
+
+from megatron_rl.lab.run import read_metrics
+
+TWO_RANKS = ["tp=2", "pp=2", "pp=2 vpp=2", "cp=2", "ep=2", "", "cp=2 ep=2"]
+FOUR_RANKS = ["tp=2 ep=2 etp=2", "tp=2 pp=2", "tp=2 pp=2 ep=2"]
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(configuration, run directory of one rank)."""
+    root = tmp_path_factory.mktemp("invariance")
+    model = make_tiny_model(root / "model", num_layers=4, mlp_only_layers=(1,))
+    save_rollouts(model, root / "saved")
+    save_rollouts(model, root / "shuffled", shuffled=True)
+    config = write_config(root / "config.yaml", model, root / "saved")
+    run_all(
+        config,
+        1,
+        [
+            f"run_dir={root / 'reference'}",
+            f"run_dir={root / 'one-by-one'} engine.max_tokens_per_micro_batch=16",
+            f"run_dir={root / 'all-at-once'} engine.max_tokens_per_micro_batch=4096",
+            f"run_dir={root / 'other-order'} rollout.replay_from={root / 'shuffled'}",
+            f"run_dir={root / 'recompute'} engine.recompute=full",
+        ],
+    )
+    return config, root / "reference"
+
+
+def assert_same(run_dir: Path, reference: Path) -> None:
+    found, expected = losses(run_dir), losses(reference)
+    assert expected.shape[0] == STEPS * MINI_BATCHES
+    np.testing.assert_allclose(found[:, 0], expected[:, 0], atol=1e-5, err_msg=f"loss in {run_dir.name}")
+    np.testing.assert_allclose(found[:, 1:], expected[:, 1:], rtol=2e-3, atol=1e-4, err_msg=run_dir.name)
+    trained = weights(reference)
+    for name, weight in weights(run_dir).items():
+        scale = trained[name].abs().max()
+        assert (weight - trained[name]).abs().max() <= 1e-4 * scale, f"{name} in {run_dir.name}"
+
+
+def test_the_run_learns_something(setting: tuple[Path, Path]) -> None:
+    """Else all that follows would hold of a trainer that does nothing."""
+    config, reference = setting
+    from safetensors.torch import load_file
+
+    before = load_file(config.parent / "model" / "model.safetensors")
+    after = weights(reference)
+    assert all((after[name] - before[name]).abs().max() > 1e-4 for name in before)
+    clipped = losses(reference)[:, -1]
+    assert clipped.max() > 0.05
+
+
+def test_first_mini_batch_is_exactly_on_policy(setting: tuple[Path, Path]) -> None:
+    for line in read_metrics(setting[1] / "metrics.jsonl"):
+        if line["mini_batch"] == 0:
+            assert line["ratio/min"] == line["ratio/max"] == 1.0
+            assert line["sequence_ratio/min"] == line["sequence_ratio/max"] == 1.0
+            clips = [value for name, value in line.items() if name.startswith("clip/")]
+            assert clips
+            assert not any(clips)
+        else:
+            assert line["ratio/min"] < 1.0 < line["ratio/max"]
+
+
+@pytest.mark.parametrize("other", ["one-by-one", "all-at-once", "other-order", "recompute"])
+def test_micro_batches_packing_order_and_recompute_do_not_matter(setting: tuple[Path, Path], other: str) -> None:
+    assert_same(setting[1].parent / other, setting[1])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("ranks", "layouts"), [(2, TWO_RANKS), (4, FOUR_RANKS)], ids=["2 ranks", "4 ranks"])
+def test_layouts_do_not_matter(setting: tuple[Path, Path], ranks: int, layouts: list[str]) -> None:
+    config, reference = setting
+    runs, directories = [], []
+    for layout in layouts:
+        directory = config.parent / f"{ranks} ranks {layout}".replace(" ", "-")
+        degrees = " ".join(f"parallel.{degree}" for degree in layout.split())
+        runs.append(f"run_dir={directory} {degrees}")
+        directories.append(directory)
+    run_all(config, ranks, runs)
+    for directory in directories:
+        assert_same(directory, reference)
+        first = [line for line in read_metrics(directory / "metrics.jsonl") if line["mini_batch"] == 0]
+        assert all(line["ratio/min"] == line["ratio/max"] == 1.0 for line in first), directory.name
