@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from config_files import RL, SFT, write
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from megatron_rl.config.load import ConfigError, dump_config, load_config
@@ -64,7 +64,7 @@ def test_presets_named_by_an_override_replace_the_files(tmp_path: Path, presets:
 def test_a_preset_file_is_relative_to_the_file_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "sub" / "base.yaml", "presets: [../other/deep.yaml]\n")
     write(tmp_path / "other" / "deep.yaml", "seed: 5\n")
-    path = write(tmp_path / "sub" / "a.yaml", RL + "presets: base.yaml\n")
+    path = write(tmp_path / "top" / "sub" / "a.yaml", RL + "presets: ../../sub/base.yaml\n")
     assert load_config(Config, path).seed == 5
     monkeypatch.chdir(tmp_path / "other")
     assert load_config(Config, path, ["presets=deep.yaml"]).seed == 5
@@ -95,9 +95,10 @@ def test_numbers_as_people_write_them(tmp_path: Path, written: str, value: float
     assert load_config(Config, path, [f"optim.eps={written}"]).optim.eps == value
 
 
-def test_text_that_yaml_would_take_for_something_else(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.yaml", RL.replace("runs/one", "2026-01-31"))
-    assert load_config(Config, path).run_dir == Path("2026-01-31")
+@pytest.mark.parametrize("text", ["2026-01-31", "2026-01-31 10:20:30Z"])
+def test_a_date_is_text(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path / "a.yaml", RL.replace("runs/one", text))
+    assert load_config(Config, path).run_dir == Path(text)
 
 
 @pytest.mark.parametrize("empty", ["null", ""])
@@ -122,6 +123,7 @@ def test_a_dump_has_the_presets_merged_in(tmp_path: Path) -> None:
     number=st.floats(min_value=1e-300, max_value=1e300),
     urls=st.lists(st.text(max_size=8), max_size=3),
 )
+@example(text="1e-5", number=1e-5, urls=["\x85"])
 def test_a_dump_loads_back_to_the_same_object(tmp_path: Path, text: str, number: float, urls: list[str]) -> None:
     config = Config.model_validate(
         {
@@ -144,6 +146,7 @@ def test_a_dump_loads_back_to_the_same_object(tmp_path: Path, text: str, number:
     [
         ("optim: {lrr: 1}", "{path}:5: optim.lrr: no such key; did you mean optim.lr?"),
         ("optm: {lr: 1}", "{path}:5: optm: no such key; did you mean optim?"),
+        ("eval: {temperatur: 1}", "{path}:5: eval.temperatur: no such key; did you mean eval.temperature?"),
         ("learning: 1", "{path}:5: learning: no such key"),
         ("rollout:\n  urls: [x]", "{path}:6: rollout.urls: no such key; did you mean rollout.servers.urls?"),
         ("engine: {on: 1}", "{path}:5: engine.on: no such key"),

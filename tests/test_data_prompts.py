@@ -90,8 +90,18 @@ def test_a_source_that_is_not_there_or_empty_is_named(write, tokenizer, tmp_path
 
 def test_a_character_unknown_to_the_tokenizer_is_named(write):
     source = write(question(), question(prompt="2 times 3"))
-    with pytest.raises(DataError, match=r"data\.jsonl:2: prompt: the tokenizer cannot encode '2 times 3'"):
+    with pytest.raises(DataError, match=r"data\.jsonl:2: prompt: has characters that .* tokenizer does not know"):
         load_prompts(source, FIELDS, make_demo_tokenizer(), 16)
+    source = write({"prompt": "2=", "response": "two"})
+    with pytest.raises(DataError, match=r"data\.jsonl:1: response: has characters"):
+        load_sft_samples(source, Fields("prompt", "response"), make_demo_tokenizer(), 16)
+
+
+def test_a_token_for_the_unknown_that_also_ends_texts_is_no_sign_of_it(write):
+    """As in GPT-2's tokenizer, which knows every character."""
+    tokenizer = make_demo_tokenizer()
+    tokenizer.eos_token = "<pad>"
+    assert len(load_prompts(write(question(prompt="2 times 3")), FIELDS, tokenizer, 16)) == 1
 
 
 def test_chat_prompts_are_rendered_by_the_template(write):

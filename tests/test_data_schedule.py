@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_rl.data.schedule import Denominators, SampleSize, Schedule, plan
+from megatron_rl.data.schedule import Denominators, SampleSize, Schedule, ScheduleError, plan
 
 
 def batch(lengths: list[list[tuple[int, int]]]) -> list[SampleSize]:
@@ -40,7 +40,7 @@ def test_every_sample_is_trained_on_once_within_the_budget_and_in_lockstep(lengt
     by_index = {size.index: size for size in sizes}
     try:
         schedule = plan(sizes, mini_batches=mini_batches, **layout)
-    except ValueError as error:
+    except ScheduleError as error:
         assert "micro-batches each" in str(error)  # noqa: PT017
         return
     assert sorted(i for step in members(schedule) for i in step) == sorted(by_index)
@@ -166,14 +166,14 @@ def test_a_sample_without_response_tokens_is_planned_and_counts_in_no_denominato
     [
         ([[(1, 1)] * 2] * 3, {"mini_batches": 2}, "3 groups do not divide into train.mini_batches = 2"),
         ([], {}, "0 groups"),
-        ([[(1, 1)] * 3], {"dp": 4}, "mini-batch 0 of 1 has 3 samples, but 4 data-parallel replicas make 1"),
+        ([[(1, 1)] * 3], {"dp": 4}, "a mini-batch has 3 samples, but 4 data-parallel replicas make 1"),
         ([[(1, 1)] * 3], {"micro_batch_multiple": 4}, "has 3 samples, but 1 data-parallel replicas make 4"),
         ([[(1, 60)] * 3], {"dp": 2, "max_tokens": 100}, "3 samples, but 2 data-parallel replicas make 2"),
     ],
 )
 def test_an_impossible_plan_says_why(sizes, options, message):
     options = {"mini_batches": 1, "dp": 1, "max_tokens": 1000, **options}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ScheduleError, match=message):
         plan(batch(sizes), **options)
 
 

@@ -58,10 +58,8 @@ def _keys(cls: type[Frozen], prefix: str = "") -> Iterator[str]:
 
 def _add_sections(cls: type[Frozen], values: dict[str, Any]) -> None:
     """Sections that are left out become empty, so that what is missing in them is named by its own key."""
-    for name, section in _sections(cls):
-        inner = values.setdefault(name, {})
-        if isinstance(inner, dict):
-            _add_sections(section, inner)
+    for name, _ in _sections(cls):
+        values.setdefault(name, {})
 
 
 def _explain(mistake: Any, tree: Tree, path: Path, known: Sequence[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,13 @@ class Tokenizer(Protocol):
     """What is used of a Hugging Face tokenizer."""
 
     @property
+    def bos_token_id(self) -> Any: ...
+
+    @property
     def eos_token_id(self) -> Any: ...
+
+    @property
+    def unk_token_id(self) -> Any: ...
 
     @property
     def chat_template(self) -> Any: ...
@@ -116,11 +121,12 @@ def load_prompts(source: str, fields: Fields, tokenizer: Tokenizer, max_tokens: 
     where: dict[str, str] = {}
     for record in _records(source, fields, answer_text=lambda terms: str(sum(terms))):
         text = chat.text(record, fields.prompt)
-        tokens = len(_encoded(chat.encode, text, record, fields.prompt))
-        if not 0 < tokens <= max_tokens:
+        ids = chat.encode(text)
+        if not 0 < len(ids) <= max_tokens:
             raise record.error(
-                fields.prompt, f"prompt has {tokens} tokens, expected 1 to data.max_prompt_tokens = {max_tokens}"
+                fields.prompt, f"prompt has {len(ids)} tokens, expected 1 to data.max_prompt_tokens = {max_tokens}"
             )
+        _check_known(ids, tokenizer, record, fields.prompt)
         prompt = Prompt(
             id=record.text("id", default=record.id),
             text=text,
@@ -145,9 +151,10 @@ def load_sft_samples(source: str, fields: Fields, tokenizer: Tokenizer, max_toke
     samples = []
     for record in _records(source, fields, answer_text=arithmetic.response_text):
         text = chat.text(record, fields.prompt)
-        ids = _encoded(chat.encode, text, record, fields.prompt)
-        plain = functools.partial(tokenizer.encode, add_special_tokens=False)
-        response = _encoded(plain, record.text(fields.answer), record, fields.answer)
+        ids = chat.encode(text)
+        response = tokenizer.encode(record.text(fields.answer), add_special_tokens=False)
+        _check_known(ids, tokenizer, record, fields.prompt)
+        _check_known(response, tokenizer, record, fields.answer)
         response.append(tokenizer.eos_token_id)
         tokens = len(ids) + len(response)
         if not ids or tokens > max_tokens:
@@ -192,11 +199,12 @@ def _is_message(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
-def _encoded(encode: Callable[[str], list[int]], text: str, record: Record, name: str) -> list[int]:
-    try:
-        return encode(text)
-    except Exception as error:  # what a tokenizer raises for a character that it does not know has no type of its own
-        raise record.error(name, f"the tokenizer cannot encode {text[:80]!r}: {error}") from None
+def _check_known(ids: list[int], tokenizer: Tokenizer, record: Record, name: str) -> None:
+    """Refuses characters that the tokenizer has no token for. One that works on bytes knows them all, and may name the
+    token for the unknown only because it has to: one that also begins or ends a text."""
+    unknown = tokenizer.unk_token_id
+    if unknown in ids and unknown not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        raise record.error(name, "has characters that the model's tokenizer does not know")
 
 
 def _records(source: str, fields: Fields, answer_text: Callable[[Sequence[int]], str]) -> Iterator[Record]:

@@ -10,8 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_rl.errors import UserError
+
 ATTENTION_COST = 1e-4
 """Cost of a token's attention to another, in units of its cost elsewhere: about that of a 4096-wide model."""
+
+
+class ScheduleError(UserError):
+    """A batch that cannot be cut up as the configuration asks."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +96,14 @@ def plan(
     micro-batch of its own. micro_batch_multiple: what the number of micro-batches must divide by. home: the replica
     that holds each of `sizes`, kept where balance allows.
 
-    Raises ValueError when an index is there twice, groups do not divide into mini-batches, or a mini-batch has too few
-    samples to give each replica as many micro-batches as its tokens need.
+    Raises ScheduleError when groups do not divide into mini-batches, or a mini-batch has too few samples to give each
+    replica as many micro-batches as its tokens need; ValueError when an index is there twice.
     """
     if len({size.index for size in sizes}) < len(sizes):
         raise ValueError("two samples have the same index; a group was fetched twice, or numbered wrongly")
     groups = sorted({size.group for size in sizes})
     if not groups or len(groups) % mini_batches:
-        raise ValueError(
+        raise ScheduleError(
             f"{len(groups)} groups do not divide into train.mini_batches = {mini_batches}; a group is never split"
         )
     per_step = len(groups) // mini_batches
@@ -108,10 +114,7 @@ def plan(
     for number in range(mini_batches):
         members = [size for size in sizes if step_of[size.group] == number]
         replicas = _balance(members, dp, homes)
-        try:
-            count = _even_counts(replicas, budget, micro_batch_multiple)
-        except ValueError as error:
-            raise ValueError(f"mini-batch {number} of {mini_batches} {error}") from None
+        count = _even_counts(replicas, budget, micro_batch_multiple)
         denominators = Denominators(
             tokens=sum(s.response_tokens for s in members),
             sequences=sum(s.response_tokens > 0 for s in members),
@@ -140,7 +143,7 @@ def _even_counts(replicas: list[list[SampleSize]], budget: _Budget, multiple: in
     """How many micro-batches every replica makes: as many as the fullest needs, and not more than any has samples.
 
     Replicas are in lockstep through their schedules and all-to-alls. One with a few long samples gets short ones from
-    the others. Raises ValueError when there are too few samples in all.
+    the others. Raises ScheduleError when there are too few samples in all.
     """
     samples = sum(map(len, replicas))
     count = 0
@@ -148,9 +151,9 @@ def _even_counts(replicas: list[list[SampleSize]], budget: _Budget, multiple: in
         needed = max(len(_first_fit(replica, budget)) for replica in replicas)
         count = max(count, -(-needed // multiple) * multiple)
         if samples < count * len(replicas):
-            raise ValueError(
-                f"has {samples} samples, but {len(replicas)} data-parallel replicas make {count} micro-batches each; "
-                "use fewer replicas, mini-batches or pipeline stages, more samples, or a larger "
+            raise ScheduleError(
+                f"a mini-batch has {samples} samples, but {len(replicas)} data-parallel replicas make {count} "
+                "micro-batches each; use fewer replicas, mini-batches or pipeline stages, more samples, or a larger "
                 "engine.max_tokens_per_micro_batch"
             )
         poorest = min(replicas, key=len)

@@ -17,6 +17,7 @@ import safetensors.numpy
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megatron_rl.data.sample import FinishReason, Group, Prompt, Sample, Verdict, VersionSpan
+from megatron_rl.errors import UserError
 
 FORMAT = 1
 
@@ -24,7 +25,7 @@ _Count = Annotated[int, Field(ge=0)]
 _TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
-class StoreError(ValueError):
+class StoreError(UserError):
     """A rollout file that is not one; names file, line and field."""
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 
 from megatron_rl.data.sample import Prompt, Verdict
+from megatron_rl.errors import UserError
 
 Verifier = Callable[[Prompt, str], Verdict]
 
@@ -17,7 +18,7 @@ VERIFIERS = {
 }
 
 
-class RewardError(ValueError):
+class RewardError(UserError):
     """A verifier that does not exist, fails, or gives a reward that cannot be used; names verifier and prompt."""
 
 

@@ -277,7 +277,7 @@ class SGLangClient:
         retry = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(_Healing),
             stop=tenacity.stop_after_attempt(tries),
-            wait=tenacity.wait_exponential_jitter(initial=0.2, max=10.0),
+            wait=tenacity.wait_random_exponential(multiplier=0.2, max=10.0),
             reraise=True,
         )
         try:
