@@ -13,9 +13,9 @@ from megatron_rl.rollout.server import Server, ServerOptions, free_ports
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """fp32 Qwen3-MoE with a dense layer, grouped-query attention and a character tokenizer."""
+    """fp32 Qwen3-MoE, grouped-query attention, character tokenizer. No dense layers: SGLang would give them experts."""
     directory = tmp_path_factory.mktemp("models") / "tiny"
-    make_tiny_model(directory, mlp_only_layers=(0,))
+    make_tiny_model(directory)
     return directory
 
 

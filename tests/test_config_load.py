@@ -187,6 +187,7 @@ def test_a_mistake_in_a_file_is_one_line(tmp_path: Path, text: str, line: str | 
         ("rollout.servers.api_key=123", "rollout.servers.api_key: found 123, expected text; put it in quotes"),
         ("seed.x=1", 'seed: found {"x": 1}, expected a valid integer'),
         ("optim=3", "optim: found 3, expected a section of keys"),
+        ("model.path=null", "model.path: found null, expected text"),
         ("optim={lr: 1, lr: 2}", "optim.lr"),
         ("optim.lr", "expected key=value, such as optim.lr=1e-5"),
         ("=1", "expected key=value, such as optim.lr=1e-5"),

@@ -12,10 +12,11 @@ import pytest
 import yaml
 from config_files import RL, write
 
-from megatron_rl.config.load import load_config
-from megatron_rl.config.schema import AdvantageConfig, ClipConfig, Config, ObjectiveConfig
+from megatron_rl.config.load import ConfigError, load_config
+from megatron_rl.config.schema import AdvantageConfig, ClipConfig, Config, ObjectiveConfig, SftConfig
 from megatron_rl.config.sources import PRESETS
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 FILES = sorted(PRESETS.glob("*.yaml"))
 # What the papers say, written a second time: a slip in a preset is a slip in every run that names it.
 PAPERS = {
@@ -76,6 +77,15 @@ def test_nothing_of_another_objective_shines_through_a_preset(tmp_path: Path, na
     )
     path = write(tmp_path / "a.yaml", RL + f"presets: [other.yaml, {name}]\n")
     assert load_config(Config, path).objective == PAPERS[name]
+
+
+@pytest.mark.parametrize("file", sorted((EXAMPLES / "demo").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_examples_load(file: Path) -> None:
+    if file.stem == "base":
+        with pytest.raises(ConfigError, match=r"base\.yaml: run_dir: not set, and it has no default$"):
+            load_config(Config, file)
+    else:
+        load_config(SftConfig if file.stem == "sft" else Config, file)
 
 
 def test_the_configuration_and_samples_import_without_torch() -> None:

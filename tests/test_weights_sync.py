@@ -22,8 +22,8 @@ TOKENS = np.random.default_rng(3).integers(0, VOCAB_SIZE, 60).tolist()
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The served model's architecture with other weights."""
-    return make_tiny_model(tmp_path_factory.mktemp("trained") / "model", mlp_only_layers=(0,), seed=1)
+    """The served architecture with other weights."""
+    return make_tiny_model(tmp_path_factory.mktemp("trained") / "model", seed=1)
 
 
 def push(trained: Path, server: Server, layout: str, route: str = "collective", mutation: str = "none") -> Any:

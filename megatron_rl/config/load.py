@@ -73,7 +73,7 @@ def _explain(mistake: Any, tree: Tree, path: Path, known: Sequence[str]) -> str:
         return f"{where}: no such key{nearest(key, known)}"
     bound = "a value " if kind.startswith(("greater", "less")) else ""
     expected = {
-        "string_type": "text; put it in quotes",
+        "string_type": "text; put it in quotes" if isinstance(found, int | float) else "text",
         "tuple_type": "a list",
         "model_type": "a section of keys",
     }.get(kind, bound + mistake["msg"].removeprefix("Input should be "))
