@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from megatron_rl.cores import threads_per_process
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 WORK = Path(".demo")
@@ -26,7 +28,7 @@ def run(*command: str) -> None:
 
 
 def torchrun(*arguments: str) -> None:
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // RANKS))
+    os.environ["OMP_NUM_THREADS"] = str(threads_per_process(RANKS))
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS))
     run(*launcher, "-m", "megatron_rl", *arguments)
 

@@ -9,10 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-
-def threads_per_process(processes: int) -> int:
-    """More OpenMP threads than cores, over all processes, slow each other a hundredfold."""
-    return max(1, (os.cpu_count() or 1) // processes)
+from megatron_rl.cores import threads_per_process
 
 
 def run_ranks(module: str, arguments: Sequence[str], ranks: int) -> int:

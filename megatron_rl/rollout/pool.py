@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from megatron_rl.config.schema import EngineConfig, RolloutConfig
+from megatron_rl.cores import threads_per_process
 from megatron_rl.rollout.server import Server, ServerOptions, free_ports
 
 
@@ -39,6 +40,7 @@ class Pool:
                     tp=config.tp,
                     max_total_tokens=config.max_total_tokens,
                     max_running_requests=self._rollout.concurrency,
+                    threads=threads_per_process(config.launch),
                     seed=self._seed + number,
                     extra_flags=config.extra_flags,
                 )

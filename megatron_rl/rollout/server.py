@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+from megatron_rl.cores import usable_cores
 from megatron_rl.errors import UserError
 
 LOG_TAIL_LINES = 30
@@ -99,7 +100,7 @@ def sglang_command(options: ServerOptions, has_gpu: bool) -> tuple[list[str], di
 
 
 def _cpu_environment(options: ServerOptions) -> dict[str, str]:
-    per_rank = max(1, (options.threads or os.cpu_count() or 1) // options.tp)
+    per_rank = max(1, (options.threads or usable_cores()) // options.tp)
     environment = {
         "SGLANG_USE_CPU_ENGINE": "1",
         "TORCHDYNAMO_DISABLE": "1",  # its compiled helpers need a C++ compiler and gain nothing here
