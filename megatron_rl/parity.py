@@ -1,8 +1,8 @@
 """`megatron-rl parity`: the engine's log-probs and gradients against transformers', and against a live server's.
 
-The reference is computed once, in the calling process, in fp32, and written to a temporary directory. The engine runs on
-ranks of its own, started per world size; rank 0 compares. The loss is the mean negative log-prob of all tokens but the
-first of each sequence.
+The reference is computed once, in the calling process, in fp32, and written to a temporary directory. The engine runs
+on ranks of its own, started per world size; rank 0 compares. The loss is the mean negative log-prob of all tokens but
+the first of each sequence.
 """
 
 from __future__ import annotations

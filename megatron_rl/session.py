@@ -16,7 +16,7 @@ from megatron_rl.data.store import write_groups
 from megatron_rl.engine.exchange import broadcast_bytes
 from megatron_rl.lab.metrics import ROLLOUT, rollout_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
-from megatron_rl.rewards import grade
+from megatron_rl.rewards import Judges, get_verifier, grade
 from megatron_rl.rollout.evaluate import evaluation
 from megatron_rl.rollout.pool import Pool
 from megatron_rl.rollout.sampler import Sampling
@@ -26,8 +26,8 @@ from megatron_rl.weights.sync import WeightSync
 
 
 class Session:
-    """An RL run after `step` rollout steps; the policy is then weight version `step`. Without servers, when rollouts are
-    replayed, `sync_weights` and `evaluate` do nothing."""
+    """An RL run after `step` rollout steps; the policy is then weight version `step`. Without servers, when rollouts
+    are replayed, `sync_weights` and `evaluate` do nothing."""
 
     def __init__(self, trainer: Trainer, config: Config, pool: Pool | None, leader: Leader | None) -> None:
         """`pool` is rank 0's, `leader` each data-parallel leader's; None elsewhere and without servers."""
@@ -40,6 +40,7 @@ class Session:
         self._leads = trainer.place.leads_replica
         self._has_servers = config.rollout.replay_from is None
         self._tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        self._judges = Judges()
         self._prompts = self._load(config.data.train) if leader else None
         heldout = config.data.heldout
         self._heldout = self._load(heldout) if heldout and pool else None
@@ -78,7 +79,7 @@ class Session:
             self._check_servers()
             groups = self._leader.sample(share, self._sampling(config.group_size, config.temperature))
         with self.trainer.phase("rewards"):
-            return grade(groups, self._decode)
+            return grade(groups, self._decode, self._judges)
 
     def log_update(self, mini_batch: int, metrics: dict[str, float]) -> None:
         first = self._rollout_metrics if mini_batch == 0 else {}
@@ -114,7 +115,9 @@ class Session:
         prompts = [(i, self._heldout[i]) for i in range(count)]
         with self.trainer.phase("evaluation"):
             groups = grade(
-                self._leader.sample(prompts, self._sampling(config.samples, config.temperature)), self._decode
+                self._leader.sample(prompts, self._sampling(config.samples, config.temperature)),
+                self._decode,
+                self._judges,
             )
         report = evaluation(groups)
         self.trainer.run.log_eval(self.step, self.step, report)
@@ -131,6 +134,7 @@ class Session:
             self._cursor = PromptCursor(**state["cursor"])
 
     def close(self) -> None:
+        self._judges.close()
         self._weights.close()
 
     def _sampling(self, samples: int, temperature: float) -> Sampling:
@@ -146,7 +150,10 @@ class Session:
     def _load(self, source: str) -> PromptDataset:
         data = self.config.data
         fields = Fields(data.prompt_field, data.answer_field, data.verifier, data.chat_template)
-        return load_prompts(source, fields, self._tokenizer, data.max_prompt_tokens)
+        prompts = load_prompts(source, fields, self._tokenizer, data.max_prompt_tokens)
+        for name in prompts.verifiers:
+            get_verifier(name)  # a misspelt one fails here, before the first rollout
+        return prompts
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)

@@ -17,8 +17,8 @@ from megatron_rl.session import Session, open_session
 
 
 def train(config: Config, resume: bool = False) -> None:
-    """Runs `config.train.steps` steps; with `resume`, those that are left after the newest complete checkpoint. The trained
-    model is then a Hugging Face directory, run_dir/model."""
+    """Runs `config.train.steps` steps; with `resume`, those that are left after the newest complete checkpoint. The
+    trained model is then a Hugging Face directory, run_dir/model."""
     with open_session(config, resume) as session:
         session.sync_weights()
         if session.step == 0:

@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.config.layout import Layout
-from megatron_rl.config.load import check_config, dump_config
+from megatron_rl.config.load import ConfigError, check_config, dump_config
 from megatron_rl.config.schema import CheckpointConfig, Config, SftConfig
 from megatron_rl.engine.checkpoint import checkpoints, load_checkpoint, prune, save_checkpoint
 from megatron_rl.engine.device import use_device
 from megatron_rl.engine.distribute import MiniBatch
+from megatron_rl.engine.exchange import broadcast_bytes
 from megatron_rl.engine.losses import PolicyLoss, SftLoss
 from megatron_rl.engine.parallel import Place, start_process_groups, stop_process_groups
 from megatron_rl.engine.policy import Policy
@@ -133,7 +134,7 @@ class Trainer:
 def open_trainer(
     config: Config | SftConfig, *, steps: int, resume: bool, temperature: float = 1.0
 ) -> Iterator[Trainer]:
-    """Raises ConfigError before any process group starts, FileExistsError for a run directory in use."""
+    """Raises ConfigError: for contradictions before any process group starts, and for a run directory in use."""
     arch = read_architecture(config.model.path)
     layout = check_config(config, arch, int(os.environ.get("WORLD_SIZE", "1")))
     device = use_device(config.engine.device)
@@ -150,17 +151,14 @@ def open_trainer(
 
 
 def _run_dir(config: Config | SftConfig, place: Place, resume: bool) -> RunDir:
-    """Made by rank 0; the others wait for it, and fail with it."""
-    failure: BaseException | None = None
+    """Made by rank 0, whose failure is every rank's."""
+    failure = ""
     if place.rank == 0:
         try:
             run = RunDir.create(config.run_dir, dump_config(config), resume)
         except (OSError, UserError) as error:
-            failure = error
-    failed = torch.tensor(int(failure is not None))
-    dist.broadcast(failed, 0, group=place.control)
-    if failure is not None:
-        raise failure
-    if failed:
-        raise SystemExit(2)  # rank 0 says why
+            failure = str(error)
+    failure = broadcast_bytes(failure.encode(), place.control).decode()
+    if failure:
+        raise ConfigError(failure)
     return run if place.rank == 0 else RunDir.attach(config.run_dir)

@@ -139,17 +139,11 @@ def chunk_parameters(
 def _layer(own, arch, layer, tp, ep, etp, transformer_engine) -> dict[str, Tensor]:
     tp_rank, tp_size = tp
     groups = arch.num_kv_heads
-    q, k, v = (
-        own[f"self_attn.{x}_proj.weight"].view(groups, -1, arch.head_dim, arch.hidden_size) for x in "qkv"
-    )
+    q, k, v = (own[f"self_attn.{x}_proj.weight"].view(groups, -1, arch.head_dim, arch.hidden_size) for x in "qkv")
     mixed = torch.cat([q, k, v], dim=1).reshape(-1, arch.hidden_size)
     moe = bool(arch.num_experts) and layer not in arch.dense_layers
-    input_norm = (
-        "self_attention.linear_qkv.layer_norm_weight" if transformer_engine else "input_layernorm.weight"
-    )
-    mlp_norm = (
-        "mlp.linear_fc1.layer_norm_weight" if transformer_engine and not moe else "pre_mlp_layernorm.weight"
-    )
+    input_norm = "self_attention.linear_qkv.layer_norm_weight" if transformer_engine else "input_layernorm.weight"
+    mlp_norm = "mlp.linear_fc1.layer_norm_weight" if transformer_engine and not moe else "pre_mlp_layernorm.weight"
     found = {
         input_norm: own["input_layernorm.weight"],
         "self_attention.linear_qkv.weight": mixed.chunk(tp_size)[tp_rank],

@@ -17,9 +17,7 @@ from megatron_rl.objectives.inputs import LossInputs
 GRPO = ObjectiveConfig(ratio="token", aggregation="seq-mean-token-mean", clip=ClipConfig(low=0.2, high=0.2))
 DAPO = ObjectiveConfig(ratio="token", aggregation="token-mean", clip=ClipConfig(low=0.2, high=0.28))
 # Clips of short sequences, wide enough to clip some and not all of them.
-GSPO = ObjectiveConfig(
-    ratio="sequence", aggregation="seq-mean-token-mean", clip=ClipConfig(low=0.04, high=0.06)
-)
+GSPO = ObjectiveConfig(ratio="sequence", aggregation="seq-mean-token-mean", clip=ClipConfig(low=0.04, high=0.06))
 GSPO_TOKEN = GSPO.model_copy(update={"ratio": "sequence-token"})
 OBJECTIVES = {"grpo": GRPO, "dapo": DAPO, "gspo": GSPO, "gspo-token": GSPO_TOKEN}
 
@@ -58,17 +56,13 @@ def random_sequences(
     return sequences
 
 
-def pack(
-    sequences: Sequence[TrainedSequence], dtype: torch.dtype = torch.float64, padding: int = 0
-) -> LossInputs:
+def pack(sequences: Sequence[TrainedSequence], dtype: torch.dtype = torch.float64, padding: int = 0) -> LossInputs:
     def tensor(arrays: list[np.ndarray]) -> torch.Tensor:
         return torch.tensor(np.concatenate([*arrays, np.full(padding, np.nan)]), dtype=dtype)
 
     lengths = [len(sequence.mask) for sequence in sequences]
     mask = np.concatenate([*(sequence.mask for sequence in sequences), np.zeros(padding, dtype=bool)])
-    ids = np.concatenate(
-        [np.repeat(np.arange(len(sequences)), lengths), np.full(padding, len(sequences) - 1)]
-    )
+    ids = np.concatenate([np.repeat(np.arange(len(sequences)), lengths), np.full(padding, len(sequences) - 1)])
     return LossInputs(
         logprobs=tensor([sequence.logprobs for sequence in sequences]).requires_grad_(),
         old_logprobs=tensor([sequence.old for sequence in sequences]),

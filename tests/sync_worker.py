@@ -16,7 +16,7 @@ SWAPPED = ("model.layers.1.mlp.experts.2.up_proj.weight", "model.layers.1.mlp.ex
 
 def mutated(buckets: Buckets, mutation: str) -> Buckets:
     for number, bucket in enumerate(buckets):
-        names = {a: b for a, b in (SWAPPED, SWAPPED[::-1])} if mutation == "swap" else {}
+        names = dict((SWAPPED, SWAPPED[::-1])) if mutation == "swap" else {}
         bucket = [(names.get(name, name), tensor) for name, tensor in bucket]
         yield [] if mutation == "skip" and number == 2 else bucket
 

@@ -69,9 +69,7 @@ def test_killed_and_resumed_equals_uninterrupted(setting: Path) -> None:
 
 
 def resume(setting: Path, run_dir: Path, ranks: int, *options: str) -> subprocess.CompletedProcess[str]:
-    command = torchrun(
-        ranks, "-m", "megatron_rl", "train", str(setting), f"run_dir={run_dir}", *options, "--resume"
-    )
+    command = torchrun(ranks, "-m", "megatron_rl", "train", str(setting), f"run_dir={run_dir}", *options, "--resume")
     return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
 
 

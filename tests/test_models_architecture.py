@@ -49,11 +49,7 @@ MOE: dict = {
     "vocab_size": 151936,
 }
 DENSE = {
-    **{
-        k: v
-        for k, v in MOE.items()
-        if k not in {"decoder_sparse_step", "mlp_only_layers", "router_aux_loss_coef"}
-    },
+    **{k: v for k, v in MOE.items() if k not in {"decoder_sparse_step", "mlp_only_layers", "router_aux_loss_coef"}},
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
     "tie_word_embeddings": True,
@@ -126,9 +122,7 @@ def test_dense_layers_are_those_of_transformers(tmp_path, mlp_only, step, dense)
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeMLP
 
     small = {"num_hidden_layers": 6, "hidden_size": 8, "num_experts": 8, "moe_intermediate_size": 4}
-    arch = read(
-        tmp_path, MOE, **small, intermediate_size=4, mlp_only_layers=mlp_only, decoder_sparse_step=step
-    )
+    arch = read(tmp_path, MOE, **small, intermediate_size=4, mlp_only_layers=mlp_only, decoder_sparse_step=step)
     assert arch.dense_layers == dense
     config = AutoConfig.from_pretrained(tmp_path)
     theirs = [isinstance(Qwen3MoeDecoderLayer(config, layer).mlp, Qwen3MoeMLP) for layer in range(6)]

@@ -62,9 +62,7 @@ def empty_stage(arch: Architecture, layers=None, dtype=torch.float32, **ranks) -
     layers = range(arch.num_layers) if layers is None else layers
     zeros = {name: torch.zeros(shape) for name, shape in hf_shapes(arch).items()}
     parameters = chunk_parameters(zeros, arch, layers, **ranks)
-    return stage_module(
-        {n: torch.full_like(t, torch.nan, dtype=dtype) for n, t in parameters.items()}, layers
-    )
+    return stage_module({n: torch.full_like(t, torch.nan, dtype=dtype) for n, t in parameters.items()}, layers)
 
 
 def whole(stage: nn.Module, arch: Architecture) -> list[tuple[str, Tensor]]:
@@ -205,9 +203,7 @@ def test_broken_directories(tmp_path):
     first, *_, last = sorted(set(content["weight_map"].values()))
     name = next(n for n, file in content["weight_map"].items() if file == first)
     index.write_text(json.dumps({"weight_map": {**content["weight_map"], name: last}}))
-    with pytest.raises(
-        ValueError, match=f"{last}: tensor {name} is missing; model.safetensors.index.json puts it"
-    ):
+    with pytest.raises(ValueError, match=f"{last}: tensor {name} is missing; model.safetensors.index.json puts it"):
         load()
     index.write_text(json.dumps(content))
     whole_file = (directory / first).read_bytes()
@@ -329,9 +325,7 @@ def test_only_one_shard_is_held(moe, tmp_path, monkeypatch):
 def test_an_incomplete_stream_leaves_nothing_behind(moe, tmp_path, change, message):
     directory, _ = moe
     with pytest.raises(ValueError, match=message):
-        save_weights(
-            change(list(files_of(directory).items())), tmp_path / "saved", directory, 3000, torch.float32
-        )
+        save_weights(change(list(files_of(directory).items())), tmp_path / "saved", directory, 3000, torch.float32)
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 

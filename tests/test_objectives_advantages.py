@@ -33,9 +33,7 @@ def test_of_eight_so_many_are_correct(config, correct, right, wrong):
     np.testing.assert_allclose(advantages, [right] * correct + [wrong] * (8 - correct), atol=5e-5)
 
 
-@pytest.mark.parametrize(
-    "config", [POPULATION, SAMPLE, MEAN_ONLY, AdvantageConfig(baseline="none", std="sample")]
-)
+@pytest.mark.parametrize("config", [POPULATION, SAMPLE, MEAN_ONLY, AdvantageConfig(baseline="none", std="sample")])
 @pytest.mark.parametrize("group", [[1.0], [0.0], [0.1] * 3, [-1.0] * 8, [0.1 + 0.2, 0.3]])
 def test_a_group_that_teaches_nothing_has_advantage_zero(config, group):
     assert all_equal(np.array(group))

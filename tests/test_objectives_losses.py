@@ -174,9 +174,7 @@ def test_any_batch_equals_the_reference(seed, lengths, name, aggregation):
 
 
 @settings(deadline=None, max_examples=40)
-@given(
-    seeds, some_lengths, st.sampled_from(list(OBJECTIVES)), st.sampled_from(AGGREGATIONS), st.integers(1, 4)
-)
+@given(seeds, some_lengths, st.sampled_from(list(OBJECTIVES)), st.sampled_from(AGGREGATIONS), st.integers(1, 4))
 def test_order_and_micro_batches_do_not_matter(seed, lengths, name, aggregation, parts):
     config = OBJECTIVES[name].model_copy(update={"aggregation": aggregation, "constant_length": 9})
     sequences = random_sequences(seed, lengths)
@@ -210,9 +208,7 @@ def test_denominators_of_each_micro_batch_would_be_seen():
 @given(seeds, some_lengths)
 def test_token_mean_is_sequence_mean_only_at_equal_lengths(seed, lengths):
     sequences = random_sequences(seed, lengths)
-    free = DAPO.model_copy(
-        update={"clip": ClipConfig(low=0.99, high=99.0)}
-    )  # so that every token has a gradient
+    free = DAPO.model_copy(update={"clip": ClipConfig(low=0.99, high=99.0)})  # so that every token has a gradient
     by_token, token_gradient = loss_and_gradient(sequences, free)
     by_sequence, sequence_gradient = loss_and_gradient(
         sequences, free.model_copy(update={"aggregation": "seq-mean-token-mean"})
@@ -263,9 +259,7 @@ def test_gspo_gradient_is_that_of_the_paper():
 
 
 @settings(deadline=None, max_examples=20)
-@given(
-    seeds, some_lengths, st.sampled_from(list(OBJECTIVES)), st.sampled_from([torch.float32, torch.float64])
-)
+@given(seeds, some_lengths, st.sampled_from(list(OBJECTIVES)), st.sampled_from([torch.float32, torch.float64]))
 def test_first_mini_batch_is_exact(seed, lengths, name, dtype):
     config = OBJECTIVES[name].model_copy(update={"clip": ClipConfig(low=0.0, high=0.0)})
     sequences = random_sequences(seed, lengths, drift=0.0)
@@ -310,9 +304,7 @@ def test_a_clipped_ratio_that_overflows_has_no_gradient(name):
 def test_the_gradient_flows_through_the_policy_alone():
     # An engine that hands in its own forward pass as pi_old must not lose the gradient.
     inputs = one_response([1.0, 0.5], 1.0)
-    policy_loss(
-        dataclasses.replace(inputs, old_logprobs=inputs.logprobs), GRPO, Denominators(2, 1)
-    ).loss.backward()
+    policy_loss(dataclasses.replace(inputs, old_logprobs=inputs.logprobs), GRPO, Denominators(2, 1)).loss.backward()
     assert inputs.logprobs.grad.tolist() == [-0.5, -0.5]
 
 

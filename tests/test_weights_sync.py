@@ -1,4 +1,4 @@
-"""Weight sync to a real server: its log-probs, its checksums and its version afterwards; and what a fault looks like."""
+"""Weight sync to a real server: its log-probs, checksums and version afterwards; and what a fault looks like."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Runs several trainings one after another in one world of ranks, so that each does not pay for start-up.
 
-    torchrun ... train_worker.py CONFIG "key=value key=value" "key=value" ...    (one run for each list of overrides)
+torchrun ... train_worker.py CONFIG "key=value key=value" "key=value" ...    (one run for each list of overrides)
 """
 
 from __future__ import annotations

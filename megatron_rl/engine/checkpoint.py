@@ -62,8 +62,8 @@ def load_checkpoint(directory: Path, policy: Policy) -> dict[str, Any]:
     manifest = read_manifest(directory)
     if manifest["layout"] != _layout(policy):
         raise CheckpointError(
-            f"{directory}: written under {manifest['layout']}, resumed under {_layout(policy)}; optimizer shards belong "
-            "to one layout. Resume with the same one, or start a new run from the exported weights"
+            f"{directory}: written under {manifest['layout']}, resumed under {_layout(policy)}; optimizer shards "
+            "belong to one layout. Resume with the same one, or start a new run from the exported weights"
         )
     entry = manifest["files"][policy.place.rank]
     path = directory / entry["name"]

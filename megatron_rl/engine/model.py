@@ -183,8 +183,8 @@ def build_stages(
 
 
 def _mark_shards(stage: PolicyModel) -> None:
-    """Megatron-Core marks tensor-parallel weights as it initialises them, which we have it leave out. An unmarked one is
-    taken for a copy, and all shards but the first are missing from the gradient norm."""
+    """Megatron-Core marks tensor-parallel weights as it initialises them, which we have it leave out. An unmarked one
+    is taken for a copy, and all shards but the first are missing from the gradient norm."""
     dims = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in stage.modules():
         dim = dims.get(type(module))

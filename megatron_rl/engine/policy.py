@@ -128,8 +128,8 @@ class Policy:
         total = math.hypot(*by_kind.values())
         if not math.isfinite(total):
             raise RuntimeError(
-                f"non-finite gradients, norms {by_kind}; no weight was changed. Look at the ratios in the last lines of "
-                "metrics.jsonl and at the rewards in the saved rollouts"
+                f"non-finite gradients, norms {by_kind}; no weight was changed. Look at the ratios in the last lines "
+                "of metrics.jsonl and at the rewards in the saved rollouts"
             )
         self.optimizer.step()
         return UpdateResult(total, by_kind, lr=self.optimizer.param_groups[0]["lr"])

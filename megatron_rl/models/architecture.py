@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_rl.errors import UserError
+
 Family = Literal["qwen3_moe", "qwen3"]
 
 _CAUSAL_LM: dict[Family, str] = {"qwen3_moe": "Qwen3MoeForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -45,6 +47,10 @@ _NO_MATTER = frozenset(
 )
 
 
+class ModelError(UserError, ValueError):
+    """A model directory that cannot be read as what its config.json says; names the file and the field or tensor."""
+
+
 @dataclass(frozen=True)
 class Architecture:
     """What config.json says of a model; widths are those of the whole model, not of one rank."""
@@ -76,7 +82,7 @@ class Architecture:
 def read_architecture(model_dir: Path) -> Architecture:
     """The architecture in model_dir/config.json.
 
-    Raises FileNotFoundError when there is no such file, and ValueError, naming file, field and value, for a
+    Raises FileNotFoundError when there is no such file, and ModelError, naming file, field and value, for a
     field that is missing, unknown, or asks for what this project does not compute.
     """
     path = Path(model_dir) / "config.json"
@@ -87,9 +93,9 @@ def read_architecture(model_dir: Path) -> Architecture:
             f"{path} does not exist; model.path must be a Hugging Face model directory with a config.json"
         ) from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        raise ModelError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object; found a {type(content).__name__}")
+        raise ModelError(f"{path} must hold a JSON object; found a {type(content).__name__}")
     return _architecture(_Fields(path, content))
 
 
@@ -101,14 +107,14 @@ class _Fields:
         self.left = dict(content)
         self.prefix = prefix
 
-    def error(self, name: str, found: object, expected: str) -> ValueError:
-        return ValueError(f"{self.path}: {self.prefix}{name} is {found!r}; expected {expected}")
+    def error(self, name: str, found: object, expected: str) -> ModelError:
+        return ModelError(f"{self.path}: {self.prefix}{name} is {found!r}; expected {expected}")
 
     def _take(self, name: str, default: Any) -> Any:
         if name in self.left:
             return self.left.pop(name)
         if default is None:
-            raise ValueError(f"{self.path}: {self.prefix}{name} is missing, and it has no safe default; add it")
+            raise ModelError(f"{self.path}: {self.prefix}{name} is missing, and it has no safe default; add it")
         return default
 
     def integer(self, name: str, default: int | None = None) -> int:
@@ -140,7 +146,7 @@ class _Fields:
         unknown = {name: value for name, value in self.left.items() if name not in _NO_MATTER}
         if unknown:
             listed = ", ".join(f"{self.prefix}{name} = {json.dumps(value)}" for name, value in unknown.items())
-            raise ValueError(
+            raise ModelError(
                 f"{self.path}: not understood: {listed}; if it changes nothing in the model, remove it there"
             )
 

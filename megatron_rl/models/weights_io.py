@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from megatron_rl.models.architecture import Architecture, read_architecture
+from megatron_rl.models.architecture import Architecture, ModelError, read_architecture
 from megatron_rl.models.binding import ModelRanks, Slot, bind
 from megatron_rl.models.family import FAMILIES
 from megatron_rl.models.weight import Shape, Source
@@ -43,7 +43,7 @@ class TensorFiles:
     """The safetensors files of a model directory; reads stretches of tensors without the whole.
 
     Raises FileNotFoundError when the directory has neither an index nor a single file, or a listed file is
-    absent, and ValueError when it has both: transformers would read one and SGLang the other.
+    absent, and ModelError when it has both: transformers would read one and SGLang the other.
     """
 
     def __init__(self, model_dir: Path) -> None:
@@ -51,7 +51,7 @@ class TensorFiles:
         self._handles: dict[Path, Any] = {}
         index, single = self.model_dir / _INDEX, self.model_dir / _SINGLE
         if index.exists() and single.exists():
-            raise ValueError(f"{self.model_dir} holds both {_INDEX} and {_SINGLE}; engines differ over it: remove one")
+            raise ModelError(f"{self.model_dir} holds both {_INDEX} and {_SINGLE}; engines differ over it: remove one")
         if index.exists():
             self._files = {name: self.model_dir / file for name, file in _weight_map(index).items()}
             self.listing = index
@@ -75,14 +75,14 @@ class TensorFiles:
     def read(self, source: Source, dim: int, start: int, length: int) -> Tensor:
         """Positions [start, start + length) of a tensor along `dim`, in the file's dtype, on the CPU.
 
-        Raises ValueError when the tensor is missing, or has not the source's shape, or is not floating
+        Raises ModelError when the tensor is missing, or has not the source's shape, or is not floating
         point of 16 or 32 bits.
         """
         name, file = source.name, self._files.get(source.name)
         if (found := self.shape(name)) != source.shape:
-            raise ValueError(f"{file}: {name} has shape {found}; config.json asks for {source.shape}")
+            raise ModelError(f"{file}: {name} has shape {found}; config.json asks for {source.shape}")
         if (dtype := self.dtype(name)) not in _DTYPES:
-            raise ValueError(f"{file}: {name} has dtype {dtype}; expected one of {', '.join(_DTYPES)}")
+            raise ModelError(f"{file}: {name} has dtype {dtype}; expected one of {', '.join(_DTYPES)}")
         return self._slice(name)[(slice(None),) * dim + (slice(start, start + length),)]
 
     def _open(self, file: Path) -> Any:
@@ -92,16 +92,16 @@ class TensorFiles:
             except FileNotFoundError:
                 raise FileNotFoundError(f"{self.listing} lists {file.name}, which does not exist") from None
             except SafetensorError as error:
-                raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+                raise ModelError(f"{file} is not a whole safetensors file: {error}") from None
         return self._handles[file]
 
     def _slice(self, name: str) -> Any:
         if name not in self._files:
-            raise ValueError(f"{self.listing}: tensor {name} is missing; config.json asks for it")
+            raise ModelError(f"{self.listing}: tensor {name} is missing; config.json asks for it")
         try:
             return self._open(self._files[name]).get_slice(name)
         except SafetensorError:
-            raise ValueError(
+            raise ModelError(
                 f"{self._files[name]}: tensor {name} is missing; {self.listing.name} puts it there"
             ) from None
 
@@ -110,7 +110,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         return dict(json.loads(index.read_text())["weight_map"])
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{index} is not an index: expected a JSON object with weight_map in it") from None
+        raise ModelError(f"{index} is not an index: expected a JSON object with weight_map in it") from None
 
 
 @torch.no_grad()
@@ -120,7 +120,7 @@ def load_weights(
     """Fills every parameter of this rank's stages (unwrapped GPTModels), once, in the parameter's own dtype.
 
     Returns the names of tensors in the files that the model does not use, all of them known to be harmless.
-    Raises ValueError or FileNotFoundError naming parameter, tensor or file: for a missing, unknown or
+    Raises ModelError or FileNotFoundError naming parameter, tensor or file: for a missing, unknown or
     misshapen tensor, and for all that `bind` refuses.
     """
     files = TensorFiles(model_dir)
@@ -138,12 +138,12 @@ def _check_names(files: TensorFiles, arch: Architecture) -> tuple[str, ...]:
     family = FAMILIES[arch.family]
     wanted = {source.name for weight in family.weights(arch) for source in weight.sources}
     if missing := sorted(wanted.difference(files.names)):
-        raise ValueError(f"{files.listing}: {_some(missing)} missing; config.json asks for it")
+        raise ModelError(f"{files.listing}: {_some(missing)} missing; config.json asks for it")
     excess = sorted(set(files.names) - wanted)
     harmless = [*family.unused, r"lm_head\.weight"] if arch.tied_embeddings else family.unused
     unknown = [name for name in excess if not any(re.fullmatch(pattern, name) for pattern in harmless)]
     if unknown:
-        raise ValueError(
+        raise ModelError(
             f"{files.listing}: {_some(unknown)} has no place in the {arch.family} model of config.json; "
             "remove it from the files, or correct config.json"
         )
@@ -159,7 +159,7 @@ def _check_stray_head(files: TensorFiles, slots: Sequence[Slot], ranks: ModelRan
             for piece in slot.weight.cut(*ranks.share(slot.weight))[1]:
                 stretch = (slot.weight.layout.dim, piece.start, piece.length)
                 if not torch.equal(files.read(head, *stretch), files.read(embedding, *stretch)):
-                    raise ValueError(
+                    raise ModelError(
                         f"{files.listing}: lm_head.weight differs from {embedding.name}, "
                         "but config.json says tie_word_embeddings = true; set it to false"
                     )
@@ -208,12 +208,12 @@ def _checked(tensors: Iterable[tuple[str, Tensor]], arch: Architecture) -> Itera
     awaited = {source.name: source.shape for weight in weights for source in weight.sources}
     for name, tensor in tensors:
         if name not in awaited:
-            raise ValueError(f"{name} was to be saved, but is no tensor of this {arch.family} model, or came before")
+            raise ModelError(f"{name} was to be saved, but is no tensor of this {arch.family} model, or came before")
         if (shape := awaited.pop(name)) != tuple(tensor.shape):
-            raise ValueError(f"{name} was to be saved with shape {tuple(tensor.shape)}; expected {shape}")
+            raise ModelError(f"{name} was to be saved with shape {tuple(tensor.shape)}; expected {shape}")
         yield name, tensor
     if awaited:
-        raise ValueError(f"never given to be saved: {_some(sorted(awaited))}")
+        raise ModelError(f"never given to be saved: {_some(sorted(awaited))}")
 
 
 def _write_shards(

@@ -1,7 +1,7 @@
 """From prompts to groups of samples: one request per sample, spread over the servers.
 
-Sampling is random on the server (its --random-seed fixes it only for the same requests in the same batches), so a rollout
-is reproduced from its saved file, not from a seed.
+Sampling is random on the server (its --random-seed fixes it only for the same requests in the same batches), so a
+rollout is reproduced from its saved file, not from a seed.
 """
 
 from __future__ import annotations

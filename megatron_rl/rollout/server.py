@@ -1,4 +1,4 @@
-"""Stock SGLang servers: the command that starts one on each kind of device, and a server that the trainer supervises."""
+"""Stock SGLang servers: the command that starts one on each kind of device, and a server that we supervise."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import httpx
 import psutil
@@ -192,13 +193,13 @@ def free_ports(count: int) -> list[int]:
     raise ServerError(f"fewer than {count} free ports in {PORTS.start}..{PORTS.stop - 1}")
 
 
-def _start(command: list[str], environment: dict[str, str], output: object) -> subprocess.Popen[bytes]:
+def _start(command: list[str], environment: dict[str, str], output: BinaryIO | None) -> subprocess.Popen[bytes]:
     inherited = {name: value for name, value in os.environ.items() if name not in TORCHRUN_VARIABLES}
     return subprocess.Popen(
         [sys.executable, "-m", "megatron_rl.rollout.tether", *command],
         env={**inherited, **environment},
         stdin=subprocess.PIPE,  # never written to; see megatron_rl.rollout.tether
-        stdout=output,  # type: ignore[arg-type]
+        stdout=output,
         stderr=None if output is None else subprocess.STDOUT,
         start_new_session=True,
     )

@@ -1,4 +1,4 @@
-"""SGLang's server on a machine without a GPU: the stock `sglang.launch_server` behind the stand-ins that it needs there.
+"""SGLang's server on a machine without a GPU: stock `sglang.launch_server` behind the stand-ins that it needs there.
 
     python -m megatron_rl.rollout.sglang_cpu --model-path DIR --device cpu ...
 

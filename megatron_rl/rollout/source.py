@@ -17,7 +17,7 @@ def rollout_file(directory: Path, step: int, dp: int) -> Path:
 
 
 def saved_groups(run_dir: Path, step: int, share: int, of: int) -> list[Group]:
-    """Every `of`-th group of a saved step, whatever layout wrote it. Raises FileNotFoundError naming what is missing."""
+    """Every `of`-th group of a saved step, whatever layout wrote it. Raises FileNotFoundError for none."""
     files = sorted((run_dir / "rollouts").glob(f"step-{step:06d}-dp-*.jsonl"))
     if not files:
         raise FileNotFoundError(

@@ -2,9 +2,9 @@
 
     python -m megatron_rl.rollout.tether COMMAND [ARGUMENT]...
 
-Standard input is the tether: a pipe whose other end the parent holds open. The kernel closes it however the parent ends,
-kill -9 included, and at any time, while the server is still importing too. PR_SET_PDEATHSIG would not do: it fires when
-the parent's starting thread ends, and SGLang's own use of it leaves a gap at start-up. The caller makes this
+Standard input is the tether: a pipe whose other end the parent holds open. The kernel closes it however the parent
+ends, kill -9 included, and at any time, while the server is still importing too. PR_SET_PDEATHSIG would not do: it
+fires when the parent's starting thread ends, and SGLang's own use of it leaves a gap at start-up. The caller makes this
 process the leader of a process group of its own, which is what is killed.
 """
 

@@ -1,7 +1,7 @@
 """Weights to rollout servers by broadcast: gloo from a CPU, NCCL from a GPU.
 
-Rank 0 of the trainer and all tensor-parallel ranks of all servers form one process group; rank 0 is its rank 0. A bucket
-is one flat byte tensor (SGLang's "flattened_bucket").
+Rank 0 of the trainer and all tensor-parallel ranks of all servers form one process group; rank 0 is its rank 0. A
+bucket is one flat byte tensor (SGLang's "flattened_bucket").
 """
 
 from __future__ import annotations

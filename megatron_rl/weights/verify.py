@@ -85,6 +85,6 @@ async def verify(
 
 
 def _gaps(served: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """|difference|, relative where |log p| > 1: a token that is all but impossible has a log-prob of many nats, and rounding
-    grows with it."""
+    """|difference|, relative where |log p| > 1: a token that is all but impossible has a log-prob of many nats, and
+    rounding grows with it."""
     return np.abs(served - expected) / np.maximum(1.0, np.abs(expected))
