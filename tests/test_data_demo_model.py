@@ -67,3 +67,14 @@ def test_a_directory_that_is_there_is_left_alone(tmp_path):
     with pytest.raises(FileExistsError, match="exists already"):
         make_demo_model(tmp_path / "model", **SMALL)
     assert [p.name for p in tmp_path.rglob("*")] == ["model", "mine"]
+
+
+def test_no_row_of_the_embedding_is_zero(tmp_path: Path) -> None:
+    """A zero row's gradient passes the first norm a thousandfold."""
+    make_demo_model(tmp_path / "model")
+    (row_norms,) = [
+        weight.norm(dim=1)
+        for name, weight in load_file(tmp_path / "model" / "model.safetensors").items()
+        if name == "model.embed_tokens.weight"
+    ]
+    assert row_norms.min() > 0.1

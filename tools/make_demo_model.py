@@ -62,7 +62,10 @@ def make_demo_model(
         max_position_embeddings=512,
         tie_word_embeddings=False,
         bos_token_id=None,
-        **ends,
+        eos_token_id=tokenizer.eos_token_id,
+        # Not the tokenizer's: transformers would set that row of the embedding to zero, where the first norm multiplies
+        # gradients by 1000, and a single sampled <pad> would drown all others.
+        pad_token_id=None,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
