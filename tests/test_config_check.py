@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,10 @@ def test_contradictions_of_supervised_fine_tuning(tmp_path: Path, override: str,
     assert check_config(load_config(SftConfig, path), ARCHITECTURE, world_size).dp == world_size
     (line,) = found(load_config(SftConfig, path, [override]), world_size)
     assert line.startswith(message)
+
+
+def test_dense_layers_that_a_server_would_ignore(tmp_path: Path) -> None:
+    mixed = dataclasses.replace(ARCHITECTURE, dense_layers=(0,))
+    with pytest.raises(ConfigError, match=r"model\.path: layers \[0\] are dense, but SGLang's"):
+        check_config(rl(tmp_path, ""), mixed, 1)
+    check_config(rl(tmp_path, "rollout.replay_from=runs/zero"), mixed, 1)

@@ -189,6 +189,12 @@ def _check_servers(config: Config, arch: Architecture) -> Iterator[str]:
         if weights.verify:
             yield f"weights.verify: {weights.verify}, but rollout.replay_from uses no servers; set it to 0"
         return
+    if arch.num_experts and arch.dense_layers:
+        # SGLang 0.5.23 passes mlp_only_layers over: those layers would have experts with random weights.
+        yield (
+            f"model.path: layers {list(arch.dense_layers)} are dense, but SGLang's {arch.family} has experts in every "
+            "layer; such a model trains on saved rollouts only (rollout.replay_from)"
+        )
     if servers.urls:
         if servers.launch > 1 or servers.extra_flags:
             yield (
