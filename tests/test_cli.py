@@ -228,6 +228,8 @@ def test_serve_gives_its_own_and_other_flags_to_sglang(tiny_model_dir: Path, tmp
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        # A shell's background jobs ignore interrupts, and these tests may be one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         info = ask(f"http://127.0.0.1:{port}/server_info", server)

@@ -61,6 +61,8 @@ def make_demo_model(
         mlp_only_layers=[],
         max_position_embeddings=512,
         tie_word_embeddings=False,
+        # transformers' 0.02 belongs to models twenty times as wide: here it makes each step of Adam a large change.
+        initializer_range=hidden**-0.5,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         # Not the tokenizer's: transformers would set that row of the embedding to zero, where the first norm multiplies
@@ -70,6 +72,7 @@ def make_demo_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3MoeForCausalLM(config).float()
+        model.get_input_embeddings().weight.data.normal_()
     model.generation_config = GenerationConfig(**ends)
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
