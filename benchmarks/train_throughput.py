@@ -1,11 +1,11 @@
-"""Training tokens/s of the engine against transformers and against a bare Megatron-Core schedule, side by side in one run.
+"""Training tokens/s of the engine against transformers and a bare Megatron-Core schedule, side by side in one run.
 
     python benchmarks/train_throughput.py [--model DIR] [--repeats 7]
 
 Three things are timed in turn, again and again, on the same tokens in one process: transformers' forward and backward
-pass (padded to the longest); Megatron-Core's schedule over the same packed batch with a loss that is a plain sum; and the
-policy's whole RL gradient (GSPO's loss, metrics and all). Machines are noisy, so what counts is the median of the ratios
-of neighbouring runs, which is what is printed.
+pass (padded to the longest); Megatron-Core's schedule over the same packed batch with a loss that is a plain sum; and
+the policy's whole RL gradient (GSPO's loss, metrics and all). Machines are noisy, so what counts is the median of the
+ratios of neighbouring runs, which is what is printed.
 """
 
 from __future__ import annotations
