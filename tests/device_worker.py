@@ -1,0 +1,37 @@
+"""One optimizer step on a CPU with one item of the CPU layer left out: device_worker.py MODEL LAYOUT ITEM"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from megatron_rl.config.layout import Layout, parse_layout
+from megatron_rl.config.schema import EngineConfig, OptimConfig
+from megatron_rl.engine.device import use_device
+
+
+def main(model: str, layout_text: str, left_out: str) -> None:
+    device = use_device("cpu", leave_out=[left_out] if left_out != "nothing" else [])
+    import numpy as np
+
+    from megatron_rl.data.packing import pack
+    from megatron_rl.data.sample import Prompt, Sample
+    from megatron_rl.engine.parallel import start_process_groups, stop_process_groups
+    from megatron_rl.engine.policy import Policy
+
+    layout = Layout.resolve(*parse_layout(layout_text))
+    place = start_process_groups(layout, device, seed=0)
+    engine = EngineConfig(dtype="fp32", recompute="full")
+    policy = Policy(Path(model), layout, place, engine, device, OptimConfig(lr=1e-3))
+    # Each rank's own tokens, so that experts get unequal parts.
+    ids = np.random.default_rng(place.rank).integers(0, 40, 23).tolist()
+    sample = Sample.start(Prompt("", "", (1,), "", ""), 0).extend(ids, [0.0] * len(ids), 0)
+    batch = pack([sample], [0.0], cp=layout.cp, tp=layout.tp)
+    result = policy.update([batch], lambda _, logprobs, __: -logprobs.mean())
+    assert result.grad_norm > 0
+    print("UPDATED", flush=True)
+    stop_process_groups()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,53 @@
+"""Every item of the CPU layer is necessary: without it, training on a CPU fails. An upgrade of Megatron-Core that makes
+one unnecessary turns this red, and the item can go."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import megatron.core
+import pytest
+from rl_runs import environment, torchrun
+from tiny_models import make_tiny_model
+
+from megatron_rl.engine.device import CPU_LAYER
+
+LAYOUTS = {"all_to_all": "ep=2", "uneven_collectives": "tp=2,ep=2,etp=2", "to_cuda": "pp=2"}
+"""Where an item is needed only under some parallelism."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("device") / "model", tied=True)
+
+
+def step(model: Path, layout: str, left_out: str) -> subprocess.CompletedProcess[str]:
+    ranks = {"tp=1": 1, "tp=2,ep=2,etp=2": 4}.get(layout, 2)
+    worker = str(Path(__file__).parent / "device_worker.py")
+    return subprocess.run(
+        torchrun(ranks, worker, str(model), layout, left_out),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("item", CPU_LAYER)
+def test_each_item_is_necessary(model: Path, item: str) -> None:
+    if item == "router_gemm" and not megatron.core.__version__.startswith("0.16"):
+        pytest.skip("only megatron-core 0.16 leaves te_general_gemm undefined")
+    assert step(model, LAYOUTS.get(item, "tp=1"), item).returncode != 0
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", ["tp=1", *LAYOUTS.values()])
+def test_together_they_suffice(model: Path, layout: str) -> None:
+    done = step(model, layout, "nothing")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "UPDATED" in done.stdout
