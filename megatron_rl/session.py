@@ -194,7 +194,7 @@ def _connect(config: Config, trainer: Trainer, stack: ExitStack) -> tuple[Pool |
         urls,
         api_key=rollout.servers.api_key,
         deadline=rollout.deadline,
-        concurrency=rollout.concurrency,
+        check=pool.check_alive if pool else lambda: None,
     )
     stack.callback(leader.close)
     return pool, leader

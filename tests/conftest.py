@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tiny_models import make_tiny_model
 
+from megatron_rl.rollout.client import SGLangClient
 from megatron_rl.rollout.server import Server, ServerOptions, free_ports
 
 
@@ -30,3 +32,15 @@ def tiny_server(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
         yield server
     finally:
         server.stop()
+
+
+@pytest.fixture
+def served(tiny_server: Server, tiny_model_dir: Path) -> str:
+    """URL of the server, with the weights of tiny_model_dir as version 0, whatever a test before left there."""
+
+    async def load() -> None:
+        async with SGLangClient(tiny_server.url, deadline=60.0) as client:
+            await client.update_weights_from_disk(str(tiny_model_dir), weight_version=0)
+
+    asyncio.run(load())
+    return tiny_server.url

@@ -36,7 +36,7 @@ def main(model: str, url: str, layout_text: str, route: str, mutation: str) -> N
     policy.export = lambda _, **options: mutated(export(60_000, **options), mutation)  # type: ignore[method-assign]
     leader = None
     if place.rank == 0:
-        leader = Leader([url], api_key=None, deadline=60.0, concurrency=8)
+        leader = Leader([url], api_key=None, deadline=60.0)
     config = WeightsConfig(route=route, verify=1)  # type: ignore[arg-type]
     sync = WeightSync(config, policy, leader, Path(model).parent / f"sync-{route}")
     try:

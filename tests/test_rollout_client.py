@@ -1,138 +1,312 @@
-"""The rollout client and sampler against a real server, and against its answers with one thing made wrong."""
+"""The client against a real server, through a proxy that spoils requests and answers."""
 
 from __future__ import annotations
 
 import asyncio
-import copy
-from collections.abc import Callable
-from typing import Any
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
-import httpx
-import numpy as np
 import pytest
-from tiny_models import EOS, VOCAB_SIZE, reference_logprobs
+from fault_proxy import Fault, FaultProxy
+from tiny_models import VOCAB_SIZE
 
-from megatron_rl.data.sample import Prompt
-from megatron_rl.rollout.client import RolloutError, SGLangClient
-from megatron_rl.rollout.evaluate import pass_at_k
-from megatron_rl.rollout.sampler import Sampling, rollout_groups
-from megatron_rl.rollout.server import Server, ServerError, ServerOptions, free_ports
+from megatron_rl.data.sample import VersionSpan
+from megatron_rl.rollout import client as client_module
+from megatron_rl.rollout.client import Completion, RolloutError, SGLangClient
+from megatron_rl.rollout.server import free_ports
 
-PROMPT = Prompt("p", "", (5, 9, 12, 30, 7), "", "arithmetic")
-VERSIONS = frozenset({3})
-
-
-@pytest.fixture
-def version_3(tiny_model_dir: Any, tiny_server: Server) -> Server:
-    async def load() -> None:
-        async with SGLangClient(tiny_server.url, deadline=60.0) as client:
-            await client.update_weights_from_disk(str(tiny_model_dir), weight_version=3)
-
-    asyncio.run(load())
-    return tiny_server
+pytestmark = pytest.mark.server
+PROMPT = [5, 12, 6, 14, 9]
+T = TypeVar("T")
 
 
-@pytest.mark.server
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_sampled_log_probs_are_those_of_the_tempered_model(
-    version_3: Server, tiny_model_dir: Any, temperature: float
-) -> None:
-    sampling = Sampling(
-        samples=6,
-        max_response_tokens=20,
-        temperature=temperature,
-        concurrency=4,
-        vocab_size=VOCAB_SIZE,
-        versions=VERSIONS,
-    )
-
-    async def run() -> Any:
-        async with SGLangClient(version_3.url, deadline=60.0) as client:
-            return await rollout_groups([client], [(0, PROMPT), (1, PROMPT)], sampling)
-
-    groups = asyncio.run(run())
-    assert [group.index for group in groups] == [0, 1]
-    samples = [sample for group in groups for sample in group.samples]
-    assert len(samples) == 12
-    for sample in samples:
-        n = sample.response_tokens
-        expected = reference_logprobs(tiny_model_dir, sample.token_ids.tolist(), temperature)[-n:]
-        np.testing.assert_allclose(sample.rollout_logprobs[-n:], expected.numpy(), atol=2e-5)
-        assert [(v.version, v.end - v.start) for v in sample.versions] == [(3, n)]
-        # The end-of-sequence token is part of what was sampled, and is trained on.
-        assert (sample.finish_reason == "stop") == (sample.token_ids[-1] == EOS)
-        assert sample.finish_reason == "stop" or n == 20
-    assert len({tuple(s.token_ids.tolist()) for s in samples}) > 1
-
-
-def answer_of(server: Server) -> dict[str, Any]:
-    body = {
-        "input_ids": list(PROMPT.token_ids),
-        "sampling_params": {"max_new_tokens": 6, "temperature": 1.0, "ignore_eos": True},
-        "return_logprob": True,
+def generate(client: SGLangClient, **changes: Any) -> Awaitable[Completion]:
+    arguments: dict[str, Any] = {
+        "token_ids": PROMPT,
+        "max_new_tokens": 6,
+        "temperature": 1.0,
+        "vocab_size": VOCAB_SIZE,
+        "versions": frozenset({0}),
     }
-    return dict(httpx.post(server.url + "/generate", json=body, timeout=60.0).json())
+    return client.generate(**{**arguments, **changes})
 
 
-def entry(answer: dict[str, Any]) -> Any:
-    return answer["meta_info"]["output_token_logprobs"]
+def through(
+    url: str,
+    *faults: Fault,
+    call: Callable[[SGLangClient], Awaitable[T]] = generate,  # type: ignore[assignment]
+    deadline: float = 20.0,
+) -> tuple[T | BaseException, int]:
+    """The answer, or the error, of `call` through a proxy with these faults; and how many requests it took."""
+
+    async def run() -> tuple[T | BaseException, int]:
+        async with FaultProxy(url, *faults) as proxy, SGLangClient(proxy.url, deadline=deadline) as client:
+            try:
+                return await call(client), len(proxy.seen)
+            except RolloutError as error:
+                return error, len(proxy.seen)
+
+    return asyncio.run(run())
 
 
-@pytest.mark.server
+# ---- what heals
+
+
 @pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda a: a["output_ids"].pop(), "output_token_logprobs: found 6 entries, expected 5"),
-        (lambda a: entry(a)[2].__setitem__(1, (entry(a)[2][1] + 1) % VOCAB_SIZE), "other token ids"),
-        (lambda a: entry(a)[1].__setitem__(0, float("nan")), r"output_token_logprobs\[1\]: found nan"),
-        (lambda a: entry(a)[1].__setitem__(0, 0.5), r"output_token_logprobs\[1\]: found 0.5"),
-        (lambda a: entry(a)[0].__setitem__(0, None), r"output_token_logprobs\[0\]: found None"),
-        (lambda a: a["meta_info"]["finish_reason"].update(type="tired"), "finish_reason: found 'tired'"),
-        (lambda a: a["meta_info"]["weight_versions"][0].update(version="4"), "weight_versions: found '4'"),
-        (lambda a: a["meta_info"]["weight_versions"][0].update(end=5), "spans up to 5, expected up to 6"),
-        (lambda a: a["meta_info"].pop("output_token_logprobs"), "no such field"),
-        (lambda a: [a["output_ids"].__setitem__(0, 999), entry(a)[0].__setitem__(1, 999)], "output_ids: found 999"),
-    ],
+    "fault",
+    [Fault(drop=True), Fault(lose=True), Fault(status=502), Fault(status=503), Fault(status=504)],
+    ids=["dropped", "answer lost", "502", "503", "504"],
 )
-def test_an_answer_that_does_not_hold_together_is_refused(
-    version_3: Server, spoil: Callable[[dict[str, Any]], Any], message: str
-) -> None:
-    good = answer_of(version_3)
-    client = SGLangClient(version_3.url)
-    assert len(client._completion(good, VOCAB_SIZE, VERSIONS).token_ids) == 6
-    bad = copy.deepcopy(good)
-    spoil(bad)
-    with pytest.raises(RolloutError, match=message):
-        client._completion(bad, VOCAB_SIZE, VERSIONS)
+def test_what_can_heal_is_tried_again(served: str, fault: Fault) -> None:
+    answer, requests = through(served, fault, fault)
+    assert isinstance(answer, Completion)
+    assert requests == 3
 
 
-def test_a_server_that_is_not_there_is_tried_again_and_then_given_up() -> None:
+def test_tries_are_bounded(served: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "MAX_TRIES", 3)
+    error, requests = through(served, *[Fault(status=503)] * 10)
+    assert requests == 3
+    assert "status 503; tried 3 times" in str(error)
+
+
+def test_a_refused_connection_heals_once_the_server_listens(served: str) -> None:
+    """For a weight update too: the server cannot have seen the request."""
     (port,) = free_ports(1)
 
     async def run() -> None:
-        async with SGLangClient(f"http://127.0.0.1:{port}", deadline=1.5) as client:
-            await client.score([1, 2, 3])
+        async with SGLangClient(f"http://127.0.0.1:{port}", deadline=20.0) as client:
+            first = asyncio.create_task(client.begin_weight_update())
+            await asyncio.sleep(0.5)
+            assert not first.done()
+            async with FaultProxy(served, port=port):
+                await first
+                await client.end_weight_update()
 
-    with pytest.raises(RolloutError, match=rf"127\.0\.0\.1:{port}/generate: "):
-        asyncio.run(run())
-
-
-@pytest.mark.server
-def test_a_model_that_does_not_exist_gives_one_error_with_the_log(tmp_path: Any) -> None:
-    (port,) = free_ports(1)
-    server = Server(ServerOptions(model=tmp_path / "absent", port=port, threads=1), tmp_path / "server.log")
-    try:
-        with pytest.raises(ServerError, match="absent"):
-            server.wait_ready(120.0)
-    finally:
-        server.stop()
+    asyncio.run(run())
 
 
-def test_pass_at_k_is_the_unbiased_estimator() -> None:
-    """Against counting all subsets: 1 - C(n - c, k) / C(n, k)."""
-    assert pass_at_k(4, 1, 2) == pytest.approx(1 - 3 / 6)
-    assert pass_at_k(5, 2, 3) == pytest.approx(1 - 1 / 10)
-    assert pass_at_k(8, 0, 4) == 0.0
-    assert pass_at_k(8, 5, 4) == 1.0
-    with pytest.raises(ValueError, match="k = 3 of 2"):
-        pass_at_k(2, 1, 3)
+def test_no_try_is_made_when_the_check_finds_the_server_dead(served: str) -> None:
+    def check() -> None:
+        raise RuntimeError("the process has ended")
+
+    async def run() -> int:
+        async with FaultProxy(served, Fault(drop=True)) as proxy, SGLangClient(proxy.url, check=check) as client:
+            with pytest.raises(RuntimeError, match="the process has ended"):
+                await generate(client)
+            return len(proxy.seen)
+
+    assert asyncio.run(run()) == 1
+
+
+# ---- what does not
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 422, 500])
+def test_another_status_is_an_error_at_once(served: str, status: int) -> None:
+    error, requests = through(served, Fault(status=status))
+    assert requests == 1
+    assert f"/generate: status {status}" in str(error)
+
+
+@pytest.mark.parametrize("fault", [Fault(drop=True), Fault(lose=True), Fault(status=503)])
+def test_a_weight_update_that_the_server_may_have_seen_is_not_repeated(served: str, fault: Fault) -> None:
+    error, requests = through(served, fault, call=lambda client: client.begin_weight_update())
+    assert isinstance(error, RolloutError)
+    assert requests == 1
+    if fault.lose:
+        through(served, call=lambda client: client.end_weight_update())
+
+
+def test_the_deadline_holds_for_a_slow_answer_and_for_all_tries_together(served: str) -> None:
+    for faults in [[Fault(delay=30.0)], [Fault(status=503)] * 100]:
+        start = time.monotonic()
+        error, _ = through(served, *faults, deadline=1.0)
+        assert time.monotonic() - start < 3.0
+        assert "no answer within 1 s" in str(error)
+    assert "status 503" in str(error)  # of the tries before
+
+
+def test_a_refusal_carries_the_servers_message(served: str) -> None:
+    error, _ = through(served, call=lambda c: c.update_weights_from_disk("/no/such/model", weight_version=1))
+    assert "/update_weights_from_disk: status 400" in str(error)
+    assert "/no/such/model" in str(error)
+
+
+# ---- answers
+
+
+def meta(answer: dict[str, Any]) -> dict[str, Any]:
+    return answer["meta_info"]
+
+
+def entry(answer: dict[str, Any], position: int) -> list[Any]:
+    return meta(answer)["output_token_logprobs"][position]
+
+
+def set_version(answer: dict[str, Any], **changes: Any) -> None:
+    meta(answer)["weight_versions"][0].update(changes)
+
+
+def split_spans(answer: dict[str, Any], end: int, start: int) -> None:
+    meta(answer)["weight_versions"] = [
+        {"version": "0", "start": 0, "end": end},
+        {"version": "0", "start": start, "end": 6},
+    ]
+
+
+BAD_ANSWERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "a log-prob too few": (lambda a: meta(a)["output_token_logprobs"].pop(), "output_token_logprobs: found 5 entries"),
+    "a token too few": (lambda a: a["output_ids"].pop(), "output_token_logprobs: found 6 entries"),
+    "no log-probs": (lambda a: meta(a).pop("output_token_logprobs"), "output_token_logprobs: "),
+    "log-prob null, as SGLang sends NaN": (lambda a: entry(a, 2).__setitem__(0, None), "output_token_logprobs.2.0: "),
+    "log-prob as text": (lambda a: entry(a, 2).__setitem__(0, "NaN"), "output_token_logprobs.2.0: found 'NaN'"),
+    "log-prob above 0": (lambda a: entry(a, 1).__setitem__(0, 0.01), "output_token_logprobs.1.0: found 0.01"),
+    "a log-prob of another token": (lambda a: entry(a, 4).__setitem__(1, 99), "output_token_logprobs.4.1: found 99"),
+    "an id outside of the vocabulary": (
+        lambda a: a["output_ids"].__setitem__(3, VOCAB_SIZE) or entry(a, 3).__setitem__(1, VOCAB_SIZE),
+        f"output_ids.3: found {VOCAB_SIZE}",
+    ),
+    "a negative id": (
+        lambda a: a["output_ids"].__setitem__(3, -1) or entry(a, 3).__setitem__(1, -1),
+        "output_ids.3: found -1",
+    ),
+    "an id that is no integer": (lambda a: a["output_ids"].__setitem__(0, 5.5), "output_ids.0: found 5.5"),
+    "a malformed entry": (lambda a: meta(a)["output_token_logprobs"].__setitem__(0, [-1.0]), "output_token_logprobs.0"),
+    "nothing sampled": (
+        lambda a: a["output_ids"].clear() or meta(a)["output_token_logprobs"].clear(),
+        "output_ids: found 0 tokens",
+    ),
+    "the last token is not the one that stopped it": (
+        lambda a: meta(a)["finish_reason"].update(type="stop", matched=-7),
+        "expected: -7, which ended the response",
+    ),
+    "an unknown finish reason": (lambda a: meta(a)["finish_reason"].update(type="tired"), "found 'tired'"),
+    "a version that was not published": (
+        lambda a: set_version(a, version="41"),
+        "weight_versions.0.version: found '41'",
+    ),
+    "a version that is no number": (lambda a: set_version(a, version="default"), "found 'default'"),
+    "spans that begin late": (lambda a: set_version(a, start=1), "weight_versions.0: found tokens 1 to 6"),
+    "spans that end early": (lambda a: set_version(a, end=5), "weight_versions: found spans up to token 5"),
+    "spans with a gap": (lambda a: split_spans(a, end=2, start=3), "weight_versions.1: found tokens 3 to 6"),
+    "spans that overlap": (lambda a: split_spans(a, end=4, start=3), "weight_versions.1: found tokens 3 to 6"),
+    "no spans": (lambda a: meta(a).pop("weight_versions"), "weight_versions: "),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ANSWERS)
+def test_a_bad_answer_is_an_error_at_once(served: str, name: str) -> None:
+    change, expected = BAD_ANSWERS[name]
+    error, requests = through(served, Fault(change=change), call=lambda c: generate(c, max_new_tokens=6, **GREEDY))
+    assert isinstance(error, RolloutError)
+    assert expected in str(error)
+    assert "http://127.0.0.1" in str(error)
+    assert "request " in str(error)
+    assert requests == 1
+
+
+GREEDY = {"temperature": 0.0}  # six tokens, none of which is the end of the sequence
+
+
+def test_the_answers_above_are_good_before_they_are_spoilt(served: str) -> None:
+    answer, _ = through(served, Fault(), call=lambda c: generate(c, max_new_tokens=6, **GREEDY))
+    assert isinstance(answer, Completion)
+    assert len(answer.token_ids) == len(answer.logprobs) == 6
+    assert answer.finish_reason == "length"
+    assert answer.versions == (VersionSpan(0, 0, 6),)
+
+
+@pytest.mark.parametrize(
+    "raw", [lambda content: content[:-20], lambda content: content.replace(b"[-", b"[NaN,-", 1), lambda _: b""]
+)
+def test_an_answer_that_is_not_json_is_an_error_at_once(served: str, raw: Callable[[bytes], bytes]) -> None:
+    error, requests = through(served, Fault(raw=raw))
+    assert "the answer is not JSON" in str(error)
+    assert requests == 1
+
+
+def test_more_tokens_than_asked_for_are_an_error(served: str) -> None:
+    async def run() -> None:
+        def ask_for_more(answer: dict[str, Any]) -> None:
+            answer["output_ids"] *= 2
+
+        async with FaultProxy(served, Fault(change=ask_for_more)) as proxy, SGLangClient(proxy.url) as client:
+            with pytest.raises(RolloutError, match="output_ids: found 12 tokens; expected: 1 to 6"):
+                await generate(client, **GREEDY)
+
+    asyncio.run(run())
+
+
+def test_a_log_prob_that_rounding_lifted_above_0_is_taken_for_0(served: str) -> None:
+    answer, _ = through(served, Fault(change=lambda a: entry(a, 0).__setitem__(0, 1e-7)))
+    assert isinstance(answer, Completion)
+    assert answer.logprobs[0] == 0.0
+
+
+@pytest.mark.parametrize("ids", [[], [VOCAB_SIZE], [3, -1]])
+def test_a_prompt_that_would_kill_the_server_is_not_sent(served: str, ids: list[int]) -> None:
+    error, requests = through(served, call=lambda c: generate(c, token_ids=ids))
+    assert "input_ids" in str(error)
+    assert requests == 0
+
+
+@pytest.mark.parametrize("change", [lambda entries: entries.pop(), lambda entries: entries[2].__setitem__(1, 7)])
+def test_scores_are_of_the_tokens_that_were_sent(served: str, change: Callable[[list[Any]], Any]) -> None:
+    fault = Fault(change=lambda a: change(meta(a)["input_token_logprobs"]))
+    error, _ = through(served, fault, call=lambda c: c.score(PROMPT))
+    assert "input_token_logprobs: found ids" in str(error)
+
+
+# ---- the server's state
+
+
+def test_version_pause_checksum_and_information(served: str) -> None:
+    async def run() -> None:
+        async with SGLangClient(served, deadline=30.0) as client:
+            await client.health()
+            assert (await client.server_info())["tp_size"] == 1
+            before = await client.weights_checksum()
+            await client.update_weight_version(5)
+            assert (await client.model_info())["weight_version"] == "5"
+            assert await client.weights_checksum() == before
+            await client.flush_cache()
+            with pytest.raises(RolloutError, match="expected: one that was published"):
+                await generate(client)
+            await client.pause_generation("retract")
+            waiting = asyncio.create_task(generate(client, versions={5}))
+            await asyncio.sleep(0.5)
+            assert not waiting.done()
+            await client.continue_generation()
+            assert (await waiting).versions[0].version == 5
+
+    asyncio.run(run())
+
+
+def test_a_response_that_lived_through_an_update_has_a_span_for_each_version(served: str) -> None:
+    async def run() -> Completion:
+        async with SGLangClient(served, deadline=30.0) as client:
+            answer = asyncio.create_task(generate(client, max_new_tokens=400, versions={0, 1}, **GREEDY))
+            await asyncio.sleep(0.2)
+            await client.pause_generation("in_place")
+            await client.update_weight_version(1)
+            await client.continue_generation()
+            return await answer
+
+    answer = asyncio.run(run())
+    first, second = answer.versions
+    assert (first.version, first.start, second.version, second.end) == (0, 0, 1, len(answer.token_ids))
+    assert 0 < first.end == second.start
+
+
+def test_two_hundred_requests_at_a_time_cost_little_processor_time(served: str) -> None:
+    """httpx's own connection pool takes 1 to 4 s for these."""
+
+    async def run() -> float:
+        async with SGLangClient(served, deadline=60.0) as client:
+            start = time.process_time()
+            await asyncio.gather(*(generate(client, max_new_tokens=1) for _ in range(200)))
+            return time.process_time() - start
+
+    assert asyncio.run(run()) < 0.8

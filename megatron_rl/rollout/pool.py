@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -32,25 +33,31 @@ class Pool:
             return self
         try:
             for number, port in enumerate(free_ports(config.launch)):
-                options = ServerOptions(
-                    model=self._model,
-                    port=port,
-                    device=self._engine.device,
-                    dtype=self._engine.dtype if config.dtype == "auto" else config.dtype,
-                    tp=config.tp,
-                    max_total_tokens=config.max_total_tokens,
-                    max_running_requests=self._rollout.concurrency,
-                    threads=threads_per_process(config.launch),
-                    seed=self._seed + number,
-                    extra_flags=config.extra_flags,
-                )
-                self._servers.append(Server(options, self._logs / f"server-{number}.log"))
+                self._servers.append(Server(self._options(number, port), self._logs / f"server-{number}.log"))
             for server in self._servers:
                 server.wait_ready(config.start_timeout)
         except BaseException:
             self.close()
             raise
         return self
+
+    def _options(self, number: int, port: int) -> ServerOptions:
+        config = self._rollout.servers
+        return ServerOptions(
+            model=self._model,
+            host=own_host(),
+            port=port,
+            device=self._engine.device,
+            dtype=self._engine.dtype if config.dtype == "auto" else config.dtype,
+            tp=config.tp,
+            first_gpu=local_ranks() + number * config.tp,
+            max_total_tokens=config.max_total_tokens,
+            max_running_requests=self._rollout.concurrency,
+            threads=threads_per_process(config.launch),
+            seed=self._seed + number,
+            api_key=config.api_key,
+            extra_flags=config.extra_flags,
+        )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -66,3 +73,14 @@ class Pool:
         for server in self._servers:
             server.stop()
         self._servers.clear()
+
+
+def local_ranks() -> int:
+    """Ranks of the trainer on this machine: they have the first GPUs, servers of ours those after."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def own_host() -> str:
+    """Where all leaders reach the servers of rank 0's machine: torchrun's master, if some are on other machines."""
+    on_one_machine = int(os.environ.get("WORLD_SIZE", "1")) == local_ranks()
+    return "127.0.0.1" if on_one_machine else os.environ["MASTER_ADDR"]

@@ -1,7 +1,8 @@
 """From prompts to groups of samples: one request per sample, spread over the servers.
 
-Sampling is random on the server (its --random-seed fixes it only for the same requests in the same batches), so a
-rollout is reproduced from its saved file, not from a seed.
+A group stays on one server, whose prefix cache then computes the prompt once. What is sampled depends on how the
+server batches what arrives when, so a rollout is reproduced from its saved file, not from a seed. The exception is a
+GPU server with --enable-deterministic-inference: each request carries a seed of its own, which SGLang then honours.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import asyncio
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
+
 from megatron_rl.data.sample import Group, Prompt, Sample
 from megatron_rl.rollout.client import Completion, RolloutError, SGLangClient
 
 MAX_ABORTS = 3
-"""How often a request that the server aborted is sent again."""
+"""How often a request that the server aborted is sent."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,58 +30,80 @@ class Sampling:
     concurrency: int
     vocab_size: int
     versions: frozenset[int]  # weight versions that the servers may hold
+    seed: int = 0  # with it, the versions and a sample's place in the batch make the request's seed
 
 
-class Spread:
-    """Bounds the requests in flight, and gives each to the server with the fewest."""
+class _Spread:
+    """Bounds the requests in flight, and gives each group to the server that has the fewest of them."""
 
     def __init__(self, clients: Sequence[SGLangClient], concurrency: int) -> None:
-        self._clients = clients
-        self._in_flight = dict.fromkeys(range(len(clients)), 0)
+        self._in_flight = dict.fromkeys(clients, 0)
+        self._homes: dict[int, SGLangClient] = {}
         self._slots = asyncio.Semaphore(concurrency)
 
-    async def generate(self, prompt: Prompt, sampling: Sampling) -> Completion:
+    async def generate(self, group: int, prompt: Prompt, seed: int, sampling: Sampling) -> Completion:
         """Raises RolloutError when no complete answer could be had."""
         async with self._slots:
-            number = min(self._in_flight, key=lambda n: self._in_flight[n])
-            self._in_flight[number] += 1
+            client = self._homes.setdefault(group, min(self._in_flight, key=self._in_flight.__getitem__))
+            self._in_flight[client] += 1
             try:
-                for _ in range(MAX_ABORTS):
-                    completion = await self._clients[number].generate(
-                        prompt.token_ids,
-                        max_new_tokens=sampling.max_response_tokens,
-                        temperature=sampling.temperature,
-                        vocab_size=sampling.vocab_size,
-                        versions=sampling.versions,
-                    )
-                    if completion.finish_reason != "abort":
-                        return completion
+                return await _complete(client, prompt, seed, sampling)
             finally:
-                self._in_flight[number] -= 1
-        url = self._clients[number].url
-        raise RolloutError(f"{url}: prompt {prompt.id!r}: aborted {MAX_ABORTS} times; nothing was sampled")
+                self._in_flight[client] -= 1
+
+
+async def _complete(client: SGLangClient, prompt: Prompt, seed: int, sampling: Sampling) -> Completion:
+    """A response that ended by itself or at its longest; an aborted one is sampled anew, within one deadline."""
+    where = f"{client.url}: prompt {prompt.id!r}"
+    try:
+        async with asyncio.timeout(client.deadline):
+            for _ in range(MAX_ABORTS):
+                completion = await client.generate(
+                    prompt.token_ids,
+                    max_new_tokens=sampling.max_response_tokens,
+                    temperature=sampling.temperature,
+                    vocab_size=sampling.vocab_size,
+                    versions=sampling.versions,
+                    seed=seed,
+                )
+                if completion.finish_reason != "abort":
+                    return completion
+    except TimeoutError:
+        raise RolloutError(f"{where}: no complete response within {client.deadline:g} s") from None
+    raise RolloutError(f"{where}: the server aborted it {MAX_ABORTS} times")
 
 
 async def rollout_groups(
     clients: Sequence[SGLangClient], prompts: Sequence[tuple[int, Prompt]], sampling: Sampling
 ) -> list[Group]:
-    """A group for each (index in the rollout batch, prompt), in their order. Raises RolloutError."""
-    spread = Spread(clients, sampling.concurrency)
+    """A group for each (index in the rollout batch, prompt), in their order.
 
-    async def sample(prompt: Prompt, index: int) -> Sample:
-        completion = await spread.generate(prompt, sampling)
-        return as_sample(prompt, index, completion)
+    Raises RolloutError, naming the server and the request, as soon as one sample cannot be had; the rest is cancelled.
+    """
+    spread = _Spread(clients, sampling.concurrency)
 
-    async def group(index: int, prompt: Prompt) -> Group:
-        samples = await asyncio.gather(*(sample(prompt, i) for i in range(sampling.samples)))
-        return Group(index, prompt, tuple(samples))
+    async def sample(index: int, prompt: Prompt, number: int) -> Sample:
+        completion = await spread.generate(index, prompt, request_seed(sampling, index, number), sampling)
+        return as_sample(prompt, number, completion)
 
     try:
-        async with asyncio.TaskGroup() as tasks:  # the first failure cancels the rest
-            started = [tasks.create_task(group(index, prompt)) for index, prompt in prompts]
-    except* RolloutError as failures:
+        async with asyncio.TaskGroup() as tasks:
+            started = [
+                [tasks.create_task(sample(index, prompt, number)) for number in range(sampling.samples)]
+                for index, prompt in prompts
+            ]
+    except* Exception as failures:
         raise failures.exceptions[0] from None
-    return [task.result() for task in started]
+    return [
+        Group(index, prompt, tuple(task.result() for task in group))
+        for (index, prompt), group in zip(prompts, started, strict=True)
+    ]
+
+
+def request_seed(sampling: Sampling, group: int, number: int) -> int:
+    """In [0, 2**63); another one for each sample, group and weight version."""
+    words = np.random.SeedSequence([sampling.seed, max(sampling.versions), group, number])
+    return int(words.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def as_sample(prompt: Prompt, index: int, completion: Completion) -> Sample:

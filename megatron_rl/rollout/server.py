@@ -117,7 +117,7 @@ def _cpu_environment(options: ServerOptions) -> dict[str, str]:
 def serve(options: ServerOptions) -> int:
     """Runs a server in the foreground until it ends or is interrupted; returns its exit status."""
     _require_sglang()
-    command, environment = sglang_command(options, _has_gpu())
+    command, environment = sglang_command(options, _gpus() > 0)
     server = _start(command, environment, output=None)
     try:
         return server.wait()
@@ -133,12 +133,14 @@ class Server:
     def __init__(self, options: ServerOptions, log: Path) -> None:
         """Starts the server and returns before it answers. Its output is appended to `log`."""
         _require_sglang()
+        if options.device != "cpu":
+            _check_gpus(options, _gpus())
         self.options = options
         self.url = f"http://{options.host}:{options.port}"
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
-            self._process = _start(*sglang_command(options, _has_gpu()), output)
+            self._process = _start(*sglang_command(options, _gpus() > 0), output)
 
     @property
     def pid(self) -> int:
@@ -226,10 +228,21 @@ def _runs(group: int) -> bool:
     return False
 
 
-def _has_gpu() -> bool:
+def _gpus() -> int:
     import torch
 
-    return torch.cuda.is_available()
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _check_gpus(options: ServerOptions, gpus: int) -> None:
+    """SGLang would fail minutes later, with `invalid device ordinal` deep in its log."""
+    end = options.first_gpu + options.tp
+    if 0 < gpus < end and "--base-gpu-id" not in options.extra_flags:
+        raise ServerError(
+            f"rollout.servers: a server needs GPUs {options.first_gpu} to {end - 1} (the first are the trainer's), but "
+            f"this machine has {gpus}; lower launch or tp, give urls of servers elsewhere, or share a GPU with "
+            "extra_flags: [--base-gpu-id, N, --mem-fraction-static, X]"
+        )
 
 
 def _require_sglang() -> None:

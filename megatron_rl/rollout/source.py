@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_rl.data.sample import Group, Prompt
@@ -30,12 +30,20 @@ def saved_groups(run_dir: Path, step: int, share: int, of: int) -> list[Group]:
 class Leader:
     """A data-parallel leader's connections to all servers."""
 
-    def __init__(self, urls: Sequence[str], *, api_key: str | None, deadline: float, concurrency: int) -> None:
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        api_key: str | None,
+        deadline: float,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`check` raises when a server of ours has died: Pool.check_alive, on the rank that has the pool."""
         self.loop = BackgroundLoop()
-        self.clients = [SGLangClient(url, api_key=api_key, deadline=deadline, connections=concurrency) for url in urls]
+        self.clients = [SGLangClient(url, api_key=api_key, deadline=deadline, check=check) for url in urls]
 
     def sample(self, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling) -> list[Group]:
-        """Raises RolloutError."""
+        """Raises RolloutError, and what `check` raises."""
         return self.loop.run(rollout_groups(self.clients, prompts, sampling))
 
     def close(self) -> None:

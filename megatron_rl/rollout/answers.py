@@ -1,0 +1,145 @@
+"""What a server answers to /generate, checked field by field before anything is trained on it. Pure functions.
+
+SGLang's conventions, seen on 0.5.23: output_ids ends with the end-of-sequence token where one was sampled, and its
+log-prob is among the others, while `text` leaves it out. Log-probs are those of logits / temperature. Weight versions
+are strings, ours the decimal number; their spans count output tokens. A log-prob that is not a number arrives as null.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import BaseModel, Field, FiniteFloat, StrictInt
+
+from megatron_rl.data.sample import FinishReason, VersionSpan
+from megatron_rl.errors import UserError
+
+ROUNDING = 1e-6
+"""SGLang takes the log of a probability that fp32 may round to just above 1. Up to here that is taken for 0."""
+
+# (log-prob, token id, text or null)
+_Entry = tuple[Annotated[FiniteFloat, Field(le=ROUNDING)], StrictInt, Any]
+
+
+class RolloutError(UserError):
+    """A server's answer that cannot be used; names server, request, field, what was found and expected."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One checked answer. The end-of-sequence token, where one was sampled, is the last of token_ids."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # of the sampled tokens, at the sampling temperature
+    finish_reason: FinishReason
+    versions: tuple[VersionSpan, ...]  # over token_ids
+    text: str
+
+
+class _Finish(BaseModel):
+    type: Literal["stop", "length", "abort"]
+    matched: int | str | None = None  # the token that ended a "stop"
+
+
+class _Span(BaseModel):
+    version: str
+    start: StrictInt
+    end: StrictInt
+
+
+class _Meta(BaseModel):
+    finish_reason: _Finish
+    output_token_logprobs: list[_Entry]
+    weight_versions: list[_Span]
+
+
+class _Answer(BaseModel):
+    text: str
+    output_ids: list[StrictInt]
+    meta_info: _Meta
+
+
+class _ScoreMeta(BaseModel):
+    input_token_logprobs: list[tuple[Any, StrictInt, Any]] = Field(min_length=1)
+
+
+class _Score(BaseModel):
+    meta_info: _ScoreMeta
+
+
+def read_completion(
+    answer: Any, *, where: str, max_new_tokens: int, vocab_size: int, versions: Container[int]
+) -> Completion:
+    """`where` names server and request in errors; `versions` are the weight versions that the trainer has published.
+
+    Raises RolloutError. An aborted answer may be empty; no other may.
+    """
+    checked: _Answer = _parse(_Answer, answer, where)
+    ids, meta = checked.output_ids, checked.meta_info
+    reason, entries = meta.finish_reason, meta.output_token_logprobs
+    least = 0 if reason.type == "abort" else 1
+    if not least <= len(ids) <= max_new_tokens:
+        raise _bad(where, "output_ids", f"{len(ids)} tokens", f"{least} to {max_new_tokens}")
+    if len(entries) != len(ids):
+        raise _bad(where, "output_token_logprobs", f"{len(entries)} entries", f"{len(ids)}, as in output_ids")
+    for position, (token, (_, scored, _)) in enumerate(zip(ids, entries, strict=True)):
+        if not 0 <= token < vocab_size:
+            raise _bad(where, f"output_ids.{position}", repr(token), f"an id in [0, {vocab_size})")
+        if scored != token:
+            raise _bad(where, f"output_token_logprobs.{position}.1", repr(scored), f"{token}, as in output_ids")
+    if reason.type == "stop" and isinstance(reason.matched, int) and ids[-1] != reason.matched:
+        # Without this token nothing would teach the policy to stop.
+        raise _bad(where, "output_ids", f"{ids[-1]} as the last", f"{reason.matched}, which ended the response")
+    return Completion(
+        token_ids=tuple(ids),
+        logprobs=tuple(min(logprob, 0.0) for logprob, _, _ in entries),
+        finish_reason=reason.type,
+        versions=_spans(meta.weight_versions, len(ids), versions, where),
+        text=checked.text,
+    )
+
+
+def read_score(answer: Any, *, where: str, token_ids: Sequence[int]) -> list[float]:
+    """Log-probs of tokens 1.. of the prompt `token_ids`; the first has none. Raises RolloutError."""
+    entries = _parse(_Score, answer, where).meta_info.input_token_logprobs
+    found = [token for _, token, _ in entries]
+    # SGLang reports the vocabulary's last id as 0 here; the log-prob is the right token's.
+    if len(found) != len(token_ids) or any(f not in (t, 0) for f, t in zip(found, token_ids, strict=True)):
+        raise _bad(where, "input_token_logprobs", f"ids {found[:8]}...", f"{list(token_ids)[:8]}..., as sent")
+    scored = _parse(_Scored, {"input_token_logprobs": entries[1:]}, where)
+    return [min(logprob, 0.0) for logprob, _, _ in scored.input_token_logprobs]
+
+
+class _Scored(BaseModel):
+    input_token_logprobs: list[_Entry]
+
+
+def _spans(spans: Sequence[_Span], tokens: int, versions: Container[int], where: str) -> tuple[VersionSpan, ...]:
+    """The spans must follow on one another and cover all tokens."""
+    end = 0
+    for number, span in enumerate(spans):
+        field = f"weight_versions.{number}"
+        if span.start != end or span.end < span.start:
+            raise _bad(where, field, f"tokens {span.start} to {span.end}", f"a span that starts at {end}")
+        if not span.version.isdecimal() or int(span.version) not in versions:
+            raise _bad(where, f"{field}.version", repr(span.version), f"one that was published: {versions}")
+        end = span.end
+    if end != tokens:
+        raise _bad(where, "weight_versions", f"spans up to token {end}", f"up to {tokens}")
+    return tuple(VersionSpan(int(s.version), s.start, s.end) for s in spans if s.end > s.start)
+
+
+def _parse(model: type[Any], answer: Any, where: str) -> Any:
+    try:
+        return model.model_validate(answer)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"] if part != "meta_info") or "the answer"
+        raise _bad(where, field, f"{first['input']!r:.80}", first["msg"]) from None
+
+
+def _bad(where: str, field: str, found: str, expected: str) -> RolloutError:
+    return RolloutError(f"{where}: {field}: found {found}; expected: {expected}")

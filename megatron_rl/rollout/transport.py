@@ -1,0 +1,54 @@
+"""Connections to one server for hundreds of requests at a time."""
+
+from __future__ import annotations
+
+import socket
+
+import httpx
+
+# Below the 5 s after which SGLang closes an idle connection, so that none is closed while a request goes out on it.
+IDLE_SECONDS = 2.0
+
+
+class Connections(httpx.AsyncBaseTransport):
+    """One connection for each request in flight, each behind a transport of its own; answers are read whole.
+
+    httpx's own pool walks over all its connections whenever a request starts or ends: with 192 in flight that takes 5
+    to 23 ms of processor time a request, and this 0.6.
+    """
+
+    def __init__(self) -> None:
+        self._idle: list[httpx.AsyncHTTPTransport] = []
+        self._tls = httpx.create_ssl_context(trust_env=False)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        transport = self._idle.pop() if self._idle else self._open()
+        try:
+            response = await transport.handle_async_request(request)
+            await response.aread()
+        finally:
+            self._idle.append(transport)  # after a failure it connects anew
+        return response
+
+    async def aclose(self) -> None:
+        for transport in self._idle:
+            await transport.aclose()
+        self._idle.clear()
+
+    def _open(self) -> httpx.AsyncHTTPTransport:
+        return httpx.AsyncHTTPTransport(
+            verify=self._tls,
+            limits=httpx.Limits(max_connections=1, keepalive_expiry=IDLE_SECONDS),
+            socket_options=_KEEPALIVE,
+        )
+
+
+# A request may take as long as its deadline, so a host that vanished is told by TCP, not by a read timeout: after a
+# minute of silence, by six unanswered probes.
+_KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+if hasattr(socket, "TCP_KEEPIDLE"):  # Linux
+    _KEEPALIVE += [
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6),
+    ]

@@ -1,0 +1,88 @@
+"""A real HTTP proxy in front of a real server that does one wrong thing per request, in the order that it is told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import httpx
+import orjson
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong with one request; nothing, as it stands."""
+
+    drop: bool = False  # the connection is closed before the server is asked
+    lose: bool = False  # the server is asked, and its answer lost with the connection
+    status: int | None = None  # answered by the proxy instead of the server
+    delay: float = 0.0  # seconds before anything else
+    change: Callable[[dict[str, Any]], Any] | None = None  # of the answer's JSON, in place
+    raw: Callable[[bytes], bytes] | None = None  # of the answer's bytes
+
+
+class FaultProxy:
+    """Use as an async context manager. `faults` are used up first to last; then requests pass as they are."""
+
+    def __init__(self, upstream: str, *faults: Fault, port: int = 0) -> None:
+        self._upstream = upstream
+        self._port = port
+        self.faults = list(faults)
+        self.seen: list[tuple[str, Any]] = []  # path and JSON body of each request
+        self.most_in_flight = 0
+        self._in_flight = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    async def __aenter__(self) -> Self:
+        self._http = httpx.AsyncClient(base_url=self._upstream, timeout=60.0)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._port)
+        self._port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        await self._http.aclose()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self._in_flight)
+        try:
+            await self._answer(reader, writer)
+        finally:
+            self._in_flight -= 1
+            writer.close()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        method, path, _ = head.split("\r\n")[0].split(" ")
+        headers = dict(line.lower().split(": ", 1) for line in head.split("\r\n")[1:] if ": " in line)
+        body = await reader.readexactly(int(headers.get("content-length", 0)))
+        self.seen.append((path, orjson.loads(body) if body else None))
+        fault = self.faults.pop(0) if self.faults else Fault()
+        await asyncio.sleep(fault.delay)
+        if fault.drop:
+            return
+        if fault.status is not None:
+            status, content = fault.status, b'{"error": {"message": "made up by the proxy"}}'
+        else:
+            answer = await self._http.request(method, path, content=body, headers={"Content-Type": "application/json"})
+            status, content = answer.status_code, _changed(answer.content, fault)
+        if fault.lose:
+            return
+        writer.write(
+            f"HTTP/1.1 {status} -\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode() + content
+        )
+        await writer.drain()
+
+
+def _changed(content: bytes, fault: Fault) -> bytes:
+    if fault.change is not None:
+        answer = orjson.loads(content)
+        fault.change(answer)
+        content = orjson.dumps(answer)
+    return fault.raw(content) if fault.raw else content

@@ -1,0 +1,139 @@
+"""The server's log-probs against transformers': what it returns is mu, and its CPU layer hides no wrong result."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import EOS, VOCAB_SIZE, make_tokenizer
+from transformers import AutoModelForCausalLM
+
+from megatron_rl.rollout.client import Completion, SGLangClient
+
+pytestmark = pytest.mark.server
+BOUND = 2e-5  # fp32; a wrong expert, temperature or version shows at 1e-2 and above
+PROMPTS = [np.random.default_rng(n).integers(2, VOCAB_SIZE, 5 + 3 * n).tolist() for n in range(6)]
+
+
+@functools.cache
+def transformers_model(model_dir: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
+
+
+def reference(model_dir: Path, token_ids: list[int], temperature: float = 1.0) -> np.ndarray:
+    """transformers' log-probs [n, vocab] of what follows each of the n tokens."""
+    with torch.no_grad():
+        return (
+            (transformers_model(model_dir)(torch.tensor([token_ids])).logits[0] / temperature).log_softmax(-1).numpy()
+        )
+
+
+def difference(model_dir: Path, prompt: list[int], completion: Completion, temperature: float) -> float:
+    response = list(completion.token_ids)
+    expected = reference(model_dir, prompt + response, temperature)[len(prompt) - 1 : -1]
+    return float(np.abs(expected[np.arange(len(response)), response] - completion.logprobs).max())
+
+
+def sample(url: str, temperatures: list[float], repeats: int = 1, max_new_tokens: int = 40) -> list[Completion]:
+    """All prompts `repeats` times at once, with the temperatures in turn."""
+
+    async def run() -> list[Completion]:
+        async with SGLangClient(url, deadline=60.0) as client:
+            calls = [
+                client.generate(
+                    prompt,
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperatures[number % len(temperatures)],
+                    vocab_size=VOCAB_SIZE,
+                    versions={0},
+                )
+                for number, prompt in enumerate(PROMPTS * repeats)
+            ]
+            return await asyncio.gather(*calls)
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
+def test_sampled_log_probs_are_those_of_the_tempered_distribution(
+    served: str, tiny_model_dir: Path, temperature: float
+) -> None:
+    for prompt, completion in zip(PROMPTS, sample(served, [temperature]), strict=True):
+        assert difference(tiny_model_dir, prompt, completion, temperature) < BOUND
+    # The bound tells the temperatures apart.
+    assert difference(tiny_model_dir, prompt, completion, temperature * 1.01) > 100 * BOUND
+
+
+def test_greedy_requests_take_the_most_likely_token_and_do_not_disturb_sampled_ones(
+    served: str, tiny_model_dir: Path
+) -> None:
+    """In one batch: SGLang then samples with top-k per row, and still returns the log-probs before it."""
+    completions = sample(served, [0.0, 0.7])
+    for number, (prompt, completion) in enumerate(zip(PROMPTS, completions, strict=True)):
+        if number % 2:
+            assert difference(tiny_model_dir, prompt, completion, 0.7) < BOUND
+        else:
+            expected = reference(tiny_model_dir, prompt + list(completion.token_ids))[len(prompt) - 1 : -1]
+            assert (expected.argmax(-1) == completion.token_ids).all()
+
+
+def test_log_probs_do_not_depend_on_the_prefix_cache(served: str, tiny_model_dir: Path) -> None:
+    first, again = sample(served, [0.0]), sample(served, [0.0])
+    for a, b in zip(first, again, strict=True):
+        assert a.token_ids == b.token_ids
+        assert np.abs(np.subtract(a.logprobs, b.logprobs)).max() < BOUND
+
+
+def test_the_whole_distribution_is_sampled(served: str, tiny_model_dir: Path) -> None:
+    """No top-p or top-k: 1,000 first tokens against their probabilities, by chi-squared."""
+
+    async def run() -> list[int]:
+        async with SGLangClient(served, deadline=60.0) as client:
+            calls = [
+                client.generate(PROMPTS[0], max_new_tokens=1, temperature=1.5, vocab_size=VOCAB_SIZE, versions={0})
+                for _ in range(1000)
+            ]
+            return [completion.token_ids[0] for completion in await asyncio.gather(*calls)]
+
+    counts = np.bincount(asyncio.run(run()), minlength=VOCAB_SIZE)
+    expected = 1000 * np.exp(reference(tiny_model_dir, PROMPTS[0], 1.5)[-1])
+    # The rarest tokens, which a top-p or top-k would cut, as one class.
+    order = np.argsort(expected)
+    rare = order[np.cumsum(expected[order]) <= 50]
+    common = np.setdiff1d(order, rare)
+    observed = np.append(counts[common], counts[rare].sum())
+    wanted = np.append(expected[common], expected[rare].sum())
+    statistic = ((observed - wanted) ** 2 / wanted).sum()
+    freedom = len(observed) - 1
+    assert statistic < freedom + 6 * np.sqrt(2 * freedom)
+
+
+def test_the_end_of_sequence_token_is_part_of_the_response(served: str, tiny_model_dir: Path) -> None:
+    completions = sample(served, [1.5], repeats=8, max_new_tokens=80)
+    stopped = [(p, c) for p, c in zip(PROMPTS * 8, completions, strict=True) if c.finish_reason == "stop"]
+    assert stopped
+    tokenizer = make_tokenizer()
+    for prompt, completion in stopped:
+        assert completion.token_ids[-1] == EOS
+        assert EOS not in completion.token_ids[:-1]
+        assert completion.text == tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        assert difference(tiny_model_dir, prompt, completion, 1.5) < BOUND
+    for completion in completions:
+        if completion.finish_reason == "length":
+            assert len(completion.token_ids) == 80
+            assert EOS not in completion.token_ids
+
+
+def test_scores_are_untempered_log_probs_of_the_prompt(served: str, tiny_model_dir: Path) -> None:
+    async def run() -> list[list[float]]:
+        async with SGLangClient(served, deadline=60.0) as client:
+            return [await client.score([*prompt, VOCAB_SIZE - 1, 3]) for prompt in PROMPTS for _ in range(2)]
+
+    for prompt, scores in zip(np.repeat(np.array(PROMPTS, dtype=object), 2), asyncio.run(run()), strict=True):
+        ids = [*prompt, VOCAB_SIZE - 1, 3]
+        expected = reference(tiny_model_dir, ids)[np.arange(len(ids) - 1), ids[1:]]
+        assert np.abs(expected - scores).max() < BOUND

@@ -1,0 +1,149 @@
+"""Groups from a real server: order, spread over servers, aborts, failures, and the seeds of requests."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from fault_proxy import Fault, FaultProxy
+from tiny_models import VOCAB_SIZE
+
+from megatron_rl.data.sample import Group, Prompt, VersionSpan
+from megatron_rl.rollout.client import Completion, RolloutError, SGLangClient
+from megatron_rl.rollout.sampler import Sampling, as_sample, request_seed, rollout_groups
+
+server = pytest.mark.server
+SAMPLING = Sampling(
+    samples=4,
+    max_response_tokens=12,
+    temperature=1.0,
+    concurrency=16,
+    vocab_size=VOCAB_SIZE,
+    versions=frozenset({0}),
+)
+PROMPTS = [
+    (10 + n, Prompt(f"p{n}", "", tuple(np.random.default_rng(n).integers(2, VOCAB_SIZE, 6).tolist()), "", ""))
+    for n in range(6)
+]
+
+
+def collect(
+    url: str, *faults: Fault, sampling: Sampling = SAMPLING, servers: int = 1, deadline: float = 30.0
+) -> tuple[list[Group], list[FaultProxy]]:
+    """Groups through as many proxies to the one server, the first of them with these faults."""
+
+    async def run() -> tuple[list[Group], list[FaultProxy]]:
+        proxies = [FaultProxy(url, *(faults if n == 0 else ())) for n in range(servers)]
+        for proxy in proxies:
+            await proxy.__aenter__()
+        clients = [SGLangClient(proxy.url, deadline=deadline) for proxy in proxies]
+        try:
+            return await rollout_groups(clients, PROMPTS, sampling), proxies
+        finally:
+            for client, proxy in zip(clients, proxies, strict=True):
+                await client.close()
+                await proxy.__aexit__()
+
+    return asyncio.run(run())
+
+
+def bodies(proxy: FaultProxy) -> list[dict[str, Any]]:
+    return [body for path, body in proxy.seen if path == "/generate"]
+
+
+@server
+def test_groups_come_in_the_order_of_the_prompts(served: str) -> None:
+    groups, _ = collect(served)
+    assert [(group.index, group.prompt) for group in groups] == PROMPTS
+    for group in groups:
+        assert [sample.index for sample in group.samples] == [0, 1, 2, 3]
+        assert len({tuple(sample.response_ids) for sample in group.samples}) > 1
+        for sample in group.samples:
+            n = len(group.prompt.token_ids)
+            assert tuple(sample.token_ids[:n]) == group.prompt.token_ids
+            assert not sample.loss_mask[:n].any()
+            assert sample.loss_mask[n:].all()
+            assert (sample.rollout_logprobs[n:] < 0).all()
+            assert sample.versions == (VersionSpan(0, n, len(sample.token_ids)),)
+            assert sample.finish_reason in ("stop", "length")
+
+
+@server
+def test_groups_are_spread_over_servers_and_each_stays_on_one(served: str) -> None:
+    _, proxies = collect(served, servers=3)
+    assert [len(bodies(proxy)) for proxy in proxies] == [8, 8, 8]
+    prompts = [{tuple(body["input_ids"]) for body in bodies(proxy)} for proxy in proxies]
+    assert [len(group) for group in prompts] == [2, 2, 2]
+
+
+@server
+def test_no_more_requests_than_allowed_are_in_flight(served: str) -> None:
+    _, (proxy,) = collect(served, sampling=dataclasses.replace(SAMPLING, concurrency=3))
+    assert proxy.most_in_flight == 3
+
+
+ABORT = Fault(change=lambda answer: answer["meta_info"]["finish_reason"].update(type="abort"))
+
+
+@server
+def test_an_aborted_response_is_sampled_anew(served: str) -> None:
+    groups, (proxy,) = collect(served, ABORT, ABORT)
+    assert len(bodies(proxy)) == 26
+    assert all(sample.finish_reason != "abort" for group in groups for sample in group.samples)
+
+
+@server
+def test_a_response_that_is_always_aborted_is_an_error(served: str) -> None:
+    with pytest.raises(RolloutError, match=r"prompt 'p\d': the server aborted it 3 times"):
+        collect(served, *[ABORT] * 100)
+
+
+@server
+def test_one_bad_answer_ends_the_rollout_at_once(served: str) -> None:
+    slow = [Fault(delay=20.0)] * 23
+    start = time.monotonic()
+    with pytest.raises(RolloutError, match="status 500"):
+        collect(served, Fault(status=500), *slow)
+    assert time.monotonic() - start < 5.0
+
+
+@server
+def test_the_deadline_holds_for_a_response_that_is_aborted_slowly(served: str) -> None:
+    slow_abort = dataclasses.replace(ABORT, delay=0.8)
+    start = time.monotonic()
+    with pytest.raises(RolloutError, match=r"no (complete response|answer) within 1 s"):
+        collect(served, *[slow_abort] * 100, deadline=1.0)
+    assert time.monotonic() - start < 3.0
+
+
+@server
+def test_every_request_has_a_seed_of_its_own_that_a_second_run_repeats(served: str) -> None:
+    seeds = [[body["sampling_params"]["sampling_seed"] for body in bodies(collect(served)[1][0])] for _ in range(2)]
+    assert len(set(seeds[0])) == 24
+    assert set(seeds[0]) == set(seeds[1])
+
+
+def test_seeds_change_with_run_version_group_and_sample() -> None:
+    changed = [
+        request_seed(SAMPLING, 1, 2),
+        request_seed(SAMPLING, 2, 1),
+        request_seed(SAMPLING, 1, 3),
+        request_seed(dataclasses.replace(SAMPLING, seed=1), 1, 2),
+        request_seed(dataclasses.replace(SAMPLING, versions=frozenset({0, 1})), 1, 2),
+    ]
+    assert len(set(changed)) == len(changed)
+    assert all(0 <= seed < 2**63 for seed in changed)
+
+
+def test_a_sample_has_a_span_for_each_version_counted_from_its_prompt() -> None:
+    prompt = Prompt("p", "", (5, 6, 7), "", "")
+    completion = Completion((8, 9, 1), (-1.0, -2.0, -3.0), "stop", (VersionSpan(3, 0, 2), VersionSpan(4, 2, 3)), "")
+    sample = as_sample(prompt, 2, completion)
+    assert sample.token_ids.tolist() == [5, 6, 7, 8, 9, 1]
+    assert sample.rollout_logprobs.tolist() == [0, 0, 0, -1, -2, -3]
+    assert sample.versions == (VersionSpan(3, 3, 5), VersionSpan(4, 5, 6))
+    assert (sample.finish_reason, sample.index) == ("stop", 2)
