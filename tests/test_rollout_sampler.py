@@ -74,10 +74,17 @@ def test_groups_come_in_the_order_of_the_prompts(served: str) -> None:
 
 @server
 def test_groups_are_spread_over_servers_and_each_stays_on_one(served: str) -> None:
-    _, proxies = collect(served, servers=3)
+    _, proxies = collect(served, servers=3, sampling=dataclasses.replace(SAMPLING, concurrency=24))
     assert [len(bodies(proxy)) for proxy in proxies] == [8, 8, 8]
     prompts = [{tuple(body["input_ids"]) for body in bodies(proxy)} for proxy in proxies]
     assert [len(group) for group in prompts] == [2, 2, 2]
+
+
+@server
+def test_a_slow_server_is_given_fewer_groups(served: str) -> None:
+    slow = [Fault(delay=1.5)] * 4
+    _, (first, second) = collect(served, *slow, servers=2, sampling=dataclasses.replace(SAMPLING, concurrency=8))
+    assert (len(bodies(first)), len(bodies(second))) == (4, 20)
 
 
 @server

@@ -34,22 +34,29 @@ class Sampling:
 
 
 class _Spread:
-    """Bounds the requests in flight, and gives each group to the server that has the fewest of them."""
+    """Bounds the requests in flight, and gives each group to the server that has the fewest responses to come."""
 
-    def __init__(self, clients: Sequence[SGLangClient], concurrency: int) -> None:
-        self._in_flight = dict.fromkeys(clients, 0)
+    def __init__(self, clients: Sequence[SGLangClient], sampling: Sampling) -> None:
+        self._sampling = sampling
+        self._to_come = dict.fromkeys(clients, 0)
         self._homes: dict[int, SGLangClient] = {}
-        self._slots = asyncio.Semaphore(concurrency)
+        self._slots = asyncio.Semaphore(sampling.concurrency)
 
-    async def generate(self, group: int, prompt: Prompt, seed: int, sampling: Sampling) -> Completion:
+    async def generate(self, group: int, prompt: Prompt, seed: int) -> Completion:
         """Raises RolloutError when no complete answer could be had."""
         async with self._slots:
-            client = self._homes.setdefault(group, min(self._in_flight, key=self._in_flight.__getitem__))
-            self._in_flight[client] += 1
-            try:
-                return await _complete(client, prompt, seed, sampling)
-            finally:
-                self._in_flight[client] -= 1
+            client = self._home(group)
+            completion = await _complete(client, prompt, seed, self._sampling)
+            self._to_come[client] -= 1
+            return completion
+
+    def _home(self, group: int) -> SGLangClient:
+        """Chosen when the group's first request goes out, so that a slow server is given fewer groups."""
+        if group not in self._homes:
+            client = min(self._to_come, key=self._to_come.__getitem__)
+            self._to_come[client] += self._sampling.samples
+            self._homes[group] = client
+        return self._homes[group]
 
 
 async def _complete(client: SGLangClient, prompt: Prompt, seed: int, sampling: Sampling) -> Completion:
@@ -80,10 +87,10 @@ async def rollout_groups(
 
     Raises RolloutError, naming the server and the request, as soon as one sample cannot be had; the rest is cancelled.
     """
-    spread = _Spread(clients, sampling.concurrency)
+    spread = _Spread(clients, sampling)
 
     async def sample(index: int, prompt: Prompt, number: int) -> Sample:
-        completion = await spread.generate(index, prompt, request_seed(sampling, index, number), sampling)
+        completion = await spread.generate(index, prompt, request_seed(sampling, index, number))
         return as_sample(prompt, number, completion)
 
     try:

@@ -183,8 +183,6 @@ def free_ports(count: int) -> list[int]:
     the server then ends, and its log says so."""
     found: list[int] = []
     for port in random.SystemRandom().sample(PORTS, len(PORTS)):
-        if len(found) == count:
-            return found
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -192,6 +190,8 @@ def free_ports(count: int) -> list[int]:
             except OSError:
                 continue
         found.append(port)
+        if len(found) == count:
+            return found
     raise ServerError(f"fewer than {count} free ports in {PORTS.start}..{PORTS.stop - 1}")
 
 

@@ -125,14 +125,20 @@ def _only_asked() -> bool:
 
 
 def register_hooks() -> None:
-    """Through SGLang's own registry: host buffers are not registered with CUDA (`--enable-return-routed-experts`)."""
+    """Through SGLang's own registry: host buffers are not registered with CUDA (`--enable-return-routed-experts`), and
+    sequences attend together."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from megatron_rl.rollout import sglang_cpu_attention
 
     HookRegistry.register(
         "sglang.srt.mem_cache.pool_host.common._cuda_host_register",
         lambda buffer, registration_granularity_bytes=None: None,
         HookType.REPLACE,
     )
+    backend = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+    HookRegistry.register(f"{backend}._run_sdpa_forward_extend", sglang_cpu_attention.extend, HookType.AROUND)
+    HookRegistry.register(f"{backend}._run_sdpa_forward_decode", sglang_cpu_attention.decode, HookType.AROUND)
 
 
 if __name__ in ("__main__", "__mp_main__"):

@@ -4,8 +4,8 @@
 
 Standard input is the tether: a pipe whose other end the parent holds open. The kernel closes it however the parent
 ends, kill -9 included, and at any time, while the server is still importing too. PR_SET_PDEATHSIG would not do: it
-fires when the parent's starting thread ends, and SGLang's own use of it leaves a gap at start-up. The caller makes this
-process the leader of a process group of its own, which is what is killed.
+fires when the parent's starting thread ends, and SGLang's own use of it leaves a gap at start-up. What is killed is
+the process group, so the caller starts this process as the leader of a new one.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ def _kill_group_when_cut() -> None:
 
 
 def main() -> int:
+    if os.getpgrp() != os.getpid():
+        sys.exit("tether: not the leader of a process group; its end would be that of the caller's group")
     child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
     threading.Thread(target=_kill_group_when_cut, daemon=True).start()
     return child.wait()

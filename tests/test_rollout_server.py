@@ -1,0 +1,270 @@
+"""Starting, watching and ending servers. Most tests end one while it is still starting, when most can go wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_rl.errors import UserError
+from megatron_rl.rollout import server as server_module
+from megatron_rl.rollout.server import PORTS, Server, ServerError, ServerOptions, free_ports, sglang_command
+
+ROOT = str(Path(__file__).parent.parent)
+
+
+def options(model: Path = Path("/models/tiny"), **changes: object) -> ServerOptions:
+    (port,) = free_ports(1)
+    return ServerOptions(**{"model": model, "port": port, "device": "cpu", "threads": 1, **changes})  # type: ignore[arg-type]
+
+
+def processes_of(group: int) -> list[psutil.Process]:
+    """Those of the process group that still run."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            pass
+    return found
+
+
+def wait_until(condition: Callable[[], object], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
+# ---- the command
+
+
+def flags(command: list[str]) -> dict[str, str]:
+    return {a: b for a, b in zip(command, [*command[1:], ""], strict=True) if a.startswith("--")}
+
+
+def test_a_gpu_gets_the_stock_server_and_none_of_the_cpus_flags() -> None:
+    command, environment = sglang_command(
+        options(device="auto", dtype="bf16", tp=4, first_gpu=8, extra_flags=("--ep-size", "4")), has_gpu=True
+    )
+    assert command[1:3] == ["-m", "sglang.launch_server"]
+    assert command[-2:] == ["--ep-size", "4"]
+    found = flags(command)
+    assert (found["--dtype"], found["--tp"], found["--base-gpu-id"]) == ("bfloat16", "4", "8")
+    assert not found.keys() & {"--device", "--attention-backend", "--sleep-on-idle", "--api-key"}
+    assert environment == {"HF_HUB_OFFLINE": "1"}
+
+
+@pytest.mark.parametrize(("device", "has_gpu"), [("auto", False), ("cpu", True), ("cpu", False)])
+def test_a_cpu_gets_the_cpu_layer(device: str, has_gpu: bool) -> None:
+    command, environment = sglang_command(options(device=device, dtype="fp32", tp=2, threads=8), has_gpu)
+    assert command[1:3] == ["-m", "megatron_rl.rollout.sglang_cpu"]
+    found = flags(command)
+    assert (found["--device"], found["--attention-backend"]) == ("cpu", "torch_native")
+    assert found["--dtype"] == "float32"
+    assert "--base-gpu-id" not in found
+    assert environment["SGLANG_USE_CPU_ENGINE"] == environment["TORCHDYNAMO_DISABLE"] == "1"
+    assert environment["OMP_NUM_THREADS"] == "4"
+    assert environment["SGLANG_CPU_OMP_THREADS_BIND"] == "0-3|4-7"
+
+
+def test_fewer_cores_than_ranks_are_one_thread_each() -> None:
+    _, environment = sglang_command(options(tp=4, threads=2), has_gpu=False)
+    assert environment["OMP_NUM_THREADS"] == "1"
+
+
+def test_the_command_carries_seed_key_and_sizes() -> None:
+    command, _ = sglang_command(
+        options(seed=7, api_key="k", max_total_tokens=99, max_running_requests=11), has_gpu=False
+    )
+    found = flags(command)
+    names = ("--random-seed", "--api-key", "--max-total-tokens", "--max-running-requests", "--model-path")
+    assert [found[name] for name in names] == ["7", "k", "99", "11", "/models/tiny"]
+
+
+@pytest.mark.parametrize(("gpus", "extra", "fits"), [(4, (), False), (6, (), True), (1, ("--base-gpu-id", "0"), True)])
+def test_a_server_without_gpus_of_its_own_is_refused(gpus: int, extra: tuple[str, ...], fits: bool) -> None:
+    wanted = options(device="cuda", first_gpu=4, tp=2, extra_flags=extra)
+    if fits:
+        server_module._check_gpus(wanted, gpus)
+        return
+    with pytest.raises(ServerError, match=r"needs GPUs 4 to 5 .* this machine has 4"):
+        server_module._check_gpus(wanted, gpus)
+
+
+def test_free_ports_differ_and_are_free() -> None:
+    ports = free_ports(20)
+    assert len(set(ports)) == 20
+    for port in ports:
+        assert port in PORTS
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", port))
+
+
+def test_a_port_in_use_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = sorted(free_ports(2))
+    monkeypatch.setattr(server_module, "PORTS", range(first, second + 1, second - first))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", first))
+        s.listen()
+        assert free_ports(1) == [second]
+        with pytest.raises(ServerError, match="fewer than 2 free ports"):
+            free_ports(2)
+
+
+# ---- the tether
+
+FAMILY = """
+import subprocess, sys, time, signal
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("started", flush=True)
+time.sleep(600)
+"""
+
+
+def start_parent() -> tuple[subprocess.Popen[str], int]:
+    """A process that starts a server's stand-in, stubborn and with a child, as Server does; and its group."""
+    code = f"""
+import subprocess, sys, time
+from megatron_rl.rollout.server import _start
+child = _start([sys.executable, "-c", {FAMILY!r}], {{}}, output=None)
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": ROOT, "RANK": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"},
+    )
+    assert parent.stdout is not None
+    lines = {parent.stdout.readline().strip(), parent.stdout.readline().strip()}
+    (group,) = (int(line) for line in lines - {"started"})
+    return parent, group
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_the_whole_family_ends_with_the_parent(number: signal.Signals) -> None:
+    parent, group = start_parent()
+    try:
+        wait_until(lambda: len(processes_of(group)) == 3, 10)
+        assert not any({"RANK", "TORCHELASTIC_USE_AGENT_STORE"} & p.environ().keys() for p in processes_of(group))
+        parent.send_signal(number)
+        wait_until(lambda: not processes_of(group), 5)
+    finally:
+        parent.kill()
+        parent.communicate()
+        for process in processes_of(group):
+            process.kill()
+
+
+def test_the_tether_ends_with_the_status_of_its_command() -> None:
+    child = server_module._start([sys.executable, "-c", "raise SystemExit(7)"], {}, output=None)
+    assert child.wait(20) == 7
+
+
+def test_the_tether_refuses_to_share_its_callers_process_group() -> None:
+    command = [sys.executable, "-m", "megatron_rl.rollout.tether", "true"]
+    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, check=False)
+    assert ended.returncode == 1
+    assert b"not the leader of a process group" in ended.stderr
+
+
+# ---- real servers
+
+
+@pytest.mark.server
+def test_a_model_that_is_not_there_is_one_error_with_the_end_of_the_log(tmp_path: Path) -> None:
+    server = Server(options(tmp_path / "missing"), tmp_path / "logs" / "server.log")
+    try:
+        with pytest.raises(ServerError, match="ended with status 1; the end of its log") as caught:
+            server.wait_ready(120.0)
+    finally:
+        server.stop()
+    message = str(caught.value)
+    assert isinstance(caught.value, UserError)
+    assert str(tmp_path / "logs" / "server.log") in message
+    assert str(tmp_path / "missing") in message.splitlines()[-1]
+    assert len(message.splitlines()) <= server_module.LOG_TAIL_LINES + 1
+    assert not server.is_alive()
+
+
+@pytest.mark.server
+def test_stop_leaves_no_process_and_a_second_stop_is_allowed(tiny_model_dir: Path, tmp_path: Path) -> None:
+    server = Server(options(tiny_model_dir), tmp_path / "server.log")
+    try:
+        with pytest.raises(ServerError, match=r"did not answer within 0\.5 s"):
+            server.wait_ready(0.5)
+        server.check_alive()
+        # tether, server, multiprocessing's tracker, scheduler, detokenizer
+        wait_until(lambda: len(processes_of(server.pid)) == 5, 60)
+    finally:
+        server.stop()
+    assert not processes_of(server.pid)
+    assert not server.is_alive()
+    server.stop()
+
+
+@pytest.mark.server
+def test_no_process_outlives_a_trainer_that_was_killed(tiny_model_dir: Path, tmp_path: Path) -> None:
+    code = f"""
+import time
+from pathlib import Path
+from megatron_rl.rollout.server import *
+options = ServerOptions(Path({str(tiny_model_dir)!r}), port=free_ports(1)[0], device="cpu", threads=1)
+server = Server(options, Path({str(tmp_path / "server.log")!r}))
+print(server.pid, flush=True)
+time.sleep(600)
+"""
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": ROOT}
+    )
+    assert trainer.stdout is not None
+    group = int(trainer.stdout.readline())
+    try:
+        wait_until(lambda: len(processes_of(group)) == 5, 60)
+        trainer.send_signal(signal.SIGKILL)
+        wait_until(lambda: not processes_of(group), 5)
+    finally:
+        trainer.kill()
+        trainer.communicate()
+        for process in processes_of(group):
+            process.kill()
+
+
+@pytest.mark.server
+def test_serve_ends_its_server_when_interrupted(tiny_model_dir: Path) -> None:
+    (port,) = free_ports(1)
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_rl",
+        "serve",
+        str(tiny_model_dir),
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+    ]
+    serving = subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": ROOT}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_until(lambda: len(psutil.Process(serving.pid).children(recursive=True)) >= 2, 30)
+        group = psutil.Process(serving.pid).children()[0].pid
+        serving.send_signal(signal.SIGINT)
+        assert serving.wait(10) == 130
+        assert not processes_of(group)
+    finally:
+        serving.kill()
+        serving.wait()

@@ -1,0 +1,106 @@
+"""The CPU layer's stand-ins: names resolve, calls raise, and nothing else in the environment sees them.
+
+That SGLang's numbers are right behind them is in test_rollout_logprobs.py. Each check runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.rollout.sglang_cpu import PACKAGES
+
+ROOT = str(Path(__file__).parent.parent)
+INSTALL = "import sys; from megatron_rl.rollout import sglang_cpu; sys.meta_path.append(sglang_cpu.Finder())\n"
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(package) for package in PACKAGES), reason="the real packages are installed"
+)
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": ROOT, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_importing_the_module_installs_nothing() -> None:
+    ended = run("import megatron_rl.rollout.sglang_cpu; import sgl_kernel")
+    assert "ModuleNotFoundError: No module named 'sgl_kernel'" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "import sgl_kernel; sgl_kernel.topk_softmax(1)",
+        "from sgl_kernel.kvcacheio import transfer; transfer()",
+        "import torchvision.transforms as t; t.functional.resize(1)",
+        "import triton; triton.testing.do_bench(1)",
+        "import triton.language as tl; tl.load(1)",
+        "import triton\n@triton.jit\ndef kernel(x): ...\nkernel[(1,)](1)",
+        "import triton\n@triton.jit(debug=True)\ndef kernel(x): ...\nkernel(1)",
+        "import triton\n@triton.autotune(configs=[triton.Config({}, num_warps=4)], key=[])\n"
+        "@triton.jit\ndef kernel(x): ...\nkernel[lambda meta: (1,)](1)",
+        "import triton\n@triton.heuristics({})\n@triton.jit\ndef kernel(x): ...\nkernel[(1,)](1)",
+    ],
+)
+def test_what_has_no_stand_in_raises_when_called(call: str) -> None:
+    ended = run(INSTALL + call)
+    assert "NotImplementedError: " in ended.stderr
+    assert "was called, but there is no GPU" in ended.stderr
+
+
+def test_the_few_names_with_a_meaning() -> None:
+    ended = run(
+        INSTALL + "import triton, triton.language as tl\n"
+        "assert [triton.cdiv(a, 4) for a in (0, 1, 4, 5)] == [0, 1, 1, 2]\n"
+        "assert [triton.next_power_of_2(n) for n in (1, 2, 3, 4, 5)] == [1, 2, 4, 4, 8]\n"
+        "assert tl.constexpr(7) == 7\n"
+        "from triton.runtime import driver\n"
+        "try: driver.active\n"
+        "except RuntimeError as error: assert '0 active drivers' in str(error)\n"
+        "else: raise AssertionError('a driver is active')\n"
+        "try: import triton.knobs\n"
+        "except ImportError: pass\n"
+        "else: raise AssertionError('triton.knobs is there')\n"
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_who_asks_whether_a_package_is_installed_hears_no() -> None:
+    ended = run(
+        INSTALL + "import importlib.util\n"
+        f"assert not any(importlib.util.find_spec(package) for package in {list(PACKAGES)!r})\n"
+        "from transformers.utils import is_torchvision_available\n"
+        "assert not is_torchvision_available()\n"
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_an_installed_package_comes_first(tmp_path: Path) -> None:
+    (tmp_path / "sgl_kernel.py").write_text("real = 1")
+    ended = run(INSTALL + "import sgl_kernel; assert sgl_kernel.real == 1", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.server
+@pytest.mark.slow
+@pytest.mark.parametrize("package", PACKAGES)
+def test_sglang_does_not_import_without_each_stand_in(package: str) -> None:
+    """An upgrade of SGLang that makes one needless turns this red."""
+    ended = run(
+        INSTALL + f"del sglang_cpu.PACKAGES[{package!r}]\n"
+        "import sglang.launch_server, sglang.srt.managers.scheduler, sglang.srt.models.qwen3_moe",
+        SGLANG_USE_CPU_ENGINE="1",
+        TORCHDYNAMO_DISABLE="1",
+    )
+    assert ended.returncode == 1
+    assert f"No module named '{package}" in ended.stderr

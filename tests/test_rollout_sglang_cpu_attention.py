@@ -1,0 +1,75 @@
+"""Attention of many sequences at once equals that of one after another. The real server: test_rollout_logprobs.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_rl.rollout import sglang_cpu_attention as attention
+
+HEADS, KV_HEADS, HEAD_DIM, SCALING = 4, 2, 8, 0.3
+OPTIONS: dict[str, Any] = {"scaling": SCALING, "causal": True, "sliding_window_size": None}
+
+
+def unexpected(*args: object, **kwargs: object) -> Tensor:
+    raise AssertionError("fell back to SGLang's own function")
+
+
+def problem(q_lens: list[int], kv_lens: list[int]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """(query, output, k_cache, v_cache, req_to_token, rows, kv_lens, prefixes, q_lens) with slots in random order, and
+    the right output."""
+    g = torch.Generator().manual_seed(0)
+    n, slots, longest = len(q_lens), sum(kv_lens) + 5, max(kv_lens) + 3
+    query = torch.randn(sum(q_lens), HEADS, HEAD_DIM, generator=g)
+    keys, values = (torch.randn(slots, KV_HEADS, HEAD_DIM, generator=g) for _ in range(2))
+    rows = torch.randperm(n + 2, generator=g)[:n]
+    req_to_token = torch.full((n + 2, longest), 10**6)  # what is beyond a sequence's end may be anything
+    free, expected, first = torch.randperm(slots, generator=g), [], 0
+    for row, q_len, kv_len in zip(rows.tolist(), q_lens, kv_lens, strict=True):
+        at, free = free[:kv_len], free[kv_len:]
+        req_to_token[row, :kv_len] = at
+        q = query[first : first + q_len].transpose(0, 1)
+        k, v = (cache[at].repeat_interleave(HEADS // KV_HEADS, 1).transpose(0, 1) for cache in (keys, values))
+        seen = torch.ones(q_len, kv_len, dtype=torch.bool).tril(kv_len - q_len)
+        expected.append(scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=SCALING).transpose(0, 1))
+        first += q_len
+    lengths = torch.tensor(kv_lens), torch.tensor(kv_lens) - torch.tensor(q_lens), torch.tensor(q_lens)
+    output = torch.full_like(query, torch.nan)
+    return (query, output, keys, values, req_to_token, rows, *lengths), torch.cat(expected)
+
+
+@pytest.mark.parametrize("max_scores", [1, 60, 1 << 22])
+@pytest.mark.parametrize(("q_lens", "kv_lens"), [([3], [3]), ([1, 5, 2, 4], [1, 9, 2, 11]), ([7, 1, 1], [7, 30, 8])])
+def test_new_tokens_attend_to_their_own_past(
+    monkeypatch: pytest.MonkeyPatch, max_scores: int, q_lens: list[int], kv_lens: list[int]
+) -> None:
+    monkeypatch.setattr(attention, "MAX_SCORES", max_scores)
+    arguments, expected = problem(q_lens, kv_lens)
+    torch.testing.assert_close(attention.extend(unexpected, None, *arguments, **OPTIONS), expected)
+
+
+@pytest.mark.parametrize("max_scores", [1, 20, 1 << 22])
+def test_one_new_token_a_sequence(monkeypatch: pytest.MonkeyPatch, max_scores: int) -> None:
+    monkeypatch.setattr(attention, "MAX_SCORES", max_scores)
+    arguments, expected = problem([1] * 5, [4, 1, 12, 7, 2])
+    torch.testing.assert_close(attention.decode(unexpected, None, *arguments[:7], **OPTIONS), expected)
+
+
+@pytest.mark.parametrize("change", [{"causal": False}, {"sliding_window_size": 4}])
+def test_the_rest_is_left_to_sglang(change: dict[str, object]) -> None:
+    arguments, _ = problem([1], [4])
+    calls: list[dict[str, object]] = []
+
+    def original(backend: None, *rest: Tensor, **options: object) -> Tensor:
+        calls.append(options)
+        assert len(rest) == 10
+        return rest[1]
+
+    attention.extend(original, None, *arguments, **OPTIONS | change)
+    assert calls == [OPTIONS | change]
+    with pytest.raises(AssertionError, match="fell back"):
+        attention.decode(unexpected, None, *arguments[:7], torch.ones(1), **OPTIONS)
