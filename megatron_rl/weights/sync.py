@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from megatron_rl.config.schema import WeightsConfig
 from megatron_rl.engine.policy import Policy
@@ -41,6 +42,8 @@ class WeightSync:
         else:
             for _ in buckets:
                 pass
+        # Other leaders would ask servers that rank 0 is still giving the weights to.
+        dist.barrier(group=self._policy.place.control)
         if self._config.verify and self._syncs % self._config.verify == 0:
             report |= self._verify()
         self._syncs += 1
