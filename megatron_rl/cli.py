@@ -118,6 +118,22 @@ def parity(
     raise typer.Exit(status)
 
 
+@app.command()
+def certify(
+    model: Annotated[Path | None, typer.Option(exists=True, file_okay=False, help="Default: a random one.")] = None,
+    layout: Annotated[list[str] | None, typer.Option(help="such as tp=2,pp=2,ep=2; default: a grid of ten")] = None,
+    recompute: Annotated[Recompute | None, typer.Option(help="default: all three, one after another")] = None,
+    dtype: Annotated[EngineDtype, typer.Option()] = "fp32",
+    device: Annotated[Device, typer.Option()] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="One JSON object per layout and recomputation.")] = False,
+) -> None:
+    """Proves that routing replay gives each router its own rows; fails where it does not. Starts its own ranks."""
+    from megatron_rl.certify import GRID, RECOMPUTE, run
+
+    kinds = (recompute,) if recompute else RECOMPUTE
+    raise typer.Exit(run(model, layout or GRID, kinds, dtype, device, as_json=json))
+
+
 def _check(config: Config | SftConfig, world_size: int | None, dry_run: bool) -> tuple[Architecture, Layout]:
     """All that can be said of a configuration without torch, so that a mistake is told before anything is started."""
     if world_size is not None and not dry_run:

@@ -13,14 +13,19 @@ from megatron_rl.config.schema import Config
 from megatron_rl.data.prompts import Fields, PromptCursor, PromptDataset, load_prompts
 from megatron_rl.data.sample import Group
 from megatron_rl.data.store import write_groups
+from megatron_rl.engine.distribute import MiniBatch
 from megatron_rl.engine.exchange import broadcast_bytes
+from megatron_rl.engine.routes import RouteExchange, valid_rows
 from megatron_rl.lab.metrics import ROLLOUT, rollout_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.rewards import Judges, get_verifier, grade
 from megatron_rl.rollout.evaluate import evaluation
-from megatron_rl.rollout.pool import Pool
+from megatron_rl.rollout.pool import Pool, read_api_key
+from megatron_rl.rollout.routes import RouteSpec
 from megatron_rl.rollout.sampler import Sampling
 from megatron_rl.rollout.source import Leader, rollout_file, saved_groups
+from megatron_rl.routing.drift import RoutingStats
+from megatron_rl.routing.modes import MiniBatchRouting
 from megatron_rl.trainer import Trainer, open_trainer
 from megatron_rl.weights.sync import WeightSync
 
@@ -39,6 +44,12 @@ class Session:
         self._leader = leader
         self._leads = trainer.place.leads_replica
         self._has_servers = config.rollout.replay_from is None
+        # What the rollout's routes must look like; None: they are not needed.
+        self._routes = RouteSpec.of(trainer.policy.arch) if config.routing.needs_rollout_routes else None
+        self.route_exchange = None
+        if self._routes is not None:
+            policy = trainer.policy
+            self.route_exchange = RouteExchange(policy.arch, policy.routers.layers, trainer.place, trainer.layout)
         self._tokenizer = AutoTokenizer.from_pretrained(config.model.path)
         self._judges = Judges()
         self._prompts = self._load(config.data.train) if leader else None
@@ -48,6 +59,7 @@ class Session:
         self._weights = WeightSync(config.weights, trainer.policy, first, trainer.run.path / "weights")
         self._rollout_metrics: dict[str, float] = {}
         self._sync_metrics: dict[str, float] = {}
+        self._trace_metrics: dict[str, float] = {}
 
     def rollout(self) -> list[Group]:
         """This leader's share of the next step's groups, judged and saved; [] off the leaders."""
@@ -55,7 +67,9 @@ class Session:
         groups: list[Group] = []
         if self._leads and not self._has_servers:
             assert config.replay_from is not None
-            groups = saved_groups(config.replay_from, self.step + 1, place.dp, self.trainer.layout.dp)
+            groups = saved_groups(
+                config.replay_from, self.step + 1, place.dp, self.trainer.layout.dp, needs_traces=self._routes
+            )
         if self._prompts is not None:
             groups = self._sample()
             write_groups(
@@ -77,9 +91,23 @@ class Session:
         share = [(i, p) for i, p in enumerate(prompts) if i % self.trainer.layout.dp == place.dp]
         with self.trainer.phase("rollout"):
             self._check_servers()
-            groups = self._leader.sample(share, self._sampling(config.group_size, config.temperature))
+            sampling = self._sampling(config.group_size, config.temperature, self._routes)
+            groups = self._leader.sample(share, sampling)
         with self.trainer.phase("rewards"):
             return grade(groups, self._decode, self._judges)
+
+    def routing(self, mini_batch: MiniBatch) -> MiniBatchRouting | None:
+        """What the routers do in this mini-batch's passes; None for a dense model."""
+        policy, place = self.trainer.policy, self.trainer.place
+        if not policy.arch.num_experts:
+            return None
+        return MiniBatchRouting(
+            self.config.routing,
+            policy.routers,
+            None if mini_batch.routes is None else [routes.to(policy.device) for routes in mini_batch.routes],
+            [valid_rows(batch, policy.layout, place, policy.device) for batch in mini_batch.micro_batches],
+            RoutingStats(policy.arch.moe_layers, policy.arch.num_experts, policy.arch.experts_per_token, policy.device),
+        )
 
     def log_update(self, mini_batch: int, metrics: dict[str, float]) -> None:
         first = self._rollout_metrics if mini_batch == 0 else {}
@@ -137,7 +165,7 @@ class Session:
         self._judges.close()
         self._weights.close()
 
-    def _sampling(self, samples: int, temperature: float) -> Sampling:
+    def _sampling(self, samples: int, temperature: float, routes: RouteSpec | None = None) -> Sampling:
         return Sampling(
             samples=samples,
             max_response_tokens=self.config.rollout.max_response_tokens,
@@ -145,6 +173,7 @@ class Session:
             concurrency=self.config.rollout.concurrency,
             vocab_size=self.trainer.policy.arch.vocab_size,
             versions=frozenset({self.step}),
+            routes=routes,
         )
 
     def _load(self, source: str) -> PromptDataset:
@@ -167,13 +196,14 @@ class Session:
 def open_session(config: Config, resume: bool) -> Iterator[Session]:
     """The run on this rank, its servers started if need be, resumed from the newest complete checkpoint if asked."""
     temperature = config.rollout.temperature
+    api_key = read_api_key(config.rollout.servers)  # first: if it is not there, no run directory is left behind
     with (
         open_trainer(config, steps=config.train.steps, resume=resume, temperature=temperature) as trainer,
         ExitStack() as stack,
     ):
         pool, leader = None, None
         if config.rollout.replay_from is None:
-            pool, leader = _connect(config, trainer, stack)
+            pool, leader = _connect(config, trainer, api_key, stack)
         session = Session(trainer, config, pool, leader)
         if resume:
             session.resume()
@@ -181,18 +211,29 @@ def open_session(config: Config, resume: bool) -> Iterator[Session]:
         session.close()
 
 
-def _connect(config: Config, trainer: Trainer, stack: ExitStack) -> tuple[Pool | None, Leader | None]:
+def _connect(
+    config: Config, trainer: Trainer, api_key: str | None, stack: ExitStack
+) -> tuple[Pool | None, Leader | None]:
     """Rank 0 starts or checks the servers and tells the leaders where they are."""
     place, rollout = trainer.place, config.rollout
     pool = None
     if place.rank == 0:
-        pool = stack.enter_context(Pool(rollout, config.engine, config.model.path, trainer.run.logs, config.seed))
+        pool = stack.enter_context(
+            Pool(
+                rollout,
+                config.engine,
+                config.model.path,
+                trainer.run.logs,
+                config.seed,
+                return_routed_experts=config.routing.needs_rollout_routes,
+            )
+        )
     urls = orjson.loads(broadcast_bytes(orjson.dumps(pool.urls if pool else []), place.control))
     if not place.leads_replica:
         return None, None
     leader = Leader(
         urls,
-        api_key=rollout.servers.api_key,
+        api_key=api_key,
         deadline=rollout.deadline,
         check=pool.check_alive if pool else lambda: None,
     )

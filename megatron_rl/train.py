@@ -13,6 +13,7 @@ from megatron_rl.data.sample import Group
 from megatron_rl.engine.distribute import MiniBatch, TrainSample, distribute
 from megatron_rl.engine.losses import PolicyLoss
 from megatron_rl.objectives.advantages import group_advantages
+from megatron_rl.routing.modes import MiniBatchRouting
 from megatron_rl.session import Session, open_session
 
 
@@ -26,9 +27,9 @@ def train(config: Config, resume: bool = False) -> None:
         while session.step < config.train.steps:
             groups = session.rollout()
             mini_batches = schedule(session, with_advantages(groups, config))
-            losses = old_logprobs(session, mini_batches)
-            for mini_batch, loss in zip(mini_batches, losses, strict=True):
-                metrics = session.trainer.update(mini_batch, loss)
+            updates = old_policy(session, mini_batches)
+            for mini_batch, (loss, routing) in zip(mini_batches, updates, strict=True):
+                metrics = session.trainer.update(mini_batch, loss, routing)
                 session.log_update(mini_batch.index, metrics)
             session.finish_step()
             if _due(config.eval.every, session):
@@ -66,21 +67,26 @@ def schedule(session: Session, samples: Sequence[TrainSample]) -> list[MiniBatch
             session.trainer.layout,
             mini_batches=config.train.mini_batches,
             max_tokens=config.engine.max_tokens_per_micro_batch,
+            routes=session.route_exchange,
         )
 
 
-def old_logprobs(session: Session, mini_batches: Sequence[MiniBatch]) -> list[PolicyLoss]:
-    """pi_old of every micro-batch, packed as the update will have it, so that the first mini-batch's ratios are exactly
-    1; without `recompute_old_logprobs` the update's own forward pass serves."""
+def old_policy(session: Session, mini_batches: Sequence[MiniBatch]) -> list[tuple[PolicyLoss, MiniBatchRouting | None]]:
+    """pi_old of every micro-batch: its log-probs and its experts, packed as the update will have them, so that the
+    first mini-batch's ratios are exactly 1. Without `recompute_old_logprobs` the update's own forward pass serves."""
     config, policy = session.config, session.trainer.policy
-    losses = []
+    updates = []
     with session.trainer.phase("old log-probs"):
         for mini_batch in mini_batches:
+            routing = session.routing(mini_batch)
             old = None
             if config.train.recompute_old_logprobs:
-                old = [logprobs for logprobs, _ in policy.logprobs(mini_batch.micro_batches)]
-            losses.append(PolicyLoss(config.objective, mini_batch, old, policy.device))
-    return losses
+                routed = routing.old_pass() if routing else None
+                old = [logprobs for logprobs, _ in policy.logprobs(mini_batch.micro_batches, routing=routed)]
+                if routing and _due(config.routing.noise_floor, session):
+                    policy.logprobs(mini_batch.micro_batches, routing=routing.rerun_pass())
+            updates.append((PolicyLoss(config.objective, mini_batch, old, policy.device), routing))
+    return updates
 
 
 def _due(every: int, session: Session) -> bool:

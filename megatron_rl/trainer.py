@@ -23,12 +23,14 @@ from megatron_rl.engine.exchange import broadcast_bytes
 from megatron_rl.engine.losses import PolicyLoss, SftLoss
 from megatron_rl.engine.parallel import Place, start_process_groups, stop_process_groups
 from megatron_rl.engine.policy import Policy
+from megatron_rl.engine.routes import reduce_stats
 from megatron_rl.errors import UserError
 from megatron_rl.lab.console import Console
 from megatron_rl.lab.run import RunDir
 from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.models.architecture import read_architecture
 from megatron_rl.models.weights_io import save_weights
+from megatron_rl.routing.modes import MiniBatchRouting
 
 MAX_SHARD_BYTES = 4 << 30
 
@@ -56,11 +58,16 @@ class Trainer:
     def phase(self, name: str) -> AbstractContextManager[None]:
         return self.console.phase(name)
 
-    def update(self, mini_batch: MiniBatch, loss: PolicyLoss | SftLoss) -> dict[str, float]:
+    def update(
+        self, mini_batch: MiniBatch, loss: PolicyLoss | SftLoss, routing: MiniBatchRouting | None = None
+    ) -> dict[str, float]:
         """One optimizer step; returns its metrics, over all ranks."""
         with self.phase("update"):
-            result = self.policy.update(mini_batch.micro_batches, loss)
+            routing_pass = routing.update_pass() if routing else None
+            result = self.policy.update(mini_batch.micro_batches, loss, routing_pass)
         metrics = self.reduce(loss.metrics, holds_samples=self.policy.is_last_stage)
+        if routing is not None:
+            metrics |= reduce_stats(routing.stats, self.place).finalize()
         norms = {f"grad_norm/{kind}": norm for kind, norm in result.grad_norms.items()}
         return {**metrics, "lr": result.lr, "grad_norm": result.grad_norm, **norms}
 

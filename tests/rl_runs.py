@@ -13,25 +13,29 @@ from safetensors.torch import load_file
 from tiny_models import EOS, VOCAB_SIZE
 from transformers import AutoModelForCausalLM
 
-from megatron_rl.data.sample import Group, Prompt, Sample, Verdict
+from megatron_rl.data.sample import Group, Prompt, Sample, Verdict, VersionSpan
 from megatron_rl.data.store import write_groups
 from megatron_rl.lab.run import read_metrics
+from megatron_rl.routing.trace import RoutingTrace
 
 STEPS, PROMPTS, GROUP, MINI_BATCHES = 3, 8, 4, 4
 
 
-def save_rollouts(model: Path, run_dir: Path, *, steps: int = STEPS, shuffled: bool = False) -> None:
-    """Random responses with the model's own log-probs, as a server at the initial weights would have given."""
+def save_rollouts(
+    model: Path, run_dir: Path, *, steps: int = STEPS, shuffled: bool = False, traces: bool = False
+) -> None:
+    """Random responses with the model's own log-probs, as a server at the initial weights would have given. `traces`:
+    with the model's own routes too, a fifth of the rows drawn anew, as if from an engine that rounds otherwise."""
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     rng = np.random.default_rng(1)
     for step in range(1, steps + 1):
-        groups = [_group(reference, rng, index) for index in range(PROMPTS)]
+        groups = [_group(reference, rng, index, traces) for index in range(PROMPTS)]
         if shuffled:
             groups = groups[::-1]
         write_groups(run_dir / "rollouts" / f"step-{step:06d}-dp-0000.jsonl", groups, weight_version=step - 1)
 
 
-def _group(reference: torch.nn.Module, rng: np.random.Generator, index: int) -> Group:
+def _group(reference: torch.nn.Module, rng: np.random.Generator, index: int, traces: bool) -> Group:
     ids = tuple(rng.integers(2, VOCAB_SIZE, rng.integers(3, 9)).tolist())
     prompt = Prompt(f"prompt {index}", "", ids, "", "arithmetic")
     samples = []
@@ -41,9 +45,27 @@ def _group(reference: torch.nn.Module, rng: np.random.Generator, index: int) -> 
             logits = reference(torch.tensor([[*ids, *response]])).logits[0, len(ids) - 1 : -1]
         logprobs = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).squeeze(1).tolist()
         sample = Sample.start(prompt, number).extend(response, [min(p, 0.0) for p in logprobs], 0)
+        if traces:
+            sample = sample.with_trace(_drifted_trace(reference, [*ids, *response], rng))
         correct = bool(rng.random() < 0.5)
         samples.append(_judged(sample, correct))
     return Group(index, prompt, tuple(samples))
+
+
+def _drifted_trace(reference: torch.nn.Module, token_ids: list[int], rng: np.random.Generator) -> RoutingTrace:
+    routers = {n: m for n, m in enumerate(layer.mlp for layer in reference.model.layers) if hasattr(m, "gate")}
+    chosen: list[torch.Tensor] = []
+    hooks = [m.gate.register_forward_hook(lambda _m, _i, out: chosen.append(out[2])) for m in routers.values()]
+    with torch.no_grad():
+        reference(torch.tensor([token_ids]))
+    for hook in hooks:
+        hook.remove()
+    ids = torch.stack(chosen, dim=1).numpy()[:-1].astype(np.int64)
+    experts = reference.config.num_experts
+    drawn = rng.permuted(np.tile(np.arange(experts), (*ids.shape[:2], 1)), axis=-1)[..., : ids.shape[2]]
+    ids = np.where(rng.random(ids.shape[:2])[..., None] < 0.2, drawn, ids)
+    rows = (VersionSpan(0, 0, len(ids)),)
+    return RoutingTrace.from_ids(ids, layers=tuple(routers), num_experts=experts, source="rollout", versions=rows)
 
 
 def _judged(sample: Sample, correct: bool) -> Sample:

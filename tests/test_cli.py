@@ -25,6 +25,7 @@ OPTIONS = {
     "train": {"config", "overrides", "--dry-run", "--resume", "--world-size"},
     "sft": {"config", "overrides", "--dry-run", "--resume", "--world-size"},
     "serve": {"model", "--host", "--port", "--device", "--dtype", "--tp", "--max-total-tokens"},
+    "certify": {"--model", "--layout", "--recompute", "--dtype", "--device", "--json"},
     "parity": {
         "--model",
         "--tokens",

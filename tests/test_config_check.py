@@ -41,6 +41,12 @@ def found(config: Config | SftConfig, world_size: int = 1) -> list[str]:
         ("weights.verify=1 rollout.servers.dtype=bf16", 1),
         ("weights.verify=1 engine.dtype=fp32 rollout.servers.dtype=bf16 weights.verify_bound=0.1", 1),
         ("data.max_prompt_tokens=1024 rollout.max_response_tokens=3072", 1),
+        ("routing.replay=r2 routing.observe_rollout=true routing.noise_floor=3", 1),
+        ("routing.replay=r3 rollout.servers.extra_flags=[--ep-size=2]", 1),
+        ("routing.replay=r3 train.recompute_old_logprobs=false train.mini_batches=1", 1),
+        ("routing.replay=r3 rollout.replay_from=runs/zero", 1),
+        ("routing.replay=r3 rollout.servers.urls=[http://a:1]", 1),
+        ("routing.replay=r2 rollout.servers.extra_flags=[--enable-eplb]", 1),
     ],
 )
 def test_configurations_without_a_contradiction(tmp_path: Path, overrides: str, world_size: int) -> None:
@@ -108,6 +114,31 @@ def test_configurations_without_a_contradiction(tmp_path: Path, overrides: str, 
             1,
             "weights.verify_bound: not set, and the bound for engine.dtype fp32 is too tight for bf16 servers",
         ),
+        (
+            "routing.replay=r2 train.recompute_old_logprobs=false train.mini_batches=1",
+            1,
+            "routing.replay: r2, but train.recompute_old_logprobs is false: there is no old-log-prob pass to record",
+        ),
+        (
+            "routing.noise_floor=2 train.recompute_old_logprobs=false train.mini_batches=1",
+            1,
+            "routing.noise_floor: 2, but train.recompute_old_logprobs is false: there is no old-log-prob pass to run",
+        ),
+        (
+            "routing.replay=r3 rollout.servers.extra_flags=[--enable-eplb]",
+            1,
+            "rollout.servers.extra_flags: with --enable-eplb SGLang's routes may be wrong",
+        ),
+        (
+            "routing.observe_rollout=true rollout.servers.extra_flags=[--ep-num-redundant-experts=2]",
+            1,
+            "rollout.servers.extra_flags: with --ep-num-redundant-experts SGLang's routes may be wrong",
+        ),
+        (
+            "routing.replay=r3 rollout.servers.extra_flags=[--enable-hierarchical-cache]",
+            1,
+            "rollout.servers.extra_flags: with --enable-hierarchical-cache SGLang's routes may be wrong",
+        ),
         ("eval.every=1", 1, "eval.every: 1, but data.heldout is not set"),
         ("eval.samples=4", 1, "eval.samples: 4 greedy responses to a prompt are all the same"),
     ],
@@ -148,3 +179,35 @@ def test_dense_layers_that_a_server_would_ignore(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.path: layers \[0\] are dense, but SGLang's"):
         check_config(rl(tmp_path, ""), mixed, 1)
     check_config(rl(tmp_path, "rollout.replay_from=runs/zero"), mixed, 1)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("routing.replay=r2", "routing.replay: r2"),
+        ("routing.replay=r3", "routing.replay: r3"),
+        ("routing.observe_rollout=true", "routing.observe_rollout: true"),
+        ("routing.noise_floor=1", "routing.noise_floor: 1"),
+    ],
+)
+def test_a_model_without_experts_has_no_routes(tmp_path: Path, override: str, key: str) -> None:
+    dense = dataclasses.replace(
+        ARCHITECTURE, family="qwen3", num_experts=0, experts_per_token=0, expert_hidden_size=0, norm_topk_prob=False
+    )
+    check_config(rl(tmp_path, ""), dense, 1)
+    with pytest.raises(ConfigError) as caught:
+        check_config(rl(tmp_path, override), dense, 1)
+    assert str(caught.value) == f"{key}, but the model has no experts"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "needed"),
+    [
+        ("", False),
+        ("routing.replay=r2 routing.noise_floor=1", False),
+        ("routing.replay=r3", True),
+        ("routing.observe_rollout=true", True),
+    ],
+)
+def test_when_the_rollouts_routes_are_needed(tmp_path: Path, overrides: str, needed: bool) -> None:
+    assert rl(tmp_path, overrides).routing.needs_rollout_routes is needed

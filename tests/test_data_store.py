@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +13,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rl.data.sample import Group, Prompt, Sample, Verdict
+from megatron_rl.data.sample import Group, Prompt, Sample, Verdict, VersionSpan
 from megatron_rl.data.store import StoreError, decode_samples, encode_samples, read_groups, write_groups
+from megatron_rl.routing.trace import RoutingTrace
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)  # lone surrogates are not UTF-8
 token_ids = st.lists(st.integers(0, 2**31 - 1), max_size=6)
 logprob = st.floats(-(2.0**100), 0, width=32)
 verdicts = st.none() | st.builds(Verdict, st.floats(allow_nan=False, allow_infinity=False), st.booleans())
+
+
+def some_trace(
+    rows: int, *, layers: int = 2, top_k: int = 2, num_experts: int = 8, seed: int = 0, missing: float = 0.2
+) -> RoutingTrace:
+    rng = np.random.default_rng(seed)
+    ids = rng.permuted(np.tile(np.arange(num_experts), (rows, layers, 1)), axis=-1)[..., :top_k]
+    ids[rng.random(rows) < missing] = -1
+    spans = (VersionSpan(seed, 0, rows),)
+    return RoutingTrace.from_ids(ids, layers=range(layers), num_experts=num_experts, source="rollout", versions=spans)
 
 
 @st.composite
@@ -29,6 +42,10 @@ def groups(draw) -> Group:
         for ids in draw(st.lists(token_ids, max_size=3)):
             logprobs = draw(st.none() | st.lists(logprob, min_size=len(ids), max_size=len(ids)))
             sample = sample.extend(ids, logprobs, draw(st.integers(0, 9)))
+        if draw(st.booleans()):
+            rows = draw(st.integers(0, len(sample.token_ids)))
+            trace = some_trace(rows, num_experts=draw(st.sampled_from([8, 300])), seed=draw(st.integers(0, 9)))
+            sample = sample.with_trace(trace)
         reason = draw(st.sampled_from([None, "stop", "length", "abort"]))
         samples.append(dataclasses.replace(sample, finish_reason=reason, verdict=draw(verdicts)))
     return Group(draw(st.integers(0, 99)), prompt, tuple(samples))
@@ -40,6 +57,9 @@ def assert_same(one: Sample, other: Sample) -> None:
         if isinstance(a, np.ndarray):
             assert a.dtype == b.dtype
             assert a.tobytes() == b.tobytes(), field.name  # to the bit: -0.0 and denormal numbers too
+        elif isinstance(a, RoutingTrace):
+            assert isinstance(b, RoutingTrace)
+            assert a.checksum == b.checksum
         else:
             assert a == b, field.name
 
@@ -57,10 +77,15 @@ def test_groups_come_back_from_disk_as_they_were(tmp_path_factory, batch):
 
 
 @given(st.lists(groups(), max_size=3))
-def test_samples_come_back_from_bytes_as_they_were(batch):
+def test_samples_come_back_from_bytes_as_they_were_without_their_traces(batch):
     samples = [sample for group in batch for sample in group.samples]
     for one, other in zip(samples, decode_samples(encode_samples(samples)), strict=True):
-        assert_same(one, other)
+        assert_same(dataclasses.replace(one, trace=None), other)
+
+
+def test_a_trace_adds_nothing_to_what_travels_between_ranks():
+    (sample,) = one_group().samples
+    assert encode_samples([sample.with_trace(some_trace(5))]) == encode_samples([sample])
 
 
 def one_group() -> Group:
@@ -94,6 +119,29 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == before
 
 
+def written(trace: RoutingTrace) -> str:
+    return "raw:" + base64.b64encode(trace.to_bytes()).decode()
+
+
+def test_a_file_from_before_there_were_traces_is_read(tmp_path):
+    assert b"trace" not in saved(tmp_path).read_bytes()
+    assert read_groups(saved(tmp_path))[0].samples[0].trace is None
+
+
+@pytest.mark.parametrize(("num_experts", "form"), [(16, "zlib"), (256, "raw")])
+def test_a_trace_is_compressed_where_it_pays(tmp_path, num_experts, form):
+    trace = some_trace(200, layers=8, top_k=4, num_experts=num_experts, missing=0.0)
+    sample = Sample.start(Prompt("p", "", tuple(range(200)), "", ""), 0).with_trace(trace)
+    path = tmp_path / "step.jsonl"
+    write_groups(path, [Group(0, sample.prompt, (sample,))], weight_version=0)
+    text = orjson.loads(path.read_bytes().splitlines()[1])["samples"][0]["trace"]
+    assert text.startswith(form + ":")
+    data = base64.b64decode(text.partition(":")[2])
+    assert (zlib.decompress(data) if form == "zlib" else data) == trace.to_bytes()
+    assert form == "raw" or len(data) < 0.8 * trace.bytes_held
+    assert_same(read_groups(path)[0].samples[0], sample)
+
+
 def edit(path: Path, line: int, change) -> None:
     lines = path.read_bytes().splitlines()
     record = orjson.loads(lines[line - 1])
@@ -119,6 +167,13 @@ def edit(path: Path, line: int, change) -> None:
         (lambda r: r["samples"][0].update(finish_reason="stopped"), "finish_reason"),
         (lambda r: r["samples"][0].update(verdict=[None, True]), r"verdict\.0"),
         (lambda r: r["prompt"].pop("answer"), r"prompt\.answer"),
+        (lambda r: r["samples"][0].update(trace=5), r"samples\.0\.trace"),
+        (lambda r: r["samples"][0].update(trace="AAAA"), r"samples\.0\.trace: .*expected raw:\.\.\. or zlib:"),
+        (lambda r: r["samples"][0].update(trace="raw:?"), r"samples\.0\.trace: .*no raw data"),
+        (lambda r: r["samples"][0].update(trace="raw:ä"), r"samples\.0\.trace: .*no raw data"),
+        (lambda r: r["samples"][0].update(trace="zlib:AAAA"), r"samples\.0\.trace: .*no zlib data"),
+        (lambda r: r["samples"][0].update(trace="raw:AAAA"), r"samples\.0\.trace: .*no routing trace"),
+        (lambda r: r["samples"][0].update(trace=written(some_trace(6))), "trace: 6 rows for 5 tokens"),
     ],
 )
 def test_a_damaged_record_is_refused_with_file_line_and_field(tmp_path, change, message):

@@ -14,8 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_rl.config.schema import EngineConfig, RolloutConfig
 from megatron_rl.errors import UserError
 from megatron_rl.rollout import server as server_module
+from megatron_rl.rollout.pool import Pool
 from megatron_rl.rollout.server import PORTS, Server, ServerError, ServerOptions, free_ports, sglang_command
 
 ROOT = str(Path(__file__).parent.parent)
@@ -82,13 +84,24 @@ def test_fewer_cores_than_ranks_are_one_thread_each() -> None:
     assert environment["OMP_NUM_THREADS"] == "1"
 
 
-def test_the_command_carries_seed_key_and_sizes() -> None:
-    command, _ = sglang_command(
-        options(seed=7, api_key="k", max_total_tokens=99, max_running_requests=11), has_gpu=False
-    )
+def test_the_command_carries_seed_and_sizes() -> None:
+    command, _ = sglang_command(options(seed=7, max_total_tokens=99, max_running_requests=11), has_gpu=False)
     found = flags(command)
-    names = ("--random-seed", "--api-key", "--max-total-tokens", "--max-running-requests", "--model-path")
-    assert [found[name] for name in names] == ["7", "k", "99", "11", "/models/tiny"]
+    names = ("--random-seed", "--max-total-tokens", "--max-running-requests", "--model-path")
+    assert [found[name] for name in names] == ["7", "99", "11", "/models/tiny"]
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_routes_are_returned_only_where_they_are_wanted(has_gpu: bool) -> None:
+    for wanted in (False, True):
+        command, _ = sglang_command(options(device="auto", return_routed_experts=wanted), has_gpu)
+        assert ("--enable-return-routed-experts" in command) is wanted
+
+
+def test_a_pool_starts_servers_that_return_routes_only_where_they_are_wanted(tmp_path: Path) -> None:
+    for wanted in (False, True):
+        pool = Pool(RolloutConfig(), EngineConfig(), tmp_path, tmp_path, 0, return_routed_experts=wanted)
+        assert pool._options(0, 1).return_routed_experts is wanted
 
 
 @pytest.mark.parametrize(("gpus", "extra", "fits"), [(4, (), False), (6, (), True), (1, ("--base-gpu-id", "0"), True)])

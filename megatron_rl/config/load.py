@@ -20,6 +20,17 @@ from megatron_rl.models.architecture import Architecture
 
 C = TypeVar("C", Config, SftConfig)
 
+# Flags of servers whose routes cannot be trusted: experts that are moved or doubled are numbered anew, and KV that is
+# loaded from elsewhere comes without its tokens' routes, which SGLang does not notice (rollout/routes.py).
+UNROUTED_FLAGS = (
+    "--enable-eplb",
+    "--ep-num-redundant-experts",
+    "--init-expert-location",
+    "--enable-hierarchical-cache",
+    "--enable-lmcache",
+    "--disaggregation-mode",
+)
+
 
 def load_config(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
     """The configuration with its presets merged in; its `presets` is empty. Raises ConfigError with all mistakes."""
@@ -96,6 +107,7 @@ def check_config(config: Config | SftConfig, arch: Architecture, world_size: int
             *_check_lengths(config, arch),
             *_check_objective(config),
             *_check_servers(config, arch),
+            *_check_routing(config, arch),
             *_check_evaluation(config),
         ]
     else:
@@ -202,10 +214,41 @@ def _check_servers(config: Config, arch: Architecture) -> Iterator[str]:
                 "drop one or the other"
             )
         return
+    if servers.api_key_env is not None:
+        # SGLang prints all its arguments, the key among them, into its log.
+        yield (
+            f"rollout.servers.api_key_env: {servers.api_key_env}, but rollout.servers.urls names no servers; those that "
+            "the trainer starts have no key, as SGLang would write it into its log in run_dir"
+        )
     if arch.num_heads % servers.tp:
         yield f"rollout.servers.tp: {servers.tp} does not divide the {arch.num_heads} attention heads of the model"
     if weights.verify and weights.verify_bound is None and config.engine.dtype == "fp32" and servers.dtype == "bf16":
         yield "weights.verify_bound: not set, and the bound for engine.dtype fp32 is too tight for bf16 servers"
+
+
+def _check_routing(config: Config, arch: Architecture) -> Iterator[str]:
+    routing = config.routing
+    used = {
+        f"routing.replay: {routing.replay}": routing.replay != "none",
+        "routing.observe_rollout: true": routing.observe_rollout,
+        f"routing.noise_floor: {routing.noise_floor}": routing.noise_floor > 0,
+    }
+    if not arch.num_experts:
+        yield from (f"{key}, but the model has no experts" for key, is_used in used.items() if is_used)
+    if not config.train.recompute_old_logprobs:
+        without = "but train.recompute_old_logprobs is false: there is no old-log-prob pass to"
+        if routing.replay == "r2":
+            yield f"routing.replay: r2, {without} record"
+        if routing.noise_floor:
+            yield f"routing.noise_floor: {routing.noise_floor}, {without} run twice"
+    if routing.needs_rollout_routes and config.rollout.replay_from is None:
+        given = {flag.partition("=")[0] for flag in config.rollout.servers.extra_flags}
+        for flag in UNROUTED_FLAGS:
+            if flag in given:
+                yield (
+                    f"rollout.servers.extra_flags: with {flag} SGLang's routes may be wrong, but routing.replay r3 and "
+                    "routing.observe_rollout need them"
+                )
 
 
 def _check_evaluation(config: Config) -> Iterator[str]:

@@ -97,7 +97,9 @@ class ServersConfig(Frozen):
     tp: PositiveInt = 1
     dtype: ServerDtype = "auto"
     """auto: the engine's dtype."""
-    api_key: str | None = None
+    api_key_env: str | None = None
+    """Environment variable, on the machine of each rank, with the key of the servers under `urls`. The key itself is
+    neither in the configuration nor in the run directory."""
     start_timeout: Annotated[float, Field(gt=0)] = 600.0
     """Seconds until a launched server must answer."""
     max_total_tokens: PositiveInt = 65536
@@ -151,6 +153,23 @@ class ObjectiveConfig(Frozen):
     advantage: AdvantageConfig = AdvantageConfig()
 
 
+class RoutingConfig(Frozen):
+    """Routing replay: which experts the trainer's tokens go to. Only the choice is replayed, not the scores."""
+
+    replay: Literal["none", "r2", "r3"] = "none"
+    """none: live routing; r2: the trainer's old-log-prob pass records, every update replays [GSPO 2507.18071, section
+    5.3]; r3: the rollout engine's routes are replayed in the old-log-prob pass and every update [2510.11370]."""
+    observe_rollout: bool = False
+    """Ask the servers for their routes for the metrics, though they are not replayed."""
+    noise_floor: NonNegativeInt = 0
+    """Every N-th step the old-log-prob pass runs twice, and the routing metrics compare the two: what differs without
+    any update; 0: never."""
+
+    @property
+    def needs_rollout_routes(self) -> bool:
+        return self.replay == "r3" or self.observe_rollout
+
+
 class WeightsConfig(Frozen):
     route: Literal["collective", "disk"] = "collective"
     bucket_mib: PositiveInt = 256
@@ -201,6 +220,7 @@ class Config(Frozen):
     rollout: RolloutConfig = RolloutConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig
+    routing: RoutingConfig = RoutingConfig()
     weights: WeightsConfig = WeightsConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

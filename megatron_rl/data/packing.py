@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -60,10 +60,46 @@ def pack(
     `total` lengthens the row to so many positions, which must divide among the ranks. Raises ValueError for a sample
     whose first token is in the loss mask: nothing predicts it.
     """
+    for sample in samples:
+        if not len(sample.token_ids) or sample.loss_mask[0]:
+            raise ValueError(
+                f"prompt {sample.prompt.id!r} sample {sample.index}: its first token cannot be trained on; "
+                "a prompt needs at least one token"
+            )
     lengths = padded_lengths([len(s.token_ids) for s in samples], cp=cp, tp=tp, total=total)
-    parts = [_place(s, a, n, i) for i, (s, a, n) in enumerate(zip(samples, advantages, lengths, strict=True))]
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return PackedBatch(**columns, cu_seqlens=np.cumsum([0, *lengths], dtype=np.int64))
+    cu_seqlens = np.cumsum([0, *lengths], dtype=np.int64)
+    ids = [s.token_ids.astype(np.int64) for s in samples]
+    masks = [s.loss_mask[1:] for s in samples]
+    weights = [mask * np.float32(advantage) for mask, advantage in zip(masks, advantages, strict=True)]
+    return PackedBatch(
+        token_ids=pack_rows(ids, cu_seqlens, repeat=True),
+        position_ids=np.concatenate([np.arange(n, dtype=np.int64) for n in lengths]),
+        labels=pack_rows([np.roll(i, -1) for i in ids], cu_seqlens, repeat=True),
+        loss_mask=pack_rows(masks, cu_seqlens),
+        rollout_logprobs=pack_rows([s.rollout_logprobs[1:] for s in samples], cu_seqlens),
+        advantages=pack_rows(weights, cu_seqlens),
+        sequence_ids=np.repeat(np.arange(len(samples)), lengths),
+        valid=pack_rows([np.ones(len(i), dtype=np.bool_) for i in ids], cu_seqlens),
+        cu_seqlens=cu_seqlens,
+    )
+
+
+def pack_rows(
+    rows: Sequence[npt.NDArray[T]], cu_seqlens: npt.NDArray[np.integer], *, repeat: bool = False
+) -> npt.NDArray[T]:
+    """Each sequence's [n, ...] in its place of the row: [cu_seqlens[-1], ...]. What is left of a place stays zero, or
+    repeats the sequence.
+
+    Tokens and all that goes by token, routing traces too, are laid down here and nowhere else.
+    """
+    row = np.zeros((int(cu_seqlens[-1]), *rows[0].shape[1:]), dtype=rows[0].dtype)
+    for part, start, end in zip(rows, cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+        if len(part) > end - start:
+            raise ValueError(f"{len(part)} rows for a sequence of {end - start} positions")
+        row[start : start + len(part)] = part
+        if repeat:
+            row[start:end] = np.resize(part, (end - start, *part.shape[1:]))
+    return row
 
 
 def pack_all(
@@ -89,31 +125,6 @@ def padded_lengths(lengths: Sequence[int], *, cp: int, tp: int, total: int | Non
     return padded
 
 
-def _place(sample: Sample, advantage: float, length: int, sequence: int) -> dict[str, npt.NDArray[Any]]:
-    """One sequence's columns of the PackedBatch, lengthened to `length`."""
-    n = len(sample.token_ids)
-    if not n or sample.loss_mask[0]:
-        raise ValueError(
-            f"prompt {sample.prompt.id!r} sample {sample.index}: its first token cannot be trained on; "
-            "a prompt needs at least one token"
-        )
-    repeated = np.resize(sample.token_ids, length + 1).astype(np.int64)
-    mask = np.zeros(length, dtype=np.bool_)
-    mask[: n - 1] = sample.loss_mask[1:]
-    logprobs = np.zeros(length, dtype=np.float32)
-    logprobs[: n - 1] = sample.rollout_logprobs[1:]
-    return {
-        "token_ids": repeated[:-1],
-        "position_ids": np.arange(length, dtype=np.int64),
-        "labels": repeated[1:],
-        "loss_mask": mask,
-        "rollout_logprobs": logprobs,
-        "advantages": mask * np.float32(advantage),
-        "sequence_ids": np.full(length, sequence, dtype=np.int64),
-        "valid": np.arange(length) < n,
-    }
-
-
 def cp_index(cu_seqlens: npt.NDArray[np.integer], cp: int, rank: int) -> Ints:
     """Positions of the row that a context-parallel rank holds, in its order: [T / cp].
 
@@ -133,6 +144,11 @@ def cp_index(cu_seqlens: npt.NDArray[np.integer], cp: int, rank: int) -> Ints:
         for part in (rank, 2 * cp - 1 - rank):
             chunks.append(np.arange(start + part * chunk, start + (part + 1) * chunk))
     return np.concatenate(chunks).astype(np.int64)
+
+
+def rank_rows(cu_seqlens: npt.NDArray[np.integer], *, cp: int, cp_rank: int, tp: int, tp_rank: int) -> Ints:
+    """Positions of the row whose tokens pass through a rank's routers, in their order: [T / (cp * tp)]."""
+    return np.split(cp_index(cu_seqlens, cp, cp_rank), tp)[tp_rank]
 
 
 def cp_slice(array: npt.NDArray[T], cu_seqlens: npt.NDArray[np.integer], cp: int, rank: int) -> npt.NDArray[T]:

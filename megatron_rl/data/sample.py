@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:  # routing.trace imports this module
+    from megatron_rl.routing.trace import RoutingTrace
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -60,6 +63,7 @@ class Sample:
     versions: tuple[VersionSpan, ...] = ()
     finish_reason: FinishReason | None = None
     verdict: Verdict | None = None
+    trace: RoutingTrace | None = None  # of the engine that sampled; covers the first trace.rows tokens
 
     @classmethod
     def start(cls, prompt: Prompt, index: int) -> Sample:
@@ -95,6 +99,15 @@ class Sample:
             rollout_logprobs=np.concatenate([self.rollout_logprobs, values]),
             versions=(*self.versions, VersionSpan(weight_version, start, end)),
         )
+
+    def with_trace(self, trace: RoutingTrace) -> Sample:
+        """Raises ValueError for a trace of more rows than there are tokens."""
+        if trace.rows > len(self.token_ids):
+            raise ValueError(
+                f"prompt {self.prompt.id!r} sample {self.index}: a routing trace of {trace.rows} rows for "
+                f"{len(self.token_ids)} tokens"
+            )
+        return dataclasses.replace(self, trace=trace)
 
     @property
     def response_ids(self) -> npt.NDArray[np.int32]:

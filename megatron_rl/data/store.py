@@ -1,12 +1,15 @@
 """Rollouts on disk and between ranks, exact to the last bit and never pickled.
 
-On disk they are JSON lines that people can read. A float32 log-prob is written as the shortest decimal of its float64
-value, which reads back to the same float32. Between ranks they are safetensors, at nine bytes a token.
+On disk they are JSON lines that people can read, but for the routing traces. A float32 log-prob is written as the
+shortest decimal of its float64 value, which reads back to the same float32. Between ranks they are safetensors, at nine
+bytes a token.
 """
 
 from __future__ import annotations
 
+import base64
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,12 +17,16 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import orjson
 import safetensors.numpy
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from megatron_rl.data.sample import FinishReason, Group, Prompt, Sample, Verdict, VersionSpan
 from megatron_rl.errors import UserError
+from megatron_rl.routing.trace import RoutingTrace, TraceError
 
 FORMAT = 1
+PROBE_BYTES = 1 << 16
+PAYS = 0.8
+"""A trace is compressed when its first PROBE_BYTES shrink to less than this: up to some 64 experts."""
 
 _Count = Annotated[int, Field(ge=0)]
 _TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -47,7 +54,33 @@ class _PromptRecord(_Record):
     verifier: str
 
 
+def _write_trace(trace: RoutingTrace) -> str:
+    """base64 of the trace's bytes, behind `raw:` or `zlib:`."""
+    data = trace.to_bytes()
+    probe = data[:PROBE_BYTES]
+    if len(zlib.compress(probe, level=1)) < PAYS * len(probe):
+        return "zlib:" + base64.b64encode(zlib.compress(data, level=1)).decode()
+    return "raw:" + base64.b64encode(data).decode()
+
+
+def _read_trace(written: object) -> object:
+    """Raises ValueError. What is no text is left for pydantic to refuse."""
+    if not isinstance(written, str):
+        return written
+    form, _, text = written.partition(":")
+    if form not in ("raw", "zlib"):
+        raise TraceError(f"found {written!r:.20}; expected raw:... or zlib:...")
+    try:
+        data = base64.b64decode(text, validate=True)
+        data = zlib.decompress(data) if form == "zlib" else data
+    except (ValueError, zlib.error) as error:
+        raise TraceError(f"found text that is no {form} data ({error})") from None
+    return RoutingTrace.from_bytes(data)
+
+
 class _SampleRecord(_Record):
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
     sample: _Count
     token_ids: list[_TokenId]
     loss_mask: list[Literal[0, 1]]
@@ -56,6 +89,7 @@ class _SampleRecord(_Record):
     finish_reason: FinishReason | None
     verdict: tuple[float, bool] | None  # reward, correct
     response: str | None = None  # for people; token_ids count
+    trace: Annotated[RoutingTrace | None, BeforeValidator(_read_trace)] = None  # absent from older files
 
     @model_validator(mode="after")
     def _fits_together(self) -> _SampleRecord:
@@ -64,6 +98,8 @@ class _SampleRecord(_Record):
             raise ValueError("{} token_ids, {} loss_mask and {} rollout_logprobs".format(*lengths))
         if any(not start <= end <= lengths[0] for _, start, end in self.versions):
             raise ValueError(f"versions: a span is not within the {lengths[0]} tokens")
+        if self.trace is not None and self.trace.rows > lengths[0]:
+            raise ValueError(f"trace: {self.trace.rows} rows for {lengths[0]} tokens")
         return self
 
 
@@ -119,7 +155,8 @@ def read_groups(path: Path) -> list[Group]:
 
 
 def encode_samples(samples: Sequence[Sample]) -> bytes:
-    """For other ranks of the trainer. `decode_samples` gives back the same."""
+    """For other ranks of the trainer. `decode_samples` gives back the same, without the routing traces: they are many
+    times as large, so they travel by themselves, and each rank gets its own slice only (engine/routes.py)."""
 
     def column(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
         return np.concatenate([np.empty(0, dtype), *arrays])
@@ -161,12 +198,13 @@ def _group_record(group: Group, decode: Callable[[list[int]], str] | None) -> di
     samples = []
     for sample in group.samples:
         text = {"response": decode(sample.response_ids.tolist())} if decode else {}
+        trace = {} if sample.trace is None else {"trace": _write_trace(sample.trace)}
         columns = {
             "token_ids": sample.token_ids.tolist(),
             "loss_mask": sample.loss_mask.astype(int).tolist(),
             "rollout_logprobs": sample.rollout_logprobs.astype(float).tolist(),
         }
-        samples.append({**_sample_record(sample), **text, **columns})
+        samples.append({**_sample_record(sample), **text, **columns, **trace})
     return {"index": group.index, "prompt": _prompt_record(group.prompt), "samples": samples}
 
 
@@ -185,7 +223,7 @@ def _prompt(record: dict[str, Any]) -> Prompt:
 
 
 def _sample_record(sample: Sample) -> dict[str, Any]:
-    """All but the arrays."""
+    """All but the arrays and the trace."""
     verdict = sample.verdict
     return {
         "sample": sample.index,
@@ -213,4 +251,5 @@ def _read_sample(prompt: Prompt, record: _SampleRecord) -> Sample:
         token_ids=np.asarray(record.token_ids, dtype=np.int32),
         loss_mask=np.asarray(record.loss_mask, dtype=np.bool_),
         rollout_logprobs=np.asarray(record.rollout_logprobs, dtype=np.float32),
+        trace=record.trace,
     )

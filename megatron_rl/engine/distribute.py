@@ -1,7 +1,8 @@
 """From each leader's own samples to the packed micro-batches of every rank.
 
 Leaders exchange sizes only; every rank then makes the same plan. Samples that the plan moves to another data-parallel
-replica travel between leaders, and each leader hands its replica what that replica trains on.
+replica travel between leaders, and each leader hands its replica what that replica trains on. Routing traces take the
+same way, but each rank gets its own slice only (engine/routes.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from megatron_rl.data.schedule import Denominators, SampleSize, plan
 from megatron_rl.data.store import decode_samples, encode_samples
 from megatron_rl.engine.exchange import all_gather_bytes, broadcast_bytes
 from megatron_rl.engine.parallel import Place
+from megatron_rl.engine.routes import RouteExchange
+from megatron_rl.routing.slicing import RankRoutes
+from megatron_rl.routing.trace import RoutingTrace
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class MiniBatch:
     index: int
     micro_batches: tuple[PackedBatch, ...]
     denominators: Denominators  # of all data-parallel replicas together
+    routes: tuple[RankRoutes, ...] | None = None  # the rollout's, one for each micro-batch
 
 
 def distribute(
@@ -46,8 +51,9 @@ def distribute(
     *,
     mini_batches: int,
     max_tokens: int,
+    routes: RouteExchange | None = None,
 ) -> list[MiniBatch]:
-    """`mine` is what this leader fetched, and empty on other ranks. Collective."""
+    """`mine` is what this leader fetched, and empty on other ranks; for `routes`, each has a trace. Collective."""
     sizes, home = _exchange_sizes(mine, place)
     schedule = plan(
         sizes,
@@ -70,19 +76,28 @@ def distribute(
     here = [*mine, *arriving] if place.leads_replica else []
     wanted = [s for s in here if target[s.index] == place.dp]
     samples = {s.index: s for s in _decode(broadcast_bytes(_encode(wanted), place.replica))}
-    return [
-        MiniBatch(
-            index=step.mini_batch,
-            micro_batches=pack_all(
-                [[(samples[i].sample, samples[i].advantage) for i in part] for part in step.micro_batches[place.dp]],
-                cp=layout.cp,
-                tp=layout.tp,
-                equal=layout.vpp > 1,
-            ),
-            denominators=step.denominators,
+    traces = {}
+    if routes is not None:
+        traces = routes.migrate({s.index: _trace(s) for s in mine}, home, target)
+    batches = []
+    for step in schedule.steps:
+        parts = step.micro_batches[place.dp]
+        packed = pack_all(
+            [[(samples[i].sample, samples[i].advantage) for i in part] for part in parts],
+            cp=layout.cp,
+            tp=layout.tp,
+            equal=layout.vpp > 1,
         )
-        for step in schedule.steps
-    ]
+        sliced = None if routes is None else routes.scatter(traces, parts, packed)
+        batches.append(MiniBatch(step.mini_batch, packed, step.denominators, sliced))
+    return batches
+
+
+def _trace(sample: TrainSample) -> RoutingTrace:
+    trace = sample.sample.trace
+    if trace is None:
+        raise ValueError(f"prompt {sample.sample.prompt.id!r} sample {sample.sample.index} has no routing trace")
+    return trace
 
 
 def _exchange_sizes(mine: Sequence[TrainSample], place: Place) -> tuple[list[SampleSize], list[int]]:

@@ -27,6 +27,8 @@ from megatron_rl.engine.parallel import Place
 from megatron_rl.engine.step import LossFunction, forward, forward_backward
 from megatron_rl.models.architecture import Architecture, read_architecture
 from megatron_rl.models.weights_io import ModelRanks, load_weights
+from megatron_rl.routing.replay import Observer, Routers, RoutingPass
+from megatron_rl.routing.slicing import RankRoutes
 from megatron_rl.weights.export import ExportGroups, export_stream
 
 
@@ -72,6 +74,7 @@ class Policy:
             etp_rank=place.etp,
             etp_size=layout.etp,
         )
+        self.routers = Routers(stages)
         self.unused_weights = load_weights(list(stages), self.arch, model_dir, ranks)
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=optim is not None, grad_reduce_in_fp32=True, overlap_grad_reduce=False
@@ -95,7 +98,18 @@ class Policy:
     def _micro_batches(self, batches: Sequence[PackedBatch]) -> list[MicroBatch]:
         return [micro_batch(b, self.layout.cp, self.place.cp, self.device) for b in batches]
 
-    def logprobs(self, batches: Sequence[PackedBatch], temperature: float | None = None) -> list[tuple[Tensor, Tensor]]:
+    def routing_pass(
+        self, routes: Sequence[RankRoutes] | None = None, *, record: bool = False, observers: Sequence[Observer] = ()
+    ) -> RoutingPass:
+        """For one call of logprobs, gradients or update: what its routers are to do."""
+        return RoutingPass(self.routers, routes, record=record, observers=observers)
+
+    def logprobs(
+        self,
+        batches: Sequence[PackedBatch],
+        temperature: float | None = None,
+        routing: RoutingPass | None = None,
+    ) -> list[tuple[Tensor, Tensor]]:
         """Log-prob of each position's label and entropy, both [T] fp32, per micro-batch; [] off the last stage.
 
         They are those of logits / `temperature`; None is the policy's own.
@@ -107,21 +121,23 @@ class Policy:
         for stage in stages:
             stage.temperature = temperature or self.temperature
         try:
-            return forward(self.stages, self._micro_batches(batches))
+            return forward(self.stages, self._micro_batches(batches), routing)
         finally:
             for stage in stages:
                 stage.temperature = self.temperature
 
-    def gradients(self, batches: Sequence[PackedBatch], loss: LossFunction) -> None:
+    def gradients(self, batches: Sequence[PackedBatch], loss: LossFunction, routing: RoutingPass | None = None) -> None:
         """Leaves the gradient of the summed loss in each parameter's main_grad."""
         for stage in self.stages:
             stage.zero_grad_buffer()
-        forward_backward(self.stages, self._micro_batches(batches), loss)
+        forward_backward(self.stages, self._micro_batches(batches), loss, routing)
 
-    def update(self, batches: Sequence[PackedBatch], loss: LossFunction) -> UpdateResult:
+    def update(
+        self, batches: Sequence[PackedBatch], loss: LossFunction, routing: RoutingPass | None = None
+    ) -> UpdateResult:
         """One optimizer step. Raises RuntimeError for a non-finite gradient, before any weight has changed."""
         self.optimizer.zero_grad()
-        self.gradients(batches, loss)
+        self.gradients(batches, loss, routing)
         self.scheduler.step(increment=1)
         self.optimizer.prepare_grads()
         by_kind = grad_norms(self.stages, optimizer_parts(self.optimizer), self.device)

@@ -6,6 +6,7 @@ global and already in it), so gradients are summed over ranks, never averaged.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,9 +15,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_rl.engine.batch import MicroBatch
+from megatron_rl.routing.replay import RoutingPass
 
 LossFunction = Callable[[int, Tensor, Tensor], Tensor]
 """(micro-batch index, log-probs [T], entropy [T]) -> scalar loss. T is the whole packed batch, padding included."""
@@ -47,7 +50,10 @@ def _whole(output: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
 
 
 def forward_backward(
-    stages: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch], loss: LossFunction
+    stages: Sequence[torch.nn.Module],
+    micro_batches: Sequence[MicroBatch],
+    loss: LossFunction,
+    routing: RoutingPass | None = None,
 ) -> None:
     """Accumulates the summed loss's gradients into the stages' gradient buffers, reduced over ranks. Collective.
 
@@ -64,45 +70,51 @@ def forward_backward(
         value = loss(index, *_whole(output, micro_batches[index]))
         return value * tokens, torch.tensor(output.shape[0], dtype=torch.int, device=device), {}
 
-    _run(stages, micro_batches, loss_function, forward_only=False)
+    _run(stages, micro_batches, loss_function, routing, forward_only=False)
 
 
 @torch.no_grad()
-def forward(stages: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
+def forward(
+    stages: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch], routing: RoutingPass | None = None
+) -> list[tuple[Tensor, Tensor]]:
     """(log-probs [T], entropy [T]) of each micro-batch on the last pipeline stage, [] on the others. Collective."""
 
     def collect(index: int, output: Tensor, non_loss_data: bool = True) -> tuple[Tensor, Tensor]:
         return _whole(output, micro_batches[index])
 
-    return _run(stages, micro_batches, collect, forward_only=True)
+    return _run(stages, micro_batches, collect, routing, forward_only=True)
 
 
 def _run(
     stages: Sequence[torch.nn.Module],
     micro_batches: Sequence[MicroBatch],
     loss_function: Callable[..., Any],
+    routing: RoutingPass | None,
     forward_only: bool,
 ) -> list[Any]:
     def forward_step(batches: Iterator[tuple[int, MicroBatch]], stage: torch.nn.Module) -> tuple[Tensor, Any]:
         index, batch = next(batches)
-        output = stage(
-            input_ids=batch.token_ids,
-            position_ids=batch.position_ids,
-            attention_mask=None,
-            labels=batch.labels,
-            packed_seq_params=batch.sequences,
-        )
+        with routing.micro_batch(stages.index(stage), index) if routing else contextlib.nullcontext():
+            output = stage(
+                input_ids=batch.token_ids,
+                position_ids=batch.position_ids,
+                attention_mask=None,
+                labels=batch.labels,
+                packed_seq_params=batch.sequences,
+            )
         return output, functools.partial(loss_function, index)
 
+    recomputes = not forward_only and get_model_config(stages[0]).recompute_granularity == "full"
     iterators = [iter(list(enumerate(micro_batches))) for _ in stages]
-    return get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iterators if len(stages) > 1 else iterators[0],
-        model=list(stages) if len(stages) > 1 else stages[0],
-        num_microbatches=len(micro_batches),
-        # Over all context-parallel ranks; used with virtual stages only, else shapes travel with the tensors.
-        seq_length=int(micro_batches[0].packed.cu_seqlens[-1]),
-        micro_batch_size=1,
-        forward_only=forward_only,
-        collect_non_loss_data=forward_only,
-    )
+    with routing.schedule(len(micro_batches), recomputes) if routing else contextlib.nullcontext():
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(stages) > 1 else iterators[0],
+            model=list(stages) if len(stages) > 1 else stages[0],
+            num_microbatches=len(micro_batches),
+            # Over all context-parallel ranks; used with virtual stages only, else shapes travel with the tensors.
+            seq_length=int(micro_batches[0].packed.cu_seqlens[-1]),
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )

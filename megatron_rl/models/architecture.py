@@ -74,6 +74,10 @@ class Architecture:
     norm_topk_prob: bool = False
     dense_layers: tuple[int, ...] = ()  # 0-based numbers of the layers without experts; empty if num_experts is 0
 
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        return tuple(layer for layer in range(self.num_layers) if self.is_moe(layer))
+
     def is_moe(self, layer: int) -> bool:
         """Whether layer `layer` (0-based, global) has experts."""
         return self.num_experts > 0 and layer not in self.dense_layers

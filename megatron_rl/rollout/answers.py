@@ -16,6 +16,8 @@ from pydantic import BaseModel, Field, FiniteFloat, StrictInt
 
 from megatron_rl.data.sample import FinishReason, VersionSpan
 from megatron_rl.errors import UserError
+from megatron_rl.rollout.routes import SERVER_FLAG, RouteSpec, read_routes
+from megatron_rl.routing.trace import RoutingTrace, TraceError
 
 ROUNDING = 1e-6
 """SGLang takes the log of a probability that fp32 may round to just above 1. Up to here that is taken for 0."""
@@ -37,6 +39,7 @@ class Completion:
     finish_reason: FinishReason
     versions: tuple[VersionSpan, ...]  # over token_ids
     text: str
+    trace: RoutingTrace | None = None  # of prompt and completion but the last token; None: not asked for, or aborted
 
 
 class _Finish(BaseModel):
@@ -54,6 +57,8 @@ class _Meta(BaseModel):
     finish_reason: _Finish
     output_token_logprobs: list[_Entry]
     weight_versions: list[_Span]
+    num_retractions: StrictInt = 0
+    routed_experts: str | None = None
 
 
 class _Answer(BaseModel):
@@ -71,11 +76,19 @@ class _Score(BaseModel):
 
 
 def read_completion(
-    answer: Any, *, where: str, max_new_tokens: int, vocab_size: int, versions: Container[int]
+    answer: Any,
+    *,
+    where: str,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    vocab_size: int,
+    versions: Container[int],
+    routes: RouteSpec | None = None,
 ) -> Completion:
-    """`where` names server and request in errors; `versions` are the weight versions that the trainer has published.
+    """`where` names server and request in errors; `versions` are the weight versions that the trainer has published;
+    `routes` is given where they were asked for.
 
-    Raises RolloutError. An aborted answer may be empty; no other may.
+    Raises RolloutError. An aborted answer may be empty, and without routes; no other may.
     """
     checked: _Answer = _parse(_Answer, answer, where)
     ids, meta = checked.output_ids, checked.meta_info
@@ -93,13 +106,30 @@ def read_completion(
     if reason.type == "stop" and isinstance(reason.matched, int) and ids[-1] != reason.matched:
         # Without this token nothing would teach the policy to stop.
         raise _bad(where, "output_ids", f"{ids[-1]} as the last", f"{reason.matched}, which ended the response")
+    spans = _spans(meta.weight_versions, len(ids), versions, where)
     return Completion(
         token_ids=tuple(ids),
         logprobs=tuple(min(logprob, 0.0) for logprob, _, _ in entries),
         finish_reason=reason.type,
-        versions=_spans(meta.weight_versions, len(ids), versions, where),
+        versions=spans,
         text=checked.text,
+        trace=None if routes is None else _trace(meta, routes, prompt_tokens, spans, where),
     )
+
+
+def _trace(
+    meta: _Meta, routes: RouteSpec, prompt: int, versions: Sequence[VersionSpan], where: str
+) -> RoutingTrace | None:
+    if meta.finish_reason.type == "abort" and (meta.routed_experts is None or not versions):
+        return None
+    if meta.routed_experts is None:
+        raise _bad(where, "routed_experts", "none", f"routes; was the server started with {SERVER_FLAG}?")
+    try:
+        return read_routes(
+            meta.routed_experts, routes, prompt=prompt, versions=versions, retracted=meta.num_retractions > 0
+        )
+    except TraceError as error:
+        raise RolloutError(f"{where}: routed_experts: {error}") from None
 
 
 def read_score(answer: Any, *, where: str, token_ids: Sequence[int]) -> list[float]:

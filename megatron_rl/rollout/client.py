@@ -17,6 +17,7 @@ import orjson
 import tenacity
 
 from megatron_rl.rollout.answers import Completion, RolloutError, read_completion, read_score
+from megatron_rl.rollout.routes import RouteSpec
 from megatron_rl.rollout.transport import Connections
 
 MAX_TRIES = 8
@@ -77,12 +78,15 @@ class SGLangClient:
         vocab_size: int,
         versions: Container[int],
         seed: int | None = None,
+        routes: RouteSpec | None = None,
     ) -> Completion:
         """Samples from the whole distribution at logits / temperature (0: greedy; the log-probs are then untempered and
         say nothing of mu). `versions` are the weight versions that the trainer has published. Raises RolloutError.
 
         `seed`, in [0, 2**63), counts only where the server runs with --enable-deterministic-inference, which SGLang has
         for GPUs; there, requests of one prompt without different seeds would all sample the same response.
+
+        With `routes` the server is asked for the experts that each token visited, and must have been started so.
         """
         outside = [i for i in token_ids if not 0 <= i < vocab_size]
         if (
@@ -102,15 +106,18 @@ class SGLangClient:
             "presence_penalty": 0.0,
             "repetition_penalty": 1.0,
         }
-        answer = await self._call(
-            "/generate", {"input_ids": list(token_ids), "sampling_params": sampling, "return_logprob": True}
-        )
+        body = {"input_ids": list(token_ids), "sampling_params": sampling, "return_logprob": True}
+        if routes is not None:
+            body |= {"return_routed_experts": True, "routed_experts_start_len": 0}
+        answer = await self._call("/generate", body)
         return read_completion(
             answer,
             where=self._request_name(answer),
+            prompt_tokens=len(token_ids),
             max_new_tokens=max_new_tokens,
             vocab_size=vocab_size,
             versions=versions,
+            routes=routes,
         )
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:

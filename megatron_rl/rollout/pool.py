@@ -7,20 +7,30 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from megatron_rl.config.schema import EngineConfig, RolloutConfig
+from megatron_rl.config.schema import EngineConfig, RolloutConfig, ServersConfig
 from megatron_rl.cores import threads_per_process
-from megatron_rl.rollout.server import Server, ServerOptions, free_ports
+from megatron_rl.rollout.server import Server, ServerError, ServerOptions, free_ports
 
 
 class Pool:
     """Lives on the trainer's rank 0. Entering starts what has to be started and waits until all answer."""
 
-    def __init__(self, rollout: RolloutConfig, engine: EngineConfig, model: Path, logs: Path, seed: int) -> None:
+    def __init__(
+        self,
+        rollout: RolloutConfig,
+        engine: EngineConfig,
+        model: Path,
+        logs: Path,
+        seed: int,
+        *,
+        return_routed_experts: bool = False,
+    ) -> None:
         self._rollout = rollout
         self._engine = engine
         self._model = model
         self._logs = logs
         self._seed = seed
+        self._return_routed_experts = return_routed_experts
         self._servers: list[Server] = []
 
     @property
@@ -55,7 +65,7 @@ class Pool:
             max_running_requests=self._rollout.concurrency,
             threads=threads_per_process(config.launch),
             seed=self._seed + number,
-            api_key=config.api_key,
+            return_routed_experts=self._return_routed_experts,
             extra_flags=config.extra_flags,
         )
 
@@ -73,6 +83,20 @@ class Pool:
         for server in self._servers:
             server.stop()
         self._servers.clear()
+
+
+def read_api_key(servers: ServersConfig) -> str | None:
+    """The key of servers that run elsewhere, None for none. Raises ServerError when its variable is not set."""
+    name = servers.api_key_env
+    if name is None:
+        return None
+    key = os.environ.get(name)
+    if not key:
+        raise ServerError(
+            f"rollout.servers.api_key_env: the environment variable {name} is not set; set it to the key of "
+            "rollout.servers.urls on the machine of every rank"
+        )
+    return key
 
 
 def local_ranks() -> int:

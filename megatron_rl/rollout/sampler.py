@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_rl.data.sample import Group, Prompt, Sample
 from megatron_rl.rollout.client import Completion, RolloutError, SGLangClient
+from megatron_rl.rollout.routes import RouteSpec
 
 MAX_ABORTS = 3
 """How often a request that the server aborted is sent."""
@@ -31,6 +32,7 @@ class Sampling:
     vocab_size: int
     versions: frozenset[int]  # weight versions that the servers may hold
     seed: int = 0  # with it, the versions and a sample's place in the batch make the request's seed
+    routes: RouteSpec | None = None  # ask for the experts that each token visited
 
 
 class _Spread:
@@ -72,6 +74,7 @@ async def _complete(client: SGLangClient, prompt: Prompt, seed: int, sampling: S
                     vocab_size=sampling.vocab_size,
                     versions=sampling.versions,
                     seed=seed,
+                    routes=sampling.routes,
                 )
                 if completion.finish_reason != "abort":
                     return completion
@@ -114,7 +117,7 @@ def request_seed(sampling: Sampling, group: int, number: int) -> int:
 
 
 def as_sample(prompt: Prompt, index: int, completion: Completion) -> Sample:
-    """One span of the sample for each weight version that generated it."""
+    """One span of the sample for each weight version that generated it, and its routing trace if there is one."""
     sample = Sample.start(prompt, index)
     for span in completion.versions:
         sample = sample.extend(
@@ -122,4 +125,6 @@ def as_sample(prompt: Prompt, index: int, completion: Completion) -> Sample:
             list(completion.logprobs[span.start : span.end]),
             span.version,
         )
+    if completion.trace is not None:
+        sample = sample.with_trace(completion.trace)
     return dataclasses.replace(sample, finish_reason=completion.finish_reason)

@@ -20,6 +20,7 @@ import psutil
 
 from megatron_rl.cores import usable_cores
 from megatron_rl.errors import UserError
+from megatron_rl.rollout.routes import SERVER_FLAG
 
 LOG_TAIL_LINES = 30
 LOG_LINE_WIDTH = 300  # SGLang prints all its arguments in one line of 15,000 characters
@@ -64,7 +65,7 @@ class ServerOptions:
     max_running_requests: int = 256
     threads: int | None = None  # cores of a server on a CPU, over all its ranks; None: all
     seed: int = 0
-    api_key: str | None = None
+    return_routed_experts: bool = False  # answer with the experts that each token visited, where asked
     extra_flags: tuple[str, ...] = ()
 
 
@@ -84,8 +85,6 @@ def sglang_command(options: ServerOptions, has_gpu: bool) -> tuple[list[str], di
         "--grammar-backend": "none",
         "--log-level-http": "warning",  # else a line of log for every request
     }
-    if options.api_key is not None:
-        flags["--api-key"] = options.api_key
     environment = {"HF_HUB_OFFLINE": "1"}  # the model is a directory; SGLang would ask the hub about it
     if on_cpu:
         # Without the attention backend SGLang takes AMX kernels, which are not installed, where the CPU has AMX.
@@ -97,6 +96,8 @@ def sglang_command(options: ServerOptions, has_gpu: bool) -> tuple[list[str], di
     arguments = [part for pair in flags.items() for part in pair]
     # An idle scheduler polls: on a CPU it would take a core from the trainer.
     switches = ["--sleep-on-idle"] if on_cpu else []
+    if options.return_routed_experts:
+        switches.append(SERVER_FLAG)
     return [sys.executable, "-m", module, *arguments, *switches, *options.extra_flags], environment
 
 

@@ -31,13 +31,11 @@ def extend(
     encoder_lens: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """Takes the place of TorchNativeAttnBackend._run_sdpa_forward_extend: causal attention of each sequence's new tokens
-    to all of it, into `output`, (tokens, heads, head_dim). What else that function can do is left to it."""
+    """Takes the place of TorchNativeAttnBackend._run_sdpa_forward_extend: causal attention of each sequence's new
+    tokens to all of it, into `output`, (tokens, heads, head_dim). What else that function can do is left to it."""
     if encoder_lens is not None or not options["causal"] or options["sliding_window_size"] is not None:
         lengths = (seq_lens, extend_prefix_lens, extend_seq_lens, encoder_lens)
-        return original(
-            backend, query, output, k_cache, v_cache, req_to_token, req_pool_indices, *lengths, **options
-        )
+        return original(backend, query, output, k_cache, v_cache, req_to_token, req_pool_indices, *lengths, **options)
     caches = (k_cache, v_cache)
     _attend(query, output, caches, req_to_token, req_pool_indices, seq_lens, extend_seq_lens, options["scaling"])
     return output
@@ -76,8 +74,8 @@ def _attend(
     q_lens: Tensor,
     scaling: float | None,
 ) -> None:
-    """`query` and `output`: (sum of q_lens, heads, head_dim), sequence after sequence; `caches`: keys and values, (slots,
-    KV heads, head_dim); `req_to_token[rows[i], :kv_lens[i]]` are the slots of sequence i."""
+    """`query` and `output`: (sum of q_lens, heads, head_dim), sequence after sequence; `caches`: keys and values,
+    (slots, KV heads, head_dim); `req_to_token[rows[i], :kv_lens[i]]` are the slots of sequence i."""
     first = 0
     for part in _parts(q_lens.tolist(), kv_lens.tolist()):
         q_len, kv_len = q_lens[part], kv_lens[part]

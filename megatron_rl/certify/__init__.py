@@ -1,0 +1,134 @@
+"""`megatron-rl certify`: proof, on the real model and in each layout, that routers replay exactly their own rows.
+
+The grid's layouts run on ranks of their own, started per world size. watch.py says what is proven there; the negative
+cases of spoil.py show that the proof can fail: each spoils the replay in one way and must be caught.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import orjson
+
+from megatron_rl.certify.result import Result, Spec
+from megatron_rl.config.layout import Layout, check_layout, parse_layout
+from megatron_rl.config.schema import EngineConfig
+from megatron_rl.errors import UserError
+from megatron_rl.models.architecture import read_architecture
+
+GRID = ("tp=1", "tp=2", "pp=2", "pp=2,vpp=2", "cp=2", "ep=2", "dp=2", "tp=2,ep=2,etp=2", "cp=2,ep=2", "tp=2,pp=2,ep=2")
+RECOMPUTE = ("none", "full", "selective")
+
+
+class CertifyError(UserError):
+    """A model or layout that cannot be certified."""
+
+
+def run(
+    model: Path | None,
+    layouts: Sequence[str],
+    recompute: Sequence[str] = RECOMPUTE,
+    dtype: str = "fp32",
+    device: str = "auto",
+    as_json: bool = False,
+) -> int:
+    """Prints one result per layout and recomputation; returns 0 when all pass, else 1. Raises CertifyError."""
+    with tempfile.TemporaryDirectory(prefix="megatron-rl-certify-") as scratch:
+        if model is None:
+            model = Path(scratch) / "model"
+            make_model(model)
+        by_world = _by_world(model, layouts, EngineConfig(dtype=dtype, device=device))  # type: ignore[arg-type]
+        results: dict[tuple[str, str], Result] = {}
+        for world, same_world in sorted(by_world.items()):
+            spec = Spec(str(model), same_world, list(recompute), dtype, device)
+            results |= {(r.layout, r.recompute): r for r in _run_ranks(spec, world, Path(scratch))}
+    ordered = [results[layout, kind] for layout in layouts for kind in recompute]
+    _report(ordered, as_json)
+    return 0 if all(r.passed for r in ordered) else 1
+
+
+def _by_world(model: Path, layouts: Sequence[str], engine: EngineConfig) -> dict[int, list[str]]:
+    from megatron_rl.certify.batch import LENGTHS
+
+    arch = read_architecture(model)
+    if not arch.num_experts:
+        raise CertifyError(f"--model {model}: no layer has experts; there is nothing to certify")
+    if arch.vocab_size < sum(LENGTHS):
+        raise CertifyError(f"--model {model}: a vocabulary of {arch.vocab_size}; the proof needs {sum(LENGTHS)} tokens")
+    by_world: dict[int, list[str]] = {}
+    for text in layouts:
+        layout = Layout.resolve(*parse_layout(text))
+        problems = check_layout(layout, arch, engine)
+        if problems:
+            raise CertifyError(f"--layout {text}: " + "; ".join(problems))
+        by_world.setdefault(layout.world_size, []).append(text)
+    return by_world
+
+
+def make_model(directory: Path) -> None:
+    """A random Qwen3-MoE: 8 layers, the first of them dense, 16 experts, top-4, grouped-query attention."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    config = Qwen3MoeConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        num_hidden_layers=8,
+        mlp_only_layers=[0],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=16,
+        num_experts_per_tok=4,
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
+        initializer_range=0.1,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        Qwen3MoeForCausalLM(config).float().save_pretrained(directory)
+
+
+def _run_ranks(spec: Spec, world: int, scratch: Path) -> list[Result]:
+    from megatron_rl.engine.launch import run_ranks
+
+    spec_file, answer = scratch / "spec.json", scratch / f"world-{world}.json"
+    spec_file.write_text(json.dumps(asdict(spec)))
+    if run_ranks("megatron_rl.certify.ranks", [str(spec_file), str(answer)], world) != 0 or not answer.is_file():
+        raise CertifyError(f"the engine failed on {world} ranks for layouts {spec.layouts}; its output is above")
+    return [Result(**r) for r in orjson.loads(answer.read_bytes())]
+
+
+def _report(results: Sequence[Result], as_json: bool) -> None:
+    if as_json:
+        for r in results:
+            print(json.dumps({**asdict(r), "passed": r.passed}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="each router used exactly its own rows")
+    for column in ("layout", "recompute", "rows replayed", "routed live", "again in backward", "caught", "passed"):
+        table.add_column(column, no_wrap=column == "layout")
+    for r in results:
+        caught = f"{sum(r.caught.values())} of {len(r.caught)}"
+        rows = (str(r.replayed_rows), str(r.live_rows), str(r.recomputed_rows))
+        table.add_row(r.layout, r.recompute, *rows, caught, "yes" if r.passed else "NO")
+    console = Console()
+    console.print(table)
+    for r in results:
+        missed = [f"not caught: {name}" for name, caught in r.caught.items() if not caught]
+        for problem in (*r.problems, *missed):
+            console.print(f"{r.layout}, recompute {r.recompute}: {problem}")

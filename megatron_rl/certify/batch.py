@@ -1,0 +1,66 @@
+"""The batch that is certified: every token has an id of its own, and every row of every trace experts of its own.
+
+The experts are drawn from (sample, position, layer), so that a row, a layer or a sample too far shows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_rl.data.sample import Prompt, Sample, VersionSpan
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.routing.trace import RoutingTrace
+
+LENGTHS = (24, 17, 31, 24, 8, 40, 13, 31, 22, 9, 35, 16)
+"""Of the samples, in tokens; unequal, so that they are packed, padded and cut at odd places."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """Which row of which trace a token's id stands for."""
+
+    sample: int
+    position: int
+
+
+def first_id(sample: int) -> int:
+    return sum(LENGTHS[:sample])
+
+
+def token_of(token_id: int) -> Token:
+    ends = np.cumsum(LENGTHS)
+    sample = int(np.searchsorted(ends, token_id, side="right"))
+    return Token(sample, token_id - first_id(sample))
+
+
+def make_samples(arch: Architecture) -> list[Sample]:
+    """Traces end one row early, as a rollout engine's do; some have rows missing inside, and one has none at all."""
+    samples = []
+    for number, length in enumerate(LENGTHS):
+        ids = range(first_id(number), first_id(number) + length)
+        prompt = Prompt(f"certificate:{number}", "", tuple(ids[:4]), "", "")
+        sample = Sample.start(prompt, 0).extend(list(ids[4:]), [-1.0] * (length - 4), weight_version=0)
+        samples.append(sample.with_trace(make_trace(arch, number, length)))
+    return samples
+
+
+def make_trace(arch: Architecture, sample: int, length: int) -> RoutingTrace:
+    layers = arch.moe_layers
+    ids = np.empty((length - 1, len(layers), arch.experts_per_token), dtype=np.int32)
+    for column, layer in enumerate(layers):
+        for row in range(length - 1):
+            rng = np.random.default_rng([sample, row, layer])
+            ids[row, column] = rng.permutation(arch.num_experts)[: arch.experts_per_token]
+    if sample % 3 == 1:
+        ids[length // 2 : length // 2 + 3] = -1
+    if sample == len(LENGTHS) - 1:
+        ids[:] = -1
+    versions = (VersionSpan(0, 0, length - 1),)
+    return RoutingTrace.from_ids(ids, layers=layers, num_experts=arch.num_experts, source="rollout", versions=versions)
+
+
+def trace_of(sample: Sample) -> RoutingTrace:
+    assert sample.trace is not None
+    return sample.trace

@@ -1,0 +1,110 @@
+"""The certificate on the ranks of one world: each layout with each recomputation, and the negative cases."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import orjson
+import torch
+import torch.distributed as dist
+
+from megatron_rl.certify.result import Result, Spec
+from megatron_rl.config.layout import Layout, parse_layout
+from megatron_rl.config.schema import EngineConfig
+from megatron_rl.engine.device import use_device
+
+if TYPE_CHECKING:  # Megatron-Core is imported once the device is ready for it
+    from megatron_rl.certify.spoil import Spoiled
+    from megatron_rl.certify.watch import Verdict
+    from megatron_rl.data.sample import Sample
+    from megatron_rl.engine.policy import Policy
+
+
+def worker(spec: Spec, answer: Path) -> None:
+    device = use_device(spec.device)
+    from megatron.core import parallel_state
+
+    from megatron_rl.engine.parallel import start_process_groups, stop_process_groups
+    from megatron_rl.engine.policy import Policy
+
+    results = []
+    for text in spec.layouts:
+        layout = Layout.resolve(*parse_layout(text))
+        place = start_process_groups(layout, device, seed=0)
+        for recompute in spec.recompute:
+            engine = EngineConfig(dtype=spec.dtype, recompute=recompute, device=spec.device)  # type: ignore[arg-type]
+            policy = Policy(Path(spec.model), layout, place, engine, device, optim=None)
+            results.append(_certify(policy, text))
+        parallel_state.destroy_model_parallel()
+    if place.rank == 0:
+        answer.write_bytes(orjson.dumps([asdict(r) for r in results]))
+    stop_process_groups()
+
+
+def _certify(policy: Policy, text: str) -> Result:
+    from megatron_rl.certify.batch import make_samples
+    from megatron_rl.certify.spoil import Spoiled, cases, refuses_fusion
+
+    samples = make_samples(policy.arch)
+    forward, backward, held = _prove(policy, samples, Spoiled())
+    problems = [] if forward.holds else [f"forward: {forward}"]
+    if backward is not None and not backward.holds:
+        problems.append(f"recomputation: {backward}")
+    caught = {name: _is_caught(policy, samples, case) for name, case in cases(policy).items()}
+    return Result(
+        layout=text,
+        recompute=policy.engine.recompute,
+        dtype=policy.engine.dtype,
+        replayed_rows=forward.replayed,
+        live_rows=forward.live,
+        recomputed_rows=backward.replayed if backward else 0,
+        trace_bytes=_maximum(policy, held),
+        problems=problems,
+        caught=caught | {"router fusion": _maximum(policy, not refuses_fusion(policy)) == 0},
+    )
+
+
+def _prove(policy: Policy, samples: list[Sample], case: Spoiled) -> tuple[Verdict, Verdict | None, int]:
+    """(verdict on the forward pass, verdict on the recomputation or None, bytes of routes on this rank)."""
+    from megatron_rl.certify.watch import Watch, judge, share_rows
+    from megatron_rl.engine.distribute import TrainSample, distribute
+    from megatron_rl.engine.routes import RouteExchange
+
+    place, layout = policy.place, policy.layout
+    # All samples begin on one leader, so that those of other replicas have to move.
+    mine = case.samples(samples) if place.leads_replica and place.dp == 0 else []
+    numbered = [TrainSample(i, i, sample, 1.0) for i, sample in enumerate(mine)]
+    exchange = RouteExchange(policy.arch, policy.routers.layers, place, layout)
+    (mini_batch,) = distribute(numbered, place, layout, mini_batches=1, max_tokens=64, routes=exchange)
+    mini_batch = case.apply(mini_batch)
+    recomputes = policy.engine.recompute == "full"
+    routing = case.routing_pass(policy.routers, mini_batch.routes)
+    masks = [torch.as_tensor(batch.loss_mask, device=policy.device) for batch in mini_batch.micro_batches]
+    watch = Watch(policy)
+    with watch.on(recomputes):
+        policy.gradients(mini_batch.micro_batches, lambda i, logprobs, _: -(logprobs * masks[i]).sum(), routing)
+    rows = share_rows(watch.rows, place)
+    forward = judge(watch.forward, rows, samples, place)
+    backward = judge(watch.backward, rows, samples, place) if recomputes else None
+    return forward, backward, sum(r.bytes for r in mini_batch.routes or ())
+
+
+def _is_caught(policy: Policy, samples: list[Sample], case: Spoiled) -> bool:
+    forward, backward, _ = _prove(policy, samples, case)
+    if case.backward:
+        return forward.holds and backward is not None and not backward.holds
+    return not forward.holds
+
+
+def _maximum(policy: Policy, value: int) -> int:
+    largest = torch.tensor(int(value))
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=policy.place.control)
+    return int(largest)
+
+
+if __name__ == "__main__":
+    worker(Spec(**json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]))

@@ -1,0 +1,171 @@
+"""What the routers of a layout really did, and whether it is what the traces say.
+
+Nothing of the replay's own code is trusted. The rows that leave the embedding tell by their token's id which (sample,
+position) each of them is, and rows keep their order through the stages; hooks on the routers read the routing map that
+the experts get, in the forward pass and again where the backward pass recomputes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from megatron_rl.certify.batch import LENGTHS, token_of, trace_of
+from megatron_rl.data.sample import Sample
+from megatron_rl.engine.exchange import all_gather_bytes
+from megatron_rl.engine.parallel import Place
+from megatron_rl.engine.policy import Policy
+from megatron_rl.routing.trace import RoutingTrace
+
+Sets = npt.NDArray[np.bool_]  # [rows, experts]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One router call: the experts that each row got, and those that its live scores choose."""
+
+    layer: int
+    micro_batch: int
+    got: Sets
+    live: Sets
+
+
+@dataclass
+class Watch:
+    """Hooks on embedding and routers during one run of the schedule."""
+
+    policy: Policy
+    rows: list[list[int]] = field(default_factory=list)  # per micro-batch, the token id of each row; first stages only
+    forward: list[Call] = field(default_factory=list)
+    backward: list[Call] = field(default_factory=list)
+    _calls: defaultdict[tuple[int, bool], int] = field(default_factory=lambda: defaultdict(int))
+
+    @contextlib.contextmanager
+    def on(self, recomputes: bool) -> Iterator[None]:
+        handles = []
+        for stage in self.policy.stages:
+            model = stage.module
+            if model.pre_process:
+                ids = _embedded_ids(model)
+                handles.append(
+                    model.embedding.register_forward_hook(lambda _m, _i, out, ids=ids: self._embedded(out, ids))
+                )
+            for router in model.modules():
+                if isinstance(router, TopKRouter):
+                    handles.append(
+                        router.register_forward_hook(
+                            lambda module, args, out: self._routed(module, args, out, recomputes)
+                        )
+                    )
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _embedded(self, out: Tensor, ids: dict[bytes, int]) -> None:
+        self.rows.append([ids[row.numpy().tobytes()] for row in _plain(out).flatten(0, -2)])
+
+    def _routed(
+        self, router: TopKRouter, args: tuple[Tensor, ...], out: tuple[Tensor, Tensor], recomputes: bool
+    ) -> None:
+        # Recomputed activations are thrown away by a forward pass without gradients first.
+        again = recomputes and torch.is_grad_enabled()
+        layer = router.layer_number - 1
+        with torch.no_grad():
+            logits = router.gating(args[0]).flatten(0, -2)
+            live = torch.zeros_like(logits, dtype=torch.bool).scatter(1, logits.topk(router.topk, dim=1).indices, True)
+        call = Call(layer, self._calls[layer, again], out[1].bool().cpu().numpy(), live.cpu().numpy())
+        self._calls[layer, again] += 1
+        (self.backward if again else self.forward).append(call)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().cpu()
+
+
+def _embedded_ids(model: GPTModel) -> dict[bytes, int]:
+    """From the bytes of an embedded token to its id."""
+    shard = model.embedding.word_embeddings.weight.detach()
+    group = parallel_state.get_tensor_model_parallel_group()
+    parts = [torch.empty_like(shard) for _ in range(group.size())]
+    dist.all_gather(parts, shard, group=group)
+    table = _plain(torch.cat(parts)[: sum(LENGTHS)])
+    found = {row.numpy().tobytes(): number for number, row in enumerate(table)}
+    if len(found) < sum(LENGTHS):
+        raise ValueError("the model embeds two of the certificate's tokens alike; nothing can be told apart")
+    return found
+
+
+# ---- the verdict
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Over all ranks of all replicas; rows are (sample, position, layer)."""
+
+    replayed: int  # rows that used exactly their own trace
+    live: int  # rows without a route, which used their live choice
+    expected_replayed: int
+    expected_live: int
+    strange: int  # router rows that are neither, and no padding
+
+    @property
+    def holds(self) -> bool:
+        return (self.replayed, self.live, self.strange) == (self.expected_replayed, self.expected_live, 0)
+
+
+def judge(calls: Sequence[Call], rows: Sequence[Sequence[int]], samples: Sequence[Sample], place: Place) -> Verdict:
+    """`rows`: the token of each row, by micro-batch, of the first stage with this rank's tp and cp. Collective."""
+    traces = [trace_of(sample) for sample in samples]
+    columns = {layer: column for column, layer in enumerate(traces[0].layers)}
+    seen: dict[str, list[int]] = {}  # (token, layer) -> rows that used its trace, its live choice, neither
+    for call in calls:
+        for row, token_id in enumerate(rows[call.micro_batch]):
+            token = token_of(token_id)
+            trace = traces[token.sample]
+            wanted = call.live[row]
+            kind = 1
+            if token.position < trace.rows and trace.present[token.position]:
+                wanted, kind = np.zeros_like(wanted), 0
+                wanted[trace.experts[token.position, columns[call.layer]]] = True
+            counts = seen.setdefault(f"{token_id}:{call.layer}", [0, 0, 0])
+            counts[kind if np.array_equal(call.got[row], wanted) else 2] += 1
+    totals: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    for part in all_gather_bytes(orjson.dumps(seen), place.control):
+        for key, counts in orjson.loads(part).items():
+            totals[key] = [a + b for a, b in zip(totals[key], counts, strict=True)]
+    return _count(totals, traces, len(columns))
+
+
+def _count(totals: dict[str, list[int]], traces: Sequence[RoutingTrace], layers: int) -> Verdict:
+    """Padding repeats its sequence and routes live, so a token may be there more than once; but only one row may be
+    its own, and exactly one."""
+    present = sum(int(trace.present.sum()) for trace in traces) * layers
+    live = sum(LENGTHS) * layers - present
+    replayed = sum(counts[0] == 1 for counts in totals.values())
+    routed_live = sum(counts[0] == 0 and counts[1] > 0 and counts[2] == 0 for counts in totals.values())
+    strange = sum(counts[2] for counts in totals.values() if counts[0] != 1)
+    return Verdict(replayed, routed_live, present, live, strange)
+
+
+def share_rows(rows: list[list[int]], place: Place) -> list[list[int]]:
+    """The rows that the first stage saw, on every stage: the pipeline hands them on rank by rank. Collective."""
+    mine = orjson.dumps([place.tp, place.cp, place.dp, place.pp, rows])
+    for part in all_gather_bytes(mine, place.control):
+        tp, cp, dp, pp, found = orjson.loads(part)
+        if (tp, cp, dp, pp) == (place.tp, place.cp, place.dp, 0):
+            return found
+    raise AssertionError("no first stage")

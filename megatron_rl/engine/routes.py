@@ -1,0 +1,135 @@
+"""Routing traces on their way from the leaders that fetched them to the ranks whose routers replay them.
+
+Tokens go to a whole replica; traces are far larger, so each rank is sent its own rows and layers only, one micro-batch
+after another, and a sample's trace changes leaders only when the sample does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import orjson
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_rl.config.layout import Layout
+from megatron_rl.data.packing import PackedBatch, rank_rows
+from megatron_rl.engine.exchange import all_gather_bytes
+from megatron_rl.engine.parallel import Place
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.routing.drift import RoutingStats
+from megatron_rl.routing.slicing import RankRoutes, RouteOwner, ids_dtype, slice_routes
+from megatron_rl.routing.trace import RoutingTrace
+
+
+class RouteExchange:
+    """Collective over the world where it says so; `bytes_received` and `seconds` are this rank's, since `drain`."""
+
+    def __init__(self, arch: Architecture, layers: Sequence[int], place: Place, layout: Layout) -> None:
+        """`layers`: global numbers of this rank's MoE layers. Collective."""
+        self._arch = arch
+        self._place = place
+        self._layout = layout
+        self._mine = RouteOwner(place.tp, place.cp, tuple(layers))
+        owners = all_gather_bytes(orjson.dumps([place.tp, place.cp, list(layers)]), place.replica)
+        self._owners = [RouteOwner(tp, cp, tuple(own)) for tp, cp, own in map(orjson.loads, owners)]
+        self._bytes = 0
+        self._seconds = 0.0
+
+    def migrate(
+        self, traces: Mapping[int, RoutingTrace], home: Sequence[int], target: Mapping[int, int]
+    ) -> dict[int, RoutingTrace]:
+        """This leader's traces after the samples have moved, by sample: sample i goes from data-parallel replica
+        `home[i]` to `target[i]`. Collective over the leaders; {} elsewhere."""
+        started = time.perf_counter()
+        if not self._place.leads_replica:
+            return {}
+        held = dict(traces)
+        width = self._layout.cp * self._layout.tp  # from one leader's rank to the next
+        for index in sorted(target):
+            source, destination = home[index], target[index]
+            if source == destination:
+                continue
+            if self._place.dp == source:
+                _send(held.pop(index).to_bytes(), destination * width, self._place.control)
+            elif self._place.dp == destination:
+                data = _receive(source * width, self._place.control)
+                held[index] = RoutingTrace.from_bytes(data)
+                self._bytes += len(data)
+        self._seconds += time.perf_counter() - started
+        return held
+
+    def scatter(
+        self, traces: Mapping[int, RoutingTrace], parts: Sequence[Sequence[int]], packed: Sequence[PackedBatch]
+    ) -> tuple[RankRoutes, ...]:
+        """This rank's slice of each micro-batch, whose samples `parts` names. Collective over a replica."""
+        started = time.perf_counter()
+        routes = tuple(
+            self._lead([traces[i] for i in part], batch) if self._place.leads_replica else self._follow(batch)
+            for part, batch in zip(parts, packed, strict=True)
+        )
+        self._seconds += time.perf_counter() - started
+        return routes
+
+    def drain(self) -> dict[str, float]:
+        """Metrics since the last call, of this rank."""
+        figures = {"bytes": float(self._bytes), "seconds": self._seconds}
+        self._bytes, self._seconds = 0, 0.0
+        return figures
+
+    def _lead(self, traces: Sequence[RoutingTrace], batch: PackedBatch) -> RankRoutes:
+        layout, group = self._layout, self._place.replica
+        for rank, owner in enumerate(self._owners[1:], start=1):
+            part = slice_routes(traces, batch.cu_seqlens, owner, tp=layout.tp, cp=layout.cp)
+            for tensor in _as_bytes(part):
+                dist.send(tensor, group_dst=rank, group=group)
+        return slice_routes(traces, batch.cu_seqlens, self._mine, tp=layout.tp, cp=layout.cp)
+
+    def _follow(self, batch: PackedBatch) -> RankRoutes:
+        rows = batch.tokens // (self._layout.cp * self._layout.tp)
+        shape = (rows, len(self._mine.layers), self._arch.experts_per_token)
+        experts = torch.empty(shape, dtype=ids_dtype(self._arch.num_experts))
+        routes = RankRoutes(experts, torch.empty(rows, dtype=torch.bool))
+        for tensor in _as_bytes(routes):
+            dist.recv(tensor, group_src=0, group=self._place.replica)
+        self._bytes += routes.bytes
+        return routes
+
+
+def valid_rows(batch: PackedBatch, layout: Layout, place: Place, device: torch.device) -> torch.Tensor:
+    """[rows] bool: which of this rank's router rows are tokens, and not padding."""
+    rows = rank_rows(batch.cu_seqlens, cp=layout.cp, cp_rank=place.cp, tp=layout.tp, tp_rank=place.tp)
+    return torch.as_tensor(batch.valid[rows], device=device)
+
+
+def reduce_stats(stats: RoutingStats, place: Place) -> RoutingStats:
+    """The sums of all ranks; each has rows and layers of its own, under sequence parallelism too. Collective."""
+    for layers in stats.differing():
+        dist.all_reduce(layers, group=parallel_state.get_pipeline_model_parallel_group())
+    if place.pp == 0:
+        stats.count_tokens()
+    for sums in stats.sums():
+        everyone = sums.cpu()
+        dist.all_reduce(everyone, group=place.control)
+        sums.copy_(everyone)
+    return stats
+
+
+def _as_bytes(routes: RankRoutes) -> list[torch.Tensor]:
+    """Views of what there is to send; a stage without MoE layers has no experts."""
+    return [t.view(-1).view(torch.uint8) for t in (routes.experts, routes.present) if t.numel()]
+
+
+def _send(data: bytes, rank: int, group: dist.ProcessGroup) -> None:
+    dist.send(torch.tensor([len(data)]), rank, group=group)
+    dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), rank, group=group)
+
+
+def _receive(rank: int, group: dist.ProcessGroup) -> bytes:
+    size = torch.empty(1, dtype=torch.int64)
+    dist.recv(size, rank, group=group)
+    data = torch.empty(int(size), dtype=torch.uint8)
+    dist.recv(data, rank, group=group)
+    return data.numpy().tobytes()

@@ -1,0 +1,126 @@
+"""What is measured of routing, layer by layer: how routers choose, and how two choices for the same tokens differ.
+
+    set_mismatch   1[E != E']                 R3's published 10% [2510.11370]
+    expert_change  1 - |E n E'| / K           GSPO's published 10% [2507.18071, section 5.3]
+    top1_change    1[the first experts differ]
+    token_layers   layers in which a token's sets differ
+
+All are sums over rows, so none depends on how rows are cut into micro-batches and ranks. Shapes: R rows (tokens of a
+rank, padding included), K experts of a row in descending order of score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+ROLLOUT_OLD = "rollout_old"
+"""(mu, pi_old): the rollout engine's choice and the trainer's, under the same weights."""
+OLD_POLICY = "old_policy"
+"""(pi_old, pi_theta): before and after updates."""
+RERUN = "rerun"
+"""pi_old twice: what differs when nothing was changed."""
+PAIRS = (*(f"{pair}/{kind}" for pair in (ROLLOUT_OLD, OLD_POLICY) for kind in ("effective", "live")), RERUN)
+"""effective: the experts used; live: those that the router would have chosen."""
+
+ROUTER = ("entropy", "margin", "live_overlap", "fallback")
+DRIFT = ("set_mismatch", "expert_change", "top1_change")
+MEANS = (*ROUTER, *(f"{measure}/{pair}" for measure in DRIFT for pair in PAIRS))
+
+
+class RoutingStats:
+    """Sums of one optimizer step. Those of several ranks and micro-batches add up: see `sums`."""
+
+    def __init__(self, layers: Sequence[int], num_experts: int, top_k: int, device: torch.device) -> None:
+        """`layers`: global numbers of all the model's MoE layers, the same on every rank."""
+        self._layers = tuple(layers)
+        self._place = {layer: place for place, layer in enumerate(layers)}
+        self._top_k = top_k
+        self._means = torch.zeros(len(MEANS), 2, len(layers), dtype=torch.float64, device=device)  # sum and rows
+        self._load = torch.zeros(len(layers), num_experts, dtype=torch.float64, device=device)
+        self._tokens = torch.zeros(len(PAIRS), 3, dtype=torch.float64, device=device)  # layers, tokens with any, tokens
+        self._differing: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+
+    def observe_router(
+        self, layer: int, logits: Tensor, used: Tensor, live: Tensor, replayed: Tensor | None, valid: Tensor
+    ) -> None:
+        """logits [R, experts]; used, live [R, K] ids; valid [R] bool, False on padding. replayed [R] bool says which
+        rows had a route to replay; None where nothing is replayed."""
+        logits = logits.float()
+        logprobs = logits.log_softmax(-1)
+        self._add("entropy", layer, -(logprobs.exp() * logprobs).sum(-1), valid)
+        if self._top_k < logits.shape[1]:
+            best = logits.topk(self._top_k + 1, dim=-1).values
+            self._add("margin", layer, best[:, -2] - best[:, -1], valid)
+        if replayed is not None:
+            self._add("live_overlap", layer, common(used, live) / self._top_k, valid & replayed)
+            self._add("fallback", layer, ~replayed, valid)
+        experts = self._load.shape[1]
+        self._load[self._place[layer]] += torch.bincount(used[valid].flatten(), minlength=experts)
+
+    def expect(self, pair: str, micro_batch: int, valid: Tensor) -> None:
+        """Says that the routers' choices will be compared, for rows where `valid`, [R] bool. On every stage of a
+        pipeline, those without routers too."""
+        self._differing[pair, micro_batch] = (valid.long() * 0, valid)
+
+    def compare(self, pair: str, micro_batch: int, layer: int, a: Tensor, b: Tensor) -> None:
+        """a, b [R, K]: two choices for the rows that were expected."""
+        differing, valid = self._differing[pair, micro_batch]
+        shared = common(a, b)
+        differs = shared < self._top_k
+        self._add(f"set_mismatch/{pair}", layer, differs, valid)
+        self._add(f"expert_change/{pair}", layer, 1 - shared / self._top_k, valid)
+        self._add(f"top1_change/{pair}", layer, a[:, 0] != b[:, 0], valid)
+        differing += differs & valid
+
+    def _add(self, name: str, layer: int, values: Tensor, valid: Tensor) -> None:
+        cell = self._means[MEANS.index(name), :, self._place[layer]]
+        cell += torch.stack([values.double().masked_fill(~valid, 0).sum(), valid.sum().double()])
+
+    def differing(self) -> Iterator[Tensor]:
+        """Per pair and micro-batch, [R]: this rank's layers in which each row differs. To be summed in place over the
+        pipeline's stages, which hold the same rows, before `count_tokens`."""
+        for key in sorted(self._differing):
+            yield self._differing[key][0]
+
+    def count_tokens(self) -> None:
+        """Takes `differing` into the sums; on one stage of a pipeline only."""
+        for (pair, _), (layers, valid) in self._differing.items():
+            counted = layers[valid]
+            found = (counted.sum(), (counted > 0).sum(), valid.sum())
+            self._tokens[PAIRS.index(pair)] += torch.stack(found).double()
+
+    def sums(self) -> tuple[Tensor, ...]:
+        """To be summed over ranks in place."""
+        return self._means, self._load, self._tokens
+
+    def finalize(self) -> dict[str, float]:
+        """Per layer, and over layers their mean and their extremes; nothing for what had no rows."""
+        report: dict[str, float] = {}
+        means = self._means.cpu()
+        for name, (sums, rows) in zip(MEANS, means, strict=True):
+            report |= self._by_layer(name, sums / rows, rows > 0)
+        load = self._load.cpu()
+        total = load.sum(-1)
+        report |= self._by_layer("max_vio", load.max(-1).values / load.mean(-1) - 1, total > 0)
+        report |= self._by_layer("dead_experts", (load == 0).sum(-1).double(), total > 0)
+        for pair, (layers, any_layer, tokens) in zip(PAIRS, self._tokens.tolist(), strict=True):
+            if tokens:
+                report[f"routing/token_layers/{pair}/mean"] = layers / tokens
+                report[f"routing/token_layers/{pair}/any"] = any_layer / tokens
+        return report
+
+    def _by_layer(self, name: str, values: Tensor, there: Tensor) -> dict[str, float]:
+        if not there.any():
+            return {}
+        found = values[there]
+        shown = {f"layer_{layer:02d}": v for layer, v, t in zip(self._layers, values, there, strict=True) if t}
+        over = {"mean": found.mean(), "min": found.min(), "max": found.max()}
+        return {f"routing/{name}/{key}": float(value) for key, value in {**over, **shown}.items()}
+
+
+def common(a: Tensor, b: Tensor) -> Tensor:
+    """[R, K] twice -> [R]: how many experts both have."""
+    return (a[:, :, None] == b[:, None, :]).any(-1).sum(-1)

@@ -1,0 +1,119 @@
+"""The three modes of a run: live routing, R2 and R3, and what is measured of each. One object for one mini-batch.
+
+R2 replays in every update what the trainer's own old-log-prob pass chose [GSPO 2507.18071, section 5.3]; R3 replays
+what the rollout engine chose, in that pass and in every update [2510.11370].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_rl.config.schema import RoutingConfig
+from megatron_rl.routing.drift import OLD_POLICY, RERUN, ROLLOUT_OLD, RoutingStats
+from megatron_rl.routing.replay import Observer, Routers, RoutingPass, Tap
+from megatron_rl.routing.slicing import RankRoutes
+
+
+class MiniBatchRouting:
+    """Routing of one mini-batch on this rank: the passes of pi_old and of the update, and their metrics."""
+
+    def __init__(
+        self,
+        config: RoutingConfig,
+        routers: Routers,
+        rollout: Sequence[RankRoutes] | None,
+        valid: Sequence[Tensor],
+        stats: RoutingStats,
+    ) -> None:
+        """`rollout`: the rollout engine's routes, one for each micro-batch; `valid`, [rows] bool each, is False on
+        padding."""
+        self.stats = stats
+        self._config = config
+        self._routers = routers
+        self._rollout = rollout
+        self._valid = valid
+        self._old: RoutingPass | None = None
+
+    def old_pass(self) -> RoutingPass:
+        """For the pass that computes pi_old's log-probs."""
+        observers = [] if self._rollout is None else [self._against_rollout()]
+        self._old = RoutingPass(self._routers, self._of_rollout(), record=True, observers=observers)
+        return self._old
+
+    def rerun_pass(self) -> RoutingPass:
+        """For a second one, which should choose the same."""
+        return RoutingPass(self._routers, self._of_rollout(), observers=[self._against_first()])
+
+    def update_pass(self) -> RoutingPass:
+        """For the forward and backward passes of the update."""
+        routes = self._routes()
+        observers: list[Observer] = [self._router(routes)]
+        if self._old is not None:
+            observers.append(self._against_old(self._old))
+        elif self._rollout is not None:
+            observers.append(self._against_rollout())  # pi_theta is pi_old: there is one mini-batch
+        return RoutingPass(self._routers, routes, observers=observers)
+
+    def _of_rollout(self) -> Sequence[RankRoutes] | None:
+        return self._rollout if self._config.replay == "r3" else None
+
+    def _routes(self) -> Sequence[RankRoutes] | None:
+        """What the update replays."""
+        if self._config.replay != "r2":
+            return self._of_rollout()
+        assert self._old is not None
+        return [RankRoutes(ids, torch.ones_like(valid)) for ids, valid in zip(self._old.used, self._valid, strict=True)]
+
+    def _router(self, routes: Sequence[RankRoutes] | None) -> Observer:
+        def observe(index: int, tap: Tap, scores: Tensor, live: Tensor, used: Tensor) -> None:
+            logits = scores.log() if tap.pre_softmax else scores
+            replayed = None if routes is None else routes[index].present
+            self.stats.observe_router(tap.layer, logits, used, live, replayed, self._valid[index])
+
+        return observe
+
+    def _against_rollout(self) -> Observer:
+        assert self._rollout is not None
+        rollout = self._rollout
+        self._expect(ROLLOUT_OLD, self._routed(rollout))
+
+        def observe(index: int, tap: Tap, scores: Tensor, live: Tensor, used: Tensor) -> None:
+            experts = rollout[index].experts[:, tap.column]
+            self.stats.compare(f"{ROLLOUT_OLD}/effective", index, tap.layer, experts, used)
+            self.stats.compare(f"{ROLLOUT_OLD}/live", index, tap.layer, experts, live)
+
+        return observe
+
+    def _against_old(self, old: RoutingPass) -> Observer:
+        # Rows without a route to replay are counted as fallback, and would drown what the replay does.
+        routes = self._of_rollout()
+        self._expect(OLD_POLICY, self._valid if routes is None else self._routed(routes))
+
+        def observe(index: int, tap: Tap, scores: Tensor, live: Tensor, used: Tensor) -> None:
+            column = tap.column
+            self.stats.compare(f"{OLD_POLICY}/effective", index, tap.layer, old.used[index][:, column], used)
+            self.stats.compare(f"{OLD_POLICY}/live", index, tap.layer, old.live[index][:, column], live)
+
+        return observe
+
+    def _against_first(self) -> Observer:
+        assert self._old is not None
+        first = self._old.live
+        for index, valid in enumerate(self._valid):
+            self.stats.expect(RERUN, index, valid)
+
+        def observe(index: int, tap: Tap, scores: Tensor, live: Tensor, used: Tensor) -> None:
+            self.stats.compare(RERUN, index, tap.layer, first[index][:, tap.column], live)
+
+        return observe
+
+    def _routed(self, routes: Sequence[RankRoutes]) -> list[Tensor]:
+        return [valid & each.present for valid, each in zip(self._valid, routes, strict=True)]
+
+    def _expect(self, pair: str, valid: Sequence[Tensor]) -> None:
+        for index, rows in enumerate(valid):
+            for kind in ("effective", "live"):
+                self.stats.expect(f"{pair}/{kind}", index, rows)

@@ -1,0 +1,211 @@
+"""Recording and replaying the experts that routers choose, on Megatron-Core's RouterReplay.
+
+Each router of this rank gets a Tap in place of Megatron-Core's own RouterReplay object, bound by virtual stage and
+global layer number. A RoutingPass is one run of the pipeline schedule: it tells every tap which rows to use, one
+micro-batch after another, and on leaving asserts that each router ran exactly once for each of them, and once more
+where the backward pass recomputes activations. Outside a pass routers route live.
+
+Only the selection is replayed. The scores are gathered at the replayed ids before they are normalised, so gradients
+reach the router.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.router_replay import RouterReplay
+from torch import Tensor
+
+from megatron_rl.errors import UserError
+from megatron_rl.routing.slicing import RankRoutes, ids_dtype
+
+TopK = Callable[..., tuple[Tensor, Tensor]]
+
+
+class RoutingError(RuntimeError):
+    """Routers and routes do not fit together; names layer and micro-batch."""
+
+
+class Observer(Protocol):
+    """Sees each router call of the forward pass, never those of recomputation."""
+
+    def __call__(self, micro_batch: int, tap: Tap, scores: Tensor, live: Tensor, used: Tensor, /) -> None: ...
+
+
+class Tap(RouterReplay):
+    """One router's hook. `column` is its place among this rank's MoE layers, in the order of their global numbers."""
+
+    def __init__(self, stage: int, layer: int, column: int, num_experts: int, pre_softmax: bool) -> None:
+        super().__init__()
+        # Megatron-Core's list of all instances pairs by order of construction, and keeps dead models alive.
+        RouterReplay.global_router_replay_instances.remove(self)
+        self.stage = stage
+        self.layer = layer
+        self.column = column
+        self.num_experts = num_experts
+        self.pre_softmax = pre_softmax  # the scores are probabilities, not logits
+        self.routing_pass: RoutingPass | None = None
+
+    def get_replay_topk(
+        self,
+        scores: Tensor,
+        topk: int,
+        num_groups: int | None = None,
+        group_topk: int | None = None,
+        default_compute_topk: TopK | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """scores [rows, experts] -> (scores at the ids, ids), both [rows, topk]."""
+        assert default_compute_topk is not None
+        live = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        return live if self.routing_pass is None else self.routing_pass.route(self, scores, *live)
+
+
+class Routers:
+    """The taps on this rank's routers."""
+
+    def __init__(self, stages: Sequence[torch.nn.Module]) -> None:
+        """Raises UserError for a router whose choice cannot be replaced."""
+        self.taps: list[Tap] = []
+        for number, stage in enumerate(stages):
+            for name, router in stage.named_modules():
+                # Multi-token prediction has routers of its own; nothing is replayed there.
+                if isinstance(router, TopKRouter) and "mtp" not in name.split("."):
+                    self._tap(number, router)
+        self.layers = tuple(tap.layer for tap in self.taps)
+        if list(self.layers) != sorted(set(self.layers)):
+            raise RoutingError(f"the routers' layer numbers {self.layers} do not ascend")
+
+    def _tap(self, stage: int, router: TopKRouter) -> None:
+        config = router.config
+        if config.moe_router_fusion:
+            raise UserError(
+                "moe_router_fusion: the fused router chooses experts without asking; routing replay needs it off"
+            )
+        if router.routing_type == "sinkhorn" or config.moe_expert_capacity_factor is not None:
+            raise UserError("routing replay knows no sinkhorn routing and no expert capacity")
+        tap = Tap(
+            stage,
+            layer=router.layer_number - 1,
+            column=len(self.taps),
+            num_experts=config.num_moe_experts,
+            pre_softmax=config.moe_router_pre_softmax,
+        )
+        router.router_replay = tap
+        self.taps.append(tap)
+
+
+class RoutingPass:
+    """What the routers do in one run of the schedule: route live, or replay `routes`, one for each micro-batch."""
+
+    def __init__(
+        self,
+        routers: Routers,
+        routes: Sequence[RankRoutes] | None = None,
+        *,
+        record: bool = False,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        """With `record`, `live` and `used` hold afterwards, for each micro-batch, [rows, own layers, top_k]: what the
+        routers would have chosen and what they used; one and the same where nothing is replayed."""
+        self.live: list[Tensor] = []
+        self.used: list[Tensor] = []
+        self._routers = routers
+        self._routes = routes
+        self._record = record
+        self._observers = observers
+        self._forward: tuple[int, int] | None = None  # stage and micro-batch
+        self._to_recompute: dict[int, deque[int]] = {}  # per column, the micro-batches whose backward pass is to come
+
+    @contextlib.contextmanager
+    def schedule(self, micro_batches: int, recomputes: bool) -> Iterator[None]:
+        """Around one run of the schedule. `recomputes`: its backward pass runs the routers again.
+
+        Raises RoutingError when a router has not run as often as it had to.
+        """
+        if self._routes is not None and len(self._routes) != micro_batches:
+            raise RoutingError(f"routes of {len(self._routes)} micro-batches for a schedule of {micro_batches}")
+        taps = self._routers.taps
+        self._to_recompute = {tap.column: deque() for tap in taps}
+        self._ran: dict[int, list[int]] = {tap.column: [] for tap in taps}
+        self._recorded: list[dict[str, Tensor]] = [{} for _ in range(micro_batches)]
+        for tap in taps:
+            tap.routing_pass = self
+        try:
+            yield
+        finally:
+            for tap in taps:
+                tap.routing_pass = None
+        for tap in taps:
+            ran, left = self._ran[tap.column], self._to_recompute[tap.column]
+            due = [] if recomputes else list(range(micro_batches))
+            if sorted(ran) != list(range(micro_batches)) or sorted(left) != due:
+                raise RoutingError(
+                    f"layer {tap.layer}: its router ran for micro-batches {ran} of {micro_batches}, and "
+                    f"{len(ran) - len(left)} times again in the backward pass"
+                )
+        if self._record and taps:
+            self.live = [recorded["live"] for recorded in self._recorded]
+            self.used = [recorded["used"] for recorded in self._recorded]
+
+    @contextlib.contextmanager
+    def micro_batch(self, stage: int, index: int) -> Iterator[None]:
+        """Around the forward pass of a virtual stage. A router that runs outside of it recomputes."""
+        self._forward = (stage, index)
+        try:
+            yield
+        finally:
+            self._forward = None
+
+    def route(self, tap: Tap, scores: Tensor, live_scores: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+        index = self._micro_batch_of(tap)
+        chosen_scores, used = live_scores, live
+        if self._routes is not None:
+            used = self._replayed(tap, index, live)
+            chosen_scores = scores.gather(1, used)
+        if self._forward is not None:
+            if self._record:
+                self._keep(tap, index, live, used)
+            for observe in self._observers:
+                observe(index, tap, scores.detach(), live, used)
+        return chosen_scores, used
+
+    def _micro_batch_of(self, tap: Tap) -> int:
+        due = self._to_recompute[tap.column]
+        if self._forward is None:
+            # The pipeline schedule runs the backward passes of a stage in the order of its forward passes.
+            if not due:
+                raise RoutingError(
+                    f"layer {tap.layer}: its router ran outside a forward pass with nothing to recompute"
+                )
+            return due.popleft()
+        stage, index = self._forward
+        if stage != tap.stage:
+            raise RoutingError(f"layer {tap.layer} of virtual stage {tap.stage} ran in that of {stage}")
+        due.append(index)
+        self._ran[tap.column].append(index)
+        return index
+
+    def _replayed(self, tap: Tap, index: int, live: Tensor) -> Tensor:
+        """The routes' ids, and the live ones in rows without a route."""
+        assert self._routes is not None
+        routes = self._routes[index]
+        if routes.experts.shape != (live.shape[0], len(self._routers.taps), live.shape[1]):
+            raise RoutingError(
+                f"layer {tap.layer}, micro-batch {index}: routes {tuple(routes.experts.shape)} (rows, layers, top-k) "
+                f"for {live.shape[0]} rows, {len(self._routers.taps)} layers, top-{live.shape[1]}"
+            )
+        return torch.where(routes.present[:, None], routes.experts[:, tap.column].to(live.dtype), live)
+
+    def _keep(self, tap: Tap, index: int, live: Tensor, used: Tensor) -> None:
+        recorded = self._recorded[index]
+        if not recorded:
+            shape = (live.shape[0], len(self._routers.taps), live.shape[1])
+            recorded["live"] = live.new_empty(shape, dtype=ids_dtype(tap.num_experts))
+            recorded["used"] = recorded["live"] if self._routes is None else torch.empty_like(recorded["live"])
+        for name, ids in (("live", live), ("used", used)):
+            recorded[name][:, tap.column] = ids

@@ -1,0 +1,225 @@
+"""The experts that each token visited, as a value: made where tokens were routed, checked once, replayed elsewhere.
+
+Plain NumPy, no torch. Row t is the forward pass of token t. A rollout engine never runs one for the last token that it
+samples, so a sample of n tokens has n - 1 rows; no row is made up for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import safetensors
+import safetensors.numpy
+
+from megatron_rl.data.sample import VersionSpan
+from megatron_rl.errors import UserError
+
+FORMAT = 1
+MISSING = -1
+"""Stands for every expert id of a row whose route is not known, where ids come from outside."""
+
+Source = Literal["rollout", "trainer"]
+Bools = npt.NDArray[np.bool_]
+
+
+class TraceError(UserError, ValueError):
+    """Expert ids that are no routing trace; names row and layer, what was found and expected."""
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingTrace:
+    """Which experts the tokens of one sample went to.
+
+    experts [rows, layers, top_k] uint8 up to 256 experts, else uint16, zeros in rows that are not present;
+    present [rows] bool, False where no route is known: such a row routes live, and is counted.
+
+    Raises TraceError when shapes, dtypes, layers or versions do not fit together; `from_ids` checks the ids too.
+    """
+
+    layers: tuple[int, ...]  # global 0-based numbers of the MoE layers, ascending
+    num_experts: int
+    source: Source
+    experts: npt.NDArray[np.unsignedinteger]
+    present: Bools
+    versions: tuple[VersionSpan, ...]  # over the rows: the weights under which each was routed
+
+    def __post_init__(self) -> None:
+        dtype, shape = experts_dtype(self.num_experts), self.experts.shape
+        if self.experts.dtype != dtype or len(shape) != 3 or shape[1] != len(self.layers):
+            raise TraceError(
+                f"experts: found {self.experts.dtype} {list(shape)}; "
+                f"expected {dtype} [rows, {len(self.layers)} layers, top_k]"
+            )
+        if self.present.dtype != np.bool_ or self.present.shape != shape[:1]:
+            raise TraceError(
+                f"present: found {self.present.dtype} {list(self.present.shape)}; expected bool [{shape[0]}]"
+            )
+        if list(self.layers) != sorted(set(self.layers)) or min(self.layers, default=0) < 0:
+            raise TraceError(f"layers: found {list(self.layers)}; expected different numbers from 0, ascending")
+        ends = [0, *(span.end for span in self.versions)]
+        if ends[-1] != shape[0] or any(s.start != e or s.end < e for s, e in zip(self.versions, ends, strict=False)):
+            spans = [(span.start, span.end) for span in self.versions]
+            raise TraceError(
+                f"versions: found spans {spans}; expected them to follow on one another over {shape[0]} rows"
+            )
+
+    @classmethod
+    def from_ids(
+        cls,
+        ids: npt.NDArray[np.integer],
+        *,
+        layers: Sequence[int],
+        num_experts: int,
+        source: Source,
+        versions: Sequence[VersionSpan],
+    ) -> RoutingTrace:
+        """ids [rows, layers, top_k], any integer dtype; -1 throughout a row says that its route is not known.
+
+        Raises TraceError for an id out of range, an expert twice in a row and layer, and a row that is missing in part.
+        """
+        ids = np.asarray(ids)
+        if ids.dtype.kind not in "iu" or ids.ndim != 3:
+            raise TraceError(f"ids: found {ids.dtype} {list(ids.shape)}; expected integers [rows, layers, top_k]")
+        if ids.shape[1] != len(layers):
+            raise TraceError(f"ids: found {ids.shape[1]} layers; expected {len(layers)}: {list(layers)}")
+        lowest = int(ids.min(initial=0))
+        if lowest < MISSING or int(ids.max(initial=0)) >= num_experts:
+            outside = (ids < MISSING) | (ids >= num_experts)
+            _refuse(ids, np.any(outside, axis=-1), layers, f"ids in [0, {num_experts})")
+        present = np.ones(len(ids), dtype=np.bool_)
+        if lowest == MISSING:
+            missing = ids == MISSING
+            present = ~missing.all(axis=(1, 2))
+            partial = missing.any(-1) & present[:, None]
+            if partial.any():
+                _refuse(ids, partial, layers, f"{MISSING} in all layers of a row or in none")
+            ids = np.where(present[:, None, None], ids, 0)
+        experts = np.ascontiguousarray(ids, dtype=experts_dtype(num_experts))
+        twice = _twice(experts) & present[:, None]
+        if twice.any():
+            _refuse(ids, twice, layers, f"{ids.shape[2]} different experts")
+        return cls(tuple(layers), num_experts, source, experts, present, tuple(versions))
+
+    @property
+    def rows(self) -> int:
+        return len(self.experts)
+
+    @property
+    def top_k(self) -> int:
+        return int(self.experts.shape[2])
+
+    @property
+    def bytes_held(self) -> int:
+        return self.experts.nbytes + self.present.nbytes
+
+    @property
+    def checksum(self) -> str:
+        """Of all that it says; the same on every machine."""
+        digest = hashlib.blake2b(orjson.dumps(self._header()), digest_size=16)
+        digest.update(np.ascontiguousarray(self.experts, dtype=self.experts.dtype.newbyteorder("<")).tobytes())
+        digest.update(np.ascontiguousarray(self.present).tobytes())
+        return digest.hexdigest()
+
+    def append(self, other: RoutingTrace) -> RoutingTrace:
+        """The rows of `other` after these. Raises TraceError unless both are of the same routers and source."""
+        for name in ("layers", "num_experts", "source", "top_k"):
+            found, expected = getattr(other, name), getattr(self, name)
+            if found != expected:
+                raise TraceError(f"{name}: found {found!r} in the rows to append; expected {expected!r}")
+        moved = (VersionSpan(v.version, v.start + self.rows, v.end + self.rows) for v in other.versions)
+        return dataclasses.replace(
+            self,
+            experts=np.concatenate([self.experts, other.experts]),
+            present=np.concatenate([self.present, other.present]),
+            versions=_merged((*self.versions, *moved)),
+        )
+
+    def append_missing(self, rows: int, version: int) -> RoutingTrace:
+        """Rows without a route after these: tokens whose forward pass under `version` nobody recorded."""
+        missing = np.zeros((rows, len(self.layers), self.top_k), dtype=self.experts.dtype)
+        absent = np.zeros(rows, dtype=np.bool_)
+        spans = (VersionSpan(version, 0, rows),)
+        return self.append(dataclasses.replace(self, experts=missing, present=absent, versions=spans))
+
+    def to_bytes(self) -> bytes:
+        """Safetensors, with what is no array as JSON in an array of its own."""
+        header = {"format": FORMAT, "checksum": self.checksum, **self._header()}
+        return safetensors.numpy.save(
+            {
+                "header": np.frombuffer(orjson.dumps(header), dtype=np.uint8),
+                "experts": np.ascontiguousarray(self.experts),
+                "present": np.ascontiguousarray(self.present),
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> RoutingTrace:
+        """What `to_bytes` wrote; its arrays cannot be written to. Raises TraceError for anything else."""
+        try:
+            arrays = safetensors.numpy.load(data)
+            header = orjson.loads(arrays["header"].tobytes())
+            if header["format"] != FORMAT:
+                raise TraceError(f"found a trace of format {header['format']}; expected {FORMAT}")
+            trace = cls(
+                layers=tuple(header["layers"]),
+                num_experts=header["num_experts"],
+                source=header["source"],
+                experts=arrays["experts"],
+                present=arrays["present"],
+                versions=tuple(VersionSpan(*span) for span in header["versions"]),
+            )
+            found, expected = trace.checksum, header["checksum"]
+        except (safetensors.SafetensorError, orjson.JSONDecodeError, KeyError, TypeError) as error:
+            raise TraceError(f"found {len(data)} bytes that are no routing trace ({error!r:.200})") from None
+        if found != expected:
+            raise TraceError(f"the routing trace is damaged: found checksum {found}; expected {expected}")
+        return trace
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "layers": self.layers,
+            "num_experts": self.num_experts,
+            "source": self.source,
+            "shape": self.experts.shape,
+            "versions": [[v.version, v.start, v.end] for v in self.versions],
+        }
+
+
+def experts_dtype(num_experts: int) -> np.dtype[np.unsignedinteger]:
+    if not 0 < num_experts <= 1 << 16:
+        raise TraceError(f"num_experts: found {num_experts}; expected 1 to {1 << 16}")
+    return np.dtype(np.uint8 if num_experts <= 256 else np.uint16)
+
+
+def _twice(experts: npt.NDArray[np.unsignedinteger]) -> Bools:
+    """[rows, layers]: whether an expert is named twice. Ten times as fast as sorting so many short rows."""
+    columns = np.ascontiguousarray(np.moveaxis(experts, -1, 0))
+    found = np.zeros(columns.shape[1:], dtype=np.bool_)
+    for a, b in itertools.combinations(columns, 2):
+        found |= a == b
+    return found
+
+
+def _refuse(ids: npt.NDArray[np.integer], bad: Bools, layers: Sequence[int], expected: str) -> None:
+    row, column = (int(index) for index in np.argwhere(bad)[0])
+    raise TraceError(
+        f"row {row}, layer {layers[column]}: found experts {ids[row, column].tolist()}; expected {expected}"
+    )
+
+
+def _merged(spans: Sequence[VersionSpan]) -> tuple[VersionSpan, ...]:
+    """Neighbours of the same version as one."""
+    merged: list[VersionSpan] = []
+    for span in spans:
+        if merged and merged[-1].version == span.version:
+            span = VersionSpan(span.version, merged.pop().start, span.end)
+        merged.append(span)
+    return tuple(merged)

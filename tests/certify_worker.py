@@ -1,0 +1,40 @@
+"""certify_worker.py MUTATION SPEC ANSWER: the certificate on one rank, with the replay itself broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from megatron_rl.certify.ranks import worker
+from megatron_rl.certify.result import Spec
+from megatron_rl.engine.device import use_device
+
+
+def break_replay(mutation: str) -> None:
+    use_device("cpu")
+    from megatron_rl.engine import routes
+    from megatron_rl.routing.replay import RoutingPass, Tap
+    from megatron_rl.routing.slicing import RankRoutes
+
+    if mutation == "replay off":
+        RoutingPass._replayed = lambda self, tap, index, live: live  # type: ignore[method-assign]
+    elif mutation == "missing rows replayed":
+        whole = routes.slice_routes
+        routes.slice_routes = lambda *a, **k: RankRoutes(  # type: ignore[assignment]
+            whole(*a, **k).experts, whole(*a, **k).present.fill_(True)
+        )
+    elif mutation == "micro-batches mixed up":
+        plain = RoutingPass._replayed
+        RoutingPass._replayed = lambda self, tap, index, live: plain(self, tap, 0, live)  # type: ignore[method-assign]
+    elif mutation == "hook not called":
+        Tap.get_replay_topk = lambda self, scores, topk, a=None, b=None, compute=None: compute(scores, topk)  # type: ignore[assignment,method-assign,misc]
+    elif mutation != "none":
+        raise ValueError(mutation)
+
+
+if __name__ == "__main__":
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    break_replay(sys.argv[1])
+    worker(Spec(**json.loads(Path(sys.argv[2]).read_text())), Path(sys.argv[3]))

@@ -1,0 +1,83 @@
+"""torchrun ... routing_worker.py MODEL LAYOUT RECOMPUTE OUT: log-probs and gradients under drifted routes, and again
+under the routes of a forward pass of its own; rank 0 writes what it found as safetensors."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from megatron_rl.config.layout import Layout, parse_layout
+from megatron_rl.config.schema import EngineConfig
+from megatron_rl.data.sample import Prompt, Sample, VersionSpan
+from megatron_rl.engine.device import use_device
+from megatron_rl.routing.trace import RoutingTrace
+
+LENGTHS = (9, 14, 23, 11)
+
+
+def drifted_samples(vocab_size: int, layers: tuple[int, ...], num_experts: int, top_k: int) -> list[Sample]:
+    """The same in every process. Rows are missing at the end, and in the second sample also inside."""
+    rng = np.random.default_rng(7)
+    samples = []
+    for number, length in enumerate(LENGTHS):
+        tokens = rng.integers(2, vocab_size, length).tolist()
+        ids = rng.permuted(np.tile(np.arange(num_experts), (length - 1, len(layers), 1)), axis=-1)[..., :top_k]
+        if number == 1:
+            ids[5:8] = -1
+        trace = RoutingTrace.from_ids(
+            ids, layers=layers, num_experts=num_experts, source="rollout", versions=(VersionSpan(0, 0, length - 1),)
+        )
+        sample = Sample.start(Prompt(str(number), "", tuple(tokens[:2]), "", ""), 0)
+        samples.append(sample.extend(tokens[2:], [-1.0] * (length - 2), 0).with_trace(trace))
+    return samples
+
+
+def main(model: Path, text: str, recompute: str, out: Path) -> None:
+    device = use_device("cpu")
+    import torch
+    from safetensors.torch import save_file
+
+    from megatron_rl.engine.distribute import TrainSample, distribute
+    from megatron_rl.engine.parallel import start_process_groups, stop_process_groups
+    from megatron_rl.engine.policy import Policy
+    from megatron_rl.engine.routes import RouteExchange
+    from megatron_rl.routing.slicing import RankRoutes
+
+    layout = Layout.resolve(*parse_layout(text))
+    place = start_process_groups(layout, device, seed=0)
+    engine = EngineConfig(device="cpu", dtype="fp32", recompute=recompute)  # type: ignore[arg-type]
+    policy = Policy(model, layout, place, engine, device, optim=None)
+    arch = policy.arch
+    moe = arch.moe_layers
+    samples = drifted_samples(arch.vocab_size, moe, arch.num_experts, arch.experts_per_token)
+    mine = [TrainSample(i, i, s, 1.0) for i, s in enumerate(samples)] if place.rank == 0 else []
+    exchange = RouteExchange(arch, policy.routers.layers, place, layout)
+    (batch,) = distribute(mine, place, layout, mini_batches=1, max_tokens=32, routes=exchange)
+    masks = [torch.as_tensor(packed.loss_mask) for packed in batch.micro_batches]
+    seen: list[torch.Tensor] = [torch.zeros(0)] * len(masks)
+
+    def loss(index: int, logprobs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+        seen[index] = logprobs.detach()
+        return -(logprobs * masks[index]).sum()
+
+    policy.gradients(batch.micro_batches, loss, policy.routing_pass(batch.routes))
+    found = {f"grad/{name}": g for part in policy.export(1 << 28, lambda p: p.main_grad) for name, g in part}  # type: ignore[attr-defined]
+
+    # The routes of a forward pass of its own, and what they give when they are replayed.
+    first = policy.routing_pass(record=True)
+    live = policy.logprobs(batch.micro_batches, routing=first)
+    own = [RankRoutes(ids, torch.ones(len(ids), dtype=torch.bool)) for ids in first.used]
+    again = policy.logprobs(batch.micro_batches, routing=policy.routing_pass(own))
+    same = all(torch.equal(a, b) for a, b in zip(live, again, strict=True) for a, b in zip(a, b, strict=True))
+    differs = any(not torch.equal(a, b) for (a, _), b in zip(live, seen, strict=False))
+    bits = torch.tensor([same, differs or not live])
+    torch.distributed.all_reduce(bits, op=torch.distributed.ReduceOp.MIN, group=place.control)
+    if place.rank == 0:
+        save_file({**{k: v.contiguous() for k, v in found.items()}, "bits": bits}, out)
+    stop_process_groups()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4]))

@@ -1,0 +1,122 @@
+"""The certificate of routing replay: it holds in every kind of layout, and it fails where the replay is broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import make_tiny_model
+
+from megatron_rl.certify import CertifyError, make_model, run
+from megatron_rl.certify.batch import LENGTHS, make_trace, token_of
+from megatron_rl.certify.result import Result, Spec
+from megatron_rl.models.architecture import read_architecture
+from megatron_rl.rollout.server import free_ports
+
+TOKENS, MOE_LAYERS = sum(LENGTHS), 7
+ROOT = str(Path(__file__).parent.parent)
+
+
+def certify(*options: str) -> tuple[int, list[dict[str, Any]]]:
+    command = [sys.executable, "-m", "megatron_rl", "certify", "--device", "cpu", "--json", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert lines, done.stderr[-3000:]
+    return done.returncode, lines
+
+
+def check(layouts: list[str], recompute: str) -> None:
+    options = [part for layout in layouts for part in ("--layout", layout)]
+    status, results = certify(*options, "--recompute", recompute)
+    assert [r["layout"] for r in results] == layouts
+    for result in results:
+        assert result["passed"], result
+        assert result["replayed_rows"] + result["live_rows"] == TOKENS * MOE_LAYERS
+        assert result["replayed_rows"] > 5 * result["live_rows"] > 0
+        assert result["recomputed_rows"] == (result["replayed_rows"] if recompute == "full" else 0)
+        expected = {"shifted by one row", "two layers swapped", "another sample's trace", "router fusion"}
+        expected |= {"CP halves swapped"} if "cp=2" in result["layout"] else set()
+        expected |= {"SP slices swapped"} if "tp=2" in result["layout"] else set()
+        expected |= {"backward without replay"} if recompute == "full" else set()
+        assert result["caught"] == dict.fromkeys(expected, True)
+    assert status == 0
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_it_holds_on_two_ranks(recompute: str) -> None:
+    check(["tp=2", "pp=2,vpp=2", "cp=2,ep=2"], recompute)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        ["tp=1"],
+        ["tp=2", "pp=2", "pp=2,vpp=2", "cp=2", "ep=2", "dp=2", "cp=2,ep=2"],
+        ["tp=2,ep=2,etp=2", "tp=2,pp=2,ep=2", "tp=2,cp=2"],
+    ],
+    ids=["1 rank", "2 ranks", "4 ranks"],
+)
+def test_it_holds_everywhere(layouts: list[str], recompute: str) -> None:
+    check(layouts, recompute)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("certify") / "model"
+    make_model(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("mutation", "error"),
+    [
+        ("none", ""),
+        ("replay off", ""),
+        ("missing rows replayed", ""),
+        ("micro-batches mixed up", "RoutingError: layer 1, micro-batch 0: routes"),
+        ("hook not called", "RoutingError: layer 1: its router ran for micro-batches []"),
+    ],
+)
+def test_a_broken_replay_is_not_certified(model: Path, tmp_path: Path, mutation: str, error: str) -> None:
+    spec, answer = tmp_path / "spec.json", tmp_path / "answer.json"
+    spec.write_text(json.dumps(asdict(Spec(str(model), ["tp=1"], ["none"], "fp32", "cpu"))))
+    worker = [sys.executable, str(Path(__file__).parent / "certify_worker.py"), mutation, str(spec), str(answer)]
+    (port,) = free_ports(1)
+    environment = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(port)}
+    done = subprocess.run(worker, env=environment, capture_output=True, text=True, check=False)
+    if error:
+        assert error in done.stderr
+        return
+    assert done.returncode == 0, done.stderr[-3000:]
+    (result,) = (Result(**r) for r in json.loads(answer.read_bytes()))
+    assert result.passed == (mutation == "none"), result
+
+
+def test_every_row_of_every_trace_has_its_own_experts(model: Path) -> None:
+    arch = read_architecture(model)
+    traces = [make_trace(arch, number, length) for number, length in enumerate(LENGTHS[:4])]
+    rows = [tuple(row) for trace in traces for row in trace.experts[trace.present].reshape(-1, 4).tolist()]
+    assert len(set(rows)) > 0.98 * len(rows)
+    assert [token_of(i).sample for i in (0, LENGTHS[0] - 1, LENGTHS[0], TOKENS - 1)] == [0, 0, 1, len(LENGTHS) - 1]
+
+
+def test_what_cannot_be_certified_is_said_before_anything_starts(model: Path, tmp_path: Path) -> None:
+    dense = make_tiny_model(tmp_path / "dense", family="qwen3")
+    small = make_tiny_model(tmp_path / "small")
+    for directory, layout, message in (
+        (dense, "tp=1", "no layer has experts"),
+        (small, "tp=1", f"a vocabulary of 45; the proof needs {TOKENS} tokens"),
+        (model, "ep=3", "--layout ep=3: "),
+    ):
+        with pytest.raises(CertifyError, match=message):
+            run(directory, [layout])

@@ -1,0 +1,180 @@
+"""The routes in a server's answer: which rows and layers they are, and what is refused. Without a server."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from config_files import ARCHITECTURE
+
+from megatron_rl.data.sample import VersionSpan
+from megatron_rl.rollout.answers import Completion, RolloutError, read_completion
+from megatron_rl.rollout.routes import RouteSpec
+from megatron_rl.routing.trace import TraceError
+
+PROMPT = 3
+SPEC = RouteSpec(num_layers=4, moe_layers=(1, 3), top_k=2, num_experts=8)
+ROWS = PROMPT + 5 - 1
+
+
+def encode(ids: np.ndarray) -> str:
+    return base64.b64encode(ids.astype("<i4").tobytes()).decode()
+
+
+def ids_of(rows: int = ROWS) -> np.ndarray:
+    """[rows, 4, 2]: each row and layer has experts of its own; layers 0 and 2 have none, so SGLang leaves zeros."""
+    rng = np.random.default_rng(rows)
+    ids = rng.permuted(np.tile(np.arange(8), (rows, 4, 1)), axis=-1)[..., :2]
+    ids[:, [0, 2]] = 0
+    return ids
+
+
+def answer(tokens: int = 5, reason: str = "length", **meta: Any) -> dict[str, Any]:
+    given = {
+        "finish_reason": {"type": reason},
+        "output_token_logprobs": [[-0.5, 4, None]] * tokens,
+        "weight_versions": [{"version": "6", "start": 0, "end": tokens}],
+        "num_retractions": 0,
+        "routed_experts": encode(ids_of(PROMPT + tokens - 1)),
+        **meta,
+    }
+    return {"text": "", "output_ids": [4] * tokens, "meta_info": {k: v for k, v in given.items() if v is not ...}}
+
+
+def read(given: dict[str, Any], routes: RouteSpec | None = SPEC) -> Completion:
+    return read_completion(
+        given,
+        where="http://a:1: request r",
+        prompt_tokens=PROMPT,
+        max_new_tokens=9,
+        vocab_size=9,
+        versions={6, 7, 8},
+        routes=routes,
+    )
+
+
+def spans(*spans: tuple[str, int, int]) -> list[dict[str, Any]]:
+    return [{"version": version, "start": start, "end": end} for version, start, end in spans]
+
+
+def test_layers_with_experts_are_taken_in_their_order() -> None:
+    trace = read(answer()).trace
+    assert trace is not None
+    assert np.array_equal(trace.experts, ids_of()[:, [1, 3]])
+    assert trace.present.all()
+    assert (trace.layers, trace.num_experts, trace.source) == ((1, 3), 8, "rollout")
+    assert trace.versions == (VersionSpan(6, 0, ROWS),)
+    assert trace.experts.dtype == np.uint8
+
+
+def test_without_being_asked_for_there_is_no_trace() -> None:
+    assert read(answer(), routes=None).trace is None
+    assert read(answer(routed_experts=...), routes=None).trace is None
+
+
+def test_a_row_has_the_version_of_the_token_sampled_from_it() -> None:
+    """Rows 0 and 1 belong to the prompt; row 2, its last, made the first sampled token."""
+    given = answer(weight_versions=spans(("6", 0, 1), ("7", 1, 3), ("8", 3, 5)))
+    trace = read(given).trace
+    assert trace is not None
+    assert trace.versions == (VersionSpan(6, 0, 3), VersionSpan(7, 3, 5), VersionSpan(8, 5, 7))
+    assert trace.present.all()
+
+
+def test_of_a_retracted_request_only_the_last_versions_rows_are_known() -> None:
+    """The others were computed again, after the retraction, under weights that did not sample their tokens."""
+    two = spans(("6", 0, 2), ("7", 2, 5))
+    trace = read(answer(weight_versions=two, num_retractions=1)).trace
+    assert trace is not None
+    assert trace.present.tolist() == [False] * 4 + [True] * 3
+    assert trace.versions == (VersionSpan(6, 0, 4), VersionSpan(7, 4, 7))
+    under_one_version = read(answer(num_retractions=2)).trace
+    assert under_one_version is not None
+    assert under_one_version.present.all()
+
+
+def test_rows_that_the_server_never_wrote_are_missing() -> None:
+    ids = ids_of()
+    ids[[0, 4]] = 0
+    trace = read(answer(routed_experts=encode(ids))).trace
+    assert trace is not None
+    assert trace.present.tolist() == [False, True, True, True, False, True, True]
+
+
+def test_with_one_expert_a_token_zeros_are_expert_0() -> None:
+    ids = ids_of()[..., :1]
+    ids[2] = 0
+    trace = read(answer(routed_experts=encode(ids)), dataclasses.replace(SPEC, top_k=1)).trace
+    assert trace is not None
+    assert trace.present.all()
+
+
+def changed(change: Callable[[np.ndarray], Any]) -> str:
+    ids = ids_of()
+    change(ids)
+    return encode(ids)
+
+
+@pytest.mark.parametrize(
+    ("routed_experts", "message"),
+    [
+        (..., "found none; expected: routes; was the server started with --enable-return-routed-experts?"),
+        (None, "found none; expected: routes; was the server started with --enable-return-routed-experts?"),
+        (5, "found 5; expected: "),
+        ("a-_", "found 'a-_'; expected base64"),
+        ("zähl", "expected base64"),
+        ("*" + encode(ids_of()), "expected base64"),
+        (encode(ids_of()[:-1]), "found 192 bytes; expected 224: int32 [7, 4, 2] (rows, layers, top_k)"),
+        (encode(ids_of(ROWS + 1)), "found 256 bytes; expected 224"),
+        (encode(ids_of()[:, 1:]), "found 168 bytes; expected 224"),
+        (encode(ids_of()[..., :1]), "found 112 bytes; expected 224"),
+        ("", "found 0 bytes; expected 224"),
+        (changed(lambda ids: ids.__setitem__((4, 3), (8, 1))), "row 4, layer 3: found experts [8, 1]; expected ids in"),
+        (changed(lambda ids: ids.__setitem__((4, 1), (3, 3))), "row 4, layer 1: found experts [3, 3]; expected 2 diff"),
+        (changed(lambda ids: ids.__setitem__((4, 1), 0)), "row 4, layer 1: found experts [0, 0]; expected 2 different"),
+        (changed(lambda ids: ids.__setitem__((4, 1, 0), -1)), "row 4, layer 1: found experts [-1"),
+        (encode(np.zeros_like(ids_of())), "found no route in any of 7 rows; expected some"),
+    ],
+)
+def test_bad_routes_are_an_error_that_names_server_request_and_field(routed_experts: Any, message: str) -> None:
+    with pytest.raises(RolloutError) as caught:
+        read(answer(routed_experts=routed_experts))
+    assert str(caught.value).startswith("http://a:1: request r: routed_experts: ")
+    assert message in str(caught.value)
+
+
+def test_an_aborted_answer_has_the_rows_that_ran_or_no_trace() -> None:
+    trace = read(answer(tokens=2, reason="abort")).trace
+    assert trace is not None
+    assert trace.rows == PROMPT + 1
+    assert read(answer(tokens=2, reason="abort", routed_experts=...)).trace is None
+    assert read(answer(tokens=0, reason="abort", routed_experts=...)).trace is None
+    assert read(answer(tokens=0, reason="abort")).trace is None
+    with pytest.raises(RolloutError, match=r"routed_experts: found \d+ bytes"):
+        read(answer(tokens=2, reason="abort", routed_experts=encode(ids_of())))
+
+
+def test_routes_are_those_of_the_models_layers_with_experts() -> None:
+    mixed = dataclasses.replace(ARCHITECTURE, dense_layers=(0, 5))
+    spec = RouteSpec.of(mixed)
+    assert spec == RouteSpec(num_layers=8, moe_layers=(1, 2, 3, 4, 6, 7), top_k=2, num_experts=16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"moe_layers": (0, 3)}, r"layers: found \(1, 3\); expected \(0, 3\), as the model has"),
+        ({"top_k": 3}, "top_k: found 2; expected 3"),
+        ({"num_experts": 9}, "num_experts: found 8; expected 9"),
+    ],
+)
+def test_a_trace_of_another_model_is_refused(changes: dict[str, Any], message: str) -> None:
+    trace = read(answer()).trace
+    assert trace is not None
+    SPEC.check(trace)
+    with pytest.raises(TraceError, match=message):
+        dataclasses.replace(SPEC, **changes).check(trace)

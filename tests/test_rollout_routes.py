@@ -1,0 +1,194 @@
+"""The routes that a real server returns, against the choice of transformers' routers on the same tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import VOCAB_SIZE, make_tiny_model
+from transformers import AutoModelForCausalLM
+
+from megatron_rl.data.sample import Prompt
+from megatron_rl.models.architecture import read_architecture
+from megatron_rl.rollout.client import Completion, RolloutError, SGLangClient
+from megatron_rl.rollout.routes import RouteSpec
+from megatron_rl.rollout.sampler import Sampling, rollout_groups
+from megatron_rl.rollout.server import Server, ServerOptions, free_ports
+
+pytestmark = pytest.mark.server
+MARGIN = 1e-4
+"""Of router logits: experts nearer to each other than this may change places between two fp32 engines."""
+# The longest is prefilled in three parts.
+PROMPTS = [np.random.default_rng(n).integers(2, VOCAB_SIZE, length).tolist() for n, length in enumerate([1, 4, 9, 40])]
+ENDLESS = np.random.default_rng(0).integers(2, VOCAB_SIZE, 9).tolist()  # greedily answered it comes to no end
+T = TypeVar("T")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three layers, all with experts: SGLang would give a dense one experts too."""
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "routed", num_layers=3, experts_per_token=3)
+
+
+@pytest.fixture(scope="module")
+def url(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    (port,) = free_ports(1)
+    options = ServerOptions(
+        model=model_dir,
+        port=port,
+        dtype="fp32",
+        max_total_tokens=4096,
+        threads=1,
+        return_routed_experts=True,
+        extra_flags=("--chunked-prefill-size", "16"),
+    )
+    server = Server(options, tmp_path_factory.mktemp("logs") / "routed.log")
+    try:
+        server.wait_ready(120.0)
+        call(server.url, lambda client: client.update_weight_version(0))
+        yield server.url
+    finally:
+        server.stop()
+
+
+def call(url: str, function: Callable[[SGLangClient], Awaitable[T]]) -> T:
+    async def run() -> T:
+        async with SGLangClient(url, deadline=60.0) as client:
+            return await function(client)
+
+    return asyncio.run(run())
+
+
+def generate(client: SGLangClient, prompt: list[int], spec: RouteSpec | None, **changes: Any) -> Awaitable[Completion]:
+    arguments = {"max_new_tokens": 20, "temperature": 1.0, "vocab_size": VOCAB_SIZE, "versions": range(9), **changes}
+    return client.generate(prompt, routes=spec, **arguments)
+
+
+def spec_of(model_dir: Path) -> RouteSpec:
+    return RouteSpec.of(read_architecture(model_dir))
+
+
+@functools.cache
+def transformers_model(model_dir: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
+
+
+def assert_routed_as_transformers(model_dir: Path, prompt: list[int], completion: Completion) -> int:
+    """Row by row and layer by layer, in the order of the router's scores; returns how many could be told apart."""
+    trace, tokens = completion.trace, [*prompt, *completion.token_ids]
+    assert trace is not None
+    assert trace.rows == len(tokens) - 1
+    assert trace.layers == (0, 1, 2)
+    assert trace.present.all()
+    with torch.no_grad():
+        logits = transformers_model(model_dir)(torch.tensor([tokens]), output_router_logits=True).router_logits
+    scores, expected = torch.stack(logits, dim=1)[:-1].sort(dim=-1, descending=True)
+    clear = (scores.diff(dim=-1)[..., : trace.top_k] < -MARGIN).all(-1).numpy()
+    assert clear.mean() > 0.98
+    assert np.array_equal(trace.experts[clear], expected[..., : trace.top_k].numpy()[clear])
+    return int(clear.sum())
+
+
+def test_a_batch_of_responses(url: str, model_dir: Path) -> None:
+    """Prompts of different lengths, each several times: what comes second finds its prompt in the prefix cache."""
+    prompts = PROMPTS * 4
+
+    async def sample(client: SGLangClient) -> list[Completion]:
+        return await asyncio.gather(*(generate(client, prompt, spec_of(model_dir)) for prompt in prompts))
+
+    completions = call(url, sample)
+    compared = [assert_routed_as_transformers(model_dir, p, c) for p, c in zip(prompts, completions, strict=True)]
+    assert sum(compared) > 1000
+    # The comparison tells one expert from another: a trace moved by a row is another one.
+    for prompt, completion in zip(prompts, completions, strict=True):
+        assert completion.trace is not None
+        if completion.trace.rows > 2:
+            shifted = np.roll(completion.trace.experts, 1, axis=0)
+            assert not np.array_equal(shifted, completion.trace.experts)
+            assert len(prompt) + len(completion.token_ids) - 1 == completion.trace.rows
+
+
+def test_a_prefix_cache_hit_has_all_its_rows(url: str, model_dir: Path) -> None:
+    async def twice(client: SGLangClient) -> list[Completion]:
+        await client.flush_cache()
+        return [await generate(client, PROMPTS[3], spec_of(model_dir), temperature=0.0) for _ in range(2)]
+
+    first, second = call(url, twice)
+    assert first.token_ids == second.token_ids
+    for completion in (first, second):
+        assert_routed_as_transformers(model_dir, PROMPTS[3], completion)
+
+
+def test_an_aborted_response_has_the_rows_that_ran(url: str, model_dir: Path) -> None:
+    async def abort(client: SGLangClient) -> Completion:
+        answer = asyncio.create_task(long_answer(client, model_dir))
+        await asyncio.sleep(0.3)
+        await client.pause_generation("abort")
+        await client.continue_generation()
+        return await answer
+
+    completion = call(url, abort)
+    assert completion.finish_reason == "abort"
+    assert 0 < len(completion.token_ids) < 400
+    assert_routed_as_transformers(model_dir, ENDLESS, completion)
+
+
+async def long_answer(client: SGLangClient, model_dir: Path) -> Completion:
+    return await generate(client, ENDLESS, spec_of(model_dir), max_new_tokens=400, temperature=0.0)
+
+
+@pytest.mark.parametrize(("mode", "versions"), [("in_place", (0, 1)), ("retract", (1, 2))])
+def test_rows_have_the_version_under_which_they_ran(url: str, model_dir: Path, mode: Any, versions: Any) -> None:
+    """The weights stay as they are, so the rows can be told; after a retraction those of the old version are not kept,
+    for they were computed again."""
+    before, after = versions
+
+    async def update(client: SGLangClient) -> Completion:
+        await client.update_weight_version(before)
+        answer = asyncio.create_task(long_answer(client, model_dir))
+        await asyncio.sleep(0.3)
+        await client.pause_generation(mode)
+        await client.update_weight_version(after)
+        await client.continue_generation()
+        return await answer
+
+    completion = call(url, update)
+    trace = completion.trace
+    assert trace is not None
+    sampled, rows = completion.versions, trace.versions
+    assert [span.version for span in sampled] == [span.version for span in rows] == [before, after]
+    assert rows[0].end == len(ENDLESS) - 1 + sampled[0].end
+    assert trace.present[rows[0].end :].all()
+    assert trace.present[: rows[0].end].all() == (mode == "in_place")
+    assert trace.present[: rows[0].end].any() == (mode == "in_place")
+
+
+def test_groups_have_traces_where_they_are_asked_for(url: str, model_dir: Path) -> None:
+    prompts = [(n, Prompt(f"p{n}", "", tuple(ids), "", "")) for n, ids in enumerate(PROMPTS)]
+    for routes in (None, spec_of(model_dir)):
+        sampling = Sampling(
+            samples=2,
+            max_response_tokens=6,
+            temperature=1.0,
+            concurrency=8,
+            vocab_size=VOCAB_SIZE,
+            versions=frozenset(range(9)),
+            routes=routes,
+        )
+        for group in call(url, lambda client, s=sampling: rollout_groups([client], prompts, s)):  # type: ignore[misc]
+            for sample in group.samples:
+                assert (sample.trace is None) == (routes is None)
+                assert sample.trace is None or sample.trace.rows == len(sample.token_ids) - 1
+
+
+def test_a_server_started_without_the_flag_is_named(served: str, tiny_model_dir: Path) -> None:
+    with pytest.raises(RolloutError, match=r"request \w+: routed_experts: .*--enable-return-routed-experts") as caught:
+        call(served, lambda client: generate(client, PROMPTS[1], spec_of(tiny_model_dir)))
+    assert str(caught.value).startswith(served)
+    assert call(served, lambda client: generate(client, PROMPTS[1], None)).trace is None

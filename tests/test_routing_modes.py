@@ -1,0 +1,150 @@
+"""Live routing, R2 and R3 in whole runs on saved rollouts: what is replayed, what is measured, and in every layout the
+same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rl_runs import MINI_BATCHES, STEPS, losses, run_all, save_rollouts, weights, write_config
+from tiny_models import make_tiny_model
+
+from megatron_rl.lab.run import read_metrics
+
+MODES = {
+    "none": "routing.observe_rollout=true",
+    "r2": "routing.replay=r2 routing.noise_floor=1",
+    "r3": "routing.replay=r3",
+}
+CHANGES = ("set_mismatch", "expert_change", "top1_change")
+LAYERS = ("layer_00", "layer_02", "layer_03")
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(configuration, directory of one rank's runs, by mode)."""
+    root = tmp_path_factory.mktemp("modes")
+    model = make_tiny_model(root / "model", num_layers=4, mlp_only_layers=(1,))
+    save_rollouts(model, root / "saved", traces=True)
+    config = write_config(root / "config.yaml", model, root / "saved")
+    runs = [f"run_dir={root / 'one' / mode} {keys}" for mode, keys in MODES.items()]
+    run_all(config, 1, [*runs, f"run_dir={root / 'one' / 'recompute'} {MODES['r3']} engine.recompute=full"])
+    return config, root / "one"
+
+
+def lines(run_dir: Path) -> list[dict[str, float]]:
+    found = list(read_metrics(run_dir / "metrics.jsonl"))
+    assert len(found) == STEPS * MINI_BATCHES
+    return found
+
+
+def worst(line: dict[str, float], change: str, pair: str) -> float:
+    return line[f"routing/{change}/{pair}/max"]
+
+
+def drifts(run_dir: Path, change: str) -> bool:
+    """Whether by the last mini-batch of every step the live choice has left pi_old's."""
+    last = [line for line in lines(run_dir) if line["mini_batch"] == MINI_BATCHES - 1]
+    return all(worst(line, change, "old_policy/live") > 0 for line in last)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_r2_replays_pi_olds_routes_in_every_update(setting: tuple[Path, Path], change: str) -> None:
+    assert drifts(setting[1] / "r2", change)
+    for line in lines(setting[1] / "r2"):
+        assert worst(line, change, "old_policy/effective") == 0
+        assert line["mini_batch"] > 0 or worst(line, change, "old_policy/live") == 0
+        assert worst(line, change, "rerun") == 0  # one machine, one order of sums
+        assert line["routing/fallback/max"] == 0
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_r3_replays_the_rollouts_routes_everywhere(setting: tuple[Path, Path], change: str) -> None:
+    assert drifts(setting[1] / "r3", change)
+    for line in lines(setting[1] / "r3"):
+        assert worst(line, change, "rollout_old/effective") == worst(line, change, "old_policy/effective") == 0
+        assert worst(line, change, "rollout_old/live") > 0.1
+        # One row of each sample, its last, has no route; it routes live and is counted.
+        assert line["routing/fallback/max"] == line["routing/fallback/min"] > 0.02
+        assert line["routing/live_overlap/mean"] < 0.95
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_without_replay_what_is_live_is_effective(setting: tuple[Path, Path], change: str) -> None:
+    assert drifts(setting[1] / "none", change)
+    for line in lines(setting[1] / "none"):
+        for pair in ("rollout_old", "old_policy"):
+            assert worst(line, change, f"{pair}/effective") == worst(line, change, f"{pair}/live")
+        assert worst(line, change, "rollout_old/live") > 0.1
+        assert "routing/fallback/max" not in line
+
+
+def test_the_first_mini_batch_is_exactly_on_policy_in_every_mode(setting: tuple[Path, Path]) -> None:
+    for mode in MODES:
+        first = [line for line in lines(setting[1] / mode) if line["mini_batch"] == 0]
+        assert all(line["ratio/min"] == line["ratio/max"] == 1.0 for line in first)
+
+
+def test_replay_changes_what_is_learnt(setting: tuple[Path, Path]) -> None:
+    trained = {mode: weights(setting[1] / mode) for mode in MODES}
+    for a, b in (("none", "r2"), ("none", "r3"), ("r2", "r3")):
+        assert max(float((trained[a][key] - w).abs().max()) for key, w in trained[b].items()) > 1e-4
+
+
+def test_every_layer_has_its_own_figures(setting: tuple[Path, Path]) -> None:
+    for line in lines(setting[1] / "r3"):
+        for measure in (
+            "entropy",
+            "margin",
+            "max_vio",
+            "dead_experts",
+            "live_overlap",
+            "set_mismatch/rollout_old/live",
+        ):
+            found = [line[f"routing/{measure}/{layer}"] for layer in LAYERS]
+            assert line[f"routing/{measure}/mean"] == pytest.approx(np.mean(found))
+            assert line[f"routing/{measure}/max"] == max(found)
+            assert f"routing/{measure}/layer_01" not in line
+
+
+def assert_same(run_dir: Path, reference: Path) -> None:
+    np.testing.assert_allclose(losses(run_dir)[:, 0], losses(reference)[:, 0], atol=1e-5, err_msg=run_dir.name)
+    trained = weights(reference)
+    for key, weight in weights(run_dir).items():
+        assert (weight - trained[key]).abs().max() <= 1e-4 * trained[key].abs().max(), f"{key} in {run_dir.name}"
+    for found, expected in zip(lines(run_dir), lines(reference), strict=True):
+        routing = {key for key in expected if key.startswith("routing/")}
+        assert routing == {key for key in found if key.startswith("routing/")}
+        for key in routing:
+            # A choice at the very edge may fall the other way in another order of sums.
+            assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=0.02), (run_dir.name, key)
+
+
+def test_recompute_changes_nothing(setting: tuple[Path, Path]) -> None:
+    assert_same(setting[1] / "recompute", setting[1] / "r3")
+
+
+def name(layout: str) -> str:
+    return layout.replace(" ", ",") or "dp"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("ranks", "layouts"),
+    [
+        (2, ["tp=2", "pp=2 vpp=2", "cp=2 ep=2"]),
+        pytest.param(2, ["pp=2", "ep=2", ""], marks=pytest.mark.slow),
+        pytest.param(4, ["tp=2 ep=2 etp=2", "tp=2 pp=2 ep=2", "ep=2"], marks=pytest.mark.slow),
+    ],
+)
+def test_layouts_change_nothing(setting: tuple[Path, Path], tmp_path: Path, ranks: int, layouts: list[str]) -> None:
+    config, reference = setting
+    wanted = [(mode, layout) for layout in layouts for mode in ("r2", "r3")]
+    runs = []
+    for mode, layout in wanted:
+        degrees = " ".join(f"parallel.{degree}" for degree in layout.split())
+        runs.append(f"run_dir={tmp_path / mode / name(layout)} {MODES[mode]} {degrees}")
+    run_all(config, ranks, runs)
+    for mode, layout in wanted:
+        assert_same(tmp_path / mode / name(layout), reference / mode)

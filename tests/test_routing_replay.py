@@ -1,0 +1,97 @@
+"""Replay against a float64 reference: transformers' model with the routes forced, scores gathered at their ids."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from routing_worker import drifted_samples
+from safetensors.torch import load_file
+from tiny_models import VOCAB_SIZE, make_tiny_model
+from transformers import AutoModelForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+from megatron_rl.data.sample import Sample
+from megatron_rl.parity import _file_tensors
+
+MOE_LAYERS, EXPERTS, TOP_K = (0, 2, 3), 8, 2
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "moe", num_layers=4, mlp_only_layers=(1,))
+
+
+def force(router: Qwen3MoeTopKRouter, sample: Sample, column: int) -> None:
+    """The router takes the trace's ids where there are any."""
+    assert sample.trace is not None
+    rows = torch.as_tensor(np.flatnonzero(sample.trace.present))
+    ids = torch.as_tensor(sample.trace.experts[sample.trace.present, column].astype(np.int64))
+
+    def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = hidden.reshape(-1, hidden.shape[-1]) @ router.weight.T
+        probabilities = logits.softmax(-1)
+        chosen = probabilities.topk(TOP_K, dim=-1).indices
+        chosen[rows] = ids
+        scores = probabilities.gather(1, chosen)
+        return logits, scores / scores.sum(-1, keepdim=True), chosen
+
+    router.forward = forward
+
+
+@pytest.fixture(scope="module")
+def reference(model: Path) -> dict[str, torch.Tensor]:
+    """Gradients of the summed negative log-probs, float64."""
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, experts_implementation="eager")
+    whole.get_input_embeddings().padding_idx = None
+    for sample in drifted_samples(VOCAB_SIZE, MOE_LAYERS, EXPERTS, TOP_K):
+        for column, layer in enumerate(MOE_LAYERS):
+            force(whole.model.layers[layer].mlp.gate, sample, column)
+        ids = torch.as_tensor(sample.token_ids.astype(np.int64))
+        logprobs = whole(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+        (-logprobs[torch.as_tensor(sample.loss_mask[1:])].sum()).backward()
+    return dict(_file_tensors(whole))  # type: ignore[arg-type]
+
+
+def run(model: Path, layout: str, ranks: int, recompute: str, out: Path) -> dict[str, torch.Tensor]:
+    worker = Path(__file__).parent / "routing_worker.py"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = {**os.environ, "PYTHONPATH": str(worker.parent.parent), "OMP_NUM_THREADS": "1"}
+    command = [*launcher, str(worker), str(model), layout, recompute, str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(out)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("layout", "ranks", "recompute"),
+    [
+        ("tp=1", 1, "full"),
+        ("tp=2", 2, "none"),
+        ("pp=2,vpp=2", 2, "full"),
+        pytest.param("cp=2,ep=2", 2, "full", marks=pytest.mark.slow),
+        pytest.param("dp=2", 2, "none", marks=pytest.mark.slow),
+        pytest.param("tp=2,pp=2,ep=2", 4, "full", marks=pytest.mark.slow),
+    ],
+)
+def test_drifted_routes_give_the_references_gradients(
+    model: Path, reference: dict[str, torch.Tensor], tmp_path: Path, layout: str, ranks: int, recompute: str
+) -> None:
+    found = run(model, layout, ranks, recompute, tmp_path / "found.safetensors")
+    identical, drifted_differs = found.pop("bits").tolist()
+    assert identical, "replaying a forward pass's own routes changed its log-probs"
+    assert drifted_differs, "the drifted routes are the live ones: nothing is tested"
+    assert {name.removeprefix("grad/") for name in found} == reference.keys()
+    for name, expected in reference.items():
+        scale = expected.abs().max()
+        assert (found[f"grad/{name}"].double() - expected).abs().max() <= 1e-4 * scale, name
+    routers = [name for name in reference if name.endswith("mlp.gate.weight")]
+    assert len(routers) == len(MOE_LAYERS)
+    for name in routers:
+        assert found[f"grad/{name}"].abs().max() > 1e-3, f"{name}: the gradient does not reach the router"
