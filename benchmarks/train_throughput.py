@@ -4,8 +4,8 @@
 
 Three things are timed in turn, again and again, on the same tokens in one process: transformers' forward and backward
 pass (padded to the longest); Megatron-Core's schedule over the same packed batch with a loss that is a plain sum; and
-the policy's whole RL gradient (GSPO's loss, metrics and all). Machines are noisy, so what counts is the median of the
-ratios of neighbouring runs, which is what is printed.
+the policy's whole RL gradient (GSPO's loss, its metrics and those of the routers). Machines are noisy, so what counts
+is the median of the ratios of neighbouring runs, which is what is printed.
 """
 
 from __future__ import annotations
@@ -16,19 +16,23 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
 
 from megatron_rl.config.layout import Layout, parse_layout
 from megatron_rl.config.load import load_config
-from megatron_rl.config.schema import Config, EngineConfig
+from megatron_rl.config.schema import Config, EngineConfig, RoutingConfig
 from megatron_rl.cores import usable_cores
 from megatron_rl.data.packing import PackedBatch, pack
 from megatron_rl.data.sample import Prompt, Sample
 from megatron_rl.data.schedule import Denominators
 from megatron_rl.engine.device import use_device
+
+if TYPE_CHECKING:  # Megatron-Core is imported once the device is ready for it
+    from megatron_rl.engine.policy import Policy
+    from megatron_rl.routing.modes import MiniBatchRouting
 
 SEQUENCES, PROMPT_TOKENS = 64, 18
 
@@ -81,15 +85,27 @@ def engine_steps(model_dir: Path, samples: list[Sample]) -> tuple[Callable[[], N
     denominators = Denominators(sum(s.response_tokens for s in samples), SEQUENCES)
     mini_batch = MiniBatch(0, (packed,), denominators)
     config = load_config(Config, Path(__file__).parent.parent / "examples" / "demo" / "gspo.yaml")
-    old = [logprobs for logprobs, _ in policy.logprobs([packed])]
+    routing = make_routing(policy, packed)
+    old = [logprobs for logprobs, _ in policy.logprobs([packed], routing=routing.old_pass())]
 
     def bare() -> None:
         policy.gradients([packed], lambda _, logprobs, __: -logprobs.sum() / packed.tokens)
 
     def rl() -> None:
-        policy.gradients([packed], PolicyLoss(config.objective, mini_batch, old, device))
+        policy.gradients([packed], PolicyLoss(config.objective, mini_batch, old, device), routing.update_pass())
 
     return bare, rl
+
+
+def make_routing(policy: Policy, packed: PackedBatch) -> MiniBatchRouting:
+    from megatron_rl.engine.routes import valid_rows
+    from megatron_rl.routing.drift import RoutingStats
+    from megatron_rl.routing.modes import MiniBatchRouting
+
+    arch = policy.arch
+    stats = RoutingStats(arch.moe_layers, arch.num_experts, arch.experts_per_token, policy.device)
+    valid = [valid_rows(packed, policy.layout, policy.place, policy.device)]
+    return MiniBatchRouting(RoutingConfig(), policy.routers, None, valid, stats)
 
 
 def main(

@@ -52,6 +52,16 @@ class Result:
     passed: bool
 
 
+@dataclass(frozen=True)
+class ServerResult:
+    """Of a live server's log-probs; it has no gradients to compare."""
+
+    server: str
+    tokens: int
+    logprob_max_abs_diff: float
+    passed: bool
+
+
 class ParityError(UserError):
     """Tokens or a layout that cannot be compared."""
 
@@ -88,7 +98,10 @@ def run(
     as_json: bool = False,
     max_tokens: int | None = None,
 ) -> int:
-    """Prints one result per layout; returns 0 when all pass, else 1. Raises ParityError for unusable input."""
+    """Prints one result per layout, and one for the server at `url`; returns 0 when all pass, else 1.
+
+    Raises ParityError for unusable input, and RolloutError for a server that does not answer as it should.
+    """
     arch = read_architecture(model)
     sequences = read_tokens(tokens, arch.vocab_size)
     engine = EngineConfig(dtype=dtype, recompute=recompute, device=device)  # type: ignore[arg-type]
@@ -102,14 +115,15 @@ def run(
 
     with tempfile.TemporaryDirectory(prefix="megatron-rl-parity-") as scratch:
         logprobs = write_reference(model, sequences, Path(scratch))
+        # Before the ranks are started: a wrong URL need not wait for them.
+        served = _compare_server(url, sequences, logprobs, dtype) if url else None
         results: dict[str, Result] = {}
         for world, same_world in sorted(by_world.items()):
             spec = Spec(str(model), scratch, same_world, dtype, recompute, device, max_tokens)
             results |= {r.layout: r for r in _run_ranks(spec, world, Path(scratch))}
     ordered = [results[text] for text in layouts]
-    served = _server_difference(url, sequences, logprobs) if url else None
-    _report(ordered, dtype, url, served, as_json)
-    return 0 if all(r.passed for r in ordered) and (served is None or served <= BOUNDS[dtype][0]) else 1
+    _report(ordered, served, dtype, as_json)
+    return 0 if all(r.passed for r in ordered) and (served is None or served.passed) else 1
 
 
 def write_reference(model: Path, sequences: Sequence[Sequence[int]], directory: Path) -> list[list[float]]:
@@ -162,42 +176,46 @@ def _run_ranks(spec: Spec, world: int, scratch: Path) -> list[Result]:
     return [Result(**r) for r in orjson.loads(answer.read_bytes())]
 
 
-def _server_difference(url: str, sequences: Sequence[list[int]], logprobs: list[list[float]]) -> float:
+def _compare_server(
+    url: str, sequences: Sequence[list[int]], logprobs: Sequence[list[float]], dtype: str
+) -> ServerResult:
     from megatron_rl.rollout.client import SGLangClient
 
     async def ask() -> list[list[float]]:
         async with SGLangClient(url) as client:
             return await asyncio.gather(*(client.score(ids) for ids in sequences))
 
-    served = asyncio.run(ask())
-    return max(float(np.abs(np.subtract(a, b)).max()) for a, b in zip(served, logprobs, strict=True))
+    served, expected = np.concatenate(asyncio.run(ask())), np.concatenate(logprobs)
+    difference = float(np.abs(served - expected).max())
+    return ServerResult(url, len(expected), difference, difference <= BOUNDS[dtype][0])
 
 
-def _report(results: list[Result], dtype: str, url: str | None, served: float | None, as_json: bool) -> None:
-    bounds = {"logprob_bound": BOUNDS[dtype][0], "grad_bound": BOUNDS[dtype][1], "dtype": dtype}
+def _report(results: Sequence[Result], served: ServerResult | None, dtype: str, as_json: bool) -> None:
+    logprob_bound, grad_bound = BOUNDS[dtype]
     if as_json:
         for r in results:
-            extra = {} if served is None else {"server": url, "server_logprob_max_abs_diff": served}
-            print(json.dumps({**asdict(r), **bounds, **extra}))
+            bounds = {"logprob_bound": logprob_bound, "grad_bound": grad_bound}
+            print(json.dumps({**asdict(r), **bounds, "dtype": dtype}))
+        if served is not None:
+            print(json.dumps({**asdict(served), "logprob_bound": logprob_bound, "dtype": dtype}))
         return
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"parity with transformers ({dtype}; bounds {BOUNDS[dtype][0]:g} and {BOUNDS[dtype][1]:g})")
+    table = Table(title=f"parity with transformers ({dtype}; bounds {logprob_bound:g} and {grad_bound:g})")
     for column in ("layout", "tokens", "log-prob, max abs", "gradient, max rel", "worst gradient", "passed"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for r in results:
-        table.add_row(
-            r.layout,
-            str(r.tokens),
-            f"{r.logprob_max_abs_diff:.2e}",
-            f"{r.grad_max_rel_diff:.2e}",
-            r.worst_gradient,
-            "yes" if r.passed else "NO",
-        )
+        gradient = (f"{r.grad_max_rel_diff:.2e}", r.worst_gradient)
+        table.add_row(r.layout, str(r.tokens), f"{r.logprob_max_abs_diff:.2e}", *gradient, _verdict(r.passed))
     if served is not None:
-        table.add_row(f"server {url}", str(results[0].tokens), f"{served:.2e}", "", "", "")
+        difference = f"{served.logprob_max_abs_diff:.2e}"
+        table.add_row(served.server, str(served.tokens), difference, "", "", _verdict(served.passed))
     Console().print(table)
+
+
+def _verdict(passed: bool) -> str:
+    return "yes" if passed else "NO"
 
 
 # ---- on the ranks ----------------------------------------------------------------------------------------------

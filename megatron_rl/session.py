@@ -147,7 +147,7 @@ class Session:
                 self._decode,
                 self._judges,
             )
-        report = evaluation(groups)
+        report = evaluation(groups) | self.trainer.console.timer.take("evaluation")
         self.trainer.run.log_eval(self.step, self.step, report)
         self.trainer.console.heldout(report["avg_at_k"])
 

@@ -24,6 +24,7 @@ def train(config: Config, resume: bool = False) -> None:
         session.sync_weights()
         if session.step == 0:
             session.evaluate()
+        session.trainer.console.timer.drain()  # the first weight sync is no step's
         while session.step < config.train.steps:
             groups = session.rollout()
             mini_batches = schedule(session, with_advantages(groups, config))

@@ -110,6 +110,8 @@ class Trainer:
             save_checkpoint(root / f"step-{step:06d}", self.policy, {"step": step, **state})
             if self.place.rank == 0:
                 prune(root, config.keep)
+        # The step's own line is on disk already: it has to be there before its checkpoint is.
+        self.run.log_checkpoint(step, self.console.timer.take("checkpoint"))
 
     def resume(self) -> dict[str, Any] | None:
         """Restores the newest complete checkpoint and returns its state; None when there is none yet."""

@@ -7,10 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from tiny_models import make_tiny_model
 
 from megatron_rl.rollout.client import SGLangClient
 from megatron_rl.rollout.server import Server, ServerOptions, free_ports
+
+# An example that takes long on a busy machine is no failure.
+settings.register_profile("megatron_rl", parent=settings.default, deadline=None)
+settings.load_profile("megatron_rl")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,8 @@
-"""Pushes a model to a server from ranks under a layout: torchrun ... sync_worker.py MODEL URL LAYOUT ROUTE MUTATION."""
+"""What ranks do in the tests of the weight sync, started by torchrun:
+
+sync_worker.py push MODEL URL LAYOUT ROUTE MUTATION     the model to the server at the URL
+sync_worker.py export MODEL DIRECTORY                   the model into a Hugging Face directory
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,11 @@ from megatron_rl.config.layout import Layout, parse_layout
 from megatron_rl.config.schema import EngineConfig, WeightsConfig
 from megatron_rl.engine.device import use_device
 
-Buckets = Iterator[list[tuple[str, object]]]
+# Far smaller than a configuration would allow, so that there are many.
+BUCKET_BYTES = 60_000
 SWAPPED = ("model.layers.1.mlp.experts.2.up_proj.weight", "model.layers.1.mlp.experts.5.up_proj.weight")
+
+Buckets = Iterator[list[tuple[str, object]]]
 
 
 def mutated(buckets: Buckets, mutation: str) -> Buckets:
@@ -21,34 +28,49 @@ def mutated(buckets: Buckets, mutation: str) -> Buckets:
         yield [] if mutation == "skip" and number == 2 else bucket
 
 
-def main(model: str, url: str, layout_text: str, route: str, mutation: str) -> None:
-    device = use_device("cpu")
-    from megatron_rl.engine.parallel import start_process_groups, stop_process_groups
+def policy_of(model: str, layout_text: str):  # type: ignore[no-untyped-def]
+    from megatron_rl.engine.parallel import start_process_groups
     from megatron_rl.engine.policy import Policy
+
+    device = use_device("cpu")
+    layout = Layout.resolve(*parse_layout(layout_text))
+    place = start_process_groups(layout, device, seed=0)
+    return Policy(Path(model), layout, place, EngineConfig(dtype="fp32"), device, optim=None)
+
+
+def push(model: str, url: str, layout: str, route: str, mutation: str) -> None:
     from megatron_rl.rollout.source import Leader
     from megatron_rl.weights.sync import WeightSync
 
-    layout = Layout.resolve(*parse_layout(layout_text))
-    place = start_process_groups(layout, device, seed=0)
-    policy = Policy(Path(model), layout, place, EngineConfig(dtype="fp32"), device, optim=None)
-    # Buckets far smaller than a configuration would allow, so that there are many.
+    policy = policy_of(model, layout)
     export = policy.export
-    policy.export = lambda _, **options: mutated(export(60_000, **options), mutation)  # type: ignore[method-assign]
+    policy.export = lambda _, **options: mutated(export(BUCKET_BYTES, **options), mutation)
     leader = None
-    if place.rank == 0:
+    if policy.place.rank == 0:
         leader = Leader([url], api_key=None, deadline=60.0)
     config = WeightsConfig(route=route, verify=1)  # type: ignore[arg-type]
     sync = WeightSync(config, policy, leader, Path(model).parent / f"sync-{route}")
     try:
         report = sync.push(7)
-        if place.rank == 0:
+        if policy.place.rank == 0:
             print("REPORT", report["weights/probe_max_abs_diff"], flush=True)
     finally:
         sync.close()
         if leader is not None:
             leader.close()
-    stop_process_groups()
+
+
+def export(model: str, directory: str) -> None:
+    import torch
+
+    from megatron_rl.models.weights_io import save_weights
+
+    tensors = (pair for bucket in policy_of(model, "tp=1").export(BUCKET_BYTES) for pair in bucket)
+    save_weights(tensors, Path(directory), Path(model), 1 << 30, torch.float32)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    {"push": push, "export": export}[sys.argv[1]](*sys.argv[2:])
+    from megatron_rl.engine.parallel import stop_process_groups
+
+    stop_process_groups()

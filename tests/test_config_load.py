@@ -117,6 +117,24 @@ def test_a_dump_has_the_presets_merged_in(tmp_path: Path) -> None:
     assert load_config(Config, write(tmp_path / "elsewhere" / "b.yaml", dump_config(config))) == config
 
 
+def test_the_presets_that_were_merged_in_are_kept_by_name(tmp_path: Path) -> None:
+    deep = write(tmp_path / "deep.yaml", "seed: 1\n")
+    base = write(tmp_path / "base.yaml", "presets: [deep.yaml, grpo]\nseed: 2\n")
+    path = write(tmp_path / "a.yaml", RL + "presets: [base.yaml, gspo]\n")
+    config = load_config(Config, path)
+    assert config.merged_presets == (str(deep), "grpo", str(base), "gspo")
+    assert load_config(Config, path, ["presets=dapo"]).merged_presets == ("dapo",)
+    assert load_config(SftConfig, write(tmp_path / "sft.yaml", SFT), [f"presets={deep}"]).merged_presets == (str(deep),)
+
+    # A dump names them, but needs none of them: its own values stand.
+    deep.unlink()
+    dumped = write(tmp_path / "dump.yaml", dump_config(config).replace("seed: 2", "seed: 3"))
+    again = load_config(Config, dumped)
+    assert again == config.model_copy(update={"seed": 3})
+    other = load_config(Config, write(tmp_path / "b.yaml", "presets: [dump.yaml, dapo]\n"))
+    assert other.merged_presets == (*config.merged_presets, str(dumped), "dapo")
+
+
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
     text=st.one_of(st.text(), st.from_regex(r"[-+]?[0-9]*\.?[0-9]*([eE][-+]?[0-9]+)?", fullmatch=True)),
@@ -132,7 +150,7 @@ def test_a_dump_loads_back_to_the_same_object(tmp_path: Path, text: str, number:
             "data": {"train": text, "heldout": "1e-5"},
             "train": {"steps": 1},
             "optim": {"lr": number},
-            "rollout": {"servers": {"urls": urls, "api_key": text}},
+            "rollout": {"servers": {"urls": urls, "api_key_env": text}},
         }
     )
     assert load_config(Config, write(tmp_path / "a.yaml", dump_config(config))) == config
@@ -165,6 +183,7 @@ def test_a_dump_loads_back_to_the_same_object(tmp_path: Path, text: str, number:
         ("engine: {dtype: fp16}", "{path}:5: engine.dtype: found \"fp16\", expected 'fp32' or 'bf16'"),
         ("train: {recompute_old_logprobs: 1, steps: 1}", None),
         ("presets: 3", "{path}:5: presets: found 3, expected a list of names or files"),
+        ("merged_presets: 3", "{path}:5: merged_presets: found 3, expected a list of names or files"),
         ("presets: [grppo]", "{path}:5: presets: found 'grppo', expected one of dapo, grpo, gspo, or a .yaml file"),
         ("presets: [b.yaml]", "{path}:5: presets: found 'b.yaml', expected an existing file"),
         ("seed: 1\nseed: 2", "{path}:6: seed: given twice, also at {path}:5; keep one"),
@@ -184,7 +203,7 @@ def test_a_mistake_in_a_file_is_one_line(tmp_path: Path, text: str, line: str | 
     [
         ("optim.lrr=1", "optim.lrr: no such key; did you mean optim.lr?"),
         ("optim.lr=fast", 'optim.lr: found "fast", expected a valid number'),
-        ("rollout.servers.api_key=123", "rollout.servers.api_key: found 123, expected text; put it in quotes"),
+        ("rollout.servers.api_key_env=123", "rollout.servers.api_key_env: found 123, expected text; put it in quotes"),
         ("seed.x=1", 'seed: found {"x": 1}, expected a valid integer'),
         ("optim=3", "optim: found 3, expected a section of keys"),
         ("model.path=null", "model.path: found null, expected text"),

@@ -53,7 +53,7 @@ def test_a_preset_is_its_papers_objective_and_changes_nothing_else(tmp_path: Pat
     path = write(tmp_path / "a.yaml", RL)
     plain, preset = load_config(Config, path), load_config(Config, path, [f"presets={name}"])
     assert preset.objective == PAPERS[name]
-    assert preset == plain.model_copy(update={"objective": PAPERS[name]})
+    assert preset == plain.model_copy(update={"objective": PAPERS[name], "merged_presets": (name,)})
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -66,6 +66,10 @@ def test_killed_and_resumed_equals_uninterrupted(setting: Path) -> None:
         (m["step"], m["mini_batch"], m["loss"], m["lr"]) for m in whole
     ]
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step-000005", "step-000006"]
+    saved = read_metrics(setting.parent / "whole" / "checkpoints.jsonl")
+    assert [line["step"] for line in saved] == list(range(1, STEPS + 1))
+    assert all(line["time/checkpoint"] > 0 for line in saved)
+    assert not any("time/checkpoint" in line for line in whole)
 
 
 def resume(setting: Path, run_dir: Path, ranks: int, *options: str) -> subprocess.CompletedProcess[str]:

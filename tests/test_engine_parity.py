@@ -31,11 +31,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model") / "moe", num_layers=4, mlp_only_layers=(1,))
 
 
+def run(model: Path, tokens: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megatron_rl", "parity", "--model", str(model), "--tokens", str(tokens)]
+    return subprocess.run([*command, "--device", "cpu", *options], capture_output=True, text=True, check=False)
+
+
 def parity(model: Path, tokens: Path, layouts: list[str], *options: str) -> tuple[int, list[dict[str, object]]]:
-    command = [sys.executable, "-m", "megatron_rl", "parity", "--model", str(model), "--tokens", str(tokens), "--json"]
-    for layout in layouts:
-        command += ["--layout", layout]
-    done = subprocess.run([*command, "--device", "cpu", *options], capture_output=True, text=True, check=False)
+    done = run(model, tokens, "--json", *(f"--layout={layout}" for layout in layouts), *options)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert lines, done.stderr[-3000:]
     return done.returncode, lines
@@ -120,6 +122,54 @@ model, swapped, tokens = map(Path, sys.argv[1:])
 parity.write_reference = lambda _, *rest: plain(model, *rest)
 sys.exit(parity.run(swapped, tokens, ["tp=1"], as_json=True, device="cpu"))
 """
+
+
+# ---- against a live server -------------------------------------------------------------------------------------
+
+
+@pytest.mark.server
+def test_a_server_with_the_same_weights_passes(served: str, tiny_model_dir: Path, tokens: Path) -> None:
+    sequences = [json.loads(line) for line in tokens.read_text().splitlines()]
+    assert any(VOCAB_SIZE - 1 in ids[1:] for ids in sequences)  # SGLang reports it under another id
+    status, (engine, server) = parity(tiny_model_dir, tokens, ["tp=1"], "--url", served)
+    assert status == 0
+    assert (engine["layout"], engine["passed"]) == ("tp=1", True)
+    assert (server["server"], server["tokens"], server["passed"]) == (served, 235, True)
+    assert 0 < server["logprob_max_abs_diff"] <= server["logprob_bound"] == 2e-5  # type: ignore[operator]
+
+
+@pytest.mark.server
+def test_a_server_with_other_weights_fails(served: str, tmp_path: Path, tokens: Path) -> None:
+    other = make_tiny_model(tmp_path / "other", seed=1)
+    done = run(other, tokens, "--layout", "tp=1", "--url", served)
+    assert done.returncode == 1, done.stderr[-3000:]
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in done.stdout.splitlines()]
+    (engine,) = (row for row in rows if row[0] == "tp=1")
+    (server,) = (row for row in rows if row[0] and served.startswith(row[0]))
+    assert (engine[1], engine[-1]) == (server[1], "yes")
+    assert (float(server[2]) > 0.1, server[-1]) == (True, "NO")
+    assert served in "".join(row[0] for row in rows)
+
+
+def test_a_server_is_asked_before_ranks_are_started(
+    model: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+    from threading import Thread
+
+    from megatron_rl import parity
+    from megatron_rl.rollout.answers import RolloutError
+
+    monkeypatch.setattr(parity, "_run_ranks", None)
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as no_sglang:
+        Thread(target=no_sglang.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{no_sglang.server_port}"
+        with pytest.raises(RolloutError, match=f"{url}/generate: status 501"):
+            parity.run(model, tokens, ["tp=1"], url=url)
+        no_sglang.shutdown()
+
+
+# ---- input -----------------------------------------------------------------------------------------------------
 
 
 def test_unusable_tokens_name_the_line(model: Path, tmp_path: Path) -> None:

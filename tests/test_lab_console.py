@@ -46,6 +46,16 @@ def test_timer_sums_a_phase_and_starts_again_after_drain() -> None:
     assert timer.drain() == {}
 
 
+def test_timer_gives_one_phase_and_drains_the_others() -> None:
+    clock = Clock()
+    timer = PhaseTimer(clock)
+    for name in ("update", "evaluation", "evaluation"):
+        with timer.phase(name):
+            clock.now += 3.0
+    assert timer.take("evaluation") == {"time/evaluation": 6.0}
+    assert timer.drain() == {"time/update": 3.0}
+
+
 def test_timer_counts_a_phase_that_raises() -> None:
     clock = Clock()
     timer = PhaseTimer(clock)

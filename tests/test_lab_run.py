@@ -15,7 +15,7 @@ from megatron_rl.lab import provenance, run
 from megatron_rl.lab.run import RunDir, RunDirError, read_metrics
 
 CONFIG = {
-    "presets": ["gspo"],
+    "merged_presets": ["gspo"],
     "run_dir": "runs/a",
     "seed": 7,
     "optim": {"lr": 1e-6, "betas": [0.9, 0.95]},
@@ -41,6 +41,7 @@ def log_steps(run_dir: RunDir, first: int, last: int) -> None:
         for mini_batch in range(2):
             run_dir.log_metrics(step, mini_batch, step - 1, {"loss": step + mini_batch / 10})
         run_dir.log_eval(step, step, {"accuracy": step / 10})
+        run_dir.log_checkpoint(step, {"time/checkpoint": step / 2})
 
 
 def without_time(path: Path) -> list[dict[str, object]]:
@@ -132,7 +133,7 @@ def test_resume_needs_a_run(tmp_path: Path) -> None:
         {"eval__every": 5},
         {"rollout__servers__urls": ["http://localhost:1"]},
         {"run_dir": "elsewhere/a"},
-        {"presets": []},
+        {"merged_presets": []},
     ],
 )
 def test_resume_lets_some_keys_change_and_keeps_the_earlier_records(tmp_path: Path, change: dict) -> None:
@@ -189,6 +190,8 @@ def test_resumed_files_equal_those_of_an_uninterrupted_run(tmp_path: Path) -> No
 
     assert without_time(resumed.metrics_file) == without_time(straight.metrics_file)
     assert without_time(resumed.eval_file) == without_time(straight.eval_file)
+    assert without_time(resumed.checkpoints_file) == without_time(straight.checkpoints_file)
+    assert without_time(straight.checkpoints_file)[-1] == {"step": 6, "time/checkpoint": 3.0}
     assert events(resumed.path, "loss") == events(straight.path, "loss")
     assert events(resumed.path, "eval/accuracy") == events(straight.path, "eval/accuracy")
     assert [step for step, _ in events(straight.path, "loss")] == list(range(1, 13))

@@ -33,7 +33,10 @@ UNROUTED_FLAGS = (
 
 
 def load_config(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
-    """The configuration with its presets merged in; its `presets` is empty. Raises ConfigError with all mistakes."""
+    """The configuration with its presets merged in: `merged_presets` names them, `presets` is empty.
+
+    Raises ConfigError with all mistakes.
+    """
     problems: list[str] = []
     tree = read_sources(path, overrides, problems)
     _add_sections(cls, tree.values)
@@ -217,8 +220,8 @@ def _check_servers(config: Config, arch: Architecture) -> Iterator[str]:
     if servers.api_key_env is not None:
         # SGLang prints all its arguments, the key among them, into its log.
         yield (
-            f"rollout.servers.api_key_env: {servers.api_key_env}, but rollout.servers.urls names no servers; those that "
-            "the trainer starts have no key, as SGLang would write it into its log in run_dir"
+            f"rollout.servers.api_key_env: {servers.api_key_env}, but rollout.servers.urls names no servers; those "
+            "that the trainer starts have no key, as SGLang would write it into its log in run_dir"
         )
     if arch.num_heads % servers.tp:
         yield f"rollout.servers.tp: {servers.tp} does not divide the {arch.num_heads} attention heads of the model"

@@ -210,6 +210,8 @@ class Config(Frozen):
     """Built-in presets by name, or YAML files relative to this one; later ones win, this file wins over all.
 
     Once loaded it is empty: what the presets set is merged in."""
+    merged_presets: tuple[str, ...] = ()
+    """Written by the loader: the presets that were merged in, theirs included, in order. Nothing is merged anew."""
     run_dir: Path
     seed: NonNegativeInt = 0
     model: ModelConfig
@@ -239,6 +241,7 @@ class SftConfig(Frozen):
     """Configuration of `megatron-rl sft`."""
 
     presets: tuple[str, ...] = ()
+    merged_presets: tuple[str, ...] = ()
     run_dir: Path
     seed: NonNegativeInt = 0
     model: ModelConfig

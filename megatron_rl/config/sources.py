@@ -27,15 +27,17 @@ class ConfigError(UserError):
 
 @dataclass
 class Tree:
-    """Nested values, and the place of each dotted key: `file:line`, or the override."""
+    """Nested values, the place of each dotted key (`file:line`, or the override), and the presets that are in them."""
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
+    presets: list[str] = field(default_factory=list)
 
     def merge(self, other: Tree) -> None:
         """The other tree's values win. Nothing is shared with it."""
         _merge(self.values, other.values)
         self.places.update(other.places)
+        self.presets += other.presets
 
     def place(self, key: str) -> str | None:
         """Of the key, or of the nearest section around it."""
@@ -45,7 +47,7 @@ class Tree:
 
 
 def read_sources(path: Path, overrides: Sequence[str], problems: list[str]) -> Tree:
-    """Presets, then the file, then the overrides; later wins. `presets` itself is not in the result.
+    """Presets, then the file, then the overrides; later wins. In the result `merged_presets` stands for `presets`.
 
     Appends to `problems` what can be said of one key; raises ConfigError for a file that cannot be read at all.
     """
@@ -55,11 +57,13 @@ def read_sources(path: Path, overrides: Sequence[str], problems: list[str]) -> T
     # Presets named by an override replace the file's, and are found from the current directory.
     naming, directory = (given, Path()) if "presets" in given.values else (own, path.parent)
     tree = Tree()
-    for name in _preset_names(naming, problems):
+    for name in _take_names(naming, "presets", problems):
         tree.merge(_read_preset(name, directory, (path.resolve(),), naming.places["presets"], problems))
     for layer in (own, given):
         layer.values.pop("presets", None)
+        layer.presets = _take_names(layer, "merged_presets", problems)
         tree.merge(layer)
+    tree.values["merged_presets"] = tree.presets
     return tree
 
 
@@ -168,11 +172,12 @@ def _parse_override(text: str, problems: list[str]) -> Tree:
 # ---- presets ---------------------------------------------------------------------------------------------------
 
 
-def _preset_names(tree: Tree, problems: list[str]) -> list[str]:
-    value = tree.values.get("presets") or []
+def _take_names(tree: Tree, key: str, problems: list[str]) -> list[str]:
+    """Takes the key out of the values."""
+    value = tree.values.pop(key, None) or []
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        problems.append(f"{tree.place('presets')}: presets: found {value!r}, expected a list of names or files")
+        problems.append(f"{tree.place(key)}: {key}: found {value!r}, expected a list of names or files")
         return []
     return names
 
@@ -190,9 +195,9 @@ def _read_preset(name: str, directory: Path, chain: tuple[Path, ...], place: str
         cycle = " -> ".join(str(file) for file in (*chain, path.resolve()))
         raise ConfigError(f"{place}: presets: {name!r} leads back to itself: {cycle}")
     own, tree = _read_file(path, problems), Tree()
-    for inner in _preset_names(own, problems):
+    for inner in _take_names(own, "presets", problems):
         tree.merge(_read_preset(inner, path.parent, (*chain, path.resolve()), own.places["presets"], problems))
-    own.values.pop("presets", None)
+    own.presets = [*_take_names(own, "merged_presets", problems), str(path) if is_file else name]
     tree.merge(own)
     return tree
 

@@ -43,6 +43,10 @@ class PhaseTimer:
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - start
 
+    def take(self, name: str) -> dict[str, float]:
+        """{"time/<name>": seconds} of one phase, which the next drain then leaves out."""
+        return {PREFIX + name: self._seconds.pop(name)}
+
     def drain(self) -> dict[str, float]:
         """{"time/<phase>": seconds} since the last drain, in the order in which the phases first ended."""
         drained = {PREFIX + name: seconds for name, seconds in self._seconds.items()}

@@ -1,12 +1,13 @@
 """The run directory: everything a run leaves behind, in one place.
 
-    config.yaml     the frozen, resolved configuration
-    versions.json   python, torch, megatron-core, transformers, sglang, megatron_rl, platform, cores
-    git.json        commit, dirty flag, untracked files; git.diff holds the changes (only from a git checkout)
-    history/N/      those four as an earlier start of the same run had them
-    metrics.jsonl   one line per optimizer step: step, mini_batch, weight_version, time, then the metrics
-    eval.jsonl      one line per evaluation on held-out prompts: step, weight_version, time, then the metrics
-    tensorboard/    the same figures as events, over optimizer steps
+    config.yaml        the frozen, resolved configuration
+    versions.json      python, torch, megatron-core, transformers, sglang, megatron_rl, platform, cores
+    git.json           commit, dirty flag, untracked files; git.diff holds the changes (only from a git checkout)
+    history/N/         those four as an earlier start of the same run had them
+    metrics.jsonl      one line per optimizer step: step, mini_batch, weight_version, time, then the metrics
+    eval.jsonl         one line per evaluation on held-out prompts: step, weight_version, time, then the metrics
+    checkpoints.jsonl  one line per checkpoint: step, time, and the seconds that it took
+    tensorboard/       the figures of metrics.jsonl and eval.jsonl as events, over optimizer steps
     rollouts/  checkpoints/  logs/
 
 Rank 0 creates the directory and writes it; the other ranks attach to it for its paths.
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAY_CHANGE = (
-    "presets",
+    "merged_presets",
     "run_dir",
     "train.steps",
     "checkpoint",
@@ -73,6 +74,7 @@ class RunDir:
         self.logs = path / "logs"
         self.metrics_file = path / "metrics.jsonl"
         self.eval_file = path / "eval.jsonl"
+        self.checkpoints_file = path / "checkpoints.jsonl"
         self._writes = writes
         self._optimizer_steps = 0
         self._events: SummaryWriter | None = None
@@ -123,6 +125,11 @@ class RunDir:
         values = self._append(self.eval_file, {"step": step, "weight_version": weight_version}, metrics)
         self._plot("eval/", values)
 
+    def log_checkpoint(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends the line of the checkpoint of `step`."""
+        if self._writes:
+            self._append(self.checkpoints_file, {"step": step}, metrics)
+
     def truncate_after(self, step: int) -> None:
         """Cuts the lines of all later steps, so that the resumed run's files equal an uninterrupted one's.
 
@@ -141,6 +148,7 @@ class RunDir:
         self.close()
         self._optimizer_steps = _cut(self.metrics_file, last_step)
         _cut(self.eval_file, last_step)
+        _cut(self.checkpoints_file, last_step)
         # Of what the interrupted run had plotted, TensorBoard hides all from the next optimizer step on.
         self._hide_events_from = self._optimizer_steps + 1
 

@@ -1,0 +1,87 @@
+"""RL in bf16 on saved rollouts: exact ratios at first, fp32 main weights behind the bf16 ones, and close to fp32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from rl_runs import MINI_BATCHES, run_all, save_rollouts, weights, write_config
+from safetensors.torch import load_file
+from tiny_models import make_tiny_model
+
+from megatron_rl.lab.run import read_metrics
+
+STEPS = 2
+# Without a baseline the loss is near -1/2, the share of rewarded samples, and not a difference of rounding errors.
+# Adam's step is far below the spacing of bf16 numbers near 1, where the norms' weights are.
+OPTIONS = "optim.lr=1e-4 optim.eps=1e-8 objective.advantage.baseline=none objective.advantage.std=none"
+# Narrower than the other tests' models: of two experts that are nearly alike to the router, rounding chooses, and in a
+# wide random model the other one's answer is another by far.
+STD = 0.06
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration; the run in fp32 is in `fp32` beside it, and that in bf16 on one rank in `bf16`."""
+    root = tmp_path_factory.mktemp("bf16")
+    model = make_tiny_model(root / "model", std=STD)
+    save_rollouts(model, root / "saved", steps=STEPS)
+    config = write_config(root / "config.yaml", model, root / "saved", preset="grpo")
+    options = f"train.steps={STEPS} {OPTIONS}"
+    run_all(config, 1, [f"run_dir={root / dtype} engine.dtype={dtype} {options}" for dtype in ("fp32", "bf16")])
+    return config
+
+
+def check(setting: Path, name: str) -> None:
+    _check_metrics(setting.with_name(name), setting.with_name("fp32"))
+    _check_weights(setting.with_name(name), setting.with_name("fp32"), setting.with_name("model"))
+
+
+def _check_metrics(run_dir: Path, reference: Path) -> None:
+    lines, expected = (read_metrics(d / "metrics.jsonl") for d in (run_dir, reference))
+    assert len(lines) == STEPS * MINI_BATCHES
+    for line, fp32 in zip(lines, expected, strict=True):
+        if line["mini_batch"] == 0:
+            assert line["ratio/min"] == line["ratio/max"] == 1.0
+        else:
+            assert line["ratio/min"] < 1.0 < line["ratio/max"]
+        assert abs(fp32["loss"]) > 0.2
+        assert line["loss"] == pytest.approx(fp32["loss"], abs=5e-3)
+        assert line["grad_norm"] == pytest.approx(fp32["grad_norm"], rel=0.2)
+        assert line["entropy/mean"] == pytest.approx(fp32["entropy/mean"], abs=5e-3)
+    # Of the rollout's tokens at its own weights: bf16's rounding is there, and it is small.
+    assert 1e-4 < lines[0]["abs_logprob_gap/mean"] < 0.02
+    assert expected[0]["abs_logprob_gap/mean"] < 1e-5
+
+
+def _check_weights(run_dir: Path, reference: Path, model: Path) -> None:
+    main, exported = load_file(run_dir / "main.safetensors"), weights(run_dir)
+    start, fp32 = load_file(model / "model.safetensors"), weights(reference)
+    assert main.keys() == exported.keys() == fp32.keys()
+    moved, expected = [], []
+    for name, weight in main.items():
+        assert (weight.dtype, exported[name].dtype) == (torch.float32, torch.bfloat16)
+        assert torch.equal(exported[name], weight.bfloat16()), name
+        begin = start[name].bfloat16()
+        if "norm" not in name:
+            assert not torch.equal(exported[name], begin), name
+        assert (weight != weight.bfloat16()).float().mean() > 0.9, f"{name} holds no more than bf16"
+        moved.append((weight - begin.float()).flatten())
+        expected.append((fp32[name] - start[name]).flatten())
+    cosine = torch.nn.functional.cosine_similarity(torch.cat(moved), torch.cat(expected), dim=0)
+    assert cosine > 0.95
+
+
+def test_on_one_rank(setting: Path) -> None:
+    check(setting, "bf16")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_under_tensor_and_pipeline_parallelism(setting: Path) -> None:
+    layouts = {"tp": "parallel.tp=2 parallel.etp=2", "pp": "parallel.pp=2"}
+    options = f"engine.dtype=bf16 train.steps={STEPS} {OPTIONS}"
+    run_all(setting, 2, [f"run_dir={setting.with_name(name)} {layouts[name]} {options}" for name in layouts])
+    for name in layouts:
+        check(setting, name)

@@ -1,0 +1,116 @@
+"""Where the time of each phase is logged: with the step, the evaluation or the checkpoint that it was spent on.
+
+The loop, the session and the trainer are real; what takes time in them moves a clock instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_rl import session as session_module
+from megatron_rl import train as train_module
+from megatron_rl import trainer as trainer_module
+from megatron_rl.config.schema import CheckpointConfig, Config, EvalConfig
+from megatron_rl.lab.console import Console
+from megatron_rl.lab.run import RunDir, read_metrics
+from megatron_rl.session import Session
+from megatron_rl.trainer import Trainer
+
+ROLLOUT, SYNC, UPDATE, EVALUATION, CHECKPOINT = 1.0, 2.0, 4.0, 8.0, 16.0
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def takes(self, seconds: float, answer: Any = None) -> Callable[..., Any]:
+        def spend(*_: object, **__: object) -> Any:
+            self.now += seconds
+            return answer
+
+        return spend
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of a run of three steps that evaluated and saved after the second and the last."""
+    clock = Clock()
+    config = Config(
+        run_dir=tmp_path / "run",
+        model={"path": tmp_path},
+        data={"train": "", "heldout": ""},
+        train={"steps": 3, "mini_batches": 1},
+        eval=EvalConfig(every=2),
+        checkpoint=CheckpointConfig(every=2),
+    )
+    place = SimpleNamespace(rank=0)
+    policy: Any = SimpleNamespace(arch=SimpleNamespace(vocab_size=9))
+    run = RunDir.create(config.run_dir, "", resume=False)
+    console = Console(3, shows=False, clock=clock)
+    trainer = Trainer(config, SimpleNamespace(), place, policy, run, console)  # type: ignore[arg-type]
+    session = object.__new__(Session)
+    session.__dict__.update(
+        trainer=trainer,
+        config=config,
+        step=0,
+        _pool=None,
+        _heldout=[None],
+        _has_servers=True,
+        _leader=SimpleNamespace(sample=clock.takes(EVALUATION)),
+        _weights=SimpleNamespace(push=clock.takes(SYNC, {})),
+        _cursor=SimpleNamespace(as_json=dict),
+        _judges=None,
+        _rollout_metrics={"rollout/reward/mean": 0.0, "rollout/accuracy": 0.0, "rollout/tokens": 70.0},
+    )
+
+    def update(*_: object) -> dict[str, float]:
+        with trainer.phase("update"):
+            clock.now += UPDATE
+        return {"loss": 0.0}
+
+    def rollout() -> list[object]:
+        with trainer.phase("rollout"):
+            clock.now += ROLLOUT
+        return []
+
+    @contextlib.contextmanager
+    def open_session(*_: object) -> Iterator[Session]:
+        yield session
+
+    monkeypatch.setattr(trainer, "update", update)
+    monkeypatch.setattr(trainer, "export", lambda *_: None)
+    monkeypatch.setattr(trainer_module, "save_checkpoint", clock.takes(CHECKPOINT))
+    monkeypatch.setattr(session, "rollout", rollout)
+    monkeypatch.setattr(session_module, "grade", lambda groups, *_: groups)
+    monkeypatch.setattr(session_module, "evaluation", lambda _: {"avg_at_k": 0.5})
+    monkeypatch.setattr(train_module, "open_session", open_session)
+    monkeypatch.setattr(train_module, "with_advantages", lambda *_: [])
+    monkeypatch.setattr(train_module, "schedule", lambda *_: [SimpleNamespace(index=0)])
+    monkeypatch.setattr(train_module, "old_policy", lambda *_: [(None, None)])
+    train_module.train(config)
+    return config.run_dir
+
+
+def times(file: Path) -> list[tuple[int, dict[str, float]]]:
+    return [(line["step"], {k: v for k, v in line.items() if k.startswith("time/")}) for line in read_metrics(file)]
+
+
+def test_a_steps_line_has_the_time_of_its_own_phases_only(run_dir: Path) -> None:
+    """Not of the evaluation and the checkpoint before it, nor, the first, of the start's weight sync."""
+    step = {"time/rollout": ROLLOUT, "time/update": UPDATE, "time/weight sync": SYNC}
+    assert times(run_dir / "metrics.jsonl") == [(1, step), (2, step), (3, step)]
+
+
+def test_evaluations_and_checkpoints_have_their_own(run_dir: Path) -> None:
+    evaluation, checkpoint = {"time/evaluation": EVALUATION}, {"time/checkpoint": CHECKPOINT}
+    assert times(run_dir / "eval.jsonl") == [(0, evaluation), (2, evaluation), (3, evaluation)]
+    assert times(run_dir / "checkpoints.jsonl") == [(2, checkpoint), (3, checkpoint)]
