@@ -68,7 +68,7 @@ def main(model: Path, text: str, recompute: str, out: Path) -> None:
     # The routes of a forward pass of its own, and what they give when they are replayed.
     first = policy.routing_pass(record=True)
     live = policy.logprobs(batch.micro_batches, routing=first)
-    own = [RankRoutes(ids, torch.ones(len(ids), dtype=torch.bool)) for ids in first.used]
+    own = [RankRoutes(ids, torch.ones(len(ids), dtype=torch.bool)) for ids in first.live]
     again = policy.logprobs(batch.micro_batches, routing=policy.routing_pass(own))
     same = all(torch.equal(a, b) for a, b in zip(live, again, strict=True) for a, b in zip(a, b, strict=True))
     differs = any(not torch.equal(a, b) for (a, _), b in zip(live, seen, strict=False))

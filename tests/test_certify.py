@@ -20,6 +20,8 @@ from megatron_rl.models.architecture import read_architecture
 from megatron_rl.rollout.server import free_ports
 
 TOKENS, MOE_LAYERS = sum(LENGTHS), 7
+# Rows of a rank, padding included, x its MoE layers x top-4 x one byte: the most that a rank holds.
+TRACE_BYTES = {"tp=1": 270 * 7 * 4, "tp=2": 137 * 7 * 4, "cp=2,ep=2": 142 * 7 * 4, "tp=2,pp=2,ep=2": 137 * 4 * 4}
 ROOT = str(Path(__file__).parent.parent)
 
 
@@ -40,6 +42,8 @@ def check(layouts: list[str], recompute: str) -> None:
         assert result["replayed_rows"] + result["live_rows"] == TOKENS * MOE_LAYERS
         assert result["replayed_rows"] > 5 * result["live_rows"] > 0
         assert result["recomputed_rows"] == (result["replayed_rows"] if recompute == "full" else 0)
+        if result["layout"] in TRACE_BYTES:
+            assert 1 <= result["trace_bytes"] / TRACE_BYTES[result["layout"]] <= 1.1
         expected = {"shifted by one row", "two layers swapped", "another sample's trace", "router fusion"}
         expected |= {"CP halves swapped"} if "cp=2" in result["layout"] else set()
         expected |= {"SP slices swapped"} if "tp=2" in result["layout"] else set()

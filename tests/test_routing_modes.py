@@ -148,3 +148,14 @@ def test_layouts_change_nothing(setting: tuple[Path, Path], tmp_path: Path, rank
     run_all(config, ranks, runs)
     for mode, layout in wanted:
         assert_same(tmp_path / mode / name(layout), reference / mode)
+
+
+@pytest.mark.distributed
+def test_a_stage_without_routers(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model", num_layers=2, mlp_only_layers=(1,))
+    save_rollouts(model, tmp_path / "saved", traces=True)
+    config = write_config(tmp_path / "config.yaml", model, tmp_path / "saved")
+    run_all(config, 1, [f"run_dir={tmp_path / 'one' / mode} {MODES[mode]}" for mode in ("r2", "r3")])
+    run_all(config, 2, [f"run_dir={tmp_path / 'two' / mode} {MODES[mode]} parallel.pp=2" for mode in ("r2", "r3")])
+    for mode in ("r2", "r3"):
+        assert_same(tmp_path / "two" / mode, tmp_path / "one" / mode)

@@ -64,8 +64,10 @@ class MiniBatchRouting:
         """What the update replays."""
         if self._config.replay != "r2":
             return self._of_rollout()
+        if not self._routers.taps:  # a stage without experts
+            return None
         assert self._old is not None
-        return [RankRoutes(ids, torch.ones_like(valid)) for ids, valid in zip(self._old.used, self._valid, strict=True)]
+        return [RankRoutes(ids, torch.ones_like(valid)) for ids, valid in zip(self._old.live, self._valid, strict=True)]
 
     def _router(self, routes: Sequence[RankRoutes] | None) -> Observer:
         def observe(index: int, tap: Tap, scores: Tensor, live: Tensor, used: Tensor) -> None:
@@ -91,10 +93,11 @@ class MiniBatchRouting:
         # Rows without a route to replay are counted as fallback, and would drown what the replay does.
         routes = self._of_rollout()
         self._expect(OLD_POLICY, self._valid if routes is None else self._routed(routes))
+        effective = old.live if routes is None else [each.experts for each in routes]
 
         def observe(index: int, tap: Tap, scores: Tensor, live: Tensor, used: Tensor) -> None:
             column = tap.column
-            self.stats.compare(f"{OLD_POLICY}/effective", index, tap.layer, old.used[index][:, column], used)
+            self.stats.compare(f"{OLD_POLICY}/effective", index, tap.layer, effective[index][:, column], used)
             self.stats.compare(f"{OLD_POLICY}/live", index, tap.layer, old.live[index][:, column], live)
 
         return observe

@@ -110,10 +110,9 @@ class RoutingPass:
         record: bool = False,
         observers: Sequence[Observer] = (),
     ) -> None:
-        """With `record`, `live` and `used` hold afterwards, for each micro-batch, [rows, own layers, top_k]: what the
-        routers would have chosen and what they used; one and the same where nothing is replayed."""
+        """With `record`, `live` holds afterwards, for each micro-batch, [rows, own layers, top_k]: what the routers
+        would have chosen by themselves. Where nothing is replayed it is also what they used."""
         self.live: list[Tensor] = []
-        self.used: list[Tensor] = []
         self._routers = routers
         self._routes = routes
         self._record = record
@@ -132,7 +131,7 @@ class RoutingPass:
         taps = self._routers.taps
         self._to_recompute = {tap.column: deque() for tap in taps}
         self._ran: dict[int, list[int]] = {tap.column: [] for tap in taps}
-        self._recorded: list[dict[str, Tensor]] = [{} for _ in range(micro_batches)]
+        self._recorded: dict[int, Tensor] = {}
         for tap in taps:
             tap.routing_pass = self
         try:
@@ -148,9 +147,7 @@ class RoutingPass:
                     f"layer {tap.layer}: its router ran for micro-batches {ran} of {micro_batches}, and "
                     f"{len(ran) - len(left)} times again in the backward pass"
                 )
-        if self._record and taps:
-            self.live = [recorded["live"] for recorded in self._recorded]
-            self.used = [recorded["used"] for recorded in self._recorded]
+        self.live = [self._recorded[index] for index in range(micro_batches)] if self._recorded else []
 
     @contextlib.contextmanager
     def micro_batch(self, stage: int, index: int) -> Iterator[None]:
@@ -169,7 +166,7 @@ class RoutingPass:
             chosen_scores = scores.gather(1, used)
         if self._forward is not None:
             if self._record:
-                self._keep(tap, index, live, used)
+                self._keep(tap, index, live)
             for observe in self._observers:
                 observe(index, tap, scores.detach(), live, used)
         return chosen_scores, used
@@ -201,11 +198,8 @@ class RoutingPass:
             )
         return torch.where(routes.present[:, None], routes.experts[:, tap.column].to(live.dtype), live)
 
-    def _keep(self, tap: Tap, index: int, live: Tensor, used: Tensor) -> None:
-        recorded = self._recorded[index]
-        if not recorded:
+    def _keep(self, tap: Tap, index: int, live: Tensor) -> None:
+        if index not in self._recorded:
             shape = (live.shape[0], len(self._routers.taps), live.shape[1])
-            recorded["live"] = live.new_empty(shape, dtype=ids_dtype(tap.num_experts))
-            recorded["used"] = recorded["live"] if self._routes is None else torch.empty_like(recorded["live"])
-        for name, ids in (("live", live), ("used", used)):
-            recorded[name][:, tap.column] = ids
+            self._recorded[index] = live.new_empty(shape, dtype=ids_dtype(tap.num_experts))
+        self._recorded[index][:, tap.column] = live
