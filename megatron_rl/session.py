@@ -59,7 +59,6 @@ class Session:
         self._weights = WeightSync(config.weights, trainer.policy, first, trainer.run.path / "weights")
         self._rollout_metrics: dict[str, float] = {}
         self._sync_metrics: dict[str, float] = {}
-        self._trace_metrics: dict[str, float] = {}
 
     def rollout(self) -> list[Group]:
         """This leader's share of the next step's groups, judged and saved; [] off the leaders."""
@@ -124,7 +123,8 @@ class Session:
         """Counts the step, syncs its weights and shows it."""
         self.step += 1
         self.sync_weights()
-        times = self.trainer.finish_step(self._sync_metrics)
+        traces = self.route_exchange.drain() if self.route_exchange else {}
+        times = self.trainer.finish_step({**self._sync_metrics, **traces})
         figures = self._rollout_metrics
         shown = {
             "reward": figures["rollout/reward/mean"],

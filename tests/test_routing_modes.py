@@ -121,6 +121,19 @@ def assert_same(run_dir: Path, reference: Path) -> None:
             assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=0.02), (run_dir.name, key)
 
 
+def test_what_traces_cost_is_logged_where_they_travel(setting: tuple[Path, Path], tmp_path: Path) -> None:
+    config, one = setting
+    run_all(config, 2, [f"run_dir={tmp_path / 'two'} {MODES['r3']} parallel.tp=2"])
+    for line in lines(tmp_path / "two"):
+        if line["mini_batch"] == MINI_BATCHES - 1:
+            # Half of the rows go to the second rank: 3 layers x top-2, and one byte that says whether there is a route.
+            rows = sum(each["tokens"] for each in lines(tmp_path / "two") if each["step"] == line["step"])
+            assert rows / 2 * 7 < line["trace/bytes_moved"] < rows * 7
+            assert line["trace/seconds"] > 0
+    assert all(line.get("trace/bytes_moved", 0) == 0 for line in lines(one / "r3"))
+    assert not any("trace/bytes_moved" in line for line in lines(one / "r2"))
+
+
 def test_recompute_changes_nothing(setting: tuple[Path, Path]) -> None:
     assert_same(setting[1] / "recompute", setting[1] / "r3")
 

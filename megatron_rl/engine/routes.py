@@ -25,7 +25,7 @@ from megatron_rl.routing.trace import RoutingTrace
 
 
 class RouteExchange:
-    """Collective over the world where it says so; `bytes_received` and `seconds` are this rank's, since `drain`."""
+    """Each data-parallel leader has the traces of its samples; every rank gets its slice of those it trains on."""
 
     def __init__(self, arch: Architecture, layers: Sequence[int], place: Place, layout: Layout) -> None:
         """`layers`: global numbers of this rank's MoE layers. Collective."""
@@ -74,10 +74,13 @@ class RouteExchange:
         return routes
 
     def drain(self) -> dict[str, float]:
-        """Metrics since the last call, of this rank."""
-        figures = {"bytes": float(self._bytes), "seconds": self._seconds}
+        """What the traces have cost since the last call: bytes that ranks received, all together, and the seconds of
+        the slowest. Collective over the world."""
+        received, seconds = torch.tensor(float(self._bytes)), torch.tensor(self._seconds)
+        dist.all_reduce(received, group=self._place.control)
+        dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=self._place.control)
         self._bytes, self._seconds = 0, 0.0
-        return figures
+        return {"trace/bytes_moved": received.item(), "trace/seconds": seconds.item()}
 
     def _lead(self, traces: Sequence[RoutingTrace], batch: PackedBatch) -> RankRoutes:
         layout, group = self._layout, self._place.replica
