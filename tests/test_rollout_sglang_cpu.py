@@ -64,23 +64,9 @@ def test_the_few_names_with_a_meaning() -> None:
         "assert [triton.cdiv(a, 4) for a in (0, 1, 4, 5)] == [0, 1, 1, 2]\n"
         "assert [triton.next_power_of_2(n) for n in (1, 2, 3, 4, 5)] == [1, 2, 4, 4, 8]\n"
         "assert tl.constexpr(7) == 7\n"
-        "from triton.runtime import driver\n"
-        "try: driver.active\n"
-        "except RuntimeError as error: assert '0 active drivers' in str(error)\n"
-        "else: raise AssertionError('a driver is active')\n"
         "try: import triton.knobs\n"
         "except ImportError: pass\n"
         "else: raise AssertionError('triton.knobs is there')\n"
-    )
-    assert ended.returncode == 0, ended.stderr
-
-
-def test_who_asks_whether_a_package_is_installed_hears_no() -> None:
-    ended = run(
-        INSTALL + "import importlib.util\n"
-        f"assert not any(importlib.util.find_spec(package) for package in {list(PACKAGES)!r})\n"
-        "from transformers.utils import is_torchvision_available\n"
-        "assert not is_torchvision_available()\n"
     )
     assert ended.returncode == 0, ended.stderr
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import runpy
 import sys
 import types
@@ -54,13 +53,6 @@ class StandIn(types.ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         return Missing(f"{self.__name__}.{name}")
-
-
-class NoDriver(StandIn):
-    def __getattr__(self, name: str) -> Missing:
-        if name == "active":  # asked for while SGLang finds out what there is; it catches what triton raises
-            raise RuntimeError("0 active drivers ([]). There should only be one.")
-        return super().__getattr__(name)
 
 
 def jit(function: Callable[..., object] | None = None, **options: object) -> Any:
@@ -102,26 +94,15 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname.partition(".")[0] not in PACKAGES or fullname in ABSENT or _only_asked():
+        if fullname.partition(".")[0] not in PACKAGES or fullname in ABSENT:
             return None
         return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         version, given = PACKAGES[spec.name.partition(".")[0]]
-        kind = NoDriver if spec.name == "triton.runtime.driver" else StandIn
-        return kind(spec.name, version, given.get(spec.name, {}))
+        return StandIn(spec.name, version, given.get(spec.name, {}))
 
     def exec_module(self, module: types.ModuleType) -> None: ...
-
-
-def _only_asked() -> bool:
-    """Whether importlib.util.find_spec asks: transformers then sees the package as missing, which it is."""
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None and ("importlib" in frame.f_code.co_filename or frame.f_globals is globals()):
-        if frame.f_code.co_filename == importlib.util.__file__:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def register_hooks() -> None:
