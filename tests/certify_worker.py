@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from megatron_rl.certify.ranks import worker
 from megatron_rl.certify.result import Spec
@@ -14,6 +15,8 @@ from megatron_rl.engine.device import use_device
 
 def break_replay(mutation: str) -> None:
     use_device("cpu")
+    import torch
+
     from megatron_rl.engine import routes
     from megatron_rl.routing.replay import RoutingPass, Tap
     from megatron_rl.routing.slicing import RankRoutes
@@ -22,9 +25,13 @@ def break_replay(mutation: str) -> None:
         RoutingPass._replayed = lambda self, tap, index, live: live  # type: ignore[method-assign]
     elif mutation == "missing rows replayed":
         whole = routes.slice_routes
-        routes.slice_routes = lambda *a, **k: RankRoutes(  # type: ignore[assignment]
-            whole(*a, **k).experts, whole(*a, **k).present.fill_(True)
-        )
+
+        def made_up(*args: Any, **kwargs: Any) -> RankRoutes:
+            found = whole(*args, **kwargs)
+            found.experts[~found.present] = torch.arange(found.experts.shape[-1], dtype=found.experts.dtype)
+            return RankRoutes(found.experts, torch.ones_like(found.present))
+
+        routes.slice_routes = made_up
     elif mutation == "micro-batches mixed up":
         plain = RoutingPass._replayed
         RoutingPass._replayed = lambda self, tap, index, live: plain(self, tap, 0, live)  # type: ignore[method-assign]

@@ -22,6 +22,8 @@ from megatron_rl.models.architecture import read_architecture
 
 GRID = ("tp=1", "tp=2", "pp=2", "pp=2,vpp=2", "cp=2", "ep=2", "dp=2", "tp=2,ep=2,etp=2", "cp=2,ep=2", "tp=2,pp=2,ep=2")
 RECOMPUTE = ("none", "full", "selective")
+VOCABULARY = 512
+"""Every token of the certified batch has an id of its own."""
 
 
 class CertifyError(UserError):
@@ -41,6 +43,8 @@ def run(
         if model is None:
             model = Path(scratch) / "model"
             make_model(model)
+        elif read_architecture(model).vocab_size < VOCABULARY:
+            model = _with_vocabulary(model, Path(scratch) / "model")
         by_world = _by_world(model, layouts, EngineConfig(dtype=dtype, device=device))  # type: ignore[arg-type]
         results: dict[tuple[str, str], Result] = {}
         for world, same_world in sorted(by_world.items()):
@@ -52,13 +56,9 @@ def run(
 
 
 def _by_world(model: Path, layouts: Sequence[str], engine: EngineConfig) -> dict[int, list[str]]:
-    from megatron_rl.certify.batch import LENGTHS
-
     arch = read_architecture(model)
     if not arch.num_experts:
         raise CertifyError(f"--model {model}: no layer has experts; there is nothing to certify")
-    if arch.vocab_size < sum(LENGTHS):
-        raise CertifyError(f"--model {model}: a vocabulary of {arch.vocab_size}; the proof needs {sum(LENGTHS)} tokens")
     by_world: dict[int, list[str]] = {}
     for text in layouts:
         layout = Layout.resolve(*parse_layout(text))
@@ -77,7 +77,7 @@ def make_model(directory: Path) -> None:
 
     logging.disable_progress_bar()
     config = Qwen3MoeConfig(
-        vocab_size=512,
+        vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=96,
         moe_intermediate_size=32,
@@ -99,6 +99,25 @@ def make_model(directory: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         Qwen3MoeForCausalLM(config).float().save_pretrained(directory)
+
+
+def _with_vocabulary(model: Path, directory: Path) -> Path:
+    """The model with random embeddings of VOCABULARY tokens; routers and all other weights are its own."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    config = orjson.loads((model / "config.json").read_bytes())
+    tensors = {name: tensor for file in sorted(model.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in tensors:
+            old = tensors[name]
+            generator = torch.Generator().manual_seed(0)
+            wide = torch.randn(VOCABULARY, old.shape[1], generator=generator) * old.float().std()
+            tensors[name] = wide.to(old.dtype)
+    directory.mkdir()
+    (directory / "config.json").write_bytes(orjson.dumps({**config, "vocab_size": VOCABULARY}))
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
 
 
 def _run_ranks(spec: Spec, world: int, scratch: Path) -> list[Result]:
