@@ -66,6 +66,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         _heldout=[None],
         _has_servers=True,
         _leader=SimpleNamespace(sample=clock.takes(EVALUATION)),
+        route_exchange=None,
         _weights=SimpleNamespace(push=clock.takes(SYNC, {})),
         _cursor=SimpleNamespace(as_json=dict),
         _judges=None,

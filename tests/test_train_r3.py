@@ -1,0 +1,50 @@
+"""A whole run with a server of its own under R3: the routes that SGLang reports are those that the trainer would choose
+and does use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rl_runs import run_all, write_config
+from tiny_models import make_tiny_model
+
+from megatron_rl.data.store import read_groups
+from megatron_rl.lab.run import read_metrics
+
+STEPS = 2
+
+
+@pytest.mark.server
+@pytest.mark.distributed
+def test_routes_of_a_live_server_are_replayed(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model", num_layers=2)
+    config = write_config(tmp_path / "config.yaml", model, tmp_path / "unused")
+    options = (
+        "data.train=arithmetic:terms=3,split=train,count=64",
+        "data.heldout=arithmetic:terms=3,split=heldout,count=8",
+        "data.verifier=arithmetic",
+        "rollout.replay_from=null",
+        "rollout.servers.max_total_tokens=4096",
+        f"train.steps={STEPS}",
+        "routing.replay=r3",
+        "weights.verify=1",
+    )
+    # Two leaders, each with the traces of its own share.
+    run_all(config, 2, [f"run_dir={tmp_path / 'run'} {' '.join(options)}"])
+
+    files = sorted((tmp_path / "run" / "rollouts").glob("*.jsonl"))
+    assert len(files) == STEPS * 2
+    samples = [sample for file in files for group in read_groups(file) for sample in group.samples]
+    for sample in samples:
+        assert sample.trace is not None
+        assert sample.trace.rows == len(sample.token_ids) - 1
+        assert sample.trace.present.all()
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    for line in lines:
+        assert line["routing/set_mismatch/rollout_old/effective/max"] == 0
+        # Both engines compute in fp32: only a choice at the very edge may differ.
+        assert line["routing/set_mismatch/rollout_old/live/max"] < 0.02
+        assert line["abs_logprob_gap/max"] < 1e-3
+        assert 0 < line["routing/fallback/mean"] < 0.2  # the last row of each sample
+    assert len(read_metrics(tmp_path / "run" / "eval.jsonl")) == 2
