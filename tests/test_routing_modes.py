@@ -29,7 +29,9 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     save_rollouts(model, root / "saved", traces=True)
     config = write_config(root / "config.yaml", model, root / "saved")
     runs = [f"run_dir={root / 'one' / mode} {keys}" for mode, keys in MODES.items()]
-    run_all(config, 1, [*runs, f"run_dir={root / 'one' / 'recompute'} {MODES['r3']} engine.recompute=full"])
+    runs.append(f"run_dir={root / 'one' / 'recompute'} {MODES['r3']} engine.recompute=full")
+    runs.append(f"run_dir={root / 'one' / 'balanced'} {MODES['r3']} engine.aux_loss_coefficient=0.1")
+    run_all(config, 1, runs)
     return config, root / "one"
 
 
@@ -90,6 +92,16 @@ def test_replay_changes_what_is_learnt(setting: tuple[Path, Path]) -> None:
     trained = {mode: weights(setting[1] / mode) for mode in MODES}
     for a, b in (("none", "r2"), ("none", "r3"), ("r2", "r3")):
         assert max(float((trained[a][key] - w).abs().max()) for key, w in trained[b].items()) > 1e-4
+
+
+def test_the_balancing_loss_goes_on_under_replay(setting: tuple[Path, Path]) -> None:
+    """It counts the live choice, so it moves the routers; what is replayed stays as it was."""
+    assert all(worst(line, "set_mismatch", "rollout_old/effective") == 0 for line in lines(setting[1] / "balanced"))
+    replayed, balanced = weights(setting[1] / "r3"), weights(setting[1] / "balanced")
+    routers = [key for key in replayed if key.endswith("mlp.gate.weight")]
+    assert len(routers) == len(LAYERS)
+    for key in routers:
+        assert (balanced[key] - replayed[key]).abs().max() > 1e-4
 
 
 def test_every_layer_has_its_own_figures(setting: tuple[Path, Path]) -> None:
