@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from rl_runs import MINI_BATCHES, STEPS, losses, run_all, save_rollouts, weights, write_config
+from rl_runs import MINI_BATCHES, STEPS, environment, losses, run_all, save_rollouts, weights, write_config
 from tiny_models import make_tiny_model
 
 from megatron_rl.lab.run import read_metrics
@@ -92,3 +94,12 @@ def test_layouts_do_not_matter(setting: tuple[Path, Path], ranks: int, layouts: 
         assert_same(directory, reference)
         first = [line for line in read_metrics(directory / "metrics.jsonl") if line["mini_batch"] == 0]
         assert all(line["ratio/min"] == line["ratio/max"] == 1.0 for line in first), directory.name
+
+
+def test_one_rank_needs_no_launcher(setting: tuple[Path, Path], tmp_path: Path) -> None:
+    config, reference = setting
+    command = [sys.executable, "-m", "megatron_rl", "train", str(config), f"run_dir={tmp_path / 'run'}"]
+    alone = {key: value for key, value in environment().items() if key not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
+    done = subprocess.run(command, env=alone, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(tmp_path / "run", reference)

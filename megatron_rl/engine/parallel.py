@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 from dataclasses import dataclass
 
 import torch
@@ -36,12 +37,15 @@ class Place:
 
 
 def start_process_groups(layout: Layout, device: torch.device, seed: int, timeout_seconds: float = 1800.0) -> Place:
-    """Joins the torchrun world if need be and makes Megatron-Core's groups. Collective.
+    """Joins torchrun's world if need be, or makes one of this rank alone; makes Megatron-Core's groups. Collective.
 
     Raises RuntimeError when the world's size is not the layout's.
     """
-    if not dist.is_initialized():
-        dist.init_process_group(backend(device), timeout=datetime.timedelta(seconds=timeout_seconds))
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    if not dist.is_initialized() and "RANK" in os.environ:
+        dist.init_process_group(backend(device), timeout=timeout)
+    elif not dist.is_initialized():  # started by hand, and not by torchrun
+        dist.init_process_group(backend(device), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     if dist.get_world_size() != layout.world_size:
         raise RuntimeError(f"the layout needs {layout.world_size} ranks, but {dist.get_world_size()} were started")
     parallel_state.initialize_model_parallel(
