@@ -81,6 +81,15 @@ def test_tied_embeddings(tmp_path: Path, tokens: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+@pytest.mark.parametrize("layouts", [ONE_RANK, TWO_RANKS, FOUR_RANKS], ids=["1 rank", "2 ranks", "4 ranks"])
+def test_tied_embeddings_anywhere(tmp_path: Path, tokens: Path, layouts: list[str], recompute: str) -> None:
+    tied = make_tiny_model(tmp_path / "tied", num_layers=4, mlp_only_layers=(1,), tied=True)
+    check(tied, tokens, layouts, "--recompute", recompute)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_dense_model_and_unnormalised_routes(tmp_path: Path, tokens: Path) -> None:
     check(make_tiny_model(tmp_path / "dense", family="qwen3", num_layers=4), tokens, ["tp=2", "pp=2", "cp=2"])
     raw = make_tiny_model(tmp_path / "raw", num_layers=2, norm_topk_prob=False)
