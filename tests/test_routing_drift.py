@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_rl.routing.drift import PAIRS, RoutingStats, common
+from megatron_rl.routing.drift import PAIRS, RERUN, RoutingStats, common
 
 LAYERS, EXPERTS, TOP_K = (1, 4), 6, 3
 CPU = torch.device("cpu")
@@ -52,6 +53,29 @@ def test_changes_by_hand() -> None:
     assert not [name for name in report if PAIRS[1] in name or "entropy" in name or "max_vio" in name]
 
 
+def test_one_expert_of_eight_differs_eightfold_in_the_two_published_measures() -> None:
+    found = RoutingStats([0], 9, 8, CPU)
+    found.expect(PAIR, 0, torch.tensor([True]))
+    found.compare(PAIR, 0, 0, torch.arange(8)[None], torch.tensor([[0, 1, 2, 3, 4, 5, 6, 8]]))
+    report = found.finalize()
+    assert report[f"routing/set_mismatch/{PAIR}/layer_00"] == 1
+    assert report[f"routing/expert_change/{PAIR}/layer_00"] == 1 / 8
+
+
+def test_over_layers_each_counts_the_same_and_the_extremes_are_there() -> None:
+    found = stats()
+    ids = torch.tensor([[0, 1, 2]])
+    for layer, gap, rows in ((1, 3.0, 1), (4, 1.0, 2)):
+        logits = torch.tensor([[gap, gap, gap, 0.0, 0.0, 0.0]]).repeat(rows, 1)
+        nothing = torch.zeros(rows, dtype=torch.bool)
+        found.observe_router(layer, logits, ids.repeat(rows, 1), ids.repeat(rows, 1), nothing, ~nothing)
+    report = found.finalize()
+    margins = {key.rpartition("/")[2]: value for key, value in report.items() if key.startswith("routing/margin/")}
+    assert margins == {"layer_01": 3.0, "layer_04": 1.0, "mean": 2.0, "min": 1.0, "max": 3.0}
+    assert report["routing/fallback/mean"] == 1
+    assert not [name for name in report if "live_overlap" in name]  # no row was replayed
+
+
 def test_a_router_by_hand() -> None:
     logits = torch.tensor([[4.0, 3, 2, 1, 0, 0], [0, 0, 0, 0, 0, 0], [9, 9, 9, 9, 9, 9]])
     used = torch.tensor([[0, 1, 2], [0, 1, 3], [5, 5, 5]])
@@ -75,78 +99,215 @@ def test_nothing_is_said_of_a_replay_that_does_not_take_place() -> None:
     found = stats()
     ids = torch.tensor([[0, 1, 2]])
     found.observe_router(1, torch.randn(1, EXPERTS), ids, ids, None, torch.tensor([True]))
-    assert not [name for name in found.finalize() if "overlap" in name or "fallback" in name]
+    report = found.finalize()
+    assert "routing/entropy/layer_01" in report
+    assert not [name for name in report if "overlap" in name or "fallback" in name]
+
+
+def test_an_accumulator_without_rows_says_nothing() -> None:
+    found = stats()
+    assert found.finalize() == {}
+    feed(found, draw(0, 5), torch.zeros(5, dtype=torch.bool), 0)
+    found.count_tokens()
+    assert found.finalize() == {}
+
+
+def test_a_probability_that_underflowed_adds_no_entropy() -> None:
+    found = stats()
+    ids, valid = torch.tensor([[0, 1, 2]]), torch.tensor([True])
+    found.observe_router(1, torch.tensor([[0.0, 0, 0, 0, -math.inf, -math.inf]]), ids, ids, None, valid)
+    assert found.finalize()["routing/entropy/layer_01"] == pytest.approx(math.log(4))
+
+
+def test_there_is_no_margin_where_every_expert_is_chosen() -> None:
+    found = RoutingStats([0], 2, 2, CPU)
+    ids = torch.tensor([[1, 0]])
+    found.observe_router(0, torch.tensor([[0.0, 1.0]]), ids, ids, None, torch.tensor([True]))
+    assert not [name for name in found.finalize() if "margin" in name]
+
+
+def test_a_pair_that_is_not_declared_or_expected_is_an_error() -> None:
+    found, ids = stats(), torch.tensor([[0, 1, 2]])
+    with pytest.raises(ValueError, match="found 'rolout_old'; expected one of rollout_old/effective, "):
+        found.expect("rolout_old", 0, torch.tensor([True]))
+    with pytest.raises(KeyError):
+        found.compare(PAIR, 0, 1, ids, ids)
+
+
+def test_the_backward_graph_is_not_held() -> None:
+    found = stats()
+    ids = torch.tensor([[0, 1, 2]])
+    found.observe_router(1, torch.randn(1, EXPERTS, requires_grad=True), ids, ids, None, torch.tensor([True]))
+    assert not any(sums.requires_grad for sums in found.sums())
+
+
+def test_nothing_waits_for_the_device_before_finalize() -> None:
+    """A fake tensor has no values, so it refuses whatever would wait for them: item, nonzero, bincount."""
+    with FakeTensorMode():
+        found = stats()
+        feed(found, draw(0, 5), slice(None), 0)
+        found.count_tokens()
 
 
 def draw(seed: int, rows: int) -> dict[str, Tensor]:
+    """logits [rows, LAYERS, EXPERTS]; used, live [rows, LAYERS, TOP_K]; replayed, valid [rows]."""
     g = torch.Generator().manual_seed(seed)
-    logits = torch.randn(rows, EXPERTS, generator=g)
+    logits = torch.randn(rows, len(LAYERS), EXPERTS, generator=g)
     return {
         "logits": logits,
-        "used": torch.rand(rows, EXPERTS, generator=g).topk(TOP_K).indices,
+        "used": torch.rand(logits.shape, generator=g).topk(TOP_K).indices,
         "live": logits.topk(TOP_K).indices,
         "replayed": torch.rand(rows, generator=g) < 0.7,
         "valid": torch.rand(rows, generator=g) < 0.8,
     }
 
 
-def feed(found: RoutingStats, data: dict[str, Tensor], rows: slice, micro_batch: int) -> None:
+def feed(
+    found: RoutingStats,
+    data: dict[str, Tensor],
+    rows: slice | Tensor,
+    micro_batch: int,
+    layers: Sequence[int] = LAYERS,
+    pair: str = PAIR,
+) -> None:
+    """What a rank that holds these rows and layers sees of a micro-batch."""
     d = {name: values[rows] for name, values in data.items()}
-    found.expect(PAIR, micro_batch, d["valid"])
-    for layer in LAYERS:
-        found.observe_router(layer, d["logits"], d["used"], d["live"], d["replayed"], d["valid"])
-        found.compare(PAIR, micro_batch, layer, d["used"], d["live"])
+    found.expect(pair, micro_batch, d["valid"])
+    for layer in layers:
+        place = LAYERS.index(layer)
+        used, live = d["used"][:, place], d["live"][:, place]
+        found.observe_router(layer, d["logits"][:, place], used, live, d["replayed"], d["valid"])
+        found.compare(pair, micro_batch, layer, used, live)
+
+
+def report_of(data: dict[str, Tensor]) -> dict[str, float]:
+    found = stats()
+    feed(found, data, slice(None), 0)
+    found.count_tokens()
+    return found.finalize()
+
+
+def reduced(ranks: Sequence[RoutingStats]) -> dict[str, float]:
+    """What all of them report after their sums are added up."""
+    for parts in zip(*(rank.sums() for rank in ranks), strict=True):
+        parts[0].copy_(torch.stack(parts).sum(0))
+    return ranks[0].finalize()
+
+
+seeds, counts = st.integers(0, 2**20), st.integers(1, 40)
 
 
 @settings(max_examples=40)
-@given(seed=st.integers(0, 2**20), rows=st.integers(1, 40), data=st.data())
+@given(seed=seeds, rows=counts, data=st.data())
 def test_cutting_rows_into_micro_batches_and_ranks_changes_nothing(seed: int, rows: int, data: st.DataObject) -> None:
-    drawn, cut = draw(seed, rows), data.draw(st.integers(0, rows))
-    whole = stats()
-    feed(whole, drawn, slice(None), 0)
-    whole.count_tokens()
-    first, second = stats(), stats()
-    feed(first, drawn, slice(0, cut), 0)
-    feed(first, drawn, slice(cut, cut), 1)
-    feed(second, drawn, slice(cut, None), 0)
-    for part in (first, second):
-        part.count_tokens()
-    for mine, other in zip(first.sums(), second.sums(), strict=True):
-        mine += other
-    expected = whole.finalize()
-    assert first.finalize() == pytest.approx(expected)
+    drawn = draw(seed, rows)
+    # Three ranks of two micro-batches; each row in any of them, some of them empty.
+    owner = torch.tensor(data.draw(st.lists(st.integers(0, 5), min_size=rows, max_size=rows)))
+    ranks = [stats() for _ in range(3)]
+    for part in range(6):
+        feed(ranks[part // 2], drawn, owner == part, part % 2)
+    for rank in ranks:
+        rank.count_tokens()
+    assert reduced(ranks) == pytest.approx(report_of(drawn))
 
 
 @settings(max_examples=40)
-@given(seed=st.integers(0, 2**20), rows=st.integers(1, 40))
+@given(seed=seeds, rows=counts)
+def test_cutting_layers_into_pipeline_stages_changes_nothing(seed: int, rows: int) -> None:
+    drawn = draw(seed, rows)
+    stages = [stats() for _ in range(3)]  # the last without routers
+    for stage, layers in zip(stages, ([LAYERS[0]], [LAYERS[1]], []), strict=True):
+        for part, pair in ((slice(0, rows // 2), PAIR), (slice(rows // 2, None), PAIR), (slice(None), RERUN)):
+            feed(stage, drawn, part, int(part.start == rows // 2), layers, pair)
+    for parts in zip(*(stage.differing() for stage in stages), strict=True):
+        parts[0].copy_(torch.stack(parts).sum(0))
+    stages[0].count_tokens()
+    whole = report_of(drawn)
+    found = reduced(stages)
+    for name in (name for name in whole if PAIR in name):
+        assert found[name] == pytest.approx(whole[name]), name
+        assert found[name.replace(PAIR, RERUN)] == pytest.approx(whole[name]), name
+
+
+@settings(max_examples=40)
+@given(seed=seeds, rows=counts)
+def test_what_stands_in_padding_is_never_read(seed: int, rows: int) -> None:
+    drawn = draw(seed, rows)
+    padding = ~drawn["valid"]
+    spoilt = {name: values.clone() for name, values in drawn.items()}
+    spoilt["logits"][padding] = math.nan
+    spoilt["used"][padding] = EXPERTS + 7
+    spoilt["live"][padding] = -1
+    spoilt["replayed"][padding] ^= True
+    without = {name: values[drawn["valid"]] for name, values in drawn.items()}
+    assert report_of(spoilt) == pytest.approx(report_of(without))
+
+
+@settings(max_examples=40)
+@given(seed=seeds, rows=counts)
+def test_the_order_of_a_rows_experts_counts_for_the_first_alone(seed: int, rows: int) -> None:
+    drawn = draw(seed, rows)
+    turned = report_of({**drawn, "used": drawn["used"].roll(1, dims=-1)})
+    report = report_of(drawn)
+    kept = {name for name in report if "top1_change" not in name}
+    assert {name: turned[name] for name in kept} == {name: report[name] for name in kept}
+    same = report_of({**drawn, "used": drawn["live"].roll(1, dims=-1)})
+    for name, value in same.items():
+        if "top1_change" in name:
+            assert value == 1, name
+        elif "set_mismatch" in name or "expert_change" in name or "token_layers" in name:
+            assert value == 0, name
+
+
+@settings(max_examples=20)
+@given(seed=seeds, rows=counts)
+def test_ids_of_any_integer_type_and_logits_in_bf16(seed: int, rows: int) -> None:
+    drawn = draw(seed, rows)
+    drawn["logits"] = drawn["logits"].bfloat16()
+    narrow = {**drawn, "logits": drawn["logits"].float(), "used": drawn["used"].byte(), "live": drawn["live"].short()}
+    assert report_of(narrow) == report_of(drawn)
+
+
+@settings(max_examples=40)
+@given(seed=seeds, rows=counts)
 def test_random_rows_equal_the_reference(seed: int, rows: int) -> None:
     drawn = draw(seed, rows)
-    found = stats()
-    feed(found, drawn, slice(None), 0)
-    report = found.finalize()
-    d = {name: values.double().numpy() for name, values in drawn.items()}
-    counted = [r for r in range(rows) if d["valid"][r]]
-    if not counted:
-        assert report == {}
-        return
-    shared = {r: len(set(d["used"][r]) & set(d["live"][r])) for r in counted}
-    loads = np.zeros(EXPERTS)
-    for r in counted:
-        loads[d["used"][r].astype(int)] += 1
-    p = np.exp(d["logits"]) / np.exp(d["logits"]).sum(-1, keepdims=True)
-    ordered = -np.sort(-d["logits"], axis=-1)
+    expected: dict[str, float] = {}
+    for place, layer in enumerate(LAYERS):
+        for name, value in reference_of_layer(drawn, place).items():
+            expected[f"routing/{name}/layer_{layer:02d}"] = value
+    for name in {key.rpartition("/")[0] for key in expected}:
+        values = [value for key, value in expected.items() if key.startswith(f"{name}/layer_")]
+        expected |= {f"{name}/mean": float(np.mean(values)), f"{name}/min": min(values), f"{name}/max": max(values)}
+    if drawn["valid"].any():
+        used, live = (drawn[name][drawn["valid"]].tolist() for name in ("used", "live"))
+        differing = [sum(set(a) != set(b) for a, b in zip(u, v, strict=True)) for u, v in zip(used, live, strict=True)]
+        expected[f"routing/token_layers/{PAIR}/mean"] = float(np.mean(differing))
+        expected[f"routing/token_layers/{PAIR}/any"] = float(np.mean([count > 0 for count in differing]))
+    assert report_of(drawn) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def reference_of_layer(drawn: dict[str, Tensor], place: int) -> dict[str, float]:
+    counted = np.flatnonzero(drawn["valid"].numpy())
+    if not len(counted):
+        return {}
+    used, live = (drawn[name][:, place].tolist() for name in ("used", "live"))
+    logits = drawn["logits"][:, place].double().numpy()[counted]
+    replayed = [r for r in counted if drawn["replayed"][r]]
+    shared = {r: len(set(used[r]) & set(live[r])) for r in counted}
+    loads = [sum(expert in used[r] for r in counted) for expert in range(EXPERTS)]
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    ordered = -np.sort(-logits, axis=-1)
     expected = {
         f"set_mismatch/{PAIR}": np.mean([shared[r] < TOP_K for r in counted]),
         f"expert_change/{PAIR}": np.mean([1 - shared[r] / TOP_K for r in counted]),
-        f"top1_change/{PAIR}": np.mean([d["used"][r][0] != d["live"][r][0] for r in counted]),
-        "entropy": np.mean(-(p * np.log(p)).sum(-1)[counted]),
-        "margin": np.mean((ordered[:, TOP_K - 1] - ordered[:, TOP_K])[counted]),
-        "max_vio": loads.max() / loads.mean() - 1,
-        "dead_experts": (loads == 0).sum(),
-        "fallback": np.mean([not d["replayed"][r] for r in counted]),
+        f"top1_change/{PAIR}": np.mean([used[r][0] != live[r][0] for r in counted]),
+        "entropy": np.mean(-(p * np.log(p)).sum(-1)),
+        "margin": np.mean(ordered[:, TOP_K - 1] - ordered[:, TOP_K]),
+        "max_vio": (max(loads) - np.mean(loads)) / np.mean(loads),
+        "dead_experts": loads.count(0),
+        "fallback": 1 - len(replayed) / len(counted),
     }
-    replayed = [r for r in counted if d["replayed"][r]]
     if replayed:
         expected["live_overlap"] = np.mean([shared[r] / TOP_K for r in replayed])
-    for name, value in expected.items():
-        assert report[f"routing/{name}/layer_04"] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    return {name: float(value) for name, value in expected.items()}

@@ -6,7 +6,8 @@
     token_layers   layers in which a token's sets differ
 
 All are sums over rows, so none depends on how rows are cut into micro-batches and ranks. Shapes: R rows (tokens of a
-rank, padding included), K experts of a row in descending order of score.
+rank, padding included), K experts of a row in descending order of score. Each router calls in here in every
+micro-batch, so nothing waits for the device before `finalize`.
 """
 
 from __future__ import annotations
@@ -43,26 +44,30 @@ class RoutingStats:
         self._tokens = torch.zeros(len(PAIRS), 3, dtype=torch.float64, device=device)  # layers, tokens with any, tokens
         self._differing: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
 
+    @torch.no_grad()
     def observe_router(
         self, layer: int, logits: Tensor, used: Tensor, live: Tensor, replayed: Tensor | None, valid: Tensor
     ) -> None:
         """logits [R, experts]; used, live [R, K] ids; valid [R] bool, False on padding. replayed [R] bool says which
         rows had a route to replay; None where nothing is replayed."""
         logits = logits.float()
-        logprobs = logits.log_softmax(-1)
-        self._add("entropy", layer, -(logprobs.exp() * logprobs).sum(-1), valid)
+        # entr(0) is 0: a probability that underflowed has -inf for its log.
+        self._add("entropy", layer, torch.special.entr(logits.softmax(-1)).sum(-1), valid)
         if self._top_k < logits.shape[1]:
             best = logits.topk(self._top_k + 1, dim=-1).values
             self._add("margin", layer, best[:, -2] - best[:, -1], valid)
         if replayed is not None:
             self._add("live_overlap", layer, common(used, live) / self._top_k, valid & replayed)
             self._add("fallback", layer, ~replayed, valid)
-        experts = self._load.shape[1]
-        self._load[self._place[layer]] += torch.bincount(used[valid].flatten(), minlength=experts)
+        # Not bincount, nor used[valid]: their shapes follow from the data.
+        ids = used.long().masked_fill(~valid[:, None], 0).flatten()
+        self._load[self._place[layer]].index_add_(0, ids, valid.to(self._load).repeat_interleave(self._top_k))
 
     def expect(self, pair: str, micro_batch: int, valid: Tensor) -> None:
         """Says that the routers' choices will be compared, for rows where `valid`, [R] bool. On every stage of a
-        pipeline, those without routers too."""
+        pipeline, those without routers too. Raises ValueError for a pair that is not in PAIRS."""
+        if pair not in PAIRS:
+            raise ValueError(f"pair: found {pair!r}; expected one of {', '.join(PAIRS)}")
         self._differing[pair, micro_batch] = (valid.long() * 0, valid)
 
     def compare(self, pair: str, micro_batch: int, layer: int, a: Tensor, b: Tensor) -> None:
@@ -88,8 +93,7 @@ class RoutingStats:
     def count_tokens(self) -> None:
         """Takes `differing` into the sums; on one stage of a pipeline only."""
         for (pair, _), (layers, valid) in self._differing.items():
-            counted = layers[valid]
-            found = (counted.sum(), (counted > 0).sum(), valid.sum())
+            found = (layers.sum(), (layers > 0).sum(), valid.sum())
             self._tokens[PAIRS.index(pair)] += torch.stack(found).double()
 
     def sums(self) -> tuple[Tensor, ...]:
