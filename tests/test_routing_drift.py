@@ -93,6 +93,8 @@ def test_a_router_by_hand() -> None:
     assert report["routing/max_vio/layer_04"] == 1.0  # loads 2 2 1 1 0 0, their mean 1
     assert report["routing/dead_experts/layer_04"] == 2
     assert not [name for name in report if name.endswith("layer_01")]
+    for over in ("mean", "min", "max"):  # of the layers that have rows
+        assert report[f"routing/margin/{over}"] == 0.5
 
 
 def test_nothing_is_said_of_a_replay_that_does_not_take_place() -> None:

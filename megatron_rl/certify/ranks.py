@@ -80,9 +80,9 @@ def _prove(policy: Policy, samples: list[Sample], case: Spoiled) -> tuple[Verdic
     numbered = [TrainSample(i, i, sample, 1.0) for i, sample in enumerate(mine)]
     exchange = RouteExchange(policy.arch, policy.routers.layers, place, layout)
     (mini_batch,) = distribute(numbered, place, layout, mini_batches=1, max_tokens=64, routes=exchange)
-    mini_batch = case.apply(mini_batch)
+    routes = [case.routes(each).to(policy.device) for each in mini_batch.routes or ()]
     recomputes = policy.engine.recompute == "full"
-    routing = case.routing_pass(policy.routers, mini_batch.routes)
+    routing = case.routing_pass(policy.routers, routes)
     masks = [torch.as_tensor(batch.loss_mask, device=policy.device) for batch in mini_batch.micro_batches]
     watch = Watch(policy)
     with watch.on(recomputes):
@@ -90,7 +90,7 @@ def _prove(policy: Policy, samples: list[Sample], case: Spoiled) -> tuple[Verdic
     rows = share_rows(watch.rows, place)
     forward = judge(watch.forward, rows, samples, place)
     backward = judge(watch.backward, rows, samples, place) if recomputes else None
-    return forward, backward, sum(r.bytes for r in mini_batch.routes or ())
+    return forward, backward, sum(each.bytes for each in routes)
 
 
 def _is_caught(policy: Policy, samples: list[Sample], case: Spoiled) -> bool:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from megatron_rl.certify.batch import trace_of
 from megatron_rl.data.sample import Sample
-from megatron_rl.engine.distribute import MiniBatch
 from megatron_rl.engine.policy import Policy
 from megatron_rl.errors import UserError
 from megatron_rl.routing.replay import Routers, RoutingPass, Tap
@@ -29,10 +28,6 @@ class Spoiled:
     routes: Callable[[RankRoutes], RankRoutes] = lambda routes: routes
     routing_pass: type[RoutingPass] = RoutingPass
     backward: bool = False  # shows in the backward pass only
-
-    def apply(self, mini_batch: MiniBatch) -> MiniBatch:
-        assert mini_batch.routes is not None
-        return replace(mini_batch, routes=tuple(self.routes(r) for r in mini_batch.routes))
 
 
 class LiveBackward(RoutingPass):
