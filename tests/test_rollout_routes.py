@@ -126,17 +126,29 @@ def test_a_prefix_cache_hit_has_all_its_rows(url: str, model_dir: Path) -> None:
 
 
 def test_an_aborted_response_has_the_rows_that_ran(url: str, model_dir: Path) -> None:
-    async def abort(client: SGLangClient) -> Completion:
+    async def abort(client: SGLangClient, delay: float) -> Completion:
         answer = asyncio.create_task(long_answer(client, model_dir))
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(delay)
         await client.pause_generation("abort")
         await client.continue_generation()
         return await answer
 
-    completion = call(url, abort)
+    completion = interrupted(url, abort, lambda c: 0 < len(c.token_ids) < 400)
     assert completion.finish_reason == "abort"
     assert 0 < len(completion.token_ids) < 400
     assert_routed_as_transformers(model_dir, ENDLESS, completion)
+
+
+def interrupted(
+    url: str, interrupt: Callable[[SGLangClient, float], Any], while_running: Callable[[Completion], bool]
+) -> Completion:
+    """A long answer that was interrupted while it was running: on a busy machine the first attempts may come too early,
+    or too late."""
+    for delay in (0.3, 0.1, 0.05, 0.02, 0.6, 1.2, 0.2, 0.01):
+        completion = call(url, lambda client, delay=delay: interrupt(client, delay))
+        if while_running(completion):
+            return completion
+    raise AssertionError("no answer was running when it was to be interrupted")
 
 
 async def long_answer(client: SGLangClient, model_dir: Path) -> Completion:
@@ -149,16 +161,16 @@ def test_rows_have_the_version_under_which_they_ran(url: str, model_dir: Path, m
     for they were computed again."""
     before, after = versions
 
-    async def update(client: SGLangClient) -> Completion:
+    async def update(client: SGLangClient, delay: float) -> Completion:
         await client.update_weight_version(before)
         answer = asyncio.create_task(long_answer(client, model_dir))
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(delay)
         await client.pause_generation(mode)
         await client.update_weight_version(after)
         await client.continue_generation()
         return await answer
 
-    completion = call(url, update)
+    completion = interrupted(url, update, lambda c: len(c.versions) == 2)
     trace = completion.trace
     assert trace is not None
     sampled, rows = completion.versions, trace.versions
