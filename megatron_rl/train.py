@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from megatron_rl.config.schema import Config
 from megatron_rl.data.sample import Group
 from megatron_rl.engine.distribute import MiniBatch, TrainSample, distribute
-from megatron_rl.engine.losses import PolicyLoss
+from megatron_rl.engine.losses import PolicyLoss, without_rejected
 from megatron_rl.objectives.advantages import group_advantages
 from megatron_rl.routing.modes import MiniBatchRouting
 from megatron_rl.session import Session, open_session
@@ -84,6 +84,7 @@ def old_policy(session: Session, mini_batches: Sequence[MiniBatch]) -> list[tupl
             if config.train.recompute_old_logprobs:
                 routed = routing.old_pass() if routing else None
                 old = [logprobs for logprobs, _ in policy.logprobs(mini_batch.micro_batches, routing=routed)]
+                mini_batch = without_rejected(mini_batch, config.objective, old, session.trainer.place)
                 if routing and _due(config.routing.noise_floor, session):
                     policy.logprobs(mini_batch.micro_batches, routing=routing.rerun_pass())
             updates.append((PolicyLoss(config.objective, mini_batch, old, policy.device), routing))

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import yaml
 
-from megatron_rl.config.schema import ClipConfig, ObjectiveConfig
+from megatron_rl.config.schema import ClipConfig, CorrectionConfig, ObjectiveConfig
+from megatron_rl.config.sources import PRESETS
 from megatron_rl.data.schedule import Denominators
 from megatron_rl.objectives.inputs import LossInputs
 
@@ -20,6 +22,21 @@ DAPO = ObjectiveConfig(ratio="token", aggregation="token-mean", clip=ClipConfig(
 GSPO = ObjectiveConfig(ratio="sequence", aggregation="seq-mean-token-mean", clip=ClipConfig(low=0.04, high=0.06))
 GSPO_TOKEN = GSPO.model_copy(update={"ratio": "sequence-token"})
 OBJECTIVES = {"grpo": GRPO, "dapo": DAPO, "gspo": GSPO, "gspo-token": GSPO_TOKEN}
+FAMILY = {
+    file.stem: ObjectiveConfig.model_validate(yaml.safe_load(file.read_text())["objective"])
+    for file in sorted(PRESETS.glob("*.yaml"))
+}
+"""The presets as they are."""
+CORRECTIONS = [
+    CorrectionConfig(kind="tis", high=1.3),
+    CorrectionConfig(kind="tis", level="sequence", high=1.3),
+    CorrectionConfig(kind="mis", high=1.3),
+    CorrectionConfig(kind="mis", low=0.8, high=1.3),
+    CorrectionConfig(kind="mis", level="sequence", low=0.5, high=2.0),
+    CorrectionConfig(kind="mis", level="geometric", low=0.7, high=1.5),
+    CorrectionConfig(kind="icepop", low=0.8, high=1.3),
+    CorrectionConfig(kind="sequence-mask", delta=0.01),
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,9 +119,14 @@ def reference_loss(
     terms: list[list[float]] = []
     for sequence, new, stopped in zip(sequences, live, frozen, strict=True):
         base = (sequence.old if config.denominator == "old" else sequence.rollout)[sequence.mask]
-        if len(base):
-            ratios = RATIO[config.ratio](new, stopped, base)
-            terms.append([_clipped(ratio, sequence.advantage, config.clip) for ratio in ratios])
+        factors = correction_factors(sequence, config, stopped)
+        ratios = RATIO[config.ratio](new, stopped, base) if len(base) else []
+        values = [_clipped(ratio, sequence.advantage, config.clip) for ratio in ratios]
+        kept = [value * factor for value, factor in zip(values, factors, strict=True) if factor is not None]
+        if kept:
+            terms.append(kept)
+    if not terms:
+        return 0.0
     lengths = [len(term) for term in terms]
     match config.aggregation:
         case "token-mean":
@@ -123,6 +145,42 @@ def _clipped(ratio: float, advantage: float, clip: ClipConfig) -> float:
     return max(value, clip.dual * advantage) if clip.dual is not None and advantage < 0 else value
 
 
+def correction_factors(sequence: TrainedSequence, config: ObjectiveConfig, stopped: np.ndarray) -> list[float | None]:
+    """What each masked-in token's term is multiplied by; None: as if the token had been masked out."""
+    correction, mu = config.correction, sequence.rollout[sequence.mask]
+    old = sequence.old[sequence.mask] if config.denominator == "old" else stopped
+    rho = np.exp(old) / np.exp(mu)
+    if len(rho):
+        rho = {
+            "token": rho,
+            "sequence": np.full(len(rho), math.prod(rho)),
+            "geometric": np.full(len(rho), _geometric_mean(rho)),
+        }[correction.level]
+    low, high = correction.low or 0.0, correction.high or math.inf
+    # Against mu the ratio holds rho = omega once already.
+    held = np.ones(len(rho)) if config.denominator == "old" else rho
+    inside = (low <= rho) & (rho <= high)
+    match correction.kind:
+        case "none":
+            return [1.0] * len(rho)
+        case "tis":
+            return list(np.minimum(rho, high) / held)
+        case "mis":
+            return [each if ok else None for each, ok in zip(rho / held, inside, strict=True)]
+        case "icepop":
+            return [each if ok else 0.0 for each, ok in zip(rho / held, inside, strict=True)]
+        case "sequence-mask":
+            drifted = bool(len(mu)) and np.mean(mu - stopped) > correction.delta
+            return [0.0 if drifted and sequence.advantage < 0 else 1.0] * len(rho)
+
+
+def kept_denominators(sequences: Sequence[TrainedSequence], config: ObjectiveConfig) -> Denominators:
+    """Those of a mini-batch whose correction takes tokens out."""
+    factors = [correction_factors(s, config, s.logprobs[s.mask]) for s in sequences]
+    kept = [sum(factor is not None for factor in each) for each in factors]
+    return Denominators(tokens=sum(kept), sequences=sum(length > 0 for length in kept))
+
+
 def _geometric_mean(ratios: np.ndarray) -> float:
     return math.prod(ratios) ** (1 / len(ratios))
 
@@ -137,6 +195,12 @@ RATIO: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 def reference(sequences: Sequence[TrainedSequence], config: ObjectiveConfig) -> tuple[float, np.ndarray]:
+    return differentiated(sequences, lambda live, frozen: reference_loss(sequences, config, live, frozen))
+
+
+def differentiated(
+    sequences: Sequence[TrainedSequence], loss: Callable[[Logprobs, Logprobs], float]
+) -> tuple[float, np.ndarray]:
     """Loss, and its gradient for every masked-in token in order, by central differences."""
     here = [sequence.logprobs[sequence.mask] for sequence in sequences]
     step = 1e-6
@@ -147,6 +211,6 @@ def reference(sequences: Sequence[TrainedSequence], config: ObjectiveConfig) -> 
             for sign in (1, -1):
                 moved = [each.copy() for each in here]
                 moved[i][t] += sign * step
-                ends.append(reference_loss(sequences, config, moved, here))
+                ends.append(loss(moved, here))
             gradient.append((ends[0] - ends[1]) / (2 * step))
-    return reference_loss(sequences, config, here, here), np.array(gradient)
+    return loss(here, here), np.array(gradient)

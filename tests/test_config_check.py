@@ -11,6 +11,8 @@ from config_files import ARCHITECTURE, RL, SFT, write
 from megatron_rl.config.load import ConfigError, check_config, load_config
 from megatron_rl.config.schema import Config, SftConfig
 
+NO_BAND = "objective.clip.low=null objective.clip.high=null"
+
 
 def rl(tmp_path: Path, overrides: str) -> Config:
     return load_config(Config, write(tmp_path / "a.yaml", RL), overrides.split())
@@ -33,6 +35,14 @@ def found(config: Config | SftConfig, world_size: int = 1) -> list[str]:
         ("train.recompute_old_logprobs=false train.mini_batches=1", 1),
         ("objective.denominator=rollout", 1),
         ("objective.aggregation=constant-length objective.constant_length=100", 1),
+        (f"{NO_BAND} objective.clip.kind=soft-gate objective.clip.tau_positive=1 objective.clip.tau_negative=1", 1),
+        (f"{NO_BAND} objective.clip.kind=weight", 1),
+        ("objective.ratio=geometric objective.clip.low=0.4 objective.clip.high=0.4", 1),
+        ("objective.clip.dual=3", 1),
+        ("objective.correction.kind=tis objective.correction.high=2 objective.correction.level=sequence", 1),
+        ("objective.correction.kind=mis objective.correction.high=2 objective.correction.level=geometric", 1),
+        ("objective.correction.kind=icepop objective.correction.low=.5 objective.correction.high=5", 1),
+        ("objective.correction.kind=sequence-mask objective.correction.delta=.1", 1),
         ("rollout.group_size=1 objective.advantage.baseline=none objective.advantage.std=none", 1),
         ("rollout.replay_from=runs/zero", 1),
         ("rollout.servers.urls=[http://a:1]", 1),
@@ -90,6 +100,58 @@ def test_configurations_without_a_contradiction(tmp_path: Path, overrides: str, 
         ),
         ("objective.aggregation=constant-length", 1, "objective.constant_length: not set"),
         ("objective.constant_length=9", 1, "objective.constant_length: 9 does nothing under objective.aggregation"),
+        (
+            f"{NO_BAND} objective.clip.kind=soft-gate objective.clip.tau_positive=1",
+            1,
+            "objective.clip.tau_negative: not",
+        ),
+        ("objective.clip.tau_positive=1", 1, "objective.clip.tau_positive: 1.0 does nothing under objective.clip.kind"),
+        (
+            "objective.clip.high=null objective.clip.kind=soft-gate objective.clip.tau_positive=1 "
+            "objective.clip.tau_negative=1",
+            1,
+            "objective.clip.low: 0.2 does nothing under objective.clip.kind soft-gate",
+        ),
+        ("objective.clip.kind=mask objective.clip.dual=3", 1, "objective.clip.dual: 3.0 does nothing under objective"),
+        ("objective.ratio=geometric objective.clip.dual=3", 1, "objective.clip.dual: 3.0 does nothing under objective"),
+        (
+            "objective.ratio=geometric objective.clip.kind=mask",
+            1,
+            "objective.clip.kind: mask, but objective.ratio geom",
+        ),
+        (
+            "objective.correction.high=2",
+            1,
+            "objective.correction.high: 2.0 does nothing under objective.correction.kin",
+        ),
+        (
+            "objective.correction.level=sequence",
+            1,
+            "objective.correction.level: sequence, but objective.correction.kin",
+        ),
+        ("objective.correction.kind=tis", 1, "objective.correction.high: not set, needed by objective.correction.kind"),
+        ("objective.correction.kind=sequence-mask", 1, "objective.correction.delta: not set, needed by"),
+        (
+            "objective.correction.kind=tis objective.correction.high=2 objective.correction.level=geometric",
+            1,
+            "objective.correction.level: geometric, but objective.correction.kind tis needs token or sequence",
+        ),
+        (
+            "objective.correction.kind=icepop objective.correction.low=5 objective.correction.high=2",
+            1,
+            "objective.correction.low: 5.0 is above objective.correction.high 2.0",
+        ),
+        (
+            "objective.correction.kind=mis objective.correction.high=2 objective.denominator=rollout",
+            1,
+            "objective.correction.kind: mis takes tokens out of the denominators, for which rho must be known before",
+        ),
+        (
+            "objective.correction.kind=mis objective.correction.high=2 train.recompute_old_logprobs=false "
+            "train.mini_batches=1",
+            1,
+            "objective.correction.kind: mis takes tokens out of the denominators, for which rho must be known before",
+        ),
         ("rollout.group_size=1", 1, "rollout.group_size: 1 makes every advantage 0"),
         ("rollout.group_size=1 objective.advantage.std=none", 1, "rollout.group_size: 1 makes every advantage 0"),
         (

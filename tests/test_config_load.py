@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from megatron_rl.config.load import ConfigError, dump_config, load_config
 from megatron_rl.config.schema import Config, RolloutConfig, SftConfig
 
+BUILT_IN = "cispo, dapo, dr_grpo, gmpo, grpo, gspo, gspo_token, minirl, rloo, sapo, topr"
+
 
 def mistakes(path: Path, *overrides: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
@@ -184,7 +186,7 @@ def test_a_dump_loads_back_to_the_same_object(tmp_path: Path, text: str, number:
         ("train: {recompute_old_logprobs: 1, steps: 1}", None),
         ("presets: 3", "{path}:5: presets: found 3, expected a list of names or files"),
         ("merged_presets: 3", "{path}:5: merged_presets: found 3, expected a list of names or files"),
-        ("presets: [grppo]", "{path}:5: presets: found 'grppo', expected one of dapo, grpo, gspo, or a .yaml file"),
+        ("presets: [grppo]", "{path}:5: presets: found 'grppo', expected one of " + BUILT_IN + ", or a .yaml file"),
         ("presets: [b.yaml]", "{path}:5: presets: found 'b.yaml', expected an existing file"),
         ("seed: 1\nseed: 2", "{path}:6: seed: given twice, also at {path}:5; keep one"),
         ("optim:\n  lr: 1\n  lr: 1", "{path}:7: optim.lr: given twice, also at {path}:6; keep one"),
@@ -213,7 +215,7 @@ def test_a_mistake_in_a_file_is_one_line(tmp_path: Path, text: str, line: str | 
         ("optim..lr=1", "expected key=value, such as optim.lr=1e-5"),
         ("optim.lr =1", "expected key=value, such as optim.lr=1e-5"),
         ("optim.betas=[1", "not YAML: expected ',' or ']', but got '<stream end>'"),
-        ("presets=ppo", "presets: found 'ppo', expected one of dapo, grpo, gspo, or a .yaml file"),
+        ("presets=ppo", "presets: found 'ppo', expected one of " + BUILT_IN + ", or a .yaml file"),
     ],
 )
 def test_a_mistake_in_an_override_names_it(tmp_path: Path, override: str, rest: str) -> None:

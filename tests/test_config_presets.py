@@ -10,21 +10,28 @@ from typing import Any
 
 import pytest
 import yaml
-from config_files import RL, write
+from config_files import ARCHITECTURE, RL, write
 
-from megatron_rl.config.load import ConfigError, load_config
-from megatron_rl.config.schema import AdvantageConfig, ClipConfig, Config, ObjectiveConfig, SftConfig
+from megatron_rl.config.load import ConfigError, check_config, load_config
+from megatron_rl.config.schema import (
+    AdvantageConfig,
+    ClipConfig,
+    Config,
+    CorrectionConfig,
+    ObjectiveConfig,
+    SftConfig,
+)
 from megatron_rl.config.sources import PRESETS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FILES = sorted(PRESETS.glob("*.yaml"))
 # What the papers say, written a second time: a slip in a preset is a slip in every run that names it.
 PAPERS = {
-    "grpo": ObjectiveConfig(
+    "cispo": ObjectiveConfig(
         ratio="token",
         denominator="old",
-        clip=ClipConfig(low=0.2, high=0.2),
-        aggregation="seq-mean-token-mean",
+        clip=ClipConfig(kind="weight", low=None, high=0.28),
+        aggregation="token-mean",
         advantage=AdvantageConfig(estimator="group", baseline="mean", std="sample"),
     ),
     "dapo": ObjectiveConfig(
@@ -34,12 +41,70 @@ PAPERS = {
         aggregation="token-mean",
         advantage=AdvantageConfig(estimator="group", baseline="mean", std="sample"),
     ),
+    "dr_grpo": ObjectiveConfig(
+        ratio="token",
+        denominator="old",
+        clip=ClipConfig(low=0.2, high=0.2),
+        aggregation="constant-length",
+        constant_length=3000,
+        advantage=AdvantageConfig(estimator="group", baseline="mean", std="none"),
+    ),
+    "gmpo": ObjectiveConfig(
+        ratio="geometric",
+        denominator="old",
+        clip=ClipConfig(low=0.4, high=0.4),
+        aggregation="seq-mean-token-mean",
+        advantage=AdvantageConfig(estimator="group", baseline="mean", std="sample"),
+    ),
+    "grpo": ObjectiveConfig(
+        ratio="token",
+        denominator="old",
+        clip=ClipConfig(low=0.2, high=0.2),
+        aggregation="seq-mean-token-mean",
+        advantage=AdvantageConfig(estimator="group", baseline="mean", std="sample"),
+    ),
     "gspo": ObjectiveConfig(
         ratio="sequence",
         denominator="old",
         clip=ClipConfig(low=3e-4, high=4e-4),
         aggregation="seq-mean-token-mean",
         advantage=AdvantageConfig(estimator="group", baseline="mean", std="sample"),
+    ),
+    "gspo_token": ObjectiveConfig(
+        ratio="sequence-token",
+        denominator="old",
+        clip=ClipConfig(low=3e-4, high=4e-4),
+        aggregation="seq-mean-token-mean",
+        advantage=AdvantageConfig(estimator="group", baseline="mean", std="sample"),
+    ),
+    "minirl": ObjectiveConfig(
+        ratio="token",
+        denominator="rollout",
+        clip=ClipConfig(kind="mask", low=0.2, high=0.27),
+        aggregation="seq-mean-token-sum",
+        correction=CorrectionConfig(kind="tis", high=5.0),
+        advantage=AdvantageConfig(estimator="group", baseline="mean", std="none"),
+    ),
+    "rloo": ObjectiveConfig(
+        ratio="token",
+        denominator="old",
+        clip=ClipConfig(kind="weight", low=None, high=None),
+        aggregation="seq-mean-token-sum",
+        advantage=AdvantageConfig(estimator="group", baseline="leave-one-out", std="none"),
+    ),
+    "sapo": ObjectiveConfig(
+        ratio="token",
+        denominator="old",
+        clip=ClipConfig(kind="soft-gate", low=None, high=None, tau_positive=1.0, tau_negative=1.05),
+        aggregation="seq-mean-token-mean",
+        advantage=AdvantageConfig(estimator="group", baseline="mean", std="sample"),
+    ),
+    "topr": ObjectiveConfig(
+        ratio="sequence-product",
+        denominator="rollout",
+        clip=ClipConfig(kind="tapered", low=None, high=0.0),
+        aggregation="seq-mean-token-sum",
+        advantage=AdvantageConfig(estimator="group", baseline="mean", std="none"),
     ),
 }
 
@@ -54,6 +119,11 @@ def test_a_preset_is_its_papers_objective_and_changes_nothing_else(tmp_path: Pat
     plain, preset = load_config(Config, path), load_config(Config, path, [f"presets={name}"])
     assert preset.objective == PAPERS[name]
     assert preset == plain.model_copy(update={"objective": PAPERS[name], "merged_presets": (name,)})
+
+
+@pytest.mark.parametrize("name", sorted(PAPERS))
+def test_a_preset_has_no_contradiction(tmp_path: Path, name: str) -> None:
+    check_config(load_config(Config, write(tmp_path / "a.yaml", RL), [f"presets={name}"]), ARCHITECTURE, 1)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -72,8 +142,10 @@ def test_a_preset_names_its_source(file: Path) -> None:
 def test_nothing_of_another_objective_shines_through_a_preset(tmp_path: Path, name: str) -> None:
     write(
         tmp_path / "other.yaml",
-        "objective: {ratio: sequence-token, denominator: rollout, clip: {low: 0.9, high: 9, dual: 9}, "
-        "aggregation: constant-length, constant_length: 9, advantage: {baseline: none, std: none}}\n",
+        "objective: {ratio: sequence-token, denominator: rollout, clip: {kind: tapered, low: 0.9, high: 9, "
+        "dual: 9, tau_positive: 9, tau_negative: 9}, aggregation: constant-length, constant_length: 9, "
+        "advantage: {baseline: none, std: none}, "
+        "correction: {kind: mis, level: sequence, low: 9, high: 9, delta: 9}}\n",
     )
     path = write(tmp_path / "a.yaml", RL + f"presets: [other.yaml, {name}]\n")
     assert load_config(Config, path).objective == PAPERS[name]

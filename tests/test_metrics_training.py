@@ -7,11 +7,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from objective_papers import paper_loss
 from objective_reference import (
+    CORRECTIONS,
+    FAMILY,
     GRPO,
     GSPO,
     OBJECTIVES,
+    correction_factors,
     denominators,
+    kept_denominators,
     pack,
     packed_entropy,
     random_sequences,
@@ -19,7 +24,7 @@ from objective_reference import (
     split,
 )
 
-from megatron_rl.config.schema import ClipConfig
+from megatron_rl.config.schema import ClipConfig, CorrectionConfig
 from megatron_rl.data.schedule import Denominators
 from megatron_rl.lab.metrics import SFT, TRAINING, sft_metrics, training_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
@@ -53,7 +58,7 @@ def weights(name, values):
     return tail(name, values) | {f"{name}/chi2": squares - 1, f"{name}/ess": values.mean() ** 2 / squares}
 
 
-def expected_metrics(sequences, config):
+def expected_metrics(sequences, config, loss):
     present = [sequence for sequence in sequences if sequence.mask.any()]
     new, old, mu, entropy = (
         [getattr(s, name)[s.mask] for s in present] for name in ("logprobs", "old", "rollout", "entropy")
@@ -64,10 +69,13 @@ def expected_metrics(sequences, config):
     r = np.exp(np.concatenate(new) - np.concatenate(old))
     rho = np.exp(np.concatenate(old) - np.concatenate(mu))
     s = np.array([math.exp((n - b).mean()) for n, b in zip(new, base, strict=True)])
-    clipped = np.concatenate([np.exp(n - b) for n, b in zip(new, base, strict=True)])
-    if config.ratio != "token":
-        clipped = np.concatenate([np.full(len(o), each) for o, each in zip(old, s, strict=True)])
-    below, above = clipped < 1 - config.clip.low, clipped > 1 + config.clip.high
+    judged = old if config.clip.kind == "mask" else base
+    clipped = np.concatenate([CLIPPED[config.ratio](np.exp(n - b)) for n, b in zip(new, judged, strict=True)])
+    low, high = config.clip.low, config.clip.high
+    if config.ratio == "geometric":
+        low, high = 1 - math.exp(-low), math.exp(high) - 1
+    below = clipped < (-math.inf if low is None else 1 - low)
+    above = clipped > (math.inf if high is None else 1 + high)
     masks = {
         "clip/low/any": below,
         "clip/low/active": below & (token_advantage < 0),
@@ -76,9 +84,10 @@ def expected_metrics(sequences, config):
     }
     if config.clip.dual is not None:
         masks["clip/dual"] = (clipped > config.clip.dual) & (token_advantage < 0)
+    masks |= expected_correction(present, config)
     ends = np.cumsum([len(o) for o in old])
     expected = {
-        "loss": reference(sequences, config)[0],
+        "loss": loss,
         "tokens": len(r),
         "sequences": len(present),
         "kl/rollout_old/k1": -np.log(rho).mean(),
@@ -102,6 +111,26 @@ def expected_metrics(sequences, config):
     return expected
 
 
+CLIPPED = {
+    "token": lambda r: r,
+    "geometric": lambda r: r,
+    "sequence": lambda r: np.full(len(r), np.prod(r) ** (1 / len(r))),
+    "sequence-token": lambda r: np.full(len(r), np.prod(r) ** (1 / len(r))),
+    "sequence-product": lambda r: np.full(len(r), np.prod(r)),
+}
+
+
+def expected_correction(present, config):
+    factors = np.concatenate([correction_factors(s, config, s.logprobs[s.mask]) for s in present])
+    if config.correction.kind in ("mis", "icepop", "sequence-mask"):
+        return {"correction/masked": np.isin(factors, [None, 0.0])}
+    if config.correction.kind == "tis":
+        free = config.model_copy(update={"correction": config.correction.model_copy(update={"high": None})})
+        uncut = np.concatenate([correction_factors(s, free, s.logprobs[s.mask]) for s in present])
+        return {"correction/truncated": factors < uncut * (1 - 1e-12)}
+    return {}
+
+
 def assert_equal(report, expected, quantiles=0.0):
     assert report.keys() == expected.keys()
     for name, value in expected.items():
@@ -115,7 +144,7 @@ def test_every_metric_equals_its_formula(name, denominator):
     clip = OBJECTIVES[name].clip.model_copy(update={"dual": 1.1})
     config = OBJECTIVES[name].model_copy(update={"denominator": denominator, "clip": clip})
     sequences = random_sequences(8, [5, 0, 9, 1, 30, 3, 8, 2], drift=0.5, mismatch=1.5)
-    expected = expected_metrics(sequences, config)
+    expected = expected_metrics(sequences, config, reference(sequences, config)[0])
     assert 0 < expected["clip/high/active/token"] < expected["clip/high/any/token"]
     assert 0 < expected["clip/low/active/token"] < expected["clip/low/any/token"]
     assert expected["clip/dual/token"] > 0
@@ -123,10 +152,37 @@ def test_every_metric_equals_its_formula(name, denominator):
     assert_equal(measure([sequences], config, sequences).finalize(), expected, quantiles=0.01)
 
 
+@pytest.mark.parametrize("name", FAMILY)
+def test_every_metric_of_a_preset_equals_its_formula(name):
+    sequences = random_sequences(8, [5, 0, 9, 1, 30, 3, 8, 2], drift=0.5, mismatch=1.5)
+    report = measure([sequences], FAMILY[name], sequences).finalize()
+    here = [sequence.logprobs[sequence.mask] for sequence in sequences]
+    loss = paper_loss(sequences, name, here, here)
+    assert_equal(report, expected_metrics(sequences, FAMILY[name], loss), quantiles=0.01)
+
+
+@pytest.mark.parametrize("denominator", ["old", "rollout"])
+@pytest.mark.parametrize("correction", CORRECTIONS, ids=str)
+def test_every_metric_of_a_correction_equals_its_formula(correction, denominator):
+    config = GRPO.model_copy(update={"correction": correction, "denominator": denominator})
+    sequences = random_sequences(8, [5, 0, 9, 1, 30, 3, 8, 2], drift=0.5, mismatch=1.5)
+    metrics = MetricAccumulator(TRAINING)
+    inputs = pack(sequences)
+    outputs = policy_loss(inputs, config, kept_denominators(sequences, config))
+    training_metrics(metrics, inputs, outputs, packed_entropy(sequences))
+    report = metrics.finalize()
+    assert_equal(report, expected_metrics(sequences, config, reference(sequences, config)[0]), quantiles=0.01)
+    (fraction,) = [report[name] for name in report if name.startswith("correction/") and name.endswith("/token")]
+    assert 0 < fraction < 1
+
+
 def test_every_declared_metric_is_measured():
     clip = GRPO.clip.model_copy(update={"dual": 3.0})
     sequences = random_sequences(8, [5, 3])
-    report = measure([sequences], GRPO.model_copy(update={"clip": clip}), sequences).finalize()
+    report = {}
+    for kind in ("tis", "icepop"):
+        update = {"clip": clip, "correction": CorrectionConfig(kind=kind, high=2.0)}
+        report |= measure([sequences], GRPO.model_copy(update=update), sequences).finalize()
     for name in TRAINING:
         assert name in report or f"{name}/mean" in report, name
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from megatron_rl.config.layout import Layout, LayoutError, check_layout
+from megatron_rl.config.objective import check_objective
 from megatron_rl.config.schema import Config, Frozen, SftConfig
 from megatron_rl.config.sources import ConfigError, Tree, nearest, read_sources, write_yaml
 from megatron_rl.models.architecture import Architecture
@@ -108,7 +109,8 @@ def check_config(config: Config | SftConfig, arch: Architecture, world_size: int
         problems += [
             *_check_batch(config, layout),
             *_check_lengths(config, arch),
-            *_check_objective(config),
+            *check_objective(config.objective, config.train),
+            *_check_group_size(config),
             *_check_servers(config, arch),
             *_check_routing(config, arch),
             *_check_evaluation(config),
@@ -180,15 +182,8 @@ def _check_lengths(config: Config, arch: Architecture) -> Iterator[str]:
         )
 
 
-def _check_objective(config: Config) -> Iterator[str]:
-    objective, advantage = config.objective, config.objective.advantage
-    if objective.aggregation == "constant-length" and objective.constant_length is None:
-        yield "objective.constant_length: not set, needed by objective.aggregation constant-length"
-    if objective.aggregation != "constant-length" and objective.constant_length is not None:
-        yield (
-            f"objective.constant_length: {objective.constant_length} does nothing under objective.aggregation "
-            f"{objective.aggregation}"
-        )
+def _check_group_size(config: Config) -> Iterator[str]:
+    advantage = config.objective.advantage
     if config.rollout.group_size == 1 and (advantage.baseline, advantage.std) != ("none", "none"):
         yield (
             "rollout.group_size: 1 makes every advantage 0; use larger groups, or "

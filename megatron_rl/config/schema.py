@@ -124,24 +124,58 @@ class RolloutConfig(Frozen):
     servers: ServersConfig = ServersConfig()
 
 
+Positive = Annotated[float, Field(gt=0)]
+
+
 class ClipConfig(Frozen):
-    low: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    high: Annotated[float, Field(ge=0)] = 0.2
+    """What bounds the importance ratio w, and what is made of it."""
+
+    kind: Literal["min", "mask", "weight", "tapered", "soft-gate"] = "min"
+    """min: PPO [1707.06347]; mask: MiniRL [2512.01374]; weight: CISPO [2506.13585]; tapered: TOPR [2503.14286];
+    soft-gate: SAPO [2511.20347], which has temperatures in place of bounds."""
+    low: Annotated[float, Field(ge=0, lt=1)] | None = 0.2
+    """The band of w is 1 - low to 1 + high; null: no bound. With the geometric ratio it is that of log w_t, -low to
+    high, of each token."""
+    high: Annotated[float, Field(ge=0)] | None = 0.2
     dual: Annotated[float, Field(gt=1)] | None = None
     """Dual clip on negative advantages; off unless set."""
+    tau_positive: Positive | None = None
+    """Temperature of the soft gate where the advantage is positive."""
+    tau_negative: Positive | None = None
+    """And where it is not."""
 
 
 class AdvantageConfig(Frozen):
     estimator: Literal["group"] = "group"
-    baseline: Literal["mean", "none"] = "mean"
+    baseline: Literal["mean", "leave-one-out", "none"] = "mean"
+    """leave-one-out: the mean of the others' rewards, RLOO [2402.14740]."""
     std: Literal["population", "sample", "none"] = "sample"
 
 
-class ObjectiveConfig(Frozen):
-    """The five switches of an objective; a preset sets them (megatron_rl/config/presets)."""
+class CorrectionConfig(Frozen):
+    """For the mismatch between trainer and rollout engine: what rho = pi_old/mu does to a token's term.
 
-    ratio: Literal["token", "sequence", "sequence-token"] = "token"
-    """token: PPO, GRPO [2402.03300]; sequence: GSPO [2507.18071]; sequence-token: GSPO-token."""
+    Under `denominator: rollout` it is omega = pi_theta/mu; the ratio holds it already, and the correction only bounds
+    it."""
+
+    kind: Literal["none", "tis", "mis", "icepop", "sequence-mask"] = "none"
+    """tis: times min(rho, high); mis: times rho within low to high, and else out of the loss and of its denominators;
+    icepop [2510.18855]: times rho within low to high, else 0; sequence-mask (DeepSeek-V3.2): 0 for a response with a
+    negative advantage and a mean log(mu/pi_theta) over delta."""
+    level: Literal["token", "sequence", "geometric"] = "token"
+    """Of rho: each token's, their product over the response, or its geometric mean."""
+    low: Positive | None = None
+    """null: no bound, as for high."""
+    high: Positive | None = None
+    delta: Annotated[float, Field(ge=0)] | None = None
+
+
+class ObjectiveConfig(Frozen):
+    """The switches of an objective; a preset sets them (megatron_rl/config/presets)."""
+
+    ratio: Literal["token", "sequence", "sequence-token", "sequence-product", "geometric"] = "token"
+    """token: PPO, GRPO [2402.03300]; sequence: GSPO [2507.18071]; sequence-token: GSPO-token; sequence-product: TOPR
+    [2503.14286]; geometric: GMPO [2507.20673]."""
     denominator: Literal["old", "rollout"] = "old"
     """Of the ratio: pi_old, recomputed by the trainer, or mu, the rollout engine's log-probs."""
     clip: ClipConfig = ClipConfig()
@@ -151,6 +185,7 @@ class ObjectiveConfig(Frozen):
     constant_length: PositiveInt | None = None
     """Divisor of the constant-length aggregation (Dr.GRPO [2503.20783])."""
     advantage: AdvantageConfig = AdvantageConfig()
+    correction: CorrectionConfig = CorrectionConfig()
 
 
 class RoutingConfig(Frozen):

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 import torch
 from torch import Tensor
 
 from megatron_rl.config.schema import ObjectiveConfig
+from megatron_rl.data.packing import PackedBatch
+from megatron_rl.data.schedule import Denominators
 from megatron_rl.engine.distribute import MiniBatch
+from megatron_rl.engine.exchange import all_gather_bytes
+from megatron_rl.engine.parallel import Place
 from megatron_rl.lab.metrics import SFT, TRAINING, sft_metrics, training_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
+from megatron_rl.objectives.corrections import LEAVES_DENOMINATORS, kept_lengths
 from megatron_rl.objectives.inputs import LossInputs
 from megatron_rl.objectives.policy import policy_loss, sft_loss
 
@@ -32,25 +39,47 @@ class PolicyLoss:
         self._objective = objective
         self._mini_batch = mini_batch
         self._old = old_logprobs
-        self._device = device
 
     def __call__(self, index: int, logprobs: Tensor, entropy: Tensor) -> Tensor:
-        packed = self._mini_batch.micro_batches[index]
-        inputs = LossInputs(
-            logprobs=logprobs,
-            old_logprobs=logprobs.detach() if self._old is None else self._old[index],
-            rollout_logprobs=self._on_device(packed.rollout_logprobs),
-            advantages=self._on_device(packed.advantages),
-            loss_mask=self._on_device(packed.loss_mask),
-            sequence_ids=self._on_device(packed.sequence_ids),
-            num_sequences=len(packed.cu_seqlens) - 1,
-        )
+        old = logprobs.detach() if self._old is None else self._old[index]
+        inputs = _loss_inputs(self._mini_batch.micro_batches[index], logprobs, old)
         outputs = policy_loss(inputs, self._objective, self._mini_batch.denominators)
         training_metrics(self.metrics, inputs, outputs, entropy)
         return outputs.loss
 
-    def _on_device(self, array: npt.NDArray[np.generic]) -> Tensor:
-        return torch.as_tensor(array, device=self._device)
+
+def _loss_inputs(packed: PackedBatch, logprobs: Tensor, old_logprobs: Tensor) -> LossInputs:
+    def on_device(array: npt.NDArray[np.generic]) -> Tensor:
+        return torch.as_tensor(array, device=logprobs.device)
+
+    return LossInputs(
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        rollout_logprobs=on_device(packed.rollout_logprobs),
+        advantages=on_device(packed.advantages),
+        loss_mask=on_device(packed.loss_mask),
+        sequence_ids=on_device(packed.sequence_ids),
+        num_sequences=len(packed.cu_seqlens) - 1,
+    )
+
+
+def without_rejected(
+    mini_batch: MiniBatch, objective: ObjectiveConfig, old_logprobs: Sequence[Tensor], place: Place
+) -> MiniBatch:
+    """The mini-batch with the denominators of what its correction keeps, over all replicas. Collective where the
+    correction rejects; old_logprobs are [T] per micro-batch, and [] off the last pipeline stage."""
+    if not LEAVES_DENOMINATORS[objective.correction.kind]:
+        return mini_batch
+    tokens = sequences = 0
+    for packed, old in zip(mini_batch.micro_batches, old_logprobs, strict=bool(old_logprobs)):
+        lengths = kept_lengths(_loss_inputs(packed, old, old), objective)
+        tokens, sequences = tokens + int(lengths.sum()), sequences + int((lengths > 0).sum())
+    # One rank speaks for its replica: those of tensor and context parallelism hold the same tokens.
+    speaks = bool(old_logprobs) and place.tp == place.cp == 0
+    parts = all_gather_bytes(orjson.dumps([tokens, sequences]) if speaks else b"", place.control)
+    kept = [orjson.loads(part) for part in parts if part]
+    denominators = Denominators(sum(t for t, _ in kept), sum(s for _, s in kept))
+    return dataclasses.replace(mini_batch, denominators=denominators)
 
 
 class SftLoss:

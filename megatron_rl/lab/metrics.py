@@ -17,7 +17,8 @@ from torch import Tensor
 from megatron_rl.data.sample import Group, Sample, Verdict
 from megatron_rl.lab.sketch import Kind, MetricAccumulator
 from megatron_rl.objectives.advantages import all_equal
-from megatron_rl.objectives.inputs import Clipping, LossInputs, PolicyLossOutputs
+from megatron_rl.objectives.inputs import LossInputs, LossValues, PolicyLossOutputs
+from megatron_rl.objectives.kl import k1, k3
 from megatron_rl.objectives.ratios import Tokens
 
 BEYOND = (2, 10)
@@ -49,6 +50,7 @@ TRAINING: dict[str, Kind] = {
     },
     "clip/dual/token": Kind.MEAN,
     "clip/dual/sequence": Kind.MEAN,
+    **{f"correction/{what}/{unit}": Kind.MEAN for what in ("masked", "truncated") for unit in ("token", "sequence")},
 }
 
 SFT: dict[str, Kind] = {"loss": Kind.SUM, "tokens": Kind.SUM, "nll": Kind.TAIL, "entropy": Kind.TAIL}
@@ -99,27 +101,30 @@ def training_metrics(
     metrics.add("log_perplexity_gap", -tokens.sequence_mean(log_rho)[present])
     _add_kl(metrics, "kl/rollout_old", log_rho)
     _add_kl(metrics, "kl/old_policy", logprobs - old)
-    _add_clipping(metrics, outputs.values.clipping, tokens)
+    _add_fractions(metrics, outputs.values, tokens)
 
 
 def _add_kl(metrics: MetricAccumulator, name: str, log_ratio: Tensor) -> None:
-    """KL(p, q) of samples from p, log_ratio = log q - log p: k1 = -log(q/p), k3 = q/p - 1 - log(q/p)."""
-    metrics.add(f"{name}/k1", -log_ratio)
-    metrics.add(f"{name}/k3", log_ratio.expm1() - log_ratio)
+    """KL(p, q) of samples from p, log_ratio = log q - log p."""
+    metrics.add(f"{name}/k1", k1(log_ratio))
+    metrics.add(f"{name}/k3", k3(log_ratio))
 
 
-def _add_clipping(metrics: MetricAccumulator, clipping: Clipping, tokens: Tokens) -> None:
+def _add_fractions(metrics: MetricAccumulator, values: LossValues, tokens: Tokens) -> None:
+    clipping, correction = values.clipping, values.correction
     masks = {
-        "low/active": clipping.active_low,
-        "low/any": clipping.below,
-        "high/active": clipping.active_high,
-        "high/any": clipping.above,
-        "dual": clipping.active_dual,
+        "clip/low/active": clipping.active_low,
+        "clip/low/any": clipping.below,
+        "clip/high/active": clipping.active_high,
+        "clip/high/any": clipping.above,
+        "clip/dual": clipping.active_dual,
+        "correction/masked": correction.masked,
+        "correction/truncated": correction.truncated,
     }
     for name, mask in masks.items():
         if mask is not None:
-            metrics.add(f"clip/{name}/token", mask)
-            metrics.add(f"clip/{name}/sequence", tokens.sequence_mean(mask.double())[tokens.lengths > 0] > 0)
+            metrics.add(f"{name}/token", mask)
+            metrics.add(f"{name}/sequence", tokens.sequence_mean(mask.double())[tokens.lengths > 0] > 0)
 
 
 def sft_metrics(metrics: MetricAccumulator, logprobs: Tensor, loss_mask: Tensor, loss: Tensor, entropy: Tensor) -> None:

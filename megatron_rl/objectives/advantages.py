@@ -21,9 +21,10 @@ def group_advantages(
 ) -> npt.NDArray[np.float64]:
     """Advantages [G] of the rewards [G] of one group; groups may differ in size.
 
-    (R - mean) / std is GRPO [2402.03300], R - mean is Dr.GRPO [2503.20783]; `baseline: none` with `std: none`
-    gives the rewards themselves. There is no epsilon beside the standard deviation. A group whose rewards are
-    all equal, a group of one among them, has advantage 0 wherever a baseline or a std is asked for.
+    (R - mean) / std is GRPO [2402.03300], R - mean is Dr.GRPO [2503.20783]. R less the mean of the others' rewards is
+    RLOO [2402.14740], equal to G/(G - 1) (R - mean). `baseline: none` with `std: none` gives the rewards themselves.
+    There is no epsilon beside the standard deviation. A group whose rewards are all equal, a group of one among them,
+    has advantage 0 wherever a baseline or a std is asked for.
 
     Raises ValueError when the group is empty or a reward is not finite.
     """
@@ -39,7 +40,9 @@ def group_advantages(
         return values
     if all_equal(values):
         return np.zeros_like(values)
-    centred = values - values.mean() if config.baseline == "mean" else values
+    centred = values if config.baseline == "none" else values - values.mean()
+    if config.baseline == "leave-one-out":
+        centred *= len(values) / (len(values) - 1)
     if config.std == "none":
         return centred
     return centred / values.std(ddof=DEGREES_OF_FREEDOM[config.std])

@@ -53,18 +53,30 @@ class LossOutputs:
 
 @dataclass(frozen=True, eq=False)
 class Clipping:
-    """Where the ratio left its band, [M] bool each."""
+    """Where the ratio left its band, [M] bool each. Active: where `min` and `mask` take the gradient away."""
 
     below: Tensor
     """Ratio under 1 - low, whatever the advantage."""
     above: Tensor
     """Ratio over 1 + high, whatever the advantage."""
     active_low: Tensor
-    """Below, with a negative advantage: the clip took the gradient away."""
+    """Below, with a negative advantage."""
     active_high: Tensor
-    """Above, with a positive advantage: the clip took the gradient away."""
+    """Above, with a positive advantage."""
     active_dual: Tensor | None
     """Over the dual clip, with a negative advantage; None where there is no dual clip."""
+
+
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """What the mismatch between trainer and rollout engine does to each token's term, [M] each, detached."""
+
+    factor: Tensor
+    """Float; 0 where the term is dropped."""
+    masked: Tensor | None = None
+    """Bool, the terms that are dropped; None for a correction that drops none."""
+    truncated: Tensor | None = None
+    """Bool, where the weight was cut down to its bound; None for a correction that cuts none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +86,7 @@ class LossValues:
     log_sequence_ratio: Tensor
     """[S] log s of GSPO, whatever the objective's ratio, with its denominator; 0 without masked-in tokens."""
     clipping: Clipping
+    correction: Correction
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,12 @@
-"""The clip and the aggregation of an objective. Shapes as in megatron_rl.objectives.inputs."""
+"""The clip and the aggregation of an objective. Shapes as in megatron_rl.objectives.inputs.
+
+w is the importance ratio, whichever was chosen; a surrogate is what each token adds to J, before the aggregation.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,51 +14,122 @@ from torch import Tensor
 from megatron_rl.config.schema import ClipConfig, ObjectiveConfig
 from megatron_rl.data.schedule import Denominators
 from megatron_rl.objectives.inputs import Clipping
-from megatron_rl.objectives.ratios import Tokens
+from megatron_rl.objectives.ratios import RATIOS, Tokens, token_log_ratio
+
+# log w beyond which the soft gate is flat to the last bit of float64. exp(log w) may overflow there, and its gradient
+# would be 0 * inf.
+FLAT_GATE = 20.0
 
 
-def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, clip: ClipConfig) -> tuple[Tensor, Clipping]:
-    """[M] min(r A, clip(r, 1 - low, 1 + high) A) [1707.06347, equation 7] for log_ratio and advantages [M].
+def surrogate(log_weight: Tensor, tokens: Tokens, where: Clipping, config: ObjectiveConfig) -> Tensor:
+    """[M] from log w [M]; ValueError for a soft gate without temperatures."""
+    if config.ratio == "geometric":
+        return geometric_surrogate(log_weight, tokens, where, config.clip)
+    return SURROGATES[config.clip.kind](log_weight, tokens, where, config.clip)
+
+
+def clipped_surrogate(log_weight: Tensor, tokens: Tokens, where: Clipping, clip: ClipConfig) -> Tensor:
+    """min(w A, clip(w, 1 - low, 1 + high) A) [1707.06347, equation 7].
 
     With the dual clip [1912.09729, equation 5], not below dual * A where A < 0. Where a clip is active the
-    value is a constant: no gradient. Elsewhere the gradient in log_ratio is r A.
+    value is a constant: no gradient. Elsewhere the gradient in log w is w A.
     """
-    where = clipping(log_ratio.detach(), advantages, clip)
     bounded = where.active_low | where.active_high
-    bound = torch.full_like(log_ratio, 1 + clip.high).masked_fill(where.active_low, 1 - clip.low)
+    bound = torch.full_like(log_weight, 1 + (clip.high or 0.0)).masked_fill(where.active_low, 1 - (clip.low or 0.0))
     if clip.dual is not None and where.active_dual is not None:
         bounded = bounded | where.active_dual
         bound = bound.masked_fill(where.active_dual, clip.dual)
     # Not torch.minimum: the gradient of a clipped ratio that overflows would be 0 * inf.
-    ratio = torch.where(bounded, bound, log_ratio.masked_fill(bounded, 0.0).exp())
-    return ratio * advantages, where
+    ratio = torch.where(bounded, bound, log_weight.masked_fill(bounded, 0.0).exp())
+    return ratio * tokens.advantages
 
 
-def clipping(log_ratio: Tensor, advantages: Tensor, clip: ClipConfig) -> Clipping:
-    below = log_ratio < math.log1p(-clip.low)
-    above = log_ratio > math.log1p(clip.high)
+def masked_surrogate(log_weight: Tensor, tokens: Tokens, where: Clipping, clip: ClipConfig) -> Tensor:
+    """M sg[w] A log pi, M = 0 where the clip of r = pi_theta/pi_old is active: MiniRL [2512.01374]."""
+    dropped = where.active_low | where.active_high
+    weight = log_weight.detach().masked_fill(dropped, 0.0).exp().masked_fill(dropped, 0.0)
+    return weight * tokens.advantages * tokens.logprobs
+
+
+def weighted_surrogate(log_weight: Tensor, tokens: Tokens, where: Clipping, clip: ClipConfig) -> Tensor:
+    """sg[clip(w, 1 - low, 1 + high)] A log pi: CISPO [2506.13585]. Every token keeps a gradient."""
+    low, high = log_band(clip)
+    return log_weight.detach().clamp(low, high).exp() * tokens.advantages * tokens.logprobs
+
+
+def tapered_surrogate(log_weight: Tensor, tokens: Tokens, where: Clipping, clip: ClipConfig) -> Tensor:
+    """A log pi where A > 0, sg[clip(w, 1 - low, 1 + high)] A log pi elsewhere: TOPR [2503.14286]."""
+    low, high = log_band(clip)
+    weight = log_weight.detach().clamp(low, high).exp().masked_fill(tokens.advantages > 0, 1.0)
+    return weight * tokens.advantages * tokens.logprobs
+
+
+def gated_surrogate(log_weight: Tensor, tokens: Tokens, where: Clipping, clip: ClipConfig) -> Tensor:
+    """(4/tau) sigmoid(tau (w - 1)) A, tau by the sign of A: SAPO [2511.20347]."""
+    if clip.tau_positive is None or clip.tau_negative is None:
+        raise ValueError("objective.clip: tau_positive and tau_negative are not set, needed by kind: soft-gate")
+    tau = torch.full_like(log_weight, clip.tau_negative).masked_fill(tokens.advantages > 0, clip.tau_positive)
+    ratio = log_weight.clamp(max=FLAT_GATE).exp()
+    return 4 / tau * torch.sigmoid(tau * (ratio - 1)) * tokens.advantages
+
+
+def geometric_surrogate(log_weight: Tensor, tokens: Tokens, where: Clipping, clip: ClipConfig) -> Tensor:
+    """exp((1/|y_i|) sum_t clip(log r_t, -low, high)) A, at each token of i; the clip acts by the sign of A: GMPO
+    [2507.20673]."""
+    low, high = log_band(clip, geometric=True)
+    bounded = log_weight.masked_fill(where.active_low, low).masked_fill(where.active_high, high)
+    return tokens.sequence_mean(bounded)[tokens.sequence_ids].exp() * tokens.advantages
+
+
+SURROGATES: dict[str, Callable[[Tensor, Tokens, Clipping, ClipConfig], Tensor]] = {
+    "min": clipped_surrogate,
+    "mask": masked_surrogate,
+    "weight": weighted_surrogate,
+    "tapered": tapered_surrogate,
+    "soft-gate": gated_surrogate,
+}
+"""By ClipConfig.kind."""
+
+
+def clipping(tokens: Tokens, config: ObjectiveConfig) -> Clipping:
+    """Where the ratio leaves its band. A mask is about staleness: it looks at pi_theta/pi_old whatever the ratio is
+    taken against."""
+    clip = config.clip
+    base = "old" if clip.kind == "mask" else config.denominator
+    log_ratio = RATIOS[config.ratio](token_log_ratio(tokens, base).detach(), tokens)
+    low, high = log_band(clip, geometric=config.ratio == "geometric")
+    below, above = log_ratio < low, log_ratio > high
     return Clipping(
         below=below,
         above=above,
-        active_low=below & (advantages < 0),
-        active_high=above & (advantages > 0),
-        active_dual=None if clip.dual is None else (log_ratio > math.log(clip.dual)) & (advantages < 0),
+        active_low=below & (tokens.advantages < 0),
+        active_high=above & (tokens.advantages > 0),
+        active_dual=None if clip.dual is None else (log_ratio > math.log(clip.dual)) & (tokens.advantages < 0),
     )
 
 
-def token_weights(tokens: Tokens, config: ObjectiveConfig, denominators: Denominators) -> Tensor:
+def log_band(clip: ClipConfig, geometric: bool = False) -> tuple[float, float]:
+    """Bounds of log w; infinite where there are none."""
+    low = -math.inf if clip.low is None else -clip.low if geometric else math.log1p(-clip.low)
+    high = math.inf if clip.high is None else clip.high if geometric else math.log1p(clip.high)
+    return low, high
+
+
+def token_weights(tokens: Tokens, lengths: Tensor, config: ObjectiveConfig, denominators: Denominators) -> Tensor:
     """[M] what each token's term is multiplied by: the aggregation and the mini-batch's denominator in one.
 
     token-mean is DAPO [2503.14476, equation 8], seq-mean-token-mean GRPO [2402.03300, equation 3],
-    constant-length Dr.GRPO [2503.20783]. Raises ValueError when constant-length has no constant_length.
+    constant-length Dr.GRPO [2503.20783]. lengths [S] int64 are |y_i|. Raises ValueError when constant-length has no
+    constant_length.
     """
-    sequences = denominators.sequences
-    each = torch.ones_like(tokens.logprobs)
+    # A correction may have rejected all tokens of a sequence or of the mini-batch: their terms are 0, and not 0 * inf.
+    sequences = max(denominators.sequences, 1)
+    each = torch.ones_like(tokens.old_logprobs)
     match config.aggregation:
         case "token-mean":
-            return each / denominators.tokens
+            return each / max(denominators.tokens, 1)
         case "seq-mean-token-mean":
-            return each / (tokens.lengths[tokens.sequence_ids] * sequences)
+            return each / (lengths.clamp(min=1)[tokens.sequence_ids] * sequences)
         case "seq-mean-token-sum":
             return each / sequences
         case "constant-length":

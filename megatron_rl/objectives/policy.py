@@ -6,25 +6,30 @@ from torch import Tensor
 
 from megatron_rl.config.schema import ObjectiveConfig
 from megatron_rl.data.schedule import Denominators
+from megatron_rl.objectives.corrections import correct, counted_lengths
 from megatron_rl.objectives.inputs import LossInputs, LossOutputs, LossValues, PolicyLossOutputs
-from megatron_rl.objectives.losses import clipped_surrogate, token_weights
+from megatron_rl.objectives.losses import clipping, surrogate, token_weights
 from megatron_rl.objectives.ratios import RATIOS, Tokens, token_log_ratio
 
 
 def policy_loss(inputs: LossInputs, config: ObjectiveConfig, denominators: Denominators) -> PolicyLossOutputs:
     """-J over the micro-batch, divided by the mini-batch's denominators.
 
-    GRPO, DAPO and GSPO differ only in `config`. The gradient flows through inputs.logprobs alone: through
-    every token's own ratio (token, sequence-token), or through all tokens of the sequence (sequence); none
-    where a clip is active. Micro-batches without a masked-in token give 0 with a gradient of 0. Raises
-    ValueError for constant-length without its constant.
+    The members of the family differ only in `config`. The gradient flows through inputs.logprobs alone: through
+    every token's own ratio or log-prob, or through all tokens of the sequence (sequence, geometric). Micro-batches
+    without a masked-in token give 0 with a gradient of 0. Raises ValueError for a switch without its parameter.
     """
     tokens = Tokens.of(inputs)
+    correction = correct(tokens, config)
     log_ratio = token_log_ratio(tokens, config.denominator)
     log_weight = RATIOS[config.ratio](log_ratio, tokens)
-    surrogate, clipping = clipped_surrogate(log_weight, tokens.advantages, config.clip)
-    loss = -(token_weights(tokens, config, denominators) * surrogate).sum()
-    return PolicyLossOutputs(loss, LossValues(tokens.sequence_mean(log_ratio.detach()), clipping))
+    if correction.masked is not None and config.ratio != "geometric":
+        log_weight = log_weight.masked_fill(correction.masked, 0.0)  # 0 * exp(log w) is NaN where w overflows
+    where = clipping(tokens, config)
+    terms = correction.factor * surrogate(log_weight, tokens, where, config)
+    weights = token_weights(tokens, counted_lengths(tokens, correction, config), config, denominators)
+    values = LossValues(tokens.sequence_mean(log_ratio.detach()), where, correction)
+    return PolicyLossOutputs(-(weights * terms).sum(), values)
 
 
 def sft_loss(logprobs: Tensor, loss_mask: Tensor, denominators: Denominators) -> LossOutputs:

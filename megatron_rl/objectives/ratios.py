@@ -42,10 +42,13 @@ class Tokens:
             ),
         )
 
+    def sequence_sum(self, values: Tensor) -> Tensor:
+        """[S] sum of values [M] over each sequence. Differentiable in values."""
+        return values.new_zeros(len(self.lengths)).index_add(0, self.sequence_ids, values)
+
     def sequence_mean(self, values: Tensor) -> Tensor:
         """[S] mean of values [M] over each sequence; 0 for one without tokens. Differentiable in values."""
-        sums = values.new_zeros(len(self.lengths)).index_add(0, self.sequence_ids, values)
-        return sums / self.lengths.clamp(min=1)
+        return self.sequence_sum(values) / self.lengths.clamp(min=1)
 
 
 def token_log_ratio(tokens: Tokens, denominator: str) -> Tensor:
@@ -71,9 +74,16 @@ def sequence_token(log_ratio: Tensor, tokens: Tokens) -> Tensor:
     return sequence(log_ratio, tokens).detach() + (log_ratio - log_ratio.detach())
 
 
+def sequence_product(log_ratio: Tensor, tokens: Tokens) -> Tensor:
+    """log of pi_theta(y_i)/mu(y_i), sum_t log r_{i,t}, at each token of i: TOPR [2503.14286]."""
+    return tokens.sequence_sum(log_ratio)[tokens.sequence_ids]
+
+
 RATIOS: dict[str, Callable[[Tensor, Tokens], Tensor]] = {
     "token": token,
     "sequence": sequence,
     "sequence-token": sequence_token,
+    "sequence-product": sequence_product,
+    "geometric": token,  # clipped by token; the mean comes after (losses.geometric_surrogate)
 }
 """By ObjectiveConfig.ratio: log_ratio [M] -> log of the ratio that is clipped, [M]."""

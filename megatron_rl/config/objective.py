@@ -1,0 +1,71 @@
+"""What the switches of an objective say together. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_rl.config.schema import ObjectiveConfig, TrainConfig
+
+# By kind, the parameters of a correction that it reads; those of NEEDED must be set.
+CORRECTION_KEYS = {
+    "none": (),
+    "tis": ("high",),
+    "mis": ("low", "high"),
+    "icepop": ("low", "high"),
+    "sequence-mask": ("delta",),
+}
+NEEDED = {"tis": "high", "mis": "high", "icepop": "high", "sequence-mask": "delta"}
+LEVELS = {"tis": ("token", "sequence"), "mis": ("token", "sequence", "geometric")}
+
+
+def check_objective(objective: ObjectiveConfig, train: TrainConfig) -> Iterator[str]:
+    """One line for each contradiction."""
+    if objective.aggregation == "constant-length" and objective.constant_length is None:
+        yield "objective.constant_length: not set, needed by objective.aggregation constant-length"
+    if objective.aggregation != "constant-length" and objective.constant_length is not None:
+        yield (
+            f"objective.constant_length: {objective.constant_length} does nothing under objective.aggregation "
+            f"{objective.aggregation}"
+        )
+    yield from _check_clip(objective)
+    yield from _check_correction(objective, train)
+
+
+def _check_clip(objective: ObjectiveConfig) -> Iterator[str]:
+    clip = objective.clip
+    gate = ("tau_positive", "tau_negative")
+    for key in gate if clip.kind == "soft-gate" else ():
+        if getattr(clip, key) is None:
+            yield f"objective.clip.{key}: not set, needed by objective.clip.kind soft-gate"
+    for key in ("low", "high") if clip.kind == "soft-gate" else gate:
+        if getattr(clip, key) is not None:
+            yield f"objective.clip.{key}: {getattr(clip, key)} does nothing under objective.clip.kind {clip.kind}"
+    if clip.dual is not None and (clip.kind != "min" or objective.ratio == "geometric"):
+        yield (
+            f"objective.clip.dual: {clip.dual} does nothing under objective.clip.kind {clip.kind} and objective.ratio "
+            f"{objective.ratio}; it is part of min(w A, clip(w) A)"
+        )
+    if objective.ratio == "geometric" and clip.kind != "min":
+        yield f"objective.clip.kind: {clip.kind}, but objective.ratio geometric has its own clip; set it to min"
+
+
+def _check_correction(objective: ObjectiveConfig, train: TrainConfig) -> Iterator[str]:
+    correction = objective.correction
+    kind = correction.kind
+    for key in ("low", "high", "delta"):
+        if getattr(correction, key) is not None and key not in CORRECTION_KEYS[kind]:
+            value = getattr(correction, key)
+            yield f"objective.correction.{key}: {value} does nothing under objective.correction.kind {kind}"
+    if kind in NEEDED and getattr(correction, NEEDED[kind]) is None:
+        yield f"objective.correction.{NEEDED[kind]}: not set, needed by objective.correction.kind {kind}"
+    if correction.level not in LEVELS.get(kind, ("token",)):
+        allowed = " or ".join(LEVELS.get(kind, ("token",)))
+        yield f"objective.correction.level: {correction.level}, but objective.correction.kind {kind} needs {allowed}"
+    low, high = correction.low, correction.high
+    if low is not None and high is not None and low > high:
+        yield f"objective.correction.low: {low} is above objective.correction.high {high}"
+    if kind == "mis" and (objective.denominator == "rollout" or not train.recompute_old_logprobs):
+        yield (
+            "objective.correction.kind: mis takes tokens out of the denominators, for which rho must be known before "
+            "the update; it needs objective.denominator old and train.recompute_old_logprobs true (icepop does not)"
+        )

@@ -1,0 +1,121 @@
+"""J of every preset as its paper writes it, with its numbers: float64 NumPy on lists of responses, no shared code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from objective_reference import Logprobs, TrainedSequence
+
+
+@dataclass(frozen=True, eq=False)
+class Response:
+    """[|y|] log-probs of the masked-in tokens; stopped: pi_theta where the paper stops the gradient."""
+
+    new: np.ndarray
+    stopped: np.ndarray
+    old: np.ndarray
+    mu: np.ndarray
+    advantage: float
+
+
+def ppo_terms(y: Response, low: float, high: float) -> np.ndarray:
+    r, a = np.exp(y.new - y.old), y.advantage
+    return np.minimum(r * a, np.clip(r, 1 - low, 1 + high) * a)
+
+
+def grpo(batch: Sequence[Response]) -> float:
+    return np.mean([ppo_terms(y, 0.2, 0.2).mean() for y in batch])
+
+
+def dapo(batch: Sequence[Response]) -> float:
+    return sum(ppo_terms(y, 0.2, 0.28).sum() for y in batch) / sum(len(y.new) for y in batch)
+
+
+def dr_grpo(batch: Sequence[Response]) -> float:
+    return sum(ppo_terms(y, 0.2, 0.2).sum() for y in batch) / (len(batch) * 3000)
+
+
+def gspo(batch: Sequence[Response]) -> float:
+    s = np.array([np.prod(np.exp(y.new - y.old)) ** (1 / len(y.new)) for y in batch])
+    a = np.array([y.advantage for y in batch])
+    return np.minimum(s * a, np.clip(s, 1 - 3e-4, 1 + 4e-4) * a).mean()
+
+
+def gspo_token(batch: Sequence[Response]) -> float:
+    per_response = []
+    for y in batch:
+        s = np.prod(np.exp(y.stopped - y.old)) ** (1 / len(y.new)) * np.exp(y.new) / np.exp(y.stopped)
+        terms = np.minimum(s * y.advantage, np.clip(s, 1 - 3e-4, 1 + 4e-4) * y.advantage)
+        per_response.append(terms.mean())
+    return np.mean(per_response)
+
+
+def gmpo(batch: Sequence[Response]) -> float:
+    per_response = []
+    for y in batch:
+        sign = np.sign(y.advantage)
+        r = np.exp(y.new - y.old)
+        held = np.minimum(r**sign, np.clip(r, np.exp(-0.4), np.exp(0.4)) ** sign) ** sign
+        per_response.append(np.prod(held) ** (1 / len(held)) * y.advantage)
+    return np.mean(per_response)
+
+
+def cispo(batch: Sequence[Response]) -> float:
+    terms = [np.minimum(np.exp(y.stopped - y.old), 1.28) * y.advantage * y.new for y in batch]
+    return np.concatenate(terms).mean()
+
+
+def sapo(batch: Sequence[Response]) -> float:
+    per_response = []
+    for y in batch:
+        tau = 1.0 if y.advantage > 0 else 1.05
+        gate = 4 / tau / (1 + np.exp(-tau * (np.exp(y.new - y.old) - 1)))
+        per_response.append((gate * y.advantage).mean())
+    return np.mean(per_response)
+
+
+def rloo(batch: Sequence[Response]) -> float:
+    return np.mean([(np.exp(y.stopped - y.old) * y.advantage * y.new).sum() for y in batch])
+
+
+def minirl(batch: Sequence[Response]) -> float:
+    total = 0.0
+    for y in batch:
+        r = np.exp(y.stopped - y.old)
+        kept = r <= 1.27 if y.advantage > 0 else r >= 0.8
+        total += (kept * np.minimum(np.exp(y.stopped - y.mu), 5.0) * y.advantage * y.new).sum()
+    return total / len(batch)
+
+
+def topr(batch: Sequence[Response]) -> float:
+    total = 0.0
+    for y in batch:
+        weight = 1.0 if y.advantage > 0 else min(np.prod(np.exp(y.stopped) / np.exp(y.mu)), 1.0)
+        total += weight * y.advantage * y.new.sum()
+    return total / len(batch)
+
+
+PAPERS: dict[str, Callable[[Sequence[Response]], float]] = {
+    "cispo": cispo,
+    "dapo": dapo,
+    "dr_grpo": dr_grpo,
+    "gmpo": gmpo,
+    "grpo": grpo,
+    "gspo": gspo,
+    "gspo_token": gspo_token,
+    "minirl": minirl,
+    "rloo": rloo,
+    "sapo": sapo,
+    "topr": topr,
+}
+
+
+def paper_loss(sequences: Sequence[TrainedSequence], name: str, live: Logprobs, frozen: Logprobs) -> float:
+    batch = [
+        Response(new, stopped, s.old[s.mask], s.rollout[s.mask], s.advantage)
+        for s, new, stopped in zip(sequences, live, frozen, strict=True)
+        if s.mask.any()
+    ]
+    return -PAPERS[name](batch)

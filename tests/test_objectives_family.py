@@ -1,0 +1,215 @@
+"""Every preset against its paper's formula, the specification's numbers, and what its gradient must be."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from objective_papers import PAPERS, paper_loss
+from objective_reference import FAMILY, denominators, differentiated, pack, random_sequences, split
+from test_objectives_losses import loss_and_gradient, one_response, token_keys
+
+from megatron_rl.config.schema import ClipConfig, ObjectiveConfig
+from megatron_rl.data.schedule import Denominators
+from megatron_rl.objectives.policy import policy_loss
+
+seeds = st.integers(0, 10**6)
+some_lengths = st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any)
+names = st.sampled_from(sorted(FAMILY))
+
+
+def test_every_preset_has_a_reference():
+    assert set(FAMILY) == set(PAPERS)
+
+
+@pytest.mark.parametrize("drift", [0.5, 5e-4])
+@pytest.mark.parametrize("name", FAMILY)
+def test_loss_and_gradient_are_the_papers(name, drift):
+    for seed in range(4):
+        sequences = random_sequences(seed, [3, 0, 5, 1, 7, 2], drift=drift, mismatch=1.0)
+        outputs, gradient = loss_and_gradient(sequences, FAMILY[name], padding=3)
+        loss, expected = differentiated(sequences, lambda live, frozen: paper_loss(sequences, name, live, frozen))  # noqa: B023
+        assert outputs.loss.item() == pytest.approx(loss, rel=1e-9)
+        np.testing.assert_allclose(gradient, expected, atol=1e-7 * np.abs(expected).max())
+        single, single_gradient = loss_and_gradient(sequences, FAMILY[name], torch.float32)
+        if name not in ("gspo", "gspo_token"):  # whose clip is as narrow as the rounding of float32
+            assert single.loss.item() == pytest.approx(loss, abs=1e-6 * max(1, abs(loss)))
+            np.testing.assert_allclose(single_gradient, expected, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(seeds, some_lengths, names)
+def test_any_batch_is_the_papers(seed, lengths, name):
+    sequences = random_sequences(seed, lengths, mismatch=0.7)
+    outputs, gradient = loss_and_gradient(sequences, FAMILY[name])
+    loss, expected = differentiated(sequences, lambda live, frozen: paper_loss(sequences, name, live, frozen))
+    assert outputs.loss.item() == pytest.approx(loss, rel=1e-6, abs=1e-6)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(seeds, some_lengths, names, st.integers(1, 4))
+def test_order_packing_and_micro_batches_do_not_matter(seed, lengths, name, parts):
+    sequences = random_sequences(seed, lengths)
+    whole, gradient = loss_and_gradient(sequences, FAMILY[name])
+    wanted = dict(zip(token_keys(sequences), gradient, strict=True))
+    total, got = 0.0, {}
+    for padding, micro_batch in enumerate(split(sequences, parts, seed)):
+        outputs, part = loss_and_gradient(micro_batch, FAMILY[name], padding=padding, whole=sequences)
+        total += outputs.loss.item()
+        got |= dict(zip(token_keys(micro_batch), part, strict=True))
+    assert total == pytest.approx(whole.loss.item(), abs=1e-12)
+    assert got == pytest.approx(wanted, abs=1e-12)
+
+
+# On policy
+
+
+@settings(deadline=None, max_examples=60)
+@given(seeds, st.integers(1, 6), st.integers(1, 5), names)
+def test_on_policy_without_mismatch_the_gradient_is_that_of_the_weighted_advantages(seed, length, count, name):
+    """At equal lengths they all have one gradient, up to the constant of the aggregation."""
+    sequences = random_sequences(seed, [length] * count, drift=0.0, mismatch=0.0)
+    _, gradient = loss_and_gradient(sequences, FAMILY[name])
+    scale = {"seq-mean-token-sum": length, "constant-length": length / 3000}.get(FAMILY[name].aggregation, 1)
+    expected = np.concatenate([np.full(length, -s.advantage / (length * count)) for s in sequences])
+    np.testing.assert_allclose(gradient, expected * scale, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", FAMILY)
+def test_on_the_first_mini_batch_nothing_is_clipped(name, dtype):
+    clip = FAMILY[name].clip
+    narrow = {key: 0.0 for key in ("low", "high") if getattr(clip, key) is not None}
+    config = FAMILY[name].model_copy(update={"clip": clip.model_copy(update=narrow), "denominator": "old"})
+    outputs, gradient = loss_and_gradient(random_sequences(3, [4, 0, 7], drift=0.0), config, dtype)
+    clipping = outputs.values.clipping
+    assert not (clipping.below | clipping.above | clipping.active_low | clipping.active_high).any()
+    assert (outputs.values.log_sequence_ratio == 0).all()
+    assert (gradient != 0).all()
+
+
+# Numbers by hand
+
+
+def slope(ratio, advantage, config, mismatch=1.0):
+    """(J, its gradient in log pi) of one token with r = ratio and rho = mismatch; log pi = log r."""
+    inputs = one_response([ratio], advantage)
+    inputs = dataclasses.replace(inputs, rollout_logprobs=torch.full((1,), -math.log(mismatch), dtype=torch.float64))
+    outputs = policy_loss(inputs, config, Denominators(1, 1))
+    outputs.loss.backward()
+    return -outputs.loss.item(), -inputs.logprobs.grad.item(), outputs.values.clipping
+
+
+@pytest.mark.parametrize(("ratio", "weight"), [(2.0, 0.7864), (0.8, 0.9901), (1.0, 1.0)])
+def test_sapo_of_the_specification(ratio, weight):
+    value, gradient, _ = slope(ratio, 1.0, FAMILY["sapo"])
+    assert gradient == pytest.approx(weight * ratio, abs=1e-4)
+    assert value == pytest.approx(4 / (1 + math.exp(1 - ratio)))
+
+
+def test_the_gate_is_steeper_for_negative_advantages_and_flat_far_away():
+    _, negative, _ = slope(2.0, -1.0, FAMILY["sapo"])
+    p = 1 / (1 + math.exp(-1.05))
+    assert negative == pytest.approx(-2.0 * 4 * p * (1 - p))
+    inputs = dataclasses.replace(one_response([1.0], 1.0), old_logprobs=torch.full((1,), -800.0, dtype=torch.float64))
+    loss = policy_loss(inputs, FAMILY["sapo"], Denominators(1, 1)).loss
+    loss.backward()
+    assert (loss.item(), inputs.logprobs.grad.item()) == (-4.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "gradient"),
+    [(3.0, 1.0, 1.28), (3.0, -1.0, -1.28), (0.01, 1.0, 0.01), (0.01, -1.0, -0.01), (1.1, -2.0, -2.2)],
+)
+def test_cispo_bounds_the_weight_from_above_and_keeps_every_gradient(ratio, advantage, gradient):
+    value, found, clipping = slope(ratio, advantage, FAMILY["cispo"])
+    assert found == pytest.approx(gradient)
+    assert value == pytest.approx(gradient * math.log(ratio))
+    assert clipping.above.item() == (ratio > 1.28)
+    assert not clipping.below.item()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "mismatch", "advantage", "gradient"),
+    [
+        (1.1, 2.0, 1.0, 2.2),
+        (1.1, 8.0, 1.0, 5.0),  # omega 8.8, capped
+        (1.1, 8.0, -1.0, -5.0),
+        (1.3, 0.1, 1.0, 0.0),  # r beyond 1 + high, though omega is small
+        (1.3, 0.1, -1.0, -0.13),
+        (0.7, 2.0, -1.0, 0.0),  # r under 1 - low, though omega is not
+        (0.7, 2.0, 1.0, 1.4),
+    ],
+)
+def test_minirl_masks_by_staleness_and_weighs_by_both(ratio, mismatch, advantage, gradient):
+    assert slope(ratio, advantage, FAMILY["minirl"], mismatch)[1] == pytest.approx(gradient)
+
+
+def test_topr_tapers_bad_responses_as_a_whole():
+    inputs = one_response([0.5, 0.8], -1.0)
+    policy_loss(inputs, FAMILY["topr"], Denominators(2, 1)).loss.backward()
+    np.testing.assert_allclose(inputs.logprobs.grad, [0.4, 0.4])
+    for ratios, advantage, expected in (([2.0, 3.0], -1.0, 1.0), ([2.0, 3.0], 1.0, -1.0), ([0.1, 0.1], 1.0, -1.0)):
+        inputs = one_response(ratios, advantage)
+        policy_loss(inputs, FAMILY["topr"], Denominators(2, 1)).loss.backward()
+        np.testing.assert_allclose(inputs.logprobs.grad, [expected] * 2)
+
+
+def test_gmpo_holds_each_token_before_the_mean():
+    inputs = one_response([math.exp(1.0), math.exp(-1.0)], 1.0)
+    outputs = policy_loss(inputs, FAMILY["gmpo"], Denominators(2, 1))
+    outputs.loss.backward()
+    mean = math.exp((0.4 - 1.0) / 2)  # only what the advantage drives on is held
+    assert -outputs.loss.item() == pytest.approx(mean)
+    np.testing.assert_allclose(-inputs.logprobs.grad, [0.0, mean / 2])
+    clipping = outputs.values.clipping
+    assert clipping.active_high.tolist() == clipping.above.tolist() == [True, False]
+    assert clipping.below.tolist() == [False, True]
+    assert not clipping.active_low.any()
+
+
+# Edges
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_zero_length_responses_and_masked_out_batches(name):
+    nothing = pack(random_sequences(1, [0, 0]))
+    outputs = policy_loss(nothing, FAMILY[name], Denominators(0, 0))
+    outputs.loss.backward()
+    assert outputs.loss.item() == 0
+    assert (nothing.logprobs.grad == 0).all()
+    sequences = random_sequences(2, [3, 0, 4])
+    with_it, gradient = loss_and_gradient(sequences, FAMILY[name])
+    without_it, expected = loss_and_gradient([sequences[0], sequences[2]], FAMILY[name])
+    assert with_it.loss.item() == without_it.loss.item()
+    assert (gradient == expected).all()
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_advantages_of_zero_leave_no_gradient(name):
+    sequences = [dataclasses.replace(s, advantage=0.0) for s in random_sequences(4, [3, 2])]
+    outputs, gradient = loss_and_gradient(sequences, FAMILY[name])
+    assert outputs.loss.item() == 0
+    assert not gradient.any()
+
+
+def test_a_soft_gate_needs_its_temperatures():
+    config = ObjectiveConfig(clip=ClipConfig(kind="soft-gate", tau_positive=1.0))
+    with pytest.raises(ValueError, match="tau_positive and tau_negative are not set"):
+        policy_loss(one_response([1.0], 1.0), config, Denominators(1, 1))
+
+
+def test_without_bounds_nothing_is_clipped():
+    sequences = random_sequences(5, [4, 6], drift=2.0)
+    config = ObjectiveConfig(clip=ClipConfig(low=None, high=None))
+    outputs, _ = loss_and_gradient(sequences, config)
+    expected = -np.mean([(np.exp(s.logprobs - s.old)[s.mask] * s.advantage).mean() for s in sequences])
+    assert outputs.loss.item() == pytest.approx(expected)
+    assert denominators(sequences).tokens == len(outputs.values.clipping.above)
+    assert not (outputs.values.clipping.above | outputs.values.clipping.below).any()
