@@ -11,6 +11,7 @@ from megatron_rl.objectives.advantages import all_equal, group_advantages
 POPULATION = AdvantageConfig(std="population")
 SAMPLE = AdvantageConfig(std="sample")
 MEAN_ONLY = AdvantageConfig(std="none")
+LEAVE_ONE_OUT = AdvantageConfig(baseline="leave-one-out", std="none")
 REWARDS_ALONE = AdvantageConfig(baseline="none", std="none")
 
 rewards = st.lists(st.floats(-10, 10, allow_nan=False).map(lambda x: round(x, 3)), min_size=1, max_size=12)
@@ -25,6 +26,7 @@ rewards = st.lists(st.floats(-10, 10, allow_nan=False).map(lambda x: round(x, 3)
         (SAMPLE, 1, 2.4749, -0.3536),
         (SAMPLE, 4, 0.9354, -0.9354),
         (MEAN_ONLY, 2, 0.75, -0.25),
+        (LEAVE_ONE_OUT, 2, 6 / 7, -2 / 7),
     ],
 )
 def test_of_eight_so_many_are_correct(config, correct, right, wrong):
@@ -33,7 +35,9 @@ def test_of_eight_so_many_are_correct(config, correct, right, wrong):
     np.testing.assert_allclose(advantages, [right] * correct + [wrong] * (8 - correct), atol=5e-5)
 
 
-@pytest.mark.parametrize("config", [POPULATION, SAMPLE, MEAN_ONLY, AdvantageConfig(baseline="none", std="sample")])
+@pytest.mark.parametrize(
+    "config", [POPULATION, SAMPLE, MEAN_ONLY, LEAVE_ONE_OUT, AdvantageConfig(baseline="none", std="sample")]
+)
 @pytest.mark.parametrize("group", [[1.0], [0.0], [0.1] * 3, [-1.0] * 8, [0.1 + 0.2, 0.3]])
 def test_a_group_that_teaches_nothing_has_advantage_zero(config, group):
     assert all_equal(np.array(group))
@@ -53,7 +57,7 @@ def test_a_small_but_real_difference_is_normalised_in_float64():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("config", [SAMPLE, REWARDS_ALONE])
+@pytest.mark.parametrize("config", [SAMPLE, LEAVE_ONE_OUT, REWARDS_ALONE])
 def test_a_reward_that_is_not_finite_is_an_error_that_names_it(bad, config):
     with pytest.raises(ValueError, match=f"response 2 .* has reward {bad}"):
         group_advantages([0.0, 1.0, bad], config)
@@ -74,7 +78,28 @@ def test_normalised_advantages_have_mean_zero_and_unit_spread(group, config):
 
 
 @settings(deadline=None)
-@given(rewards, st.sampled_from([POPULATION, SAMPLE, MEAN_ONLY]), st.randoms(use_true_random=False))
+@given(rewards)
+def test_leave_one_out_is_the_reward_less_the_mean_of_the_others(group):
+    if len(group) > 1 and not all_equal(np.array(group)):
+        expected = [reward - np.mean(group[:i] + group[i + 1 :]) for i, reward in enumerate(group)]
+        np.testing.assert_allclose(group_advantages(group, LEAVE_ONE_OUT), expected, atol=1e-9)
+
+
+@settings(deadline=None)
+@given(
+    rewards,
+    st.sampled_from(["mean", "leave-one-out", "none"]),
+    st.sampled_from(["population", "sample", "none"]),
+)
+def test_advantages_are_finite_whatever_the_group(group, baseline, std):
+    """Of one, of equal rewards, of any size: there is no NaN."""
+    advantages = group_advantages(group, AdvantageConfig(baseline=baseline, std=std))
+    assert advantages.shape == (len(group),)
+    assert np.isfinite(advantages).all()
+
+
+@settings(deadline=None)
+@given(rewards, st.sampled_from([POPULATION, SAMPLE, MEAN_ONLY, LEAVE_ONE_OUT]), st.randoms(use_true_random=False))
 def test_order_and_a_constant_shift_do_not_matter(group, config, random):
     order = list(range(len(group)))
     random.shuffle(order)

@@ -1,0 +1,250 @@
+"""Mismatch corrections: against the reference, what each does to the denominators, and that none counts twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from objective_reference import (
+    CORRECTIONS,
+    DAPO,
+    GRPO,
+    OBJECTIVES,
+    denominators,
+    kept_denominators,
+    pack,
+    random_sequences,
+    reference,
+    split,
+)
+from test_objectives_losses import AGGREGATIONS, one_response, token_keys
+
+from megatron_rl.config.schema import ClipConfig, CorrectionConfig
+from megatron_rl.data.schedule import Denominators
+from megatron_rl.objectives.corrections import LEAVES_DENOMINATORS, kept_lengths
+from megatron_rl.objectives.policy import policy_loss
+
+seeds = st.integers(0, 10**6)
+some_lengths = st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any)
+FREE = GRPO.model_copy(update={"clip": ClipConfig(low=None, high=None)})
+REWEIGHING = ("tis", "mis", "icepop")
+
+
+def corrected(config, correction):
+    return config.model_copy(update={"correction": correction})
+
+
+def loss_and_gradient(sequences, config, whole=None, padding=0):
+    inputs = pack(sequences, padding=padding)
+    outputs = policy_loss(inputs, config, kept_denominators(whole or sequences, config))
+    outputs.loss.backward()
+    return outputs, inputs.logprobs.grad[inputs.loss_mask].numpy()
+
+
+# The reference
+
+
+@pytest.mark.parametrize("denominator", ["old", "rollout"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("correction", CORRECTIONS, ids=str)
+def test_loss_and_gradient_equal_the_reference(correction, name, denominator):
+    acted = []
+    for number, aggregation in enumerate(AGGREGATIONS):
+        update = {"aggregation": aggregation, "constant_length": 5, "denominator": denominator}
+        config = corrected(OBJECTIVES[name].model_copy(update=update), correction)
+        sequences = random_sequences(number, [3, 0, 5, 1, 7, 2], mismatch=0.8)
+        outputs, gradient = loss_and_gradient(sequences, config, padding=2)
+        loss, expected = reference(sequences, config)
+        assert outputs.loss.item() == pytest.approx(loss, abs=1e-9)
+        np.testing.assert_allclose(gradient, expected, atol=1e-7)
+        found = outputs.values.correction
+        acted += (found.truncated if correction.kind == "tis" else found.masked).tolist()
+    assert 0 < sum(acted) < len(acted), "the comparison must cover tokens that it acts on, and others"
+
+
+@settings(deadline=None, max_examples=60)
+@given(seeds, some_lengths, st.sampled_from(CORRECTIONS), st.sampled_from(AGGREGATIONS), st.integers(1, 4))
+def test_order_and_micro_batches_do_not_matter(seed, lengths, correction, aggregation, parts):
+    config = corrected(GRPO.model_copy(update={"aggregation": aggregation, "constant_length": 9}), correction)
+    sequences = random_sequences(seed, lengths, mismatch=0.5)
+    whole, gradient = loss_and_gradient(sequences, config)
+    wanted = dict(zip(token_keys(sequences), gradient, strict=True))
+    total, got = 0.0, {}
+    for padding, micro_batch in enumerate(split(sequences, parts, seed)):
+        outputs, part = loss_and_gradient(micro_batch, config, whole=sequences, padding=padding)
+        total += outputs.loss.item()
+        got |= dict(zip(token_keys(micro_batch), part, strict=True))
+    assert total == pytest.approx(whole.loss.item(), abs=1e-12)
+    assert got == pytest.approx(wanted, abs=1e-12)
+
+
+# Numbers by hand: ratio 1, advantage 1, two tokens with rho 0.25 and 8
+
+
+def factors(correction, rho=(0.25, 8.0), advantage=1.0, denominator="old"):
+    inputs = one_response([1.0] * len(rho), advantage)
+    inputs = dataclasses.replace(inputs, rollout_logprobs=-torch.tensor(rho, dtype=torch.float64).log())
+    config = corrected(DAPO, correction).model_copy(update={"denominator": denominator})
+    return policy_loss(inputs, config, Denominators(len(rho), 1)).values.correction
+
+
+@pytest.mark.parametrize(
+    ("correction", "expected"),
+    [
+        (CorrectionConfig(), [1, 1]),
+        (CorrectionConfig(kind="tis", high=2.0), [0.25, 2]),
+        (CorrectionConfig(kind="tis", high=None), [0.25, 8]),
+        (CorrectionConfig(kind="tis", level="sequence", high=1.5), [1.5, 1.5]),
+        (CorrectionConfig(kind="tis", level="sequence", high=3.0), [2, 2]),
+        (CorrectionConfig(kind="mis", high=5.0), [0.25, 0]),
+        (CorrectionConfig(kind="mis", low=0.5, high=9.0), [0, 8]),
+        (CorrectionConfig(kind="mis", level="sequence", high=1.9), [0, 0]),
+        (CorrectionConfig(kind="mis", level="sequence", high=2.1), [2, 2]),
+        (CorrectionConfig(kind="mis", level="geometric", high=1.4), [0, 0]),
+        (CorrectionConfig(kind="mis", level="geometric", low=1.4, high=1.5), [math.sqrt(2)] * 2),
+        (CorrectionConfig(kind="icepop", low=0.5, high=5.0), [0, 0]),
+        (CorrectionConfig(kind="icepop", low=0.2, high=5.0), [0.25, 0]),
+    ],
+)
+def test_factors(correction, expected):
+    found = factors(correction)
+    np.testing.assert_allclose(found.factor, expected, atol=1e-12)
+    if found.masked is not None:
+        assert found.masked.tolist() == [value == 0 for value in expected]
+    if found.truncated is not None:
+        uncut = [0.25, 8] if correction.level == "token" else [2, 2]
+        assert found.truncated.tolist() == [value < whole for value, whole in zip(expected, uncut, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("rho", "advantage", "delta", "factor"),
+    [
+        ((0.5, 0.5), -1.0, 0.6, 0.0),  # mean log(mu/pi_theta) = log 2 = 0.69
+        ((0.5, 0.5), -1.0, 0.7, 1.0),
+        ((0.5, 0.5), 1.0, 0.6, 1.0),  # good responses stay
+        ((2.0, 2.0), -1.0, 0.6, 1.0),  # and so do those that pi_theta has not moved away from
+        ((0.25, 1.0), -1.0, 0.6, 0.0),  # the mean over the response, not each token
+    ],
+)
+@pytest.mark.parametrize("denominator", ["old", "rollout"])
+def test_the_off_policy_sequence_mask(rho, advantage, delta, factor, denominator):
+    found = factors(CorrectionConfig(kind="sequence-mask", delta=delta), rho, advantage, denominator)
+    assert found.factor.tolist() == [factor] * 2
+    assert found.masked.tolist() == [factor == 0] * 2
+
+
+# Once and not twice
+
+
+@pytest.mark.parametrize("kind", REWEIGHING)
+def test_a_ratio_against_mu_is_bounded_and_not_multiplied_again(kind):
+    wide = CorrectionConfig(kind=kind, high=1e9)
+    sequences = random_sequences(7, [4, 6, 2], mismatch=0.5)
+    bypassed = FREE.model_copy(update={"denominator": "rollout"})
+    expected, wanted = loss_and_gradient(sequences, bypassed)
+    for config in (corrected(bypassed, wide), corrected(FREE, wide)):  # omega; r rho
+        outputs, gradient = loss_and_gradient(sequences, config)
+        assert outputs.loss.item() == pytest.approx(expected.loss.item(), rel=1e-12)
+        np.testing.assert_allclose(gradient, wanted, rtol=1e-10)
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS, ids=str)
+def test_without_mismatch_a_correction_does_nothing(correction):
+    sequences = random_sequences(3, [4, 0, 6], mismatch=0.0, drift=0.0)
+    expected, wanted = loss_and_gradient(sequences, GRPO)
+    outputs, gradient = loss_and_gradient(sequences, corrected(GRPO, correction))
+    assert outputs.loss.item() == expected.loss.item()
+    assert (gradient == wanted).all()
+
+
+@settings(deadline=None, max_examples=40)
+@given(seeds, some_lengths, st.sampled_from(CORRECTIONS))
+def test_the_factor_carries_no_gradient(seed, lengths, correction):
+    """The gradient is the factor times that of the surrogate alone."""
+    sequences = random_sequences(seed, lengths, mismatch=0.5)
+    config = corrected(FREE.model_copy(update={"aggregation": "seq-mean-token-sum"}), correction)
+    outputs, gradient = loss_and_gradient(sequences, config)
+    assert not outputs.values.correction.factor.requires_grad
+    _, wanted = loss_and_gradient(sequences, corrected(config, CorrectionConfig()))
+    share = kept_denominators(sequences, config).sequences / denominators(sequences).sequences
+    np.testing.assert_allclose(gradient * share, wanted * outputs.values.correction.factor.numpy(), atol=1e-12)
+
+
+# Denominators
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS, ids=str)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_what_is_dropped_keeps_or_leaves_the_denominators(correction, aggregation):
+    """Leaves: as if it had been masked out of the batch. Keeps: as if its advantage were 0."""
+    config = GRPO.model_copy(update={"aggregation": aggregation, "constant_length": 9})
+    sequences = random_sequences(12, [5, 3, 8, 2], mismatch=1.0)
+    outputs, _ = loss_and_gradient(sequences, corrected(config, correction))
+    inputs, factor = pack(sequences), outputs.values.correction.factor
+    kept = inputs.loss_mask.clone()
+    advantages = inputs.advantages.clone()
+    advantages[inputs.loss_mask] *= factor
+    sizes = denominators(sequences)
+    if LEAVES_DENOMINATORS[correction.kind]:
+        kept[inputs.loss_mask] = factor > 0
+        lengths = [int(kept[inputs.sequence_ids == i].sum()) for i in range(len(sequences))]
+        sizes = Denominators(sum(lengths), sum(length > 0 for length in lengths))
+        assert kept_lengths(inputs, corrected(config, correction)).tolist() == lengths
+        assert sizes.tokens < denominators(sequences).tokens
+    else:
+        assert kept_lengths(inputs, corrected(config, correction)).tolist() == [5, 3, 8, 2]
+    by_hand = dataclasses.replace(inputs, advantages=advantages, loss_mask=kept)
+    assert outputs.loss.item() == pytest.approx(policy_loss(by_hand, config, sizes).loss.item(), abs=1e-12)
+
+
+def test_only_rejection_leaves_the_denominators():
+    assert [kind for kind, leaves in LEAVES_DENOMINATORS.items() if leaves] == ["mis"]
+
+
+# Edges
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("kind", ["mis", "icepop"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_batch_whose_tokens_are_all_rejected_gives_zero(name, kind, aggregation):
+    update = {"aggregation": aggregation, "constant_length": 9, "correction": CorrectionConfig(kind=kind, low=1e6)}
+    config = OBJECTIVES[name].model_copy(update=update)
+    sequences = random_sequences(1, [3, 0, 4])
+    outputs, gradient = loss_and_gradient(sequences, config)
+    assert outputs.loss.item() == 0
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS, ids=str)
+def test_a_batch_that_is_all_masked_out_gives_zero(correction):
+    inputs = pack(random_sequences(1, [0, 0]))
+    outputs = policy_loss(inputs, corrected(GRPO, correction), Denominators(0, 0))
+    outputs.loss.backward()
+    assert outputs.loss.item() == 0
+    assert (inputs.logprobs.grad == 0).all()
+
+
+def test_a_dropped_ratio_that_overflows_does_no_harm():
+    inputs = dataclasses.replace(
+        one_response([1.0, 1.0], -1.0, torch.float32),
+        old_logprobs=torch.tensor([-500.0, 0.0]),
+        rollout_logprobs=torch.tensor([0.0, 0.0]),
+    )
+    for kind in ("mis", "icepop"):
+        config = corrected(GRPO, CorrectionConfig(kind=kind, low=0.5, high=2.0))
+        inputs = dataclasses.replace(inputs, logprobs=inputs.logprobs.detach().requires_grad_())
+        loss = policy_loss(inputs, config, Denominators(1, 1)).loss
+        loss.backward()
+        assert loss.item() == (1.0 if kind == "mis" else 0.5)
+        assert inputs.logprobs.grad.tolist() == [0.0, loss.item()]
+
+
+def test_a_sequence_mask_needs_its_delta():
+    with pytest.raises(ValueError, match=r"objective\.correction\.delta: not set"):
+        factors(CorrectionConfig(kind="sequence-mask"))
