@@ -18,6 +18,7 @@ from megatron_rl.engine.exchange import broadcast_bytes
 from megatron_rl.engine.routes import RouteExchange, valid_rows
 from megatron_rl.lab.metrics import ROLLOUT, rollout_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
+from megatron_rl.objectives.custom import get_objective
 from megatron_rl.rewards import Judges, get_verifier, grade
 from megatron_rl.rollout.evaluate import evaluation
 from megatron_rl.rollout.pool import Pool, read_api_key
@@ -196,7 +197,9 @@ class Session:
 def open_session(config: Config, resume: bool) -> Iterator[Session]:
     """The run on this rank, its servers started if need be, resumed from the newest complete checkpoint if asked."""
     temperature = config.rollout.temperature
-    api_key = read_api_key(config.rollout.servers)  # first: if it is not there, no run directory is left behind
+    # First: if one of these is not there, no run directory is left behind.
+    api_key = read_api_key(config.rollout.servers)
+    get_objective(config.objective)
     with (
         open_trainer(config, steps=config.train.steps, resume=resume, temperature=temperature) as trainer,
         ExitStack() as stack,

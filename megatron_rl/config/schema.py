@@ -186,6 +186,9 @@ class ObjectiveConfig(Frozen):
     """Divisor of the constant-length aggregation (Dr.GRPO [2503.20783])."""
     advantage: AdvantageConfig = AdvantageConfig()
     correction: CorrectionConfig = CorrectionConfig()
+    custom: str | None = None
+    """A loss of one's own, `package.module:function`, called as megatron_rl.objectives.policy.policy_loss is and in its
+    place; advantage, and the denominators under correction, are as without it."""
 
 
 class RoutingConfig(Frozen):

@@ -20,8 +20,9 @@ from megatron_rl.engine.parallel import Place
 from megatron_rl.lab.metrics import SFT, TRAINING, sft_metrics, training_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.objectives.corrections import LEAVES_DENOMINATORS, kept_lengths
+from megatron_rl.objectives.custom import get_objective
 from megatron_rl.objectives.inputs import LossInputs
-from megatron_rl.objectives.policy import policy_loss, sft_loss
+from megatron_rl.objectives.policy import sft_loss
 
 
 class PolicyLoss:
@@ -37,13 +38,14 @@ class PolicyLoss:
         """old_logprobs: [T] per micro-batch, or None to take the update's own forward pass, detached."""
         self.metrics = MetricAccumulator(TRAINING, device)
         self._objective = objective
+        self._loss = get_objective(objective)
         self._mini_batch = mini_batch
         self._old = old_logprobs
 
     def __call__(self, index: int, logprobs: Tensor, entropy: Tensor) -> Tensor:
         old = logprobs.detach() if self._old is None else self._old[index]
         inputs = _loss_inputs(self._mini_batch.micro_batches[index], logprobs, old)
-        outputs = policy_loss(inputs, self._objective, self._mini_batch.denominators)
+        outputs = self._loss(inputs, self._objective, self._mini_batch.denominators)
         training_metrics(self.metrics, inputs, outputs, entropy)
         return outputs.loss
 

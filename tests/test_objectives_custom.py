@@ -1,0 +1,108 @@
+"""A user's own objective: called in the place of policy_loss, and refused with a line that says why."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from objective_reference import GRPO, denominators, pack, random_sequences
+
+from megatron_rl.config.schema import ObjectiveConfig
+from megatron_rl.objectives.custom import ObjectiveError, get_objective
+from megatron_rl.objectives.policy import policy_loss
+
+SEQUENCES = random_sequences(1, [3, 0, 4])
+
+
+def doubled(inputs, config, sizes):
+    outputs = policy_loss(inputs, config, sizes)
+    return dataclasses.replace(outputs, loss=2 * outputs.loss)
+
+
+def call(function_name):
+    inputs = pack(SEQUENCES)
+    config = GRPO.model_copy(update={"custom": f"{__name__}:{function_name}"})
+    return inputs, get_objective(config)(inputs, config, denominators(SEQUENCES))
+
+
+def test_without_one_the_switches_stand():
+    assert get_objective(ObjectiveConfig()) is policy_loss
+
+
+def test_it_is_called_with_what_policy_loss_is_called_with():
+    inputs, outputs = call("doubled")
+    plain = policy_loss(inputs, GRPO, denominators(SEQUENCES))
+    assert outputs.loss.item() == 2 * plain.loss.item()
+    assert outputs.loss.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("grpo", "found 'grpo', expected package.module:function"),
+        ("no_such_package.module:function", "cannot be imported: No module named 'no_such_package'"),
+        (f"{__name__}:missing", "cannot be imported: module .* has no attribute 'missing'"),
+        (f"{__name__}:SEQUENCES", "is of type list, expected a function"),
+        (":doubled", "cannot be imported"),
+    ],
+)
+def test_one_that_is_not_there_is_refused(name, reason):
+    with pytest.raises(ObjectiveError, match=rf"objective\.custom: .*{reason}"):
+        get_objective(ObjectiveConfig(custom=name))
+
+
+def by_token(inputs, config, sizes):
+    outputs = policy_loss(inputs, config, sizes)
+    return dataclasses.replace(outputs, loss=outputs.loss * torch.ones(7))
+
+
+def detached(inputs, config, sizes):
+    outputs = policy_loss(inputs, config, sizes)
+    return dataclasses.replace(outputs, loss=outputs.loss.detach())
+
+
+def bare(inputs, config, sizes):
+    return policy_loss(inputs, config, sizes).loss
+
+
+def number(inputs, config, sizes):
+    return dataclasses.replace(policy_loss(inputs, config, sizes), loss=1.0)
+
+
+def replaced(part, **changes):
+    def objective(inputs, config, sizes):
+        outputs = policy_loss(inputs, config, sizes)
+        values = outputs.values
+        if part is None:
+            return dataclasses.replace(outputs, values=dataclasses.replace(values, **changes))
+        changed = dataclasses.replace(getattr(values, part), **changes)
+        return dataclasses.replace(outputs, values=dataclasses.replace(values, **{part: changed}))
+
+    return objective
+
+
+short_ratio = replaced(None, log_sequence_ratio=torch.zeros(2))
+whole_mask = replaced("clipping", below=torch.zeros(20, dtype=torch.bool))
+float_mask = replaced("clipping", above=torch.zeros(7))
+short_factor = replaced("correction", factor=torch.ones(3))
+bool_factor = replaced("correction", factor=torch.ones(7, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("by_token", r"loss: shape \(7,\), expected \(\)"),
+        ("detached", "loss has no gradient"),
+        ("bare", "gave a Tensor, expected PolicyLossOutputs"),
+        ("number", "loss: found a float, expected a tensor"),
+        ("short_ratio", r"log_sequence_ratio: shape \(2,\), expected \(3,\)"),
+        ("whole_mask", r"below: shape \(20,\), expected \(7,\)"),
+        ("float_mask", "above: dtype torch.float32, expected bool"),
+        ("short_factor", r"factor: shape \(3,\), expected \(7,\)"),
+        ("bool_factor", "factor: dtype torch.bool, expected float"),
+    ],
+)
+def test_outputs_that_no_objective_gives_are_refused(name, reason):
+    with pytest.raises(ObjectiveError, match=rf"objective\.custom: '.*:{name}'.*{reason}"):
+        call(name)
