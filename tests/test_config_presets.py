@@ -1,4 +1,4 @@
-"""The built-in presets: each sets all switches of the objective to its paper's values, and nothing else."""
+"""The built-in presets: each sets all that belongs to an objective to its paper's values, and nothing else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from megatron_rl.config.schema import (
     ClipConfig,
     Config,
     CorrectionConfig,
+    CriticConfig,
+    DynamicSamplingConfig,
     ObjectiveConfig,
+    RewardConfig,
     SftConfig,
 )
 from megatron_rl.config.sources import PRESETS
@@ -85,6 +88,13 @@ PAPERS = {
         correction=CorrectionConfig(kind="tis", high=5.0),
         advantage=AdvantageConfig(estimator="group", baseline="mean", std="none"),
     ),
+    "ppo": ObjectiveConfig(
+        ratio="token",
+        denominator="old",
+        clip=ClipConfig(low=0.2, high=0.2),
+        aggregation="token-mean",
+        advantage=AdvantageConfig(estimator="gae", baseline="mean", std="sample", gamma=1.0, gae_lambda=0.95),
+    ),
     "rloo": ObjectiveConfig(
         ratio="token",
         denominator="old",
@@ -104,9 +114,15 @@ PAPERS = {
         denominator="rollout",
         clip=ClipConfig(kind="tapered", low=None, high=0.0),
         aggregation="seq-mean-token-sum",
-        advantage=AdvantageConfig(estimator="group", baseline="mean", std="none"),
+        advantage=AdvantageConfig(estimator="group", baseline="none", std="none"),
     ),
 }
+REWARDS = {
+    "dapo": RewardConfig(correct=1.0, wrong=-1.0, overlong_cache=4096),
+    "topr": RewardConfig(correct=1.0, wrong=-1.0),
+}
+DYNAMIC_SAMPLING = {"dapo": DynamicSamplingConfig(oversample=1.5, max_refills=8)}
+CRITICS = {"ppo": CriticConfig(clip=0.2)}
 
 
 def test_every_preset_is_held_to_its_paper() -> None:
@@ -118,7 +134,14 @@ def test_a_preset_is_its_papers_objective_and_changes_nothing_else(tmp_path: Pat
     path = write(tmp_path / "a.yaml", RL)
     plain, preset = load_config(Config, path), load_config(Config, path, [f"presets={name}"])
     assert preset.objective == PAPERS[name]
-    assert preset == plain.model_copy(update={"objective": PAPERS[name], "merged_presets": (name,)})
+    expected = {
+        "objective": PAPERS[name],
+        "reward": REWARDS.get(name, RewardConfig()),
+        "rollout": plain.rollout.model_copy(update={"dynamic_sampling": DYNAMIC_SAMPLING.get(name)}),
+        "critic": CRITICS.get(name),
+        "merged_presets": (name,),
+    }
+    assert preset == plain.model_copy(update=expected)
 
 
 @pytest.mark.parametrize("name", sorted(PAPERS))
@@ -130,7 +153,10 @@ def test_a_preset_has_no_contradiction(tmp_path: Path, name: str) -> None:
 def test_a_preset_sets_every_switch(file: Path) -> None:
     """So that one preset over another leaves nothing of the first."""
     values = yaml.safe_load(file.read_text())
-    assert leaves(values) == {f"objective.{key}" for key in leaves(ObjectiveConfig().model_dump())}
+    for section, model in (("objective", ObjectiveConfig()), ("reward", RewardConfig())):
+        assert leaves(values.pop(section)) == leaves(model.model_dump())
+    assert values.keys() == {"rollout", "critic"}
+    assert values["rollout"].keys() == {"dynamic_sampling"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

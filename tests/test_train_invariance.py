@@ -96,6 +96,24 @@ def test_layouts_do_not_matter(setting: tuple[Path, Path], ranks: int, layouts: 
         assert all(line["ratio/min"] == line["ratio/max"] == 1.0 for line in first), directory.name
 
 
+@pytest.mark.distributed
+def test_what_a_correction_rejects_leaves_the_denominators_of_all_ranks(setting: tuple[Path, Path]) -> None:
+    config = setting[0]
+    rejects = "objective.correction.kind=mis objective.correction.low=0.8 objective.correction.high=1.25"
+    alone, *others = [config.parent / f"mis-{number}" for number in range(4)]
+    run_all(config, 1, [f"run_dir={alone} {rejects} engine.max_tokens_per_micro_batch=4096"])
+    layouts = ["", "parallel.pp=2", "parallel.cp=2"]
+    run_all(config, 2, [f"run_dir={d} {rejects} {layout}" for d, layout in zip(others, layouts, strict=True)])
+    for directory in others:
+        assert_same(directory, alone)
+        for line, expected in zip(*(read_metrics(d / "metrics.jsonl") for d in (directory, alone)), strict=True):
+            for unit in ("token", "sequence"):
+                name = f"correction/masked/{unit}"
+                assert line[name] == pytest.approx(expected[name], abs=1e-9), directory.name
+    masked = [line["correction/masked/token"] for line in read_metrics(alone / "metrics.jsonl")]
+    assert any(0.05 < fraction < 0.95 for fraction in masked)
+
+
 def test_one_rank_needs_no_launcher(setting: tuple[Path, Path], tmp_path: Path) -> None:
     config, reference = setting
     command = [sys.executable, "-m", "megatron_rl", "train", str(config), f"run_dir={tmp_path / 'run'}"]

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Positive = Annotated[float, Field(gt=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 AdamBeta = Annotated[float, Field(ge=0, lt=1)]
@@ -27,6 +28,8 @@ class Frozen(BaseModel):
 class ModelConfig(Frozen):
     path: Path
     """Hugging Face model directory: config.json, tokenizer and safetensors."""
+    reference: Path | None = None
+    """Of the reference policy pi_ref, of the same architecture; None: path. Read only where objective.kl asks for it."""
 
 
 class ParallelConfig(Frozen):
@@ -74,6 +77,8 @@ class OptimConfig(Frozen):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_grad: Annotated[float, Field(gt=0)] = 1.0
     """Global gradient norm above which gradients are scaled down."""
+    max_skipped: NonNegativeInt = 3
+    """Optimizer steps of a run that may be skipped because a gradient was not finite; the next one ends the run."""
 
 
 class DataConfig(Frozen):
@@ -108,6 +113,16 @@ class ServersConfig(Frozen):
     """Given to `sglang.launch_server` as they are."""
 
 
+class DynamicSamplingConfig(Frozen):
+    """DAPO's [2503.14476, section 3.2]: only groups with right and wrong answers are trained on; the rest is sampled
+    anew, from other prompts."""
+
+    oversample: Annotated[float, Field(ge=1)] = 1.5
+    """Prompts asked for each group that is missing."""
+    max_refills: NonNegativeInt = 8
+    """How often prompts are taken once more in a step before the run ends with an error."""
+
+
 class RolloutConfig(Frozen):
     prompts_per_step: PositiveInt = 32
     """Over all data-parallel ranks; each leader fetches its own share."""
@@ -121,10 +136,22 @@ class RolloutConfig(Frozen):
     """Seconds for one request, retries included."""
     replay_from: Path | None = None
     """Train on the rollouts saved in this run directory instead of asking servers."""
+    dynamic_sampling: DynamicSamplingConfig | None = None
+    """null: every group is trained on."""
     servers: ServersConfig = ServersConfig()
 
 
-Positive = Annotated[float, Field(gt=0)]
+class RewardConfig(Frozen):
+    """What becomes of a verifier's verdict before it is a reward."""
+
+    correct: float | None = None
+    """The reward of a right answer, in place of the verifier's own; null: the verifier's own."""
+    wrong: float | None = None
+    overlong_cache: PositiveInt | None = None
+    """DAPO's soft overlong punishment [2503.14476, equation 13]: over the last so many tokens before
+    rollout.max_response_tokens the reward falls by up to 1; null: no punishment."""
+    overlong_filter: bool = False
+    """DAPO's overlong filtering: a truncated response is masked out of the loss and its denominators."""
 
 
 class ClipConfig(Frozen):
@@ -146,10 +173,26 @@ class ClipConfig(Frozen):
 
 
 class AdvantageConfig(Frozen):
-    estimator: Literal["group"] = "group"
+    estimator: Literal["group", "gae"] = "group"
+    """group: from the rewards of a prompt's responses; gae: by token, from the critic's values [1506.02438]."""
     baseline: Literal["mean", "leave-one-out", "none"] = "mean"
-    """leave-one-out: the mean of the others' rewards, RLOO [2402.14740]."""
+    """What is subtracted: of the group's rewards, or of the tokens' advantages over the whole rollout batch (gae).
+    leave-one-out: the mean of the others' rewards, RLOO [2402.14740]."""
     std: Literal["population", "sample", "none"] = "sample"
+    """What it is then divided by, over the same."""
+    gamma: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Discount of gae."""
+    gae_lambda: Annotated[float, Field(ge=0, le=1)] | None = None
+
+
+class KLConfig(Frozen):
+    """KL(policy, pi_ref), estimated from the sampled tokens, times beta."""
+
+    kind: Literal["none", "k1", "k2", "k3", "unbiased"] = "none"
+    """http://joschu.net/blog/kl-approx.html; k3 is GRPO's; unbiased: k3 times r (DeepSeek-V3.2)."""
+    place: Literal["loss", "reward"] = "loss"
+    """loss: of pi_theta, added to the loss, with a gradient; reward: of pi_old, taken off the reward, without one."""
+    beta: Positive | None = None
 
 
 class CorrectionConfig(Frozen):
@@ -186,9 +229,25 @@ class ObjectiveConfig(Frozen):
     """Divisor of the constant-length aggregation (Dr.GRPO [2503.20783])."""
     advantage: AdvantageConfig = AdvantageConfig()
     correction: CorrectionConfig = CorrectionConfig()
+    kl: KLConfig = KLConfig()
+    router_shift: Annotated[float, Field(gt=0, le=1)] | None = None
+    """RSPO [2510.23027]: the ratio is multiplied by how little the routers have moved since pi_old, and by no less than
+    this; null: it is not."""
     custom: str | None = None
     """A loss of one's own, `package.module:function`, called as megatron_rl.objectives.policy.policy_loss is and in its
     place; advantage, and the denominators under correction, are as without it."""
+
+
+class CriticConfig(Frozen):
+    """The value model of PPO, on the policy's engine and layout. Its optimizer steps are the policy's mini-batches."""
+
+    path: Path | None = None
+    """Hugging Face directory; a value head is read from `score.weight` if it is there; None: model.path."""
+    optim: OptimConfig = OptimConfig(lr=1e-5)
+    clip: Positive | None = 0.2
+    """The value may move so far from that of the rollout; null: no bound."""
+    warmup_steps: NonNegativeInt = 0
+    """Rollout steps at the start of a run in which the critic learns alone."""
 
 
 class RoutingConfig(Frozen):
@@ -258,7 +317,10 @@ class Config(Frozen):
     optim: OptimConfig = OptimConfig()
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    critic: CriticConfig | None = None
+    """Needed by objective.advantage.estimator gae."""
     train: TrainConfig
     routing: RoutingConfig = RoutingConfig()
     weights: WeightsConfig = WeightsConfig()
