@@ -29,7 +29,7 @@ class ModelConfig(Frozen):
     path: Path
     """Hugging Face model directory: config.json, tokenizer and safetensors."""
     reference: Path | None = None
-    """Of the reference policy pi_ref, of the same architecture; None: path. Read only where objective.kl asks for it."""
+    """Of the reference policy pi_ref, of the same architecture; None: path. Read where objective.kl asks for it."""
 
 
 class ParallelConfig(Frozen):
