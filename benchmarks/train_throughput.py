@@ -83,7 +83,7 @@ def engine_steps(model_dir: Path, samples: list[Sample]) -> tuple[Callable[[], N
     policy = Policy(model_dir, layout, place, EngineConfig(dtype="fp32"), device, optim=None)
     packed: PackedBatch = pack(samples, [1.0, -1.0] * (SEQUENCES // 2))
     denominators = Denominators(sum(s.response_tokens for s in samples), SEQUENCES)
-    mini_batch = MiniBatch(0, (packed,), denominators)
+    mini_batch = MiniBatch(0, (packed,), (), denominators)
     config = load_config(Config, Path(__file__).parent.parent / "examples" / "demo" / "gspo.yaml")
     routing = make_routing(policy, packed)
     old = [logprobs for logprobs, _ in policy.logprobs([packed], routing=routing.old_pass())]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import orjson
 from transformers import AutoTokenizer
@@ -29,6 +30,9 @@ from megatron_rl.routing.drift import RoutingStats
 from megatron_rl.routing.modes import MiniBatchRouting
 from megatron_rl.trainer import Trainer, open_trainer
 from megatron_rl.weights.sync import WeightSync
+
+if TYPE_CHECKING:  # experience imports this module
+    from megatron_rl.experience import Update
 
 
 class Session:
@@ -109,9 +113,16 @@ class Session:
             RoutingStats(policy.arch.moe_layers, policy.arch.num_experts, policy.arch.experts_per_token, policy.device),
         )
 
-    def log_update(self, mini_batch: int, metrics: dict[str, float]) -> None:
-        first = self._rollout_metrics if mini_batch == 0 else {}
-        self.trainer.log_update(self.step + 1, mini_batch, self.step, {**first, **metrics})
+    def update(self, update: Update) -> None:
+        """The optimizer steps of one mini-batch, the policy's and the critic's, and their line in metrics.jsonl."""
+        trainer, mini_batch, critic = self.trainer, update.mini_batch, self.config.critic
+        metrics = dict(self._rollout_metrics) if mini_batch.index == 0 else {}
+        if critic is None or self.step >= critic.warmup_steps:
+            metrics |= trainer.update(mini_batch, update.loss, update.routing)
+        if update.value_loss is not None:
+            metrics |= trainer.update_critic(mini_batch, update.value_loss)
+        trainer.log_update(self.step + 1, mini_batch.index, self.step, metrics)
+        trainer.check_skipped()
 
     def sync_weights(self) -> None:
         """All servers hold weight version `step` afterwards."""
@@ -134,6 +145,10 @@ class Session:
         }
         self.trainer.console.step(self.step, shown, times)
 
+    def due(self, every: int) -> bool:
+        """Every so many steps, and after the last."""
+        return self.step == self.config.train.steps or (every > 0 and self.step % every == 0)
+
     def evaluate(self) -> None:
         """Held-out prompts, asked by rank 0; the other ranks go on and wait at the next collective."""
         if self._heldout is None:
@@ -151,6 +166,11 @@ class Session:
         report = evaluation(groups) | self.trainer.console.timer.take("evaluation")
         self.trainer.run.log_eval(self.step, self.step, report)
         self.trainer.console.heldout(report["avg_at_k"])
+
+    def export(self) -> None:
+        self.trainer.export(self.trainer.policy, self.trainer.run.path / "model")
+        if self.trainer.critic is not None:
+            self.trainer.export(self.trainer.critic, self.trainer.run.path / "critic")
 
     def save(self) -> None:
         state = {"cursor": self._cursor.as_json(), "weight_version": self.step}

@@ -31,12 +31,13 @@ def sft(config: SftConfig, resume: bool = False) -> None:
             metrics = trainer.update(mini_batch, SftLoss(mini_batch, trainer.policy.device))
             step += 1
             trainer.log_update(step, 0, 0, metrics)
+            trainer.check_skipped()
             times = trainer.finish_step({})
             tokens_per_second = metrics["tokens"] / max(sum(times.values()), 1e-9)
             trainer.console.step(step, {"loss": metrics["loss"], "tokens/s": tokens_per_second}, times)
             if step == config.steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 trainer.save(step, {"cursor": cursor.as_json()}, config.checkpoint)
-        trainer.export(trainer.run.path / "model")
+        trainer.export(trainer.policy, trainer.run.path / "model")
 
 
 def _load(config: SftConfig, trainer: Trainer) -> list[Sample]:

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,21 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.config.layout import Layout
-from megatron_rl.config.load import ConfigError, check_config, dump_config
+from megatron_rl.config.load import ConfigError, check_companions, check_config, dump_config
 from megatron_rl.config.schema import CheckpointConfig, Config, SftConfig
 from megatron_rl.engine.checkpoint import checkpoints, load_checkpoint, prune, save_checkpoint
+from megatron_rl.engine.critic import Critic
 from megatron_rl.engine.device import use_device
 from megatron_rl.engine.distribute import MiniBatch
 from megatron_rl.engine.exchange import broadcast_bytes
-from megatron_rl.engine.losses import PolicyLoss, SftLoss
+from megatron_rl.engine.losses import PolicyLoss, SftLoss, ValueLoss
+from megatron_rl.engine.network import Network, UpdateResult
 from megatron_rl.engine.parallel import Place, start_process_groups, stop_process_groups
 from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.routes import reduce_stats
 from megatron_rl.errors import UserError
 from megatron_rl.lab.console import Console
+from megatron_rl.lab.metrics import explained_variance
 from megatron_rl.lab.run import RunDir
 from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.models.architecture import read_architecture
@@ -33,6 +37,15 @@ from megatron_rl.models.weights_io import save_weights
 from megatron_rl.routing.modes import MiniBatchRouting
 
 MAX_SHARD_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What a run holds on this rank, all under one layout."""
+
+    policy: Policy
+    critic: Critic | None
+    reference: Policy | None
 
 
 class Trainer:
@@ -43,14 +56,16 @@ class Trainer:
         config: Config | SftConfig,
         layout: Layout,
         place: Place,
-        policy: Policy,
+        networks: Networks,
         run: RunDir,
         console: Console,
     ) -> None:
         self.config = config
         self.layout = layout
         self.place = place
-        self.policy = policy
+        self.policy = networks.policy
+        self.critic = networks.critic
+        self.reference = networks.reference
         self.run = run
         self.console = console
         self._held: tuple[int, int, int, dict[str, float]] | None = None
@@ -68,8 +83,24 @@ class Trainer:
         metrics = self.reduce(loss.metrics, holds_samples=self.policy.is_last_stage)
         if routing is not None:
             metrics |= reduce_stats(routing.stats, self.place).finalize()
-        norms = {f"grad_norm/{kind}": norm for kind, norm in result.grad_norms.items()}
-        return {**metrics, "lr": result.lr, "grad_norm": result.grad_norm, **norms}
+        return metrics | _of_result(result)
+
+    def update_critic(self, mini_batch: MiniBatch, loss: ValueLoss) -> dict[str, float]:
+        """One optimizer step of the critic; its metrics, over all ranks, under critic/."""
+        assert self.critic is not None
+        with self.phase("critic update"):
+            result = self.critic.update(mini_batch.micro_batches, loss)
+        metrics = self.reduce(loss.metrics, holds_samples=self.critic.is_last_stage)
+        metrics |= explained_variance(metrics) | _of_result(result)
+        return {f"critic/{name}": value for name, value in metrics.items()}
+
+    def check_skipped(self) -> None:
+        """Raises NonFiniteGradientError when a network has skipped too many optimizer steps."""
+        for network in self._trained().values():
+            network.check_skipped()
+
+    def _trained(self) -> dict[str, Network]:
+        return {"policy": self.policy} | ({"critic": self.critic} if self.critic else {})
 
     def reduce(self, metrics: MetricAccumulator, holds_samples: bool) -> dict[str, float]:
         """The metrics of all ranks together. Tensor- and context-parallel ranks hold the same samples: one counts."""
@@ -87,7 +118,7 @@ class Trainer:
 
     def log_update(self, step: int, mini_batch: int, weight_version: int, metrics: Mapping[str, float]) -> None:
         """Writes the line of the optimizer step before this one; this one's waits for what is known only later."""
-        self._flush()
+        self.flush()
         self._held = (step, mini_batch, weight_version, dict(metrics))
 
     def finish_step(self, more: Mapping[str, float]) -> dict[str, float]:
@@ -95,10 +126,11 @@ class Trainer:
         times = self.console.timer.drain()
         if self._held is not None:
             self._held[3].update({**more, **times})
-        self._flush()
+        self.flush()
         return times
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Writes the line that waits, as when the run ends before its step does."""
         if self._held is not None:
             self.run.log_metrics(*self._held)
             self._held = None
@@ -107,7 +139,7 @@ class Trainer:
         """A resumable checkpoint of `step`; older ones than `config.keep` go."""
         with self.phase("checkpoint"):
             root = self.run.checkpoints
-            save_checkpoint(root / f"step-{step:06d}", self.policy, {"step": step, **state})
+            save_checkpoint(root / f"step-{step:06d}", self._trained(), {"step": step, **state})
             if self.place.rank == 0:
                 prune(root, config.keep)
         # The step's own line is on disk already: it has to be there before its checkpoint is.
@@ -122,17 +154,17 @@ class Trainer:
         self.run.truncate_after(int(step))
         if step < 0:
             return None
-        return load_checkpoint(self.run.checkpoints / f"step-{int(step):06d}", self.policy)
+        return load_checkpoint(self.run.checkpoints / f"step-{int(step):06d}", self._trained())
 
-    def export(self, directory: Path, bucket_mib: int = 256) -> None:
-        """The weights as a Hugging Face directory, in place of the one that an earlier start of the run left there."""
+    def export(self, network: Network, directory: Path, bucket_mib: int = 256) -> None:
+        """Its weights as a Hugging Face directory, in place of the one that an earlier start of the run left there."""
         if self.place.rank == 0:
             shutil.rmtree(directory, ignore_errors=True)
-        buckets = self.policy.export(bucket_mib << 20)
+        buckets = network.export(bucket_mib << 20)
         if self.place.rank == 0:
             dtype = torch.bfloat16 if self.config.engine.dtype == "bf16" else torch.float32
             tensors = (pair for bucket in buckets for pair in bucket)
-            save_weights(tensors, directory, self.policy.model_dir, MAX_SHARD_BYTES, dtype)
+            save_weights(tensors, directory, network.model_dir, MAX_SHARD_BYTES, dtype, network.arch.value_head)
         else:
             for _ in buckets:
                 pass
@@ -146,17 +178,42 @@ def open_trainer(
     """Raises ConfigError: for contradictions before any process group starts, and for a run directory in use."""
     arch = read_architecture(config.model.path)
     layout = check_config(config, arch, int(os.environ.get("WORLD_SIZE", "1")))
+    if isinstance(config, Config):
+        check_companions(config, arch, layout)
     device = use_device(config.engine.device)
     joins_world = not dist.is_initialized()
     place = start_process_groups(layout, device, config.seed)
     try:
         run = _run_dir(config, place, resume)
-        policy = Policy(config.model.path, layout, place, config.engine, device, config.optim, temperature)
+        networks = _networks(config, layout, place, device, temperature)
         with Console(steps, shows=place.rank == 0) as console:
-            yield Trainer(config, layout, place, policy, run, console)
+            trainer = Trainer(config, layout, place, networks, run, console)
+            try:
+                yield trainer
+            finally:
+                trainer.flush()
         run.close()
     finally:
         stop_process_groups(leave_world=joins_world)
+
+
+def _networks(
+    config: Config | SftConfig, layout: Layout, place: Place, device: torch.device, temperature: float
+) -> Networks:
+    policy = Policy(config.model.path, layout, place, config.engine, device, config.optim, temperature)
+    critic = reference = None
+    if isinstance(config, Config) and config.critic is not None:
+        path = config.critic.path or config.model.path
+        critic = Critic(path, layout, place, config.engine, device, config.critic.optim)
+    if isinstance(config, Config) and config.objective.kl.kind != "none":
+        path = config.model.reference or config.model.path
+        reference = Policy(path, layout, place, config.engine, device, None, temperature, frozen=True)
+    return Networks(policy, critic, reference)
+
+
+def _of_result(result: UpdateResult) -> dict[str, float]:
+    norms = {f"grad_norm/{kind}": norm for kind, norm in result.grad_norms.items()}
+    return {"lr": result.lr, "grad_norm": result.grad_norm, **norms, "skipped": float(result.skipped)}
 
 
 def _run_dir(config: Config | SftConfig, place: Place, resume: bool) -> RunDir:

@@ -33,6 +33,10 @@ def dapo(batch: Sequence[Response]) -> float:
     return sum(ppo_terms(y, 0.2, 0.28).sum() for y in batch) / sum(len(y.new) for y in batch)
 
 
+def ppo(batch: Sequence[Response]) -> float:
+    return np.concatenate([ppo_terms(y, 0.2, 0.2) for y in batch]).mean()
+
+
 def dr_grpo(batch: Sequence[Response]) -> float:
     return sum(ppo_terms(y, 0.2, 0.2).sum() for y in batch) / (len(batch) * 3000)
 
@@ -106,6 +110,7 @@ PAPERS: dict[str, Callable[[Sequence[Response]], float]] = {
     "gspo": gspo,
     "gspo_token": gspo_token,
     "minirl": minirl,
+    "ppo": ppo,
     "rloo": rloo,
     "sapo": sapo,
     "topr": topr,

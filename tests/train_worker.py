@@ -28,15 +28,16 @@ if __name__ == "__main__":
     use_device("cpu")
     import torch.distributed as dist
 
+    from megatron_rl.engine.network import Network
     from megatron_rl.train import train
     from megatron_rl.trainer import Trainer
 
     export = Trainer.export
 
-    def export_both(trainer: Trainer, directory: Path) -> None:
+    def export_both(trainer: Trainer, network: Network, directory: Path) -> None:
         if trainer.config.engine.dtype == "bf16" and trainer.layout.dp == trainer.layout.edp == 1:
             save_main_weights(trainer.policy, directory.with_name("main.safetensors"))
-        export(trainer, directory)
+        export(trainer, network, directory)
 
     Trainer.export = export_both  # type: ignore[method-assign]
     dist.init_process_group("gloo")

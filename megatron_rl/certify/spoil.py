@@ -88,7 +88,7 @@ def _halves_swapped(routes: RankRoutes) -> RankRoutes:
 
 def refuses_fusion(policy: Policy) -> bool:
     """Whether the fused router, which never asks for a replay, is refused before it runs."""
-    stages = [stage.module for stage in policy.stages]
+    stages = policy.models
     config = stages[0].config
     config.moe_router_fusion = True
     try:

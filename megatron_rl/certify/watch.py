@@ -55,8 +55,7 @@ class Watch:
     @contextlib.contextmanager
     def on(self, recomputes: bool) -> Iterator[None]:
         handles = []
-        for stage in self.policy.stages:
-            model = stage.module
+        for model in self.policy.models:
             if model.pre_process:
                 ids = _embedded_ids(model)
                 handles.append(

@@ -15,9 +15,9 @@ from pydantic import ValidationError
 
 from megatron_rl.config.layout import Layout, LayoutError, check_layout
 from megatron_rl.config.objective import check_objective
-from megatron_rl.config.schema import Config, Frozen, SftConfig
+from megatron_rl.config.schema import Config, Frozen, OptimConfig, SftConfig
 from megatron_rl.config.sources import ConfigError, Tree, nearest, read_sources, write_yaml
-from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.architecture import Architecture, read_architecture
 
 C = TypeVar("C", Config, SftConfig)
 
@@ -104,12 +104,14 @@ def check_config(config: Config | SftConfig, arch: Architecture, world_size: int
         layout = Layout.resolve(config.parallel, world_size)
     except LayoutError as error:
         raise ConfigError(str(error)) from None
-    problems = [*check_layout(layout, arch, config.engine), *_check_optim(config)]
+    problems = [*check_layout(layout, arch, config.engine), *_check_optim(config.optim, "optim")]
     if isinstance(config, Config):
+        if config.critic is not None:
+            problems += _check_optim(config.critic.optim, "critic.optim")
         problems += [
             *_check_batch(config, layout),
             *_check_lengths(config, arch),
-            *check_objective(config.objective, config.train),
+            *check_objective(config),
             *_check_group_size(config),
             *_check_servers(config, arch),
             *_check_routing(config, arch),
@@ -122,20 +124,19 @@ def check_config(config: Config | SftConfig, arch: Architecture, world_size: int
     return layout
 
 
-def _check_optim(config: Config | SftConfig) -> Iterator[str]:
-    optim = config.optim
+def _check_optim(optim: OptimConfig, section: str) -> Iterator[str]:
     if optim.schedule == "constant":
         for key in ("decay_steps", "min_lr"):
             if getattr(optim, key):
-                yield f"optim.{key}: {getattr(optim, key)} does nothing under optim.schedule constant"
+                yield f"{section}.{key}: {getattr(optim, key)} does nothing under {section}.schedule constant"
         return
     if optim.decay_steps <= optim.warmup_steps:
         yield (
-            f"optim.decay_steps: {optim.decay_steps}, but optim.schedule {optim.schedule} needs more than "
-            f"optim.warmup_steps {optim.warmup_steps}"
+            f"{section}.decay_steps: {optim.decay_steps}, but {section}.schedule {optim.schedule} needs more than "
+            f"{section}.warmup_steps {optim.warmup_steps}"
         )
     if optim.min_lr > optim.lr:
-        yield f"optim.min_lr: {optim.min_lr} is above optim.lr {optim.lr}"
+        yield f"{section}.min_lr: {optim.min_lr} is above {section}.lr {optim.lr}"
 
 
 def _check_batch(config: Config, layout: Layout) -> Iterator[str]:
@@ -155,11 +156,6 @@ def _check_batch(config: Config, layout: Layout) -> Iterator[str]:
         yield (
             f"train.mini_batches: {train.mini_batches} leaves {samples} samples to a mini-batch, but the layout needs "
             f"at least {_fewest_samples(layout)}; use fewer mini-batches or more prompts_per_step"
-        )
-    if not train.recompute_old_logprobs and train.mini_batches > 1:
-        yield (
-            f"train.recompute_old_logprobs: false needs train.mini_batches 1, not {train.mini_batches}: after the "
-            "first update the policy is no longer the old one"
         )
 
 
@@ -182,8 +178,29 @@ def _check_lengths(config: Config, arch: Architecture) -> Iterator[str]:
         )
 
 
+def check_companions(config: Config, arch: Architecture, layout: Layout) -> None:
+    """Of reference policy and critic, which share the policy's layout. Raises ConfigError, and what read_architecture
+    raises for their directories."""
+    problems = []
+    reference, critic = config.model.reference, config.critic
+    if reference is not None and read_architecture(reference) != arch:
+        problems.append(f"model.reference: {reference} is of another architecture than model.path")
+    if critic is not None and critic.path is not None:
+        own = read_architecture(critic.path, value_head=True)
+        if own.vocab_size != arch.vocab_size:
+            problems.append(
+                f"critic.path: {critic.path} has a vocabulary of {own.vocab_size} tokens, the policy one of "
+                f"{arch.vocab_size}; it must read the policy's tokens"
+            )
+        problems += [f"critic.path: {critic.path}: {problem}" for problem in check_layout(layout, own, config.engine)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
 def _check_group_size(config: Config) -> Iterator[str]:
     advantage = config.objective.advantage
+    if advantage.estimator != "group":
+        return
     if config.rollout.group_size == 1 and (advantage.baseline, advantage.std) != ("none", "none"):
         yield (
             "rollout.group_size: 1 makes every advantage 0; use larger groups, or "

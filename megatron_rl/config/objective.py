@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_rl.config.schema import ObjectiveConfig, TrainConfig
+from megatron_rl.config.schema import Config, ObjectiveConfig, TrainConfig
 
 # By kind, the parameters of a correction that it reads; those of NEEDED must be set.
 CORRECTION_KEYS = {
@@ -18,8 +18,9 @@ NEEDED = {"tis": "high", "mis": "high", "icepop": "high", "sequence-mask": "delt
 LEVELS = {"tis": ("token", "sequence"), "mis": ("token", "sequence", "geometric")}
 
 
-def check_objective(objective: ObjectiveConfig, train: TrainConfig) -> Iterator[str]:
+def check_objective(config: Config) -> Iterator[str]:
     """One line for each contradiction."""
+    objective = config.objective
     if objective.aggregation == "constant-length" and objective.constant_length is None:
         yield "objective.constant_length: not set, needed by objective.aggregation constant-length"
     if objective.aggregation != "constant-length" and objective.constant_length is not None:
@@ -28,7 +29,10 @@ def check_objective(objective: ObjectiveConfig, train: TrainConfig) -> Iterator[
             f"{objective.aggregation}"
         )
     yield from _check_clip(objective)
-    yield from _check_correction(objective, train)
+    yield from _check_correction(objective, config.train)
+    yield from _check_advantage(config)
+    yield from _check_kl(config)
+    yield from _check_old_policy(config)
 
 
 def _check_clip(objective: ObjectiveConfig) -> Iterator[str]:
@@ -47,6 +51,56 @@ def _check_clip(objective: ObjectiveConfig) -> Iterator[str]:
         )
     if objective.ratio == "geometric" and clip.kind != "min":
         yield f"objective.clip.kind: {clip.kind}, but objective.ratio geometric has its own clip; set it to min"
+
+
+def _check_advantage(config: Config) -> Iterator[str]:
+    advantage = config.objective.advantage
+    uses_critic = advantage.estimator == "gae"
+    for key in ("gamma", "gae_lambda"):
+        value = getattr(advantage, key)
+        if uses_critic and value is None:
+            yield f"objective.advantage.{key}: not set, needed by objective.advantage.estimator gae"
+        if not uses_critic and value is not None:
+            yield f"objective.advantage.{key}: {value} does nothing under objective.advantage.estimator group"
+    if uses_critic and advantage.baseline == "leave-one-out":
+        yield (
+            "objective.advantage.baseline: leave-one-out is of a group's rewards; objective.advantage.estimator gae "
+            "needs mean or none"
+        )
+    if uses_critic and config.critic is None:
+        yield "critic: not set, needed by objective.advantage.estimator gae; the preset ppo sets it"
+    if not uses_critic and config.critic is not None:
+        yield "critic: does nothing under objective.advantage.estimator group; set it to null"
+
+
+def _check_kl(config: Config) -> Iterator[str]:
+    kl = config.objective.kl
+    if kl.kind == "none":
+        if kl.beta is not None:
+            yield f"objective.kl.beta: {kl.beta} does nothing under objective.kl.kind none"
+        if config.model.reference is not None:
+            yield f"model.reference: {config.model.reference} is not read under objective.kl.kind none"
+        return
+    if kl.beta is None:
+        yield f"objective.kl.beta: not set, needed by objective.kl.kind {kl.kind}"
+    if kl.kind == "unbiased" and kl.place == "reward":
+        yield (
+            "objective.kl.kind: unbiased weighs k3 by pi_theta/pi_old, which is 1 when rewards are made; with "
+            "objective.kl.place reward use k1 or k3"
+        )
+
+
+def _check_old_policy(config: Config) -> Iterator[str]:
+    """What can be done without pi_old's own log-probs."""
+    objective, train = config.objective, config.train
+    if train.recompute_old_logprobs or train.mini_batches == 1:
+        return
+    if objective.denominator == "old" or objective.clip.kind == "mask":
+        asks = "objective.denominator old" if objective.denominator == "old" else "objective.clip.kind mask"
+        yield (
+            f"train.recompute_old_logprobs: false needs train.mini_batches 1, not {train.mini_batches}, under {asks}: "
+            "after the first update the policy is no longer the old one. objective.denominator rollout does without it"
+        )
 
 
 def _check_correction(objective: ObjectiveConfig, train: TrainConfig) -> Iterator[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_rl.engine.exchange import all_gather_bytes
+from megatron_rl.engine.network import Network
 from megatron_rl.engine.optimizer import optimizer_parts
-from megatron_rl.engine.policy import Policy
 from megatron_rl.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 
@@ -30,25 +31,25 @@ class CheckpointError(UserError):
     """A checkpoint that is incomplete, damaged or of another layout."""
 
 
-def save_checkpoint(directory: Path, policy: Policy, state: dict[str, Any]) -> None:
-    """Writes `directory`, with the run's `state` (JSON) beside every rank's shards. Collective.
+def save_checkpoint(directory: Path, networks: Mapping[str, Network], state: dict[str, Any]) -> None:
+    """Writes `directory`, with the run's `state` (JSON) beside every rank's shards of each named network. Collective.
 
     All files go into a directory of another name, which is renamed when complete; a crash leaves that one behind and
     nothing else.
     """
-    place = policy.place
+    place = networks["policy"].place
     partial = directory.with_name(directory.name + ".partial")
     if place.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier(group=place.control)
     name = f"rank-{place.rank:05d}.pt"
-    torch.save(_rank_state(policy), partial / name)
+    torch.save(_rank_state(networks), partial / name)
     digest = _digest(partial / name)
     entry = {"name": name, "bytes": (partial / name).stat().st_size, "sha256": digest}
     files = [orjson.loads(e) for e in all_gather_bytes(orjson.dumps(entry), place.control)]
     if place.rank == 0:
-        manifest = {"format": FORMAT, "layout": _layout(policy), "files": files, "state": state}
+        manifest = {"format": FORMAT, "layout": _layout(networks), "files": files, "state": state}
         temporary = partial / (MANIFEST + ".partial")
         temporary.write_bytes(orjson.dumps(manifest, option=orjson.OPT_INDENT_2))
         os.replace(temporary, partial / MANIFEST)
@@ -57,14 +58,15 @@ def save_checkpoint(directory: Path, policy: Policy, state: dict[str, Any]) -> N
     dist.barrier(group=place.control)
 
 
-def load_checkpoint(directory: Path, policy: Policy) -> dict[str, Any]:
+def load_checkpoint(directory: Path, networks: Mapping[str, Network]) -> dict[str, Any]:
     """Restores weights, optimizer, learning rate and random state; returns the run's `state`. Collective."""
     manifest = read_manifest(directory)
-    if manifest["layout"] != _layout(policy):
+    if manifest["layout"] != _layout(networks):
         raise CheckpointError(
-            f"{directory}: written under {manifest['layout']}, resumed under {_layout(policy)}; optimizer shards "
+            f"{directory}: written under {manifest['layout']}, resumed under {_layout(networks)}; optimizer shards "
             "belong to one layout. Resume with the same one, or start a new run from the exported weights"
         )
+    policy = networks["policy"]
     entry = manifest["files"][policy.place.rank]
     path = directory / entry["name"]
     if not path.is_file() or path.stat().st_size != entry["bytes"] or _digest(path) != entry["sha256"]:
@@ -72,7 +74,15 @@ def load_checkpoint(directory: Path, policy: Policy) -> dict[str, Any]:
             f"{path}: missing or not what its manifest says; delete {directory} to resume from the one before"
         )
     saved = torch.load(path, map_location=policy.device, weights_only=True)
-    for optimizer, part in zip(optimizer_parts(policy.optimizer), saved["optimizers"], strict=True):
+    for name, network in networks.items():
+        _restore(network, saved["networks"][name])
+    torch.set_rng_state(saved["rng"]["torch"].cpu())
+    get_cuda_rng_tracker().set_states(saved["rng"]["megatron"])
+    return manifest["state"]
+
+
+def _restore(network: Network, saved: dict[str, Any]) -> None:
+    for optimizer, part in zip(optimizer_parts(network.optimizer), saved["optimizers"], strict=True):
         if optimizer.is_stub_optimizer:
             continue
         inner = optimizer.optimizer
@@ -81,12 +91,10 @@ def load_checkpoint(directory: Path, policy: Policy) -> dict[str, Any]:
                 param.data.copy_(value)
         inner.load_state_dict(part["inner"])
         optimizer._copy_main_params_to_model_params()
-    for stage in policy.stages:
+    for stage in network.stages:
         stage.start_param_sync(force_sync=True)
-    policy.scheduler.load_state_dict(saved["scheduler"])
-    torch.set_rng_state(saved["rng"]["torch"].cpu())
-    get_cuda_rng_tracker().set_states(saved["rng"]["megatron"])
-    return manifest["state"]
+    network.scheduler.load_state_dict(saved["scheduler"])
+    network.skipped = saved["skipped"]
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -110,7 +118,14 @@ def prune(root: Path, keep: int) -> None:
         shutil.rmtree(old)
 
 
-def _rank_state(policy: Policy) -> dict[str, Any]:
+def _rank_state(networks: Mapping[str, Network]) -> dict[str, Any]:
+    return {
+        "networks": {name: _network_state(network) for name, network in networks.items()},
+        "rng": {"torch": torch.get_rng_state(), "megatron": get_cuda_rng_tracker().get_states()},
+    }
+
+
+def _network_state(network: Network) -> dict[str, Any]:
     return {
         "optimizers": [
             {}
@@ -120,14 +135,15 @@ def _rank_state(policy: Policy) -> dict[str, Any]:
                 "main_params": [[p.data for p in group["params"]] for group in part.optimizer.param_groups],
                 "inner": part.optimizer.state_dict(),
             }
-            for part in optimizer_parts(policy.optimizer)
+            for part in optimizer_parts(network.optimizer)
         ],
-        "scheduler": policy.scheduler.state_dict(),
-        "rng": {"torch": torch.get_rng_state(), "megatron": get_cuda_rng_tracker().get_states()},
+        "scheduler": network.scheduler.state_dict(),
+        "skipped": network.skipped,
     }
 
 
-def _layout(policy: Policy) -> dict[str, Any]:
+def _layout(networks: Mapping[str, Network]) -> dict[str, Any]:
+    policy = networks["policy"]
     layout = policy.layout
     degrees = {k: getattr(layout, k) for k in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")}
     return {**degrees, "dtype": policy.engine.dtype}

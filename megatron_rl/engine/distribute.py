@@ -35,11 +35,21 @@ class TrainSample:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What is known of a packed sequence besides its tokens."""
+
+    index: int  # as TrainSample's
+    group: int
+    reward: float
+
+
+@dataclass(frozen=True)
 class MiniBatch:
     """What this rank trains on in one optimizer step."""
 
     index: int
     micro_batches: tuple[PackedBatch, ...]
+    outcomes: tuple[tuple[Outcome, ...], ...]  # of each micro-batch's sequences
     denominators: Denominators  # of all data-parallel replicas together
     routes: tuple[RankRoutes, ...] | None = None  # the rollout's, one for each micro-batch
 
@@ -89,8 +99,14 @@ def distribute(
             equal=layout.vpp > 1,
         )
         sliced = None if routes is None else routes.scatter(traces, parts, packed)
-        batches.append(MiniBatch(step.mini_batch, packed, step.denominators, sliced))
+        outcomes = tuple(tuple(_outcome(samples[i]) for i in part) for part in parts)
+        batches.append(MiniBatch(step.mini_batch, packed, outcomes, step.denominators, sliced))
     return batches
+
+
+def _outcome(sample: TrainSample) -> Outcome:
+    verdict = sample.sample.verdict
+    return Outcome(sample.index, sample.group, 0.0 if verdict is None else verdict.reward)
 
 
 def _trace(sample: TrainSample) -> RoutingTrace:

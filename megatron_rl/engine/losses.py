@@ -14,15 +14,17 @@ from torch import Tensor
 from megatron_rl.config.schema import ObjectiveConfig
 from megatron_rl.data.packing import PackedBatch
 from megatron_rl.data.schedule import Denominators
+from megatron_rl.engine.advantages import Estimate
 from megatron_rl.engine.distribute import MiniBatch
 from megatron_rl.engine.exchange import all_gather_bytes
 from megatron_rl.engine.parallel import Place
-from megatron_rl.lab.metrics import SFT, TRAINING, sft_metrics, training_metrics
+from megatron_rl.lab.metrics import SFT, TRAINING, VALUE, sft_metrics, training_metrics, value_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.objectives.corrections import LEAVES_DENOMINATORS, kept_lengths
 from megatron_rl.objectives.custom import get_objective
 from megatron_rl.objectives.inputs import LossInputs
 from megatron_rl.objectives.policy import sft_loss
+from megatron_rl.objectives.value import ValueInputs, value_loss
 
 
 class PolicyLoss:
@@ -34,23 +36,32 @@ class PolicyLoss:
         mini_batch: MiniBatch,
         old_logprobs: Sequence[Tensor] | None,
         device: torch.device,
+        *,
+        reference_logprobs: Sequence[Tensor] | None = None,
+        old_is_rollout: bool = False,
     ) -> None:
-        """old_logprobs: [T] per micro-batch, or None to take the update's own forward pass, detached."""
+        """old_logprobs: [T] per micro-batch, or None to take the update's own forward pass, detached; `old_is_rollout`:
+        they are mu's, which stands for pi_old [GSPO 2507.18071, section 5.4], so there is no mismatch to measure."""
         self.metrics = MetricAccumulator(TRAINING, device)
         self._objective = objective
         self._loss = get_objective(objective)
         self._mini_batch = mini_batch
         self._old = old_logprobs
+        self._reference = reference_logprobs
+        self._measures_mismatch = not old_is_rollout
 
     def __call__(self, index: int, logprobs: Tensor, entropy: Tensor) -> Tensor:
         old = logprobs.detach() if self._old is None else self._old[index]
-        inputs = _loss_inputs(self._mini_batch.micro_batches[index], logprobs, old)
+        reference = None if self._reference is None else self._reference[index]
+        inputs = _loss_inputs(self._mini_batch.micro_batches[index], logprobs, old, reference)
         outputs = self._loss(inputs, self._objective, self._mini_batch.denominators)
-        training_metrics(self.metrics, inputs, outputs, entropy)
+        training_metrics(self.metrics, inputs, outputs, entropy, mismatch=self._measures_mismatch)
         return outputs.loss
 
 
-def _loss_inputs(packed: PackedBatch, logprobs: Tensor, old_logprobs: Tensor) -> LossInputs:
+def _loss_inputs(
+    packed: PackedBatch, logprobs: Tensor, old_logprobs: Tensor, reference_logprobs: Tensor | None = None
+) -> LossInputs:
     def on_device(array: npt.NDArray[np.generic]) -> Tensor:
         return torch.as_tensor(array, device=logprobs.device)
 
@@ -62,6 +73,7 @@ def _loss_inputs(packed: PackedBatch, logprobs: Tensor, old_logprobs: Tensor) ->
         loss_mask=on_device(packed.loss_mask),
         sequence_ids=on_device(packed.sequence_ids),
         num_sequences=len(packed.cu_seqlens) - 1,
+        reference_logprobs=reference_logprobs,
     )
 
 
@@ -82,6 +94,37 @@ def without_rejected(
     kept = [orjson.loads(part) for part in parts if part]
     denominators = Denominators(sum(t for t, _ in kept), sum(s for _, s in kept))
     return dataclasses.replace(mini_batch, denominators=denominators)
+
+
+class ValueLoss:
+    """The critic's loss of a mini-batch, one micro-batch at a time; gathers the metrics of those it has seen."""
+
+    def __init__(
+        self,
+        clip: float | None,
+        mini_batch: MiniBatch,
+        old_values: Sequence[Tensor],
+        estimates: Sequence[Estimate],
+        device: torch.device,
+    ) -> None:
+        self.metrics = MetricAccumulator(VALUE, device)
+        self._clip = clip
+        self._mini_batch = mini_batch
+        self._old = old_values
+        self._estimates = estimates
+
+    def __call__(self, index: int, values: Tensor) -> Tensor:
+        def on_device(array: npt.NDArray[np.generic]) -> Tensor:
+            return torch.as_tensor(array, device=values.device)
+
+        estimate = self._estimates[index]
+        mask = on_device(self._mini_batch.micro_batches[index].loss_mask)
+        returns = on_device(estimate.returns).to(values)
+        outputs = value_loss(
+            ValueInputs(values, self._old[index], returns, mask), self._clip, self._mini_batch.denominators
+        )
+        value_metrics(self.metrics, values[mask], returns[mask], on_device(estimate.outcomes)[mask], outputs)
+        return outputs.loss
 
 
 class SftLoss:

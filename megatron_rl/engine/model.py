@@ -1,4 +1,4 @@
-"""From an Architecture and a layout to this rank's stages of Megatron-Core's GPTModel."""
+"""From an Architecture and a layout to this rank's stages of Megatron-Core's GPTModel: policy or critic."""
 
 from __future__ import annotations
 
@@ -63,6 +63,38 @@ class PolicyModel(GPTModel):
             self.logit_chunk_tokens,
         )
         return torch.stack([logprobs, entropy], dim=-1)
+
+
+class ValueHead(torch.nn.Module):
+    """One number from each hidden state, the same on every tensor-parallel rank. Weights not yet set."""
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(1, hidden_size, dtype=dtype))
+        self.bias = torch.nn.Parameter(torch.empty(1, dtype=dtype))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[T, H] -> [T, 1], fp32."""
+        return F.linear(hidden.float(), self.weight.float(), self.bias.float())
+
+
+class ValueModel(GPTModel):
+    """A stage of the critic. The last one returns [T, 1], fp32: the value of the state before each label."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.post_process:
+            self.output_layer = ValueHead(self.config.hidden_size, self.config.params_dtype)
+
+    def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        if not self.post_process:
+            return hidden_states
+        if self.config.sequence_parallel:
+            # All ranks compute the same values, so each takes its own slice of the gradient and nothing is summed.
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        return self.output_layer(hidden_states.squeeze(1))
 
 
 def uses_transformer_engine(engine: EngineConfig) -> bool:
@@ -155,34 +187,41 @@ def build_stages(
     layout: Layout,
     config: TransformerConfig,
     temperature: float,
-) -> list[PolicyModel]:
-    """This rank's virtual stages, in order, weights not yet set. Collective over all ranks."""
+) -> list[GPTModel]:
+    """This rank's virtual stages, in order, weights not yet set: of a PolicyModel, or of a ValueModel if the
+    architecture has its head. Collective over all ranks."""
     vocab_size = -(-arch.vocab_size // layout.tp) * layout.tp
-    stages = []
+    stages: list[GPTModel] = []
     for index in range(layout.vpp):
         vp_stage = index if layout.vpp > 1 else None
-        stages.append(
-            PolicyModel(
-                config,
-                _block_spec(arch, engine, config, vp_stage),
-                vocab_size=vocab_size,
-                max_sequence_length=arch.max_position_embeddings,
-                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-                share_embeddings_and_output_weights=arch.tied_embeddings,
-                position_embedding_type="rope",
-                rotary_base=arch.rope_theta,
-                vp_stage=vp_stage,
-                unpadded_vocab_size=arch.vocab_size,
-                temperature=temperature,
-                logit_chunk_tokens=engine.logit_chunk_tokens,
+        common = {
+            "transformer_layer_spec": _block_spec(arch, engine, config, vp_stage),
+            "vocab_size": vocab_size,
+            "max_sequence_length": arch.max_position_embeddings,
+            "pre_process": parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            "post_process": parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            "position_embedding_type": "rope",
+            "rotary_base": arch.rope_theta,
+            "vp_stage": vp_stage,
+        }
+        if arch.value_head:
+            stages.append(ValueModel(config, **common))
+        else:
+            stages.append(
+                PolicyModel(
+                    config,
+                    **common,
+                    share_embeddings_and_output_weights=arch.tied_embeddings,
+                    unpadded_vocab_size=arch.vocab_size,
+                    temperature=temperature,
+                    logit_chunk_tokens=engine.logit_chunk_tokens,
+                )
             )
-        )
         _mark_shards(stages[-1])
     return stages
 
 
-def _mark_shards(stage: PolicyModel) -> None:
+def _mark_shards(stage: GPTModel) -> None:
     """Megatron-Core marks tensor-parallel weights as it initialises them, which we have it leave out. An unmarked one
     is taken for a copy, and all shards but the first are missing from the gradient norm."""
     dims = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}

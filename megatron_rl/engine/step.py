@@ -21,8 +21,8 @@ from torch import Tensor
 from megatron_rl.engine.batch import MicroBatch
 from megatron_rl.routing.replay import RoutingPass
 
-LossFunction = Callable[[int, Tensor, Tensor], Tensor]
-"""(micro-batch index, log-probs [T], entropy [T]) -> scalar loss. T is the whole packed batch, padding included."""
+LossFunction = Callable[[int, Tensor], Tensor]
+"""(micro-batch index, the last stage's output [T, C]) -> scalar loss. T is the whole packed batch, padding included."""
 
 
 class _GatherContext(torch.autograd.Function):
@@ -41,12 +41,12 @@ class _GatherContext(torch.autograd.Function):
         return grads[0].chunk(ctx.group.size())[ctx.group.rank()], None
 
 
-def _whole(output: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-    """The last stage's [T / cp, 2] -> log-probs and entropy [T] in packed order."""
+def _whole(output: Tensor, batch: MicroBatch) -> Tensor:
+    """The last stage's [T / cp, C] -> [T, C] in packed order."""
     group = parallel_state.get_context_parallel_group()
     if group.size() > 1:
         output = _GatherContext.apply(output, group).index_select(0, batch.gather_order)
-    return output[:, 0], output[:, 1].detach()
+    return output
 
 
 def forward_backward(
@@ -67,7 +67,7 @@ def forward_backward(
     dist.all_reduce(tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
 
     def loss_function(index: int, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        value = loss(index, *_whole(output, micro_batches[index]))
+        value = loss(index, _whole(output, micro_batches[index]))
         return value * tokens, torch.tensor(output.shape[0], dtype=torch.int, device=device), {}
 
     _run(stages, micro_batches, loss_function, routing, forward_only=False)
@@ -76,10 +76,10 @@ def forward_backward(
 @torch.no_grad()
 def forward(
     stages: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch], routing: RoutingPass | None = None
-) -> list[tuple[Tensor, Tensor]]:
-    """(log-probs [T], entropy [T]) of each micro-batch on the last pipeline stage, [] on the others. Collective."""
+) -> list[Tensor]:
+    """The output [T, C] of each micro-batch on the last pipeline stage, [] on the others. Collective."""
 
-    def collect(index: int, output: Tensor, non_loss_data: bool = True) -> tuple[Tensor, Tensor]:
+    def collect(index: int, output: Tensor, non_loss_data: bool = True) -> Tensor:
         return _whole(output, micro_batches[index])
 
     return _run(stages, micro_batches, collect, routing, forward_only=True)

@@ -8,7 +8,7 @@ mini-batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from megatron_rl.objectives.advantages import all_equal
 from megatron_rl.objectives.inputs import LossInputs, LossValues, PolicyLossOutputs
 from megatron_rl.objectives.kl import k1, k3
 from megatron_rl.objectives.ratios import Tokens
+from megatron_rl.objectives.value import ValueLossOutputs
 
 BEYOND = (2, 10)
 """F(tau): fraction of tokens with max(rho, 1/rho) > tau."""
@@ -40,7 +41,11 @@ TRAINING: dict[str, Kind] = {
     "abs_logprob_gap": Kind.TAIL,  # |log pi_old - log mu|
     "log_perplexity_gap": Kind.TAIL,  # log perplexity under pi_old less that under mu, by sequence
     # A KL is a mean only: the tails of its terms are those of rho and of the ratio.
-    **{f"kl/{pair}/{estimate}": Kind.MEAN for pair in ("rollout_old", "old_policy") for estimate in ("k1", "k3")},
+    **{
+        f"kl/{pair}/{estimate}": Kind.MEAN
+        for pair in ("rollout_old", "old_policy", "policy_reference")
+        for estimate in ("k1", "k3")
+    },
     # Fractions of tokens, and of sequences with at least one such token.
     **{
         f"clip/{side}/{kind}/{unit}": Kind.MEAN
@@ -51,6 +56,16 @@ TRAINING: dict[str, Kind] = {
     "clip/dual/token": Kind.MEAN,
     "clip/dual/sequence": Kind.MEAN,
     **{f"correction/{what}/{unit}": Kind.MEAN for what in ("masked", "truncated") for unit in ("token", "sequence")},
+}
+
+VALUE: dict[str, Kind] = {
+    "loss": Kind.SUM,
+    "value": Kind.TAIL,
+    "return": Kind.TAIL,  # what the critic is trained towards: A + V_old, by token
+    "residual": Kind.TAIL,  # return - value
+    "outcome": Kind.TAIL,  # the discounted rewards that really followed
+    "outcome_residual": Kind.TAIL,
+    "clipped": Kind.MEAN,
 }
 
 SFT: dict[str, Kind] = {"loss": Kind.SUM, "tokens": Kind.SUM, "nll": Kind.TAIL, "entropy": Kind.TAIL}
@@ -74,10 +89,15 @@ ROLLOUT: dict[str, Kind] = {
 
 
 def training_metrics(
-    metrics: MetricAccumulator, inputs: LossInputs, outputs: PolicyLossOutputs, entropy: Tensor
+    metrics: MetricAccumulator,
+    inputs: LossInputs,
+    outputs: PolicyLossOutputs,
+    entropy: Tensor,
+    *,
+    mismatch: bool = True,
 ) -> None:
     """Adds one micro-batch to an accumulator of TRAINING; entropy [T] as in `inputs`, over the full
-    vocabulary."""
+    vocabulary. Without `mismatch`, where mu stands for pi_old, nothing is said of the two."""
     tokens = Tokens.of(inputs)
     present = tokens.lengths > 0
     logprobs, old, rollout = (
@@ -91,16 +111,19 @@ def training_metrics(
     metrics.add("entropy", entropy[inputs.loss_mask])
     metrics.add("advantage", tokens.sequence_mean(tokens.advantages.double())[present])
     metrics.add("ratio", logprobs - old)
-    metrics.add("rho", log_rho)
     metrics.add("omega", logprobs - rollout)
     metrics.add("sequence_ratio", log_s)
     metrics.add("abs_log_sequence_ratio", log_s.abs())
-    for tau in BEYOND:
-        metrics.add(f"rho/beyond_{tau}", log_rho.abs() > math.log(tau))
-    metrics.add("abs_logprob_gap", log_rho.abs())
-    metrics.add("log_perplexity_gap", -tokens.sequence_mean(log_rho)[present])
-    _add_kl(metrics, "kl/rollout_old", log_rho)
+    if mismatch:
+        metrics.add("rho", log_rho)
+        for tau in BEYOND:
+            metrics.add(f"rho/beyond_{tau}", log_rho.abs() > math.log(tau))
+        metrics.add("abs_logprob_gap", log_rho.abs())
+        metrics.add("log_perplexity_gap", -tokens.sequence_mean(log_rho)[present])
+        _add_kl(metrics, "kl/rollout_old", log_rho)
     _add_kl(metrics, "kl/old_policy", logprobs - old)
+    if tokens.reference_logprobs is not None:
+        _add_kl(metrics, "kl/policy_reference", tokens.reference_logprobs.double() - logprobs)
     _add_fractions(metrics, outputs.values, tokens)
 
 
@@ -125,6 +148,31 @@ def _add_fractions(metrics: MetricAccumulator, values: LossValues, tokens: Token
         if mask is not None:
             metrics.add(f"{name}/token", mask)
             metrics.add(f"{name}/sequence", tokens.sequence_mean(mask.double())[tokens.lengths > 0] > 0)
+
+
+def value_metrics(
+    metrics: MetricAccumulator, values: Tensor, returns: Tensor, outcomes: Tensor, outputs: ValueLossOutputs
+) -> None:
+    """Adds one micro-batch to an accumulator of VALUE; values, returns and outcomes [M] are of the masked-in tokens."""
+    values = values.detach().double()
+    metrics.add("loss", outputs.loss)
+    metrics.add("value", values)
+    metrics.add("return", returns)
+    metrics.add("residual", returns - values)
+    metrics.add("outcome", outcomes)
+    metrics.add("outcome_residual", outcomes - values)
+    metrics.add("clipped", outputs.clipped)
+
+
+def explained_variance(report: Mapping[str, float]) -> dict[str, float]:
+    """1 - Var(R - V) / Var(R) of a report of VALUE: for the returns that the critic is trained towards, and for the
+    outcomes, which no value of its own has entered. Nothing where all R are equal."""
+    explained = {}
+    for name, target, residual in (("", "return", "residual"), ("/outcome", "outcome", "outcome_residual")):
+        spread = report.get(f"{target}/std", 0.0)
+        if spread > 0:
+            explained[f"explained_variance{name}"] = 1 - (report[f"{residual}/std"] / spread) ** 2
+    return explained
 
 
 def sft_metrics(metrics: MetricAccumulator, logprobs: Tensor, loss_mask: Tensor, loss: Tensor, entropy: Tensor) -> None:

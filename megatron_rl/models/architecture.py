@@ -17,6 +17,8 @@ from megatron_rl.errors import UserError
 Family = Literal["qwen3_moe", "qwen3"]
 
 _CAUSAL_LM: dict[Family, str] = {"qwen3_moe": "Qwen3MoeForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+VALUE_MODEL: dict[Family, str] = {"qwen3_moe": "Qwen3MoeForTokenClassification", "qwen3": "Qwen3ForTokenClassification"}
+"""What transformers calls a model with one number per token in place of the logits."""
 
 # Neither the weights nor what the forward pass computes depends on these.
 _NO_MATTER = frozenset(
@@ -73,6 +75,7 @@ class Architecture:
     expert_hidden_size: int = 0
     norm_topk_prob: bool = False
     dense_layers: tuple[int, ...] = ()  # 0-based numbers of the layers without experts; empty if num_experts is 0
+    value_head: bool = False  # a critic: one number per token in place of the logits
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -83,8 +86,9 @@ class Architecture:
         return self.num_experts > 0 and layer not in self.dense_layers
 
 
-def read_architecture(model_dir: Path) -> Architecture:
-    """The architecture in model_dir/config.json.
+def read_architecture(model_dir: Path, value_head: bool = False) -> Architecture:
+    """The architecture in model_dir/config.json. With `value_head` it is that of a critic, of which the directory of a
+    language model lacks no more than the head.
 
     Raises FileNotFoundError when there is no such file, and ModelError, naming file, field and value, for a
     field that is missing, unknown, or asks for what this project does not compute.
@@ -100,7 +104,7 @@ def read_architecture(model_dir: Path) -> Architecture:
         raise ModelError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ModelError(f"{path} must hold a JSON object; found a {type(content).__name__}")
-    return _architecture(_Fields(path, content))
+    return _architecture(_Fields(path, content), value_head)
 
 
 class _Fields:
@@ -155,8 +159,8 @@ class _Fields:
             )
 
 
-def _architecture(fields: _Fields) -> Architecture:
-    family = _family(fields)
+def _architecture(fields: _Fields, value_head: bool) -> Architecture:
+    family = _family(fields, value_head)
     fields.must_be("hidden_act", "silu")
     fields.must_be("attention_bias", False)
     fields.must_be("attention_dropout", 0.0, 0)
@@ -191,17 +195,19 @@ def _architecture(fields: _Fields) -> Architecture:
         max_position_embeddings=fields.integer("max_position_embeddings"),
         tied_embeddings=fields.boolean("tie_word_embeddings"),
         initializer_range=fields.number("initializer_range", 0.02),
+        value_head=value_head,
         **moe,
     )
     fields.end()
     return architecture
 
 
-def _family(fields: _Fields) -> Family:
+def _family(fields: _Fields, value_head: bool) -> Family:
     model_type = fields.left.pop("model_type", None)
     for family, causal_lm in _CAUSAL_LM.items():
         if model_type == family:
-            fields.must_be("architectures", [causal_lm], None)
+            with_head = [[VALUE_MODEL[family]]] if value_head else []
+            fields.must_be("architectures", [causal_lm], *with_head, None)
             return family
     raise fields.error("model_type", model_type, " or ".join(_CAUSAL_LM))
 

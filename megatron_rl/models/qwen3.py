@@ -70,6 +70,11 @@ def dense_mlp(arch: Architecture, layer: int) -> Iterator[Weight]:
 def head(arch: Architecture) -> Iterator[Weight]:
     norm = Source("model.norm.weight", (arch.hidden_size,))
     yield Weight("decoder.final_layernorm.weight", (norm,), REPLICATED, at="last")
+    if arch.value_head:
+        for name, shape in (("weight", (1, arch.hidden_size)), ("bias", (1,))):
+            source = Source(f"score.{name}", shape)
+            yield Weight(f"output_layer.{name}", (source,), REPLICATED, at="last", optional=True)
+        return
     # With tied embeddings a last stage that is not also the first keeps a copy of the embedding under this
     # name.
     name = "model.embed_tokens.weight" if arch.tied_embeddings else "lm_head.weight"

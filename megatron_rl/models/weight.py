@@ -92,6 +92,7 @@ class Weight:
     at: int | Literal["first", "last"]  # the layer it belongs to, or the end of the pipeline that holds it
     expert: int | None = None  # set: shared over expert-tensor ranks, held by one expert-parallel rank
     copy: bool = False  # a second copy of tied embeddings: loaded, never exported
+    optional: bool = False  # zero where the files lack it
 
     def cut(self, rank: int, size: int) -> tuple[Shape, tuple[Piece, ...]]:
         """Shape and pieces of rank's shard of `size`. Raises ValueError when it does not divide evenly."""

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from megatron_rl.models.architecture import Architecture, ModelError, read_architecture
+from megatron_rl.models.architecture import VALUE_MODEL, Architecture, ModelError, read_architecture
 from megatron_rl.models.binding import ModelRanks, Slot, bind
 from megatron_rl.models.family import FAMILIES
 from megatron_rl.models.weight import Shape, Source
@@ -127,8 +127,12 @@ def load_weights(
     slots = bind(chunks, arch, ranks)
     unused = _check_names(files, arch)
     for slot in slots:
-        slot.weight.fill(slot.of(slot.parameter.data), files.read, *ranks.share(slot.weight))
-    if "lm_head.weight" in unused:
+        shard = slot.of(slot.parameter.data)
+        if slot.weight.optional and slot.weight.sources[0].name not in files.names:
+            shard.zero_()
+        else:
+            slot.weight.fill(shard, files.read, *ranks.share(slot.weight))
+    if "lm_head.weight" in unused and not arch.value_head:
         _check_stray_head(files, slots, ranks)
     return unused
 
@@ -136,11 +140,14 @@ def load_weights(
 def _check_names(files: TensorFiles, arch: Architecture) -> tuple[str, ...]:
     """All tensors of the model, not only this rank's, so that every rank gives the same answer."""
     family = FAMILIES[arch.family]
-    wanted = {source.name for weight in family.weights(arch) for source in weight.sources}
-    if missing := sorted(wanted.difference(files.names)):
+    weights = family.weights(arch)
+    wanted = {source.name for weight in weights for source in weight.sources}
+    needed = {source.name for weight in weights if not weight.optional for source in weight.sources}
+    if missing := sorted(needed.difference(files.names)):
         raise ModelError(f"{files.listing}: {_some(missing)} missing; config.json asks for it")
     excess = sorted(set(files.names) - wanted)
-    harmless = [*family.unused, r"lm_head\.weight"] if arch.tied_embeddings else family.unused
+    no_head = arch.tied_embeddings or arch.value_head
+    harmless = [*family.unused, r"lm_head\.weight"] if no_head else family.unused
     unknown = [name for name in excess if not any(re.fullmatch(pattern, name) for pattern in harmless)]
     if unknown:
         raise ModelError(
@@ -171,36 +178,40 @@ def save_weights(
     source_dir: Path,
     max_shard_bytes: int,
     dtype: torch.dtype,
+    value_head: bool = False,
 ) -> None:
-    """Writes a Hugging Face directory: `tensors` cast to `dtype`, the rest from source_dir.
+    """Writes a Hugging Face directory: `tensors` cast to `dtype`, the rest from source_dir; with `value_head` that of a
+    model with one number per token.
 
     The directory appears whole or not at all. Raises FileExistsError when model_dir is there already, and
     ValueError when a tensor is not one of source_dir's config.json, comes twice, has another shape or never
     comes.
     """
     model_dir, source_dir = Path(model_dir), Path(source_dir)
-    arch = read_architecture(source_dir)
+    arch = read_architecture(source_dir, value_head)
     if model_dir.exists():
         raise FileExistsError(f"{model_dir} exists already; choose another directory, or remove it")
     partial = model_dir.with_name(f".{model_dir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.mkdir(parents=True)
     try:
-        _copy_companions(source_dir, partial, dtype)
+        _copy_companions(source_dir, partial, dtype, arch)
         _write_shards(_checked(tensors, arch), partial, max_shard_bytes, dtype)
         partial.rename(model_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _copy_companions(source_dir: Path, target: Path, dtype: torch.dtype) -> None:
+def _copy_companions(source_dir: Path, target: Path, dtype: torch.dtype, arch: Architecture) -> None:
     for file in sorted({f for pattern in _COMPANIONS for f in source_dir.glob(pattern) if f.is_file()}):
         shutil.copyfile(file, target / file.name)
     config = json.loads((target / "config.json").read_text())
-    field = "torch_dtype" if "torch_dtype" in config else "dtype"
-    name = str(dtype).removeprefix("torch.")
-    if config.get(field) != name:
-        (target / "config.json").write_text(json.dumps({**config, field: name}, indent=2) + "\n")
+    changed: dict[str, Any] = {"torch_dtype" if "torch_dtype" in config else "dtype": str(dtype).removeprefix("torch.")}
+    if arch.value_head:
+        labels = {"id2label": {"0": "value"}, "label2id": {"value": 0}}
+        changed |= {"architectures": [VALUE_MODEL[arch.family]], **labels}
+    if any(config.get(field) != value for field, value in changed.items()):
+        (target / "config.json").write_text(json.dumps({**config, **changed}, indent=2) + "\n")
 
 
 def _checked(tensors: Iterable[tuple[str, Tensor]], arch: Architecture) -> Iterable[tuple[str, Tensor]]:

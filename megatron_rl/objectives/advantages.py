@@ -1,8 +1,9 @@
-"""Advantages of one group of responses to the same prompt. NumPy in float64, no torch: leaders call it."""
+"""Advantages: of a group of responses to one prompt, and by token from a critic's values. NumPy float64, no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -51,3 +52,59 @@ def group_advantages(
 def all_equal(rewards: npt.NDArray[np.float64]) -> bool:
     """True when the group teaches nothing: its rewards [G] differ by no more than rounding."""
     return bool(np.ptp(rewards) <= EQUAL_REWARDS * np.abs(rewards).max())
+
+
+def gae(
+    rewards: npt.NDArray[np.floating], values: npt.NDArray[np.floating], gamma: float, gae_lambda: float
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Generalised advantages [n] of the n masked-in tokens of one response, and their returns A + V [n].
+
+    delta_t = R_t + gamma V_{t+1} - V_t, A_t = sum_l (gamma lambda)^l delta_{t+l} [1506.02438, equations 14 and 16];
+    after the last token there is nothing to come. Observation tokens are not among the n: the recursion skips them.
+    """
+    here = np.array(values, dtype=np.float64)
+    following = np.append(here[1:], 0.0)[: len(here)]
+    deltas = np.asarray(rewards, dtype=np.float64) + gamma * following - here
+    advantages = np.empty_like(deltas)
+    ahead = 0.0
+    for t in range(len(deltas) - 1, -1, -1):
+        ahead = deltas[t] + gamma * gae_lambda * ahead
+        advantages[t] = ahead
+    return advantages, advantages + here
+
+
+def token_rewards(reward: float, penalties: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    """[n] rewards of a response's masked-in tokens: the response's own at its last, less each token's penalty [n]."""
+    rewards = -np.array(penalties, dtype=np.float64)
+    if len(rewards):
+        rewards[-1] += reward
+    return rewards
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of the advantages of all masked-in tokens of a rollout batch; they add up over replicas."""
+
+    count: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+
+    @classmethod
+    def of(cls, values: npt.NDArray[np.float64]) -> Moments:
+        return cls(len(values), float(values.sum()), float(np.square(values).sum()))
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.count + other.count, self.total + other.total, self.squares + other.squares)
+
+    def normalise(self, values: npt.NDArray[np.float64], config: AdvantageConfig) -> npt.NDArray[np.float64]:
+        """Less the mean and over the standard deviation, as the switches say; 0 where all are equal."""
+        mean = self.total / max(self.count, 1)
+        centred = values - mean if config.baseline == "mean" else values
+        if config.std == "none":
+            return centred
+        freedom = self.count - DEGREES_OF_FREEDOM[config.std]
+        variance = max(self.squares - self.count * mean * mean, 0.0) / max(freedom, 1)
+        scale = max(abs(mean), np.sqrt(self.squares / max(self.count, 1)))
+        if np.sqrt(variance) <= EQUAL_REWARDS * scale:
+            return np.zeros_like(centred)
+        return centred / np.sqrt(variance)

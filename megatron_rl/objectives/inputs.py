@@ -26,13 +26,15 @@ class LossInputs:
     rollout_logprobs: Tensor
     """[T] float, log mu."""
     advantages: Tensor
-    """[T] float, constant over a response."""
+    """[T] float; constant over a response but for those of a critic."""
     loss_mask: Tensor
     """[T] bool, True where the policy generated the token and it is to be trained on."""
     sequence_ids: Tensor
     """[T] int64 in 0 .. S - 1."""
     num_sequences: int
     """S; sequences without a masked-in token may be among them."""
+    reference_logprobs: Tensor | None = None
+    """[T] float, log pi_ref; None where there is no reference policy."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -5,7 +5,12 @@ http://joschu.net/blog/kl-approx.html. Their means agree; their variances and gr
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
+
+from megatron_rl.config.schema import ObjectiveConfig
+from megatron_rl.objectives.ratios import Tokens, token_log_ratio
 
 
 def k1(log_ratio: Tensor) -> Tensor:
@@ -27,3 +32,26 @@ def unbiased(log_ratio: Tensor, log_importance: Tensor) -> Tensor:
     """k3 times r = exp(log_importance), for samples that are not of p = pi_theta but of pi_old: unbiased again, in
     value and in gradient (DeepSeek-V3.2). log_importance = log pi_theta - log pi_old, of log_ratio's shape."""
     return log_importance.exp() * k3(log_ratio)
+
+
+ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
+"""By KLConfig.kind; unbiased needs the importance ratio too."""
+
+
+def kl_terms(tokens: Tokens, config: ObjectiveConfig) -> Tensor:
+    """[M] beta times the estimate of KL(pi_theta, pi_ref) at each token, differentiable in log pi_theta: what is added
+    to the loss [2402.03300, equation 3]. Raises ValueError without pi_ref or beta."""
+    if tokens.reference_logprobs is None or config.kl.beta is None:
+        raise ValueError("objective.kl: a KL term needs reference_logprobs and beta")
+    log_ratio = tokens.reference_logprobs - tokens.logprobs
+    if config.kl.kind == "unbiased":
+        return config.kl.beta * unbiased(log_ratio, token_log_ratio(tokens, config.denominator))
+    return config.kl.beta * ESTIMATORS[config.kl.kind](log_ratio)
+
+
+def in_loss(config: ObjectiveConfig) -> bool:
+    return config.kl.kind != "none" and config.kl.place == "loss"
+
+
+def in_reward(config: ObjectiveConfig) -> bool:
+    return config.kl.kind != "none" and config.kl.place == "reward"

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from megatron_rl.config.schema import ObjectiveConfig
 from megatron_rl.data.schedule import Denominators
-from megatron_rl.objectives.corrections import correct, counted_lengths
-from megatron_rl.objectives.inputs import LossInputs, LossOutputs, LossValues, PolicyLossOutputs
+from megatron_rl.objectives.corrections import LEAVES_DENOMINATORS, correct, counted_lengths
+from megatron_rl.objectives.inputs import Correction, LossInputs, LossOutputs, LossValues, PolicyLossOutputs
+from megatron_rl.objectives.kl import in_loss, kl_terms
 from megatron_rl.objectives.losses import clipping, surrogate, token_weights
 from megatron_rl.objectives.ratios import RATIOS, Tokens, token_log_ratio
 
@@ -28,8 +29,17 @@ def policy_loss(inputs: LossInputs, config: ObjectiveConfig, denominators: Denom
     where = clipping(tokens, config)
     terms = correction.factor * surrogate(log_weight, tokens, where, config)
     weights = token_weights(tokens, counted_lengths(tokens, correction, config), config, denominators)
+    if in_loss(config):
+        terms = terms - _of_counted(kl_terms(tokens, config), correction, config)
     values = LossValues(tokens.sequence_mean(log_ratio.detach()), where, correction)
     return PolicyLossOutputs(-(weights * terms).sum(), values)
+
+
+def _of_counted(terms: Tensor, correction: Correction, config: ObjectiveConfig) -> Tensor:
+    """The KL is of all tokens, whatever weight a correction gives them, but not of what left the denominators."""
+    if correction.masked is None or not LEAVES_DENOMINATORS[config.correction.kind]:
+        return terms
+    return terms.masked_fill(correction.masked, 0.0)
 
 
 def sft_loss(logprobs: Tensor, loss_mask: Tensor, denominators: Denominators) -> LossOutputs:

@@ -25,6 +25,7 @@ class Tokens:
     sequence_ids: Tensor
     lengths: Tensor
     """[S] int64, |y|: masked-in tokens; 0 for a sequence that is masked out."""
+    reference_logprobs: Tensor | None
 
     @classmethod
     def of(cls, inputs: LossInputs) -> Tokens:
@@ -40,6 +41,7 @@ class Tokens:
             lengths=sequence_ids.new_zeros(inputs.num_sequences).index_add_(
                 0, sequence_ids, torch.ones_like(sequence_ids)
             ),
+            reference_logprobs=None if inputs.reference_logprobs is None else inputs.reference_logprobs[kept].detach(),
         )
 
     def sequence_sum(self, values: Tensor) -> Tensor:

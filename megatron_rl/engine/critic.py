@@ -1,0 +1,43 @@
+"""The critic of PPO on this rank: a network that gives the value of the state before each token.
+
+It routes live: its routers are its own, and no rollout engine ever ran them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_rl.config.layout import Layout
+from megatron_rl.config.schema import EngineConfig, OptimConfig
+from megatron_rl.data.packing import PackedBatch
+from megatron_rl.engine.network import Network, UpdateResult
+from megatron_rl.engine.parallel import Place
+from megatron_rl.engine.step import forward
+
+
+class Critic(Network):
+    """Collective as Network is. A directory without a value head gives one of zeros: every value is then 0."""
+
+    def __init__(
+        self,
+        model_dir: Path,
+        layout: Layout,
+        place: Place,
+        engine: EngineConfig,
+        device: torch.device,
+        optim: OptimConfig | None,
+    ) -> None:
+        super().__init__(model_dir, layout, place, engine, device, optim, value_head=True)
+
+    def values(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
+        """V [T] fp32 per micro-batch, at each position that of the state in which its label is chosen; [] off the last
+        stage."""
+        return [output[:, 0] for output in forward(self.stages, self.micro_batches(batches))]
+
+    def update(self, batches: Sequence[PackedBatch], loss: Callable[[int, Tensor], Tensor]) -> UpdateResult:
+        """One optimizer step on loss(micro-batch index, V [T]); see Network.step."""
+        return self.step(batches, lambda index, output: loss(index, output[:, 0]))

@@ -1,0 +1,162 @@
+"""What policy and critic share on this rank: stock Megatron-Core stages, loaded from and exported to Hugging Face
+weights, and the optimizer that trains them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from torch import Tensor
+
+from megatron_rl.config.layout import Layout
+from megatron_rl.config.schema import EngineConfig, OptimConfig
+from megatron_rl.data.packing import PackedBatch
+from megatron_rl.engine.batch import MicroBatch, micro_batch
+from megatron_rl.engine.grad_norms import grad_norms
+from megatron_rl.engine.model import build_stages, transformer_config
+from megatron_rl.engine.optimizer import build_optimizer, optimizer_parts
+from megatron_rl.engine.parallel import Place
+from megatron_rl.engine.step import LossFunction, forward_backward
+from megatron_rl.errors import UserError
+from megatron_rl.models.architecture import Architecture, read_architecture
+from megatron_rl.models.weights_io import ModelRanks, load_weights
+from megatron_rl.routing.replay import RoutingPass
+from megatron_rl.weights.export import ExportGroups, export_stream
+
+
+class NonFiniteGradientError(UserError):
+    """More optimizer steps than optim.max_skipped had a gradient that was not finite."""
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What one optimizer step says of itself, the same on every rank."""
+
+    grad_norm: float  # global, before clipping
+    grad_norms: dict[str, float]  # the same by kind of weight
+    lr: float
+    skipped: bool  # the gradient was not finite, and no weight was changed
+
+
+class Network:
+    """One model under one layout. Every public method is collective: all ranks call it with the same arguments,
+    but for the micro-batches, which are each data-parallel replica's own and as many on every rank."""
+
+    def __init__(
+        self,
+        model_dir: Path,
+        layout: Layout,
+        place: Place,
+        engine: EngineConfig,
+        device: torch.device,
+        optim: OptimConfig | None,
+        *,
+        temperature: float = 1.0,
+        frozen: bool = False,
+        value_head: bool = False,
+    ) -> None:
+        """Without `optim` gradients are reduced whole into each parameter's main_grad (for comparing them); `frozen`
+        has no gradients at all, nor their buffers."""
+        self.arch: Architecture = read_architecture(model_dir, value_head)
+        self.model_dir = model_dir
+        self.layout = layout
+        self.place = place
+        self.engine = engine
+        self.device = device
+        self.skipped = 0  # optimizer steps, of the whole run
+        config = transformer_config(self.arch, engine, layout)
+        config.finalize_model_grads_func = finalize_model_grads
+        self.models = build_stages(self.arch, engine, layout, config, temperature)
+        ranks = ModelRanks(
+            tp_rank=place.tp,
+            tp_size=layout.tp,
+            ep_rank=place.ep,
+            ep_size=layout.ep,
+            etp_rank=place.etp,
+            etp_size=layout.etp,
+        )
+        self.unused_weights = load_weights(list(self.models), self.arch, model_dir, ranks)
+        self.stages: list[Any] = list(self.models)
+        if frozen:
+            for model in self.models:
+                model.requires_grad_(False)
+            return
+        ddp = DistributedDataParallelConfig(
+            use_distributed_optimizer=optim is not None, grad_reduce_in_fp32=True, overlap_grad_reduce=False
+        )
+        self.stages = [
+            DistributedDataParallel(config, ddp, model, disable_bucketing=index > 0)
+            for index, model in enumerate(self.models)
+        ]
+        if optim is not None:
+            self._max_skipped = optim.max_skipped
+            self.optimizer, self.scheduler = build_optimizer(optim, self.stages, engine.dtype == "bf16")
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes log-probs, values and losses."""
+        return self.place.pp == self.layout.pp - 1
+
+    def parameters(self) -> int:
+        """Parameters of this rank, without those of other ranks."""
+        return sum(p.numel() for model in self.models for p in model.parameters())
+
+    def micro_batches(self, batches: Sequence[PackedBatch]) -> list[MicroBatch]:
+        return [micro_batch(b, self.layout.cp, self.place.cp, self.device) for b in batches]
+
+    def accumulate(
+        self, batches: Sequence[PackedBatch], loss: LossFunction, routing: RoutingPass | None = None
+    ) -> None:
+        """Leaves the gradient of the summed loss in each parameter's main_grad."""
+        for stage in self.stages:
+            stage.zero_grad_buffer()
+        forward_backward(self.stages, self.micro_batches(batches), loss, routing)
+
+    def step(
+        self, batches: Sequence[PackedBatch], loss: LossFunction, routing: RoutingPass | None = None
+    ) -> UpdateResult:
+        """One optimizer step. With a non-finite gradient no weight and no state of the optimizer changes; the learning
+        rate's schedule goes on."""
+        self.optimizer.zero_grad()
+        self.accumulate(batches, loss, routing)
+        self.scheduler.step(increment=1)
+        self.optimizer.prepare_grads()
+        by_kind = grad_norms(self.stages, optimizer_parts(self.optimizer), self.device)
+        total = math.hypot(*by_kind.values())
+        skipped = not math.isfinite(total)
+        if skipped:
+            self.skipped += 1
+        else:
+            self.optimizer.step()
+        return UpdateResult(total, by_kind, lr=self.optimizer.param_groups[0]["lr"], skipped=skipped)
+
+    def check_skipped(self) -> None:
+        """Raises NonFiniteGradientError when too many steps were skipped; on every rank alike."""
+        if self.skipped > self._max_skipped:
+            raise NonFiniteGradientError(
+                f"optim.max_skipped: {self.skipped} optimizer steps of this run had a gradient that was not finite, "
+                f"and {self._max_skipped} are allowed; none of them changed a weight. Look at the ratios and grad_norm "
+                "in the last lines of metrics.jsonl and at the rewards in the saved rollouts"
+            )
+
+    def export(
+        self, bucket_bytes: int, tensor_of: Callable[[torch.nn.Parameter], Tensor] = lambda p: p.data
+    ) -> Iterator[list[tuple[str, Tensor]]]:
+        """Buckets of (Hugging Face name, whole tensor) on rank 0, empty lists elsewhere."""
+        groups = ExportGroups(
+            tp=parallel_state.get_tensor_model_parallel_group(),
+            etp=parallel_state.get_expert_tensor_parallel_group(),
+            ep=parallel_state.get_expert_model_parallel_group(),
+            pp=parallel_state.get_pipeline_model_parallel_group(),
+        )
+        return export_stream(list(self.models), self.arch, groups, bucket_bytes, tensor_of)
