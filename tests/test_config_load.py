@@ -215,7 +215,7 @@ def test_a_mistake_in_a_file_is_one_line(tmp_path: Path, text: str, line: str | 
         ("optim..lr=1", "expected key=value, such as optim.lr=1e-5"),
         ("optim.lr =1", "expected key=value, such as optim.lr=1e-5"),
         ("optim.betas=[1", "not YAML: expected ',' or ']', but got '<stream end>'"),
-        ("presets=ppo", "presets: found 'ppo', expected one of " + BUILT_IN + ", or a .yaml file"),
+        ("presets=ppoo", "presets: found 'ppoo', expected one of " + BUILT_IN + ", or a .yaml file"),
     ],
 )
 def test_a_mistake_in_an_override_names_it(tmp_path: Path, override: str, rest: str) -> None:

@@ -1,5 +1,6 @@
 """Metrics of an optimizer step: against their formulas in NumPy, and unchanged by how the batch is cut up."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -176,6 +177,29 @@ def test_every_metric_of_a_correction_equals_its_formula(correction, denominator
     assert 0 < fraction < 1
 
 
+def of_reference(sequences, **options):
+    """The report with a reference policy that is mu, and the inputs."""
+    inputs = pack(sequences)
+    inputs = dataclasses.replace(inputs, reference_logprobs=inputs.rollout_logprobs)
+    metrics = MetricAccumulator(TRAINING)
+    outputs = policy_loss(inputs, GRPO, denominators(sequences))
+    training_metrics(metrics, inputs, outputs, packed_entropy(sequences), **options)
+    return metrics.finalize(), inputs
+
+
+def test_kl_of_the_policy_from_its_reference():
+    report, inputs = of_reference(random_sequences(8, [5, 3]))
+    log_ratio = (inputs.reference_logprobs - inputs.logprobs.detach())[inputs.loss_mask].numpy()
+    assert report["kl/policy_reference/k1"] == pytest.approx(-log_ratio.mean())
+    assert report["kl/policy_reference/k3"] == pytest.approx((np.exp(log_ratio) - 1 - log_ratio).mean())
+
+
+def test_where_mu_stands_for_pi_old_no_mismatch_is_reported():
+    report, _ = of_reference(random_sequences(8, [5, 3]), mismatch=False)
+    assert not [name for name in report if name.startswith(("rho", "abs_logprob", "log_perplexity", "kl/rollout"))]
+    assert "omega/mean" in report
+
+
 def test_every_declared_metric_is_measured():
     clip = GRPO.clip.model_copy(update={"dual": 3.0})
     sequences = random_sequences(8, [5, 3])
@@ -183,6 +207,7 @@ def test_every_declared_metric_is_measured():
     for kind in ("tis", "icepop"):
         update = {"clip": clip, "correction": CorrectionConfig(kind=kind, high=2.0)}
         report |= measure([sequences], GRPO.model_copy(update=update), sequences).finalize()
+    report |= of_reference(sequences)[0]
     for name in TRAINING:
         assert name in report or f"{name}/mean" in report, name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -9,8 +10,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from objective_reference import (
+    DAPO,
+    OBJECTIVES,
+    denominators,
+    differentiated,
+    kept_denominators,
+    pack,
+    random_sequences,
+    reference_loss,
+)
 
+from megatron_rl.config.schema import ClipConfig, CorrectionConfig, KLConfig
 from megatron_rl.objectives.kl import k1, k2, k3, unbiased
+from megatron_rl.objectives.policy import policy_loss
 
 
 @pytest.mark.parametrize(
@@ -54,3 +67,103 @@ def test_equal_policies_have_none():
     zero = torch.zeros(3)
     assert not any(estimate(zero).any() for estimate in (k1, k2, k3))
     assert not unbiased(zero, torch.ones(3)).any()
+
+
+# In the loss
+
+
+def with_reference(sequences, seed=9):
+    """The packed inputs, and log pi_ref of the masked-in tokens of each sequence."""
+    inputs = pack(sequences, padding=2)
+    rng = np.random.default_rng(seed)
+    shifts = rng.normal(0, 0.4, len(inputs.logprobs))
+    reference = torch.where(inputs.loss_mask, inputs.old_logprobs + torch.as_tensor(shifts), math.nan)
+    parts, start = [], 0
+    for sequence in sequences:
+        here = reference[start : start + len(sequence.mask)].numpy()
+        parts.append(here[sequence.mask])
+        start += len(sequence.mask)
+    return dataclasses.replace(inputs, reference_logprobs=reference), parts
+
+
+def added_kl(sequences, references, kind, beta, config, live):
+    """beta times the aggregated KL(pi_theta, pi_ref), term by term."""
+    terms = []
+    for sequence, ref, new in zip(sequences, references, live, strict=True):
+        base = (sequence.old if config.denominator == "old" else sequence.rollout)[sequence.mask]
+        q_over_p = np.exp(ref) / np.exp(new)
+        k3_terms = q_over_p - 1 - np.log(q_over_p)
+        values = {
+            "k1": -np.log(q_over_p),
+            "k2": np.log(q_over_p) ** 2 / 2,
+            "k3": k3_terms,
+            "unbiased": np.exp(new) / np.exp(base) * k3_terms,
+        }[kind]
+        if len(values):
+            terms.append(values)
+    if config.aggregation == "token-mean":
+        return beta * np.concatenate(terms).mean()
+    return beta * np.mean([values.mean() for values in terms])
+
+
+@pytest.mark.parametrize("denominator", ["old", "rollout"])
+@pytest.mark.parametrize("name", ["grpo", "dapo", "gspo"])
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3", "unbiased"])
+def test_kl_in_the_loss_is_the_formula(kind, name, denominator):
+    config = OBJECTIVES[name].model_copy(update={"denominator": denominator})
+    with_kl = config.model_copy(update={"kl": KLConfig(kind=kind, beta=0.3)})
+    sequences = random_sequences(4, [3, 0, 5, 1])
+    inputs, references = with_reference(sequences)
+    outputs = policy_loss(inputs, with_kl, denominators(sequences))
+    outputs.loss.backward()
+
+    def loss(live, frozen):
+        return reference_loss(sequences, config, live, frozen) + added_kl(
+            sequences, references, kind, 0.3, config, live
+        )
+
+    expected, gradient = differentiated(sequences, loss)
+    assert outputs.loss.item() == pytest.approx(expected, abs=1e-9)
+    np.testing.assert_allclose(inputs.logprobs.grad[inputs.loss_mask], gradient, atol=1e-7)
+    assert (inputs.logprobs.grad[~inputs.loss_mask] == 0).all()
+
+
+def test_where_the_policy_is_its_reference_only_k1_has_a_gradient():
+    """Of mean zero over samples of the policy; the others have none at all."""
+    sequences = random_sequences(4, [3, 5])
+    inputs, _ = with_reference(sequences)
+    config = DAPO.model_copy(update={"aggregation": "token-mean"})
+    for kind in ("k1", "k2", "k3", "unbiased"):
+        gradients = []
+        for kl in (KLConfig(), KLConfig(kind=kind, beta=1.0)):
+            leaf = inputs.logprobs.detach().clone().requires_grad_()
+            here = dataclasses.replace(inputs, logprobs=leaf, reference_logprobs=leaf.detach())
+            policy_loss(here, config.model_copy(update={"kl": kl}), denominators(sequences)).loss.backward()
+            gradients.append(leaf.grad[inputs.loss_mask])
+        expected = torch.full((8,), 1 / 8 if kind == "k1" else 0.0, dtype=torch.float64)
+        torch.testing.assert_close(gradients[1] - gradients[0], expected, atol=1e-12, rtol=0)
+
+
+def test_what_a_correction_takes_out_of_the_denominators_has_no_kl_and_what_it_drops_has():
+    sequences = random_sequences(4, [4, 4], mismatch=1.0)
+    inputs, references = with_reference(sequences)
+    kl = KLConfig(kind="k3", beta=1.0)
+    for kind, counts in (("mis", "kept"), ("icepop", "all")):
+        config = DAPO.model_copy(
+            update={"kl": kl, "correction": CorrectionConfig(kind=kind, low=0.8, high=1.25), "clip": ClipConfig()}
+        )
+        whole = kept_denominators(sequences, config) if kind == "mis" else denominators(sequences)
+        outputs = policy_loss(inputs, config, whole)
+        without = policy_loss(inputs, config.model_copy(update={"kl": KLConfig()}), whole)
+        masked = outputs.values.correction.masked.numpy()
+        assert 0 < masked.sum() < len(masked)
+        q_over_p = np.exp(np.concatenate(references) - np.concatenate([s.logprobs[s.mask] for s in sequences]))
+        terms = (q_over_p - 1 - np.log(q_over_p)) * (~masked if counts == "kept" else 1)
+        assert outputs.loss.item() - without.loss.item() == pytest.approx(terms.sum() / whole.tokens)
+
+
+def test_a_kl_needs_its_reference():
+    sequences = random_sequences(4, [3])
+    config = DAPO.model_copy(update={"kl": KLConfig(kind="k3", beta=1.0)})
+    with pytest.raises(ValueError, match="needs reference_logprobs"):
+        policy_loss(pack(sequences), config, denominators(sequences))

@@ -1,0 +1,26 @@
+"""Objectives of a user's that go wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from megatron_rl.objectives.policy import policy_loss
+
+_calls = 0
+
+
+def not_finite_in_the_second_mini_batch(inputs, config, denominators):  # type: ignore[no-untyped-def]
+    """On one replica of two, in one micro-batch: all ranks have to leave the step out."""
+    import torch.distributed as dist
+
+    global _calls
+    _calls += 1
+    outputs = policy_loss(inputs, config, denominators)
+    if _calls == 2 and dist.get_rank() == 0:
+        return dataclasses.replace(outputs, loss=outputs.loss * float("nan"))
+    return outputs
+
+
+def never_finite(inputs, config, denominators):  # type: ignore[no-untyped-def]
+    outputs = policy_loss(inputs, config, denominators)
+    return dataclasses.replace(outputs, loss=outputs.loss * float("inf"))

@@ -1,0 +1,106 @@
+"""The critic against transformers' model with one number per token, in every kind of layout."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from critic_samples import samples, weight_of
+from rl_runs import environment, torchrun
+from safetensors.torch import load_file, save_file
+from tiny_models import make_tiny_model
+from transformers import AutoModelForTokenClassification
+
+from megatron_rl.models.architecture import ModelError, read_architecture
+
+ONE_RANK = ["tp=1"]
+TWO_RANKS = ["tp=2", "pp=2", "pp=2,vpp=2", "cp=2", "ep=2", "dp=2"]
+FOUR_RANKS = ["tp=2,ep=2,etp=2", "tp=2,pp=2,ep=2"]
+
+
+def value_model(model: Path, target: Path, bias: float = 0.3) -> Path:
+    """A language model's directory with a random value head in place of its own."""
+    target.mkdir()
+    weights = load_file(model / "model.safetensors")
+    hidden = weights["model.norm.weight"].shape[0]
+    weights["score.weight"] = 0.1 * torch.randn(1, hidden, generator=torch.Generator().manual_seed(5))
+    weights["score.bias"] = torch.full((1,), bias)
+    weights.pop("lm_head.weight", None)
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    head = {"architectures": ["Qwen3MoeForTokenClassification"], "id2label": {"0": "v"}, "label2id": {"v": 0}}
+    (target / "config.json").write_text(json.dumps({**config, **head}))
+    return target
+
+
+def expected(model: Path) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """transformers' values where a token is chosen, and the gradient of their weighted sum."""
+    reference = AutoModelForTokenClassification.from_pretrained(model, dtype=torch.float32).eval()
+    values, loss = [], torch.zeros(())
+    for number, sample in enumerate(samples()):
+        states = reference(torch.tensor(sample.token_ids[None].astype("int64"))).logits[0, :, 0]
+        mine = states[:-1][torch.tensor(sample.loss_mask[1:])]
+        values.append(mine.detach())
+        loss = loss + weight_of(number) * mine.sum()
+    loss.backward()
+    return values, {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
+
+
+def run(ranks: int, model: Path, out: Path, layouts: list[str]) -> subprocess.CompletedProcess[str]:
+    out.mkdir(exist_ok=True)
+    command = torchrun(ranks, str(Path(__file__).parent / "critic_worker.py"), str(model), str(out), *layouts)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("critic")
+    return value_model(make_tiny_model(root / "lm", num_layers=4, mlp_only_layers=(1,)), root / "critic")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("ranks", "layouts"), [(1, ONE_RANK), (2, TWO_RANKS), (4, FOUR_RANKS)], ids=["1 rank", "2 ranks", "4 ranks"]
+)
+def test_values_and_gradients_equal_transformers(model: Path, tmp_path: Path, ranks: int, layouts: list[str]) -> None:
+    done = run(ranks, model, tmp_path, layouts)
+    assert done.returncode == 0, done.stderr[-3000:]
+    values, gradients = expected(model)
+    experts = {name for name in gradients if ".experts." in name}
+    for layout in layouts:
+        found = load_file(tmp_path / f"{layout}.safetensors")
+        for number, wanted in enumerate(values):
+            torch.testing.assert_close(found.pop(f"value/{number}"), wanted, atol=2e-5, rtol=0, msg=layout)
+        assert {"score.weight", "score.bias", "model.embed_tokens.weight"} <= found.keys()
+        assert "lm_head.weight" not in found
+        for name in gradients.keys() - experts:
+            error = (found[name] - gradients[name]).abs().max() / gradients[name].abs().max()
+            assert error < 1e-4, (layout, name, error)
+    exported = tmp_path / "critic"
+    before, after = load_file(model / "model.safetensors"), load_file(exported / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    again, _ = expected(exported)
+    assert all(torch.equal(a, b) for a, b in zip(again, values, strict=True))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_language_model_makes_a_critic_whose_values_are_zero(tmp_path: Path, tied: bool) -> None:
+    language_model = make_tiny_model(tmp_path / "lm", tied=tied)
+    done = run(1, language_model, tmp_path / "out", ["tp=1"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = load_file(tmp_path / "out" / "tp=1.safetensors")
+    assert not any(found[name].any() for name in found if name.startswith("value/"))
+    assert found["score.weight"].any()  # it can learn: the head's gradient is not zero
+    exported = AutoModelForTokenClassification.from_pretrained(tmp_path / "out" / "critic")
+    assert exported.num_labels == 1
+
+
+def test_a_critic_is_no_policy(model: Path) -> None:
+    with pytest.raises(ModelError, match=r"architectures is \['Qwen3MoeForTokenClassification'\]"):
+        read_architecture(model)
+    assert read_architecture(model, value_head=True).value_head

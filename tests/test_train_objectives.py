@@ -1,0 +1,214 @@
+"""Whole RL runs on saved rollouts: PPO's critic, KL in loss and reward, mu in place of pi_old, and steps left out. The
+same in every layout."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rl_runs import MINI_BATCHES, environment, run_all, save_rollouts, write_config
+from safetensors.torch import load_file
+from tiny_models import make_tiny_model
+
+from megatron_rl.lab.run import read_metrics
+
+STEPS = 2
+CRITIC = "presets=ppo critic.optim.lr=1e-3 critic.optim.eps=1e-4 critic.optim.clip_grad=0.5 critic.clip=0.05"
+RUNS = {
+    "ppo": CRITIC,
+    "ppo-kl": f"{CRITIC} objective.kl.kind=k1 objective.kl.place=reward objective.kl.beta=0.05 model.reference=OTHER",
+    "kl-in-loss": "presets=grpo objective.kl.kind=k3 objective.kl.beta=0.2 model.reference=OTHER",
+    "kl-in-reward": "presets=grpo objective.kl.kind=k1 objective.kl.place=reward objective.kl.beta=0.02 "
+    "model.reference=OTHER",
+    "mu-for-old": "presets=gspo objective.denominator=rollout train.recompute_old_logprobs=false",
+}
+LAYOUTS = {
+    "ppo": ["", "parallel.tp=2", "parallel.pp=2 parallel.vpp=2", "parallel.cp=2"],
+    "ppo-kl": ["parallel.pp=2", "parallel.ep=2"],
+    "kl-in-loss": ["parallel.tp=2", "parallel.pp=2"],
+    "kl-in-reward": ["", "parallel.pp=2 parallel.vpp=2"],
+    "mu-for-old": ["parallel.pp=2", "parallel.cp=2"],
+}
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration; RUNS on one rank lie beside it."""
+    root = tmp_path_factory.mktemp("objectives")
+    model = make_tiny_model(root / "model", num_layers=4, mlp_only_layers=(1,))
+    make_tiny_model(root / "other", num_layers=4, mlp_only_layers=(1,), seed=1)
+    save_rollouts(model, root / "saved", steps=STEPS)
+    config = write_config(root / "config.yaml", model, root / "saved")
+    run_all(config, 1, [overrides(config, name, root / name) for name in RUNS])
+    return config
+
+
+def overrides(config: Path, name: str, run_dir: Path, more: str = "") -> str:
+    chosen = RUNS[name].replace("OTHER", str(config.parent / "other"))
+    return f"run_dir={run_dir} train.steps={STEPS} {chosen} {more}"
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    return read_metrics(run_dir / "metrics.jsonl")
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    assert len(lines(expected)) == STEPS * MINI_BATCHES
+    for line, wanted in zip(lines(found), lines(expected), strict=True):
+        assert line.keys() == wanted.keys()
+        for name in wanted:
+            if name not in ("time",) and not name.startswith(("time/", "critic/explained")) and "chi2" not in name:
+                assert line[name] == pytest.approx(wanted[name], rel=5e-3, abs=2e-4), (found.name, name)
+    for model in ("model", "critic"):
+        if (expected / model).is_dir():
+            trained = load_file(expected / model / "model.safetensors")
+            for name, weight in load_file(found / model / "model.safetensors").items():
+                assert (weight - trained[name]).abs().max() <= 2e-4 * trained[name].abs().max(), (found.name, name)
+
+
+@pytest.mark.distributed
+def test_layouts_do_not_matter(setting: Path) -> None:
+    directories, runs = [], []
+    for name, layouts in LAYOUTS.items():
+        for layout in layouts:
+            directories.append((setting.parent / f"{name}-{layout}".replace(" ", "-"), setting.parent / name))
+            runs.append(overrides(setting, name, directories[-1][0], layout))
+    run_all(setting, 2, runs)
+    for found, expected in directories:
+        assert_same(found, expected)
+
+
+def test_the_critic_learns_and_explains_its_own_numbers(setting: Path) -> None:
+    first, *_, last = lines(setting.parent / "ppo")
+    assert first["critic/value/max"] == first["critic/value/min"] == 0  # a head of zeros
+    assert first["critic/explained_variance"] == pytest.approx(0, abs=1e-9)
+    assert last["critic/value/std"] > 0.01
+    assert last["critic/value/mean"] > 0.05  # towards the rewards, which are 0 or 1
+    for name in ("lr", "grad_norm", "grad_norm/router", "clipped", "outcome/mean", "explained_variance/outcome"):
+        assert f"critic/{name}" in last
+    before = load_file(setting.parent / "model" / "model.safetensors")
+    after = load_file(setting.parent / "ppo" / "critic" / "model.safetensors")
+    assert "lm_head.weight" not in after
+    assert all((after[name] - before[name]).abs().max() > 1e-5 for name in after if name in before)
+    assert after["score.weight"].abs().max() > 1e-4
+
+
+def test_advantages_of_the_first_step_are_those_of_a_critic_of_zeros(setting: Path) -> None:
+    """V = 0 and gamma = 1: A_t is the reward discounted by lambda for each token still to come, over its own spread."""
+    from megatron_rl.data.store import read_groups
+
+    groups = read_groups(setting.parent / "saved" / "rollouts" / "step-000001-dp-0000.jsonl")
+    tokens = []
+    for group in groups:
+        for sample in group.samples:
+            n = int(sample.loss_mask.sum())
+            tokens.append(sample.verdict.reward * 0.95 ** np.arange(n - 1, -1, -1))
+    everything = np.concatenate(tokens)
+    normalised = [(each - everything.mean()) / everything.std(ddof=1) for each in tokens]
+    means = np.array([each.mean() for each in normalised])
+    first_step = [line for line in lines(setting.parent / "ppo") if line["step"] == 1]
+    found = [line["advantage/mean"] for line in first_step]  # of two groups of four, by sequence
+    np.testing.assert_allclose(found, means.reshape(MINI_BATCHES, -1).mean(1), rtol=1e-5)
+    rewards = np.concatenate([np.full(len(each), each[-1]) for each in tokens])
+    np.testing.assert_allclose(
+        np.mean([line["critic/outcome/mean"] * line["tokens"] for line in first_step]) * MINI_BATCHES,
+        rewards.sum(),
+        rtol=1e-6,
+    )
+
+
+def test_a_kl_is_measured_and_moves_the_policy(setting: Path) -> None:
+    plain = setting.parent / "plain"
+    run_all(setting, 1, [f"run_dir={plain} train.steps={STEPS} presets=grpo"])
+    first = lines(plain)[0]
+    assert not any("reference" in name for name in first)
+    for name in ("kl-in-loss", "kl-in-reward"):
+        with_kl = lines(setting.parent / name)[0]
+        assert with_kl["kl/policy_reference/k3"] > 0.1
+        assert with_kl["ratio/min"] == with_kl["ratio/max"] == 1
+        assert with_kl["grad_norm"] != pytest.approx(first["grad_norm"], rel=1e-2)
+    assert lines(setting.parent / "kl-in-loss")[0]["loss"] == pytest.approx(
+        first["loss"] + 0.2 * by_response(setting), rel=1e-4
+    )
+
+
+def by_response(setting: Path) -> float:
+    """Mean over responses of the mean of k3, of the first mini-batch, from transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from megatron_rl.data.store import read_groups
+
+    groups = read_groups(setting.parent / "saved" / "rollouts" / "step-000001-dp-0000.jsonl")[:2]
+    models = [
+        AutoModelForCausalLM.from_pretrained(setting.parent / name, dtype=torch.float64) for name in ("model", "other")
+    ]
+    means = []
+    for sample in (sample for group in groups for sample in group.samples):
+        ids = torch.tensor(sample.token_ids.astype(np.int64))
+        with torch.no_grad():
+            policy, reference = (
+                each(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0] for each in models
+            )
+        ratio = (reference - policy)[torch.tensor(sample.loss_mask[1:])].numpy()
+        means.append((np.exp(ratio) - 1 - ratio).mean())
+    return float(np.mean(means))
+
+
+def test_mu_stands_for_pi_old(setting: Path) -> None:
+    for line in lines(setting.parent / "mu-for-old"):
+        assert not any(name.startswith(("rho", "kl/rollout_old", "abs_logprob_gap")) for name in line)
+        assert line["ratio/mean"] == pytest.approx(line["omega/mean"])
+        assert "time/old log-probs" not in line or line["time/old log-probs"] < 0.5
+    # In the first step the saved mu are the model's own log-probs, but for rounding.
+    first = lines(setting.parent / "mu-for-old")[0]
+    assert first["sequence_ratio/min"] == pytest.approx(1, abs=1e-4)
+    assert first["sequence_ratio/min"] != 1
+
+
+@pytest.mark.distributed
+def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(setting: Path) -> None:
+    directory = setting.parent / "skipped"
+    faulty = "objective.custom=faulty_objectives:not_finite_in_the_second_mini_batch"
+    custom = f"presets=grpo {faulty} engine.max_tokens_per_micro_batch=4096"
+    run_all(setting, 2, [f"run_dir={directory} train.steps=1 {custom}"])
+    first, second, third, fourth = lines(directory)
+    assert [line["skipped"] for line in (first, second, third, fourth)] == [0, 1, 0, 0]
+    assert second["grad_norm"] is None  # JSON has no NaN
+    # No weight has changed: the third has the second's policy, and the second the one that the first left.
+    assert third["ratio/max"] > 1
+    assert fourth["ratio/max"] > 1
+    weights = load_file(directory / "model" / "model.safetensors")
+    assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def test_too_many_skipped_steps_end_the_run(setting: Path) -> None:
+    directory = setting.parent / "never"
+    command = [sys.executable, "-m", "megatron_rl", "train", str(setting), f"run_dir={directory}", "presets=grpo"]
+    command += ["objective.custom=faulty_objectives:never_finite", "optim.max_skipped=1"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "optim.max_skipped: 2 optimizer steps of this run had a gradient that was not finite, and 1" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [line["skipped"] for line in lines(directory)] == [1, 1]  # the last line is not lost
+
+
+def test_a_resumed_run_goes_on_with_its_critic(setting: Path, tmp_path: Path) -> None:
+    common = [a for a in overrides(setting, "ppo", tmp_path / "halted").split() if not a.startswith("train.steps")]
+
+    def start(steps: int, *more: str) -> None:
+        command = [sys.executable, "-m", "megatron_rl", "train", str(setting), *common, f"train.steps={steps}", *more]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    start(1)
+    start(STEPS, "--resume")
+    whole = setting.parent / "ppo"
+    for model in ("model", "critic"):
+        expected = load_file(whole / model / "model.safetensors")
+        found = load_file(tmp_path / "halted" / model / "model.safetensors")
+        assert all((found[name] == expected[name]).all() for name in expected)
