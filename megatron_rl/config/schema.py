@@ -151,7 +151,8 @@ class RewardConfig(Frozen):
     """DAPO's soft overlong punishment [2503.14476, equation 13]: over the last so many tokens before
     rollout.max_response_tokens the reward falls by up to 1; null: no punishment."""
     overlong_filter: bool = False
-    """DAPO's overlong filtering: a truncated response is masked out of the loss and its denominators."""
+    """DAPO's overlong filtering: a truncated response is masked out of the loss and its denominators; its reward still
+    counts in its group. With overlong_cache too, the punishment is felt by the responses that end in the cache."""
 
 
 class ClipConfig(Frozen):
