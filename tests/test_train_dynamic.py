@@ -29,9 +29,10 @@ FIGURES = [
     {"prompts": 8, "kept": 4, "surplus": 0, "all_correct": 1, "all_wrong": 3, "refills": 1},
     {"prompts": 8, "kept": 4, "surplus": 1, "all_correct": 2, "all_wrong": 1, "refills": 1},
 ]
-SHAPED = "reward.correct=1 reward.wrong=-1 reward.overlong_cache=4"
+# Wrong answers keep the verifier's reward: one that is replaced forgets that it was punished before.
+SHAPED = "reward.correct=1 reward.overlong_cache=4"
 LIVE = f"rollout.replay_from=null rollout.dynamic_sampling.oversample=1.5 {SHAPED}"
-REWARD = RewardConfig(correct=1.0, wrong=-1.0, overlong_cache=4)
+REWARD = RewardConfig(correct=1.0, overlong_cache=4)
 
 
 def write_prompts(file: Path, correct: list[int]) -> Path:
@@ -146,13 +147,12 @@ def test_a_replay_trains_alike_and_punishes_once(root: Path) -> None:
     run_all(root / "config.yaml", 1, [f"run_dir={root / 'replay'} rollout.replay_from={root / 'live'} {SHAPED}"])
     assert_same_training(root / "replay", root / "live")
     for step, line in enumerate(first_lines(root / "replay"), start=1):
-        groups = shape_rewards(saved(root / "live", step), REWARD, LONGEST)
-        verdicts = [s.verdict for g in groups for s in g.samples if s.verdict]
-        assert line["rollout/reward/mean"] == pytest.approx(np.mean([v.reward for v in verdicts]))
-        assert line["rollout/reward/min"] == -2.0
-        punished = np.mean([v.reward - (1 if v.correct else -1) for v in verdicts])
-        assert line["rollout/overlong_punishment/mean"] == pytest.approx(punished)
-        assert -1 < punished < 0
+        samples = [s for g in saved(root / "live", step) for s in g.samples]
+        own = [1.0 if s.verdict.correct else -0.5 - len(s.prompt.token_ids) for s in samples if s.verdict]
+        punishments = [max(min((4 - s.response_tokens) / 4, 0), -1) for s in samples]
+        assert line["rollout/overlong_punishment/mean"] == pytest.approx(np.mean(punishments))
+        assert line["rollout/reward/mean"] == pytest.approx(np.mean(own) + np.mean(punishments))
+        assert -1 < np.mean(punishments) < 0
         assert not any(name.startswith("rollout/dynamic_sampling/") for name in line)
 
 
