@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import orjson
 from transformers import AutoTokenizer
 
-from megatron_rl.config.schema import Config
+from megatron_rl.config.schema import Config, DynamicSamplingConfig
 from megatron_rl.data.prompts import Fields, PromptCursor, PromptDataset, load_prompts
 from megatron_rl.data.sample import Group
 from megatron_rl.data.store import write_groups
 from megatron_rl.engine.distribute import MiniBatch
-from megatron_rl.engine.exchange import broadcast_bytes
+from megatron_rl.engine.exchange import all_gather_bytes, broadcast_bytes
 from megatron_rl.engine.routes import RouteExchange, valid_rows
-from megatron_rl.lab.metrics import ROLLOUT, rollout_metrics
+from megatron_rl.lab.metrics import ROLLOUT, overlong_metrics, rollout_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.objectives.custom import get_objective
 from megatron_rl.rewards import Judges, get_verifier, grade
+from megatron_rl.rewards.shaping import filter_overlong, shape_rewards
+from megatron_rl.rollout.dynamic import Search, Tally
 from megatron_rl.rollout.evaluate import evaluation
 from megatron_rl.rollout.pool import Pool, read_api_key
 from megatron_rl.rollout.routes import RouteSpec
@@ -66,33 +69,62 @@ class Session:
         self._sync_metrics: dict[str, float] = {}
 
     def rollout(self) -> list[Group]:
-        """This leader's share of the next step's groups, judged and saved; [] off the leaders."""
-        place, config = self.trainer.place, self.config.rollout
-        groups: list[Group] = []
-        if self._leads and not self._has_servers:
-            assert config.replay_from is not None
-            groups = saved_groups(
-                config.replay_from, self.step + 1, place.dp, self.trainer.layout.dp, needs_traces=self._routes
-            )
+        """This leader's share of the groups that the next step trains on, their rewards shaped; [] off the leaders."""
+        config = self.config
+        figures: dict[str, float] = {}
+        if not self._has_servers:
+            sampled = kept = self._saved()
+        elif config.rollout.dynamic_sampling is None:
+            sampled = kept = self._sample(config.rollout.prompts_per_step)
+        else:
+            sampled, search = self._search(config.rollout.dynamic_sampling)
+            kept, figures = search.keep(sampled), search.figures()
         if self._prompts is not None:
-            groups = self._sample()
-            write_groups(
-                rollout_file(self.trainer.run.rollouts, self.step + 1, place.dp),
-                groups,
-                weight_version=self.step,
-            )
+            # With the verifiers' own verdicts: who replays them shapes them.
+            file = rollout_file(self.trainer.run.rollouts, self.step + 1, self.trainer.place.dp)
+            write_groups(file, kept, weight_version=self.step)
+        longest = config.rollout.max_response_tokens
         metrics = MetricAccumulator(ROLLOUT)
-        rollout_metrics(metrics, groups, self.step)
-        reduced = self.trainer.reduce(metrics, holds_samples=self._leads)
-        self._rollout_metrics = {f"rollout/{name}": value for name, value in reduced.items()}
-        return groups
+        rollout_metrics(metrics, shape_rewards(sampled, config.reward, longest), self.step)
+        overlong_metrics(metrics, sampled, kept, config.reward, longest)
+        figures = {f"dynamic_sampling/{name}": value for name, value in figures.items()}
+        figures |= self.trainer.reduce(metrics, holds_samples=self._leads)
+        self._rollout_metrics = {f"rollout/{name}": value for name, value in figures.items()}
+        return filter_overlong(shape_rewards(kept, config.reward, longest), config.reward)
 
-    def _sample(self) -> list[Group]:
-        assert self._prompts is not None
+    def _saved(self) -> list[Group]:
+        """This leader's share of the next step's groups of another run."""
+        if not self._leads:
+            return []
+        path, place, dp = self.config.rollout.replay_from, self.trainer.place, self.trainer.layout.dp
+        assert path is not None
+        return saved_groups(path, self.step + 1, place.dp, dp, needs_traces=self._routes)
+
+    def _search(self, config: DynamicSamplingConfig) -> tuple[list[Group], Search]:
+        """All groups that this leader sampled until there were mixed ones enough over all leaders. Collective."""
+        search = Search(config, self.config.rollout.prompts_per_step)
+        groups: list[Group] = []
+        while count := search.next_count():
+            judged = self._sample(count, first=len(search.tallies))
+            groups += judged
+            with self.trainer.phase("rollout"):
+                search = search.after(self._all_tallies(judged))
+        return groups, search
+
+    def _all_tallies(self, groups: Sequence[Group]) -> list[Tally]:
+        mine = orjson.dumps([dataclasses.astuple(Tally.of(group)) for group in groups])
+        parts = all_gather_bytes(mine, self.trainer.place.control)
+        return [Tally(*row) for part in parts for row in orjson.loads(part)]
+
+    def _sample(self, count: int, first: int = 0) -> list[Group]:
+        """This leader's share of the next `count` prompts, sampled, judged and numbered from `first` on; [] off the
+        leaders."""
+        if self._prompts is None:
+            return []
         assert self._leader is not None
         config, place = self.config.rollout, self.trainer.place
-        prompts, self._cursor = self._prompts.take(self._cursor, config.prompts_per_step)
-        share = [(i, p) for i, p in enumerate(prompts) if i % self.trainer.layout.dp == place.dp]
+        prompts, self._cursor = self._prompts.take(self._cursor, count)
+        share = [(i, p) for i, p in enumerate(prompts, first) if i % self.trainer.layout.dp == place.dp]
         with self.trainer.phase("rollout"):
             self._check_servers()
             sampling = self._sampling(config.group_size, config.temperature, self._routes)
@@ -144,6 +176,15 @@ class Session:
             "tokens/s": figures["rollout/tokens"] / max(sum(times.values()), 1e-9),
         }
         self.trainer.console.step(self.step, shown, times)
+
+    def finish_epochs(self, updates: Sequence[Update]) -> None:
+        """The critic's passes over the rollout batch after the first. The metrics are those of the first, of responses
+        that it had not been trained on."""
+        epochs = 1 if self.config.critic is None else self.config.critic.epochs
+        for update in list(updates) * (epochs - 1):
+            assert update.value_loss is not None
+            self.trainer.update_critic(update.mini_batch, update.value_loss)
+            self.trainer.check_skipped()
 
     def due(self, every: int) -> bool:
         """Every so many steps, and after the last."""

@@ -30,8 +30,10 @@ def train(config: Config, resume: bool = False) -> None:
         while session.step < config.train.steps:
             groups = session.rollout()
             mini_batches = schedule(session, with_advantages(groups, config))
-            for update in prepare(session, mini_batches):
+            updates = prepare(session, mini_batches)
+            for update in updates:
                 session.update(update)
+            session.finish_epochs(updates)
             session.finish_step()
             if session.due(config.eval.every):
                 session.evaluate()

@@ -47,7 +47,7 @@ def main(model: Path, out: Path, layouts: list[str]) -> None:
             weights = np.array([weight_of(outcomes[number].index) for number in packed.sequence_ids])
             return (values * torch.as_tensor(weights * packed.loss_mask)).sum().float()
 
-        critic.accumulate(batch.micro_batches, lambda index, output: loss(index, output[:, 0]))  # noqa: B023
+        critic.accumulate(batch.micro_batches, lambda index, output: loss(index, output[:, 0]))
         gradients = {name: g for part in critic.export(1 << 28, lambda p: p.main_grad) for name, g in part}  # type: ignore[attr-defined]
         exported = [pair for part in critic.export(1 << 28) for pair in part]
         if place.rank == 0:

@@ -58,6 +58,8 @@ def found(config: Config | SftConfig, world_size: int = 1) -> list[str]:
         ("routing.replay=r3 rollout.replay_from=runs/zero", 1),
         ("routing.replay=r3 rollout.servers.urls=[http://a:1]", 1),
         ("routing.replay=r2 rollout.servers.extra_flags=[--enable-eplb]", 1),
+        ("reward.overlong_cache=1023 reward.overlong_filter=true", 1),
+        ("rollout.dynamic_sampling.oversample=1", 1),
     ],
 )
 def test_configurations_without_a_contradiction(tmp_path: Path, overrides: str, world_size: int) -> None:
@@ -154,6 +156,22 @@ def test_configurations_without_a_contradiction(tmp_path: Path, overrides: str, 
         ),
         ("rollout.group_size=1", 1, "rollout.group_size: 1 makes every advantage 0"),
         ("rollout.group_size=1 objective.advantage.std=none", 1, "rollout.group_size: 1 makes every advantage 0"),
+        (
+            "reward.overlong_cache=1024",
+            1,
+            "reward.overlong_cache: 1024 is not less than rollout.max_response_tokens 1024: every response",
+        ),
+        (
+            "rollout.dynamic_sampling.max_refills=8 rollout.replay_from=runs/zero",
+            1,
+            "rollout.dynamic_sampling: rollout.replay_from trains on the groups that were saved",
+        ),
+        (
+            "rollout.dynamic_sampling.max_refills=8 rollout.group_size=1 objective.advantage.baseline=none "
+            "objective.advantage.std=none",
+            1,
+            "rollout.dynamic_sampling: a group of rollout.group_size 1 has no right and wrong answers",
+        ),
         (
             "rollout.replay_from=r rollout.servers.urls=[http://a:1]",
             1,

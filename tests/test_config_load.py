@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from megatron_rl.config.load import ConfigError, dump_config, load_config
 from megatron_rl.config.schema import Config, RolloutConfig, SftConfig
+from megatron_rl.config.sources import PRESETS
 
-BUILT_IN = "cispo, dapo, dr_grpo, gmpo, grpo, gspo, gspo_token, minirl, rloo, sapo, topr"
+BUILT_IN = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
 
 
 def mistakes(path: Path, *overrides: str) -> list[str]:

@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 
+from megatron_rl.config.schema import RewardConfig
 from megatron_rl.data.sample import Group, Prompt, Sample, Verdict
-from megatron_rl.lab.metrics import ROLLOUT, rollout_metrics
+from megatron_rl.lab.metrics import ROLLOUT, overlong_metrics, rollout_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
+from megatron_rl.rewards.shaping import filter_overlong, shape_rewards
 
 
 def sample(prompt, index, length, reward, correct, finish="stop", version=3):
@@ -90,3 +92,41 @@ def test_a_sample_without_a_verdict_is_named():
     unjudged = dataclasses.replace(MIXED.samples[1], verdict=None)
     with pytest.raises(ValueError, match="prompt 'p0' sample 1: no verdict"):
         measure(dataclasses.replace(MIXED, samples=(unjudged,)))
+
+
+def overlong(reward, sampled, kept):
+    metrics = MetricAccumulator(ROLLOUT)
+    overlong_metrics(metrics, sampled, kept, reward, longest=10)
+    report = metrics.finalize()
+    return {name: value for name, value in report.items() if name.startswith("overlong")}
+
+
+def test_punishments_are_of_all_samples_and_filtering_of_those_trained_on():
+    sampled = [MIXED, SOLVED, HOPELESS]
+    found = overlong(RewardConfig(overlong_cache=8, overlong_filter=True), sampled, [MIXED])
+    # Lengths 4, 10, 2; 3, 5; 10, 1, of which 2 are free.
+    assert found["overlong_punishment/mean"] == pytest.approx(-(2 + 8 + 0 + 1 + 3 + 8 + 0) / 8 / 7)
+    assert (found["overlong_punishment/min"], found["overlong_punishment/max"]) == (-1, 0)
+    assert found["overlong_filtered"] == pytest.approx(1 / 3)
+
+
+def test_what_is_off_is_not_measured():
+    assert overlong(RewardConfig(), [MIXED], [MIXED]) == {}
+    assert "overlong_filtered" not in overlong(RewardConfig(overlong_cache=8), [MIXED], [MIXED])
+    assert overlong(RewardConfig(overlong_cache=8, overlong_filter=True), [], []) == {}
+
+
+def test_masked_out_and_empty_responses_pass_through_all_of_it():
+    """A group of one empty response, and one all of whose responses are filtered."""
+    prompt = Prompt("p", "2+2=", (1, 2, 3), "4", "math")
+    empty = dataclasses.replace(Sample.start(prompt, 0), finish_reason="length", verdict=Verdict(0.0, False))
+    reward = RewardConfig(correct=1.0, wrong=-1.0, overlong_cache=4, overlong_filter=True)
+    cut = group(1, (10, 0.0, False, "length"), (10, 1.0, True, "length"))
+    shaped = shape_rewards([Group(0, prompt, (empty,)), cut], reward, longest=10)
+    gone = filter_overlong(shaped, reward)
+    assert [s.response_tokens for g in gone for s in g.samples] == [0, 0, 0]
+    report = measure(*gone).finalize()
+    assert (report["samples"], report["tokens"], report["truncated"]) == (3, 0, 1)
+    assert (report["reward/min"], report["reward/max"]) == (-2, 0)
+    assert report["group/dead"] == 0.5
+    assert overlong(reward, gone, gone)["overlong_filtered"] == 1

@@ -18,7 +18,7 @@ def by_the_paper(rewards, values, gamma, gae_lambda):
     n = len(rewards)
     following = [*values[1:], 0.0]
     return [
-        sum((gamma * gae_lambda) ** (l - t) * (rewards[l] + gamma * following[l] - values[l]) for l in range(t, n))
+        sum((gamma * gae_lambda) ** (k - t) * (rewards[k] + gamma * following[k] - values[k]) for k in range(t, n))
         for t in range(n)
     ]
 

@@ -157,6 +157,7 @@ def test_groups_may_differ_in_size_and_be_none(judges):
     [
         ("verifier_examples:raises", 1, "KeyError: 'unit'; the response was 'b'"),
         ("verifier_examples:infinite", 0, "the reward is inf, expected a finite number"),
+        ("verifier_examples:not_a_number", 0, "the reward is nan, expected a finite number"),
         ("verifier_examples:bare_number", 0, "expected a Verdict, got float"),
         ("math", 0, "the reference answer '' is not a mathematical expression"),
     ],

@@ -145,7 +145,7 @@ def by_response(setting: Path) -> float:
 
     groups = read_groups(setting.parent / "saved" / "rollouts" / "step-000001-dp-0000.jsonl")[:2]
     models = [
-        AutoModelForCausalLM.from_pretrained(setting.parent / name, dtype=torch.float64) for name in ("model", "other")
+        AutoModelForCausalLM.from_pretrained(setting.parent / name, dtype=torch.float32) for name in ("model", "other")
     ]
     means = []
     for sample in (sample for group in groups for sample in group.samples):
@@ -191,7 +191,7 @@ def test_too_many_skipped_steps_end_the_run(setting: Path) -> None:
     command = [sys.executable, "-m", "megatron_rl", "train", str(setting), f"run_dir={directory}", "presets=grpo"]
     command += ["objective.custom=faulty_objectives:never_finite", "optim.max_skipped=1"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "optim.max_skipped: 2 optimizer steps of this run had a gradient that was not finite, and 1" in done.stderr
     assert "Traceback" not in done.stderr
     assert [line["skipped"] for line in lines(directory)] == [1, 1]  # the last line is not lost

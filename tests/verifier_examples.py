@@ -25,6 +25,10 @@ def infinite(prompt: Prompt, response: str) -> Verdict:
     return Verdict(float("inf"), True)
 
 
+def not_a_number(prompt: Prompt, response: str) -> Verdict:
+    return Verdict(float("nan"), response == "b")
+
+
 def bare_number(prompt: Prompt, response: str) -> float:
     return 1.0
 

@@ -113,6 +113,8 @@ def check_config(config: Config | SftConfig, arch: Architecture, world_size: int
             *_check_lengths(config, arch),
             *check_objective(config),
             *_check_group_size(config),
+            *_check_rewards(config),
+            *_check_dynamic_sampling(config),
             *_check_servers(config, arch),
             *_check_routing(config, arch),
             *_check_evaluation(config),
@@ -206,6 +208,28 @@ def _check_group_size(config: Config) -> Iterator[str]:
             "rollout.group_size: 1 makes every advantage 0; use larger groups, or "
             "objective.advantage.baseline and std none"
         )
+
+
+def _check_rewards(config: Config) -> Iterator[str]:
+    cache, longest = config.reward.overlong_cache, config.rollout.max_response_tokens
+    if cache is not None and cache >= longest:
+        yield (
+            f"reward.overlong_cache: {cache} is not less than rollout.max_response_tokens {longest}: every response "
+            "would be punished for its length"
+        )
+
+
+def _check_dynamic_sampling(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    if rollout.dynamic_sampling is None:
+        return
+    if rollout.replay_from is not None:
+        yield (
+            "rollout.dynamic_sampling: rollout.replay_from trains on the groups that were saved, whatever they are; "
+            "set it to null"
+        )
+    if rollout.group_size == 1:
+        yield "rollout.dynamic_sampling: a group of rollout.group_size 1 has no right and wrong answers; set it to null"
 
 
 def _check_servers(config: Config, arch: Architecture) -> Iterator[str]:

@@ -151,7 +151,8 @@ class RewardConfig(Frozen):
     """DAPO's soft overlong punishment [2503.14476, equation 13]: over the last so many tokens before
     rollout.max_response_tokens the reward falls by up to 1; null: no punishment."""
     overlong_filter: bool = False
-    """DAPO's overlong filtering: a truncated response is masked out of the loss and its denominators."""
+    """DAPO's overlong filtering: a truncated response is masked out of the loss and its denominators; its reward still
+    counts in its group. With overlong_cache too, the punishment is felt by the responses that end in the cache."""
 
 
 class ClipConfig(Frozen):
@@ -239,7 +240,7 @@ class ObjectiveConfig(Frozen):
 
 
 class CriticConfig(Frozen):
-    """The value model of PPO, on the policy's engine and layout. Its optimizer steps are the policy's mini-batches."""
+    """The value model of PPO, on the policy's engine and layout. Its mini-batches are the policy's."""
 
     path: Path | None = None
     """Hugging Face directory; a value head is read from `score.weight` if it is there; None: model.path."""
@@ -248,6 +249,8 @@ class CriticConfig(Frozen):
     """The value may move so far from that of the rollout; null: no bound."""
     warmup_steps: NonNegativeInt = 0
     """Rollout steps at the start of a run in which the critic learns alone."""
+    epochs: PositiveInt = 1
+    """Passes over the rollout batch in each step; the policy makes one."""
 
 
 class RoutingConfig(Frozen):

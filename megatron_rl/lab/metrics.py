@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_rl.config.schema import RewardConfig
 from megatron_rl.data.sample import Group, Sample, Verdict
 from megatron_rl.lab.sketch import Kind, MetricAccumulator
 from megatron_rl.objectives.advantages import all_equal
@@ -21,6 +22,7 @@ from megatron_rl.objectives.inputs import LossInputs, LossValues, PolicyLossOutp
 from megatron_rl.objectives.kl import k1, k3
 from megatron_rl.objectives.ratios import Tokens
 from megatron_rl.objectives.value import ValueLossOutputs
+from megatron_rl.rewards.shaping import is_truncated, overlong_punishment
 
 BEYOND = (2, 10)
 """F(tau): fraction of tokens with max(rho, 1/rho) > tau."""
@@ -84,6 +86,8 @@ ROLLOUT: dict[str, Kind] = {
     "response_length/correct": Kind.TAIL,
     "response_length/wrong": Kind.TAIL,
     "truncated": Kind.MEAN,
+    "overlong_punishment": Kind.TAIL,  # what was added to the reward
+    "overlong_filtered": Kind.MEAN,  # fraction of the samples trained on
     "staleness": Kind.TAIL,  # weight versions behind, by generated token
 }
 
@@ -206,11 +210,25 @@ def rollout_metrics(metrics: MetricAccumulator, groups: Sequence[Group], weight_
             "response_length": lengths,
             "response_length/correct": lengths[correct],
             "response_length/wrong": lengths[~correct],
-            "truncated": [sample.finish_reason == "length" for sample in group.samples],
+            "truncated": [is_truncated(sample) for sample in group.samples],
             "staleness": np.concatenate([_staleness(sample, weight_version) for sample in group.samples]),
         }
         for name, value in values.items():
             metrics.add(name, torch.as_tensor(value))
+
+
+def overlong_metrics(
+    metrics: MetricAccumulator, sampled: Sequence[Group], kept: Sequence[Group], reward: RewardConfig, longest: int
+) -> None:
+    """Adds what `reward` makes of long responses: the punishments of all that were sampled, the fraction filtered of
+    those that are trained on. Nothing where it is off. `longest`: rollout.max_response_tokens."""
+    if reward.overlong_cache is not None:
+        lengths = [sample.response_tokens for group in sampled for sample in group.samples]
+        punishments = [overlong_punishment(length, longest, reward.overlong_cache) for length in lengths]
+        metrics.add("overlong_punishment", torch.tensor(punishments))
+    if reward.overlong_filter:
+        filtered = [is_truncated(sample) for group in kept for sample in group.samples]
+        metrics.add("overlong_filtered", torch.tensor(filtered))
 
 
 def _verdict(sample: Sample) -> Verdict:

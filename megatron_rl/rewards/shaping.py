@@ -1,0 +1,68 @@
+"""From a verifier's verdict to the reward that is trained on: DAPO's rewards and overlong rules [2503.14476].
+
+Pure functions of judged groups. Rollouts are saved with the verifiers' own verdicts and shaped after that, as they are
+when they are replayed: so shaping happens once, and a replay may shape otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from megatron_rl.config.schema import RewardConfig
+from megatron_rl.data.sample import Group, Sample, Verdict
+
+
+def overlong_punishment(tokens: int, longest: int, cache: int) -> float:
+    """Equation 13, in [-1, 0], for a response of `tokens` = |y|; L_max = `longest` > L_cache = `cache` > 0.
+
+    0 while |y| <= L_max - L_cache; then ((L_max - L_cache) - |y|)/L_cache; -1 beyond L_max.
+    """
+    return min(max((longest - cache - tokens) / cache, -1.0), 0.0)
+
+
+def shape_rewards(groups: Sequence[Group], reward: RewardConfig, longest: int) -> list[Group]:
+    """The groups with `reward.correct` or `reward.wrong` in place of the verifier's own, and the soft overlong
+    punishment added. `longest`: rollout.max_response_tokens. `correct` stays as the verifier said.
+
+    Raises ValueError naming a sample without a verdict.
+    """
+
+    def shape(sample: Sample) -> Sample:
+        verdict = sample.verdict
+        if verdict is None:
+            raise ValueError(f"prompt {sample.prompt.id!r} sample {sample.index}: no verdict; judge it before shaping")
+        given = reward.correct if verdict.correct else reward.wrong
+        value = verdict.reward if given is None else given
+        if reward.overlong_cache is not None:
+            value += overlong_punishment(sample.response_tokens, longest, reward.overlong_cache)
+        return dataclasses.replace(sample, verdict=Verdict(value, verdict.correct))
+
+    return _with_samples(groups, shape)
+
+
+def filter_overlong(groups: Sequence[Group], reward: RewardConfig) -> list[Group]:
+    """With `reward.overlong_filter`, the groups with every truncated response masked out: it has no token in the loss,
+    nor in a denominator. Its reward still counts in its group's mean and std, which are of all responses."""
+    if not reward.overlong_filter:
+        return list(groups)
+    return _with_samples(groups, lambda sample: _masked_out(sample) if is_truncated(sample) else sample)
+
+
+def is_truncated(sample: Sample) -> bool:
+    """Whether the response ended because it was as long as it may be."""
+    return sample.finish_reason == "length"
+
+
+def _masked_out(sample: Sample) -> Sample:
+    return dataclasses.replace(
+        sample,
+        loss_mask=np.zeros_like(sample.loss_mask),
+        rollout_logprobs=np.zeros_like(sample.rollout_logprobs),  # as everywhere outside of the mask
+    )
+
+
+def _with_samples(groups: Sequence[Group], change: Callable[[Sample], Sample]) -> list[Group]:
+    return [dataclasses.replace(group, samples=tuple(map(change, group.samples))) for group in groups]

@@ -1,0 +1,94 @@
+"""RL runs, one after another in one world of ranks, whose answers are made up instead of sampled by a server.
+
+torchrun ... dynamic_worker.py CONFIG "key=value key=value" ...    (one run for each list of overrides)
+
+How many of a prompt's responses are right stands at the end of its text; a run that finds too few mixed groups leaves
+what each rank was told in run_dir/error-RANK. Nothing else of the session is replaced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tiny_models import CHARACTERS, EOS
+
+from megatron_rl.config.load import load_config
+from megatron_rl.config.schema import Config
+from megatron_rl.data.sample import Group, Prompt, Sample, VersionSpan
+from megatron_rl.engine.device import use_device
+from megatron_rl.rollout.dynamic import DynamicSamplingError
+from megatron_rl.rollout.sampler import Sampling
+from megatron_rl.routing.trace import RoutingTrace
+
+WRONG = "x"
+
+
+class MadeUp:
+    """A leader's answers, which depend on prompt and sample alone, not on who asks."""
+
+    def sample(self, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling) -> list[Group]:
+        return [
+            Group(index, prompt, tuple(_answer(prompt, n, sampling) for n in range(sampling.samples)))
+            for index, prompt in prompts
+        ]
+
+
+def _answer(prompt: Prompt, number: int, sampling: Sampling) -> Sample:
+    """One character, and as many end tokens, which the verifier does not see, as make its length; a third of all are
+    truncated."""
+    right = number < int(prompt.text.split()[-1])
+    rng = np.random.default_rng(zlib.crc32(f"{prompt.id} {number}".encode()))
+    longest = sampling.max_response_tokens
+    length = min(int(rng.integers(1, longest * 3 // 2)), longest)
+    response = [2 + CHARACTERS.index(prompt.answer if right else WRONG), *[EOS] * (length - 1)]
+    logprobs = (-rng.random(length)).tolist()
+    sample = Sample.start(prompt, number).extend(response, logprobs, max(sampling.versions))
+    if sampling.routes is not None:
+        spec, rows = sampling.routes, len(sample.token_ids) - 1
+        ids = rng.permuted(np.tile(np.arange(spec.num_experts), (rows, len(spec.moe_layers), 1)), axis=-1)
+        trace = RoutingTrace.from_ids(
+            ids[..., : spec.top_k],
+            layers=spec.moe_layers,
+            num_experts=spec.num_experts,
+            source="rollout",
+            versions=(VersionSpan(max(sampling.versions), 0, rows),),
+        )
+        sample = sample.with_trace(trace)
+    return dataclasses.replace(sample, finish_reason="length" if length == longest else "stop")
+
+
+class NoServers:
+    """In place of the weight sync."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def push(self, version: int) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+if __name__ == "__main__":
+    use_device("cpu")
+    import torch.distributed as dist
+
+    from megatron_rl import session
+    from megatron_rl.train import train
+
+    session._connect = lambda _c, trainer, *_: (None, MadeUp() if trainer.place.leads_replica else None)  # type: ignore
+    session.WeightSync = NoServers  # type: ignore[assignment,misc]
+    dist.init_process_group("gloo")
+    for overrides in sys.argv[2:]:
+        config = load_config(Config, Path(sys.argv[1]), overrides.split())
+        try:
+            train(config)
+        except DynamicSamplingError as error:
+            (config.run_dir / f"error-{dist.get_rank()}").write_text(str(error))
+    dist.destroy_process_group()
