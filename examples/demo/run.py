@@ -44,10 +44,13 @@ def cold_start() -> None:
     (WORK / "runs" / "cold-start" / "model").rename(WORK / "cold-start")
 
 
+def preset_names() -> list[str]:
+    return sorted(p.stem for p in HERE.glob("*.yaml") if p.stem not in ("base", "sft"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    presets = sorted(p.stem for p in HERE.glob("*.yaml") if p.stem not in ("base", "sft"))
-    parser.add_argument("--preset", choices=presets, default="gspo")
+    parser.add_argument("--preset", choices=preset_names(), default="gspo")
     preset = parser.parse_args().preset
     os.chdir(ROOT)
     cold_start()
