@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
-from config_files import ARCHITECTURE, RL, SFT, write
+from config_files import ARCHITECTURE, MODEL_FIELDS, RL, SFT, write, write_model
 
-from megatron_rl.config.load import ConfigError, check_config, load_config
-from megatron_rl.config.schema import Config, SftConfig
+from megatron_rl.config.layout import Layout
+from megatron_rl.config.load import ConfigError, check_companions, check_config, load_config
+from megatron_rl.config.schema import Config, ParallelConfig, SftConfig
 
 NO_BAND = "objective.clip.low=null objective.clip.high=null"
 
@@ -39,6 +41,10 @@ def found(config: Config | SftConfig, world_size: int = 1) -> list[str]:
         (f"{NO_BAND} objective.clip.kind=weight", 1),
         ("objective.ratio=geometric objective.clip.low=0.4 objective.clip.high=0.4", 1),
         ("objective.clip.dual=3", 1),
+        ("presets=ppo rollout.group_size=1", 1),
+        ("objective.kl.kind=k3 objective.kl.beta=0.04 model.reference=other", 1),
+        ("objective.kl.kind=k1 objective.kl.beta=0.04 objective.kl.place=reward", 1),
+        ("objective.denominator=rollout train.recompute_old_logprobs=false", 1),
         ("objective.correction.kind=tis objective.correction.high=2 objective.correction.level=sequence", 1),
         ("objective.correction.kind=mis objective.correction.high=2 objective.correction.level=geometric", 1),
         ("objective.correction.kind=icepop objective.correction.low=.5 objective.correction.high=5", 1),
@@ -100,6 +106,25 @@ def test_configurations_without_a_contradiction(tmp_path: Path, overrides: str, 
             1,
             "rollout.servers.max_total_tokens: 2047 is less than data.max_prompt_tokens + rollout.max_response_tokens",
         ),
+        (
+            "train.recompute_old_logprobs=false objective.denominator=rollout objective.clip.kind=mask",
+            1,
+            "train.recompute_old_logprobs: false needs train.mini_batches 1, not 4, under objective.clip.kind mask",
+        ),
+        ("presets=ppo critic=null", 1, "critic: not set, needed by objective.advantage.estimator gae"),
+        ("critic.epochs=2", 1, "critic: does nothing under objective.advantage.estimator group"),
+        ("presets=ppo objective.advantage.gamma=null", 1, "objective.advantage.gamma: not set, needed by"),
+        ("objective.advantage.gae_lambda=1", 1, "objective.advantage.gae_lambda: 1.0 does nothing under"),
+        ("presets=ppo objective.advantage.baseline=leave-one-out", 1, "objective.advantage.baseline: leave-one-out is"),
+        ("presets=ppo critic.optim.decay_steps=5", 1, "critic.optim.decay_steps: 5 does nothing under critic.optim."),
+        ("objective.kl.beta=1", 1, "objective.kl.beta: 1.0 does nothing under objective.kl.kind none"),
+        ("objective.kl.kind=k3", 1, "objective.kl.beta: not set, needed by objective.kl.kind k3"),
+        (
+            "objective.kl.kind=unbiased objective.kl.beta=1 objective.kl.place=reward",
+            1,
+            "objective.kl.kind: unbiased weighs k3 by pi_theta/pi_old",
+        ),
+        ("model.reference=other", 1, "model.reference: other is not read under objective.kl.kind none"),
         ("objective.aggregation=constant-length", 1, "objective.constant_length: not set"),
         ("objective.constant_length=9", 1, "objective.constant_length: 9 does nothing under objective.aggregation"),
         (
@@ -293,3 +318,22 @@ def test_a_model_without_experts_has_no_routes(tmp_path: Path, override: str, ke
 )
 def test_when_the_rollouts_routes_are_needed(tmp_path: Path, overrides: str, needed: bool) -> None:
     assert rl(tmp_path, overrides).routing.needs_rollout_routes is needed
+
+
+def test_reference_and_critic_must_go_with_the_policy(tmp_path: Path) -> None:
+    for name, changes in (("other", {"hidden_size": 128}), ("critic", {"vocab_size": 98, "num_hidden_layers": 9})):
+        write_model(tmp_path / name)
+        write(tmp_path / name / "config.json", json.dumps(MODEL_FIELDS | changes))
+    config = rl(
+        tmp_path,
+        f"presets=ppo objective.kl.kind=k3 objective.kl.beta=1 model.reference={tmp_path / 'other'} "
+        f"critic.path={tmp_path / 'critic'}",
+    )
+    layout = Layout.resolve(ParallelConfig(pp=2), 2)
+    with pytest.raises(ConfigError) as caught:
+        check_companions(config, ARCHITECTURE, layout)
+    first, second, third = str(caught.value).splitlines()
+    assert first == f"model.reference: {tmp_path / 'other'} is of another architecture than model.path"
+    assert second.startswith(f"critic.path: {tmp_path / 'critic'} has a vocabulary of 98 tokens, the policy one of 99")
+    assert third.startswith(f"critic.path: {tmp_path / 'critic'}: parallel.pp")
+    check_companions(rl(tmp_path, "presets=ppo"), ARCHITECTURE, layout)
