@@ -63,7 +63,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("ranks", "layouts"), [(1, ONE_RANK), (2, TWO_RANKS), (4, FOUR_RANKS)], ids=["1 rank", "2 ranks", "4 ranks"]
+    ("ranks", "layouts"),
+    [(1, ONE_RANK), (2, TWO_RANKS), pytest.param(4, FOUR_RANKS, marks=pytest.mark.slow)],
+    ids=["1 rank", "2 ranks", "4 ranks"],
 )
 def test_values_and_gradients_equal_transformers(model: Path, tmp_path: Path, ranks: int, layouts: list[str]) -> None:
     done = run(ranks, model, tmp_path, layouts)
