@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from megatron_rl.config.layout import Layout
-from megatron_rl.config.load import ConfigError, check_config, dump_config, load_config
+from megatron_rl.config.load import ConfigError, check_companions, check_config, dump_config, load_config
 from megatron_rl.config.schema import Config, Device, EngineDtype, Recompute, ServerDtype, SftConfig
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture, read_architecture
@@ -142,7 +142,10 @@ def _check(config: Config | SftConfig, world_size: int | None, dry_run: bool) ->
         arch = read_architecture(config.model.path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: {error}") from None
-    return arch, check_config(config, arch, world_size or int(os.environ.get("WORLD_SIZE", "1")))
+    layout = check_config(config, arch, world_size or int(os.environ.get("WORLD_SIZE", "1")))
+    if isinstance(config, Config):
+        check_companions(config, arch, layout)
+    return arch, layout
 
 
 def _show(config: Config | SftConfig, arch: Architecture, layout: Layout) -> None:

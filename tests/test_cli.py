@@ -124,6 +124,10 @@ def test_a_dry_run_takes_the_world_of_torchrun(directory: Path, command: tuple[s
         (["train", "a.yaml", "model.path=x"], "model.path: x/config.json does not exist; "),
         (["train", "a.yaml", "model.path=broken"], "model.path: broken/config.json: model_type is 'gpt2'; expected "),
         (["train", "a.yaml", "--world-size", "2"], "--world-size: only --dry-run plans for a world; "),
+        (
+            ["train", "a.yaml", "presets=ppo", "critic.path=nowhere", "--dry-run"],
+            "critic.path: nowhere/config.json does not exist",
+        ),
         (["train", "a.yaml", "parallel.ep=3", "--dry-run"], "parallel: etp * ep * pp = 3 does not divide the world of"),
         (["sft", "a.yaml"], "a.yaml: steps: not set, and it has no default\na.yaml:4: train: no such key"),
         (

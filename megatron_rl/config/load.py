@@ -181,14 +181,13 @@ def _check_lengths(config: Config, arch: Architecture) -> Iterator[str]:
 
 
 def check_companions(config: Config, arch: Architecture, layout: Layout) -> None:
-    """Of reference policy and critic, which share the policy's layout. Raises ConfigError, and what read_architecture
-    raises for their directories."""
+    """Of reference policy and critic, which share the policy's layout. Raises ConfigError with all contradictions."""
     problems = []
     reference, critic = config.model.reference, config.critic
-    if reference is not None and read_architecture(reference) != arch:
+    if reference is not None and _read("model.reference", reference) != arch:
         problems.append(f"model.reference: {reference} is of another architecture than model.path")
     if critic is not None and critic.path is not None:
-        own = read_architecture(critic.path, value_head=True)
+        own = _read("critic.path", critic.path, value_head=True)
         if own.vocab_size != arch.vocab_size:
             problems.append(
                 f"critic.path: {critic.path} has a vocabulary of {own.vocab_size} tokens, the policy one of "
@@ -197,6 +196,13 @@ def check_companions(config: Config, arch: Architecture, layout: Layout) -> None
         problems += [f"critic.path: {critic.path}: {problem}" for problem in check_layout(layout, own, config.engine)]
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _read(key: str, path: Path, value_head: bool = False) -> Architecture:
+    try:
+        return read_architecture(path, value_head)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key}: {error}") from None
 
 
 def _check_group_size(config: Config) -> Iterator[str]:

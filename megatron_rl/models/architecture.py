@@ -98,7 +98,7 @@ def read_architecture(model_dir: Path, value_head: bool = False) -> Architecture
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{path} does not exist; model.path must be a Hugging Face model directory with a config.json"
+            f"{path} does not exist; expected a Hugging Face model directory with a config.json"
         ) from None
     except json.JSONDecodeError as error:
         raise ModelError(f"{path} is not valid JSON: {error}") from None
