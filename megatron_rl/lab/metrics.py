@@ -48,6 +48,8 @@ TRAINING: dict[str, Kind] = {
         for kind in ("active", "any")
         for unit in ("token", "sequence")
     },
+    "router_shift": Kind.TAIL,  # before its floor; objectives with one only
+    "router_shift/floored": Kind.MEAN,  # fraction of tokens that the floor raised
     "clip/dual/token": Kind.MEAN,
     "clip/dual/sequence": Kind.MEAN,
     **{f"correction/{what}/{unit}": Kind.MEAN for what in ("masked", "truncated") for unit in ("token", "sequence")},
@@ -102,6 +104,9 @@ def training_metrics(
     _add_kl(metrics, "kl/rollout_old", log_rho)
     _add_kl(metrics, "kl/old_policy", logprobs - old)
     _add_fractions(metrics, outputs.values, tokens)
+    if tokens.router_shift is not None and outputs.values.floored is not None:
+        metrics.add("router_shift", tokens.router_shift)
+        metrics.add("router_shift/floored", outputs.values.floored)
 
 
 def _add_kl(metrics: MetricAccumulator, name: str, log_ratio: Tensor) -> None:
