@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from megatron_rl.config.schema import Config
 from megatron_rl.data.sample import Group
 from megatron_rl.engine.distribute import MiniBatch, TrainSample, distribute
 from megatron_rl.engine.losses import PolicyLoss, without_rejected
+from megatron_rl.engine.shift import packed_shift
 from megatron_rl.objectives.advantages import group_advantages
 from megatron_rl.routing.modes import MiniBatchRouting
 from megatron_rl.session import Session, open_session
@@ -30,6 +33,7 @@ def train(config: Config, resume: bool = False) -> None:
             mini_batches = schedule(session, with_advantages(groups, config))
             updates = old_policy(session, mini_batches)
             for mini_batch, (loss, routing) in zip(mini_batches, updates, strict=True):
+                loss.router_shift = router_shift(session, mini_batch, routing)
                 metrics = session.trainer.update(mini_batch, loss, routing)
                 session.log_update(mini_batch.index, metrics)
             session.finish_step()
@@ -89,6 +93,18 @@ def old_policy(session: Session, mini_batches: Sequence[MiniBatch]) -> list[tupl
                     policy.logprobs(mini_batch.micro_batches, routing=routing.rerun_pass())
             updates.append((PolicyLoss(config.objective, mini_batch, old, policy.device), routing))
     return updates
+
+
+def router_shift(session: Session, mini_batch: MiniBatch, routing: MiniBatchRouting | None) -> list[Tensor] | None:
+    """RSPO's factor of every token, [T] for each micro-batch; None for an objective without it. One more forward pass,
+    for the first mini-batch too, where it comes out as exactly 1."""
+    if routing is None or routing.shift is None:
+        return None
+    policy, shift = session.trainer.policy, routing.shift
+    with session.trainer.phase("router shift"):
+        policy.logprobs(mini_batch.micro_batches, routing=routing.shift_pass(shift))
+        layers = len(policy.arch.moe_layers)
+        return packed_shift(shift.log_sums, mini_batch.micro_batches, layers, policy.layout, policy.place)
 
 
 def _due(every: int, session: Session) -> bool:

@@ -37,6 +37,8 @@ class PolicyLoss:
     ) -> None:
         """old_logprobs: [T] per micro-batch, or None to take the update's own forward pass, detached."""
         self.metrics = MetricAccumulator(TRAINING, device)
+        self.router_shift: Sequence[Tensor] | None = None
+        """[T] per micro-batch; known only right before the update, and set then if the objective has one."""
         self._objective = objective
         self._loss = get_objective(objective)
         self._mini_batch = mini_batch
@@ -45,6 +47,10 @@ class PolicyLoss:
     def __call__(self, index: int, logprobs: Tensor, entropy: Tensor) -> Tensor:
         old = logprobs.detach() if self._old is None else self._old[index]
         inputs = _loss_inputs(self._mini_batch.micro_batches[index], logprobs, old)
+        if (self.router_shift is None) != (self._objective.router_shift is None):
+            raise RuntimeError("objective.router_shift and the mini-batch's router shift: one is set without the other")
+        if self.router_shift is not None:
+            inputs = dataclasses.replace(inputs, router_shift=self.router_shift[index])
         outputs = self._loss(inputs, self._objective, self._mini_batch.denominators)
         training_metrics(self.metrics, inputs, outputs, entropy)
         return outputs.loss
