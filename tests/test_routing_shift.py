@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from objective_reference import FAMILY
 from rl_runs import environment, torchrun
 from routing_worker import LENGTHS, drifted_samples
 from safetensors.torch import load_file
@@ -18,7 +19,11 @@ from tiny_models import VOCAB_SIZE, make_tiny_model
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
+from megatron_rl.data.packing import pack
 from megatron_rl.data.sample import Sample
+from megatron_rl.data.schedule import Denominators
+from megatron_rl.engine.distribute import MiniBatch
+from megatron_rl.engine.losses import PolicyLoss
 from megatron_rl.routing.replay import Tap
 from megatron_rl.routing.shift import RouterShift, log_stay, router_logprobs
 
@@ -68,6 +73,16 @@ def test_layers_add_up_at_the_experts_that_pi_old_used() -> None:
     layer = np.log([(1 / 6 + 1) / 2, (7 / 8 + 1 / 2) / 2])
     np.testing.assert_allclose(shift.log_sums[1], 2 * layer, rtol=1e-5)
     assert shift.log_sums[0].tolist() == [0.0]
+
+
+def test_a_loss_that_was_not_given_its_shift_is_an_error() -> None:
+    packed = pack(drifted_samples(VOCAB_SIZE, MOE_LAYERS, EXPERTS, TOP_K), [1.0] * len(LENGTHS))
+    zeros = torch.zeros(packed.tokens)
+    loss = PolicyLoss(FAMILY["rspo"], MiniBatch(0, (packed,), Denominators(1, 1)), [zeros], torch.device("cpu"))
+    with pytest.raises(RuntimeError, match=r"objective\.router_shift and the mini-batch's router shift: one is set"):
+        loss(0, zeros, zeros)
+    loss.router_shift = [torch.ones(packed.tokens)]
+    assert loss(0, zeros, zeros).item() == pytest.approx(-len(LENGTHS))
 
 
 # Real ranks against transformers' routers
