@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_rl.engine.advantages import Doubles, gae_finish, group_finish, kl_penalties, wait_for_policies
 from megatron_rl.engine.distribute import MiniBatch
 from megatron_rl.engine.losses import PolicyLoss, ValueLoss, without_rejected
+from megatron_rl.engine.shift import packed_shift
 from megatron_rl.objectives.kl import in_reward
 from megatron_rl.routing.modes import MiniBatchRouting
 from megatron_rl.session import Session
@@ -124,3 +125,16 @@ def _penalties(
         for mini_batch, each in zip(mini_batches, passes, strict=True)
     ]
     return [kl_penalties(objective, old, each.reference or []) for old, each in zip(olds, passes, strict=True)]
+
+
+def measure_router_shift(session: Session, update: Update) -> None:
+    """RSPO's factor of every token, right before its update, by one more forward pass; in the first mini-batch too,
+    where it comes out as exactly 1. Nothing for an objective without it."""
+    routing, batches = update.routing, update.mini_batch.micro_batches
+    if routing is None or routing.shift is None:
+        return
+    policy, shift = session.trainer.policy, routing.shift
+    with session.trainer.phase("router shift"):
+        policy.logprobs(batches, routing=routing.shift_pass(shift))
+        layers = len(policy.arch.moe_layers)
+        update.loss.router_shift = packed_shift(shift.log_sums, batches, layers, policy.layout, policy.place)

@@ -31,6 +31,7 @@ from megatron_rl.rollout.sampler import Sampling
 from megatron_rl.rollout.source import Leader, rollout_file, saved_groups
 from megatron_rl.routing.drift import RoutingStats
 from megatron_rl.routing.modes import MiniBatchRouting
+from megatron_rl.routing.shift import RouterShift
 from megatron_rl.trainer import Trainer, open_trainer
 from megatron_rl.weights.sync import WeightSync
 
@@ -137,12 +138,15 @@ class Session:
         policy, place = self.trainer.policy, self.trainer.place
         if not policy.arch.num_experts:
             return None
+        valid = [valid_rows(batch, policy.layout, place, policy.device) for batch in mini_batch.micro_batches]
+        shifts = self.config.objective.router_shift is not None
         return MiniBatchRouting(
             self.config.routing,
             policy.routers,
             None if mini_batch.routes is None else [routes.to(policy.device) for routes in mini_batch.routes],
-            [valid_rows(batch, policy.layout, place, policy.device) for batch in mini_batch.micro_batches],
+            valid,
             RoutingStats(policy.arch.moe_layers, policy.arch.num_experts, policy.arch.experts_per_token, policy.device),
+            RouterShift([len(rows) for rows in valid], policy.device) if shifts else None,
         )
 
     def update(self, update: Update) -> None:

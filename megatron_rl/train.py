@@ -14,7 +14,7 @@ from megatron_rl.config.schema import Config
 from megatron_rl.data.sample import Group
 from megatron_rl.engine.advantages import wait_for_policies
 from megatron_rl.engine.distribute import MiniBatch, TrainSample, distribute
-from megatron_rl.experience import prepare
+from megatron_rl.experience import measure_router_shift, prepare
 from megatron_rl.objectives.advantages import group_advantages
 from megatron_rl.session import Session, open_session
 
@@ -32,6 +32,7 @@ def train(config: Config, resume: bool = False) -> None:
             mini_batches = schedule(session, with_advantages(groups, config))
             updates = prepare(session, mini_batches)
             for update in updates:
+                measure_router_shift(session, update)
                 session.update(update)
             session.finish_epochs(updates)
             session.finish_step()

@@ -11,12 +11,14 @@ from objective_reference import Logprobs, TrainedSequence
 
 @dataclass(frozen=True, eq=False)
 class Response:
-    """[|y|] log-probs of the masked-in tokens; stopped: pi_theta where the paper stops the gradient."""
+    """[|y|] log-probs of the masked-in tokens; stopped: pi_theta where the paper stops the gradient; gamma: RSPO's
+    router shift."""
 
     new: np.ndarray
     stopped: np.ndarray
     old: np.ndarray
     mu: np.ndarray
+    gamma: np.ndarray
     advantage: float
 
 
@@ -62,6 +64,16 @@ def gmpo(batch: Sequence[Response]) -> float:
         sign = np.sign(y.advantage)
         r = np.exp(y.new - y.old)
         held = np.minimum(r**sign, np.clip(r, np.exp(-0.4), np.exp(0.4)) ** sign) ** sign
+        per_response.append(np.prod(held) ** (1 / len(held)) * y.advantage)
+    return np.mean(per_response)
+
+
+def rspo(batch: Sequence[Response]) -> float:
+    per_response = []
+    for y in batch:
+        sign = np.sign(y.advantage)
+        w = np.exp(y.new - y.old) * np.maximum(y.gamma, 0.8)
+        held = np.minimum(w**sign, np.clip(w, np.exp(-0.4), np.exp(0.4)) ** sign) ** sign
         per_response.append(np.prod(held) ** (1 / len(held)) * y.advantage)
     return np.mean(per_response)
 
@@ -112,6 +124,7 @@ PAPERS: dict[str, Callable[[Sequence[Response]], float]] = {
     "minirl": minirl,
     "ppo": ppo,
     "rloo": rloo,
+    "rspo": rspo,
     "sapo": sapo,
     "topr": topr,
 }
@@ -119,7 +132,7 @@ PAPERS: dict[str, Callable[[Sequence[Response]], float]] = {
 
 def paper_loss(sequences: Sequence[TrainedSequence], name: str, live: Logprobs, frozen: Logprobs) -> float:
     batch = [
-        Response(new, stopped, s.old[s.mask], s.rollout[s.mask], s.advantage)
+        Response(new, stopped, s.old[s.mask], s.rollout[s.mask], s.shift[s.mask], s.advantage)
         for s, new, stopped in zip(sequences, live, frozen, strict=True)
         if s.mask.any()
     ]

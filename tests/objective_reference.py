@@ -49,13 +49,16 @@ class TrainedSequence:
     entropy: np.ndarray
     mask: np.ndarray
     advantage: float
+    shift: np.ndarray
 
 
 def random_sequences(
     seed: int, lengths: Sequence[int], drift: float = 0.3, mismatch: float = 0.1
 ) -> list[TrainedSequence]:
-    """Sequences with these numbers of masked-in tokens, among others that are masked out and hold NaN."""
+    """Sequences with these numbers of masked-in tokens, among others that are masked out and hold NaN. Routers shift by
+    `drift`, as the policy does: without it, by a factor of 1."""
     rng = np.random.default_rng(seed)
+    routers = np.random.default_rng([seed, 1])
     sequences = []
     for length in lengths:
         n = length + int(rng.integers(1, 5))
@@ -67,6 +70,7 @@ def random_sequences(
             "logprobs": old + drift * rng.normal(size=n),
             "rollout": old + mismatch * rng.normal(size=n),
             "entropy": rng.exponential(1.0, n),
+            "shift": np.exp(-drift * routers.exponential(0.7, n)),
         }
         values = {name: np.where(mask, value, np.nan) for name, value in values.items()}
         sequences.append(TrainedSequence(**values, mask=mask, advantage=float(rng.normal())))
@@ -88,6 +92,7 @@ def pack(sequences: Sequence[TrainedSequence], dtype: torch.dtype = torch.float6
         loss_mask=torch.as_tensor(mask),
         sequence_ids=torch.as_tensor(ids.astype(np.int64)),
         num_sequences=len(sequences),
+        router_shift=tensor([sequence.shift for sequence in sequences]),
     )
 
 

@@ -45,6 +45,7 @@ def found(config: Config | SftConfig, world_size: int = 1) -> list[str]:
         ("objective.kl.kind=k3 objective.kl.beta=0.04 model.reference=other", 1),
         ("objective.kl.kind=k1 objective.kl.beta=0.04 objective.kl.place=reward", 1),
         ("objective.denominator=rollout train.recompute_old_logprobs=false", 1),
+        ("objective.router_shift=0.8 objective.denominator=rollout routing.replay=r2", 1),
         ("objective.correction.kind=tis objective.correction.high=2 objective.correction.level=sequence", 1),
         ("objective.correction.kind=mis objective.correction.high=2 objective.correction.level=geometric", 1),
         ("objective.correction.kind=icepop objective.correction.low=.5 objective.correction.high=5", 1),
@@ -179,6 +180,11 @@ def test_configurations_without_a_contradiction(tmp_path: Path, overrides: str, 
             1,
             "objective.correction.kind: mis takes tokens out of the denominators, for which rho must be known before",
         ),
+        (
+            "objective.router_shift=0.8 train.recompute_old_logprobs=false train.mini_batches=1",
+            1,
+            "objective.router_shift: 0.8, but train.recompute_old_logprobs is false: there is no old-log-prob pass",
+        ),
         ("rollout.group_size=1", 1, "rollout.group_size: 1 makes every advantage 0"),
         ("rollout.group_size=1 objective.advantage.std=none", 1, "rollout.group_size: 1 makes every advantage 0"),
         (
@@ -295,6 +301,7 @@ def test_dense_layers_that_a_server_would_ignore(tmp_path: Path) -> None:
         ("routing.replay=r3", "routing.replay: r3"),
         ("routing.observe_rollout=true", "routing.observe_rollout: true"),
         ("routing.noise_floor=1", "routing.noise_floor: 1"),
+        ("objective.router_shift=0.8", "objective.router_shift: 0.8"),
     ],
 )
 def test_a_model_without_experts_has_no_routes(tmp_path: Path, override: str, key: str) -> None:

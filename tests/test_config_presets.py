@@ -103,6 +103,14 @@ PAPERS = {
         aggregation="seq-mean-token-sum",
         advantage=AdvantageConfig(estimator="group", baseline="leave-one-out", std="none"),
     ),
+    "rspo": ObjectiveConfig(
+        ratio="geometric",
+        denominator="old",
+        clip=ClipConfig(low=0.4, high=0.4),
+        aggregation="seq-mean-token-mean",
+        advantage=AdvantageConfig(estimator="group", baseline="mean", std="sample"),
+        router_shift=0.8,
+    ),
     "sapo": ObjectiveConfig(
         ratio="token",
         denominator="old",
@@ -176,7 +184,8 @@ def test_nothing_of_another_objective_shines_through_a_preset(tmp_path: Path, na
         "objective: {ratio: sequence-token, denominator: rollout, clip: {kind: tapered, low: 0.9, high: 9, "
         "dual: 9, tau_positive: 9, tau_negative: 9}, aggregation: constant-length, constant_length: 9, "
         "advantage: {baseline: none, std: none}, "
-        "correction: {kind: mis, level: sequence, low: 9, high: 9, delta: 9}, custom: a:b}\n",
+        "correction: {kind: mis, level: sequence, low: 9, high: 9, delta: 9}, "
+        "router_shift: 0.9, custom: a:b}\n",
     )
     path = write(tmp_path / "a.yaml", RL + f"presets: [other.yaml, {name}]\n")
     assert load_config(Config, path).objective == PAPERS[name]

@@ -71,7 +71,12 @@ def expected_metrics(sequences, config, loss):
     rho = np.exp(np.concatenate(old) - np.concatenate(mu))
     s = np.array([math.exp((n - b).mean()) for n, b in zip(new, base, strict=True)])
     judged = old if config.clip.kind == "mask" else base
-    clipped = np.concatenate([CLIPPED[config.ratio](np.exp(n - b)) for n, b in zip(new, judged, strict=True)])
+    shift = [sequence.shift[sequence.mask] for sequence in present]
+    floor = config.router_shift
+    kept = [np.ones(len(each)) if floor is None else np.maximum(each, floor) for each in shift]
+    clipped = np.concatenate(
+        [CLIPPED[config.ratio](np.exp(n - b) * k) for n, b, k in zip(new, judged, kept, strict=True)]
+    )
     low, high = config.clip.low, config.clip.high
     if config.ratio == "geometric":
         low, high = 1 - math.exp(-low), math.exp(high) - 1
@@ -106,6 +111,9 @@ def expected_metrics(sequences, config, loss):
         **tail("abs_logprob_gap", np.abs(np.log(rho))),
         **tail("log_perplexity_gap", np.array([m.mean() - o.mean() for m, o in zip(mu, old, strict=True)])),
     }
+    if floor is not None:
+        gamma = np.concatenate(shift)
+        expected |= {**tail("router_shift", gamma), "router_shift/floored": (gamma < floor).mean()}
     for name, mask in masks.items():
         expected[f"{name}/token"] = mask.mean()
         expected[f"{name}/sequence"] = np.mean([each.any() for each in np.split(mask, ends[:-1])])
@@ -205,7 +213,7 @@ def test_every_declared_metric_is_measured():
     sequences = random_sequences(8, [5, 3])
     report = {}
     for kind in ("tis", "icepop"):
-        update = {"clip": clip, "correction": CorrectionConfig(kind=kind, high=2.0)}
+        update = {"clip": clip, "correction": CorrectionConfig(kind=kind, high=2.0), "router_shift": 0.9}
         report |= measure([sequences], GRPO.model_copy(update=update), sequences).finalize()
     report |= of_reference(sequences)[0]
     for name in TRAINING:

@@ -86,6 +86,7 @@ short_ratio = replaced(None, log_sequence_ratio=torch.zeros(2))
 whole_mask = replaced("clipping", below=torch.zeros(20, dtype=torch.bool))
 float_mask = replaced("clipping", above=torch.zeros(7))
 short_factor = replaced("correction", factor=torch.ones(3))
+whole_floored = replaced(None, floored=torch.zeros(20, dtype=torch.bool))
 bool_factor = replaced("correction", factor=torch.ones(7, dtype=torch.bool))
 
 
@@ -100,6 +101,7 @@ bool_factor = replaced("correction", factor=torch.ones(7, dtype=torch.bool))
         ("whole_mask", r"below: shape \(20,\), expected \(7,\)"),
         ("float_mask", "above: dtype torch.float32, expected bool"),
         ("short_factor", r"factor: shape \(3,\), expected \(7,\)"),
+        ("whole_floored", r"floored: shape \(20,\), expected \(7,\)"),
         ("bool_factor", "factor: dtype torch.bool, expected float"),
     ],
 )

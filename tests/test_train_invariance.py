@@ -14,6 +14,7 @@ from tiny_models import make_tiny_model
 from megatron_rl.lab.run import read_metrics
 
 TWO_RANKS = ["tp=2", "pp=2", "pp=2 vpp=2", "cp=2", "ep=2", "", "cp=2 ep=2"]
+RSPO_TWO_RANKS = ["tp=2", "pp=2 vpp=2", "cp=2 ep=2"]
 FOUR_RANKS = ["tp=2 ep=2 etp=2", "tp=2 pp=2", "tp=2 pp=2 ep=2"]
 
 
@@ -34,6 +35,8 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
             f"run_dir={root / 'all-at-once'} engine.max_tokens_per_micro_batch=4096",
             f"run_dir={root / 'other-order'} rollout.replay_from={root / 'shuffled'}",
             f"run_dir={root / 'recompute'} engine.recompute=full",
+            f"run_dir={root / 'rspo'} presets=rspo",
+            f"run_dir={root / 'rspo-r2'} presets=rspo engine.recompute=full routing.replay=r2",
         ],
     )
     return config, root / "reference"
@@ -48,6 +51,17 @@ def assert_same(run_dir: Path, reference: Path) -> None:
     for name, weight in weights(run_dir).items():
         scale = trained[name].abs().max()
         assert (weight - trained[name]).abs().max() <= 1e-4 * scale, f"{name} in {run_dir.name}"
+
+
+def assert_same_shift(run_dir: Path, reference: Path) -> None:
+    """Where the objective has none, in both."""
+
+    def shifts(directory: Path) -> list[dict[str, float]]:
+        lines = read_metrics(directory / "metrics.jsonl")
+        return [{name: line[name] for name in line if name.startswith("router_shift/")} for line in lines]
+
+    for found, expected in zip(shifts(run_dir), shifts(reference), strict=True):
+        assert found == pytest.approx(expected, rel=2e-3, abs=1e-3), run_dir.name
 
 
 def test_the_run_learns_something(setting: tuple[Path, Path]) -> None:
@@ -74,24 +88,46 @@ def test_first_mini_batch_is_exactly_on_policy(setting: tuple[Path, Path]) -> No
             assert line["ratio/min"] < 1.0 < line["ratio/max"]
 
 
+@pytest.mark.parametrize("run", ["rspo", "rspo-r2"])
+def test_routers_shift_after_the_first_mini_batch(setting: tuple[Path, Path], run: str) -> None:
+    lines = read_metrics(setting[1].parent / run / "metrics.jsonl")
+    for line in lines:
+        if line["mini_batch"] == 0:
+            assert line["router_shift/min"] == line["router_shift/max"] == 1.0
+            assert line["ratio/min"] == line["ratio/max"] == 1.0
+            assert line["router_shift/floored"] == 0
+        else:
+            assert 0.0 < line["router_shift/min"] < line["router_shift/max"] < 1.0
+    assert any(0 < line["router_shift/floored"] < 1 for line in lines)
+    assert "router_shift/mean" not in read_metrics(setting[1] / "metrics.jsonl")[0]
+
+
 @pytest.mark.parametrize("other", ["one-by-one", "all-at-once", "other-order", "recompute"])
 def test_micro_batches_packing_order_and_recompute_do_not_matter(setting: tuple[Path, Path], other: str) -> None:
     assert_same(setting[1].parent / other, setting[1])
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("ranks", "layouts"), [(2, TWO_RANKS), (4, FOUR_RANKS)], ids=["2 ranks", "4 ranks"])
-def test_layouts_do_not_matter(setting: tuple[Path, Path], ranks: int, layouts: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "layouts", "rspo_layouts"),
+    [(2, TWO_RANKS, RSPO_TWO_RANKS), (4, FOUR_RANKS, [])],
+    ids=["2 ranks", "4 ranks"],
+)
+def test_layouts_do_not_matter(
+    setting: tuple[Path, Path], ranks: int, layouts: list[str], rspo_layouts: list[str]
+) -> None:
     config, reference = setting
+    wanted = [("gspo", layout) for layout in layouts] + [("rspo", layout) for layout in rspo_layouts]
     runs, directories = [], []
-    for layout in layouts:
-        directory = config.parent / f"{ranks} ranks {layout}".replace(" ", "-")
+    for preset, layout in wanted:
+        directory = config.parent / f"{preset} {ranks} ranks {layout}".replace(" ", "-")
         degrees = " ".join(f"parallel.{degree}" for degree in layout.split())
-        runs.append(f"run_dir={directory} {degrees}")
-        directories.append(directory)
+        runs.append(f"run_dir={directory} presets={preset} {degrees}")
+        directories.append((directory, reference if preset == "gspo" else reference.with_name("rspo")))
     run_all(config, ranks, runs)
-    for directory in directories:
-        assert_same(directory, reference)
+    for directory, alone in directories:
+        assert_same(directory, alone)
+        assert_same_shift(directory, alone)
         first = [line for line in read_metrics(directory / "metrics.jsonl") if line["mini_batch"] == 0]
         assert all(line["ratio/min"] == line["ratio/max"] == 1.0 for line in first), directory.name
 

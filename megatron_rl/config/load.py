@@ -277,6 +277,7 @@ def _check_routing(config: Config, arch: Architecture) -> Iterator[str]:
         f"routing.replay: {routing.replay}": routing.replay != "none",
         "routing.observe_rollout: true": routing.observe_rollout,
         f"routing.noise_floor: {routing.noise_floor}": routing.noise_floor > 0,
+        f"objective.router_shift: {config.objective.router_shift}": config.objective.router_shift is not None,
     }
     if not arch.num_experts:
         yield from (f"{key}, but the model has no experts" for key, is_used in used.items() if is_used)

@@ -28,6 +28,11 @@ def check_objective(config: Config) -> Iterator[str]:
             f"objective.constant_length: {objective.constant_length} does nothing under objective.aggregation "
             f"{objective.aggregation}"
         )
+    if objective.router_shift is not None and not config.train.recompute_old_logprobs:
+        yield (
+            f"objective.router_shift: {objective.router_shift}, but train.recompute_old_logprobs is false: there is no "
+            "old-log-prob pass whose routers it could be measured from"
+        )
     yield from _check_clip(objective)
     yield from _check_correction(objective, config.train)
     yield from _check_advantage(config)

@@ -232,8 +232,8 @@ class ObjectiveConfig(Frozen):
     correction: CorrectionConfig = CorrectionConfig()
     kl: KLConfig = KLConfig()
     router_shift: Annotated[float, Field(gt=0, le=1)] | None = None
-    """RSPO [2510.23027]: the ratio is multiplied by how little the routers have moved since pi_old, and by no less than
-    this; null: it is not."""
+    """RSPO [2510.23027]: each token's ratio is multiplied, before the clip, by how little the routers have moved for it
+    since pi_old, and by no less than this. One more forward pass for each mini-batch. null: it is not."""
     custom: str | None = None
     """A loss of one's own, `package.module:function`, called as megatron_rl.objectives.policy.policy_loss is and in its
     place; advantage, and the denominators under correction, are as without it."""

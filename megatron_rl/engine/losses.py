@@ -43,6 +43,8 @@ class PolicyLoss:
         """old_logprobs: [T] per micro-batch, or None to take the update's own forward pass, detached; `old_is_rollout`:
         they are mu's, which stands for pi_old [GSPO 2507.18071, section 5.4], so there is no mismatch to measure."""
         self.metrics = MetricAccumulator(TRAINING, device)
+        self.router_shift: Sequence[Tensor] | None = None
+        """[T] per micro-batch; known only right before the update, and set then if the objective has one."""
         self._objective = objective
         self._loss = get_objective(objective)
         self._mini_batch = mini_batch
@@ -54,6 +56,10 @@ class PolicyLoss:
         old = logprobs.detach() if self._old is None else self._old[index]
         reference = None if self._reference is None else self._reference[index]
         inputs = _loss_inputs(self._mini_batch.micro_batches[index], logprobs, old, reference)
+        if (self.router_shift is None) != (self._objective.router_shift is None):
+            raise RuntimeError("objective.router_shift and the mini-batch's router shift: one is set without the other")
+        if self.router_shift is not None:
+            inputs = dataclasses.replace(inputs, router_shift=self.router_shift[index])
         outputs = self._loss(inputs, self._objective, self._mini_batch.denominators)
         training_metrics(self.metrics, inputs, outputs, entropy, mismatch=self._measures_mismatch)
         return outputs.loss

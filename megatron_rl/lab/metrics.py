@@ -55,6 +55,8 @@ TRAINING: dict[str, Kind] = {
         for kind in ("active", "any")
         for unit in ("token", "sequence")
     },
+    "router_shift": Kind.TAIL,  # before its floor; objectives with one only
+    "router_shift/floored": Kind.MEAN,  # fraction of tokens that the floor raised
     "clip/dual/token": Kind.MEAN,
     "clip/dual/sequence": Kind.MEAN,
     **{f"correction/{what}/{unit}": Kind.MEAN for what in ("masked", "truncated") for unit in ("token", "sequence")},
@@ -129,6 +131,9 @@ def training_metrics(
     if tokens.reference_logprobs is not None:
         _add_kl(metrics, "kl/policy_reference", tokens.reference_logprobs.double() - logprobs)
     _add_fractions(metrics, outputs.values, tokens)
+    if tokens.router_shift is not None and outputs.values.floored is not None:
+        metrics.add("router_shift", tokens.router_shift)
+        metrics.add("router_shift/floored", outputs.values.floored)
 
 
 def _add_kl(metrics: MetricAccumulator, name: str, log_ratio: Tensor) -> None:

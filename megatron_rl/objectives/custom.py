@@ -57,6 +57,8 @@ def _checked(outputs: object, inputs: LossInputs, name: str) -> PolicyLossOutput
         raise ObjectiveError(f"{name}: loss has no gradient; it must depend on inputs.logprobs")
     values = outputs.values
     _check_tensor(values.log_sequence_ratio, (inputs.num_sequences,), False, f"{name}: log_sequence_ratio")
+    if values.floored is not None:
+        _check_tensor(values.floored, masked_in, True, f"{name}: floored")
     for part in (values.clipping, values.correction):
         for field in fields(part):
             value = getattr(part, field.name)

@@ -35,6 +35,9 @@ class LossInputs:
     """S; sequences without a masked-in token may be among them."""
     reference_logprobs: Tensor | None = None
     """[T] float, log pi_ref; None where there is no reference policy."""
+    router_shift: Tensor | None = None
+    """[T] float in 0 .. 1: how little the routers have moved since pi_old (routing/shift.py), not floored yet; 1 where
+    they have not. None: 1 everywhere."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -89,6 +92,8 @@ class LossValues:
     """[S] log s of GSPO, whatever the objective's ratio, with its denominator; 0 without masked-in tokens."""
     clipping: Clipping
     correction: Correction
+    floored: Tensor | None = None
+    """[M] bool, where the router shift was raised to its floor; None for an objective without one."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_rl.config.schema import ClipConfig, ObjectiveConfig
 from megatron_rl.data.schedule import Denominators
 from megatron_rl.objectives.inputs import Clipping
-from megatron_rl.objectives.ratios import RATIOS, Tokens, token_log_ratio
+from megatron_rl.objectives.ratios import RATIOS, Tokens, shifted, token_log_ratio
 
 # log w beyond which the soft gate is flat to the last bit of float64. exp(log w) may overflow there, and its gradient
 # would be 0 * inf.
@@ -92,11 +92,12 @@ SURROGATES: dict[str, Callable[[Tensor, Tokens, Clipping, ClipConfig], Tensor]] 
 
 
 def clipping(tokens: Tokens, config: ObjectiveConfig) -> Clipping:
-    """Where the ratio leaves its band. A mask is about staleness: it looks at pi_theta/pi_old whatever the ratio is
-    taken against."""
+    """Where the ratio, times the router shift if the objective has one, leaves its band. A mask is about staleness: it
+    looks at pi_theta/pi_old whatever the ratio is taken against."""
     clip = config.clip
     base = "old" if clip.kind == "mask" else config.denominator
-    log_ratio = RATIOS[config.ratio](token_log_ratio(tokens, base).detach(), tokens)
+    by_token = shifted(token_log_ratio(tokens, base).detach(), tokens, config.router_shift)
+    log_ratio = RATIOS[config.ratio](by_token, tokens)
     low, high = log_band(clip, geometric=config.ratio == "geometric")
     below, above = log_ratio < low, log_ratio > high
     return Clipping(

@@ -10,7 +10,7 @@ from megatron_rl.objectives.corrections import LEAVES_DENOMINATORS, correct, cou
 from megatron_rl.objectives.inputs import Correction, LossInputs, LossOutputs, LossValues, PolicyLossOutputs
 from megatron_rl.objectives.kl import in_loss, kl_terms
 from megatron_rl.objectives.losses import clipping, surrogate, token_weights
-from megatron_rl.objectives.ratios import RATIOS, Tokens, token_log_ratio
+from megatron_rl.objectives.ratios import RATIOS, Tokens, floored, shifted, token_log_ratio
 
 
 def policy_loss(inputs: LossInputs, config: ObjectiveConfig, denominators: Denominators) -> PolicyLossOutputs:
@@ -23,7 +23,7 @@ def policy_loss(inputs: LossInputs, config: ObjectiveConfig, denominators: Denom
     tokens = Tokens.of(inputs)
     correction = correct(tokens, config)
     log_ratio = token_log_ratio(tokens, config.denominator)
-    log_weight = RATIOS[config.ratio](log_ratio, tokens)
+    log_weight = RATIOS[config.ratio](shifted(log_ratio, tokens, config.router_shift), tokens)
     if correction.masked is not None and config.ratio != "geometric":
         log_weight = log_weight.masked_fill(correction.masked, 0.0)  # 0 * exp(log w) is NaN where w overflows
     where = clipping(tokens, config)
@@ -31,7 +31,9 @@ def policy_loss(inputs: LossInputs, config: ObjectiveConfig, denominators: Denom
     weights = token_weights(tokens, counted_lengths(tokens, correction, config), config, denominators)
     if in_loss(config):
         terms = terms - _of_counted(kl_terms(tokens, config), correction, config)
-    values = LossValues(tokens.sequence_mean(log_ratio.detach()), where, correction)
+    values = LossValues(
+        tokens.sequence_mean(log_ratio.detach()), where, correction, floored(tokens, config.router_shift)
+    )
     return PolicyLossOutputs(-(weights * terms).sum(), values)
 
 

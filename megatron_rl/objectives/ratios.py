@@ -25,7 +25,8 @@ class Tokens:
     sequence_ids: Tensor
     lengths: Tensor
     """[S] int64, |y|: masked-in tokens; 0 for a sequence that is masked out."""
-    reference_logprobs: Tensor | None
+    reference_logprobs: Tensor | None = None
+    router_shift: Tensor | None = None
 
     @classmethod
     def of(cls, inputs: LossInputs) -> Tokens:
@@ -42,6 +43,7 @@ class Tokens:
                 0, sequence_ids, torch.ones_like(sequence_ids)
             ),
             reference_logprobs=None if inputs.reference_logprobs is None else inputs.reference_logprobs[kept].detach(),
+            router_shift=None if inputs.router_shift is None else inputs.router_shift[kept].detach(),
         )
 
     def sequence_sum(self, values: Tensor) -> Tensor:
@@ -56,6 +58,23 @@ class Tokens:
 def token_log_ratio(tokens: Tokens, denominator: str) -> Tensor:
     """[M] log pi_theta - log pi_old (`old`: log r) or log pi_theta - log mu (`rollout`: log omega)."""
     return tokens.logprobs - {"old": tokens.old_logprobs, "rollout": tokens.rollout_logprobs}[denominator]
+
+
+def shifted(log_ratio: Tensor, tokens: Tokens, floor: float | None) -> Tensor:
+    """[M] log of each token's ratio times its router shift, which counts as no less than `floor`: RSPO [2510.23027].
+    Without a floor the objective has no router shift.
+
+    So every ratio of RATIOS is that of the tokens' products: s times the geometric mean of a response's shifts, the
+    product over it times theirs. The shift carries no gradient.
+    """
+    if floor is None or tokens.router_shift is None:
+        return log_ratio
+    return log_ratio + tokens.router_shift.clamp(min=floor).log()
+
+
+def floored(tokens: Tokens, floor: float | None) -> Tensor | None:
+    """[M] bool, where the router shift counts as `floor`; None where there is none."""
+    return None if floor is None or tokens.router_shift is None else tokens.router_shift < floor
 
 
 def token(log_ratio: Tensor, tokens: Tokens) -> Tensor:

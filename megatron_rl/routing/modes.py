@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_rl.config.schema import RoutingConfig
 from megatron_rl.routing.drift import OLD_POLICY, RERUN, ROLLOUT_OLD, RoutingStats
 from megatron_rl.routing.replay import Observer, Routers, RoutingPass, Tap
+from megatron_rl.routing.shift import RouterShift
 from megatron_rl.routing.slicing import RankRoutes
 
 
@@ -27,10 +28,12 @@ class MiniBatchRouting:
         rollout: Sequence[RankRoutes] | None,
         valid: Sequence[Tensor],
         stats: RoutingStats,
+        shift: RouterShift | None = None,
     ) -> None:
         """`rollout`: the rollout engine's routes, one for each micro-batch; `valid`, [rows] bool each, is False on
-        padding."""
+        padding; `shift`: None where the objective does not ask for it."""
         self.stats = stats
+        self.shift = shift
         self._config = config
         self._routers = routers
         self._rollout = rollout
@@ -40,12 +43,18 @@ class MiniBatchRouting:
     def old_pass(self) -> RoutingPass:
         """For the pass that computes pi_old's log-probs."""
         observers = [] if self._rollout is None else [self._against_rollout()]
+        if self.shift is not None:
+            observers.append(self.shift.keep)
         self._old = RoutingPass(self._routers, self._of_rollout(), record=True, observers=observers)
         return self._old
 
     def rerun_pass(self) -> RoutingPass:
         """For a second one, which should choose the same."""
         return RoutingPass(self._routers, self._of_rollout(), observers=[self._against_first()])
+
+    def shift_pass(self, shift: RouterShift) -> RoutingPass:
+        """For a forward pass under the weights and the routes of the update to come, which completes `shift`."""
+        return RoutingPass(self._routers, self._routes(), observers=[shift.compare])
 
     def update_pass(self) -> RoutingPass:
         """For the forward and backward passes of the update."""

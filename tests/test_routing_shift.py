@@ -1,0 +1,206 @@
+"""The router shift of RSPO: numbers by hand, and in every layout and mode that of transformers' routers in float64."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from objective_reference import FAMILY
+from rl_runs import environment, torchrun
+from routing_worker import LENGTHS, drifted_samples
+from safetensors.torch import load_file
+from shift_worker import MODES
+from tiny_models import VOCAB_SIZE, make_tiny_model
+from transformers import AutoModelForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+from megatron_rl.data.packing import pack
+from megatron_rl.data.sample import Sample
+from megatron_rl.data.schedule import Denominators
+from megatron_rl.engine.distribute import MiniBatch
+from megatron_rl.engine.losses import PolicyLoss
+from megatron_rl.routing.replay import Tap
+from megatron_rl.routing.shift import RouterShift, log_stay, router_logprobs
+
+MOE_LAYERS, EXPERTS, TOP_K = (0, 2, 3), 8, 2
+
+# Numbers by hand
+
+
+def test_a_layer_takes_the_mean_over_experts() -> None:
+    old = torch.tensor([[0.5, 0.2], [0.5, 0.2], [0.3, 0.3]]).log()
+    new = torch.tensor([[0.25, 0.2], [0.6, 0.1], [0.3, 0.3]]).log()
+    # exp(-|log a/b|) is the smaller over the larger, whichever has grown.
+    expected = [(1 / 2 + 1) / 2, (5 / 6 + 1 / 2) / 2, 1.0]
+    np.testing.assert_allclose(log_stay(new, old).exp(), expected, rtol=1e-6)
+    np.testing.assert_allclose(log_stay(old, new).exp(), expected, rtol=1e-6)
+    assert log_stay(old, old).tolist() == [0.0] * 3
+
+
+def test_a_vanished_expert_is_0_and_not_nan() -> None:
+    assert log_stay(torch.tensor([[-900.0, -1.0]]), torch.tensor([[-1.0, -1.0]])).item() == pytest.approx(math.log(0.5))
+    assert log_stay(torch.tensor([[-900.0]]), torch.tensor([[-1.0]])).item() == -math.inf
+    tap = Tap(0, 0, 0, EXPERTS, pre_softmax=True)
+    gone = router_logprobs(tap, torch.tensor([[1.0, 0.0]]))
+    assert log_stay(gone, gone).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("pre_softmax", [False, True])
+def test_log_probs_are_over_all_experts_whatever_the_router_chooses_by(pre_softmax: bool) -> None:
+    probabilities = torch.tensor([[0.5, 0.3, 0.2]])
+    scores = probabilities if pre_softmax else probabilities.log() + 7
+    found = router_logprobs(Tap(0, 0, 0, 3, pre_softmax), scores.bfloat16() if not pre_softmax else scores)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.exp(), probabilities, rtol=0.03)
+
+
+def test_layers_add_up_at_the_experts_that_pi_old_used() -> None:
+    taps = [Tap(0, layer, column, 3, False) for column, layer in enumerate((1, 4))]
+    old = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.1, 0.8]]).log()
+    new = torch.tensor([[0.1, 0.3, 0.6], [0.1, 0.2, 0.7]]).log()
+    used, chosen_now = torch.tensor([[0, 1], [2, 1]]), torch.tensor([[2, 1], [2, 1]])
+    nothing = torch.zeros(2, 2, dtype=torch.long)
+    shift = RouterShift([1, 2], torch.device("cpu"))
+    for tap in taps:
+        shift.keep(1, tap, old, nothing, used)
+    for tap in taps:
+        shift.compare(1, tap, new, nothing, chosen_now)
+    layer = np.log([(1 / 6 + 1) / 2, (7 / 8 + 1 / 2) / 2])
+    np.testing.assert_allclose(shift.log_sums[1], 2 * layer, rtol=1e-5)
+    assert shift.log_sums[0].tolist() == [0.0]
+
+
+def test_a_loss_that_was_not_given_its_shift_is_an_error() -> None:
+    packed = pack(drifted_samples(VOCAB_SIZE, MOE_LAYERS, EXPERTS, TOP_K), [1.0] * len(LENGTHS))
+    zeros = torch.zeros(packed.tokens)
+    loss = PolicyLoss(FAMILY["rspo"], MiniBatch(0, (packed,), Denominators(1, 1)), [zeros], torch.device("cpu"))
+    with pytest.raises(RuntimeError, match=r"objective\.router_shift and the mini-batch's router shift: one is set"):
+        loss(0, zeros, zeros)
+    loss.router_shift = [torch.ones(packed.tokens)]
+    assert loss(0, zeros, zeros).item() == pytest.approx(-len(LENGTHS))
+
+
+# Real ranks against transformers' routers
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(pi_old, pi_theta): every weight a little moved, far enough that some experts change."""
+    root = tmp_path_factory.mktemp("models")
+    old = make_tiny_model(root / "old", num_layers=4, mlp_only_layers=(1,))
+    new = make_tiny_model(root / "new", num_layers=4, mlp_only_layers=(1,))
+    model = AutoModelForCausalLM.from_pretrained(old, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(new)
+    return old, new
+
+
+Chosen = list[torch.Tensor]
+"""By MoE layer, [n, K] ids."""
+
+
+def run_routers(
+    path: Path, sample: Sample, route: Callable[[int, torch.Tensor], torch.Tensor]
+) -> tuple[list[torch.Tensor], Chosen]:
+    """Log-probs [n, experts] and ids of each MoE layer; route(column, probabilities) says which are taken."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, experts_implementation="eager")
+    logprobs: list[torch.Tensor] = []
+    chosen: Chosen = []
+
+    def force(router: Qwen3MoeTopKRouter, column: int) -> None:
+        def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            logits = hidden.reshape(-1, hidden.shape[-1]) @ router.weight.T
+            probabilities = logits.softmax(-1)
+            ids = route(column, probabilities)
+            scores = probabilities.gather(1, ids)
+            logprobs.append(logits.log_softmax(-1))
+            chosen.append(ids)
+            return logits, scores / scores.sum(-1, keepdim=True), ids
+
+        router.forward = forward
+
+    for column, layer in enumerate(MOE_LAYERS):
+        force(model.model.layers[layer].mlp.gate, column)
+    with torch.no_grad():
+        model(torch.as_tensor(sample.token_ids.astype(np.int64))[None])
+    return logprobs, chosen
+
+
+def reference(old: Path, new: Path, sample: Sample, mode: str) -> np.ndarray:
+    """[n] float64."""
+    assert sample.trace is not None
+    present = torch.as_tensor(sample.trace.present)
+    present = torch.cat([present, torch.zeros(len(sample.token_ids) - len(present), dtype=torch.bool)])
+    ids = torch.zeros(len(present), len(MOE_LAYERS), TOP_K, dtype=torch.long)
+    ids[: len(sample.trace.present)] = torch.as_tensor(sample.trace.experts.astype(np.int64))
+
+    def live(column: int, probabilities: torch.Tensor) -> torch.Tensor:
+        return probabilities.topk(TOP_K, dim=-1).indices
+
+    def rollouts(column: int, probabilities: torch.Tensor) -> torch.Tensor:
+        return torch.where(present[:, None], ids[:, column], live(column, probabilities))
+
+    before, used = run_routers(old, sample, rollouts if mode == "r3" else live)
+    update = {"none": live, "r2": lambda column, _: used[column], "r3": rollouts}[mode]
+    after, _ = run_routers(new, sample, update)
+    product = np.ones(len(present))
+    for a, b, experts in zip(before, after, used, strict=True):
+        p, q = a.exp().gather(1, experts).numpy(), b.exp().gather(1, experts).numpy()
+        product *= (np.minimum(p, q) / np.maximum(p, q)).mean(axis=1)
+    return product ** (1 / len(MOE_LAYERS))
+
+
+@pytest.fixture(scope="module")
+def expected(models: tuple[Path, Path]) -> dict[tuple[str, int], np.ndarray]:
+    samples = drifted_samples(VOCAB_SIZE, MOE_LAYERS, EXPERTS, TOP_K)
+    found = {(mode, n): reference(*models, sample, mode) for mode in MODES for n, sample in enumerate(samples)}
+    for mode in MODES:
+        values = np.concatenate([found[mode, n] for n in range(len(samples))])
+        assert values.min() < 0.8 < values.max() < 1  # else there is nothing to tell apart
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layouts"),
+    [
+        (1, ["tp=1"]),
+        pytest.param(
+            2, ["tp=2", "pp=2", "pp=2,vpp=2", "cp=2", "ep=2", "cp=2,ep=2"], marks=pytest.mark.distributed, id="2 ranks"
+        ),
+        pytest.param(
+            4, ["tp=2,cp=2", "tp=2,pp=2", "cp=2,pp=2,vpp=2"], marks=[pytest.mark.distributed, pytest.mark.slow]
+        ),
+    ],
+)
+def test_every_layout_finds_the_references_shift(
+    models: tuple[Path, Path],
+    expected: dict[tuple[str, int], np.ndarray],
+    tmp_path: Path,
+    ranks: int,
+    layouts: list[str],
+) -> None:
+    worker = Path(__file__).parent / "shift_worker.py"
+    command = torchrun(ranks, str(worker), *map(str, models), str(tmp_path), *layouts)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = set()
+    for file in sorted(tmp_path.glob("*.safetensors")):
+        for key, values in load_file(file).items():
+            *kind, mode, layout, number = key.split("/")
+            wanted = expected[mode, int(number)]
+            assert values.dtype == torch.float32
+            assert len(values) == len(wanted)
+            if kind == ["same"]:
+                assert (values == 1).all(), key
+            else:
+                np.testing.assert_allclose(values, wanted, atol=2e-5, err_msg=key)
+                seen.add((mode, layout, int(number)))
+    assert seen == {(mode, layout, n) for mode in MODES for layout in layouts for n in range(len(LENGTHS))}
