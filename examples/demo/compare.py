@@ -19,7 +19,8 @@ from typing import Any
 from run import HERE, ROOT, WORK, cold_start, preset_names, torchrun
 
 RUNS = WORK / "compare"
-EVALUATION = ("eval.samples=4",)
+# The same for all, whatever a preset's own configuration says.
+COMMON = ("rollout.prompts_per_step=32", "rollout.group_size=8", "eval.samples=4")
 
 
 def train(preset: str, steps: int) -> Path:
@@ -31,7 +32,7 @@ def train(preset: str, steps: int) -> Path:
     shutil.rmtree(run_dir, ignore_errors=True)
     # Four mini-batches to a step, in all of the demo's configurations.
     lengths = (f"train.steps={steps}", f"optim.decay_steps={4 * steps}")
-    torchrun("train", str(HERE / f"{preset}.yaml"), f"run_dir={run_dir}", *lengths, *EVALUATION)
+    torchrun("train", str(HERE / f"{preset}.yaml"), f"run_dir={run_dir}", *lengths, *COMMON)
     return run_dir
 
 
