@@ -78,7 +78,7 @@ def test_layers_add_up_at_the_experts_that_pi_old_used() -> None:
 def test_a_loss_that_was_not_given_its_shift_is_an_error() -> None:
     packed = pack(drifted_samples(VOCAB_SIZE, MOE_LAYERS, EXPERTS, TOP_K), [1.0] * len(LENGTHS))
     zeros = torch.zeros(packed.tokens)
-    loss = PolicyLoss(FAMILY["rspo"], MiniBatch(0, (packed,), Denominators(1, 1)), [zeros], torch.device("cpu"))
+    loss = PolicyLoss(FAMILY["rspo"], MiniBatch(0, (packed,), (), Denominators(1, 1)), [zeros], torch.device("cpu"))
     with pytest.raises(RuntimeError, match=r"objective\.router_shift and the mini-batch's router shift: one is set"):
         loss(0, zeros, zeros)
     loss.router_shift = [torch.ones(packed.tokens)]
