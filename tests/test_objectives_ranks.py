@@ -143,9 +143,7 @@ def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]], lay
 slowly = settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
 
 
-@slowly
-@given(example=batches())
-def test_layout_packing_micro_batches_and_order_do_not_matter(ranks: socket.socket, example: dict[str, Any]) -> None:
+def cut_up_in_every_way(ranks: socket.socket, example: dict[str, Any]) -> None:
     expected = ask(ranks, "one rank", {**example, "max_tokens": 4000})
     ordered = sorted(example["samples"], key=lambda sample: sample["index"])
     again = ask(ranks, "one rank", {**example, "samples": ordered})
@@ -155,6 +153,18 @@ def test_layout_packing_micro_batches_and_order_do_not_matter(ranks: socket.sock
         found = ask(ranks, layout, example)
         if "error" not in found:
             assert_same(found, expected, layout)
+
+
+@slowly
+@given(example=batches())
+def test_layout_packing_micro_batches_and_order_do_not_matter(ranks: socket.socket, example: dict[str, Any]) -> None:
+    cut_up_in_every_way(ranks, example)
+
+
+@settings(slowly, max_examples=12)
+@given(example=batches("ppo"))
+def test_nor_do_they_for_advantages_of_a_critic(ranks: socket.socket, example: dict[str, Any]) -> None:
+    cut_up_in_every_way(ranks, example)
 
 
 @slowly
