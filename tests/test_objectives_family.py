@@ -213,3 +213,52 @@ def test_without_bounds_nothing_is_clipped():
     assert outputs.loss.item() == pytest.approx(expected)
     assert denominators(sequences).tokens == len(outputs.values.clipping.above)
     assert not (outputs.values.clipping.above | outputs.values.clipping.below).any()
+
+
+# Advantages by token
+
+
+def per_token(seed, n, drift=0.05):
+    """(inputs of one response with an advantage of each token, and its arrays)."""
+    rng = np.random.default_rng(seed)
+    old, mu = -rng.exponential(1.0, (2, n))
+    new, advantages = old + drift * rng.normal(size=n), rng.normal(size=n)
+    inputs = dataclasses.replace(
+        one_response([1.0] * n, 0.0),
+        logprobs=torch.tensor(new).requires_grad_(),
+        old_logprobs=torch.tensor(old),
+        rollout_logprobs=torch.tensor(mu),
+        advantages=torch.tensor(advantages),
+    )
+    return inputs, new, old, advantages
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_gspo_token_with_an_advantage_of_each_token(seed):
+    """[2507.18071, section 4.3]: one ratio for the response, and each token's own advantage and gradient."""
+    inputs, new, old, advantages = per_token(seed, 7)
+    clip = ClipConfig(low=0.01, high=0.02)
+    outputs = policy_loss(inputs, FAMILY["gspo_token"].model_copy(update={"clip": clip}), Denominators(7, 1))
+    outputs.loss.backward()
+    s = math.exp((new - old).mean())
+    terms = np.minimum(s * advantages, np.clip(s, 0.99, 1.02) * advantages)
+    assert outputs.loss.item() == pytest.approx(-terms.mean())
+    gone = ((s > 1.02) & (advantages > 0)) | ((s < 0.99) & (advantages < 0))
+    np.testing.assert_allclose(-inputs.logprobs.grad, np.where(gone, 0.0, s * advantages / 7), atol=1e-12)
+    # GSPO's own ratio would give every token the mean of these.
+    inputs.logprobs.grad = None
+    policy_loss(inputs, FAMILY["gspo"].model_copy(update={"clip": clip}), Denominators(7, 1)).loss.backward()
+    mean = np.where(gone, 0.0, s * advantages / 7).mean()
+    np.testing.assert_allclose(-inputs.logprobs.grad, np.full(7, mean), atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ppo_with_an_advantage_of_each_token(seed):
+    inputs, new, old, advantages = per_token(seed, 9, drift=0.3)
+    outputs = policy_loss(inputs, FAMILY["ppo"], Denominators(9, 1))
+    outputs.loss.backward()
+    r = np.exp(new - old)
+    terms = np.minimum(r * advantages, np.clip(r, 0.8, 1.2) * advantages)
+    assert outputs.loss.item() == pytest.approx(-terms.mean())
+    gone = ((r > 1.2) & (advantages > 0)) | ((r < 0.8) & (advantages < 0))
+    np.testing.assert_allclose(-inputs.logprobs.grad, np.where(gone, 0.0, r * advantages / 9), atol=1e-12)
