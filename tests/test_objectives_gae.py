@@ -76,3 +76,22 @@ def test_equal_advantages_are_normalised_to_zero_and_not_to_noise(values):
     values = np.array(values)
     found = Moments.of(values).normalise(values, AdvantageConfig(estimator="gae"))
     assert found.tolist() == [0.0] * len(values)
+
+
+@pytest.mark.parametrize("value", [0.1, 0.7, 1 / 3, -0.3])
+@pytest.mark.parametrize("tokens", [3, 7, 10, 31, 100])
+def test_equal_advantages_are_zero_however_they_are_spread_over_ranks(value, tokens):
+    """Sums of squares would leave rounding here, and divide by it."""
+    parts = [np.full(n, value) for n in (tokens, 0, 2 * tokens, 5)]
+    moments = sum((Moments.of(part) for part in parts), Moments())
+    assert not moments.normalise(parts[0], AdvantageConfig(estimator="gae")).any()
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1e-6])
+def test_a_small_spread_on_a_large_mean_is_the_same_over_any_ranks(spread):
+    everything = 100 + spread * np.random.default_rng(1).normal(size=60)
+    expected = (everything - everything.mean()) / everything.std(ddof=1)
+    for cuts in ([], [20, 40], [1, 2, 59]):
+        moments = sum((Moments.of(part) for part in np.split(everything, cuts)), Moments())
+        found = moments.normalise(everything, AdvantageConfig(estimator="gae"))
+        np.testing.assert_allclose(found, expected, atol=1e-13 * 100 / spread)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -83,28 +84,39 @@ def token_rewards(reward: float, penalties: npt.NDArray[np.floating]) -> npt.NDA
 
 @dataclass(frozen=True)
 class Moments:
-    """Of the advantages of all masked-in tokens of a rollout batch; they add up over replicas."""
+    """Of the advantages of all masked-in tokens of a rollout batch; they add up over replicas.
+
+    Deviations are from the mean, and merged as such (Chan, Golub, LeVeque 1979): the squares less those of the mean
+    would leave, where advantages are all but equal, nothing but rounding, which differs from layout to layout.
+    """
 
     count: int = 0
-    total: float = 0.0
-    squares: float = 0.0
+    mean: float = 0.0
+    deviation: float = 0.0
+    """Sum of squared differences from the mean."""
 
     @classmethod
     def of(cls, values: npt.NDArray[np.float64]) -> Moments:
-        return cls(len(values), float(values.sum()), float(np.square(values).sum()))
+        if not len(values):
+            return cls()
+        mean = float(values.mean())
+        return cls(len(values), mean, float(np.square(values - mean).sum()))
 
     def __add__(self, other: Moments) -> Moments:
-        return Moments(self.count + other.count, self.total + other.total, self.squares + other.squares)
+        count = self.count + other.count
+        share = other.count / max(count, 1)
+        apart = other.mean - self.mean
+        deviation = self.deviation + other.deviation + apart * apart * self.count * share
+        return Moments(count, self.mean + apart * share, deviation)
 
     def normalise(self, values: npt.NDArray[np.float64], config: AdvantageConfig) -> npt.NDArray[np.float64]:
         """Less the mean and over the standard deviation, as the switches say; 0 where all are equal."""
-        mean = self.total / max(self.count, 1)
-        centred = values - mean if config.baseline == "mean" else values
+        centred = values - self.mean if config.baseline == "mean" else values
         if config.std == "none":
             return centred
         freedom = self.count - DEGREES_OF_FREEDOM[config.std]
-        variance = max(self.squares - self.count * mean * mean, 0.0) / max(freedom, 1)
-        scale = max(abs(mean), np.sqrt(self.squares / max(self.count, 1)))
-        if np.sqrt(variance) <= EQUAL_REWARDS * scale:
+        spread = math.sqrt(self.deviation / max(freedom, 1))
+        size = math.sqrt(self.mean * self.mean + self.deviation / max(self.count, 1))
+        if spread <= EQUAL_REWARDS * size:
             return np.zeros_like(centred)
-        return centred / np.sqrt(variance)
+        return centred / spread
