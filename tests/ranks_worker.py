@@ -1,0 +1,220 @@
+"""python ranks_worker.py PORT STORE: four gloo ranks that meet at the file STORE, take one example after another from
+PORT and answer it.
+
+A question is JSON (rank_examples.Example), an answer what every layout makes of it: of each mini-batch the losses, the
+gradients by token and the metrics. The policies are tables from token to log-prob, and every token of an example has an
+id of its own: looking up a rank's labels stands for the forward pass, and the table's gradient, summed over ranks, for
+the parameters'. All between is the trainer's own: with_advantages, distribute, the context-parallel slices and their
+gather, prepare, the losses, and Trainer.reduce.
+
+The four are forked from one process, which pays for the imports, and not four times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import socket
+import struct
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+from rank_examples import Example
+
+from megatron_rl.engine.device import use_device
+
+LAYOUTS = ("dp=4", "dp=2,cp=2", "cp=4", "tp=2,pp=2")
+WORLD = 4
+
+
+def send(connection: socket.socket, data: bytes) -> None:
+    connection.sendall(struct.pack("<Q", len(data)) + data)
+
+
+def receive(connection: socket.socket) -> bytes:
+    """b"" when the other side has gone."""
+
+    def exactly(count: int) -> bytes:
+        parts = []
+        while count:
+            parts.append(connection.recv(min(count, 1 << 20)))
+            if not parts[-1]:
+                return b""
+            count -= len(parts[-1])
+        return b"".join(parts)
+
+    header = exactly(8)
+    return exactly(struct.unpack("<Q", header)[0]) if header else b""
+
+
+def serve(rank: int, port: int, store: Path) -> None:
+    import orjson
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from megatron_rl.config.layout import Layout, parse_layout
+    from megatron_rl.engine.exchange import broadcast_bytes
+    from megatron_rl.engine.parallel import Place, start_process_groups, stop_process_groups
+
+    device = torch.device("cpu")
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    settings = {}
+    for text in LAYOUTS:
+        layout = Layout.resolve(*parse_layout(text))
+        place = start_process_groups(layout, device, seed=0)
+        settings[text] = Setting(layout, place, parallel_state.get_context_parallel_group())
+        stop_process_groups(leave_world=False)  # forgets the groups, and leaves them as they are
+    world = settings[LAYOUTS[0]].place.control
+    mine = dist.new_group([0], backend="gloo")
+    if rank == 0:
+        place = Place(rank=0, tp=0, pp=0, cp=0, dp=0, ep=0, etp=0, control=mine, replica=mine)
+        settings["alone"] = Setting(Layout.resolve(*parse_layout("dp=1")), place, mine)
+    with contextlib.ExitStack() as stack:
+        if rank == 0:
+            connection = stack.enter_context(socket.create_connection(("localhost", port)))
+        while question := broadcast_bytes(receive(connection) if rank == 0 else None, world):
+            example = Example.from_json(question)
+            answer = {}
+            if rank == 0:
+                answer["whole"] = answered(example, settings["alone"], whole=True)
+                answer["alone"] = answered(example, settings["alone"])
+            answer |= {text: answered(example, settings[text]) for text in LAYOUTS}
+            if rank == 0:
+                send(connection, orjson.dumps(answer))
+    stop_process_groups()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A layout, this rank's place in it and its context-parallel group."""
+
+    layout: Any
+    place: Any
+    context: Any
+
+
+def answered(example: Example, setting: Setting, whole: bool = False) -> list[dict[str, Any]]:
+    """`whole`: each mini-batch in one micro-batch, the samples in their order; else within the example's budget and in
+    its order. Collective over the layout."""
+    with mock.patch("megatron.core.parallel_state.get_context_parallel_group", return_value=setting.context):
+        return _answered(example, setting, whole)
+
+
+def _answered(example: Example, setting: Setting, whole: bool) -> list[dict[str, Any]]:
+    import torch
+    import torch.distributed as dist
+
+    from megatron_rl.engine.distribute import distribute
+    from megatron_rl.experience import prepare
+    from megatron_rl.lab.metrics import explained_variance
+    from megatron_rl.train import with_advantages
+    from megatron_rl.trainer import Trainer
+
+    layout, place = setting.layout, setting.place
+    config = example.config()
+    groups = example.groups() if whole else example.groups(shuffled=True, leader=place.dp, leaders=layout.dp)
+    mini_batches = distribute(
+        with_advantages(groups if place.leads_replica else [], config),
+        place,
+        layout,
+        mini_batches=example.mini_batches,
+        max_tokens=1 << 30 if whole else example.max_tokens,
+    )
+    old, reference, values = (Table(example.tables[name], setting) for name in ("old", "reference", "old_values"))
+    trainer = SimpleNamespace(
+        place=place,
+        policy=SimpleNamespace(logprobs=old.with_entropy, is_last_stage=old.is_last_stage, device=torch.device("cpu")),
+        reference=SimpleNamespace(logprobs=reference.with_entropy) if config.objective.kl.kind != "none" else None,
+        critic=SimpleNamespace(values=values.of_all) if config.critic else None,
+        phase=lambda name: contextlib.nullcontext(),
+    )
+    session = SimpleNamespace(config=config, trainer=trainer, routing=lambda mini_batch: None)
+
+    def step(mini_batch: Any, loss: Any, table: str, columns: bool) -> dict[str, Any]:
+        """What Network.step does, without a network: the loss's gradient, and sums over ranks, never means."""
+        live = Table(example.tables[table], setting)
+        total = torch.zeros((), dtype=torch.float64)
+        if live.is_last_stage:
+            for index, packed in enumerate(mini_batch.micro_batches):
+                output = live.of(packed)
+                share = loss(index, output[:, 0], entropy_of(output)) if columns else loss(index, output[:, 0])
+                assert share.dtype == torch.float64
+                share.backward()
+                total += share.detach()
+        counted = live.is_last_stage and place.tp == 0  # tensor-parallel ranks have the same gradient
+        gradient = live.gradient() * counted
+        dist.all_reduce(gradient, group=place.control)
+        total *= counted and place.cp == 0
+        dist.all_reduce(total, group=place.control)
+        metrics = Trainer.reduce(trainer, loss.metrics, holds_samples=live.is_last_stage)
+        return {"loss": float(total), "gradient": gradient.tolist(), "metrics": metrics}
+
+    answers = []
+    for update in prepare(session, mini_batches):  # type: ignore[arg-type]
+        answers.append({"policy": step(update.mini_batch, update.loss, "theta", True)})
+        if update.value_loss is not None:
+            answers[-1]["critic"] = step(update.mini_batch, update.value_loss, "values", False)
+            answers[-1]["critic"]["metrics"] |= explained_variance(answers[-1]["critic"]["metrics"])
+    return answers
+
+
+def entropy_of(output: Any) -> Any:
+    """Made up, and another for every token."""
+    return output[:, 0].detach().square()
+
+
+class Table:
+    """A number for each token: a network that looks its labels up. It holds NaN for tokens outside the loss mask."""
+
+    def __init__(self, values: list[float | None], setting: Setting) -> None:
+        import numpy as np
+        import torch
+
+        self._leaf = torch.tensor(np.array(values, dtype=np.float64), requires_grad=True)
+        self._setting = setting
+        self.is_last_stage = setting.place.pp == setting.layout.pp - 1
+
+    def of(self, packed: Any) -> Any:
+        """[T, 1], as the last stage gives it: of this rank's slice, gathered over context parallelism."""
+        from megatron_rl.engine.batch import micro_batch
+        from megatron_rl.engine.step import _whole
+
+        place, layout = self._setting.place, self._setting.layout
+        batch = micro_batch(packed, layout.cp, place.cp, self._leaf.device)
+        return _whole(self._leaf[batch.labels[0]][:, None], batch)
+
+    def of_all(self, batches: Any) -> list[Any]:
+        return [self.of(packed)[:, 0].detach() for packed in batches] if self.is_last_stage else []
+
+    def with_entropy(self, batches: Any, routing: None = None) -> list[tuple[Any, Any]]:
+        return [(values, values.square()) for values in self.of_all(batches)]
+
+    def gradient(self) -> Any:
+        return self._leaf.new_zeros(len(self._leaf)) if self._leaf.grad is None else self._leaf.grad
+
+
+def main(port: int, store: Path) -> None:
+    use_device("cpu")
+    import megatron_rl.experience
+    import megatron_rl.train  # noqa: F401
+
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=serve, args=(rank, port, store)) for rank in range(WORLD)]
+    for rank in ranks:
+        rank.start()
+    multiprocessing.connection.wait([rank.sentinel for rank in ranks])
+    for rank in ranks:
+        # The first has gone: because all is done, or because it failed, and then the others wait for it.
+        rank.join(timeout=5)
+        rank.kill()
+    sys.exit(max(abs(rank.exitcode or 0) for rank in ranks))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
