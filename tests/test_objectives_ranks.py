@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from objective_reference import CORRECTIONS, FAMILY, TrainedSequence, kl_estimate, reference
 from rank_examples import Example, Response, generalised_advantages_of, group_advantages_of, tables, trained
@@ -174,10 +174,10 @@ def made(
     return drawn
 
 
-def fits(drawn: Example, dp: int, align: int, shuffled: bool = True) -> bool:
+def fits(drawn: Example, dp: int, align: int) -> bool:
     rows = []
     for leader in range(dp):
-        for group in drawn.groups(shuffled=shuffled, leader=leader, leaders=dp):
+        for group in drawn.groups(shuffled=True, leader=leader, leaders=dp):
             for sample in group.samples:
                 index = group.index * drawn.config().rollout.group_size + sample.index
                 rows.append((index, group.index, len(sample.token_ids), sample.response_tokens, leader))
@@ -310,7 +310,12 @@ def check(ranks: Ranks, drawn: Example) -> None:
 
 
 @pytest.mark.distributed
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(
+    max_examples=20,
+    deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 @given(examples())
 def test_ranks_packing_micro_batches_and_order_change_nothing(ranks: Ranks, drawn: Example) -> None:
     check(ranks, drawn)
