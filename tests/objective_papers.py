@@ -19,7 +19,7 @@ class Response:
     old: np.ndarray
     mu: np.ndarray
     gamma: np.ndarray
-    advantage: float
+    advantage: float | np.ndarray  # by token: of a critic, and in gspo_token
 
 
 def ppo_terms(y: Response, low: float, high: float) -> np.ndarray:
@@ -132,7 +132,14 @@ PAPERS: dict[str, Callable[[Sequence[Response]], float]] = {
 
 def paper_loss(sequences: Sequence[TrainedSequence], name: str, live: Logprobs, frozen: Logprobs) -> float:
     batch = [
-        Response(new, stopped, s.old[s.mask], s.rollout[s.mask], s.shift[s.mask], s.advantage)
+        Response(
+            new,
+            stopped,
+            s.old[s.mask],
+            s.rollout[s.mask],
+            s.shift[s.mask],
+            s.advantages if np.ndim(s.advantage) else s.advantage,
+        )
         for s, new, stopped in zip(sequences, live, frozen, strict=True)
         if s.mask.any()
     ]

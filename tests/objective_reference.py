@@ -48,15 +48,22 @@ class TrainedSequence:
     rollout: np.ndarray
     entropy: np.ndarray
     mask: np.ndarray
-    advantage: float
-    shift: np.ndarray
+    advantage: float | np.ndarray
+    """Of the response, or [n] by token, as from a critic."""
+    shift: np.ndarray | None = None
+    reference: np.ndarray | None = None
+
+    @property
+    def advantages(self) -> np.ndarray:
+        """[|y|]"""
+        return np.broadcast_to(self.advantage, self.mask.shape)[self.mask]
 
 
 def random_sequences(
-    seed: int, lengths: Sequence[int], drift: float = 0.3, mismatch: float = 0.1
+    seed: int, lengths: Sequence[int], drift: float = 0.3, mismatch: float = 0.1, *, by_token: bool = False
 ) -> list[TrainedSequence]:
-    """Sequences with these numbers of masked-in tokens, among others that are masked out and hold NaN. Routers shift by
-    `drift`, as the policy does: without it, by a factor of 1."""
+    """Sequences with these numbers of masked-in tokens, among others that are masked out and hold NaN; `by_token`: each
+    token has an advantage of its own. Routers shift by `drift`, as the policy does: without it, by a factor of 1."""
     rng = np.random.default_rng(seed)
     routers = np.random.default_rng([seed, 1])
     sequences = []
@@ -73,7 +80,8 @@ def random_sequences(
             "shift": np.exp(-drift * routers.exponential(0.7, n)),
         }
         values = {name: np.where(mask, value, np.nan) for name, value in values.items()}
-        sequences.append(TrainedSequence(**values, mask=mask, advantage=float(rng.normal())))
+        advantage = np.where(mask, rng.normal(size=n), np.nan) if by_token else float(rng.normal())
+        sequences.append(TrainedSequence(**values, mask=mask, advantage=advantage))
     return sequences
 
 
@@ -123,11 +131,11 @@ def reference_loss(
     """The loss at `live`; stop-gradients read `frozen`."""
     terms: list[list[float]] = []
     for sequence, new, stopped in zip(sequences, live, frozen, strict=True):
-        base = (sequence.old if config.denominator == "old" else sequence.rollout)[sequence.mask]
+        if not len(new):
+            continue
         factors = correction_factors(sequence, config, stopped)
-        ratios = RATIO[config.ratio](new, stopped, base) if len(base) else []
-        values = [_clipped(ratio, sequence.advantage, config.clip) for ratio in ratios]
-        kept = [value * factor for value, factor in zip(values, factors, strict=True) if factor is not None]
+        values, penalties = surrogate_terms(sequence, config, new, stopped), kl_penalties(sequence, config, new)
+        kept = [v * f - kl for v, f, kl in zip(values, factors, penalties, strict=True) if f is not None]
         if kept:
             terms.append(kept)
     if not terms:
@@ -144,10 +152,73 @@ def reference_loss(
             return -sum(map(sum, terms)) / (len(terms) * config.constant_length)
 
 
-def _clipped(ratio: float, advantage: float, clip: ClipConfig) -> float:
-    bounded = min(max(ratio, 1 - clip.low), 1 + clip.high)
-    value = min(ratio * advantage, bounded * advantage)
-    return max(value, clip.dual * advantage) if clip.dual is not None and advantage < 0 else value
+def surrogate_terms(
+    sequence: TrainedSequence, config: ObjectiveConfig, new: np.ndarray, stopped: np.ndarray
+) -> np.ndarray:
+    """What each masked-in token adds to J, before corrections and the aggregation."""
+    old, mu, advantages = sequence.old[sequence.mask], sequence.rollout[sequence.mask], sequence.advantages
+    if config.router_shift is not None:  # every ratio of the token times the shift, no less than its floor
+        shift = np.log(np.maximum(sequence.shift[sequence.mask], config.router_shift))
+        old, mu = old - shift, mu - shift
+    base = old if config.denominator == "old" else mu
+    clip = config.clip
+    low = -math.inf if clip.low is None else 1 - clip.low
+    high = math.inf if clip.high is None else 1 + clip.high
+    if config.ratio == "geometric":
+        bounded = [
+            min(x, math.inf if clip.high is None else clip.high)
+            if a > 0
+            else max(x, -math.inf if clip.low is None else -clip.low)
+            if a < 0
+            else x
+            for x, a in zip(new - base, advantages, strict=True)
+        ]
+        return math.exp(np.mean(bounded)) * advantages
+    ratio = RATIO[config.ratio]
+    weight = ratio(stopped, stopped, base)
+    match clip.kind:
+        case "min":
+            pairs = zip(ratio(new, stopped, base), advantages, strict=True)
+            return np.array([_clipped(each, advantage, low, high, clip.dual) for each, advantage in pairs])
+        case "mask":
+            r = ratio(stopped, stopped, old)
+            kept = np.where(advantages > 0, r <= high, r >= low)
+            return kept * weight * advantages * new
+        case "weight":
+            return np.clip(weight, low, high) * advantages * new
+        case "tapered":
+            return np.where(advantages > 0, 1.0, np.clip(weight, low, high)) * advantages * new
+        case "soft-gate":
+            tau = np.where(advantages > 0, clip.tau_positive, clip.tau_negative)
+            return 4 / tau / (1 + np.exp(-tau * (ratio(new, stopped, base) - 1))) * advantages
+
+
+def _clipped(ratio: float, advantage: float, low: float, high: float, dual: float | None) -> float:
+    value = min(ratio * advantage, min(max(ratio, low), high) * advantage)
+    return max(value, dual * advantage) if dual is not None and advantage < 0 else value
+
+
+def kl_penalties(sequence: TrainedSequence, config: ObjectiveConfig, new: np.ndarray) -> np.ndarray:
+    """beta KL(pi_theta, pi_ref) at each masked-in token, where it is in the loss."""
+    if config.kl.kind == "none" or config.kl.place == "reward":
+        return np.zeros(len(new))
+    base = (sequence.old if config.denominator == "old" else sequence.rollout)[sequence.mask]
+    return config.kl.beta * kl_estimate(config.kl.kind, sequence.reference[sequence.mask], new, base)
+
+
+def kl_estimate(kind: str, ref: np.ndarray, new: np.ndarray, base: np.ndarray | None = None) -> np.ndarray:
+    """Of KL(new, ref) by token, from samples of new, or for `unbiased` of base."""
+    q_over_p = np.exp(ref) / np.exp(new)
+    k3 = q_over_p - 1 - np.log(q_over_p)
+    match kind:
+        case "k1":
+            return -np.log(q_over_p)
+        case "k2":
+            return np.log(q_over_p) ** 2 / 2
+        case "k3":
+            return k3
+        case "unbiased":
+            return np.exp(new) / np.exp(base) * k3
 
 
 def correction_factors(sequence: TrainedSequence, config: ObjectiveConfig, stopped: np.ndarray) -> list[float | None]:
@@ -176,7 +247,7 @@ def correction_factors(sequence: TrainedSequence, config: ObjectiveConfig, stopp
             return [each if ok else 0.0 for each, ok in zip(rho / held, inside, strict=True)]
         case "sequence-mask":
             drifted = bool(len(mu)) and np.mean(mu - stopped) > correction.delta
-            return [0.0 if drifted and sequence.advantage < 0 else 1.0] * len(rho)
+            return [0.0 if drifted and advantage < 0 else 1.0 for advantage in sequence.advantages]
 
 
 def kept_denominators(sequences: Sequence[TrainedSequence], config: ObjectiveConfig) -> Denominators:
@@ -196,6 +267,7 @@ RATIO: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
     "sequence-token": lambda new, stopped, base: (
         _geometric_mean(np.exp(stopped) / np.exp(base)) * np.exp(new) / np.exp(stopped)
     ),
+    "sequence-product": lambda new, stopped, base: np.full(len(new), math.prod(np.exp(new) / np.exp(base))),
 }
 
 

@@ -1,217 +1,220 @@
-"""torchrun ... ranks_worker.py PORT: losses, gradients and metrics of batches that the test sends, under each layout.
+"""python ranks_worker.py PORT STORE: four gloo ranks that meet at the file STORE, take one example after another from
+PORT and answer it.
 
-No model: log-probs and values come from tables, by sample and token. All that lies between them and the optimizer is
-the trainer's own: the plan, the packing, context parallelism's gather, advantages, denominators, losses and metrics.
+A question is JSON (rank_examples.Example), an answer what every layout makes of it: of each mini-batch the losses, the
+gradients by token and the metrics. The policies are tables from token to log-prob, and every token of an example has an
+id of its own: looking up a rank's labels stands for the forward pass, and the table's gradient, summed over ranks, for
+the parameters'. All between is the trainer's own: with_advantages, distribute, the context-parallel slices and their
+gather, prepare, the losses, and Trainer.reduce.
 
-Rank 0 talks to the test over a local socket, in length-prefixed JSON.
+The four are forked from one process, which pays for the imports, and not four times.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import multiprocessing
+import multiprocessing.connection
 import socket
+import struct
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
-import numpy as np
-import orjson
+from rank_examples import Example
 
-from megatron_rl.config.layout import Layout
-from megatron_rl.config.schema import ObjectiveConfig, ParallelConfig
-from megatron_rl.data.sample import Prompt, Sample, Verdict
 from megatron_rl.engine.device import use_device
 
-LAYOUTS = {"one rank": (1, 1), "dp4": (4, 1), "dp2 cp2": (2, 2), "cp4": (1, 4)}
-"""(data parallelism, context parallelism); all but the first use the whole world of four."""
+LAYOUTS = ("dp=4", "dp=2,cp=2", "cp=4", "tp=2,pp=2")
+WORLD = 4
 
 
-def send(connection: socket.socket, message: Any) -> None:
-    data = orjson.dumps(message)
-    connection.sendall(len(data).to_bytes(8, "little") + data)
+def send(connection: socket.socket, data: bytes) -> None:
+    connection.sendall(struct.pack("<Q", len(data)) + data)
 
 
-def receive(connection: socket.socket) -> Any:
+def receive(connection: socket.socket) -> bytes:
+    """b"" when the other side has gone."""
+
     def exactly(count: int) -> bytes:
-        data = b""
-        while len(data) < count:
-            part = connection.recv(count - len(data))
-            if not part:
-                raise EOFError
-            data += part
-        return data
+        parts = []
+        while count:
+            parts.append(connection.recv(min(count, 1 << 20)))
+            if not parts[-1]:
+                return b""
+            count -= len(parts[-1])
+        return b"".join(parts)
 
-    return orjson.loads(exactly(int.from_bytes(exactly(8), "little")))
-
-
-def as_sample(record: dict[str, Any]) -> Sample:
-    """From a response's turns: the policy's and, between them, observations."""
-    sample = Sample.start(Prompt(str(record["index"]), "", tuple(record["prompt"]), "", ""), record["index"])
-    for turn, (tokens, logprobs) in enumerate(zip(record["turns"], record["mu"], strict=True)):
-        sample = sample.extend(tokens, logprobs if turn % 2 == 0 else None, 0)
-    return dataclasses.replace(sample, verdict=Verdict(record["reward"], record["reward"] > 0))
+    header = exactly(8)
+    return exactly(struct.unpack("<Q", header)[0]) if header else b""
 
 
-class Tables:
-    """By sample, [n]: what a policy or critic says at the position that predicts each token; NaN outside the mask."""
-
-    def __init__(self, records: list[dict[str, Any]]) -> None:
-        self._rows = {record["index"]: record["tables"] for record in records}
-
-    def packed(self, name: str, batch: Any, outcomes: Any) -> np.ndarray:
-        found = np.full(batch.tokens, np.nan)
-        for position in np.flatnonzero(batch.loss_mask):
-            index = outcomes[batch.sequence_ids[position]].index
-            found[position] = self._rows[index][name][batch.position_ids[position]]
-        return found
-
-
-def run(example: dict[str, Any], layout: Layout, place: Any, cp_group: Any) -> list[dict[str, Any]]:
+def serve(rank: int, port: int, store: Path) -> None:
+    import orjson
     import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
 
-    from megatron_rl.engine.batch import micro_batch
-    from megatron_rl.engine.distribute import TrainSample, distribute
-    from megatron_rl.engine.exchange import all_gather_bytes
-    from megatron_rl.engine.losses import PolicyLoss, without_rejected
-    from megatron_rl.engine.step import _GatherContext
+    from megatron_rl.config.layout import Layout, parse_layout
+    from megatron_rl.engine.exchange import broadcast_bytes
+    from megatron_rl.engine.parallel import Place, start_process_groups, stop_process_groups
+
+    device = torch.device("cpu")
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    settings = {}
+    for text in LAYOUTS:
+        layout = Layout.resolve(*parse_layout(text))
+        place = start_process_groups(layout, device, seed=0)
+        settings[text] = Setting(layout, place, parallel_state.get_context_parallel_group())
+        stop_process_groups(leave_world=False)  # forgets the groups, and leaves them as they are
+    world = settings[LAYOUTS[0]].place.control
+    mine = dist.new_group([0], backend="gloo")
+    if rank == 0:
+        place = Place(rank=0, tp=0, pp=0, cp=0, dp=0, ep=0, etp=0, control=mine, replica=mine)
+        settings["alone"] = Setting(Layout.resolve(*parse_layout("dp=1")), place, mine)
+    with contextlib.ExitStack() as stack:
+        if rank == 0:
+            connection = stack.enter_context(socket.create_connection(("localhost", port)))
+        while question := broadcast_bytes(receive(connection) if rank == 0 else None, world):
+            example = Example.from_json(question)
+            answer = {}
+            if rank == 0:
+                answer["whole"] = answered(example, settings["alone"], whole=True)
+                answer["alone"] = answered(example, settings["alone"])
+            answer |= {text: answered(example, settings[text]) for text in LAYOUTS}
+            if rank == 0:
+                send(connection, orjson.dumps(answer))
+    stop_process_groups()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A layout, this rank's place in it and its context-parallel group."""
+
+    layout: Any
+    place: Any
+    context: Any
+
+
+def answered(example: Example, setting: Setting, whole: bool = False) -> list[dict[str, Any]]:
+    """`whole`: each mini-batch in one micro-batch, the samples in their order; else within the example's budget and in
+    its order. Collective over the layout."""
+    with mock.patch("megatron.core.parallel_state.get_context_parallel_group", return_value=setting.context):
+        return _answered(example, setting, whole)
+
+
+def _answered(example: Example, setting: Setting, whole: bool) -> list[dict[str, Any]]:
+    import torch
+    import torch.distributed as dist
+
+    from megatron_rl.engine.distribute import distribute
+    from megatron_rl.experience import prepare
+    from megatron_rl.lab.metrics import explained_variance
+    from megatron_rl.train import with_advantages
     from megatron_rl.trainer import Trainer
 
-    objective = ObjectiveConfig.model_validate(example["objective"])
-    tables, device = Tables(example["samples"]), torch.device("cpu")
-    mine = [
-        TrainSample(record["index"], record["group"], as_sample(record), record["advantage"])
-        for record in example["samples"]
-        if place.leads_replica and record["group"] % layout.dp == place.dp
-    ]
+    layout, place = setting.layout, setting.place
+    config = example.config()
+    groups = example.groups() if whole else example.groups(shuffled=True, leader=place.dp, leaders=layout.dp)
     mini_batches = distribute(
-        mine, place, layout, mini_batches=example["mini_batches"], max_tokens=example["max_tokens"]
+        with_advantages(groups if place.leads_replica else [], config),
+        place,
+        layout,
+        mini_batches=example.mini_batches,
+        max_tokens=1 << 30 if whole else example.max_tokens,
     )
+    old, reference, values = (Table(example.tables[name], setting) for name in ("old", "reference", "old_values"))
+    trainer = SimpleNamespace(
+        place=place,
+        policy=SimpleNamespace(logprobs=old.with_entropy, is_last_stage=old.is_last_stage, device=torch.device("cpu")),
+        reference=SimpleNamespace(logprobs=reference.with_entropy) if config.objective.kl.kind != "none" else None,
+        critic=SimpleNamespace(values=values.of_all) if config.critic else None,
+        phase=lambda name: contextlib.nullcontext(),
+    )
+    session = SimpleNamespace(config=config, trainer=trainer, routing=lambda mini_batch: None)
 
-    def of(name: str) -> list[list[torch.Tensor]]:
-        return [
-            [torch.tensor(tables.packed(name, *pair)) for pair in zip(b.micro_batches, b.outcomes, strict=True)]
-            for b in mini_batches
-        ]
+    def step(mini_batch: Any, loss: Any, table: str, columns: bool) -> dict[str, Any]:
+        """What Network.step does, without a network: the loss's gradient, and sums over ranks, never means."""
+        live = Table(example.tables[table], setting)
+        total = torch.zeros((), dtype=torch.float64)
+        if live.is_last_stage:
+            for index, packed in enumerate(mini_batch.micro_batches):
+                output = live.of(packed)
+                share = loss(index, output[:, 0], entropy_of(output)) if columns else loss(index, output[:, 0])
+                assert share.dtype == torch.float64
+                share.backward()
+                total += share.detach()
+        counted = live.is_last_stage and place.tp == 0  # tensor-parallel ranks have the same gradient
+        gradient = live.gradient() * counted
+        dist.all_reduce(gradient, group=place.control)
+        total *= counted and place.cp == 0
+        dist.all_reduce(total, group=place.control)
+        metrics = Trainer.reduce(trainer, loss.metrics, holds_samples=live.is_last_stage)
+        return {"loss": float(total), "gradient": gradient.tolist(), "metrics": metrics}
 
-    old, reference, shift = of("old"), of("reference"), of("shift")
-    mini_batches = with_late_advantages(objective, mini_batches, old, reference, of("value"), place)
-    results = []
-    for number, batch in enumerate(mini_batches):
-        batch = without_rejected(batch, objective, old[number], place)
-        loss = PolicyLoss(objective, batch, old[number], device, reference_logprobs=reference[number])
-        if objective.router_shift is not None:
-            loss.router_shift = shift[number]
-        total, gradients = 0.0, []
-        for k, (packed, outcomes) in enumerate(zip(batch.micro_batches, batch.outcomes, strict=True)):
-            here = micro_batch(packed, layout.cp, place.cp, device)
-            rows = np.split(np.argsort(here.gather_order.numpy()), layout.cp)[place.cp]  # this rank's positions
-            leaf = torch.tensor(tables.packed("theta", packed, outcomes)[rows]).requires_grad_()
-            whole = leaf[:, None]
-            if layout.cp > 1:
-                whole = _GatherContext.apply(whole, cp_group).index_select(0, here.gather_order)
-            value = loss(k, whole[:, 0], torch.zeros(packed.tokens))
-            value.backward()
-            total += value.item() if place.cp == 0 else 0.0
-            for position, gradient in zip(rows, leaf.grad.tolist(), strict=True):
-                if packed.loss_mask[position]:
-                    token = int(packed.position_ids[position])
-                    gradients.append([outcomes[packed.sequence_ids[position]].index, token, gradient])
-        metrics = Trainer.reduce(SimpleNamespace(place=place), loss.metrics, holds_samples=True)
-        parts = all_gather_bytes(orjson.dumps([total, gradients]), place.control)
-        everyone = [orjson.loads(part) for part in parts]
-        results.append(
-            {
-                "loss": sum(part[0] for part in everyone),
-                "gradients": sorted(row for part in everyone for row in part[1]),
-                "metrics": metrics,
-                "denominators": [batch.denominators.tokens, batch.denominators.sequences],
-            }
-        )
-    return results
+    answers = []
+    for update in prepare(session, mini_batches):  # type: ignore[arg-type]
+        answers.append({"policy": step(update.mini_batch, update.loss, "theta", True)})
+        if update.value_loss is not None:
+            answers[-1]["critic"] = step(update.mini_batch, update.value_loss, "values", False)
+            answers[-1]["critic"]["metrics"] |= explained_variance(answers[-1]["critic"]["metrics"])
+    return answers
 
 
-def with_late_advantages(
-    objective: ObjectiveConfig, mini_batches: Any, old: Any, reference: Any, values: Any, place: Any
-) -> Any:
-    """As megatron_rl.experience.prepare."""
-    from megatron_rl.engine.advantages import gae_finish, group_finish, kl_penalties, wait_for_policies
-    from megatron_rl.objectives.kl import in_reward
-
-    if not wait_for_policies(objective):
-        return mini_batches
-    penalties = None
-    if in_reward(objective):
-        penalties = [kl_penalties(objective, *pair) for pair in zip(old, reference, strict=True)]
-    if objective.advantage.estimator == "gae":
-        return gae_finish(mini_batches, values, penalties, objective.advantage, place)[0]
-    return group_finish(mini_batches, penalties, objective.advantage, place)
+def entropy_of(output: Any) -> Any:
+    """Made up, and another for every token."""
+    return output[:, 0].detach().square()
 
 
-def places(rank: int) -> dict[str, Any]:
-    """By layout: (layout, this rank's place, its context-parallel group), or None where it takes no part. In
-    Megatron-Core's rank order context parallelism is faster than data parallelism."""
-    import torch.distributed as dist
+class Table:
+    """A number for each token: a network that looks its labels up. It holds NaN for tokens outside the loss mask."""
 
-    from megatron_rl.engine.parallel import Place
+    def __init__(self, values: list[float | None], setting: Setting) -> None:
+        import numpy as np
+        import torch
 
-    alone = [dist.new_group([r]) for r in range(4)]
-    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    world = dist.group.WORLD
-    found: dict[str, Any] = {}
-    for name, (dp, cp) in LAYOUTS.items():
-        layout = Layout.resolve(ParallelConfig(cp=cp), dp * cp)
-        if name == "one rank" and rank:
-            found[name] = None
-            continue
-        replica = {1: alone[rank], 2: pairs[rank // 2], 4: world}[cp]
-        control = alone[0] if name == "one rank" else world
-        place = Place(
-            rank=rank,
-            tp=0,
-            pp=0,
-            cp=rank % cp,
-            dp=rank // cp,
-            ep=0,
-            etp=0,
-            control=control,
-            replica=replica,
-        )
-        found[name] = (layout, place, replica)
-    return found
+        self._leaf = torch.tensor(np.array(values, dtype=np.float64), requires_grad=True)
+        self._setting = setting
+        self.is_last_stage = setting.place.pp == setting.layout.pp - 1
+
+    def of(self, packed: Any) -> Any:
+        """[T, 1], as the last stage gives it: of this rank's slice, gathered over context parallelism."""
+        from megatron_rl.engine.batch import micro_batch
+        from megatron_rl.engine.step import _whole
+
+        place, layout = self._setting.place, self._setting.layout
+        batch = micro_batch(packed, layout.cp, place.cp, self._leaf.device)
+        return _whole(self._leaf[batch.labels[0]][:, None], batch)
+
+    def of_all(self, batches: Any) -> list[Any]:
+        return [self.of(packed)[:, 0].detach() for packed in batches] if self.is_last_stage else []
+
+    def with_entropy(self, batches: Any, routing: None = None) -> list[tuple[Any, Any]]:
+        return [(values, values.square()) for values in self.of_all(batches)]
+
+    def gradient(self) -> Any:
+        return self._leaf.new_zeros(len(self._leaf)) if self._leaf.grad is None else self._leaf.grad
 
 
-def main(port: int) -> None:
+def main(port: int, store: Path) -> None:
     use_device("cpu")
-    import torch.distributed as dist
+    import megatron_rl.experience
+    import megatron_rl.train  # noqa: F401
 
-    from megatron_rl.data.schedule import ScheduleError
-    from megatron_rl.engine.exchange import broadcast_bytes
-
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    known = places(rank)
-    connection = socket.create_connection(("127.0.0.1", port)) if rank == 0 else None
-    while True:
-        asked = b""
-        if connection is not None:
-            try:
-                asked = orjson.dumps(receive(connection))
-            except EOFError:
-                asked = b"null"
-        request = orjson.loads(broadcast_bytes(asked, dist.group.WORLD))
-        if request is None:
-            break
-        here = known[request["layout"]]
-        answer: Any = None
-        if here is not None:
-            try:
-                answer = run(request["example"], *here)
-            except ScheduleError as error:  # on every rank alike
-                answer = {"error": str(error)}
-        if connection is not None:
-            send(connection, answer)
-    dist.destroy_process_group()
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=serve, args=(rank, port, store)) for rank in range(WORLD)]
+    for rank in ranks:
+        rank.start()
+    multiprocessing.connection.wait([rank.sentinel for rank in ranks])
+    for rank in ranks:
+        # The first has gone: because all is done, or because it failed, and then the others wait for it.
+        rank.join(timeout=5)
+        rank.kill()
+    sys.exit(max(abs(rank.exitcode or 0) for rank in ranks))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -11,11 +11,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from objective_papers import PAPERS, paper_loss
-from objective_reference import FAMILY, denominators, differentiated, pack, random_sequences, split
+from objective_reference import (
+    FAMILY,
+    denominators,
+    differentiated,
+    pack,
+    packed_entropy,
+    random_sequences,
+    reference,
+    split,
+)
 from test_objectives_losses import loss_and_gradient, one_response, token_keys
 
 from megatron_rl.config.schema import ClipConfig, ObjectiveConfig
 from megatron_rl.data.schedule import Denominators
+from megatron_rl.lab.metrics import TRAINING, training_metrics
+from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.objectives.policy import policy_loss
 
 seeds = st.integers(0, 10**6)
@@ -67,6 +78,49 @@ def test_order_packing_and_micro_batches_do_not_matter(seed, lengths, name, part
     assert got == pytest.approx(wanted, abs=1e-12)
 
 
+# Advantages by token
+
+
+@settings(deadline=None, max_examples=60)
+@given(seeds, some_lengths, st.sampled_from(sorted(FAMILY)), st.sampled_from([0.3, 0.01]))
+def test_any_batch_with_advantages_by_token_is_the_reference(seed, lengths, name, drift):
+    sequences = random_sequences(seed, lengths, drift=drift, by_token=True)
+    outputs, gradient = loss_and_gradient(sequences, FAMILY[name])
+    loss, expected = reference(sequences, FAMILY[name])
+    assert outputs.loss.item() == pytest.approx(loss, rel=1e-6, abs=1e-6)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ppo", "dapo", "grpo", "dr_grpo", "gspo_token"])
+def test_with_advantages_by_token_it_is_the_papers(name):
+    clipped = 0
+    for seed in range(4):
+        sequences = random_sequences(seed, [3, 0, 5, 1, 7, 2], drift=0.3, by_token=True)
+        outputs, gradient = loss_and_gradient(sequences, FAMILY[name])
+        loss, expected = differentiated(sequences, lambda live, frozen: paper_loss(sequences, name, live, frozen))  # noqa: B023
+        assert outputs.loss.item() == pytest.approx(loss, rel=1e-9)
+        np.testing.assert_allclose(gradient, expected, atol=1e-7 * np.abs(expected).max())
+        clipped += int((gradient == 0).sum())
+    assert 0 < clipped < 4 * 18
+
+
+@settings(deadline=None, max_examples=40)
+@given(seeds, some_lengths, st.booleans())
+def test_gspo_token_parts_from_gspo_where_the_advantage_varies_within_a_response(seed, lengths, by_token):
+    """All tokens of a response have one ratio, so value and clip agree; but each advantage pushes its own token."""
+    sequences = random_sequences(seed, lengths, by_token=by_token)
+    for clip in (ClipConfig(low=0.9, high=9.0), ClipConfig(low=0.05, high=0.05)):
+        (gspo, whole), (token, own) = (
+            loss_and_gradient(sequences, FAMILY[name].model_copy(update={"clip": clip}))
+            for name in ("gspo", "gspo_token")
+        )
+        assert token.loss.item() == gspo.loss.item()
+        for name in ("below", "above", "active_low", "active_high"):
+            assert torch.equal(getattr(token.values.clipping, name), getattr(gspo.values.clipping, name))
+        if clip.high == 9.0:  # wide enough that every token has a gradient
+            assert np.allclose(own, whole, rtol=1e-9, atol=0) == (not by_token or max(lengths) == 1)
+
+
 # On policy
 
 
@@ -92,6 +146,34 @@ def test_on_the_first_mini_batch_nothing_is_clipped(name, dtype):
     assert not (clipping.below | clipping.above | clipping.active_low | clipping.active_high).any()
     assert (outputs.values.log_sequence_ratio == 0).all()
     assert (gradient != 0).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(seeds, some_lengths, names, st.booleans(), st.sampled_from([torch.float32, torch.float64]))
+def test_the_first_mini_batch_of_any_batch_is_exact(seed, lengths, name, by_token, dtype):
+    """Whatever the mismatch with mu: every ratio is 1 and every clip fraction 0 to the last bit."""
+    clip = FAMILY[name].clip
+    narrow = {key: 0.0 for key in ("low", "high") if getattr(clip, key) is not None}
+    config = FAMILY[name].model_copy(update={"clip": clip.model_copy(update=narrow), "denominator": "old"})
+    sequences = random_sequences(seed, lengths, drift=0.0, mismatch=0.7, by_token=by_token)
+    inputs = pack(sequences, dtype, padding=2)
+    metrics = MetricAccumulator(TRAINING)
+    outputs = policy_loss(inputs, config, denominators(sequences))
+    training_metrics(metrics, inputs, outputs, packed_entropy(sequences, padding=2))
+    report = metrics.finalize()
+    for ratio in ("ratio", "sequence_ratio"):
+        assert {report[f"{ratio}/{each}"] for each in ("mean", "min", "p1", "p50", "p99", "max", "ess")} == {1.0}
+        assert report[f"{ratio}/chi2"] == report[f"{ratio}/std"] == 0
+    fractions = [value for metric, value in report.items() if metric.startswith(("clip/", "kl/old_policy"))]
+    assert len(fractions) >= 10
+    assert not any(fractions)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_minirl_on_the_first_mini_batch_masks_nothing_though_its_ratio_is_against_mu(dtype):
+    sequences = random_sequences(3, [4, 0, 7], drift=0.0, mismatch=0.7)
+    clipping = loss_and_gradient(sequences, FAMILY["minirl"], dtype)[0].values.clipping
+    assert not (clipping.below | clipping.above).any()
 
 
 # Numbers by hand

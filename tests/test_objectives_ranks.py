@@ -1,222 +1,335 @@
-"""Losses, gradients and metrics on real gloo ranks: the same however a batch is cut up, and the papers' own.
-
-hypothesis draws batches with groups of unequal size, responses of several turns, of no token and masked out, an
-objective with its corrections and KL, and how they are cut; four ranks that stay alive answer for each layout.
-"""
+"""Neither ranks nor packing, micro-batches nor order change a loss, a gradient or a metric: on real gloo processes, for
+whatever batch and objective hypothesis draws, from samples to reduced metrics."""
 
 from __future__ import annotations
 
-import functools
+import dataclasses
+import os
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from objective_papers import PAPERS, paper_loss
-from objective_reference import CORRECTIONS, FAMILY, TrainedSequence, differentiated
+from objective_reference import CORRECTIONS, FAMILY, TrainedSequence, kl_estimate, reference
+from rank_examples import Example, Response, generalised_advantages_of, group_advantages_of, tables, trained
 from ranks_worker import LAYOUTS, receive, send
-from rl_runs import environment, torchrun
 
-from megatron_rl.config.schema import KLConfig, ObjectiveConfig
-from megatron_rl.objectives.advantages import group_advantages
+from megatron_rl.config.schema import AdvantageConfig, CorrectionConfig, KLConfig, ObjectiveConfig
+from megatron_rl.data.schedule import SampleSize, ScheduleError, plan
 
-pytestmark = pytest.mark.distributed
+PATIENCE = 90.0
+"""Seconds for an answer, the start of the ranks included; longer is a deadlock."""
+NAMES = sorted(set(FAMILY) - {"rspo"})
+"""RSPO's factor comes from routers, of which there are none here: tests/test_routing_shift.py has it on ranks."""
+REPLICAS = 4
+"""The most that a layout has; every mini-batch has as many samples."""
 
-KLS = [
-    KLConfig(),
-    KLConfig(kind="k3", beta=0.3),
-    KLConfig(kind="unbiased", beta=0.3),
-    KLConfig(kind="k1", place="reward", beta=0.2),
-]
-turns = st.lists(st.integers(0, 5), min_size=0, max_size=3)
+
+class Ranks:
+    """Processes that answer examples; started again after one that they did not survive."""
+
+    def __init__(self, directory: Path) -> None:
+        self._log = directory / "ranks.log"
+        self._store = directory / "store"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: socket.socket | None = None
+
+    def ask(self, question: bytes) -> dict[str, list[dict[str, Any]]]:
+        if self._process is None:
+            self._start()
+        assert self._connection is not None
+        try:
+            send(self._connection, question)
+            answer = receive(self._connection)
+        except OSError:
+            answer = b""
+        if not answer:
+            self.stop()
+            raise AssertionError(f"the ranks failed:\n{self._log.read_text()[-4000:]}")
+        found: dict[str, list[dict[str, Any]]] = orjson.loads(answer)
+        return found
+
+    def _start(self) -> None:
+        worker = Path(__file__).parent / "ranks_worker.py"
+        self._store.unlink(missing_ok=True)
+        with socket.create_server(("localhost", 0)) as server, self._log.open("wb") as log:
+            server.settimeout(PATIENCE)
+            command = [sys.executable, str(worker), str(server.getsockname()[1]), str(self._store)]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            try:
+                self._connection, _ = server.accept()
+            except TimeoutError:
+                self.stop()
+                raise AssertionError(f"the ranks did not start:\n{self._log.read_text()[-4000:]}") from None
+            self._connection.settimeout(PATIENCE)
+
+    def stop(self) -> None:
+        """The ranks end when nobody asks; those that hang are killed by their parent."""
+        if self._connection is not None:
+            self._connection.close()
+        if self._process is not None:
+            try:
+                self._process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                self._process.terminate()
+                self._process.wait()
+        self._process = self._connection = None
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[socket.socket]:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        process = subprocess.Popen(
-            torchrun(4, str(Path(__file__).parent / "ranks_worker.py"), str(port)), env=environment()
-        )
-        server.settimeout(120)
-        connection, _ = server.accept()
-        yield connection
-        connection.close()
-        assert process.wait(timeout=60) == 0
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    world = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield world
+    world.stop()
 
 
-def ask(ranks: socket.socket, layout: str, example: dict[str, Any]) -> Any:
-    send(ranks, {"layout": layout, "example": example})
-    return receive(ranks)
+# What is drawn
+
+responses = st.builds(
+    Response,
+    prompt_tokens=st.integers(1, 3),
+    spans=st.lists(st.integers(0, 4), max_size=3).map(tuple),
+    filtered=st.sampled_from([False, False, False, True]),
+    reward=st.sampled_from([0.0, 1.0, -1.0, 0.5]),
+)
+kls = st.one_of(
+    st.just(KLConfig()),
+    st.builds(KLConfig, kind=st.sampled_from(["k1", "k2", "k3", "unbiased"]), beta=st.just(0.3)),
+    st.builds(KLConfig, kind=st.sampled_from(["k1", "k2", "k3"]), place=st.just("reward"), beta=st.just(0.1)),
+)
+group_estimators = st.builds(
+    AdvantageConfig,
+    baseline=st.sampled_from(["mean", "leave-one-out", "none"]),
+    std=st.sampled_from(["population", "sample", "none"]),
+)
 
 
 @st.composite
-def batches(draw: st.DrawFn, name: str | None = None, corrected: bool = True) -> dict[str, Any]:
-    """A rollout batch with all that its policies say of it, an objective, and the numbers of the plan."""
-    objective = FAMILY[name or draw(st.sampled_from(sorted(FAMILY)))]
-    if corrected:
-        update: dict[str, Any] = {"kl": draw(st.sampled_from(KLS))}
-        if objective.denominator == "old":
-            update["correction"] = draw(st.sampled_from([objective.correction, *CORRECTIONS]))
-        objective = objective.model_copy(update=update)
-    mini_batches = draw(st.integers(1, 2))
-    groups = draw(st.lists(st.lists(turns, min_size=1, max_size=4), min_size=mini_batches, max_size=4))
-    assume(len(groups) % mini_batches == 0)
-    block = len(groups) // mini_batches
-    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
-    for start in range(0, len(groups), block):  # four ranks need four samples
-        while sum(map(len, groups[start : start + block])) < 4:
-            groups[start].append([3])
-    samples = []
-    for number, group in enumerate(groups):
-        rewards = rng.integers(0, 2, len(group)).astype(float).tolist()
-        advantages = [0.0] * len(group)
-        if objective.advantage.estimator == "group":
-            advantages = group_advantages(rewards, objective.advantage).astype(np.float32).tolist()
-        for lengths, reward, advantage in zip(group, rewards, advantages, strict=True):
-            samples.append(response(rng, len(samples), number, lengths, reward, advantage))
-    return {
-        "objective": objective.model_dump(),
-        "samples": [samples[i] for i in rng.permutation(len(samples))],
-        "mini_batches": mini_batches,
-        "max_tokens": draw(st.sampled_from([16, 40, 400])),
-    }
+def objectives(draw: st.DrawFn, mini_batches: int) -> tuple[ObjectiveConfig, bool]:
+    """A preset with some of its switches turned, and train.recompute_old_logprobs; nothing that is refused."""
+    config = FAMILY[draw(st.sampled_from(NAMES))]
+    update: dict[str, Any] = {"kl": draw(kls)}
+    if draw(st.booleans()):
+        update["aggregation"] = draw(st.sampled_from(["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]))
+    elif draw(st.booleans()):
+        update |= {"aggregation": "constant-length", "constant_length": 7}
+    if draw(st.booleans()):
+        update["correction"] = draw(st.sampled_from(CORRECTIONS))
+    if draw(st.booleans()):
+        update["denominator"] = draw(st.sampled_from(["old", "rollout"]))
+    if config.advantage.estimator == "group" and draw(st.booleans()):
+        update["advantage"] = draw(group_estimators)
+    config = config.model_copy(update=update)
+    recompute = draw(st.booleans())
+    if mini_batches > 1 and (config.denominator == "old" or config.clip.kind == "mask"):
+        recompute = True
+    if config.correction.kind == "mis" and (config.denominator == "rollout" or not recompute):
+        config = config.model_copy(update={"correction": CorrectionConfig()})
+    return config, recompute
 
 
-def response(
-    rng: np.random.Generator, index: int, group: int, lengths: list[int], reward: float, advantage: float
-) -> dict[str, Any]:
-    prompt = rng.integers(2, 99, rng.integers(1, 6)).tolist()
-    spans = [rng.integers(2, 99, n).tolist() for n in lengths]
-    mask = np.array([False] * len(prompt) + [turn % 2 == 0 for turn, n in enumerate(lengths) for _ in range(n)])
-    n = len(mask)
-    mu = -rng.exponential(1.0, n).astype(np.float32).astype(np.float64)
-    mu_turns, at = [], len(prompt)
-    for count in lengths:
-        mu_turns.append(mu[at : at + count].tolist())
-        at += count
-    old = mu + 0.3 * rng.normal(size=n)
-    tables = {
-        "theta": old + 0.3 * rng.normal(size=n),
-        "old": old,
-        "reference": old + 0.4 * rng.normal(size=n),
-        "value": rng.normal(size=n),
-        "shift": rng.uniform(0.6, 1.0, n),  # RSPO's factor, for which there are no routers here
-    }
-    return {
-        "index": index,
-        "group": group,
-        "prompt": prompt,
-        "turns": spans,
-        "mu": mu_turns,
-        "reward": reward,
-        "advantage": advantage,
-        # What is said of a token stands one position before it.
-        "tables": {key: np.append(values[1:], 0.0).tolist() for key, values in tables.items()},
-        "mask": mask.tolist(),
-        "all_mu": mu.tolist(),
-    }
+@st.composite
+def examples(draw: st.DrawFn) -> Example:
+    mini_batches, per_step = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    groups = []
+    for _ in range(mini_batches):
+        step = [draw(st.lists(responses, min_size=1, max_size=4)) for _ in range(per_step)]
+        missing = max(REPLICAS - sum(map(len, step)), 0)
+        step[-1] += draw(st.lists(responses, min_size=missing, max_size=missing))
+        groups += step
+    objective, recompute = draw(objectives(mini_batches))
+    drift, mismatch = draw(st.sampled_from([0.3, 0.002, 0.0])), draw(st.sampled_from([0.5, 0.0]))
+    seed = draw(st.integers(0, 10**6))
+    return made(groups, mini_batches, objective, recompute, draw(st.integers(1, 60)), seed, drift, mismatch)
 
 
-def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]], layout: str) -> None:
-    assert len(found) == len(expected)
-    for mine, wanted in zip(found, expected, strict=True):
-        assert mine["denominators"] == wanted["denominators"], layout
-        assert mine["loss"] == pytest.approx(wanted["loss"], rel=1e-9, abs=1e-10), layout
-        # Every token once, whichever rank had it.
-        assert [row[:2] for row in mine["gradients"]] == [row[:2] for row in wanted["gradients"]], layout
-        np.testing.assert_allclose(
-            [row[2] for row in mine["gradients"]], [row[2] for row in wanted["gradients"]], rtol=1e-9, atol=1e-10
-        )
-        assert mine["metrics"].keys() == wanted["metrics"].keys(), layout
-        for name, value in wanted["metrics"].items():
-            # The spread of equal values is a rounding error, and its root is not small.
-            bound = 1e-6 if name.endswith("/std") else 1e-9
-            assert mine["metrics"][name] == pytest.approx(value, rel=bound, abs=bound), (layout, name)
-
-
-slowly = settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
-
-
-def cut_up_in_every_way(ranks: socket.socket, example: dict[str, Any]) -> None:
-    expected = ask(ranks, "one rank", {**example, "max_tokens": 4000})
-    ordered = sorted(example["samples"], key=lambda sample: sample["index"])
-    again = ask(ranks, "one rank", {**example, "samples": ordered})
-    assume("error" not in again)
-    assert_same(again, expected, "one rank, other packing and order")
-    for layout in list(LAYOUTS)[1:]:
-        found = ask(ranks, layout, example)
-        if "error" not in found:
-            assert_same(found, expected, layout)
-
-
-@slowly
-@given(example=batches())
-def test_layout_packing_micro_batches_and_order_do_not_matter(ranks: socket.socket, example: dict[str, Any]) -> None:
-    cut_up_in_every_way(ranks, example)
-
-
-@settings(slowly, max_examples=12)
-@given(example=batches("ppo"))
-def test_nor_do_they_for_advantages_of_a_critic(ranks: socket.socket, example: dict[str, Any]) -> None:
-    cut_up_in_every_way(ranks, example)
-
-
-@slowly
-@given(data=st.data())
-def test_on_ranks_the_loss_is_the_papers(ranks: socket.socket, data: st.DataObject) -> None:
-    name = data.draw(st.sampled_from(sorted(set(PAPERS) - {"ppo"})))  # ppo's advantages are by token
-    example = data.draw(batches(name, corrected=False))
-    layout = data.draw(st.sampled_from(list(LAYOUTS)[1:]))
-    found = ask(ranks, layout, example)
-    assume("error" not in found)
-    groups = max(sample["group"] for sample in example["samples"]) + 1
-    block = groups // example["mini_batches"]
-    for number, mine in enumerate(found):
-        samples = [s for s in example["samples"] if s["group"] // block == number]
-        samples.sort(key=lambda sample: sample["index"])
-        sequences = [as_sequence(sample) for sample in samples]
-        if not any(sequence.mask.any() for sequence in sequences):
-            assert mine["loss"] == 0
-            continue
-        loss, gradient = differentiated(sequences, functools.partial(paper_loss, sequences, name))
-        assert mine["loss"] == pytest.approx(loss, rel=1e-6, abs=1e-6)
-        np.testing.assert_allclose([row[2] for row in mine["gradients"]], gradient, rtol=1e-6, atol=1e-6)
-
-
-def as_sequence(sample: dict[str, Any]) -> TrainedSequence:
-    """For the references, which have what is said of a token at the token."""
-    columns = {key: np.append(np.nan, values[:-1]) for key, values in sample["tables"].items()}
-    return TrainedSequence(
-        logprobs=columns["theta"],
-        old=columns["old"],
-        rollout=np.array(sample["all_mu"]),
-        entropy=np.zeros(len(sample["mask"])),
-        mask=np.array(sample["mask"], dtype=bool),
-        shift=columns["shift"],
-        advantage=sample["advantage"],
+def made(
+    groups: list[list[Response]],
+    mini_batches: int,
+    objective: ObjectiveConfig,
+    recompute: bool = True,
+    max_tokens: int = 16,
+    seed: int = 0,
+    drift: float = 0.3,
+    mismatch: float = 0.5,
+) -> Example:
+    """The budget is raised until every replica of every layout has its micro-batches."""
+    drawn = Example(
+        groups_of=tuple(map(tuple, groups)),
+        mini_batches=mini_batches,
+        objective=objective.model_dump(),
+        recompute=recompute,
+        max_tokens=max_tokens,
+        seed=seed,
+        tables=tables(groups, seed, drift, mismatch),
     )
+    while not all(fits(drawn, dp, align) for dp, align in ((1, 1), (4, 1), (2, 4), (1, 8))):
+        drawn = dataclasses.replace(drawn, max_tokens=2 * drawn.max_tokens)
+    return drawn
 
 
-@slowly
-@given(example=batches(), layout=st.sampled_from(list(LAYOUTS)))
-def test_on_policy_every_ratio_is_exactly_one(ranks: socket.socket, example: dict[str, Any], layout: str) -> None:
-    """The first mini-batch: pi_theta is pi_old, to the last bit."""
-    for sample in example["samples"]:
-        sample["tables"]["old"] = sample["tables"]["theta"]
-    objective = ObjectiveConfig.model_validate(example["objective"])
-    found = ask(ranks, layout, example)
-    assume("error" not in found)
-    for mine in found:
-        metrics = mine["metrics"]
-        if not mine["gradients"]:
-            continue
-        for name in ("ratio", "sequence_ratio") if objective.denominator == "old" else ("ratio",):
-            assert metrics[f"{name}/min"] == metrics[f"{name}/max"] == 1.0
-        if objective.denominator == "old":
-            assert not any(value for name, value in metrics.items() if name.startswith("clip/"))
+def fits(drawn: Example, dp: int, align: int) -> bool:
+    rows = []
+    for leader in range(dp):
+        for group in drawn.groups(shuffled=True, leader=leader, leaders=dp):
+            for sample in group.samples:
+                index = group.index * drawn.config().rollout.group_size + sample.index
+                rows.append((index, group.index, len(sample.token_ids), sample.response_tokens, leader))
+    rows.sort()
+    sizes, home = [SampleSize(*row[:4]) for row in rows], [row[4] for row in rows]
+    try:
+        plan(sizes, mini_batches=drawn.mini_batches, dp=dp, max_tokens=drawn.max_tokens, align=align, home=home)
+    except ScheduleError:
+        return False
+    return True
+
+
+# What must hold
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Of one network and one optimizer step."""
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-9, abs=1e-9)
+    assert found["metrics"]["loss"] == pytest.approx(found["loss"], rel=1e-9, abs=1e-9)
+    gradient = np.array(expected["gradient"])
+    np.testing.assert_allclose(found["gradient"], gradient, rtol=1e-9, atol=1e-9 * np.abs(gradient).max())
+    assert found["metrics"].keys() == expected["metrics"].keys()
+    for name in expected["metrics"]:
+        here, there = (summed(name, each["metrics"]) for each in (found, expected))
+        assert here == pytest.approx(there, rel=1e-9, abs=1e-9), name
+
+
+def summed(name: str, metrics: dict[str, float]) -> float:
+    """The metric; for a standard deviation the mean square, which is what ranks add up: its difference from the squared
+    mean has fewer digits, and the root of that fewer still."""
+    tail, _, statistic = name.rpartition("/")
+    return metrics[name] ** 2 + metrics[f"{tail}/mean"] ** 2 if statistic == "std" else metrics[name]
+
+
+def sequences_of(drawn: Example) -> list[list[TrainedSequence]]:
+    """For the reference, of masked-in tokens alone; by mini-batch."""
+    config = drawn.config().objective
+
+    def penalty(response: Any) -> np.ndarray:
+        if config.kl.kind == "none" or config.kl.place == "loss":
+            return np.zeros(len(response.ids))
+        # Where pi_old is the update's own forward pass it is not known yet, and mu has sampled.
+        sampled = response.columns["old" if drawn.recompute else "rollout"]
+        return config.kl.beta * kl_estimate(config.kl.kind, response.columns["reference"], sampled)
+
+    if config.advantage.estimator == "gae":
+        advantages: Any = generalised_advantages_of(drawn, penalty)[0]
+    else:
+        advantages = group_advantages_of(drawn, penalty)
+    return [
+        [
+            TrainedSequence(
+                logprobs=response.columns["theta"],
+                old=response.columns["old"],
+                rollout=response.columns["rollout"],
+                entropy=np.zeros(len(response.ids)),
+                mask=np.ones(len(response.ids), dtype=bool),
+                advantage=advantage,
+                reference=response.columns["reference"],
+            )
+            for response, advantage in zip(step, part, strict=True)
+        ]
+        for step, part in zip(trained(drawn), advantages, strict=True)
+    ]
+
+
+def assert_is_the_formula(answer: list[dict[str, Any]], drawn: Example) -> None:
+    """Advantages are float32 in a packed batch: hence 1e-6."""
+    config = drawn.config().objective
+    for found, sequences, step in zip(answer, sequences_of(drawn), trained(drawn), strict=True):
+        loss, gradient = reference(sequences, config)
+        size = np.abs(gradient).max(initial=0)
+        assert found["policy"]["loss"] == pytest.approx(loss, rel=1e-6, abs=1e-6 * max(size, 1e-3))
+        by_token = np.array(found["policy"]["gradient"])
+        ids = np.concatenate([response.ids for response in step])
+        np.testing.assert_allclose(by_token[ids], gradient, rtol=1e-6, atol=1e-6 * size + 1e-9)
+        assert not np.delete(by_token, ids).any(), "a token outside the loss mask has a gradient"
+
+
+def assert_is_the_critics_formula(answer: list[dict[str, Any]], drawn: Example) -> None:
+    def nothing(response: Any) -> np.ndarray:
+        return np.zeros(len(response.ids))
+
+    if drawn.config().critic is None or drawn.config().objective.kl.place == "reward":
+        return
+    _, returns = generalised_advantages_of(drawn, nothing)
+    for found, targets, step in zip(answer, returns, trained(drawn), strict=True):
+        tokens = sum(map(len, targets))
+        losses, gradient = [], {}
+        for target, response in zip(targets, step, strict=True):
+            value, old = response.columns["values"], response.columns["old_values"]
+            free, held = value - target, np.clip(value, old - 0.2, old + 0.2) - target
+            losses.append(np.maximum(free**2, held**2).sum() / 2)
+            slope = np.where(free**2 >= held**2, free, 0) / max(tokens, 1)
+            gradient |= dict(zip(response.ids.tolist(), slope.tolist(), strict=True))
+        assert found["critic"]["loss"] == pytest.approx(sum(losses) / max(tokens, 1), rel=1e-9, abs=1e-9)
+        assert dict(enumerate(found["critic"]["gradient"])) == pytest.approx(
+            {token: gradient.get(token, 0.0) for token in range(len(found["critic"]["gradient"]))}, rel=1e-9, abs=1e-9
+        )
+
+
+def assert_first_is_exact(answer: list[dict[str, Any]], drawn: Example) -> None:
+    """Where pi_theta is still pi_old: every ratio 1 and every clip fraction 0, to the last bit."""
+    if drawn.tables["theta"] != drawn.tables["old"] or not drawn.recompute:
+        return
+    for found in answer:
+        metrics = found["policy"]["metrics"]
+        ratios = ["ratio", "sequence_ratio"] if drawn.objective["denominator"] == "old" else ["ratio"]
+        for ratio in ratios if metrics["tokens"] else []:
+            assert {metrics[f"{ratio}/{name}"] for name in ("min", "p1", "p50", "p99", "max", "mean")} == {1.0}
+        for name, value in metrics.items():
+            if name.startswith("clip/") and (drawn.objective["denominator"] == "old"):
+                assert value == 0, name
+
+
+def check(ranks: Ranks, drawn: Example) -> None:
+    answers = ranks.ask(drawn.to_json())
+    assert answers.keys() == {"whole", "alone", *LAYOUTS}
+    for name, answer in answers.items():
+        for found, expected in zip(answer, answers["whole"], strict=True):
+            assert found.keys() == expected.keys()
+            for network in expected:
+                try:
+                    assert_same(found[network], expected[network])
+                except AssertionError as error:
+                    raise AssertionError(f"{name}, {network}: {error}") from None
+        assert_first_is_exact(answer, drawn)
+    assert_is_the_formula(answers["whole"], drawn)
+    assert_is_the_critics_formula(answers["whole"], drawn)
+
+
+@pytest.mark.distributed
+@settings(
+    max_examples=20,
+    deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(examples())
+def test_ranks_packing_micro_batches_and_order_change_nothing(ranks: Ranks, drawn: Example) -> None:
+    check(ranks, drawn)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", NAMES)
+def test_every_preset_is_the_same_on_all_ranks(ranks: Ranks, name: str) -> None:
+    """Hypothesis may pass one over."""
+    shapes = [(4,), (2, 3, 3), (), (1, 1), (3, 2), (4, 1, 2)]
+    batch = [
+        [Response(1 + i % 3, spans, filtered=i == 4, reward=float(i % 3 - 1)) for i, spans in enumerate(shapes[a:b])]
+        for a, b in ((0, 2), (1, 6))
+    ]
+    check(ranks, made(batch, 1, FAMILY[name]))

@@ -1,0 +1,203 @@
+"""Rollout batches that hypothesis draws for tests on several ranks, and what float64 NumPy makes of them. No torch.
+
+Every token of an example has an id of its own, so a table from ids to numbers stands for a network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import orjson
+
+from megatron_rl.config.schema import ObjectiveConfig
+from megatron_rl.data.sample import Group, Prompt, Sample, Verdict
+
+
+@dataclass(frozen=True)
+class Response:
+    """A response's spans of tokens, generated ones and observations in turn; `filtered`: all are masked out."""
+
+    prompt_tokens: int
+    spans: tuple[int, ...]
+    filtered: bool
+    reward: float
+
+    @property
+    def mask(self) -> np.ndarray:
+        """[n], prompt and response."""
+        turns = [np.full(length, number % 2 == 0 and not self.filtered) for number, length in enumerate(self.spans)]
+        return np.concatenate([np.zeros(self.prompt_tokens, dtype=bool), *turns])
+
+
+@dataclass(frozen=True)
+class Example:
+    groups_of: tuple[tuple[Response, ...], ...]
+    mini_batches: int
+    objective: dict[str, Any]
+    recompute: bool
+    """train.recompute_old_logprobs"""
+    max_tokens: int
+    seed: int
+    """Of the order of samples and groups, and of where they are."""
+    tables: dict[str, list[float | None]]
+    """By token id; None outside the loss mask."""
+
+    def to_json(self) -> bytes:
+        return orjson.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Example:
+        fields = orjson.loads(data)
+        groups = [tuple(Response(**each) for each in group) for group in fields.pop("groups_of")]
+        return cls(groups_of=tuple(groups), **fields)
+
+    def config(self) -> Any:
+        """As much of a Config as what is called reads."""
+        objective = ObjectiveConfig.model_validate(self.objective)
+        return SimpleNamespace(
+            objective=objective,
+            rollout=SimpleNamespace(group_size=max(map(len, self.groups_of))),
+            train=SimpleNamespace(mini_batches=self.mini_batches, recompute_old_logprobs=self.recompute),
+            critic=SimpleNamespace(clip=0.2) if objective.advantage.estimator == "gae" else None,
+        )
+
+    def token_ids(self) -> list[list[np.ndarray]]:
+        """Of each group's responses, the ids of all their tokens."""
+        ends = np.cumsum([len(response.mask) for group in self.groups_of for response in group])
+        ids = iter(np.split(np.arange(ends[-1]), ends[:-1]))
+        return [[next(ids) for _ in group] for group in self.groups_of]
+
+    def groups(self, *, shuffled: bool = False, leader: int = 0, leaders: int = 1) -> list[Group]:
+        """Those that a leader holds. `shuffled`: groups are numbered anew within their mini-batch, and samples within
+        their group, and come in another order."""
+        rng = np.random.default_rng(self.seed)
+        ids = self.token_ids()
+        per_step = len(self.groups_of) // self.mini_batches
+        made = []
+        for step in range(self.mini_batches):
+            numbers = rng.permutation(per_step) if shuffled else np.arange(per_step)
+            for place, number in enumerate(numbers):
+                source = step * per_step + place
+                order = rng.permutation(len(ids[source])) if shuffled else np.arange(len(ids[source]))
+                members = [
+                    self._sample(self.groups_of[source][i], ids[source][i], index) for index, i in enumerate(order)
+                ]
+                made.append(Group(step * per_step + int(number), members[0].prompt, tuple(members)))
+        homes = rng.integers(0, leaders, len(made))
+        if shuffled:
+            made = [made[i] for i in rng.permutation(len(made))]
+        return [group for group, home in zip(made, homes, strict=True) if home == leader]
+
+    def _sample(self, response: Response, ids: np.ndarray, index: int) -> Sample:
+        n = response.prompt_tokens
+        sample = Sample.start(Prompt("", "", tuple(ids[:n].tolist()), "", ""), index)
+        rollout = np.array(self.tables["rollout"], dtype=np.float64)
+        for number, length in enumerate(response.spans):
+            span = ids[n : n + length]
+            generated = number % 2 == 0 and not response.filtered
+            sample = sample.extend(span.tolist(), rollout[span].tolist() if generated else None, 0)
+            n += length
+        return dataclasses.replace(sample, verdict=Verdict(response.reward, response.reward > 0))
+
+
+def tables(groups: list[list[Response]], seed: int, drift: float, mismatch: float) -> dict[str, list[float | None]]:
+    """Log-probs of the four policies and a critic's values. All are multiples of 2**-10: exact in float32, and never so
+    near to the bound of a clip that a finite difference would step over it."""
+    mask = np.concatenate([response.mask for group in groups for response in group])
+    rng = np.random.default_rng(seed)
+
+    def normal(scale: float) -> np.ndarray:
+        return np.round(scale * rng.normal(size=len(mask)) * 1024) / 1024
+
+    old = -np.abs(normal(1.0))
+    old_values = normal(0.5)
+    numbers = {
+        "old": old,
+        "theta": old + normal(drift),
+        "rollout": np.minimum(old + normal(mismatch), 0),
+        "reference": old + normal(0.4),
+        "old_values": old_values,
+        "values": old_values + normal(0.3),
+    }
+    return {
+        name: [float(value) if inside else None for value, inside in zip(each, mask, strict=True)]
+        for name, each in numbers.items()
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A response as the formulas see it: its masked-in tokens, [|y|] each."""
+
+    group: int
+    ids: np.ndarray
+    reward: float
+    columns: dict[str, np.ndarray]
+
+
+def trained(example: Example) -> list[list[Trained]]:
+    """Of each mini-batch, all responses; `old` is pi_old as the switches make it."""
+    numbers = {name: np.array(each, dtype=np.float64) for name, each in example.tables.items()}
+    if not example.recompute:
+        numbers["old"] = numbers["theta" if example.mini_batches == 1 else "rollout"]
+    steps: list[list[Trained]] = [[] for _ in range(example.mini_batches)]
+    per_step = len(example.groups_of) // example.mini_batches
+    for group, (responses, ids) in enumerate(zip(example.groups_of, example.token_ids(), strict=True)):
+        for response, each in zip(responses, ids, strict=True):
+            kept = each[response.mask]
+            columns = {name: values[kept] for name, values in numbers.items()}
+            steps[group // per_step].append(Trained(group, kept, response.reward, columns))
+    return steps
+
+
+Penalty = Callable[[Trained], np.ndarray]
+
+
+def group_advantages_of(example: Example, penalty: Penalty) -> list[list[float]]:
+    """(R - b)/std of each response in its group, R less its penalties; by mini-batch."""
+    config = example.config().objective.advantage
+    steps = trained(example)
+    rewards: dict[int, list[float]] = {}
+    for response in (response for step in steps for response in step):
+        rewards.setdefault(response.group, []).append(response.reward - penalty(response).sum())
+    found = {}
+    for group, values in rewards.items():
+        mean, n = np.mean(values), len(values)
+        others = [(sum(values) - value) / max(n - 1, 1) for value in values]
+        baseline = {"mean": [mean] * n, "leave-one-out": others, "none": [0.0] * n}[config.baseline]
+        spread = 1.0 if config.std == "none" else np.std(values, ddof=int(config.std == "sample" and n > 1))
+        dead = max(values) - min(values) < 1e-9 and (config.baseline, config.std) != ("none", "none")
+        found[group] = [0.0 if dead else (r - b) / spread for r, b in zip(values, baseline, strict=True)]
+    queues = {group: iter(values) for group, values in found.items()}
+    return [[next(queues[response.group]) for response in step] for step in steps]
+
+
+def generalised_advantages_of(
+    example: Example, penalty: Penalty
+) -> tuple[list[list[np.ndarray]], list[list[np.ndarray]]]:
+    """By mini-batch and response, [|y|]: advantages, normalised over all tokens of the batch, and returns."""
+    config = example.config().objective.advantage
+    decay = config.gamma * config.gae_lambda
+    raw: list[list[np.ndarray]] = []
+    returns: list[list[np.ndarray]] = []
+    for step in trained(example):
+        raw.append([])
+        returns.append([])
+        for response in step:
+            values, n = response.columns["old_values"], len(response.ids)
+            rewards = -penalty(response)
+            rewards[-1:] += response.reward
+            deltas = rewards + config.gamma * np.append(values[1:], 0.0)[:n] - values
+            advantages = np.array([sum(decay ** (k - t) * deltas[k] for k in range(t, n)) for t in range(n)])
+            raw[-1].append(advantages)
+            returns[-1].append(advantages + values)
+    everything = np.concatenate([each for step in raw for each in step])
+    spread = np.std(everything, ddof=1) if len(everything) > 1 else 0.0
+    if spread < 1e-9:
+        return [[np.zeros(len(each)) for each in step] for step in raw], returns
+    return [[(each - everything.mean()) / spread for each in step] for step in raw], returns
