@@ -53,10 +53,11 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         checkpoint=CheckpointConfig(every=2),
     )
     place = SimpleNamespace(rank=0)
-    policy: Any = SimpleNamespace(arch=SimpleNamespace(vocab_size=9))
+    policy = SimpleNamespace(arch=SimpleNamespace(vocab_size=9), check_skipped=lambda: None)
+    networks: Any = SimpleNamespace(policy=policy, critic=None, reference=None)
     run = RunDir.create(config.run_dir, "", resume=False)
     console = Console(3, shows=False, clock=clock)
-    trainer = Trainer(config, SimpleNamespace(), place, policy, run, console)  # type: ignore[arg-type]
+    trainer = Trainer(config, SimpleNamespace(), place, networks, run, console)  # type: ignore[arg-type]
     session = object.__new__(Session)
     session.__dict__.update(
         trainer=trainer,
@@ -96,7 +97,9 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(train_module, "open_session", open_session)
     monkeypatch.setattr(train_module, "with_advantages", lambda *_: [])
     monkeypatch.setattr(train_module, "schedule", lambda *_: [SimpleNamespace(index=0)])
-    monkeypatch.setattr(train_module, "old_policy", lambda *_: [(None, None)])
+    updates = [SimpleNamespace(mini_batch=SimpleNamespace(index=0), loss=None, routing=None, value_loss=None)]
+    monkeypatch.setattr(train_module, "prepare", lambda *_: updates)
+    monkeypatch.setattr(train_module, "measure_router_shift", lambda *_: None)
     train_module.train(config)
     return config.run_dir
 
