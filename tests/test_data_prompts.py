@@ -174,13 +174,27 @@ def test_several_splits_are_not_mixed(tmp_path, tokenizer):
         load_prompts(str(tmp_path / "empty"), FIELDS, tokenizer, 16)
 
 
-def test_arithmetic_prompts_bring_their_own_verifier(tokenizer):
-    prompts = load_prompts("arithmetic:terms=3,count=5", Fields("question", "solution", "math"), tokenizer, 16)
+def test_arithmetic_prompts_are_made(tokenizer):
+    prompts = load_prompts("arithmetic:terms=3,count=5", Fields("question", "solution"), tokenizer, 16)
     terms = ArithmeticTask(terms=3, count=5).problems()
     for i, expected in enumerate(terms):
         assert prompts[i].text == "+".join(map(str, expected)) + "="
         assert prompts[i].answer == str(sum(expected))
-    assert prompts.verifiers == {"arithmetic"}
+
+
+@pytest.mark.parametrize(
+    ("source", "named", "verifier"),
+    [
+        ("file", None, "math"),
+        ("file", "my.module:judge", "my.module:judge"),
+        ("arithmetic:count=1", None, "arithmetic"),
+        ("arithmetic:count=1", "my.module:judge", "my.module:judge"),
+    ],
+)
+def test_the_verifier_is_the_one_named_or_what_suits_the_source(tokenizer, write, source, named, verifier):
+    source = write(question()) if source == "file" else source
+    fields = Fields("prompt", "answer", named)
+    assert load_prompts(str(source), fields, tokenizer, 64).verifiers == {verifier}
 
 
 # ---- order -------------------------------------------------------------------------------------------------------

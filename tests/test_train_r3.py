@@ -23,7 +23,6 @@ def test_routes_of_a_live_server_are_replayed(tmp_path: Path) -> None:
     options = (
         "data.train=arithmetic:terms=3,split=train,count=64",
         "data.heldout=arithmetic:terms=3,split=heldout,count=8",
-        "data.verifier=arithmetic",
         "rollout.replay_from=null",
         "rollout.servers.max_total_tokens=4096",
         f"train.steps={STEPS}",

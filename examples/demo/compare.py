@@ -63,6 +63,14 @@ def summary(run_dir: Path) -> dict[str, Any]:
     }
 
 
+def _table(rows: list[dict[str, Any]]) -> str:
+    """In Markdown, at its full width wherever it is printed."""
+    cells = [list(rows[0]), ["---"] * len(rows[0])]
+    cells += [["" if v is None else v if isinstance(v, str) else f"{v:.3g}" for v in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in cells)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
@@ -72,15 +80,8 @@ def main() -> None:
     cold_start()
     rows = [summary(train(preset, arguments.steps)) for preset in arguments.presets]
 
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{arguments.steps} steps, accuracy on held-out prompts before and after")
-    for name in rows[0]:
-        table.add_column(name)
-    for row in sorted(rows, key=lambda row: -row["after"]):
-        table.add_row(*("" if v is None else v if isinstance(v, str) else f"{v:.3g}" for v in row.values()))
-    Console().print(table)
+    print(f"\n{arguments.steps} steps; before and after: accuracy on held-out prompts\n")
+    print(_table(sorted(rows, key=lambda row: -row["after"])))
     (RUNS / f"table-{arguments.steps}.json").write_text(json.dumps(rows, indent=2) + "\n")
 
 

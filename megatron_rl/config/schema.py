@@ -87,8 +87,9 @@ class DataConfig(Frozen):
     heldout: str | None = None
     prompt_field: str = "prompt"
     answer_field: str = "answer"
-    verifier: str = "math"
-    """Name in megatron_rl.rewards, or `package.module:function`."""
+    verifier: str | None = None
+    """Of prompts that name none of their own: a name in megatron_rl.rewards, or `package.module:function`. Null:
+    `arithmetic` for the problems of `arithmetic:SPEC`, else `math`."""
     chat_template: bool = False
     """Wrap each prompt as a user message with the tokenizer's chat template."""
     max_prompt_tokens: PositiveInt = 1024

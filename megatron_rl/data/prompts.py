@@ -106,7 +106,7 @@ class Fields:
 
     prompt: str
     answer: str  # or the response, of a supervised example
-    verifier: str = ""  # of a record without a field of that name
+    verifier: str | None = None  # of a record without a field of that name; None: what suits the source
     chat_template: bool = False
 
 
@@ -117,6 +117,7 @@ def load_prompts(source: str, fields: Fields, tokenizer: Tokenizer, max_tokens: 
     field for a record that cannot be used, an id given twice, or a prompt over `max_tokens`.
     """
     chat = ChatFormat(tokenizer, fields.chat_template)
+    verifier = fields.verifier or ("arithmetic" if source.startswith(arithmetic.PREFIX) else "math")
     prompts = []
     where: dict[str, str] = {}
     for record in _records(source, fields, answer_text=lambda terms: str(sum(terms))):
@@ -132,7 +133,7 @@ def load_prompts(source: str, fields: Fields, tokenizer: Tokenizer, max_tokens: 
             text=text,
             token_ids=(),
             answer=record.text(fields.answer),
-            verifier=record.text("verifier", default=fields.verifier),
+            verifier=record.text("verifier", default=verifier),
         )
         if prompt.id in where:
             raise record.error("id", f"{prompt.id!r} is also at {where[prompt.id]}; ids must differ")
@@ -214,10 +215,6 @@ def _records(source: str, fields: Fields, answer_text: Callable[[Sequence[int]],
         return
     task = ArithmeticTask.parse(source)
     for number, terms in enumerate(task.problems()):
-        values = {
-            fields.prompt: arithmetic.prompt_text(terms),
-            fields.answer: answer_text(terms),
-            "verifier": "arithmetic",
-        }
+        values = {fields.prompt: arithmetic.prompt_text(terms), fields.answer: answer_text(terms)}
         where = f"{arithmetic.PREFIX}{task.split}:{number}"
         yield Record(where, where, values)
