@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_rl.engine.advantages import Doubles, gae_finish, group_finish, kl_penalties, wait_for_policies
+from megatron_rl.engine.advantages import Doubles, gae_finish, group_finish, kl_penalties, needs_forward_pass
 from megatron_rl.engine.distribute import MiniBatch
 from megatron_rl.engine.losses import PolicyLoss, ValueLoss, without_rejected
 from megatron_rl.engine.shift import packed_shift
@@ -43,7 +43,7 @@ def prepare(session: Session, mini_batches: Sequence[MiniBatch]) -> list[Update]
     config, trainer = session.config, session.trainer
     passes = [_passes(session, mini_batch) for mini_batch in mini_batches]
     estimates = None
-    if wait_for_policies(config.objective):
+    if needs_forward_pass(config.objective):
         penalties = _penalties(session, mini_batches, passes)
         if trainer.critic is None:
             assert penalties is not None

@@ -23,7 +23,7 @@ from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.objectives.custom import get_objective
 from megatron_rl.rewards import Judges, get_verifier, grade
 from megatron_rl.rewards.shaping import filter_overlong, shape_rewards
-from megatron_rl.rollout.dynamic import Search, Tally
+from megatron_rl.rollout.dynamic import DynamicSamplingError, Search, Tally
 from megatron_rl.rollout.evaluate import evaluation
 from megatron_rl.rollout.pool import Pool, read_api_key
 from megatron_rl.rollout.routes import RouteSpec
@@ -48,6 +48,7 @@ class Session:
         self.trainer = trainer
         self.config = config
         self.step = 0
+        self._saved_step = 0  # of the newest checkpoint
         self._cursor = PromptCursor(config.seed)
         self._pool = pool
         self._leader = leader
@@ -102,14 +103,24 @@ class Session:
         return saved_groups(path, self.step + 1, place.dp, dp, needs_traces=self._routes)
 
     def _search(self, config: DynamicSamplingConfig) -> tuple[list[Group], Search]:
-        """All groups that this leader sampled until there were mixed ones enough over all leaders. Collective."""
+        """All groups that this leader sampled until there were mixed ones enough over all leaders. Collective.
+
+        Raises DynamicSamplingError, on every rank, once there is a checkpoint of the steps before.
+        """
         search = Search(config, self.config.rollout.prompts_per_step)
         groups: list[Group] = []
-        while count := search.next_count():
-            judged = self._sample(count, first=len(search.tallies))
-            groups += judged
-            with self.trainer.phase("rollout"):
-                search = search.after(self._all_tallies(judged))
+        start = self._cursor
+        try:
+            while count := search.next_count():
+                judged = self._sample(count, first=len(search.tallies))
+                groups += judged
+                with self.trainer.phase("rollout"):
+                    search = search.after(self._all_tallies(judged))
+        except DynamicSamplingError:
+            self._cursor = start
+            if self.step > self._saved_step:
+                self.save()
+            raise
         return groups, search
 
     def _all_tallies(self, groups: Sequence[Group]) -> list[Tally]:
@@ -182,12 +193,16 @@ class Session:
         self.trainer.console.step(self.step, shown, times)
 
     def finish_epochs(self, updates: Sequence[Update]) -> None:
-        """The critic's passes over the rollout batch after the first. The metrics are those of the first, of responses
-        that it had not been trained on."""
-        epochs = 1 if self.config.critic is None else self.config.critic.epochs
-        for update in list(updates) * (epochs - 1):
+        """The critic's passes over the rollout batch after the first. Its metrics are those of the first, of responses
+        that it had not been trained on; of these passes they have the gradients, under critic/later/."""
+        later = [] if self.config.critic is None else list(updates) * (self.config.critic.epochs - 1)
+        results = []
+        for update in later:
             assert update.value_loss is not None
-            self.trainer.update_critic(update.mini_batch, update.value_loss)
+            results.append(self.trainer.step_critic(update.mini_batch, update.value_loss))
+            norms = [result.grad_norm for result in results if not result.skipped]
+            figures = {"critic/later/grad_norm/max": max(norms)} if norms else {}
+            self.trainer.add_to_line({**figures, "critic/later/skipped": float(len(results) - len(norms))})
             self.trainer.check_skipped()
 
     def due(self, every: int) -> bool:
@@ -220,11 +235,12 @@ class Session:
     def save(self) -> None:
         state = {"cursor": self._cursor.as_json(), "weight_version": self.step}
         self.trainer.save(self.step, state, self.config.checkpoint)
+        self._saved_step = self.step
 
     def resume(self) -> None:
         state = self.trainer.resume()
         if state is not None:
-            self.step = state["step"]
+            self.step = self._saved_step = state["step"]
             self._cursor = PromptCursor(**state["cursor"])
 
     def close(self) -> None:

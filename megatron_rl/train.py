@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_rl.config.schema import Config
 from megatron_rl.data.sample import Group
-from megatron_rl.engine.advantages import wait_for_policies
+from megatron_rl.engine.advantages import needs_forward_pass
 from megatron_rl.engine.distribute import MiniBatch, TrainSample, distribute
 from megatron_rl.experience import measure_router_shift, prepare
 from megatron_rl.objectives.advantages import group_advantages
@@ -50,7 +50,7 @@ def with_advantages(groups: Sequence[Group], config: Config) -> list[TrainSample
     for group in groups:
         rewards = [_reward(group, index) for index in range(len(group.samples))]
         advantages = np.zeros(len(rewards))
-        if not wait_for_policies(config.objective):
+        if not needs_forward_pass(config.objective):
             advantages = group_advantages(rewards, config.objective.advantage)
         for sample, advantage in zip(group.samples, advantages, strict=True):
             index = group.index * config.rollout.group_size + sample.index

@@ -88,11 +88,16 @@ class Trainer:
     def update_critic(self, mini_batch: MiniBatch, loss: ValueLoss) -> dict[str, float]:
         """One optimizer step of the critic; its metrics, over all ranks, under critic/."""
         assert self.critic is not None
-        with self.phase("critic update"):
-            result = self.critic.update(mini_batch.micro_batches, loss)
+        result = self.step_critic(mini_batch, loss)
         metrics = self.reduce(loss.metrics, holds_samples=self.critic.is_last_stage)
         metrics |= explained_variance(metrics) | _of_result(result)
         return {f"critic/{name}": value for name, value in metrics.items()}
+
+    def step_critic(self, mini_batch: MiniBatch, loss: ValueLoss) -> UpdateResult:
+        """The same without the metrics of the loss."""
+        assert self.critic is not None
+        with self.phase("critic update"):
+            return self.critic.update(mini_batch.micro_batches, loss)
 
     def check_skipped(self) -> None:
         """Raises NonFiniteGradientError when a network has skipped too many optimizer steps."""
@@ -106,7 +111,7 @@ class Trainer:
         """The metrics of all ranks together. Tensor- and context-parallel ranks hold the same samples: one counts."""
         place = self.place
         sums, maxima = metrics.sums.cpu(), metrics.maxima.cpu()
-        if not holds_samples or place.tp or place.cp:
+        if not holds_samples or not place.speaks_for_stage:
             empty = MetricAccumulator(metrics.kinds)
             sums, maxima = empty.sums, empty.maxima
         dist.all_reduce(sums, group=place.control)
@@ -121,11 +126,15 @@ class Trainer:
         self.flush()
         self._held = (step, mini_batch, weight_version, dict(metrics))
 
+    def add_to_line(self, more: Mapping[str, float]) -> None:
+        """To that of the last optimizer step."""
+        if self._held is not None:
+            self._held[3].update(more)
+
     def finish_step(self, more: Mapping[str, float]) -> dict[str, float]:
         """Writes the last optimizer step's line, with `more` and the time per phase; returns the times."""
         times = self.console.timer.drain()
-        if self._held is not None:
-            self._held[3].update({**more, **times})
+        self.add_to_line({**more, **times})
         self.flush()
         return times
 

@@ -2,6 +2,8 @@
 
 torchrun ... dynamic_worker.py CONFIG "key=value key=value" ...    (one run for each list of overrides)
 
+With --resume among them the run goes on from its last checkpoint.
+
 How many of a prompt's responses are right stands at the end of its text; a run that finds too few mixed groups leaves
 what each rank was told in run_dir/error-RANK. Nothing else of the session is replaced.
 """
@@ -86,9 +88,10 @@ if __name__ == "__main__":
     session.WeightSync = NoServers  # type: ignore[assignment,misc]
     dist.init_process_group("gloo")
     for overrides in sys.argv[2:]:
-        config = load_config(Config, Path(sys.argv[1]), overrides.split())
+        keys = [word for word in overrides.split() if word != "--resume"]
+        config = load_config(Config, Path(sys.argv[1]), keys)
         try:
-            train(config)
+            train(config, resume=len(keys) < len(overrides.split()))
         except DynamicSamplingError as error:
             (config.run_dir / f"error-{dist.get_rank()}").write_text(str(error))
     dist.destroy_process_group()

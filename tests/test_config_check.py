@@ -13,6 +13,7 @@ from megatron_rl.config.layout import Layout
 from megatron_rl.config.load import ConfigError, check_companions, check_config, load_config
 from megatron_rl.config.schema import Config, ParallelConfig, SftConfig
 
+KL_IN_REWARD = "objective.kl.kind=k1 objective.kl.beta=1 objective.kl.place=reward"
 NO_BAND = "objective.clip.low=null objective.clip.high=null"
 
 
@@ -66,6 +67,8 @@ def found(config: Config | SftConfig, world_size: int = 1) -> list[str]:
         ("routing.replay=r3 rollout.servers.urls=[http://a:1]", 1),
         ("routing.replay=r2 rollout.servers.extra_flags=[--enable-eplb]", 1),
         ("reward.overlong_cache=1023 reward.overlong_filter=true", 1),
+        ("reward.correct=0 reward.wrong=-1", 1),
+        (f"presets=ppo {KL_IN_REWARD} reward.overlong_filter=true", 1),
         ("rollout.dynamic_sampling.oversample=1", 1),
     ],
 )
@@ -252,6 +255,12 @@ def test_configurations_without_a_contradiction(tmp_path: Path, overrides: str, 
             1,
             "rollout.servers.extra_flags: with --enable-hierarchical-cache SGLang's routes may be wrong",
         ),
+        ("reward.correct=1 reward.wrong=1", 1, "reward.correct: 1.0 is not above reward.wrong 1.0"),
+        (
+            f"{KL_IN_REWARD} reward.overlong_filter=true",
+            1,
+            "reward.overlong_filter: true, but under objective.kl.place reward a filtered response has no tokens",
+        ),
         ("eval.every=1", 1, "eval.every: 1, but data.heldout is not set"),
         ("eval.samples=4", 1, "eval.samples: 4 greedy responses to a prompt are all the same"),
     ],
@@ -328,19 +337,25 @@ def test_when_the_rollouts_routes_are_needed(tmp_path: Path, overrides: str, nee
 
 
 def test_reference_and_critic_must_go_with_the_policy(tmp_path: Path) -> None:
-    for name, changes in (("other", {"hidden_size": 128}), ("critic", {"vocab_size": 98, "num_hidden_layers": 9})):
+    its = {"vocab_size": 98, "num_hidden_layers": 9, "max_position_embeddings": 1024}
+    for name, changes in (("other", {"hidden_size": 128}), ("critic", its)):
         write_model(tmp_path / name)
         write(tmp_path / name / "config.json", json.dumps(MODEL_FIELDS | changes))
     config = rl(
         tmp_path,
         f"presets=ppo objective.kl.kind=k3 objective.kl.beta=1 model.reference={tmp_path / 'other'} "
-        f"critic.path={tmp_path / 'critic'}",
+        f"critic.path={tmp_path / 'critic'} engine.aux_loss_coefficient=0.001",
     )
     layout = Layout.resolve(ParallelConfig(pp=2), 2)
     with pytest.raises(ConfigError) as caught:
         check_companions(config, ARCHITECTURE, layout)
-    first, second, third = str(caught.value).splitlines()
-    assert first == f"model.reference: {tmp_path / 'other'} is of another architecture than model.path"
+    first, second, third, fourth, fifth = str(caught.value).splitlines()
+    assert first.startswith(f"model.reference: {tmp_path / 'other'} is of another architecture than model.path: ")
+    assert "hidden_size 128, not 64" in first
     assert second.startswith(f"critic.path: {tmp_path / 'critic'} has a vocabulary of 98 tokens, the policy one of 99")
     assert third.startswith(f"critic.path: {tmp_path / 'critic'}: parallel.pp")
+    assert fourth.startswith(
+        f"critic.path: {tmp_path / 'critic'}: data.max_prompt_tokens + rollout.max_response_tokens"
+    )
+    assert fifth.startswith("engine.aux_loss_coefficient: 0.001, but the critic has 9 layers and the policy ")
     check_companions(rl(tmp_path, "presets=ppo"), ARCHITECTURE, layout)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from megatron_rl.config.load import ConfigError, dump_config, load_config
-from megatron_rl.config.schema import Config, RolloutConfig, SftConfig
+from megatron_rl.config.schema import Config, CriticConfig, RolloutConfig, SftConfig
 from megatron_rl.config.sources import PRESETS
 
 BUILT_IN = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
@@ -159,6 +159,13 @@ def test_a_dump_loads_back_to_the_same_object(tmp_path: Path, text: str, number:
     assert load_config(Config, write(tmp_path / "a.yaml", dump_config(config))) == config
 
 
+def test_a_section_that_is_set_in_part_keeps_its_other_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", RL + "critic: {optim: {betas: [0.9, 0.99]}}\n")
+    critic = load_config(Config, path).critic
+    assert critic is not None
+    assert critic.optim.lr == CriticConfig().optim.lr == 1e-5
+
+
 # ---- mistakes --------------------------------------------------------------------------------------------------
 
 
@@ -168,6 +175,7 @@ def test_a_dump_loads_back_to_the_same_object(tmp_path: Path, text: str, number:
         ("optim: {lrr: 1}", "{path}:5: optim.lrr: no such key; did you mean optim.lr?"),
         ("optm: {lr: 1}", "{path}:5: optm: no such key; did you mean optim?"),
         ("eval: {temperatur: 1}", "{path}:5: eval.temperatur: no such key; did you mean eval.temperature?"),
+        ("critic: {warmup_step: 1}", "{path}:5: critic.warmup_step: no such key; did you mean critic.warmup_steps?"),
         ("learning: 1", "{path}:5: learning: no such key"),
         ("rollout:\n  urls: [x]", "{path}:6: rollout.urls: no such key; did you mean rollout.servers.urls?"),
         ("engine: {on: 1}", "{path}:5: engine.on: no such key"),

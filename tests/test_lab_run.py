@@ -21,7 +21,7 @@ CONFIG = {
     "optim": {"lr": 1e-6, "betas": [0.9, 0.95]},
     "train": {"steps": 10, "mini_batches": 2},
     "eval": {"every": 0},
-    "rollout": {"group_size": 8, "servers": {"urls": [], "launch": 1}},
+    "rollout": {"group_size": 8, "dynamic_sampling": {"max_refills": 8}, "servers": {"urls": [], "launch": 1}},
 }
 
 
@@ -131,6 +131,8 @@ def test_resume_needs_a_run(tmp_path: Path) -> None:
     [
         {"train__steps": 20},
         {"eval__every": 5},
+        {"optim__max_skipped": 9},
+        {"rollout__dynamic_sampling__max_refills": 9},
         {"rollout__servers__urls": ["http://localhost:1"]},
         {"run_dir": "elsewhere/a"},
         {"merged_presets": []},
@@ -154,7 +156,14 @@ def test_resume_with_nothing_changed_adds_no_history(tmp_path: Path) -> None:
 
 def test_resume_refuses_another_configuration_and_names_every_key(tmp_path: Path) -> None:
     RunDir.create(tmp_path, changed(), resume=False)
-    other = changed(optim__lr=2e-6, train__mini_batches=4, train__steps=20, optim__betas=[0.9, 0.99], kl=0.1)
+    other = changed(
+        optim__lr=2e-6,
+        train__mini_batches=4,
+        train__steps=20,
+        optim__betas=[0.9, 0.99],
+        kl=0.1,
+        rollout__dynamic_sampling=None,
+    )
     with pytest.raises(RunDirError, match="another configuration") as error:
         RunDir.create(tmp_path, other, resume=True)
     message = str(error.value)
@@ -162,6 +171,7 @@ def test_resume_refuses_another_configuration_and_names_every_key(tmp_path: Path
     assert "train.mini_batches: 2 in the run, 4 now" in message
     assert "optim.betas: [0.9, 0.95] in the run, [0.9, 0.99] now" in message
     assert "kl: absent in the run, 0.1 now" in message
+    assert "rollout.dynamic_sampling: absent in the run, None now" in message
     assert "train.steps:" not in message
     assert (tmp_path / "config.yaml").read_text() == changed(), "a refused resume must change nothing"
 

@@ -109,5 +109,7 @@ def test_explained_variance():
         assert explained[f"explained_variance{name}"] == pytest.approx(expected)
     assert report["loss"] == pytest.approx(np.mean(np.square(np.subtract(returns, values))) / 2)
     assert explained_variance(report_of([0.0, 1.0], [1.0, 1.0], [2.0, 2.0])) == {}
+    equal = [0.9] * 1237  # whose standard deviation is a rounding error
+    assert explained_variance(report_of([0.5] * 1237, equal, equal)) == {}
     perfect = explained_variance(report_of(returns, returns, returns))
     assert perfect["explained_variance"] == pytest.approx(1)

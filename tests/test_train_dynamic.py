@@ -158,13 +158,19 @@ def test_a_replay_trains_alike_and_punishes_once(root: Path) -> None:
 
 @pytest.mark.distributed
 def test_prompts_without_mixed_groups_end_the_run_on_every_rank(root: Path) -> None:
-    prompts = write_prompts(root / "dead.jsonl", [0, 0, 4] * 20)
-    options = f"{LIVE} rollout.dynamic_sampling.max_refills=3 data.train={prompts}"
-    run_made_up(root / "config.yaml", 2, [f"run_dir={root / 'dead'} {options}"])
+    prompts = write_prompts(root / "dead.jsonl", TAKEN[0] + [0, 0, 4] * 20)
+    options = f"run_dir={root / 'dead'} {LIVE} rollout.dynamic_sampling.max_refills=3 data.train={prompts}"
+    run_made_up(root / "config.yaml", 2, [options, f"--resume {options} train.steps=1"])
     told = [(root / "dead" / f"error-{rank}").read_text() for rank in range(2)]
     assert told[0] == told[1]
     assert told[0].startswith("rollout.dynamic_sampling: 0 of the 4 groups of a step have right and wrong answers")
-    assert "of 24 prompts sampled, 8 were answered all right and 16 all wrong; use easier prompts" in told[0]
+    assert "of 24 prompts sampled, 8 were answered all right and 16 all wrong. --resume goes on" in told[0]
+    assert "easier prompts" in told[0]
+    # The step before is not lost, nor are the prompts that were asked in vain.
+    (manifest,) = (root / "dead" / "checkpoints").glob("*/manifest.json")
+    state = orjson.loads(manifest.read_bytes())["state"]
+    assert (state["step"], state["cursor"]["position"]) == (1, 8)
+    assert weights(root / "dead")
 
 
 # ---- overlong filtering ------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ same in every layout."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rl_runs import MINI_BATCHES, environment, run_all, save_rollouts, write_config
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_model
 
 from megatron_rl.lab.run import read_metrics
@@ -88,7 +89,15 @@ def test_the_critic_learns_and_explains_its_own_numbers(setting: Path) -> None:
     assert first["critic/explained_variance"] == pytest.approx(0, abs=1e-9)
     assert last["critic/value/std"] > 0.01
     assert last["critic/value/mean"] > 0.05  # towards the rewards, which are 0 or 1
-    for name in ("lr", "grad_norm", "grad_norm/router", "clipped", "outcome/mean", "explained_variance/outcome"):
+    for name in (
+        "lr",
+        "grad_norm",
+        "grad_norm/router",
+        "grad_norm/value_head",
+        "clipped",
+        "outcome/mean",
+        "explained_variance/outcome",
+    ):
         assert f"critic/{name}" in last
     before = load_file(setting.parent / "model" / "model.safetensors")
     after = load_file(setting.parent / "ppo" / "critic" / "model.safetensors")
@@ -195,6 +204,34 @@ def test_too_many_skipped_steps_end_the_run(setting: Path) -> None:
     assert "optim.max_skipped: 2 optimizer steps of this run had a gradient that was not finite, and 1" in done.stderr
     assert "Traceback" not in done.stderr
     assert [line["skipped"] for line in lines(directory)] == [1, 1]  # the last line is not lost
+
+
+def test_a_critic_that_skips_too_many_steps_is_named_and_its_later_epochs_are_counted(setting: Path) -> None:
+    directory = setting.parent / "critic-skips"
+    command = [sys.executable, "-m", "megatron_rl", "train", str(setting), f"run_dir={directory}", "presets=ppo"]
+    # Returns beyond fp32; normalised advantages are not.
+    command += ["reward.correct=1e39", "critic.epochs=2", "critic.optim.max_skipped=5"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "critic.optim.max_skipped: 6 optimizer steps of this run had a gradient that was not finite" in done.stderr
+    assert "Look at critic/loss and critic/grad_norm in the last lines" in done.stderr
+    written = lines(directory)
+    assert [(line["skipped"], line["critic/skipped"]) for line in written] == [(0, 1)] * MINI_BATCHES
+    assert [line.get("critic/later/skipped") for line in written] == [None, None, None, 2]
+
+
+@pytest.mark.parametrize("name", ["ppo-kl", "kl-in-reward"])
+def test_a_kl_penalty_that_is_not_finite_is_one_error(setting: Path, tmp_path: Path, name: str) -> None:
+    reference = shutil.copytree(setting.parent / "other", tmp_path / "reference")
+    broken = load_file(reference / "model.safetensors")
+    broken["model.norm.weight"][0] = float("nan")
+    save_file(broken, reference / "model.safetensors", metadata={"format": "pt"})
+    command = [sys.executable, "-m", "megatron_rl", "train", str(setting)]
+    command += [*overrides(setting, name, tmp_path / "run").split(), f"model.reference={reference}"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "sample 0 of this step, and 31 more: the critic's value of a token, or the log-prob of" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_resumed_run_goes_on_with_its_critic(setting: Path, tmp_path: Path) -> None:

@@ -58,7 +58,8 @@ def summary(run_dir: Path) -> dict[str, Any]:
         "grad norm": mean("grad_norm", last),
         "clipped tokens": sum(clipped),
         "sd log s": mean("abs_log_sequence_ratio/std", late),
-        "explained variance": mean("critic/explained_variance", last),
+        "explained variance of returns": mean("critic/explained_variance", last),
+        "of outcomes": mean("critic/explained_variance/outcome", last),
         "seconds a step": (lines[-1]["time"] - lines[0]["time"]) / (lines[-1]["step"] - lines[0]["step"] or 1),
     }
 

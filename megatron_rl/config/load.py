@@ -6,10 +6,11 @@ any command; only a preset given as a file is relative to the file that names it
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
@@ -20,6 +21,8 @@ from megatron_rl.config.sources import ConfigError, Tree, nearest, read_sources,
 from megatron_rl.models.architecture import Architecture, read_architecture
 
 C = TypeVar("C", Config, SftConfig)
+
+LENGTH_KEYS = "data.max_prompt_tokens + rollout.max_response_tokens"
 
 # Flags of servers whose routes cannot be trusted: experts that are moved or doubled are numbered anew, and KV that is
 # loaded from elsewhere comes without its tokens' routes, which SGLang does not notice (rollout/routes.py).
@@ -58,16 +61,18 @@ def dump_config(config: Config | SftConfig) -> str:
     return write_yaml(config.model_dump(mode="json"))
 
 
-def _sections(cls: type[Frozen]) -> Iterator[tuple[str, type[Frozen]]]:
+def _sections(cls: type[Frozen], *, optional: bool = False) -> Iterator[tuple[str, type[Frozen]]]:
+    """Those that are always there; `optional`: and those that may be null."""
     for name, info in cls.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, Frozen):
-            yield name, info.annotation
+        for annotation in (info.annotation, *(get_args(info.annotation) if optional else ())):
+            if isinstance(annotation, type) and issubclass(annotation, Frozen):
+                yield name, annotation
 
 
 def _keys(cls: type[Frozen], prefix: str = "") -> Iterator[str]:
     """All dotted keys, sections among them."""
     yield from (prefix + name for name in cls.model_fields)
-    for name, section in _sections(cls):
+    for name, section in _sections(cls, optional=True):
         yield from _keys(section, f"{prefix}{name}.")
 
 
@@ -110,7 +115,8 @@ def check_config(config: Config | SftConfig, arch: Architecture, world_size: int
             problems += _check_optim(config.critic.optim, "critic.optim")
         problems += [
             *_check_batch(config, layout),
-            *_check_lengths(config, arch),
+            *_check_positions(config, arch),
+            *_check_servers_memory(config),
             *check_objective(config),
             *_check_group_size(config),
             *_check_rewards(config),
@@ -166,17 +172,22 @@ def _fewest_samples(layout: Layout) -> int:
     return layout.dp * (layout.pp if layout.vpp > 1 else 1)
 
 
-def _check_lengths(config: Config, arch: Architecture) -> Iterator[str]:
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    keys = "data.max_prompt_tokens + rollout.max_response_tokens"
-    if longest > arch.max_position_embeddings:
-        yield f"{keys}: {longest} is more than the model's {arch.max_position_embeddings} positions"
-    rollout = config.rollout
+def _longest(config: Config) -> int:
+    return config.data.max_prompt_tokens + config.rollout.max_response_tokens
+
+
+def _check_positions(config: Config, arch: Architecture) -> Iterator[str]:
+    if _longest(config) > arch.max_position_embeddings:
+        yield f"{LENGTH_KEYS}: {_longest(config)} is more than the model's {arch.max_position_embeddings} positions"
+
+
+def _check_servers_memory(config: Config) -> Iterator[str]:
+    rollout, longest = config.rollout, _longest(config)
     launches = rollout.replay_from is None and not rollout.servers.urls
     if launches and longest > rollout.servers.max_total_tokens:
         yield (
-            f"rollout.servers.max_total_tokens: {rollout.servers.max_total_tokens} is less than {keys} {longest}: "
-            "a server could not hold one request"
+            f"rollout.servers.max_total_tokens: {rollout.servers.max_total_tokens} is less than {LENGTH_KEYS} "
+            f"{longest}: a server could not hold one request"
         )
 
 
@@ -184,8 +195,13 @@ def check_companions(config: Config, arch: Architecture, layout: Layout) -> None
     """Of reference policy and critic, which share the policy's layout. Raises ConfigError with all contradictions."""
     problems = []
     reference, critic = config.model.reference, config.critic
-    if reference is not None and _read("model.reference", reference) != arch:
-        problems.append(f"model.reference: {reference} is of another architecture than model.path")
+    if reference is not None:
+        its, policy = (dataclasses.asdict(a) for a in (_read("model.reference", reference), arch))
+        differing = [f"{key} {its[key]}, not {policy[key]}" for key in its if its[key] != policy[key]]
+        if differing:
+            problems.append(
+                f"model.reference: {reference} is of another architecture than model.path: {'; '.join(differing)}"
+            )
     if critic is not None and critic.path is not None:
         own = _read("critic.path", critic.path, value_head=True)
         if own.vocab_size != arch.vocab_size:
@@ -194,6 +210,13 @@ def check_companions(config: Config, arch: Architecture, layout: Layout) -> None
                 f"{arch.vocab_size}; it must read the policy's tokens"
             )
         problems += [f"critic.path: {critic.path}: {problem}" for problem in check_layout(layout, own, config.engine)]
+        problems += [f"critic.path: {critic.path}: {problem}" for problem in _check_positions(config, own)]
+        if config.engine.aux_loss_coefficient and own.num_layers != arch.num_layers:
+            # Megatron-Core logs the load-balancing losses of one process in one tensor, by layer.
+            problems.append(
+                f"engine.aux_loss_coefficient: {config.engine.aux_loss_coefficient}, but the critic has "
+                f"{own.num_layers} layers and the policy {arch.num_layers}; set it to 0"
+            )
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -221,8 +244,11 @@ def _check_rewards(config: Config) -> Iterator[str]:
     if cache is not None and cache >= longest:
         yield (
             f"reward.overlong_cache: {cache} is not less than rollout.max_response_tokens {longest}: every response "
-            "would be punished for its length"
+            "would be punished for its length; set it to a part of that (DAPO's paper: a fifth), or to null"
         )
+    correct, wrong = config.reward.correct, config.reward.wrong
+    if correct is not None and wrong is not None and correct <= wrong:
+        yield f"reward.correct: {correct} is not above reward.wrong {wrong}: right answers would not be preferred"
 
 
 def _check_dynamic_sampling(config: Config) -> Iterator[str]:

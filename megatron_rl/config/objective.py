@@ -88,6 +88,11 @@ def _check_kl(config: Config) -> Iterator[str]:
         return
     if kl.beta is None:
         yield f"objective.kl.beta: not set, needed by objective.kl.kind {kl.kind}"
+    if kl.place == "reward" and config.objective.advantage.estimator == "group" and config.reward.overlong_filter:
+        yield (
+            "reward.overlong_filter: true, but under objective.kl.place reward a filtered response has no tokens whose "
+            "KL could be taken off its reward, and would raise its group's mean; set one of them otherwise"
+        )
     if kl.kind == "unbiased" and kl.place == "reward":
         yield (
             "objective.kl.kind: unbiased weighs k3 by pi_theta/pi_old, which is 1 when rewards are made; with "

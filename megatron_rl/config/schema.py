@@ -81,6 +81,10 @@ class OptimConfig(Frozen):
     """Optimizer steps of a run that may be skipped because a gradient was not finite; the next one ends the run."""
 
 
+class CriticOptimConfig(OptimConfig):
+    lr: Annotated[float, Field(gt=0)] = 1e-5
+
+
 class DataConfig(Frozen):
     train: str
     """JSONL file, Hugging Face data set directory, or `arithmetic:SPEC` (see megatron_rl.data.prompts)."""
@@ -245,11 +249,11 @@ class CriticConfig(Frozen):
 
     path: Path | None = None
     """Hugging Face directory; a value head is read from `score.weight` if it is there; None: model.path."""
-    optim: OptimConfig = OptimConfig(lr=1e-5)
+    optim: CriticOptimConfig = CriticOptimConfig()
     clip: Positive | None = 0.2
     """The value may move so far from that of the rollout; null: no bound."""
     warmup_steps: NonNegativeInt = 0
-    """Rollout steps at the start of a run in which the critic learns alone."""
+    """Rollout steps at the start of a run in which the critic learns alone; all of them: the policy stays as it was."""
     epochs: PositiveInt = 1
     """Passes over the rollout batch in each step; the policy makes one."""
 
@@ -303,7 +307,8 @@ class TrainConfig(Frozen):
     """Rollout steps; each makes `mini_batches` optimizer steps."""
     mini_batches: PositiveInt = 4
     recompute_old_logprobs: bool = True
-    """False: pi_old is taken from the update's own forward pass; possible only with one mini-batch."""
+    """False: pi_old is taken from the update's own forward pass, or, where there are several mini-batches under
+    objective.denominator rollout, mu stands for it."""
 
 
 class Config(Frozen):

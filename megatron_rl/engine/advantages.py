@@ -7,13 +7,15 @@ as a few numbers: the moments of all tokens' advantages, or each response's pena
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 from torch import Tensor
 
 from megatron_rl.config.schema import AdvantageConfig, ObjectiveConfig
@@ -21,10 +23,15 @@ from megatron_rl.data.packing import PackedBatch
 from megatron_rl.engine.distribute import MiniBatch, Outcome
 from megatron_rl.engine.exchange import all_gather_bytes
 from megatron_rl.engine.parallel import Place
+from megatron_rl.errors import UserError
 from megatron_rl.objectives.advantages import Moments, gae, group_advantages, token_rewards
 from megatron_rl.objectives.kl import ESTIMATORS, in_reward
 
 Doubles = npt.NDArray[np.float64]
+
+
+class NotFiniteError(UserError):
+    """A value of the critic or a KL penalty that is not finite; the same on every rank."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,12 +41,12 @@ class Estimate:
     advantages: Doubles
     returns: Doubles
     """A + V_old."""
-    outcomes: Doubles
-    """The discounted rewards that followed each token."""
+    rewards_to_go: Doubles
+    """The discounted rewards that followed each token, no value among them."""
 
 
-def wait_for_policies(objective: ObjectiveConfig) -> bool:
-    """Whether advantages cannot be had from the rewards alone, and are made by `finish` after the forward passes."""
+def needs_forward_pass(objective: ObjectiveConfig) -> bool:
+    """Whether advantages cannot be had from the rewards alone, and are made after the forward passes."""
     return objective.advantage.estimator == "gae" or in_reward(objective)
 
 
@@ -56,18 +63,21 @@ def kl_penalties(
 def group_finish(
     mini_batches: Sequence[MiniBatch], penalties: Sequence[Sequence[Doubles]], config: AdvantageConfig, place: Place
 ) -> list[MiniBatch]:
-    """The mini-batches with group advantages of each response's reward less the sum of its penalties. Collective;
-    penalties are [] per mini-batch off the last pipeline stage."""
+    """The mini-batches with group advantages of each response's reward less the sum of its penalties. Collective.
+
+    penalties: [T] float64 per micro-batch of each mini-batch, those of kl_penalties; [] per mini-batch off the last
+    pipeline stage. Raises NotFiniteError.
+    """
     rows: list[tuple[int, int, float]] = []
     for mini_batch, parts in zip(mini_batches, penalties, strict=True):
         for packed, outcomes, penalty in zip(mini_batch.micro_batches, mini_batch.outcomes, parts, strict=bool(parts)):
             for outcome, at in _responses(packed, outcomes):
                 rows.append((outcome.index, outcome.group, outcome.reward - float(penalty[at].sum())))
-    speaks = place.tp == place.cp == 0
     groups: defaultdict[int, dict[int, float]] = defaultdict(dict)
-    for part in all_gather_bytes(orjson.dumps(rows if speaks else []), place.control):
-        for index, group, reward in orjson.loads(part):
+    for part in _gather(rows if place.speaks_for_stage else [], place):
+        for index, group, reward in part:
             groups[group][index] = reward
+    _check_finite({index: reward for members in groups.values() for index, reward in members.items()})
     advantages: dict[int, float] = {}
     for members in groups.values():
         order = sorted(members)
@@ -94,7 +104,12 @@ def gae_finish(
     place: Place,
 ) -> tuple[list[MiniBatch], list[list[Estimate]]]:
     """The mini-batches with generalised advantages, normalised over all tokens of the rollout batch, and the estimates
-    they are made of. Collective; values and penalties are [] per mini-batch off the last pipeline stage."""
+    they are made of. Collective.
+
+    values: [T] fp32 per micro-batch of each mini-batch, the critic's before the first update; penalties: [T] float64 as
+    in group_finish, None without KL in the reward; both [] per mini-batch off the last pipeline stage. Raises
+    NotFiniteError.
+    """
     estimates = []
     for number, (mini_batch, parts) in enumerate(zip(mini_batches, values, strict=True)):
         taken = [None] * len(parts) if penalties is None else penalties[number]
@@ -106,14 +121,17 @@ def gae_finish(
                 )
             ]
         )
-    mine = Moments()
+    mine, sums = Moments(), {}
     for mini_batch, found in zip(mini_batches, estimates, strict=True):
-        for packed, estimate in zip(mini_batch.micro_batches, found, strict=bool(found)):
+        for packed, outcomes, estimate in zip(mini_batch.micro_batches, mini_batch.outcomes, found, strict=bool(found)):
             mine += Moments.of(estimate.advantages[packed.loss_mask])
-    speaks = place.tp == place.cp == 0
+            sums.update({o.index: float(estimate.returns[at].sum()) for o, at in _responses(packed, outcomes)})
+    bad = {index: total for index, total in sums.items() if not math.isfinite(total)}
     moments = Moments()
-    for part in all_gather_bytes(orjson.dumps(dataclasses.astuple(mine if speaks else Moments())), place.control):
-        moments += Moments(*orjson.loads(part))
+    for moment, its_bad in _gather([astuple(mine), list(bad.items())] if place.speaks_for_stage else [[], []], place):
+        moments += Moments(*moment)
+        bad |= dict(its_bad)
+    _check_finite(bad)
     finished = [
         _with_advantages(batch, [moments.normalise(estimate.advantages, config) for estimate in found])
         for batch, found in zip(mini_batches, estimates, strict=True)
@@ -132,6 +150,23 @@ def _estimate(
         advantages[at], returns[at] = gae(rewards, values[at], config.gamma, config.gae_lambda)
         following[at], _ = gae(rewards, np.zeros(len(at)), config.gamma, 1.0)
     return Estimate(advantages, returns, following)
+
+
+def _gather(mine: Any, place: Place) -> list[Any]:
+    """By JSON of the standard library, which keeps what is not finite; orjson would make null of it."""
+    return [json.loads(part) for part in all_gather_bytes(json.dumps(mine).encode(), place.control)]
+
+
+def _check_finite(rewards: Mapping[int, float]) -> None:
+    """Verdicts are finite since they were given; here it is known whether what was added to them is."""
+    bad = sorted(index for index, reward in rewards.items() if not math.isfinite(reward))
+    if bad:
+        raise NotFiniteError(
+            f"sample {bad[0]} of this step, and {len(bad) - 1} more: the critic's value of a token, or the log-prob of "
+            "pi_old or pi_ref in its KL penalty, is not finite, so there is no advantage. Look at critic/value, "
+            "critic/grad_norm and kl/policy_reference in the lines before, and go on from an earlier checkpoint with a "
+            "lower learning rate"
+        )
 
 
 def _responses(packed: PackedBatch, outcomes: Sequence[Outcome]) -> Iterator[tuple[Outcome, npt.NDArray[np.int64]]]:

@@ -73,10 +73,11 @@ def load_checkpoint(directory: Path, networks: Mapping[str, Network]) -> dict[st
         raise CheckpointError(
             f"{path}: missing or not what its manifest says; delete {directory} to resume from the one before"
         )
-    saved = torch.load(path, map_location=policy.device, weights_only=True)
+    # On the CPU: each network copies what it needs to its device, and a GPU's random state is kept in host memory.
+    saved = torch.load(path, map_location="cpu", weights_only=True)
     for name, network in networks.items():
         _restore(network, saved["networks"][name])
-    torch.set_rng_state(saved["rng"]["torch"].cpu())
+    torch.set_rng_state(saved["rng"]["torch"])
     get_cuda_rng_tracker().set_states(saved["rng"]["megatron"])
     return manifest["state"]
 

@@ -22,6 +22,9 @@ from megatron_rl.engine.step import forward
 class Critic(Network):
     """Collective as Network is. A directory without a value head gives one of zeros: every value is then 0."""
 
+    optim_section = "critic.optim"
+    metrics_prefix = "critic/"
+
     def __init__(
         self,
         model_dir: Path,

@@ -13,23 +13,30 @@ from megatron.core.transformer.module import param_is_not_shared
 KINDS = ("router", "expert", "attention", "embedding", "other")
 
 
-def kind_of(parameter_name: str) -> str:
+def kind_of(parameter_name: str, value_head: bool = False) -> str:
+    """One of KINDS; that of a critic's head is value_head."""
     if ".router." in parameter_name:
         return "router"
     if ".experts." in parameter_name:
         return "expert"
     if ".self_attention." in parameter_name:
         return "attention"
+    if value_head and "output_layer" in parameter_name:
+        return "value_head"
     if "word_embeddings" in parameter_name or "output_layer" in parameter_name:
         return "embedding"
     return "other"
 
 
 def grad_norms(
-    stages: Sequence[torch.nn.Module], optimizers: Sequence[MegatronOptimizer], device: torch.device
+    stages: Sequence[torch.nn.Module],
+    optimizers: Sequence[MegatronOptimizer],
+    device: torch.device,
+    value_head: bool = False,
 ) -> dict[str, float]:
     """Global norms; the squares sum to the square of the optimizer's own norm. Collective, after prepare_grads()."""
-    squares = torch.zeros(len(KINDS), dtype=torch.float64, device=device)
+    kinds = (*KINDS, "value_head") if value_head else KINDS
+    squares = torch.zeros(len(kinds), dtype=torch.float64, device=device)
     for stage in stages:
         for name, parameter in stage.named_parameters():
             # The same filter as Megatron-Core's: tied and tensor-parallel copies count once.
@@ -41,6 +48,6 @@ def grad_norms(
                 group, order = optimizer.model_param_group_index_map[parameter]
                 shard = optimizer.optimizer.param_groups[group]["params"][order]
                 if shard.grad is not None and tensor_parallel.param_is_not_tensor_parallel_duplicate(shard):
-                    squares[KINDS.index(kind_of(name))] += shard.grad.double().square().sum()
+                    squares[kinds.index(kind_of(name, value_head))] += shard.grad.double().square().sum()
     dist.all_reduce(squares)
-    return dict(zip(KINDS, squares.sqrt().tolist(), strict=True))
+    return dict(zip(kinds, squares.sqrt().tolist(), strict=True))

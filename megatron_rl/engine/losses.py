@@ -65,19 +65,21 @@ class PolicyLoss:
         return outputs.loss
 
 
+def _beside(tensor: Tensor, array: npt.NDArray[np.generic]) -> Tensor:
+    """The array on the tensor's device."""
+    return torch.as_tensor(array, device=tensor.device)
+
+
 def _loss_inputs(
     packed: PackedBatch, logprobs: Tensor, old_logprobs: Tensor, reference_logprobs: Tensor | None = None
 ) -> LossInputs:
-    def on_device(array: npt.NDArray[np.generic]) -> Tensor:
-        return torch.as_tensor(array, device=logprobs.device)
-
     return LossInputs(
         logprobs=logprobs,
         old_logprobs=old_logprobs,
-        rollout_logprobs=on_device(packed.rollout_logprobs),
-        advantages=on_device(packed.advantages),
-        loss_mask=on_device(packed.loss_mask),
-        sequence_ids=on_device(packed.sequence_ids),
+        rollout_logprobs=_beside(logprobs, packed.rollout_logprobs),
+        advantages=_beside(logprobs, packed.advantages),
+        loss_mask=_beside(logprobs, packed.loss_mask),
+        sequence_ids=_beside(logprobs, packed.sequence_ids),
         num_sequences=len(packed.cu_seqlens) - 1,
         reference_logprobs=reference_logprobs,
     )
@@ -94,8 +96,7 @@ def without_rejected(
     for packed, old in zip(mini_batch.micro_batches, old_logprobs, strict=bool(old_logprobs)):
         lengths = kept_lengths(_loss_inputs(packed, old, old), objective)
         tokens, sequences = tokens + int(lengths.sum()), sequences + int((lengths > 0).sum())
-    # One rank speaks for its replica: those of tensor and context parallelism hold the same tokens.
-    speaks = bool(old_logprobs) and place.tp == place.cp == 0
+    speaks = bool(old_logprobs) and place.speaks_for_stage
     parts = all_gather_bytes(orjson.dumps([tokens, sequences]) if speaks else b"", place.control)
     kept = [orjson.loads(part) for part in parts if part]
     denominators = Denominators(sum(t for t, _ in kept), sum(s for _, s in kept))
@@ -113,6 +114,8 @@ class ValueLoss:
         estimates: Sequence[Estimate],
         device: torch.device,
     ) -> None:
+        """clip: eps of the value loss, None for no bound. old_values [T] fp32 and estimates are per micro-batch, from
+        before the first update; [] off the last pipeline stage."""
         self.metrics = MetricAccumulator(VALUE, device)
         self._clip = clip
         self._mini_batch = mini_batch
@@ -120,16 +123,14 @@ class ValueLoss:
         self._estimates = estimates
 
     def __call__(self, index: int, values: Tensor) -> Tensor:
-        def on_device(array: npt.NDArray[np.generic]) -> Tensor:
-            return torch.as_tensor(array, device=values.device)
-
         estimate = self._estimates[index]
-        mask = on_device(self._mini_batch.micro_batches[index].loss_mask)
-        returns = on_device(estimate.returns).to(values)
+        mask = _beside(values, self._mini_batch.micro_batches[index].loss_mask)
+        returns = _beside(values, estimate.returns).to(values)
         outputs = value_loss(
             ValueInputs(values, self._old[index], returns, mask), self._clip, self._mini_batch.denominators
         )
-        value_metrics(self.metrics, values[mask], returns[mask], on_device(estimate.outcomes)[mask], outputs)
+        kept, following = outputs.kept, _beside(values, estimate.rewards_to_go)
+        value_metrics(self.metrics, values[kept], returns[kept], following[kept], outputs)
         return outputs.loss
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from megatron.core import parallel_state
@@ -35,7 +35,7 @@ from megatron_rl.weights.export import ExportGroups, export_stream
 
 
 class NonFiniteGradientError(UserError):
-    """More optimizer steps than optim.max_skipped had a gradient that was not finite."""
+    """More optimizer steps of a network than its max_skipped had a gradient that was not finite."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,9 @@ class UpdateResult:
 class Network:
     """One model under one layout. Every public method is collective: all ranks call it with the same arguments,
     but for the micro-batches, which are each data-parallel replica's own and as many on every rank."""
+
+    optim_section: ClassVar = "optim"
+    metrics_prefix: ClassVar = ""
 
     def __init__(
         self,
@@ -131,7 +134,7 @@ class Network:
         self.accumulate(batches, loss, routing)
         self.scheduler.step(increment=1)
         self.optimizer.prepare_grads()
-        by_kind = grad_norms(self.stages, optimizer_parts(self.optimizer), self.device)
+        by_kind = grad_norms(self.stages, optimizer_parts(self.optimizer), self.device, self.arch.value_head)
         total = math.hypot(*by_kind.values())
         skipped = not math.isfinite(total)
         if skipped:
@@ -143,10 +146,12 @@ class Network:
     def check_skipped(self) -> None:
         """Raises NonFiniteGradientError when too many steps were skipped; on every rank alike."""
         if self.skipped > self._max_skipped:
+            prefix = self.metrics_prefix
             raise NonFiniteGradientError(
-                f"optim.max_skipped: {self.skipped} optimizer steps of this run had a gradient that was not finite, "
-                f"and {self._max_skipped} are allowed; none of them changed a weight. Look at the ratios and grad_norm "
-                "in the last lines of metrics.jsonl and at the rewards in the saved rollouts"
+                f"{self.optim_section}.max_skipped: {self.skipped} optimizer steps of this run had a gradient that was "
+                f"not finite, and {self._max_skipped} are allowed; none of them changed a weight. Look at {prefix}loss "
+                f"and {prefix}grad_norm in the last lines of metrics.jsonl and at the rewards in the saved rollouts. "
+                f"--resume with a larger {self.optim_section}.max_skipped goes on from the last checkpoint"
             )
 
     def export(

@@ -14,6 +14,10 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_rl.config.layout import Layout
 from megatron_rl.engine.device import backend
 
+# Here ranks wait for those that wait for servers and verifiers, which have deadlines of their own, one after another. A
+# rank that has died is noticed at once all the same: its connections close.
+CONTROL_TIMEOUT = datetime.timedelta(days=2)
+
 
 @dataclass(frozen=True)
 class Place:
@@ -34,6 +38,11 @@ class Place:
     def leads_replica(self) -> bool:
         """Whether this rank talks to the rollout servers for its data-parallel replica."""
         return self.tp == self.pp == self.cp == 0
+
+    @property
+    def speaks_for_stage(self) -> bool:
+        """Whether this rank tells others of its stage's samples: tensor- and context-parallel ranks hold the same."""
+        return self.tp == self.cp == 0
 
 
 def start_process_groups(layout: Layout, device: torch.device, seed: int, timeout_seconds: float = 1800.0) -> Place:
@@ -74,8 +83,11 @@ def start_process_groups(layout: Layout, device: torch.device, seed: int, timeou
 def _control_groups(layout: Layout) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     # Megatron-Core's rank order: tp fastest, then cp, dp and pp.
     ranks = torch.arange(layout.world_size).view(layout.pp, layout.dp, layout.cp * layout.tp)
-    control = dist.new_group(backend="gloo")
-    replicas = [dist.new_group(ranks[:, dp].flatten().tolist(), backend="gloo") for dp in range(layout.dp)]
+    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    replicas = [
+        dist.new_group(ranks[:, dp].flatten().tolist(), backend="gloo", timeout=CONTROL_TIMEOUT)
+        for dp in range(layout.dp)
+    ]
     return control, replicas[parallel_state.get_data_parallel_rank()]
 
 

@@ -178,8 +178,9 @@ def explained_variance(report: Mapping[str, float]) -> dict[str, float]:
     outcomes, which no value of its own has entered. Nothing where all R are equal."""
     explained = {}
     for name, target, residual in (("", "return", "residual"), ("/outcome", "outcome", "outcome_residual")):
-        spread = report.get(f"{target}/std", 0.0)
-        if spread > 0:
+        low, high, spread = (report.get(f"{target}/{what}", 0.0) for what in ("min", "max", "std"))
+        # The std of equal numbers is rounding: 1e-8 of them, and not 0.
+        if high - low > 1e-6 * max(abs(low), abs(high)):
             explained[f"explained_variance{name}"] = 1 - (report[f"{residual}/std"] / spread) ** 2
     return explained
 

@@ -44,9 +44,13 @@ MAY_CHANGE = (
     "rollout.servers",
     "rollout.concurrency",
     "rollout.deadline",
+    "rollout.dynamic_sampling.oversample",
+    "rollout.dynamic_sampling.max_refills",
+    "optim.max_skipped",
+    "critic.optim.max_skipped",
     "weights",
 )
-"""Keys, with all below them, that may differ on resume: how long a run goes, where and how fast.
+"""Keys, with all below them, that may differ on resume: how long a run goes, where and how fast, and what ends it.
 
 Of presets only the names are free: what they set is compared, key by key. A server's dtype and flags do
 change mu, but a run outlives its servers; the mismatch metrics show the change.

@@ -34,6 +34,8 @@ class ValueInputs:
 class ValueLossOutputs:
     loss: Tensor
     """Scalar: this micro-batch's share of a mean over the mini-batch's masked-in tokens."""
+    kept: Tensor
+    """[M] int64, the masked-in positions, in order."""
     clipped: Tensor
     """[M] bool, masked-in tokens on which the clip takes the gradient away."""
 
@@ -50,4 +52,4 @@ def value_loss(inputs: ValueInputs, clip: float | None, denominators: Denominato
         bounded_errors = (bounded - returns).square()
         clipped = (bounded_errors > errors).detach()
         errors = torch.maximum(errors, bounded_errors)
-    return ValueLossOutputs(0.5 * errors.sum() / max(denominators.tokens, 1), clipped)
+    return ValueLossOutputs(0.5 * errors.sum() / max(denominators.tokens, 1), kept, clipped)

@@ -107,6 +107,7 @@ class Search:
         return (
             f"rollout.dynamic_sampling: {len(self._mixed)} of the {self.wanted} groups of a step have right and wrong "
             f"answers, after {self.config.max_refills} refills (max_refills); of {len(self.tallies)} prompts sampled, "
-            f"{self._all_correct} were answered all right and {self._all_wrong} all wrong; use {other} prompts, a "
-            "larger rollout.group_size or more max_refills"
+            f"{self._all_correct} were answered all right and {self._all_wrong} all wrong. --resume goes on with more "
+            f"max_refills, or with fewer train.steps writes the model as it is; {other} prompts or a larger "
+            "rollout.group_size need a new run"
         )
