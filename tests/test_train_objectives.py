@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rl_runs import MINI_BATCHES, environment, run_all, save_rollouts, write_config
 from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_model
@@ -30,7 +31,7 @@ RUNS = {
 LAYOUTS = {
     "ppo": ["", "parallel.tp=2", "parallel.pp=2 parallel.vpp=2", "parallel.cp=2"],
     "ppo-kl": ["parallel.pp=2", "parallel.ep=2"],
-    "kl-in-loss": ["parallel.tp=2", "parallel.pp=2"],
+    "kl-in-loss": ["parallel.tp=2", "parallel.cp=2"],
     "kl-in-reward": ["", "parallel.pp=2 parallel.vpp=2"],
     "mu-for-old": ["parallel.pp=2", "parallel.cp=2"],
 }
@@ -249,3 +250,16 @@ def test_a_resumed_run_goes_on_with_its_critic(setting: Path, tmp_path: Path) ->
         expected = load_file(whole / model / "model.safetensors")
         found = load_file(tmp_path / "halted" / model / "model.safetensors")
         assert all((found[name] == expected[name]).all() for name in expected)
+
+
+@pytest.mark.distributed
+def test_a_critic_in_bf16_learns_as_in_fp32(setting: Path) -> None:
+    directory = setting.parent / "ppo-bf16"
+    run_all(setting, 2, [overrides(setting, "ppo", directory, "engine.dtype=bf16 parallel.tp=2")])
+    for line, fp32 in zip(lines(directory), lines(setting.parent / "ppo"), strict=True):
+        assert line["critic/loss"] == pytest.approx(fp32["critic/loss"], rel=0.03)
+        assert line["critic/value/mean"] == pytest.approx(fp32["critic/value/mean"], abs=5e-3)
+        assert line["critic/value/std"] == pytest.approx(fp32["critic/value/std"], rel=0.15)
+        assert line["critic/grad_norm"] == pytest.approx(fp32["critic/grad_norm"], rel=0.2)
+    exported = load_file(directory / "critic" / "model.safetensors")
+    assert {weight.dtype for weight in exported.values()} == {torch.bfloat16}
