@@ -61,7 +61,7 @@ class EngineConfig(Frozen):
     logit_chunk_tokens: PositiveInt = 1024
     """Tokens whose fp32 logits exist at one time, in the forward as in the backward pass."""
     aux_loss_coefficient: Annotated[float, Field(ge=0)] = 0.0
-    """Megatron-Core's load-balancing loss; off in RL unless asked for."""
+    """Of Megatron-Core's load-balancing loss, the policy's and the critic's; off in RL unless asked for."""
 
 
 class OptimConfig(Frozen):
