@@ -1,11 +1,11 @@
 """RL runs, one after another in one world of ranks, whose answers are made up instead of sampled by a server.
 
-torchrun ... dynamic_worker.py CONFIG "key=value key=value" ...    (one run for each list of overrides)
-
-With --resume among them the run goes on from its last checkpoint.
+torchrun ... dynamic_worker.py CONFIG "key=value key=value" ...    (one run for each list of overrides;
+    with --resume among them it goes on from its last checkpoint)
 
 How many of a prompt's responses are right stands at the end of its text; a run that finds too few mixed groups leaves
-what each rank was told in run_dir/error-RANK. Nothing else of the session is replaced.
+what each rank was told, and the checkpoints that there are then, in run_dir/error-RANK. Nothing else of the session is
+replaced.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ if __name__ == "__main__":
     import torch.distributed as dist
 
     from megatron_rl import session
+    from megatron_rl.engine.checkpoint import checkpoints
     from megatron_rl.train import train
 
     session._connect = lambda _c, trainer, *_: (None, MadeUp() if trainer.place.leads_replica else None)  # type: ignore
@@ -93,5 +94,6 @@ if __name__ == "__main__":
         try:
             train(config, resume=len(keys) < len(overrides.split()))
         except DynamicSamplingError as error:
-            (config.run_dir / f"error-{dist.get_rank()}").write_text(str(error))
+            saved = [path.name for path in checkpoints(config.run_dir / "checkpoints")]
+            (config.run_dir / f"error-{dist.get_rank()}").write_text(f"{error}\nsaved: {saved}")
     dist.destroy_process_group()

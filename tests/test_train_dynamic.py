@@ -166,6 +166,7 @@ def test_prompts_without_mixed_groups_end_the_run_on_every_rank(root: Path) -> N
     assert told[0].startswith("rollout.dynamic_sampling: 0 of the 4 groups of a step have right and wrong answers")
     assert "of 24 prompts sampled, 8 were answered all right and 16 all wrong. --resume goes on" in told[0]
     assert "easier prompts" in told[0]
+    assert told[0].endswith("saved: ['step-000001']")
     # The step before is not lost, nor are the prompts that were asked in vain.
     (manifest,) = (root / "dead" / "checkpoints").glob("*/manifest.json")
     state = orjson.loads(manifest.read_bytes())["state"]
