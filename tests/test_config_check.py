@@ -160,6 +160,11 @@ def test_configurations_without_a_contradiction(tmp_path: Path, overrides: str, 
             1,
             "objective.correction.level: sequence, but objective.correction.kin",
         ),
+        (
+            "objective.correction.kind=icepop objective.correction.high=5",
+            1,
+            "objective.correction.low: not set, needed by objective.correction.kind icepop",
+        ),
         ("objective.correction.kind=tis", 1, "objective.correction.high: not set, needed by objective.correction.kind"),
         ("objective.correction.kind=sequence-mask", 1, "objective.correction.delta: not set, needed by"),
         (

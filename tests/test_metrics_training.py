@@ -82,11 +82,16 @@ def expected_metrics(sequences, config, loss):
         low, high = 1 - math.exp(-low), math.exp(high) - 1
     below = clipped < (-math.inf if low is None else 1 - low)
     above = clipped > (math.inf if high is None else 1 + high)
+    acts = {"low": token_advantage < 0, "high": token_advantage > 0}
+    if config.clip.kind == "weight":
+        acts = {"low": True, "high": True}
+    if config.clip.kind == "tapered":
+        acts = {"low": token_advantage <= 0, "high": token_advantage <= 0}
     masks = {
         "clip/low/any": below,
-        "clip/low/active": below & (token_advantage < 0),
+        "clip/low/active": below & acts["low"],
         "clip/high/any": above,
-        "clip/high/active": above & (token_advantage > 0),
+        "clip/high/active": above & acts["high"],
     }
     if config.clip.dual is not None:
         masks["clip/dual"] = (clipped > config.clip.dual) & (token_advantage < 0)

@@ -14,6 +14,14 @@ MEAN_ONLY = AdvantageConfig(std="none")
 LEAVE_ONE_OUT = AdvantageConfig(baseline="leave-one-out", std="none")
 REWARDS_ALONE = AdvantageConfig(baseline="none", std="none")
 
+
+def test_rewards_that_differ_by_rounding_are_equal_however_small_they_are():
+    for group in ([0.1 + 0.2 - 0.3, 0.0, 0.0, 0.0], [-1e-10, -2e-10], [1e-200, 0.0], [0.1 + 0.2, 0.3]):
+        for config in (POPULATION, SAMPLE, MEAN_ONLY, LEAVE_ONE_OUT):
+            assert not group_advantages(group, config).any(), (group, config)
+    assert group_advantages([1e-8, 0.0], POPULATION).tolist() == [1, -1]
+
+
 rewards = st.lists(st.floats(-10, 10, allow_nan=False).map(lambda x: round(x, 3)), min_size=1, max_size=12)
 
 

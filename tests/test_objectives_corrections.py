@@ -24,7 +24,7 @@ from objective_reference import (
 )
 from test_objectives_losses import AGGREGATIONS, one_response, token_keys
 
-from megatron_rl.config.schema import ClipConfig, CorrectionConfig
+from megatron_rl.config.schema import ClipConfig, CorrectionConfig, KLConfig
 from megatron_rl.data.schedule import Denominators
 from megatron_rl.objectives.corrections import LEAVES_DENOMINATORS, kept_lengths
 from megatron_rl.objectives.policy import policy_loss
@@ -108,6 +108,8 @@ def factors(correction, rho=(0.25, 8.0), advantage=1.0, denominator="old"):
         (CorrectionConfig(kind="mis", level="geometric", high=1.4), [0, 0]),
         (CorrectionConfig(kind="mis", level="geometric", low=1.4, high=1.5), [math.sqrt(2)] * 2),
         (CorrectionConfig(kind="icepop", low=0.5, high=5.0), [0, 0]),
+        (CorrectionConfig(kind="icepop", low=0.25, high=8.0), [0.25, 8]),  # the bounds are within
+        (CorrectionConfig(kind="mis", low=0.25, high=8.0), [0.25, 8]),
         (CorrectionConfig(kind="icepop", low=0.2, high=5.0), [0.25, 0]),
     ],
 )
@@ -126,6 +128,7 @@ def test_factors(correction, expected):
     [
         ((0.5, 0.5), -1.0, 0.6, 0.0),  # mean log(mu/pi_theta) = log 2 = 0.69
         ((0.5, 0.5), -1.0, 0.7, 1.0),
+        ((0.25, 0.25), -1.0, math.log(4), 1.0),  # delta itself is no more than delta
         ((0.5, 0.5), 1.0, 0.6, 1.0),  # good responses stay
         ((2.0, 2.0), -1.0, 0.6, 1.0),  # and so do those that pi_theta has not moved away from
         ((0.25, 1.0), -1.0, 0.6, 0.0),  # the mean over the response, not each token
@@ -243,6 +246,22 @@ def test_a_dropped_ratio_that_overflows_does_no_harm():
         loss.backward()
         assert loss.item() == (1.0 if kind == "mis" else 0.5)
         assert inputs.logprobs.grad.tolist() == [0.0, loss.item()]
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3", "unbiased"])
+def test_the_kl_of_a_rejected_token_that_overflows_does_no_harm(kind):
+    inputs = dataclasses.replace(
+        one_response([1.0, 1.0], -1.0, torch.float32),
+        old_logprobs=torch.tensor([-500.0, 0.0]),
+        reference_logprobs=torch.tensor([500.0, 0.0]),
+    )
+    config = corrected(GRPO, CorrectionConfig(kind="mis", low=0.5, high=2.0))
+    config = config.model_copy(update={"kl": KLConfig(kind=kind, beta=0.1)})
+    loss = policy_loss(inputs, config, Denominators(1, 1)).loss
+    loss.backward()
+    assert loss.item() == 1.0
+    assert inputs.logprobs.grad[0] == 0
+    assert inputs.logprobs.grad.isfinite().all()
 
 
 def test_a_sequence_mask_needs_its_delta():

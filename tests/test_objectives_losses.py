@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from objective_reference import (
     DAPO,
+    FAMILY,
     GRPO,
     GSPO,
     GSPO_TOKEN,
@@ -20,7 +21,7 @@ from objective_reference import (
     split,
 )
 
-from megatron_rl.config.schema import ClipConfig, ObjectiveConfig
+from megatron_rl.config.schema import ClipConfig, KLConfig, ObjectiveConfig
 from megatron_rl.data.schedule import Denominators
 from megatron_rl.objectives.inputs import LossInputs
 from megatron_rl.objectives.policy import policy_loss, sft_loss
@@ -306,6 +307,21 @@ def test_the_gradient_flows_through_the_policy_alone():
     inputs = one_response([1.0, 0.5], 1.0)
     policy_loss(dataclasses.replace(inputs, old_logprobs=inputs.logprobs), GRPO, Denominators(2, 1)).loss.backward()
     assert inputs.logprobs.grad.tolist() == [-0.5, -0.5]
+
+
+@pytest.mark.parametrize("config", [*FAMILY.values(), GRPO], ids=str)
+def test_nothing_but_the_policys_log_probs_gets_a_gradient(config):
+    kl = KLConfig(kind="unbiased", beta=0.1)
+    inputs = pack(random_sequences(3, [4, 2, 5], mismatch=0.3))
+    others = ("old_logprobs", "rollout_logprobs", "advantages", "reference_logprobs", "router_shift")
+    attached = {name: getattr(inputs, name) for name in others}
+    attached["reference_logprobs"] = inputs.rollout_logprobs - 0.1
+    attached["router_shift"] = torch.full_like(inputs.logprobs, 0.9)
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in attached.items()}
+    inputs = dataclasses.replace(inputs, **leaves)
+    policy_loss(inputs, config.model_copy(update={"kl": kl}), Denominators(11, 3)).loss.backward()
+    assert inputs.logprobs.grad.any()
+    assert {name: leaf.grad for name, leaf in leaves.items()} == dict.fromkeys(others)
 
 
 def test_values_for_metrics_are_detached():

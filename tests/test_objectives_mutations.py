@@ -239,17 +239,17 @@ def kl_reversed(patch: pytest.MonkeyPatch) -> None:
 
 def kl_without_beta(patch: pytest.MonkeyPatch) -> None:
     real = kl.kl_terms
-    patch.setattr(policy, "kl_terms", lambda tokens, config: real(tokens, config) / config.kl.beta)
+    patch.setattr(policy, "kl_terms", lambda tokens, config, *out: real(tokens, config, *out) / config.kl.beta)
 
 
 def kl_added_to_j(patch: pytest.MonkeyPatch) -> None:
     real = kl.kl_terms
-    patch.setattr(policy, "kl_terms", lambda tokens, config: -real(tokens, config))
+    patch.setattr(policy, "kl_terms", lambda *given: -real(*given))
 
 
 def kl_without_a_gradient(patch: pytest.MonkeyPatch) -> None:
     real = kl.kl_terms
-    patch.setattr(policy, "kl_terms", lambda tokens, config: real(tokens, config).detach())
+    patch.setattr(policy, "kl_terms", lambda *given: real(*given).detach())
 
 
 def mask_dropped_in_the_mean(patch: pytest.MonkeyPatch) -> None:

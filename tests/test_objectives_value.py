@@ -100,6 +100,14 @@ def report_of(values, returns, outcomes):
     return metrics.finalize()
 
 
+def test_nothing_but_the_values_gets_a_gradient():
+    inputs = inputs_of([0.1, 0.9, -0.3], [0.0, 0.5, 0.0], [1.0, 0.0, 0.5])
+    others = {"old_values": inputs.old_values.requires_grad_(), "returns": inputs.returns.requires_grad_()}
+    value_loss(inputs, 0.2, Denominators(3, 1)).loss.backward()
+    assert inputs.values.grad.any()
+    assert {name: leaf.grad for name, leaf in others.items()} == dict.fromkeys(others)
+
+
 def test_explained_variance():
     values, returns, outcomes = [0.0, 1.0, 2.0, 4.0], [0.5, 1.0, 2.5, 3.0], [0.0, 0.0, 1.0, 1.0]
     report = report_of(values, returns, outcomes)

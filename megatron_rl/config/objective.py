@@ -14,7 +14,7 @@ CORRECTION_KEYS = {
     "icepop": ("low", "high"),
     "sequence-mask": ("delta",),
 }
-NEEDED = {"tis": "high", "mis": "high", "icepop": "high", "sequence-mask": "delta"}
+NEEDED = {"tis": ("high",), "mis": ("high",), "icepop": ("low", "high"), "sequence-mask": ("delta",)}
 LEVELS = {"tis": ("token", "sequence"), "mis": ("token", "sequence", "geometric")}
 
 
@@ -120,8 +120,9 @@ def _check_correction(objective: ObjectiveConfig, train: TrainConfig) -> Iterato
         if getattr(correction, key) is not None and key not in CORRECTION_KEYS[kind]:
             value = getattr(correction, key)
             yield f"objective.correction.{key}: {value} does nothing under objective.correction.kind {kind}"
-    if kind in NEEDED and getattr(correction, NEEDED[kind]) is None:
-        yield f"objective.correction.{NEEDED[kind]}: not set, needed by objective.correction.kind {kind}"
+    for key in NEEDED.get(kind, ()):
+        if getattr(correction, key) is None:
+            yield f"objective.correction.{key}: not set, needed by objective.correction.kind {kind}"
     if correction.level not in LEVELS.get(kind, ("token",)):
         allowed = " or ".join(LEVELS.get(kind, ("token",)))
         yield f"objective.correction.level: {correction.level}, but objective.correction.kind {kind} needs {allowed}"

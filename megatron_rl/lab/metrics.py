@@ -80,7 +80,7 @@ ROLLOUT: dict[str, Kind] = {
     "tokens": Kind.SUM,  # generated ones
     "reward": Kind.TAIL,
     "accuracy": Kind.MEAN,
-    # Fractions of groups. Dead: all rewards equal, so every advantage is 0.
+    # Fractions of groups. Dead: all rewards equal, so that a group's baseline leaves advantages of 0.
     "group/dead": Kind.MEAN,
     "group/dead/all_correct": Kind.MEAN,
     "group/dead/all_wrong": Kind.MEAN,

@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from megatron_rl.config.schema import AdvantageConfig
 
-# Rewards nearer to each other than this, relative to the largest, are equal: shaped rewards carry rounding
-# errors, and dividing by the standard deviation would blow them up to +-1.
+# Rewards nearer to each other than this, and than this times the largest, are equal: shaped rewards carry rounding
+# errors, those that cancel too, and dividing by the standard deviation would blow them up to +-1.
 EQUAL_REWARDS = 1e-9
 
 DEGREES_OF_FREEDOM = {"population": 0, "sample": 1}
@@ -52,7 +52,7 @@ def group_advantages(
 
 def all_equal(rewards: npt.NDArray[np.float64]) -> bool:
     """True when the group teaches nothing: its rewards [G] differ by no more than rounding."""
-    return bool(np.ptp(rewards) <= EQUAL_REWARDS * np.abs(rewards).max())
+    return bool(np.ptp(rewards) <= EQUAL_REWARDS * max(np.abs(rewards).max(), 1.0))
 
 
 def gae(
@@ -117,6 +117,6 @@ class Moments:
         freedom = self.count - DEGREES_OF_FREEDOM[config.std]
         spread = math.sqrt(self.deviation / max(freedom, 1))
         size = math.sqrt(self.mean * self.mean + self.deviation / max(self.count, 1))
-        if spread <= EQUAL_REWARDS * size:
+        if spread <= EQUAL_REWARDS * max(size, 1.0):
             return np.zeros_like(centred)
         return centred / spread

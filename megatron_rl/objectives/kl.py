@@ -38,14 +38,18 @@ ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k
 """By KLConfig.kind; unbiased needs the importance ratio too."""
 
 
-def kl_terms(tokens: Tokens, config: ObjectiveConfig) -> Tensor:
+def kl_terms(tokens: Tokens, config: ObjectiveConfig, uncounted: Tensor | None = None) -> Tensor:
     """[M] beta times the estimate of KL(pi_theta, pi_ref) at each token, differentiable in log pi_theta: what is added
-    to the loss [2402.03300, equation 3]. Raises ValueError without pi_ref or beta."""
+    to the loss [2402.03300, equation 3]; 0 where `uncounted` [M] bool. Raises ValueError without pi_ref or beta."""
     if tokens.reference_logprobs is None or config.kl.beta is None:
         raise ValueError("objective.kl: a KL term needs reference_logprobs and beta")
     log_ratio = tokens.reference_logprobs - tokens.logprobs
+    log_importance = token_log_ratio(tokens, config.denominator)
+    if uncounted is not None:  # before exp: the gradient of 0 times what overflows is NaN
+        log_ratio = log_ratio.masked_fill(uncounted, 0.0)
+        log_importance = log_importance.masked_fill(uncounted, 0.0)
     if config.kl.kind == "unbiased":
-        return config.kl.beta * unbiased(log_ratio, token_log_ratio(tokens, config.denominator))
+        return config.kl.beta * unbiased(log_ratio, log_importance)
     return config.kl.beta * ESTIMATORS[config.kl.kind](log_ratio)
 
 

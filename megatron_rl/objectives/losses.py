@@ -100,13 +100,25 @@ def clipping(tokens: Tokens, config: ObjectiveConfig) -> Clipping:
     log_ratio = RATIOS[config.ratio](by_token, tokens)
     low, high = log_band(clip, geometric=config.ratio == "geometric")
     below, above = log_ratio < low, log_ratio > high
+    acts_below, acts_above = _acting(tokens.advantages, clip.kind)
     return Clipping(
         below=below,
         above=above,
-        active_low=below & (tokens.advantages < 0),
-        active_high=above & (tokens.advantages > 0),
+        active_low=below & acts_below,
+        active_high=above & acts_above,
         active_dual=None if clip.dual is None else (log_ratio > math.log(clip.dual)) & (tokens.advantages < 0),
     )
+
+
+def _acting(advantages: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """[M] bool each, where a clip acts below and above its band: takes the gradient, or changes the weight."""
+    match kind:
+        case "weight":
+            return torch.ones_like(advantages, dtype=torch.bool), torch.ones_like(advantages, dtype=torch.bool)
+        case "tapered":
+            return advantages <= 0, advantages <= 0
+        case _:
+            return advantages < 0, advantages > 0
 
 
 def log_band(clip: ClipConfig, geometric: bool = False) -> tuple[float, float]:

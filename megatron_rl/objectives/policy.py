@@ -30,18 +30,16 @@ def policy_loss(inputs: LossInputs, config: ObjectiveConfig, denominators: Denom
     terms = correction.factor * surrogate(log_weight, tokens, where, config)
     weights = token_weights(tokens, counted_lengths(tokens, correction, config), config, denominators)
     if in_loss(config):
-        terms = terms - _of_counted(kl_terms(tokens, config), correction, config)
+        terms = terms - kl_terms(tokens, config, _uncounted(correction, config))
     values = LossValues(
         tokens.sequence_mean(log_ratio.detach()), where, correction, floored(tokens, config.router_shift)
     )
     return PolicyLossOutputs(-(weights * terms).sum(), values)
 
 
-def _of_counted(terms: Tensor, correction: Correction, config: ObjectiveConfig) -> Tensor:
+def _uncounted(correction: Correction, config: ObjectiveConfig) -> Tensor | None:
     """The KL is of all tokens, whatever weight a correction gives them, but not of what left the denominators."""
-    if correction.masked is None or not LEAVES_DENOMINATORS[config.correction.kind]:
-        return terms
-    return terms.masked_fill(correction.masked, 0.0)
+    return correction.masked if LEAVES_DENOMINATORS[config.correction.kind] else None
 
 
 def sft_loss(logprobs: Tensor, loss_mask: Tensor, denominators: Denominators) -> LossOutputs:
