@@ -10,9 +10,11 @@ commands find the project's Python as `$PYTHON`, and in `MODEL` a copy of the te
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -40,24 +42,33 @@ def run_case(name: str, model: Path, directory: Path) -> str:
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "200",
     }
-    done = subprocess.run(
-        ["bash", "commands"],
-        cwd=place,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        timeout=SECONDS,
-    )
-    return done.stdout
+    output = directory / f"{name}.log"
+    with output.open("wb") as log:
+        process = subprocess.Popen(
+            ["bash", "commands"],
+            cwd=place,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            process.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            log.write(f"\nnot done after {SECONDS:g} s\n".encode())
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what it may have left running
+            process.wait()
+    return output.read_text(errors="replace")
 
 
 def unmet(name: str, output: str) -> list[str]:
     """The lines of `expected` that the output does not fulfil."""
     lines = (line.rstrip() for line in (HERE / name / "expected").read_text().splitlines())
     wanted = [line for line in lines if line and not line.startswith("#")]
+    wanted.append("never: not done after")
     tracebacks = output.count("Traceback (most recent call last)") - output.count("    raise ChildFailedError(")
     return [line for line in wanted if not _holds(line, output)] + [f"{tracebacks} tracebacks"] * (tracebacks > 0)
 
