@@ -17,7 +17,7 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-from megatron_rl.data.records import DataError
+from megatron_rl.data.files import DataError
 
 PREFIX = "arithmetic:"
 ALPHABET = "0123456789+,=#"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 
 from megatron_rl.data import arithmetic
 from megatron_rl.data.arithmetic import ArithmeticTask
-from megatron_rl.data.records import DataError, Record, read_records
+from megatron_rl.data.files import DataError, find_files
+from megatron_rl.data.records import Record, read_records
 from megatron_rl.data.sample import Prompt, Sample
 
 
@@ -168,6 +170,18 @@ def load_sft_samples(source: str, fields: Fields, tokenizer: Tokenizer, max_toke
     if not samples:
         raise DataError(f"{source}: no examples")
     return samples
+
+
+def data_digest(source: str) -> str:
+    """sha256 of what decides the records of `source` and their order: the bytes of its files, or the arithmetic task
+    with its defaults. Raises DataError.
+
+    A run that goes on compares it with the digest that it began with.
+    """
+    if not source.startswith(arithmetic.PREFIX):
+        return f"sha256:{find_files(Path(source)).digest()}"
+    task = repr(ArithmeticTask.parse(source))
+    return f"sha256:{hashlib.sha256(task.encode()).hexdigest()}"
 
 
 class ChatFormat:

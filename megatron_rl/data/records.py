@@ -14,14 +14,10 @@ from typing import Any
 
 import orjson
 
-from megatron_rl.errors import UserError
+from megatron_rl.data.files import DataError
 
 # Hugging Face's name for one shard of a split: train-00000-of-00004.parquet
 _SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}")
-
-
-class DataError(UserError):
-    """A data set or record that cannot be used; names the file, the line or row, and the field."""
 
 
 @dataclass(frozen=True)
