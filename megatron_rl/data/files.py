@@ -117,21 +117,21 @@ def unreadable(path: Path, error: Exception) -> DataError:
 
 def _directory(path: Path) -> DataFiles:
     if (path / "dataset_dict.json").is_file():
-        raise DataError(f"{path}: holds several splits; name one of {_some(_saved_splits(path))}")
+        raise DataError(f"{path}: holds several splits; name one of {some(_saved_splits(path))}")
     if (path / "state.json").is_file():
         return _saved(path)
     files = _data_files(path)
     nested = sorted(folder for folder in _folders(path, NESTED_LEVELS) if _has_data(folder))
     if nested:
         there = "holds data files, and folders with more" if files else "holds its data in folders"
-        raise DataError(f"{path}: {there}; name one of {_some(nested)}{', or a file' if files else ''}")
+        raise DataError(f"{path}: {there}; name one of {some(nested)}{', or a file' if files else ''}")
     if not files:
         others = sorted(p.name for p in path.iterdir() if p.is_file() and not p.name.startswith((".", "_")))
-        hint = f"; it has {_some(others)}" if others else ""
+        hint = f"; it has {some(others)}" if others else ""
         raise DataError(f"{path}: no saved data set, and no Parquet or Arrow or JSONL files in it{hint}")
     kinds = sorted({SUFFIXES[file.suffix.lower()] for file in files})
     if len(kinds) > 1:
-        raise DataError(f"{path}: holds files of several formats ({_some(f.name for f in files)}); name one file")
+        raise DataError(f"{path}: holds files of several formats ({some(f.name for f in files)}); name one file")
     _check_one_split(path, files)
     for file in files:
         check_content(file, kinds[0])
@@ -145,7 +145,7 @@ def _saved(path: Path) -> DataFiles:
     try:
         state = orjson.loads(state_file.read_bytes())
         names = [entry["filename"] for entry in state["_data_files"]]
-        if not all(isinstance(name, str) and name == Path(name).name for name in names):
+        if not all(isinstance(name, str) and name and name == Path(name).name for name in names):
             raise ValueError("a file name that is not one of this directory")
         indices = state.get("_indices_files") or state.get("_indices_data_files")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -204,7 +204,7 @@ def _check_one_split(path: Path, files: Sequence[Path]) -> None:
     }
     if len(names) > 1:
         raise DataError(
-            f"{path}: holds files of several splits ({_some(f.name for f in files)}); "
+            f"{path}: holds files of several splits ({some(f.name for f in files)}); "
             "name one file, or give each split a directory of its own"
         )
     sets: dict[int, list[tuple[int, Path]]] = defaultdict(list)
@@ -212,7 +212,7 @@ def _check_one_split(path: Path, files: Sequence[Path]) -> None:
         if shard:
             sets[int(shard["total"])].append((int(shard["index"]), file))
     if len(sets) > 1 or (sets and not all(shards)):
-        raise DataError(f"{path}: holds several sets of shards ({_some(f.name for f in files)}); delete the old ones")
+        raise DataError(f"{path}: holds several sets of shards ({some(f.name for f in files)}); delete the old ones")
     for total, members in sets.items():
         _check_complete(path, total, members)
 
@@ -223,10 +223,11 @@ def _check_complete(path: Path, total: int, members: Sequence[tuple[int, Path]])
         if index in by_index:
             raise DataError(f"{path}: holds shard {index} twice ({by_index[index].name}, {file.name}); delete one")
         by_index[index] = file
-    missing = list(itertools.islice((i for i in range(total) if i not in by_index), SHOWN))
-    if missing or len(by_index) > total:
-        names = (_with_index(members[0][1], i) for i in missing)
-        problem = f"without {_some(names)}" if missing else f"but shards are numbered from 0 to {total - 1}"
+    first = 1 if total in by_index and 0 not in by_index else 0
+    missing = (index for index in range(first, first + total) if index not in by_index)
+    names = some(_with_index(members[0][1], index) for index in missing)
+    if names or len(by_index) > total:
+        problem = f"without {names}" if names else "numbered beyond the last"
         raise DataError(f"{path}: holds {len(by_index)} of {total} shards, {problem}; copy the data set whole")
 
 
@@ -241,6 +242,6 @@ def _split_words(file: Path) -> list[str]:
     return _SPLIT.findall(file.stem.lower())
 
 
-def _some(names: Any) -> str:
+def some(names: Any) -> str:
     shown = [str(name) for name in itertools.islice(names, SHOWN + 1)]
     return ", ".join(shown[:SHOWN]) + (", ..." if len(shown) > SHOWN else "")
