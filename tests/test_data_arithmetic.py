@@ -73,13 +73,13 @@ def test_a_specification_overrides_the_defaults():
     [
         ("term=4", "no key 'term'; did you mean 'terms'?"),
         ("length=4", "no key 'length'; there are terms, split, count, seed"),
-        ("terms", "terms: expected a whole number, found ''"),
-        ("terms=4.5", "terms: expected a whole number, found '4.5'"),
-        ("seed=-1", "seed: expected a whole number, found '-1'"),
+        ("terms", "terms: expected a whole number of at most 18 digits, found ''"),
+        ("terms=4.5", "terms: expected a whole number of at most 18 digits, found '4.5'"),
+        ("seed=-1", "seed: expected a whole number of at most 18 digits, found '-1'"),
         ("terms=4,terms=5", "terms: given twice"),
         ("split=test", "split: expected train or heldout, found 'test'"),
-        ("terms=1", "terms: expected at least 2, found 1"),
-        ("count=0", "count: expected at least 1, found 0"),
+        ("terms=1", "terms: expected 2 to 1000, found 1"),
+        ("count=0", "count: expected 1 to 10000000, found 0"),
     ],
 )
 def test_a_mistake_in_a_specification_is_named(spec, message):
@@ -87,3 +87,15 @@ def test_a_mistake_in_a_specification_is_named(spec, message):
         ArithmeticTask.parse(f"arithmetic:{spec}")
     assert message in str(caught.value)
     assert f"arithmetic:{spec}" in str(caught.value)
+
+
+@pytest.mark.parametrize("spec", ["count=" + "9" * 5000, "count=٣", "terms=" + "9" * 18, "count=10000001", "x" * 9999])
+def test_a_number_beyond_all_use_is_refused_at_once(spec):
+    with pytest.raises(DataError) as caught:
+        ArithmeticTask.parse(f"arithmetic:{spec}")
+    assert len(str(caught.value)) < 400
+
+
+def test_more_problems_than_there_can_be_end_in_an_error_soon():
+    with pytest.raises(DataError, match="not 10000000"):
+        ArithmeticTask(terms=2, count=10_000_000).problems()

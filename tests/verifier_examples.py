@@ -48,3 +48,18 @@ def dies(prompt: Prompt, response: str) -> Verdict:
 
 def whose_process(prompt: Prompt, response: str) -> Verdict:
     return Verdict(float(os.getpid()), True)
+
+
+def checked(prompt: Prompt, response: str) -> Verdict:
+    return Verdict(0.0, False)
+
+
+def check_answer(answer: str) -> str | None:
+    if answer == "dies":
+        os._exit(3)
+    if answer == "raises":
+        raise KeyError("unit")
+    return "'bad' is bad" if answer == "bad" else None
+
+
+checked.check_answer = check_answer

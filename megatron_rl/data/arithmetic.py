@@ -11,18 +11,22 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate, pairwise
 
 import numpy as np
 
-from megatron_rl.data.records import DataError
+from megatron_rl.data.files import DataError
 
 PREFIX = "arithmetic:"
 ALPHABET = "0123456789+,=#"
 SPLITS = ("train", "heldout")
 HELD_OUT_SHARE = 8  # one problem in so many
+LIMITS = {"terms": (2, 1000), "count": (1, 10_000_000)}
+
+_WHOLE = re.compile("[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class ArithmeticTask:
     @classmethod
     def parse(cls, spec: str) -> ArithmeticTask:
         """`arithmetic:terms=9,split=train,count=20000,seed=0`; what is left out has its default. Raises DataError."""
+        shown = spec if len(spec) <= 200 else f"{spec[:200]}..."
         types = {field.name: type(field.default) for field in fields(cls)}
         values: dict[str, int | str] = {}
         for part in filter(None, spec.removeprefix(PREFIX).split(",")):
@@ -42,18 +47,18 @@ class ArithmeticTask:
             if key not in types:
                 close = difflib.get_close_matches(key, types, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(types)}"
-                raise DataError(f"{spec}: no key {key!r}; {hint}")
+                raise DataError(f"{shown}: no key {key[:40]!r}; {hint}")
             if key in values:
-                raise DataError(f"{spec}: {key}: given twice")
-            if types[key] is int and not value.isdecimal():
-                raise DataError(f"{spec}: {key}: expected a whole number, found {value!r}")
+                raise DataError(f"{shown}: {key}: given twice")
+            if types[key] is int and not _WHOLE.fullmatch(value):
+                raise DataError(f"{shown}: {key}: expected a whole number of at most 18 digits, found {value[:40]!r}")
             values[key] = int(value) if types[key] is int else value
         task = cls(**values)  # type: ignore[arg-type]
         if task.split not in SPLITS:
-            raise DataError(f"{spec}: split: expected {' or '.join(SPLITS)}, found {task.split!r}")
-        for key, least in (("terms", 2), ("count", 1)):
-            if getattr(task, key) < least:
-                raise DataError(f"{spec}: {key}: expected at least {least}, found {getattr(task, key)}")
+            raise DataError(f"{shown}: split: expected {' or '.join(SPLITS)}, found {task.split!r}")
+        for key, (least, most) in LIMITS.items():
+            if not least <= getattr(task, key) <= most:
+                raise DataError(f"{shown}: {key}: expected {least} to {most}, found {getattr(task, key)}")
         return task
 
     def problems(self) -> list[tuple[int, ...]]:
@@ -63,7 +68,7 @@ class ArithmeticTask:
         """
         rng = np.random.default_rng([self.seed, self.terms, SPLITS.index(self.split)])
         found: dict[tuple[int, ...], None] = {}
-        for _ in range(1000 + 100 * self.count):
+        for _ in range(1000 + 100 * min(self.count, 9**self.terms)):
             terms = tuple(rng.integers(1, 10, self.terms).tolist())
             if is_held_out(terms) == (self.split == "heldout"):
                 found[terms] = None

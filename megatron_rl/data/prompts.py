@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 
 from megatron_rl.data import arithmetic
 from megatron_rl.data.arithmetic import ArithmeticTask
-from megatron_rl.data.records import DataError, Record, read_records
+from megatron_rl.data.chat import ChatFormat, Tokenizer
+from megatron_rl.data.files import DataError, find_files, some
+from megatron_rl.data.records import Record, read_records
 from megatron_rl.data.sample import Prompt, Sample
-
-
-class Tokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer."""
-
-    @property
-    def bos_token_id(self) -> Any: ...
-
-    @property
-    def eos_token_id(self) -> Any: ...
-
-    @property
-    def unk_token_id(self) -> Any: ...
-
-    @property
-    def chat_template(self) -> Any: ...
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
-
-    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+from megatron_rl.rewards.references import check_references
+from megatron_rl.rewards.registry import VERIFIERS
 
 
 @dataclass(frozen=True)
@@ -111,23 +96,24 @@ class Fields:
 
 
 def load_prompts(source: str, fields: Fields, tokenizer: Tokenizer, max_tokens: int) -> PromptDataset:
-    """Reads and checks all of `source`: what read_records takes, or `arithmetic:SPEC`.
+    """Reads and checks all of `source`: what find_files takes, or `arithmetic:SPEC`.
 
-    A record may carry its own id (else file name and line) and verifier. Raises DataError naming file, line and
-    field for a record that cannot be used, an id given twice, or a prompt over `max_tokens`.
+    A record may carry its own id (else file name and line) and a built-in verifier. Raises DataError naming file, line
+    and field for a record that cannot be used, an id given twice, a prompt over `max_tokens`, or a reference that its
+    verifier cannot read.
     """
     chat = ChatFormat(tokenizer, fields.chat_template)
     verifier = fields.verifier or ("arithmetic" if source.startswith(arithmetic.PREFIX) else "math")
+    allowed = {*VERIFIERS, verifier}
     prompts = []
     where: dict[str, str] = {}
-    for record in _records(source, fields, answer_text=lambda terms: str(sum(terms))):
+    for record in _records(source, fields, ("id", "verifier"), answer_text=lambda terms: str(sum(terms))):
         text = chat.text(record, fields.prompt)
-        ids = chat.encode(text)
-        if not 0 < len(ids) <= max_tokens:
+        ids = chat.prompt_ids(record, fields.prompt, text)
+        if len(ids) > max_tokens:
             raise record.error(
                 fields.prompt, f"prompt has {len(ids)} tokens, expected 1 to data.max_prompt_tokens = {max_tokens}"
             )
-        _check_known(ids, tokenizer, record, fields.prompt)
         prompt = Prompt(
             id=record.text("id", default=record.id),
             text=text,
@@ -135,33 +121,55 @@ def load_prompts(source: str, fields: Fields, tokenizer: Tokenizer, max_tokens: 
             answer=record.text(fields.answer),
             verifier=record.text("verifier", default=verifier),
         )
+        if prompt.verifier not in allowed:
+            raise record.error("verifier", _no_verifier(prompt.verifier))
         if prompt.id in where:
             raise record.error("id", f"{prompt.id!r} is also at {where[prompt.id]}; ids must differ")
         where[prompt.id] = record.where
         prompts.append(prompt)
     if not prompts:
         raise DataError(f"{source}: no prompts")
+    _check_references(prompts, where, fields.answer)
     return PromptDataset(prompts, chat.encode)
 
 
+def _no_verifier(name: str) -> str:
+    close = difflib.get_close_matches(name, VERIFIERS, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return (
+        f"a record may name {', '.join(VERIFIERS)} or what data.verifier is, found {name[:100]!r}{hint}; "
+        "only the configuration may choose code"
+    )
+
+
+def _check_references(prompts: Sequence[Prompt], where: Mapping[str, str], field: str) -> None:
+    """Raises DataError for the first reference answer that its verifier cannot read; it names where others are."""
+    problems = check_references(prompts)
+    bad = [prompt for prompt in prompts if (prompt.verifier, prompt.answer) in problems]
+    if bad:
+        first = bad[0]
+        more = f" (as at {some(where[prompt.id] for prompt in bad[1:])})" if bad[1:] else ""
+        raise DataError(
+            f"{where[first.id]}: {field}: verifier {first.verifier!r} cannot judge by this reference: "
+            f"{problems[first.verifier, first.answer]}{more}"
+        )
+
+
 def load_sft_samples(source: str, fields: Fields, tokenizer: Tokenizer, max_tokens: int) -> list[Sample]:
-    """Each record's prompt, with its response and the end-of-sequence token in the loss mask. Raises DataError."""
+    """Each record's prompt, with its response and one end-of-sequence token in the loss mask. Raises DataError."""
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no end-of-sequence token (eos_token); a response would never end")
     chat = ChatFormat(tokenizer, fields.chat_template)
     samples = []
-    for record in _records(source, fields, answer_text=arithmetic.response_text):
+    for record in _records(source, fields, ("id",), answer_text=arithmetic.response_text):
         text = chat.text(record, fields.prompt)
-        ids = chat.encode(text)
-        response = tokenizer.encode(record.text(fields.answer), add_special_tokens=False)
-        _check_known(ids, tokenizer, record, fields.prompt)
-        _check_known(response, tokenizer, record, fields.answer)
-        response.append(tokenizer.eos_token_id)
+        ids = chat.prompt_ids(record, fields.prompt, text)
+        response = chat.response_ids(record, fields.answer)
         tokens = len(ids) + len(response)
-        if not ids or tokens > max_tokens:
+        if tokens > max_tokens:
             raise record.error(
                 f"{fields.prompt}, {fields.answer}",
-                f"{len(ids)} + {len(response)} tokens, expected a prompt, and at most data.max_tokens = {max_tokens}",
+                f"{len(ids)} + {len(response)} tokens, expected at most data.max_tokens = {max_tokens}",
             )
         prompt = Prompt(record.text("id", default=record.id), text, tuple(ids), answer="", verifier="")
         samples.append(Sample.start(prompt, 0).extend(response, [0.0] * len(response), weight_version=0))
@@ -170,48 +178,25 @@ def load_sft_samples(source: str, fields: Fields, tokenizer: Tokenizer, max_toke
     return samples
 
 
-class ChatFormat:
-    """A prompt as the model reads it: as it stands, or as messages in the tokenizer's chat template."""
+def data_digest(source: str) -> str:
+    """sha256 of what decides the records of `source` and their order: the bytes of its files, or the arithmetic task
+    with its defaults. Raises DataError.
 
-    def __init__(self, tokenizer: Tokenizer, chat_template: bool) -> None:
-        if chat_template and not tokenizer.chat_template:
-            raise DataError("data.chat_template: true, but the model's tokenizer has no chat template")
-        self._tokenizer = tokenizer
-        self._chat = chat_template
-
-    def encode(self, text: str) -> list[int]:
-        """Of a rendered prompt: a chat template writes the tokenizer's special tokens itself."""
-        return self._tokenizer.encode(text, add_special_tokens=not self._chat)
-
-    def text(self, record: Record, name: str) -> str:
-        value = record.field(name)
-        if not self._chat:
-            if isinstance(value, str):
-                return value
-            hint = "; messages need data.chat_template: true" if isinstance(value, list) else ""
-            raise record.error(name, f"expected text, found {type(value).__name__}{hint}")
-        messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
-        if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
-            raise record.error(name, "expected text or a list of messages, each with role and content as text")
-        return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
-
-
-def _check_known(ids: list[int], tokenizer: Tokenizer, record: Record, name: str) -> None:
-    """Refuses characters that the tokenizer has no token for. One that works on bytes knows them all, and may name the
-    token for the unknown only because it has to: one that also begins or ends a text."""
-    unknown = tokenizer.unk_token_id
-    if unknown in ids and unknown not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        raise record.error(name, "has characters that the model's tokenizer does not know")
-
-
-def _records(source: str, fields: Fields, answer_text: Callable[[Sequence[int]], str]) -> Iterator[Record]:
-    """`answer_text` gives what stands in fields.answer for the terms of an arithmetic problem."""
+    A run that goes on compares it with the digest that it began with.
+    """
     if not source.startswith(arithmetic.PREFIX):
-        yield from read_records(Path(source))
+        return f"sha256:{find_files(Path(source)).digest()}"
+    task = repr(ArithmeticTask.parse(source))
+    return f"sha256:{hashlib.sha256(task.encode()).hexdigest()}"
+
+
+def _records(
+    source: str, fields: Fields, optional: Sequence[str], answer_text: Callable[[Sequence[int]], str]
+) -> Iterator[Record]:
+    """`answer_text` gives what stands in fields.answer for the terms of an arithmetic problem. `optional`: other fields
+    that are used where a record has them."""
+    if not source.startswith(arithmetic.PREFIX):
+        yield from read_records(Path(source), {fields.prompt, fields.answer, *optional})
         return
     task = ArithmeticTask.parse(source)
     for number, terms in enumerate(task.problems()):

@@ -1,27 +1,20 @@
-"""The records of a data set one after the other, each with the place that errors name.
-
-A source is a JSONL file, a Parquet or Arrow file, a directory of these, or a data set saved by Hugging Face `datasets`.
-"""
+"""The records of a data set one after the other, each with the place that errors name."""
 
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
+from megatron_rl.data.files import DataError, find_files
+from megatron_rl.data.json_lines import read_json_lines
+from megatron_rl.data.numbers import number_text
+from megatron_rl.data.tables import read_tables
 
-from megatron_rl.errors import UserError
-
-# Hugging Face's name for one shard of a split: train-00000-of-00004.parquet
-_SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}")
-
-
-class DataError(UserError):
-    """A data set or record that cannot be used; names the file, the line or row, and the field."""
+# What errors call a value. Another is called by its Python type.
+_KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +24,7 @@ class Record:
     where: str
     id: str
     values: Mapping[str, Any]
+    names: Collection[str] = ()  # of all fields in the source, where `values` has only some
 
     def field(self, name: str) -> Any:
         """Raises DataError where the field is missing or null, with the name nearest to it."""
@@ -38,81 +32,51 @@ class Record:
         if value is None and name in self.values:
             raise self.error(name, "is null")
         if value is None:
-            close = difflib.get_close_matches(name, self.values, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(sorted(self.values)) or 'none'}"
+            names = self.names or self.values
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(sorted(names)) or 'none'}"
             raise DataError(f"{self.where}: no field {name!r}; {hint}")
         return value
 
     def text(self, name: str, default: str | None = None) -> str:
-        """A string, or a number as text. Raises DataError for anything else."""
+        """A string, or a number as megatron_rl.data.numbers writes it. Raises DataError for anything else."""
         value = default if default is not None and self.values.get(name) is None else self.field(name)
         if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise self.error(name, f"expected text or a number, found {type(value).__name__}")
-        return str(value)
+            raise self.error(name, f"expected text or a number, found {kind_of(value)}")
+        try:
+            text = value if isinstance(value, str) else number_text(value)
+        except ValueError:  # a whole number beyond the digits that Python writes
+            raise self.error(name, "has too many digits; give it as text") from None
+        if isinstance(value, float) and text.strip("-") in ("inf", "nan"):
+            raise self.error(name, f"expected text or a finite number, found {text}")
+        return text
 
     def error(self, name: str, problem: str) -> DataError:
         return DataError(f"{self.where}: {name}: {problem}")
 
 
-def read_records(path: Path) -> Iterator[Record]:
-    """Raises DataError for what is not there, not readable, or holds several splits."""
-    if path.is_dir():
-        yield from _rows(path, _open_directory(path))
-    elif not path.is_file():
-        raise DataError(f"{path}: no such file or directory; expected JSONL, Parquet, or a data set's directory")
-    elif path.suffix in (".parquet", ".arrow"):
-        yield from _rows(path, _open_files(path.suffix, [path]))
-    else:
-        yield from _json_lines(path)
+def kind_of(value: object) -> str:
+    return next((name for kind, name in _KINDS.items() if type(value) is kind), type(value).__name__)
 
 
-def _json_lines(path: Path) -> Iterator[Record]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}:{number}"
-            if not line.strip():
-                continue
-            try:
-                values = orjson.loads(line)
-            except orjson.JSONDecodeError as error:
-                raise DataError(f"{where}: not JSON: {error}") from None
-            if not isinstance(values, dict):
-                raise DataError(f"{where}: expected an object with fields, found {type(values).__name__}")
-            yield Record(where, f"{path.name}:{number}", values)
+def read_records(path: Path, fields: Collection[str] | None = None) -> Iterator[Record]:
+    """The records of a file or directory (see megatron_rl.data.files).
 
+    Of Parquet and Arrow only the columns in `fields` are read. Defaults to all.
 
-def _rows(path: Path, rows: Any) -> Iterator[Record]:
-    for number, values in enumerate(rows):
-        yield Record(f"{path}: row {number}", f"{path.name}:{number}", values)
-
-
-def _open_directory(path: Path) -> Any:
-    import datasets
-
-    if (path / "dataset_dict.json").is_file():
-        splits = ", ".join(sorted(str(p.parent) for p in path.glob("*/dataset_info.json")))
-        raise DataError(f"{path}: holds several splits; name one of {splits}")
-    if (path / "dataset_info.json").is_file():
-        try:
-            return datasets.load_from_disk(str(path))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: not a saved data set: {error}") from None
-    for suffix in (".parquet", ".arrow"):
-        files = sorted(path.glob(f"*{suffix}"))
-        if files:
-            return _open_files(suffix, files)
-    raise DataError(f"{path}: no saved data set, and no Parquet or Arrow files in it")
-
-
-def _open_files(suffix: str, files: list[Path]) -> Any:
-    """Streamed: `datasets` would otherwise copy them into its cache, once per rank."""
-    import datasets
-
-    shards = [_SHARD.match(file.stem) for file in files]
-    splits = {shard["split"] if shard else "" for shard in shards}
-    if len(splits) > 1:
-        raise DataError(
-            f"{files[0].parent}: holds files of several splits ({', '.join(f.name for f in files)}); "
-            "name one file, or give each split a directory of its own"
-        )
-    return datasets.load_dataset(suffix[1:], data_files=[str(file) for file in files], split="train", streaming=True)
+    Raises DataError for what is not there, not readable, holds several splits, or has no rows.
+    """
+    files = find_files(path)
+    if files.kind == "json":
+        for file in files.paths:
+            for line, values in read_json_lines(file):
+                yield Record(f"{file}:{line}", f"{file.name}:{line}", values)
+        return
+    rows = 0
+    for file, row, values, names in read_tables(files.paths, files.kind, fields):
+        # Of a data set that was saved in parts, rows are counted as `datasets` counts them: over all parts.
+        place, number = (path, rows) if files.saved else (file, row)
+        yield Record(f"{place}: row {number}", f"{place.name}:{number}", values, names)
+        rows += 1
+    if not rows:
+        raise DataError(f"{path}: has no rows")

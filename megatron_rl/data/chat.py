@@ -1,0 +1,132 @@
+"""Prompts and responses as the model reads them: token ids, with the tokenizer's special tokens and chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jinja2
+
+from megatron_rl.data.files import DataError
+from megatron_rl.data.records import Record, kind_of
+
+
+class Tokenizer(Protocol):
+    """What is used of a Hugging Face tokenizer."""
+
+    @property
+    def bos_token_id(self) -> Any: ...
+
+    @property
+    def eos_token_id(self) -> Any: ...
+
+    @property
+    def unk_token_id(self) -> Any: ...
+
+    @property
+    def chat_template(self) -> Any: ...
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+
+
+class ChatFormat:
+    """A prompt as it stands, or as messages in the tokenizer's chat template."""
+
+    def __init__(self, tokenizer: Tokenizer, chat_template: bool) -> None:
+        """Raises DataError if there is no chat template to use, or more than one."""
+        template = tokenizer.chat_template
+        if chat_template and not template:
+            raise DataError("data.chat_template: true, but the model's tokenizer has no chat template")
+        if chat_template and isinstance(template, Mapping) and "default" not in template:
+            raise DataError(
+                f"data.chat_template: true, but none of the tokenizer's chat templates ({', '.join(sorted(template))}) "
+                "is called 'default'; give the one to use that name in the model's directory"
+            )
+        self._tokenizer = tokenizer
+        self._chat = chat_template
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a rendered prompt: [n]. A chat template writes the tokenizer's special tokens itself.
+
+        An end-of-sequence token that the tokenizer appends is left off: the response goes on where the prompt stops.
+        """
+        ids = self._tokenizer.encode(text, add_special_tokens=not self._chat)
+        eos = self._tokenizer.eos_token_id
+        if ids and not self._chat and ids[-1] == eos and not self._ends_with_eos(text):
+            ids = ids[:-1]
+        return ids
+
+    def text(self, record: Record, name: str) -> str:
+        """The field as rendered text. Raises DataError for one that is blank, or is no prompt."""
+        value = record.field(name)
+        if isinstance(value, str):
+            last = value
+        elif not self._chat:
+            hint = "; messages need data.chat_template: true" if isinstance(value, list) else ""
+            raise record.error(name, f"expected text, found {kind_of(value)}{hint}")
+        elif isinstance(value, list) and value and all(map(_is_message, value)):
+            last = value[-1]["content"]
+        else:
+            raise record.error(name, "expected text or a list of messages, each with role and content as text")
+        if not last.strip():
+            raise record.error(name, "is empty; expected a prompt")
+        return self._render(record, name, value) if self._chat else value
+
+    def prompt_ids(self, record: Record, name: str, text: str) -> list[int]:
+        """Of rendered `text`: [n]. Raises DataError for a prompt without tokens, one that has ended, or one with
+        characters that the tokenizer does not know."""
+        ids = self._known(record, name, lambda: self.encode(text))
+        eos = self._tokenizer.eos_token_id
+        if not ids or set(ids) == {self._tokenizer.bos_token_id}:
+            raise record.error(name, "the tokenizer makes no tokens of it; expected a prompt")
+        if ids[-1] == eos:
+            cause = "the chat template" if self._chat else "the text"
+            raise record.error(
+                name,
+                f"{cause} ends it with the end-of-sequence token, id {eos}, so that nothing can follow; take the token "
+                "off, or use a chat template that opens the response (add_generation_prompt)",
+            )
+        return ids
+
+    def response_ids(self, record: Record, name: str) -> list[int]:
+        """The field as a response, with one end-of-sequence token at its end: [n]. Raises DataError for one that is
+        empty, or ends before its end."""
+        text = record.text(name)
+        ids = self._known(record, name, lambda: self._tokenizer.encode(text, add_special_tokens=False))
+        eos = self._tokenizer.eos_token_id
+        ids = ids[:-1] if ids and ids[-1] == eos else ids
+        if not ids or not text.strip():
+            raise record.error(name, "is empty; expected a response")
+        if eos in ids:
+            raise record.error(name, f"has the end-of-sequence token, id {eos}, before its end; a response ends there")
+        return [*ids, eos]
+
+    def _ends_with_eos(self, text: str) -> bool:
+        return self._tokenizer.encode(text, add_special_tokens=False)[-1:] == [self._tokenizer.eos_token_id]
+
+    def _render(self, record: Record, name: str, value: str | list[Any]) -> str:
+        messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
+        try:
+            return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except jinja2.TemplateSyntaxError as error:
+            raise DataError(f"the tokenizer's chat template is no template: line {error.lineno}: {error}") from None
+        except Exception as error:  # a template is a program; it raises what it likes
+            raise record.error(name, f"the chat template refuses it: {error or type(error).__name__}") from None
+
+    def _known(self, record: Record, name: str, encode: Any) -> list[int]:
+        """Refuses characters that the tokenizer has no token for. One that works on bytes knows them all, and may name
+        the token for the unknown only because it has to: one that also begins or ends a text."""
+        try:
+            ids = encode()
+        except Exception as error:  # of the tokenizers library: it has no type of its own
+            raise record.error(name, f"the tokenizer refuses it: {error}") from None
+        unknown = self._tokenizer.unk_token_id
+        if unknown in ids and unknown not in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
+            raise record.error(name, "has characters that the model's tokenizer does not know")
+        return ids
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
