@@ -79,7 +79,8 @@ class Network:
         self.skipped = 0  # optimizer steps, of the whole run
         config = transformer_config(self.arch, engine, layout)
         config.finalize_model_grads_func = finalize_model_grads
-        self.models = build_stages(self.arch, engine, layout, config, temperature)
+        # Megatron-Core and Transformer Engine make most weights where they belong, but norms and routers on the CPU.
+        self.models = [model.to(device) for model in build_stages(self.arch, engine, layout, config, temperature)]
         ranks = ModelRanks(
             tp_rank=place.tp,
             tp_size=layout.tp,
