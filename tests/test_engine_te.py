@@ -72,3 +72,10 @@ def test_two_updates_leave_the_same_weights(answers: dict[str, Answers], layout:
     assert te["weights"].keys() == plain["weights"].keys()
     for name, weight in plain["weights"].items():
         assert apart(te["weights"][name], weight) <= 3e-6, name
+
+
+@pytest.mark.distributed
+def test_only_our_own_attention_gets_a_plan(answers: dict[str, Answers]) -> None:
+    """Under context parallelism its masks take 512 MiB for a sequence of 32k tokens."""
+    found = answers["tp=1"]
+    assert (any(found["te"]["attention_plans"]), all(found["torch"]["attention_plans"])) == (False, True)
