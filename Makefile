@@ -13,6 +13,7 @@ endif
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 FROZEN := requirements/cpu$(if $(filter 3.12 3.13,$(VERSION)),-py312).txt
 NODEPS := requirements/cpu-nodeps.txt
+TE_STUB := requirements/te-stub.txt
 STAMP := $(VENV)/.installed-$(VERSION)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -21,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 install: $(STAMP)
 
 # The stamp is written last, so an interrupted install starts again at the step that is missing.
-$(STAMP): $(FROZEN) $(NODEPS) pyproject.toml setup.py
+$(STAMP): $(FROZEN) $(NODEPS) $(TE_STUB) pyproject.toml setup.py
 	@case '$(VERSION)' in 3.11|3.12|3.13) ;; *) \
 		echo 'megatron_rl needs Python 3.11, 3.12 or 3.13; $(or $(PYTHON),python3) is $(or $(VERSION),missing).' >&2; \
 		echo 'Install one and name it: make install PYTHON=python3.11' >&2; exit 1;; esac
@@ -30,6 +31,7 @@ $(STAMP): $(FROZEN) $(NODEPS) pyproject.toml setup.py
 	@echo 'Installing $(FROZEN) into $(VENV) (Python $(VERSION)): about 2 GB, a few minutes'
 	$(PIP) install --quiet -r $(FROZEN)
 	$(PIP) install --quiet --no-deps -r $(NODEPS)
+	$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/te -r $(TE_STUB)
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -3,7 +3,9 @@ one unnecessary turns this red, and the item can go."""
 
 from __future__ import annotations
 
+import json
 import subprocess
+import sys
 from pathlib import Path
 
 import megatron.core
@@ -11,7 +13,7 @@ import pytest
 from rl_runs import environment, torchrun
 from tiny_models import make_tiny_model
 
-from megatron_rl.engine.device import CPU_LAYER
+from megatron_rl.engine.device import CPU_LAYER, ON_EVERY_DEVICE
 
 LAYOUTS = {"all_to_all": "ep=2", "uneven_collectives": "tp=2,ep=2,etp=2", "to_cuda": "pp=2"}
 """Where an item is needed only under some parallelism."""
@@ -37,7 +39,7 @@ def step(model: Path, layout: str, left_out: str) -> subprocess.CompletedProcess
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("item", CPU_LAYER)
+@pytest.mark.parametrize("item", [*CPU_LAYER, *ON_EVERY_DEVICE])
 def test_each_item_is_necessary(model: Path, item: str) -> None:
     if item == "router_gemm" and not megatron.core.__version__.startswith("0.16"):
         pytest.skip("only megatron-core 0.16 leaves te_general_gemm undefined")
@@ -51,3 +53,24 @@ def test_together_they_suffice(model: Path, layout: str) -> None:
     done = step(model, layout, "nothing")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "UPDATED" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def on_a_pretended_gpu(model: Path) -> dict[str, dict[str, list[str]]]:
+    """By network, the weights and buffers on each device as its weights are about to be loaded."""
+    worker = str(Path(__file__).parent / "fake_cuda_worker.py")
+    done = subprocess.run(
+        [sys.executable, worker, str(model)], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("network", ["policy", "without optimizer", "frozen", "critic"])
+def test_every_weight_is_on_the_gpu_before_it_is_loaded(
+    on_a_pretended_gpu: dict[str, dict[str, list[str]]], network: str
+) -> None:
+    (names,) = on_a_pretended_gpu[network].values()
+    assert on_a_pretended_gpu[network] == {"cuda:0": names}
+    assert any(".router." in name for name in names)
+    assert any("layernorm" in name for name in names)

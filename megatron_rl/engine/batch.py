@@ -39,7 +39,7 @@ class AttentionPlan:
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron-Core's description of packed sequences, with the plan that our own attention needs."""
+    """Megatron-Core's description of packed sequences, with the plan that our own attention needs; None for another."""
 
     attention: AttentionPlan | None = field(default=None, kw_only=True)
 
@@ -56,7 +56,11 @@ class MicroBatch:
     gather_order: Tensor  # [T]: where each token of the whole batch is in the concatenation over cp ranks
 
 
-def micro_batch(packed: PackedBatch, cp: int, cp_rank: int, device: torch.device) -> MicroBatch:
+def micro_batch(
+    packed: PackedBatch, cp: int, cp_rank: int, device: torch.device, *, plan_attention: bool = True
+) -> MicroBatch:
+    """`plan_attention`: for megatron_rl.engine.layers. With context parallelism the plan holds masks of a byte for each
+    query and key, which Transformer Engine never reads."""
     mine = cp_index(packed.cu_seqlens, cp, cp_rank)
     gathered = np.concatenate([cp_index(packed.cu_seqlens, cp, rank) for rank in range(cp)])
 
@@ -77,7 +81,7 @@ def micro_batch(packed: PackedBatch, cp: int, cp_rank: int, device: torch.device
             cu_seqlens_kv_padded=cu_seqlens,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
-            attention=attention_plan(packed.cu_seqlens, cp, cp_rank, device),
+            attention=attention_plan(packed.cu_seqlens, cp, cp_rank, device) if plan_attention else None,
         ),
         packed=packed,
         gather_order=torch.as_tensor(np.argsort(gathered), device=device),

@@ -3,7 +3,7 @@
 Megatron-Core calls torch.cuda directly in many places. Where there is no CUDA device, `use_device("cpu")` puts a
 stand-in behind each of those calls, process-wide and once. Each item below is one function that names what it stands
 in for; tests/test_engine_device.py leaves out one item at a time and shows that training then fails, so that an
-upgrade of Megatron-Core that makes an item unnecessary turns a test red. Nothing here is applied on a GPU.
+upgrade of Megatron-Core that makes an item unnecessary turns a test red. On a GPU only ON_EVERY_DEVICE is applied.
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ def resolve_device(requested: str) -> torch.device:
 def use_device(requested: str, leave_out: Collection[str] = ()) -> torch.device:
     """Makes the device ready for Megatron-Core and returns it. Call before importing megatron.core.
 
-    `leave_out` names items of the CPU layer to omit; only the test that proves each one necessary uses it.
+    `leave_out` names items to omit; only the test that proves each one necessary uses it.
     """
+    unknown = set(leave_out) - {*CPU_LAYER, *ON_EVERY_DEVICE}
+    if unknown:
+        raise ValueError(f"no such items: {sorted(unknown)}")
     device = resolve_device(requested)
+    items = dict(ON_EVERY_DEVICE)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        return device
-    if not getattr(torch.cuda, "_megatron_rl_cpu_layer", False):
-        unknown = set(leave_out) - set(CPU_LAYER)
-        if unknown:
-            raise ValueError(f"no such items in the CPU layer: {sorted(unknown)}")
-        for name, item in CPU_LAYER.items():
-            if name not in leave_out:
-                item()
+    elif not getattr(torch.cuda, "_megatron_rl_cpu_layer", False):
+        items = CPU_LAYER | items
         torch.cuda._megatron_rl_cpu_layer = True  # type: ignore[attr-defined]
+    for name, item in items.items():
+        if name not in leave_out:
+            item()
     return device
 
 
@@ -214,5 +215,7 @@ CPU_LAYER: dict[str, Callable[[], None]] = {
     "tensor_types": _tensor_types,
     "all_to_all": _all_to_all,
     "uneven_collectives": _uneven_collectives,
-    "router_gemm": _router_gemm,
 }
+
+# Needed on a GPU too, and applied more than once without harm.
+ON_EVERY_DEVICE: dict[str, Callable[[], None]] = {"router_gemm": _router_gemm}

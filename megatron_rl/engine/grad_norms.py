@@ -19,7 +19,8 @@ def kind_of(parameter_name: str, value_head: bool = False) -> str:
         return "router"
     if ".experts." in parameter_name:
         return "expert"
-    if ".self_attention." in parameter_name:
+    # Transformer Engine keeps the norm before a linear layer in that layer's module; without it the norm is a module.
+    if ".self_attention." in parameter_name and not parameter_name.endswith(".layer_norm_weight"):
         return "attention"
     if value_head and "output_layer" in parameter_name:
         return "value_head"

@@ -119,11 +119,6 @@ class GroupedExperts(MegatronModule):
             weight = torch.nn.Parameter(
                 torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device())
             )
-            # Reduced over the ranks that hold the same experts, which are not those that hold the same attention
-            # whenever ep > 1 or etp differs from tp.
-            weight.allreduce = False  # type: ignore[attr-defined]
-            # Not a duplicate over expert-tensor ranks: each counts in the gradient norm.
-            weight.tensor_model_parallel = True  # type: ignore[attr-defined]
             self.register_parameter(name, weight)
 
     def forward(self, x: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:

@@ -222,14 +222,25 @@ def build_stages(
 
 
 def _mark_shards(stage: GPTModel) -> None:
-    """Megatron-Core marks tensor-parallel weights as it initialises them, which we have it leave out. An unmarked one
-    is taken for a copy, and all shards but the first are missing from the gradient norm."""
+    """Sets what DDP, the gradient norm and clipping ask of a weight: over which ranks it is copied or cut.
+
+    Megatron-Core marks tensor-parallel weights as it initialises them, which we have it leave out. An unmarked one
+    is taken for a copy, and all shards but the first are missing from the gradient norm.
+    """
     dims = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in stage.modules():
         dim = dims.get(type(module))
         if dim is None or module.weight is None or hasattr(module.weight, "tensor_model_parallel"):
             continue
         set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
+    for name, parameter in stage.named_parameters():
+        if ".experts." in name:
+            # Reduced over the ranks that hold the same experts, which are not those that hold the same attention
+            # whenever ep > 1 or etp differs from tp. With Transformer Engine, Megatron-Core 0.16 looks at ep alone.
+            parameter.allreduce = False
+            # Not a copy on other tensor-parallel ranks: each counts in the gradient norm and is clipped. Transformer
+            # Engine from 2.13 on leaves it to Megatron-Core, which does it from 0.19.2 on (Megatron-LM #5916).
+            parameter.tensor_model_parallel = True
 
 
 def _block_spec(

@@ -23,7 +23,7 @@ from megatron_rl.config.schema import EngineConfig, OptimConfig
 from megatron_rl.data.packing import PackedBatch
 from megatron_rl.engine.batch import MicroBatch, micro_batch
 from megatron_rl.engine.grad_norms import grad_norms
-from megatron_rl.engine.model import build_stages, transformer_config
+from megatron_rl.engine.model import build_stages, transformer_config, uses_transformer_engine
 from megatron_rl.engine.optimizer import build_optimizer, optimizer_parts
 from megatron_rl.engine.parallel import Place
 from megatron_rl.engine.step import LossFunction, forward_backward
@@ -79,7 +79,8 @@ class Network:
         self.skipped = 0  # optimizer steps, of the whole run
         config = transformer_config(self.arch, engine, layout)
         config.finalize_model_grads_func = finalize_model_grads
-        self.models = build_stages(self.arch, engine, layout, config, temperature)
+        # Megatron-Core and Transformer Engine make most weights where they belong, but norms and routers on the CPU.
+        self.models = [model.to(device) for model in build_stages(self.arch, engine, layout, config, temperature)]
         ranks = ModelRanks(
             tp_rank=place.tp,
             tp_size=layout.tp,
@@ -115,7 +116,8 @@ class Network:
         return sum(p.numel() for model in self.models for p in model.parameters())
 
     def micro_batches(self, batches: Sequence[PackedBatch]) -> list[MicroBatch]:
-        return [micro_batch(b, self.layout.cp, self.place.cp, self.device) for b in batches]
+        plan = not uses_transformer_engine(self.engine)
+        return [micro_batch(b, self.layout.cp, self.place.cp, self.device, plan_attention=plan) for b in batches]
 
     def accumulate(
         self, batches: Sequence[PackedBatch], loss: LossFunction, routing: RoutingPass | None = None

@@ -1,0 +1,215 @@
+"""Arithmetic on the CPU behind the functions of Transformer Engine that Megatron-Core calls.
+
+Each body takes the arguments by the names that Transformer Engine gives them; those that it takes in `**_` do not bear
+on the result here. Modules keep their constructors, parameters and attributes: only `forward` is replaced.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def install_kernels() -> None:
+    """After megatron.core is imported: it holds some of the functions under names of its own."""
+    torch.cuda.is_available = lambda: True  # modules refuse to be built without
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    arange = torch.arange  # Megatron-Core's dispatcher, with fused permutation only: the CPU layer does without
+    torch.arange = lambda *args, device=None, **kwargs: arange(*args, **kwargs)
+    import transformer_engine.pytorch as te
+    import transformer_engine_torch as extension
+    from transformer_engine.pytorch.attention import rope
+
+    for module, forward in (
+        (te.Linear, linear),
+        (te.LayerNormLinear, norm_and_linear),
+        (te.GroupedLinear, grouped_linear),
+        (te.RMSNorm, rms_norm),
+        (te.DotProductAttention, attention),
+    ):
+        module.forward = _bound(module.forward, forward)
+    functions = {
+        te.moe_permute: permute,
+        te.moe_permute_with_probs: permute_with_probs,
+        te.moe_unpermute: unpermute,
+        te.moe_sort_chunks_by_index: sort_chunks,
+        te.moe_sort_chunks_by_index_with_probs: sort_chunks_with_probs,
+        rope.apply_rotary_pos_emb: rotate,
+        extension.multi_tensor_l2norm: l2_norm,
+        extension.multi_tensor_scale: scale,
+        extension.multi_tensor_adam: adam,
+    }
+    stand_ins = {real: _bound(real, body) for real, body in functions.items()}
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("megatron.core", "transformer_engine")):
+            for attribute, value in list(vars(module).items()):
+                if inspect.isfunction(value) and value in stand_ins:
+                    setattr(module, attribute, stand_ins[value])
+
+
+def _bound(real: Callable[..., Any], body: Callable[..., Any]) -> Callable[..., Any]:
+    """`body` with the signature of `real`, checked at each call; the compiled functions have none to check."""
+    signature = inspect.signature(real)
+
+    @functools.wraps(real)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        return body(*call.args, **call.kwargs) if "args" in call.arguments else body(**call.arguments)
+
+    return called
+
+
+# ---- modules -------------------------------------------------------------------------------------------------------
+
+
+def linear(self: Any, inp: Tensor, **_: Any) -> Tensor:
+    return _leave(self, F.linear(_enter(self, inp), self.weight))
+
+
+def norm_and_linear(self: Any, inp: Tensor, **_: Any) -> Tensor:
+    assert self.normalization == "RMSNorm"
+    return F.linear(_enter(self, _normed(inp, self.layer_norm_weight, self.eps)), self.weight)
+
+
+def grouped_linear(self: Any, inp: Tensor, m_splits: Tensor | Sequence[int], **_: Any) -> Tensor:
+    sizes = m_splits.tolist() if torch.is_tensor(m_splits) else list(m_splits)
+    return torch.cat([F.linear(rows, getattr(self, f"weight{i}")) for i, rows in enumerate(inp.split(sizes))])
+
+
+def rms_norm(self: Any, input: Tensor, **_: Any) -> Tensor:
+    return _normed(input, self.weight, self.eps)
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x.float(), (x.shape[-1],), eps=eps).to(x.dtype) * weight
+
+
+def _enter(module: Any, x: Tensor) -> Tensor:
+    """What a column-parallel linear layer does to its input."""
+    from megatron.core.tensor_parallel import mappings
+
+    if module.parallel_mode != "column" or module.tp_size == 1:
+        return x
+    if module.sequence_parallel:
+        return mappings.gather_from_sequence_parallel_region(x, group=module.tp_group)
+    return mappings.copy_to_tensor_model_parallel_region(x, group=module.tp_group)
+
+
+def _leave(module: Any, x: Tensor) -> Tensor:
+    """What a row-parallel linear layer does to its output."""
+    from megatron.core.tensor_parallel import mappings
+
+    if module.parallel_mode != "row" or module.tp_size == 1:
+        return x
+    if module.sequence_parallel:
+        return mappings.reduce_scatter_to_sequence_parallel_region(x, group=module.tp_group)
+    return mappings.reduce_from_tensor_model_parallel_region(x, group=module.tp_group)
+
+
+def attention(
+    self: Any,
+    query_layer: Tensor,
+    key_layer: Tensor,
+    value_layer: Tensor,
+    qkv_format: str,
+    cu_seqlens_q: Tensor,
+    attn_mask_type: str,
+    **_: Any,
+) -> Tensor:
+    """Packed sequences, one after another: [T, heads, D] -> [T, heads * D]."""
+    assert (qkv_format, attn_mask_type, cu_seqlens_q.dtype) == ("thd", "padding_causal", torch.int32)
+    lengths = cu_seqlens_q.diff().tolist()
+    outputs = [
+        F.scaled_dot_product_attention(
+            *(x.transpose(0, 1) for x in sequence), is_causal=True, scale=self.softmax_scale, enable_gqa=True
+        )
+        for sequence in zip(*(x.split(lengths) for x in (query_layer, key_layer, value_layer)), strict=True)
+    ]
+    return torch.cat([output.transpose(0, 1).flatten(1) for output in outputs])
+
+
+# ---- functions -----------------------------------------------------------------------------------------------------
+
+
+def rotate(
+    t: Tensor, freqs: Tensor, tensor_format: str, fused: bool, cu_seqlens: Tensor, cp_size: int, **_: Any
+) -> Tensor:
+    assert (tensor_format, fused, cp_size) == ("thd", True, 1)
+    positions = torch.cat([torch.arange(length) for length in cu_seqlens.diff().tolist()])
+    angles = freqs.flatten(1)[positions][:, None]
+    first, second = t.float().chunk(2, dim=-1)
+    return (t * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()).to(t.dtype)
+
+
+def permute(inp: Tensor, routing_map: Tensor, map_type: str, **_: Any) -> tuple[Tensor, Tensor]:
+    """Rows by expert, and the row of the input that each came from."""
+    assert map_type == "mask"
+    rows = routing_map.bool().T.nonzero()[:, 1]
+    return inp.index_select(0, rows), rows
+
+
+def permute_with_probs(
+    inp: Tensor, probs: Tensor, routing_map: Tensor, num_out_tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    permuted, rows = permute(inp, routing_map, "mask")
+    assert len(rows) == num_out_tokens
+    return permuted, probs.T.masked_select(routing_map.bool().T), rows
+
+
+def unpermute(inp: Tensor, row_id_map: Tensor, merging_probs: None, restore_shape: torch.Size, **_: Any) -> Tensor:
+    assert merging_probs is None
+    return inp.new_zeros(restore_shape, dtype=torch.float32).index_add(0, row_id_map, inp.float()).to(inp.dtype)
+
+
+def sort_chunks(inp: Tensor, split_sizes: Tensor, sorted_index: Tensor) -> Tensor:
+    chunks = inp.split(split_sizes.flatten().tolist())
+    return torch.cat([chunks[i] for i in sorted_index.tolist()])
+
+
+def sort_chunks_with_probs(
+    inp: Tensor, probs: Tensor, split_sizes: Tensor, sorted_index: Tensor
+) -> tuple[Tensor, Tensor]:
+    return sort_chunks(inp, split_sizes, sorted_index), sort_chunks(probs, split_sizes, sorted_index)
+
+
+# ---- compiled functions, by position --------------------------------------------------------------------------------
+
+
+def l2_norm(chunk: int, overflow: Tensor, tensors: Sequence[Sequence[Tensor]], per_tensor: bool) -> tuple[Tensor, None]:
+    assert not per_tensor
+    return torch.stack([t.float().square().sum() for t in tensors[0]]).sum().sqrt()[None], None
+
+
+def scale(chunk: int, overflow: Tensor, tensors: Sequence[Sequence[Tensor]], factor: float) -> None:
+    for source, target in zip(*tensors, strict=True):
+        target.copy_(source * factor)
+
+
+def adam(
+    chunk: int,
+    overflow: Tensor,
+    tensors: Sequence[Sequence[Tensor]],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    decoupled: bool,
+    bias_correction: bool,
+    weight_decay: float,
+) -> None:
+    assert decoupled
+    assert bias_correction
+    for gradient, weight, mean, square in zip(*tensors, strict=True):
+        mean.lerp_(gradient, 1 - beta1)
+        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        update = mean / (1 - beta1**step) / ((square / (1 - beta2**step)).sqrt() + eps)
+        weight.sub_(lr * (update + weight_decay * weight))
