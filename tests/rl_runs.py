@@ -98,8 +98,8 @@ train: {{steps: {STEPS}, mini_batches: {MINI_BATCHES}}}
 
 
 def torchrun(ranks: int, *arguments: str) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    return [sys.executable, *launcher, "--nproc-per-node", str(ranks), *arguments]
+    """As torchrun does, but on the loopback interface alone."""
+    return [sys.executable, "-m", "megatron_rl.engine.launch", str(ranks), *arguments]
 
 
 def environment() -> dict[str, str]:
