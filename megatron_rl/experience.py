@@ -137,4 +137,4 @@ def measure_router_shift(session: Session, update: Update) -> None:
     with session.trainer.phase("router shift"):
         policy.logprobs(batches, routing=routing.shift_pass(shift))
         layers = len(policy.arch.moe_layers)
-        update.loss.router_shift = packed_shift(shift.log_sums, batches, layers, policy.layout, policy.place)
+        update.loss.router_shift = packed_shift(shift.distances, batches, layers, policy.layout, policy.place)

@@ -79,7 +79,8 @@ def rspo(batch: Sequence[Response]) -> float:
 
 
 def cispo(batch: Sequence[Response]) -> float:
-    terms = [np.minimum(np.exp(y.stopped - y.old), 1.28) * y.advantage * y.new for y in batch]
+    """The cap is ScaleRL's, TRL's and ms-swift's: the paper prints none."""
+    terms = [np.minimum(np.exp(y.stopped - y.old), 5.0) * y.advantage * y.new for y in batch]
     return np.concatenate(terms).mean()
 
 

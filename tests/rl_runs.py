@@ -98,12 +98,14 @@ train: {{steps: {STEPS}, mini_batches: {MINI_BATCHES}}}
 
 
 def torchrun(ranks: int, *arguments: str) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    return [sys.executable, *launcher, "--nproc-per-node", str(ranks), *arguments]
+    """As torchrun does, but on the loopback interface alone."""
+    return [sys.executable, "-m", "megatron_rl.engine.launch", str(ranks), *arguments]
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    """For ranks that import these tests' modules, and the package of the tree that the tests are in."""
+    tests = Path(__file__).parent
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
 
 
 def run_all(config: Path, ranks: int, runs: list[str]) -> None:

@@ -49,7 +49,7 @@ def main(old: Path, new: Path, out: Path, layouts: list[str]) -> None:
         policy.logprobs(batch.micro_batches, routing=routing.old_pass())
         load(policy, to)
         policy.logprobs(batch.micro_batches, routing=routing.shift_pass(shifts))
-        return packed_shift(shifts.log_sums, batch.micro_batches, len(arch.moe_layers), layout, place)
+        return packed_shift(shifts.distances, batch.micro_batches, len(arch.moe_layers), layout, place)
 
     def by_sample(policy: Policy, batch: MiniBatch, mode: str, to: Path) -> dict[int, torch.Tensor]:
         found = {}

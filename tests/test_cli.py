@@ -170,7 +170,10 @@ def test_a_wrong_use_is_told_without_a_traceback(directory: Path, arguments: lis
 
 @pytest.mark.distributed
 def test_of_many_ranks_one_tells_the_error(directory: Path) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "megatron_rl"]
+    (port,) = free_ports(1)
+    # torchrun's static rendezvous, which unpickles nothing, and not --standalone.
+    address = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    launcher = ["-m", "torch.distributed.run", *address, "--nproc-per-node", "3", "-m", "megatron_rl"]
     started = time.monotonic()
     done = subprocess.run(
         [sys.executable, *launcher, "train", "a.yaml", "optim.lr=fast"],

@@ -21,6 +21,7 @@ from megatron_rl.config.schema import (
     CorrectionConfig,
     CriticConfig,
     DynamicSamplingConfig,
+    KLConfig,
     ObjectiveConfig,
     RewardConfig,
     SftConfig,
@@ -34,7 +35,7 @@ PAPERS = {
     "cispo": ObjectiveConfig(
         ratio="token",
         denominator="old",
-        clip=ClipConfig(kind="weight", low=None, high=0.28),
+        clip=ClipConfig(kind="weight", low=None, high=4.0),
         aggregation="token-mean",
         advantage=AdvantageConfig(estimator="group", baseline="mean", std="sample"),
     ),
@@ -170,6 +171,23 @@ def test_a_preset_sets_every_switch(file: Path) -> None:
         assert leaves(values.pop(section)) == leaves(model.model_dump())
     assert values.keys() == {"rollout", "critic"}
     assert values["rollout"].keys() == {"dynamic_sampling"}
+
+
+@pytest.mark.parametrize(
+    ("name", "kl"),
+    [
+        ("grpo", KLConfig(kind="k3", place="loss", beta=0.04)),
+        ("rloo", KLConfig(kind="k1", place="reward", beta=0.03)),
+    ],
+)
+def test_the_line_that_turns_on_the_papers_kl_does_so(tmp_path: Path, name: str, kl: KLConfig) -> None:
+    comment = (PRESETS / f"{name}.yaml").read_text()
+    found = re.search(r"objective\.kl (\{.*\})", comment)
+    assert found
+    path = write(tmp_path / "a.yaml", RL + f"presets: [{name}]\nobjective: {{kl: {found[1]}}}\n")
+    config = load_config(Config, path)
+    assert config.objective == PAPERS[name].model_copy(update={"kl": kl})
+    check_config(config, ARCHITECTURE, 1)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

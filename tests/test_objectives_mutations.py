@@ -34,6 +34,8 @@ from megatron_rl.engine import advantages as engine_advantages
 from megatron_rl.engine.distribute import Outcome
 from megatron_rl.objectives import advantages, corrections, kl, losses, policy, ratios, value
 from megatron_rl.objectives.inputs import Correction
+from megatron_rl.routing import shift as routing_shift
+from megatron_rl.routing.replay import Tap
 
 LENGTHS = [3, 0, 5, 1, 7, 2]
 
@@ -125,6 +127,21 @@ def denominators_count_masked_in_tokens() -> None:
     sizes = [SampleSize(i, 0, len(s.token_ids), s.response_tokens) for i, s in enumerate(samples)]
     (step,) = plan(sizes, mini_batches=1, dp=1, max_tokens=100).steps
     assert step.denominators == Denominators(tokens=6, sequences=2)
+
+
+def router_shift_is_the_papers() -> None:
+    """gamma = exp(-mean over layers of the mean over pi_old's experts of |delta log p|) [2510.23027]."""
+    rng = np.random.default_rng(0)
+    old, new = rng.normal(size=(2, 2, 5, 8))  # layers, rows, experts
+    used = np.argsort(-old, axis=-1)[..., :3]
+    shift = routing_shift.RouterShift([5], torch.device("cpu"))
+    for scores, observe in ((old, shift.keep), (new, shift.compare)):
+        for layer in range(2):
+            ids = torch.tensor(used[layer])
+            observe(0, Tap(0, layer, layer, 8, False), torch.tensor(scores[layer]), ids, ids)
+    p, q = (np.exp(each) / np.exp(each).sum(-1, keepdims=True) for each in (old, new))
+    moved = np.abs(np.log(np.take_along_axis(q / p, used, -1)))
+    np.testing.assert_allclose(torch.exp(-shift.distances[0] / 2), np.exp(-moved.mean(-1).mean(0)), rtol=1e-5)
 
 
 # The mistakes
@@ -268,6 +285,23 @@ def sum_for_the_mean(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(ratios.RATIOS, "sequence", ratios.sequence_product)
 
 
+def mean_for_the_sum(patch: pytest.MonkeyPatch) -> None:
+    """TOPR's taper of the length-normalised ratio."""
+    patch.setitem(ratios.RATIOS, "sequence-product", ratios.sequence)
+
+
+def arithmetic_mean_over_experts(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(routing_shift, "router_distance", lambda new, old: -(new - old).abs().neg().exp().mean(-1).log())
+
+
+def sum_over_experts(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(routing_shift, "router_distance", lambda new, old: (new - old).abs().sum(-1))
+
+
+def signed_router_distance(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(routing_shift, "router_distance", lambda new, old: (old - new).mean(-1))
+
+
 def advantage_of_the_neighbour_token(patch: pytest.MonkeyPatch) -> None:
     real = ratios.Tokens.of
     patch.setattr(
@@ -367,6 +401,11 @@ TWO_BY_TWO: list[tuple[Patch, Callable[[], None]]] = [
     (mask_dropped_in_the_mean, lambda: same_as_the_reference(FAMILY["gmpo"])),
     (live_sequence_ratio, lambda: same_as_the_reference(FAMILY["gspo_token"], by_token=True)),
     (sum_for_the_mean, lambda: same_as_the_reference(GSPO)),
+    (mean_for_the_sum, lambda: same_as_the_reference(FAMILY["topr"])),
+    *[
+        (mistake, router_shift_is_the_papers)
+        for mistake in (arithmetic_mean_over_experts, sum_over_experts, signed_router_distance)
+    ],
     (advantage_of_the_neighbour_token, lambda: same_as_the_reference(FAMILY["ppo"], by_token=True)),
     (advantage_of_the_neighbour_group, each_group_has_its_own_advantages),
     (baseline_of_the_batch, each_group_has_its_own_advantages),

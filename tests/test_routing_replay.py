@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rl_runs import environment, torchrun
 from routing_worker import drifted_samples
 from safetensors.torch import load_file
 from tiny_models import VOCAB_SIZE, make_tiny_model
@@ -60,10 +59,8 @@ def reference(model: Path) -> dict[str, torch.Tensor]:
 
 def run(model: Path, layout: str, ranks: int, recompute: str, out: Path) -> dict[str, torch.Tensor]:
     worker = Path(__file__).parent / "routing_worker.py"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = {**os.environ, "PYTHONPATH": str(worker.parent.parent), "OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(worker), str(model), layout, recompute, str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = torchrun(ranks, str(worker), str(model), layout, recompute, str(out))
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return load_file(out)
 

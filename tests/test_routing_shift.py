@@ -25,29 +25,38 @@ from megatron_rl.data.schedule import Denominators
 from megatron_rl.engine.distribute import MiniBatch
 from megatron_rl.engine.losses import PolicyLoss
 from megatron_rl.routing.replay import Tap
-from megatron_rl.routing.shift import RouterShift, log_stay, router_logprobs
+from megatron_rl.routing.shift import RouterShift, router_distance, router_logprobs
 
 MOE_LAYERS, EXPERTS, TOP_K = (0, 2, 3), 8, 2
 
 # Numbers by hand
 
 
-def test_a_layer_takes_the_mean_over_experts() -> None:
+def test_a_layer_takes_the_geometric_mean_over_experts() -> None:
     old = torch.tensor([[0.5, 0.2], [0.5, 0.2], [0.3, 0.3]]).log()
     new = torch.tensor([[0.25, 0.2], [0.6, 0.1], [0.3, 0.3]]).log()
     # exp(-|log a/b|) is the smaller over the larger, whichever has grown.
-    expected = [(1 / 2 + 1) / 2, (5 / 6 + 1 / 2) / 2, 1.0]
-    np.testing.assert_allclose(log_stay(new, old).exp(), expected, rtol=1e-6)
-    np.testing.assert_allclose(log_stay(old, new).exp(), expected, rtol=1e-6)
-    assert log_stay(old, old).tolist() == [0.0] * 3
+    expected = [math.sqrt(1 / 2 * 1), math.sqrt(5 / 6 * 1 / 2), 1.0]
+    np.testing.assert_allclose(router_distance(new, old).neg().exp(), expected, rtol=1e-6)
+    np.testing.assert_allclose(router_distance(old, new).neg().exp(), expected, rtol=1e-6)
+    assert router_distance(old, old).tolist() == [0.0] * 3
 
 
-def test_a_vanished_expert_is_0_and_not_nan() -> None:
-    assert log_stay(torch.tensor([[-900.0, -1.0]]), torch.tensor([[-1.0, -1.0]])).item() == pytest.approx(math.log(0.5))
-    assert log_stay(torch.tensor([[-900.0]]), torch.tensor([[-1.0]])).item() == -math.inf
+@pytest.mark.parametrize(("sd", "gamma"), [(0.1, 0.923), (0.3, 0.787), (1.0, 0.450)])
+def test_gamma_of_half_normal_distances(sd: float, gamma: float) -> None:
+    """The arithmetic mean over experts of exp(-|d|), which is not the paper's, gives 0.925, 0.799 and 0.523."""
+    quantiles = (torch.arange(4096) + 0.5) / 4096
+    moved = sd * torch.special.ndtri(quantiles)[None]
+    old = torch.full_like(moved, -3.0)
+    assert router_distance(old + moved, old).neg().exp().item() == pytest.approx(gamma, abs=5e-4)
+
+
+def test_a_vanished_expert_is_a_finite_distance() -> None:
+    assert router_distance(torch.tensor([[-900.0, -1.0]]), torch.tensor([[-1.0, -1.0]])).item() == 899 / 2
     tap = Tap(0, 0, 0, EXPERTS, pre_softmax=True)
-    gone = router_logprobs(tap, torch.tensor([[1.0, 0.0]]))
-    assert log_stay(gone, gone).tolist() == [0.0]
+    gone, here = router_logprobs(tap, torch.tensor([[1.0, 0.0]])), torch.tensor([[-1.0, -1.0]])
+    assert router_distance(gone, gone).tolist() == [0.0]
+    assert router_distance(gone, here).isfinite().all()
 
 
 @pytest.mark.parametrize("pre_softmax", [False, True])
@@ -70,9 +79,9 @@ def test_layers_add_up_at_the_experts_that_pi_old_used() -> None:
         shift.keep(1, tap, old, nothing, used)
     for tap in taps:
         shift.compare(1, tap, new, nothing, chosen_now)
-    layer = np.log([(1 / 6 + 1) / 2, (7 / 8 + 1 / 2) / 2])
-    np.testing.assert_allclose(shift.log_sums[1], 2 * layer, rtol=1e-5)
-    assert shift.log_sums[0].tolist() == [0.0]
+    layer = [math.log(6) / 2, (math.log(8 / 7) + math.log(2)) / 2]
+    np.testing.assert_allclose(shift.distances[1], [2 * d for d in layer], rtol=1e-5)
+    assert shift.distances[0].tolist() == [0.0]
 
 
 def test_a_loss_that_was_not_given_its_shift_is_an_error() -> None:
@@ -154,7 +163,7 @@ def reference(old: Path, new: Path, sample: Sample, mode: str) -> np.ndarray:
     product = np.ones(len(present))
     for a, b, experts in zip(before, after, used, strict=True):
         p, q = a.exp().gather(1, experts).numpy(), b.exp().gather(1, experts).numpy()
-        product *= (np.minimum(p, q) / np.maximum(p, q)).mean(axis=1)
+        product *= (np.minimum(p, q) / np.maximum(p, q)).prod(axis=1) ** (1 / TOP_K)
     return product ** (1 / len(MOE_LAYERS))
 
 

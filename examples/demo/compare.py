@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from run import HERE, ROOT, WORK, cold_start, preset_names, torchrun
+from run import HERE, ROOT, WORK, cold_start, on_ranks, preset_names
 
 RUNS = WORK / "compare"
 # The same for all, whatever a preset's own configuration says.
@@ -32,7 +32,7 @@ def train(preset: str, steps: int) -> Path:
     shutil.rmtree(run_dir, ignore_errors=True)
     # Four mini-batches to a step, in all of the demo's configurations.
     lengths = (f"train.steps={steps}", f"optim.decay_steps={4 * steps}")
-    torchrun("train", str(HERE / f"{preset}.yaml"), f"run_dir={run_dir}", *lengths, *COMMON)
+    on_ranks("train", str(HERE / f"{preset}.yaml"), f"run_dir={run_dir}", *lengths, *COMMON)
     return run_dir
 
 

@@ -27,10 +27,9 @@ def run(*command: str) -> None:
     subprocess.run([sys.executable, *command], check=True)
 
 
-def torchrun(*arguments: str) -> None:
+def on_ranks(*arguments: str) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads_per_process(RANKS))
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS))
-    run(*launcher, "-m", "megatron_rl", *arguments)
+    run("-m", "megatron_rl.engine.launch", str(RANKS), "-m", "megatron_rl", *arguments)
 
 
 def cold_start() -> None:
@@ -40,7 +39,7 @@ def cold_start() -> None:
     if not (WORK / "random").is_dir():
         run("tools/make_demo_model.py", str(WORK / "random"))
     shutil.rmtree(WORK / "runs" / "cold-start", ignore_errors=True)
-    torchrun("sft", str(HERE / "sft.yaml"))
+    on_ranks("sft", str(HERE / "sft.yaml"))
     (WORK / "runs" / "cold-start" / "model").rename(WORK / "cold-start")
 
 
@@ -56,7 +55,7 @@ def main() -> None:
     cold_start()
     run_dir = WORK / "runs" / preset
     shutil.rmtree(run_dir, ignore_errors=True)
-    torchrun("train", str(HERE / f"{preset}.yaml"))
+    on_ranks("train", str(HERE / f"{preset}.yaml"))
 
     from megatron_rl.lab.run import read_metrics
 

@@ -1,33 +1,124 @@
-"""Starting ranks of our own on this machine, for the tools that do so (parity); training is started by torchrun."""
+"""Starts ranks on this machine that no other machine can reach.
+
+    python -m megatron_rl.engine.launch RANKS -m MODULE [ARGUMENT]...
+    python -m megatron_rl.engine.launch RANKS SCRIPT [ARGUMENT]...
+
+For the tools that start ranks of their own (parity, certify), the examples and the tests. torchrun's c10d rendezvous
+listens on all interfaces and unpickles what anyone writes to its store. Here the store listens on 127.0.0.1, on a
+socket that is bound once, so no other process can take its port. gloo and NCCL use the loopback interface. Ranks join
+as they join torchrun's agent. Runs on several machines, or with servers on other machines, are started by torchrun.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 
 from megatron_rl.cores import threads_per_process
 
+HOST = "127.0.0.1"
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+POLL_SECONDS = 0.05
+END_SECONDS = 10.0
+"""Seconds that a rank has after SIGTERM before it is killed."""
+
 
 def run_ranks(module: str, arguments: Sequence[str], ranks: int) -> int:
-    """Runs `python -m module arguments` on `ranks` local ranks under torchrun; returns the exit status."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(ranks),
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "localhost:0",
-        "-m",
-        module,
-        *arguments,
-    ]
+    """Runs `python -m module arguments` on `ranks` local ranks; returns the exit status, as `launch` does."""
+    return launch(["-m", module, *arguments], ranks)
+
+
+def launch(command: Sequence[str], ranks: int) -> int:
+    """Runs `python command` on `ranks` local ranks and waits for all of them.
+
+    Returns 0, or the status of the first rank that failed (128 + N for signal N); the other ranks are then ended.
+    SIGINT and SIGTERM are passed on to the ranks, which may save before they end.
+    """
+    listener = socket.create_server((HOST, 0), backlog=4 * ranks)
+    port = listener.getsockname()[1]
+    # It serves until this function returns.
+    store = dist.TCPStore(HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    environment = _environment(ranks, port)
+    started: list[subprocess.Popen[bytes]] = []
+    with _passed_on(started):
+        try:
+            for rank in range(ranks):
+                own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                # In sessions of their own: a terminal's Ctrl-C reaches them once, through this process.
+                started.append(subprocess.Popen([sys.executable, *command], env=own, start_new_session=True))
+            return _wait(started)
+        finally:
+            _end(started)
+            del store
+
+
+def _environment(ranks: int, port: int) -> dict[str, str]:
     threads = 1 if torch.cuda.is_available() else threads_per_process(ranks)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    return subprocess.run(command, env=environment, check=False).returncode
+    world = {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": HOST,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 makes no store of its own
+    }
+    return {"OMP_NUM_THREADS": str(threads), **os.environ, **LOOPBACK, **world}
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+    while True:
+        statuses = [rank.poll() for rank in ranks]
+        for number, status in enumerate(statuses):
+            if status:
+                who = f"rank {number} (pid {ranks[number].pid})"
+                how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+                print(f"{who} {how}; the other ranks are ended too", file=sys.stderr, flush=True)
+                return status if status > 0 else 128 - status
+        if not any(status is None for status in statuses):
+            return 0
+        time.sleep(POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def _passed_on(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """SIGINT and SIGTERM to this process go to the ranks instead. Only a main thread can arrange that."""
+
+    def send(number: int, frame: object) -> None:
+        for rank in ranks:
+            rank.send_signal(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, send) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ends what still runs; SIGKILL for what SIGTERM does not end in time."""
+    deadline = time.monotonic() + END_SECONDS
+    for rank in ranks:
+        rank.terminate()
+    for rank in ranks:
+        try:
+            rank.wait(timeout=max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            rank.kill()
+            rank.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(launch(sys.argv[2:], int(sys.argv[1])))

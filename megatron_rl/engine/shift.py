@@ -14,15 +14,15 @@ from megatron_rl.engine.parallel import Place
 
 
 def packed_shift(
-    log_sums: Sequence[Tensor], batches: Sequence[PackedBatch], moe_layers: int, layout: Layout, place: Place
+    distances: Sequence[Tensor], batches: Sequence[PackedBatch], moe_layers: int, layout: Layout, place: Place
 ) -> list[Tensor]:
     """[T] fp32 for each micro-batch, in packed order, on every rank of the replica; collective over it.
 
-    `log_sums`, [rows] each, are sums over a rank's own layers (routing.shift.RouterShift); `moe_layers` counts those of
-    the whole model.
+    `distances`, [rows] each, are sums over a rank's own layers (routing.shift.RouterShift); `moe_layers` counts the
+    layers of the whole model.
     """
     placed = []
-    for sums, batch in zip(log_sums, batches, strict=True):
+    for sums, batch in zip(distances, batches, strict=True):
         rows = rank_rows(batch.cu_seqlens, cp=layout.cp, cp_rank=place.cp, tp=layout.tp, tp_rank=place.tp)
         whole = torch.zeros(batch.tokens)
         whole[torch.from_numpy(rows)] = sums.cpu()
@@ -31,5 +31,5 @@ def packed_shift(
     # one sum does both.
     everyone = torch.cat(placed)
     dist.all_reduce(everyone, group=place.replica)
-    shift = (everyone / moe_layers).exp().to(log_sums[0].device)
+    shift = everyone.div(moe_layers).neg().exp().to(distances[0].device)
     return list(shift.split([batch.tokens for batch in batches]))

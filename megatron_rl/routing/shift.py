@@ -1,9 +1,11 @@
 """The router shift of RSPO [2510.23027]: how little the routers have moved, for each token, from pi_old to pi_theta.
 
-    exp of the mean over the model's MoE layers of log((1/K) sum over k of exp(-|log p_theta(e_k) - log p_old(e_k)|))
+    gamma = exp(-Delta), Delta the mean over the model's MoE layers of
+    d = (1/K) sum over k of |log p_theta(e_k) - log p_old(e_k)|
 
-e_1 .. e_K are the experts that pi_old used, replayed ones under R3; p is the router's softmax over all experts. Exactly
-1 where nothing has moved. Shapes: R rows (tokens of a rank, padding included), K experts, T packed positions.
+e_1 .. e_K are the experts that pi_old used, replayed ones under R3; p is the router's softmax over all experts. gamma
+is exactly 1 if no router has moved. Both means are geometric, so all that ranks have to add up is d. Shapes: R rows
+(tokens of a rank, padding included), K experts, T packed positions.
 
 Two forward passes observe it, each in `keep` and in `compare`: that of pi_old's log-probs, and one right before the
 update, with the update's weights, packing and routes.
@@ -25,9 +27,8 @@ class RouterShift:
 
     def __init__(self, rows: Sequence[int], device: torch.device) -> None:
         """`rows`: R of each micro-batch."""
-        self.log_sums = [torch.zeros(count, device=device) for count in rows]
-        """[R] fp32 each, after the second pass: the logs above, summed over this rank's layers, of which a pipeline
-        stage may have none."""
+        self.distances = [torch.zeros(count, device=device) for count in rows]
+        """[R] fp32 each, after the second pass: d summed over this rank's layers; a pipeline stage may have none."""
         self._old: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def keep(self, micro_batch: int, tap: Tap, scores: Tensor, live: Tensor, used: Tensor) -> None:
@@ -39,7 +40,7 @@ class RouterShift:
     def compare(self, micro_batch: int, tap: Tap, scores: Tensor, live: Tensor, used: Tensor) -> None:
         """An Observer, for pi_theta."""
         ids, old = self._old.pop((micro_batch, tap.layer))
-        self.log_sums[micro_batch] += log_stay(router_logprobs(tap, scores).gather(1, ids.long()), old)
+        self.distances[micro_batch] += router_distance(router_logprobs(tap, scores).gather(1, ids.long()), old)
 
 
 def router_logprobs(tap: Tap, scores: Tensor) -> Tensor:
@@ -49,7 +50,6 @@ def router_logprobs(tap: Tap, scores: Tensor) -> Tensor:
     return scores.clamp(min=torch.finfo(scores.dtype).tiny).log() if tap.pre_softmax else scores.log_softmax(-1)
 
 
-def log_stay(new: Tensor, old: Tensor) -> Tensor:
-    """[R] of one layer: the log of the mean over experts of exp(-|new - old|), both [R, K] log-probs; -inf where every
-    expert's probability has changed beyond fp32's range."""
-    return (old - new).abs().neg().exp().mean(-1).log()
+def router_distance(new: Tensor, old: Tensor) -> Tensor:
+    """Returns d of one layer, [R]: the mean over experts of |new - old|, both [R, K] log-probs [2510.23027]."""
+    return (new - old).abs().mean(-1)
