@@ -10,3 +10,11 @@ def verify_arithmetic(prompt: Prompt, response: str) -> Verdict:
     parts = response.split("#")
     correct = len(parts) == 2 and parts[1] == prompt.answer
     return Verdict(float(correct), correct)
+
+
+def check_arithmetic_answer(answer: str) -> str | None:
+    """None, or why no response can be right by the reference answer, or every one that ends with '#'."""
+    return None if answer and "#" not in answer else f"{answer[:100]!r} is no answer; expected text without '#'"
+
+
+verify_arithmetic.check_answer = check_arithmetic_answer  # type: ignore[attr-defined]

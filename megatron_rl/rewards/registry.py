@@ -38,6 +38,16 @@ def get_verifier(name: str) -> Verifier:
     return verifier
 
 
+def check_answer(name: str, answer: str) -> str | None:
+    """None if the verifier of that name can judge by the reference answer, else why it cannot.
+
+    It asks the verifier's own `check_answer(answer) -> str | None`, an attribute of the function; one without it takes
+    every answer. Raises RewardError when there is no such verifier.
+    """
+    check = getattr(get_verifier(name), "check_answer", None)
+    return None if check is None else check(answer)
+
+
 def call_verifier(verifier: Verifier, prompt: Prompt, response: str) -> Verdict:
     """Its verdict, as plain Python numbers. Raises what the verifier raises, and ValueError for what is no verdict."""
     verdict = verifier(prompt, response)
