@@ -359,6 +359,9 @@ def _computed(value: sympy.Expr) -> sympy.Expr:
 
 
 def _check_power(base: sympy.Expr, exponent: sympy.Expr) -> None:
-    size = sympy.N(sympy.log(abs(base) + 2, 2), 15) * abs(sympy.N(exponent, 15))
-    if not bool(size <= _MOST_BITS):
+    if base.is_Rational:
+        bits = max(int(base.p).bit_length(), int(base.q).bit_length())
+    else:
+        bits = int(abs(sympy.N(base, 15)) + 1).bit_length()
+    if not bool(bits * abs(sympy.N(exponent, 15)) <= _MOST_BITS):
         raise TooLargeError("power")
