@@ -1,0 +1,84 @@
+"""The math verifier gives the verdict that a person would; what it cannot read is refused; nothing takes long."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from math_verdicts import VERDICTS
+
+from megatron_rl.data.sample import Prompt, Verdict
+from megatron_rl.rewards.math import verify_math
+from megatron_rl.rewards.registry import check_answer
+
+
+def verdict(reference: str, response: str) -> bool:
+    found = verify_math(Prompt("", "", (), reference, "math"), response)
+    assert found == Verdict(float(found.correct), found.correct)
+    return found.correct
+
+
+def test_the_verdicts_are_those_of_a_person() -> None:
+    start = time.monotonic()
+    found = [(*case, verdict(case[0], case[1])) for case in VERDICTS]
+    assert [case[:4] for case in found if case[2] != case[4]] == []
+    # Without limits, one bomb takes for ever.
+    assert time.monotonic() - start < 120
+
+
+def test_the_table_has_as_many_wrong_answers_as_right_ones() -> None:
+    right = sum(case[2] for case in VERDICTS)
+    assert len(VERDICTS) >= 300
+    assert len({case[:2] for case in VERDICTS}) == len(VERDICTS)
+    assert 0.4 < right / len(VERDICTS) < 0.6
+
+
+def test_a_verdict_does_not_depend_on_those_before_it() -> None:
+    """math-verify keeps what it has parsed in caches."""
+    cases = [case for case in VERDICTS if len(case[1]) < 100][::5]
+    for case in [*cases, *reversed(cases)]:
+        assert verdict(case[0], case[1]) == case[2], case
+
+
+@pytest.mark.parametrize("reference", sorted({case[0] for case in VERDICTS}))
+def test_every_reference_of_the_table_can_be_read(reference: str) -> None:
+    assert check_answer("math", reference) is None
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "",
+        " ",
+        "\\",
+        "$",
+        "\\boxed{}",
+        "\\frac{1}{",
+        "(1, 2",
+        "\\frac{1}{0}",
+        "#",
+        "?",
+        "9" * 5000,
+        "\\text{}",
+        "{}",
+        "\n",
+    ],
+)
+def test_what_cannot_be_read_is_refused_as_a_reference(reference: str) -> None:
+    problem = check_answer("math", reference)
+    assert problem is not None
+    assert problem.startswith(repr(reference[:100]))
+    assert "expected a number, expression" in problem
+    with pytest.raises(ValueError, match="cannot be read; expected a number"):
+        verify_math(Prompt("", "", (), reference, "math"), "\\boxed{5}")
+
+
+@pytest.mark.parametrize("reference", ["\\$18", "\\frac{1}\n{2}", "So it is $\\boxed{18}$.", "1e-05", "1.8e19", "18"])
+def test_a_reference_may_be_written_in_many_ways(reference: str) -> None:
+    assert check_answer("math", reference) is None
+
+
+def test_other_verifiers_check_their_own_references() -> None:
+    assert check_answer("arithmetic", "8") is None
+    assert "expected text without '#'" in str(check_answer("arithmetic", "8#"))
+    assert check_answer("verifier_examples:shaped", "") is None
