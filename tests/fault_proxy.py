@@ -21,6 +21,7 @@ class Fault:
     delay: float = 0.0  # seconds before anything else
     change: Callable[[dict[str, Any]], Any] | None = None  # of the answer's JSON, in place
     raw: Callable[[bytes], bytes] | None = None  # of the answer's bytes
+    content_type: str | None = None  # instead of the server's
 
 
 class FaultProxy:
@@ -60,7 +61,8 @@ class FaultProxy:
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         method, path, _ = head.split("\r\n")[0].split(" ")
-        headers = dict(line.lower().split(": ", 1) for line in head.split("\r\n")[1:] if ": " in line)
+        lines = (line.split(": ", 1) for line in head.split("\r\n")[1:] if ": " in line)
+        headers = {name.lower(): value for name, value in lines}
         body = await reader.readexactly(int(headers.get("content-length", 0)))
         self.seen.append((path, orjson.loads(body) if body else None))
         fault = self.faults.pop(0) if self.faults else Fault()
@@ -69,14 +71,16 @@ class FaultProxy:
             return
         if fault.status is not None:
             status, content = fault.status, b'{"error": {"message": "made up by the proxy"}}'
+            kind = "application/json"
         else:
-            answer = await self._http.request(method, path, content=body, headers={"Content-Type": "application/json"})
+            passed = {name: headers[name] for name in ("content-type", "authorization") if name in headers}
+            answer = await self._http.request(method, path, content=body, headers=passed)
             status, content = answer.status_code, _changed(answer.content, fault)
+            kind = answer.headers.get("Content-Type", "text/plain")
         if fault.lose:
             return
-        writer.write(
-            f"HTTP/1.1 {status} -\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode() + content
-        )
+        about = f"Content-Type: {fault.content_type or kind}\r\nContent-Length: {len(content)}\r\nConnection: close"
+        writer.write(f"HTTP/1.1 {status} -\r\n{about}\r\n\r\n".encode() + content)
         await writer.drain()
 
 

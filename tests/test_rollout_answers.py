@@ -1,4 +1,4 @@
-"""The routes in a server's answer: which rows and layers they are, and what is refused. Without a server."""
+"""A server's answer: which rows and layers its routes are, how it ended, and what is refused. Without a server."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ def ids_of(rows: int = ROWS) -> np.ndarray:
 def answer(tokens: int = 5, reason: str = "length", **meta: Any) -> dict[str, Any]:
     given = {
         "finish_reason": {"type": reason},
+        "prompt_tokens": PROMPT,
+        "completion_tokens": tokens,
         "output_token_logprobs": [[-0.5, 4, None]] * tokens,
         "weight_versions": [{"version": "6", "start": 0, "end": tokens}],
         "num_retractions": 0,
@@ -45,12 +47,12 @@ def answer(tokens: int = 5, reason: str = "length", **meta: Any) -> dict[str, An
     return {"text": "", "output_ids": [4] * tokens, "meta_info": {k: v for k, v in given.items() if v is not ...}}
 
 
-def read(given: dict[str, Any], routes: RouteSpec | None = SPEC) -> Completion:
+def read(given: dict[str, Any], routes: RouteSpec | None = SPEC, longest: int = 5) -> Completion:
     return read_completion(
         given,
         where="http://a:1: request r",
         prompt_tokens=PROMPT,
-        max_new_tokens=9,
+        max_new_tokens=longest,
         vocab_size=9,
         versions={6, 7, 8},
         routes=routes,
@@ -178,3 +180,46 @@ def test_a_trace_of_another_model_is_refused(changes: dict[str, Any], message: s
     SPEC.check(trace)
     with pytest.raises(TraceError, match=message):
         dataclasses.replace(SPEC, **changes).check(trace)
+
+
+# ---- how a response ended, and values that are of the right type and yet of no use
+
+STOP = {"type": "stop", "matched": 4}
+
+
+@pytest.mark.parametrize(
+    ("meta", "longest", "message"),
+    [
+        ({}, 6, "finish_reason: found length after 5 tokens; expected: 6, as asked for; is the server's context"),
+        ({"finish_reason": {"type": "stop"}}, 5, "finish_reason.matched: found None; expected: 4, the last of"),
+        ({"finish_reason": {"type": "stop", "matched": 3}}, 5, "finish_reason.matched: found 3; expected: 4"),
+        ({"finish_reason": {"type": "stop", "matched": "NaN happened"}}, 5, "finish_reason.matched: found 'NaN happ"),
+        ({"finish_reason": {"type": "stop", "matched": True}}, 5, "finish_reason.matched: found True"),
+        ({"prompt_tokens": PROMPT - 1}, 5, "prompt_tokens: found 2; expected: 3, as sent"),
+        ({"prompt_tokens": ...}, 5, "prompt_tokens: "),
+        ({"completion_tokens": 6}, 5, "completion_tokens: found 6; expected: 5, as in output_ids"),
+        ({"weight_versions": spans(("9" * 5000, 0, 5))}, 5, "weight_versions.0.version: found '999"),
+        ({"weight_versions": spans(("٦", 0, 5))}, 5, "weight_versions.0.version: found '٦'"),
+        ({"weight_versions": spans(("06", 0, 5))}, 5, "weight_versions.0.version: found '06'"),
+        ({"output_token_logprobs": [[-1e308, 4, None]] * 5}, 5, "output_token_logprobs.0.0: found -1e+308"),
+        ({"output_token_logprobs": [[-3.5e38, 4, None]] * 5}, 5, "output_token_logprobs.0.0: found -3.5e+38"),
+        ({"output_token_logprobs": [[float("nan"), 4, None]] * 5}, 5, "output_token_logprobs.0.0: found nan"),
+        ({"output_token_logprobs": [["-0.5", 4, None]] * 5}, 5, "output_token_logprobs.0.0: found '-0.5'"),
+        ({"output_token_logprobs": [[False, 4, None]] * 5}, 5, "output_token_logprobs.0.0: found False"),
+        ({"output_token_logprobs": [[-0.5, True, None]] * 5}, 5, "output_token_logprobs.0.1: found True"),
+    ],
+)
+def test_an_answer_that_does_not_hold_together_is_one_error(meta: dict[str, Any], longest: int, message: str) -> None:
+    with pytest.raises(RolloutError) as caught:
+        read(answer(**meta), longest=longest)
+    assert str(caught.value).startswith("http://a:1: request r: ")
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_response_that_stopped_is_as_long_as_it_is() -> None:
+    found = read(answer(finish_reason=STOP), longest=9)
+    assert (found.finish_reason, len(found.token_ids)) == ("stop", 5)
+    lowest = float(np.finfo(np.float32).min)
+    kept = read(answer(output_token_logprobs=[[lowest, 4, None]] * 5)).logprobs
+    assert np.isfinite(np.array(kept, np.float32)).all()

@@ -103,7 +103,7 @@ def test_no_try_is_made_when_the_check_finds_the_server_dead(served: str) -> Non
 # ---- what does not
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 422, 500])
+@pytest.mark.parametrize("status", [204, 302, 400, 401, 404, 422, 500])
 def test_another_status_is_an_error_at_once(served: str, status: int) -> None:
     error, requests = through(served, Fault(status=status))
     assert requests == 1
@@ -180,8 +180,18 @@ BAD_ANSWERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "the last token is not the one that stopped it": (
         lambda a: meta(a)["finish_reason"].update(type="stop", matched=-7),
-        "expected: -7, which ended the response",
+        "finish_reason.matched: found -7; expected: ",
     ),
+    "cut off before the length asked for": (
+        lambda a: (
+            a["output_ids"].pop(),
+            meta(a)["output_token_logprobs"].pop(),
+            set_version(a, end=5),
+            meta(a).update(completion_tokens=5),
+        ),
+        "finish_reason: found length after 5 tokens; expected: 6, as asked for",
+    ),
+    "an answer to a part of the prompt": (lambda a: meta(a).update(prompt_tokens=4), "prompt_tokens: found 4; exp"),
     "an unknown finish reason": (lambda a: meta(a)["finish_reason"].update(type="tired"), "found 'tired'"),
     "a version that was not published": (
         lambda a: set_version(a, version="41"),
@@ -224,6 +234,12 @@ def test_the_answers_above_are_good_before_they_are_spoilt(served: str) -> None:
 def test_an_answer_that_is_not_json_is_an_error_at_once(served: str, raw: Callable[[bytes], bytes]) -> None:
     error, requests = through(served, Fault(raw=raw))
     assert "the answer is not JSON" in str(error)
+    assert requests == 1
+
+
+def test_an_answer_of_another_content_type_is_an_error_at_once(served: str) -> None:
+    error, requests = through(served, Fault(content_type="text/html"))
+    assert "/generate: found content of type 'text/html'" in str(error)
     assert requests == 1
 
 

@@ -7,12 +7,14 @@ are strings, ours the decimal number; their spans count output tokens. A log-pro
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pydantic
-from pydantic import BaseModel, Field, FiniteFloat, StrictInt
+from pydantic import BaseModel, Field, StrictFloat, StrictInt, StrictStr
 
 from megatron_rl.data.sample import FinishReason, VersionSpan
 from megatron_rl.errors import UserError
@@ -22,8 +24,12 @@ from megatron_rl.routing.trace import RoutingTrace, TraceError
 ROUNDING = 1e-6
 """SGLang takes the log of a probability that fp32 may round to just above 1. Up to here that is taken for 0."""
 
+VERSION = re.compile("0|[1-9][0-9]{0,17}")
+
+# The trainer keeps log-probs in fp32: a lower one would become -inf.
+_LogProb = Annotated[StrictFloat, Field(ge=float(np.finfo(np.float32).min), le=ROUNDING, allow_inf_nan=False)]
 # (log-prob, token id, text or null)
-_Entry = tuple[Annotated[FiniteFloat, Field(le=ROUNDING)], StrictInt, Any]
+_Entry = tuple[_LogProb, StrictInt, Any]
 
 
 class RolloutError(UserError):
@@ -44,30 +50,33 @@ class Completion:
 
 class _Finish(BaseModel):
     type: Literal["stop", "length", "abort"]
-    matched: int | str | None = None  # the token that ended a "stop"
+    matched: Any = None  # the token that ended a "stop"
 
 
 class _Span(BaseModel):
-    version: str
+    version: StrictStr
     start: StrictInt
     end: StrictInt
 
 
 class _Meta(BaseModel):
     finish_reason: _Finish
+    prompt_tokens: StrictInt
+    completion_tokens: StrictInt
     output_token_logprobs: list[_Entry]
     weight_versions: list[_Span]
     num_retractions: StrictInt = 0
-    routed_experts: str | None = None
+    routed_experts: StrictStr | None = None
 
 
 class _Answer(BaseModel):
-    text: str
+    text: StrictStr
     output_ids: list[StrictInt]
     meta_info: _Meta
 
 
 class _ScoreMeta(BaseModel):
+    prompt_tokens: StrictInt
     input_token_logprobs: list[tuple[Any, StrictInt, Any]] = Field(min_length=1)
 
 
@@ -103,9 +112,8 @@ def read_completion(
             raise _bad(where, f"output_ids.{position}", repr(token), f"an id in [0, {vocab_size})")
         if scored != token:
             raise _bad(where, f"output_token_logprobs.{position}.1", repr(scored), f"{token}, as in output_ids")
-    if reason.type == "stop" and isinstance(reason.matched, int) and ids[-1] != reason.matched:
-        # Without this token nothing would teach the policy to stop.
-        raise _bad(where, "output_ids", f"{ids[-1]} as the last", f"{reason.matched}, which ended the response")
+    if reason.type != "abort":
+        _check_end(reason, meta, ids, prompt_tokens, max_new_tokens, where)
     spans = _spans(meta.weight_versions, len(ids), versions, where)
     return Completion(
         token_ids=tuple(ids),
@@ -115,6 +123,27 @@ def read_completion(
         text=checked.text,
         trace=None if routes is None else _trace(meta, routes, prompt_tokens, spans, where),
     )
+
+
+def _check_end(
+    reason: _Finish, meta: _Meta, ids: Sequence[int], prompt_tokens: int, max_new_tokens: int, where: str
+) -> None:
+    """That the response is an answer to the whole prompt, and ended as it says."""
+    if meta.prompt_tokens != prompt_tokens:
+        raise _bad(where, "prompt_tokens", str(meta.prompt_tokens), f"{prompt_tokens}, as sent")
+    if meta.completion_tokens != len(ids):
+        raise _bad(where, "completion_tokens", str(meta.completion_tokens), f"{len(ids)}, as in output_ids")
+    if reason.type == "length" and len(ids) != max_new_tokens:
+        # Cut off by the server, which would pass for a response that ended: no reward looks at its length then.
+        expected = (
+            f"{max_new_tokens}, as asked for; is the server's context or its KV cache (max_total_tokens) smaller?"
+        )
+        raise _bad(where, "finish_reason", f"length after {len(ids)} tokens", expected)
+    if reason.type == "stop" and (type(reason.matched) is not int or ids[-1] != reason.matched):
+        # No stop strings are sent, and SGLang gives one when logits are not numbers. Without the matched token as the
+        # last one nothing would teach the policy to stop.
+        expected = f"{ids[-1]}, the last of output_ids"
+        raise _bad(where, "finish_reason.matched", f"{reason.matched!r:.80}", expected)
 
 
 def _trace(
@@ -134,7 +163,10 @@ def _trace(
 
 def read_score(answer: Any, *, where: str, token_ids: Sequence[int]) -> list[float]:
     """Log-probs of tokens 1.. of the prompt `token_ids`; the first has none. Raises RolloutError."""
-    entries = _parse(_Score, answer, where).meta_info.input_token_logprobs
+    meta = _parse(_Score, answer, where).meta_info
+    if meta.prompt_tokens != len(token_ids):
+        raise _bad(where, "prompt_tokens", str(meta.prompt_tokens), f"{len(token_ids)}, as sent")
+    entries = meta.input_token_logprobs
     found = [token for _, token, _ in entries]
     # SGLang reports the vocabulary's last id as 0 here; the log-prob is the right token's.
     if len(found) != len(token_ids) or any(f not in (t, 0) for f, t in zip(found, token_ids, strict=True)):
@@ -154,8 +186,8 @@ def _spans(spans: Sequence[_Span], tokens: int, versions: Container[int], where:
         field = f"weight_versions.{number}"
         if span.start != end or span.end < span.start:
             raise _bad(where, field, f"tokens {span.start} to {span.end}", f"a span that starts at {end}")
-        if not span.version.isdecimal() or int(span.version) not in versions:
-            raise _bad(where, f"{field}.version", repr(span.version), f"one that was published: {versions}")
+        if not VERSION.fullmatch(span.version) or int(span.version) not in versions:
+            raise _bad(where, f"{field}.version", f"{span.version!r:.80}", f"one that was published: {versions}")
         end = span.end
     if end != tokens:
         raise _bad(where, "weight_versions", f"spans up to token {end}", f"up to {tokens}")

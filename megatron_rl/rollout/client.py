@@ -52,7 +52,8 @@ class SGLangClient:
         self._http = httpx.AsyncClient(
             base_url=self.url,
             transport=Connections(),
-            headers={"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {}),
+            headers={"Content-Type": "application/json", "Accept-Encoding": "identity"}
+            | ({"Authorization": f"Bearer {api_key}"} if api_key else {}),
             timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),  # the deadline bounds the rest
         )
 
@@ -239,16 +240,21 @@ class SGLangClient:
 
     async def _call(self, path: str, body: Mapping[str, Any] | None, *, once: bool = False) -> Any:
         """GET without a body, else POST; the answer's JSON. `once`: not to be repeated."""
-        content = await self._send("GET" if body is None else "POST", path, body, once)
+        answered = await self._send("GET" if body is None else "POST", path, body, once)
+        kind = answered.headers.get("Content-Type", "none")
+        if kind.partition(";")[0].strip().lower() != "application/json":
+            found = f"found content of type {kind!r:.80}: {answered.content[:200]!r}"
+            raise RolloutError(f"{self.url}{path}: {found}; expected: application/json")
         try:
-            answer = orjson.loads(content)
+            answer = orjson.loads(answered.content)
         except orjson.JSONDecodeError as error:
-            raise RolloutError(f"{self.url}{path}: the answer is not JSON ({error}): {content[:200]!r}") from None
+            content = answered.content[:200]
+            raise RolloutError(f"{self.url}{path}: the answer is not JSON ({error}): {content!r}") from None
         if isinstance(answer, dict) and answer.get("success") is False:
             raise RolloutError(f"{self.url}{path}: refused: {answer.get('message')}")
         return answer
 
-    async def _send(self, method: str, path: str, body: Mapping[str, Any] | None, once: bool) -> bytes:
+    async def _send(self, method: str, path: str, body: Mapping[str, Any] | None, once: bool) -> httpx.Response:
         failures: list[str] = []
 
         def note(state: tenacity.RetryCallState) -> None:
@@ -275,14 +281,18 @@ class SGLangClient:
             before = f"; failures before: {', '.join(failures)}" if failures else ""
             raise RolloutError(f"{self.url}{path}: no answer within {self.deadline:g} s{before}") from None
 
-    async def _once(self, method: str, path: str, content: bytes | None) -> bytes:
+    async def _once(self, method: str, path: str, content: bytes | None) -> httpx.Response:
         try:
             answer = await self._http.request(method, path, content=content)
+        except httpx.DecodingError as error:
+            raise RolloutError(f"{self.url}{path}: the answer is damaged: {error}") from None
+        except (httpx.UnsupportedProtocol, httpx.LocalProtocolError) as error:
+            raise RolloutError(f"{self.url}{path}: cannot be asked: {error}") from None
         except httpx.TransportError as error:
             refused = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
             raise _Healing(f"{type(error).__name__} {error}".strip(), reached=not refused) from None
         if answer.status_code in HEALING_STATUS:
             raise _Healing(f"status {answer.status_code}", reached=True)
-        if answer.status_code >= 400:
+        if answer.status_code != 200:
             raise RolloutError(f"{self.url}{path}: status {answer.status_code}: {answer.text[:500]}")
-        return answer.content
+        return answer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 
 import httpx
@@ -26,8 +27,11 @@ class Connections(httpx.AsyncBaseTransport):
         try:
             response = await transport.handle_async_request(request)
             await response.aread()
-        finally:
-            self._idle.append(transport)  # after a failure it connects anew
+        except BaseException:
+            # A cancelled request can leave its transport in a state from which no further one is served.
+            await asyncio.shield(transport.aclose())
+            raise
+        self._idle.append(transport)
         return response
 
     async def aclose(self) -> None:
