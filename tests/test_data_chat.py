@@ -92,6 +92,13 @@ def test_an_end_token_that_the_tokenizer_appends_is_left_off_a_prompt(write, app
     assert tokenizer.decode(sample.token_ids) == f"{first}1+1=2<eos>"
 
 
+def test_a_beginning_that_the_text_has_already_is_not_added(write):
+    """A prompt that a chat template has made before it was saved."""
+    tokenizer = tokenizer_that_appends("<pad> $A")
+    for text in ("1+1=", "<pad>1+1="):
+        assert tokenizer.decode(load_prompts(write({"prompt": text}), RL, tokenizer, 99)[0].token_ids) == "<pad>1+1="
+
+
 def test_a_prompt_whose_text_ends_with_the_end_token_is_named(write):
     source = write({"prompt": "1"}, {"prompt": "1+1=<eos>"})
     for tokenizer in (make_tokenizer(), tokenizer_that_appends("$A <eos>")):

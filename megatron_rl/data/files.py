@@ -117,7 +117,7 @@ def unreadable(path: Path, error: Exception) -> DataError:
 
 def _directory(path: Path) -> DataFiles:
     if (path / "dataset_dict.json").is_file():
-        raise DataError(f"{path}: holds several splits; name one of {some(_saved_splits(path))}")
+        raise DataError(f"{path}: holds several splits; name one of {some(sorted(_folders(path, 1)))}")
     if (path / "state.json").is_file():
         return _saved(path)
     files = _data_files(path)
@@ -192,10 +192,6 @@ def _folders(path: Path, levels: int) -> Iterator[Path]:
 
 def _has_data(folder: Path) -> bool:
     return any(map(_is_data, folder.iterdir()))
-
-
-def _saved_splits(path: Path) -> list[Path]:
-    return sorted(p.parent for p in path.glob("*/dataset_info.json"))
 
 
 def _check_one_split(path: Path, files: Sequence[Path]) -> None:

@@ -43,7 +43,7 @@ verify_math.check_answer = check_math_answer  # type: ignore[attr-defined]
 
 
 def _problem(answer: str) -> str:
-    return f"{answer[:100]!r} is not a mathematical expression" if answer.strip() else "is empty"
+    return f"{answer[:100]!r} is not a mathematical expression"
 
 
 def _as_latex(answer: str) -> str:

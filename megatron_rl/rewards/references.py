@@ -13,7 +13,7 @@ from megatron_rl.rewards.registry import check_answer, get_verifier
 # Every verifier of answers can read one of these. Most data sets have no others, and then no process is started.
 _NUMBER = re.compile(r"-?\d{1,100}(\.\d{1,100})?")
 ANSWERS_PER_WORKER = 50
-MAX_WORKERS = 4
+MAX_WORKERS = 8
 DEADLINE = 10.0  # seconds for one answer, as for a response
 
 _NAME = f"{__name__}:verify_reference"
