@@ -10,7 +10,7 @@ from megatron_rl.rewards.math import verify_math
 from megatron_rl.rewards.references import check_references
 from megatron_rl.rewards.registry import check_answer
 
-UNREADABLE = ["", " ", "\\$18", "\\frac{1}\n{2}", "\\"]
+UNREADABLE = ["", " ", "\\"]
 
 
 def prompt(answer: str, verifier: str = "math") -> Prompt:
