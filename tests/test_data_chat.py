@@ -92,6 +92,13 @@ def test_an_end_token_that_the_tokenizer_appends_is_left_off_a_prompt(write, app
     assert tokenizer.decode(sample.token_ids) == f"{first}1+1=2<eos>"
 
 
+def test_a_beginning_that_the_text_has_already_is_not_added(write):
+    """A prompt that a chat template has made before it was saved."""
+    tokenizer = tokenizer_that_appends("<pad> $A")
+    for text in ("1+1=", "<pad>1+1="):
+        assert tokenizer.decode(load_prompts(write({"prompt": text}), RL, tokenizer, 99)[0].token_ids) == "<pad>1+1="
+
+
 def test_a_prompt_whose_text_ends_with_the_end_token_is_named(write):
     source = write({"prompt": "1"}, {"prompt": "1+1=<eos>"})
     for tokenizer in (make_tokenizer(), tokenizer_that_appends("$A <eos>")):
@@ -177,12 +184,12 @@ def test_what_the_tokenizer_cannot_encode_is_named(write):
 
 
 def test_references_that_cannot_be_judged_by_are_named_when_the_data_is_loaded(write):
-    source = write(*({"prompt": "q", "answer": answer} for answer in ("18", "\\$18", "", "\\frac{1}\n{2}", "1")))
+    source = write(*({"prompt": "q", "answer": answer} for answer in ("18", "\\", "", "x + 1", "1")))
     with pytest.raises(DataError) as caught:
         load_prompts(source, RL, make_tokenizer(), 99)
     first, _, rest = str(caught.value).partition(" (as at ")
-    assert first.startswith(f"{source}:2: answer: verifier 'math' cannot judge by this reference: '\\\\$18'")
-    assert rest == f"{source}:3, {source}:4)"
+    assert first.startswith(f"{source}:2: answer: verifier 'math' cannot judge by this reference: '\\\\'")
+    assert rest == f"{source}:3)"
 
 
 def test_a_number_reaches_the_verifier_with_the_digits_of_the_file(tmp_path):

@@ -101,6 +101,7 @@ def test_files_of_several_splits_are_not_mixed(make, names):
         (["data/train-00000-of-00001.parquet"], "in folders; name one of .*/data"),
         (["default/train/0.parquet", "default/test/0.parquet"], "in folders; name one of .*/default/test"),
         (["train.parquet", "old/train.parquet"], "and folders with more; name one of .*/old, or a file"),
+        (["train.parquet", "more/train.parquet.part"], "and folders with more; name one of .*/more, or a file"),
         (["a.parquet", "b.parquet.incomplete"], "b.parquet.incomplete: is an unfinished download"),
         (["a.jsonl", "b.jsonl.tmp"], "b.jsonl.tmp: is an unfinished download"),
         (["a.jsonl", "b.jsonl.gz"], "b.jsonl.gz: is compressed"),

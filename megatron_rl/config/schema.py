@@ -87,13 +87,14 @@ class CriticOptimConfig(OptimConfig):
 
 class DataConfig(Frozen):
     train: str
-    """JSONL file, Hugging Face data set directory, or `arithmetic:SPEC` (see megatron_rl.data.prompts)."""
+    """JSONL, Parquet or Arrow file, a directory with the files of one split, a directory of save_to_disk, or
+    `arithmetic:SPEC` (docs/data.md)."""
     heldout: str | None = None
     prompt_field: str = "prompt"
     answer_field: str = "answer"
     verifier: str | None = None
-    """Of prompts that name none of their own: a name in megatron_rl.rewards, or `package.module:function`. Null:
-    `arithmetic` for the problems of `arithmetic:SPEC`, else `math`."""
+    """Of prompts that name none of their own: a name in megatron_rl.rewards, or `package.module:function`. A prompt may
+    name a built-in verifier or this one. Defaults to `arithmetic` for problems of `arithmetic:SPEC`, else `math`."""
     chat_template: bool = False
     """Wrap each prompt as a user message with the tokenizer's chat template."""
     max_prompt_tokens: PositiveInt = 1024

@@ -50,13 +50,16 @@ class ChatFormat:
     def encode(self, text: str) -> list[int]:
         """Token ids of a rendered prompt: [n]. A chat template writes the tokenizer's special tokens itself.
 
-        An end-of-sequence token that the tokenizer appends is left off: the response goes on where the prompt stops.
+        An end-of-sequence token that the tokenizer appends is left off: the response goes on where the prompt stops. So
+        is a token for the beginning that the text has already, as one does that a chat template has made.
         """
-        ids = self._tokenizer.encode(text, add_special_tokens=not self._chat)
-        eos = self._tokenizer.eos_token_id
-        if ids and not self._chat and ids[-1] == eos and not self._ends_with_eos(text):
+        bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        if self._chat:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        ids = self._tokenizer.encode(text, add_special_tokens=True)
+        if ids and ids[-1] == eos and not self._ends_with_eos(text):
             ids = ids[:-1]
-        return ids
+        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
     def text(self, record: Record, name: str) -> str:
         """The field as rendered text. Raises DataError for one that is blank, or is no prompt."""

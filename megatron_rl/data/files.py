@@ -117,7 +117,7 @@ def unreadable(path: Path, error: Exception) -> DataError:
 
 def _directory(path: Path) -> DataFiles:
     if (path / "dataset_dict.json").is_file():
-        raise DataError(f"{path}: holds several splits; name one of {some(_saved_splits(path))}")
+        raise DataError(f"{path}: holds several splits; name one of {some(sorted(_folders(path, 1)))}")
     if (path / "state.json").is_file():
         return _saved(path)
     files = _data_files(path)
@@ -161,14 +161,10 @@ def _saved(path: Path) -> DataFiles:
 
 
 def _data_files(path: Path) -> list[Path]:
-    """Files with the suffix of a data set, by name. As for Spark and Arrow, a name that begins with '.' or '_' is none
-    of the data."""
+    """Files of data, by name. Raises DataError for one that is not there as it was meant to be."""
     files = []
     for file in sorted(path.iterdir()):
-        if file.name.startswith((".", "_")) or file.is_dir():
-            continue
-        whole = _PACKED.sub("", _UNFINISHED.sub("", file.name))
-        if Path(whole).suffix.lower() not in SUFFIXES:
+        if not _is_data(file) or file.is_dir():
             continue
         if _UNFINISHED.search(file.name):
             raise DataError(f"{file}: is an unfinished download; finish it, or delete the file")
@@ -180,6 +176,13 @@ def _data_files(path: Path) -> list[Path]:
     return files
 
 
+def _is_data(file: Path) -> bool:
+    """Whether its suffix is one of a data set's, packed and unfinished files among them. A name that begins with '.' or
+    '_' is none of the data, as for Spark and Arrow."""
+    whole = _PACKED.sub("", _UNFINISHED.sub("", file.name))
+    return Path(whole).suffix.lower() in SUFFIXES and not file.name.startswith((".", "_"))
+
+
 def _folders(path: Path, levels: int) -> Iterator[Path]:
     for folder in path.iterdir() if levels else ():
         if folder.is_dir() and not folder.name.startswith((".", "_")):
@@ -188,11 +191,7 @@ def _folders(path: Path, levels: int) -> Iterator[Path]:
 
 
 def _has_data(folder: Path) -> bool:
-    return any(f.suffix.lower() in SUFFIXES and not f.name.startswith((".", "_")) for f in folder.iterdir())
-
-
-def _saved_splits(path: Path) -> list[Path]:
-    return sorted(p.parent for p in path.glob("*/dataset_info.json"))
+    return any(map(_is_data, folder.iterdir()))
 
 
 def _check_one_split(path: Path, files: Sequence[Path]) -> None:

@@ -17,6 +17,7 @@ from megatron_rl.data.chat import ChatFormat, Tokenizer
 from megatron_rl.data.files import DataError, find_files, some
 from megatron_rl.data.records import Record, read_records
 from megatron_rl.data.sample import Prompt, Sample
+from megatron_rl.rewards.judges import Judges
 from megatron_rl.rewards.references import check_references
 from megatron_rl.rewards.registry import VERIFIERS
 
@@ -95,12 +96,18 @@ class Fields:
     chat_template: bool = False
 
 
-def load_prompts(source: str, fields: Fields, tokenizer: Tokenizer, max_tokens: int) -> PromptDataset:
+def load_prompts(
+    source: str,
+    fields: Fields,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    judges: Callable[[], Judges] = Judges,
+) -> PromptDataset:
     """Reads and checks all of `source`: what find_files takes, or `arithmetic:SPEC`.
 
     A record may carry its own id (else file name and line) and a built-in verifier. Raises DataError naming file, line
     and field for a record that cannot be used, an id given twice, a prompt over `max_tokens`, or a reference that its
-    verifier cannot read.
+    verifier cannot read. `judges` makes the worker processes that try the references.
     """
     chat = ChatFormat(tokenizer, fields.chat_template)
     verifier = fields.verifier or ("arithmetic" if source.startswith(arithmetic.PREFIX) else "math")
@@ -129,7 +136,7 @@ def load_prompts(source: str, fields: Fields, tokenizer: Tokenizer, max_tokens: 
         prompts.append(prompt)
     if not prompts:
         raise DataError(f"{source}: no prompts")
-    _check_references(prompts, where, fields.answer)
+    _check_references(prompts, where, fields.answer, judges)
     return PromptDataset(prompts, chat.encode)
 
 
@@ -142,9 +149,11 @@ def _no_verifier(name: str) -> str:
     )
 
 
-def _check_references(prompts: Sequence[Prompt], where: Mapping[str, str], field: str) -> None:
+def _check_references(
+    prompts: Sequence[Prompt], where: Mapping[str, str], field: str, judges: Callable[[], Judges]
+) -> None:
     """Raises DataError for the first reference answer that its verifier cannot read; it names where others are."""
-    problems = check_references(prompts)
+    problems = check_references(prompts, judges)
     bad = [prompt for prompt in prompts if (prompt.verifier, prompt.answer) in problems]
     if bad:
         first = bad[0]
