@@ -39,7 +39,7 @@ def moved(weight: torch.Tensor, there: torch.Tensor) -> None:
     weight.fake_device = there.device  # type: ignore[attr-defined]
 
 
-class Built(Exception):  # noqa: N818
+class Built(Exception):
     """The network's stages are built: what follows needs values."""
 
 
