@@ -1,5 +1,5 @@
-"""te_worker.py MODEL TE_DIRECTORY OUT: trains under each layout with both layer providers, Transformer Engine's over
-tests/te_stub; writes OUT/LAYOUT.pt for each, {provider: what it gave}.
+"""te_worker.py MODEL TE_DIRECTORY OUT RANKS ...: trains under the layouts of RANKS with our layers and with Transformer
+Engine's over tests/te_stub; writes OUT/LAYOUT.pt for each, {provider: what it gave}.
 
 The ranks are forked from one process, which pays for the imports.
 """
@@ -105,7 +105,7 @@ def copies_apart(policy: Any) -> float:
     return largest([(copy - experts).abs().max() for copy in copies])
 
 
-def main(model: Path, directory: Path, out: Path) -> None:
+def main(model: Path, directory: Path, out: Path, worlds: list[int]) -> None:
     te_stub.load(directory)
     from megatron_rl.engine.device import use_device
 
@@ -114,7 +114,7 @@ def main(model: Path, directory: Path, out: Path) -> None:
 
     te_stub.install_kernels()
     context = multiprocessing.get_context("fork")
-    for ranks in LAYOUTS:
+    for ranks in worlds:
         world = [context.Process(target=train, args=(rank, ranks, model, out)) for rank in range(ranks)]
         for process in world:
             process.start()
@@ -129,4 +129,4 @@ def main(model: Path, directory: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main(*map(Path, sys.argv[1:4]), worlds=[int(ranks) for ranks in sys.argv[4:]])

@@ -66,6 +66,11 @@ def found(config: Config | SftConfig, world_size: int = 1) -> list[str]:
         ("routing.replay=r3 rollout.replay_from=runs/zero", 1),
         ("routing.replay=r3 rollout.servers.urls=[http://a:1]", 1),
         ("routing.replay=r2 rollout.servers.extra_flags=[--enable-eplb]", 1),
+        ("routing.replay=r3 rollout.servers.extra_flags=[--moe-runner-backend=flashinfer_cutlass]", 1),
+        ("rollout.servers.extra_flags=[--moe-runner-backend=auto]", 1),
+        ("weights.route=disk rollout.servers.launch=2 rollout.servers.extra_flags=[--base-gpu-id=0]", 1),
+        ("engine.device=cpu rollout.servers.extra_flags=[--base-gpu-id=0]", 1),
+        ("rollout.servers.extra_flags=[--base-gpu-id=1]", 1),
         ("reward.overlong_cache=1023 reward.overlong_filter=true", 1),
         ("reward.correct=0 reward.wrong=-1", 1),
         (f"presets=ppo {KL_IN_REWARD} reward.overlong_filter=true", 1),
@@ -259,6 +264,23 @@ def test_configurations_without_a_contradiction(tmp_path: Path, overrides: str, 
             "routing.replay=r3 rollout.servers.extra_flags=[--enable-hierarchical-cache]",
             1,
             "rollout.servers.extra_flags: with --enable-hierarchical-cache SGLang's routes may be wrong",
+        ),
+        (
+            "routing.replay=r3 rollout.servers.extra_flags=[--moe-runner-backend,flashinfer_trtllm]",
+            1,
+            "rollout.servers.extra_flags: with --moe-runner-backend flashinfer_trtllm SGLang may record no routes",
+        ),
+        (
+            "rollout.servers.extra_flags=[--base-gpu-id=0,--mem-fraction-static=0.4]",
+            1,
+            "weights.route: collective, but --base-gpu-id 0 in rollout.servers.extra_flags lets servers share a GPU "
+            "with the trainer's rank 0",
+        ),
+        (
+            'rollout.servers.launch=2 rollout.servers.extra_flags=[--base-gpu-id,"4"]',
+            1,
+            "weights.route: collective, but --base-gpu-id 4 in rollout.servers.extra_flags lets servers share a GPU "
+            "with one another",
         ),
         ("reward.correct=1 reward.wrong=1", 1, "reward.correct: 1.0 is not above reward.wrong 1.0"),
         (

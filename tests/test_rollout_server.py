@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -104,13 +105,66 @@ def test_a_pool_starts_servers_that_return_routes_only_where_they_are_wanted(tmp
         assert pool._options(0, 1).return_routed_experts is wanted
 
 
-@pytest.mark.parametrize(("gpus", "extra", "fits"), [(4, (), False), (6, (), True), (1, ("--base-gpu-id", "0"), True)])
+_EXPERTS_ON = """
+import argparse, json, sys
+from types import SimpleNamespace
+from megatron_rl.rollout.sglang_cpu import Finder
+sys.meta_path.append(Finder())
+from sglang.srt.arg_groups.model_overrides import qwen3_moe
+from sglang.srt.server_args import ServerArgs
+model = SimpleNamespace(architectures=["Qwen3MoeForCausalLM"])
+for command in json.loads(sys.argv[1]):
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    arguments = ServerArgs.from_cli_args(parser.parse_args(command[3:]))
+    arguments._quantization_explicitly_unset = False
+    for sm100 in (False, True):
+        qwen3_moe.get_platform = lambda: SimpleNamespace(is_sm100=sm100)
+        chosen = qwen3_moe._qwen3_moe_family_overrides(arguments, model)
+        print("experts", {"moe_runner_backend": arguments.moe_runner_backend, **chosen}["moe_runner_backend"])
+"""
+
+
+def test_experts_that_hide_their_choice_are_not_taken_where_routes_are_wanted() -> None:
+    """SGLang's own choice of experts for Qwen3-MoE on sm90 and on sm100, from the flags that we give it."""
+    wanted: list[dict[str, object]] = [
+        {},
+        {"return_routed_experts": True},
+        {"extra_flags": ("--enable-return-routed-experts",)},
+    ]
+    commands = [sglang_command(options(device="cuda", **given), has_gpu=True)[0] for given in wanted]
+    done = subprocess.run(
+        [sys.executable, "-c", _EXPERTS_ON, json.dumps(commands)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("experts ")]
+    assert found == ["auto", "flashinfer_trtllm", "triton", "triton", "triton", "triton"]
+
+
+@pytest.mark.parametrize(("device", "gpus", "kernels"), [("auto", 1, False), ("cuda", 1, True), ("auto", 0, False)])
+def test_sglang_without_kernels_is_refused_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, gpus: int, kernels: bool
+) -> None:
+    monkeypatch.setattr(server_module, "_gpus", lambda: gpus)
+    found = {"sglang": True, "sgl_kernel": kernels}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: found[name] or None)
+    started = []
+    monkeypatch.setattr(server_module, "_start", lambda command, *_: started.append(command))
+    if gpus and not kernels:
+        with pytest.raises(ServerError, match=r"without its GPU kernels .* set engine.device to cpu"):
+            Server(options(device=device), tmp_path / "log")
+        return
+    Server(options(device=device), tmp_path / "log")
+    assert len(started) == 1
+
+
+@pytest.mark.parametrize(("gpus", "extra", "fits"), [(4, (), False), (6, (), True), (1, ("--base-gpu-id=0",), True)])
 def test_a_server_without_gpus_of_its_own_is_refused(gpus: int, extra: tuple[str, ...], fits: bool) -> None:
     wanted = options(device="cuda", first_gpu=4, tp=2, extra_flags=extra)
     if fits:
         server_module._check_gpus(wanted, gpus)
         return
-    with pytest.raises(ServerError, match=r"needs GPUs 4 to 5 .* this machine has 4"):
+    with pytest.raises(ServerError, match=r"needs GPUs 4 to 5 .* this machine has 4.* weights\.route: disk"):
         server_module._check_gpus(wanted, gpus)
 
 

@@ -17,6 +17,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from megatron_rl.data.sample import Sample
 from megatron_rl.parity import _file_tensors
+from megatron_rl.routing.replay import Tap
 
 MOE_LAYERS, EXPERTS, TOP_K = (0, 2, 3), 8, 2
 
@@ -92,3 +93,27 @@ def test_drifted_routes_give_the_references_gradients(
     assert len(routers) == len(MOE_LAYERS)
     for name in routers:
         assert found[f"grad/{name}"].abs().max() > 1e-3, f"{name}: the gradient does not reach the router"
+
+
+def test_experts_are_in_one_order_whatever_order_they_are_found_in() -> None:
+    """Megatron-Core 0.19 sorts them in passes with gradients only."""
+    tap = Tap(stage=0, layer=0, column=0, num_experts=EXPERTS, pre_softmax=False)
+    scores = torch.randn(50, EXPERTS, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with torch.no_grad():
+        scores[7] = 1.0  # equal scores have an order too
+    wanted = scores.topk(3, dim=1)
+    plain = None
+    for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
+
+        def top(scores: torch.Tensor, k: int, order: list[int] = order, **_: None) -> tuple[torch.Tensor, torch.Tensor]:
+            values, ids = scores.topk(k, dim=1)
+            return values[:, order], ids[:, order]
+
+        values, ids = tap.get_replay_topk(scores, 3, default_compute_topk=top)
+        plain = ids if plain is None else plain
+        assert torch.equal(ids, plain)
+        assert torch.equal(values, wanted.values)
+        (gradient,) = torch.autograd.grad(values.sum(), scores)
+        assert torch.equal(gradient, torch.zeros_like(scores).scatter(1, ids, 1.0))
+    others = torch.arange(50) != 7
+    assert torch.equal(plain[others], wanted.indices[others])

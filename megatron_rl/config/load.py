@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from megatron_rl.config.layout import Layout, LayoutError, check_layout
 from megatron_rl.config.objective import check_objective
 from megatron_rl.config.schema import Config, Frozen, OptimConfig, SftConfig
+from megatron_rl.config.server_flags import check_server_flags
 from megatron_rl.config.sources import ConfigError, Tree, nearest, read_sources, write_yaml
 from megatron_rl.models.architecture import Architecture, read_architecture
 
@@ -295,6 +296,7 @@ def _check_servers(config: Config, arch: Architecture) -> Iterator[str]:
         yield f"rollout.servers.tp: {servers.tp} does not divide the {arch.num_heads} attention heads of the model"
     if weights.verify and weights.verify_bound is None and config.engine.dtype == "fp32" and servers.dtype == "bf16":
         yield "weights.verify_bound: not set, and the bound for engine.dtype fp32 is too tight for bf16 servers"
+    yield from check_server_flags(config)
 
 
 def _check_routing(config: Config, arch: Architecture) -> Iterator[str]:

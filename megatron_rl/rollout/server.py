@@ -18,6 +18,7 @@ from typing import BinaryIO
 import httpx
 import psutil
 
+from megatron_rl.config.server_flags import flag_value
 from megatron_rl.cores import usable_cores
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.routes import SERVER_FLAG
@@ -72,7 +73,7 @@ class ServerOptions:
 def sglang_command(options: ServerOptions, has_gpu: bool) -> tuple[list[str], dict[str, str]]:
     """(argv, additional environment). On a GPU it is stock SGLang with stock flags; on a CPU its CPU engine in plain
     PyTorch, through megatron_rl.rollout.sglang_cpu."""
-    on_cpu = options.device == "cpu" or (options.device == "auto" and not has_gpu)
+    on_cpu = _on_cpu(options, has_gpu)
     flags = {
         "--model-path": str(options.model),
         "--host": options.host,
@@ -90,8 +91,12 @@ def sglang_command(options: ServerOptions, has_gpu: bool) -> tuple[list[str], di
         # Without the attention backend SGLang takes AMX kernels, which are not installed, where the CPU has AMX.
         flags |= {"--device": "cpu", "--attention-backend": "torch_native"}
         environment |= _cpu_environment(options)
-    elif options.first_gpu:
-        flags["--base-gpu-id"] = str(options.first_gpu)
+    else:
+        if options.first_gpu:
+            flags["--base-gpu-id"] = str(options.first_gpu)
+        if options.return_routed_experts or SERVER_FLAG in options.extra_flags:
+            # On sm100 SGLang 0.5.23 takes experts for Qwen3-MoE that choose by themselves, and records no route.
+            flags["--moe-runner-backend"] = "triton"
     module = "megatron_rl.rollout.sglang_cpu" if on_cpu else "sglang.launch_server"
     arguments = [part for pair in flags.items() for part in pair]
     # An idle scheduler polls: on a CPU it would take a core from the trainer.
@@ -99,6 +104,10 @@ def sglang_command(options: ServerOptions, has_gpu: bool) -> tuple[list[str], di
     if options.return_routed_experts:
         switches.append(SERVER_FLAG)
     return [sys.executable, "-m", module, *arguments, *switches, *options.extra_flags], environment
+
+
+def _on_cpu(options: ServerOptions, has_gpu: bool) -> bool:
+    return options.device == "cpu" or (options.device == "auto" and not has_gpu)
 
 
 def _cpu_environment(options: ServerOptions) -> dict[str, str]:
@@ -117,8 +126,9 @@ def _cpu_environment(options: ServerOptions) -> dict[str, str]:
 
 def serve(options: ServerOptions) -> int:
     """Runs a server in the foreground until it ends or is interrupted; returns its exit status."""
-    _require_sglang()
-    command, environment = sglang_command(options, _gpus() > 0)
+    has_gpu = _gpus() > 0
+    _require_sglang(on_cpu=_on_cpu(options, has_gpu))
+    command, environment = sglang_command(options, has_gpu)
     server = _start(command, environment, output=None)
     try:
         return server.wait()
@@ -133,15 +143,15 @@ class Server:
 
     def __init__(self, options: ServerOptions, log: Path) -> None:
         """Starts the server and returns before it answers. Its output is appended to `log`."""
-        _require_sglang()
-        if options.device != "cpu":
-            _check_gpus(options, _gpus())
+        gpus = 0 if options.device == "cpu" else _gpus()
+        _require_sglang(on_cpu=_on_cpu(options, gpus > 0))
+        _check_gpus(options, gpus)
         self.options = options
         self.url = f"http://{options.host}:{options.port}"
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
-            self._process = _start(*sglang_command(options, _gpus() > 0), output)
+            self._process = _start(*sglang_command(options, gpus > 0), output)
 
     @property
     def pid(self) -> int:
@@ -238,16 +248,21 @@ def _gpus() -> int:
 def _check_gpus(options: ServerOptions, gpus: int) -> None:
     """SGLang would fail minutes later, with `invalid device ordinal` deep in its log."""
     end = options.first_gpu + options.tp
-    if 0 < gpus < end and "--base-gpu-id" not in options.extra_flags:
+    if 0 < gpus < end and flag_value(options.extra_flags, "--base-gpu-id") is None:
         raise ServerError(
             f"rollout.servers: a server needs GPUs {options.first_gpu} to {end - 1} (the first are the trainer's), but "
             f"this machine has {gpus}; lower launch or tp, give urls of servers elsewhere, or share a GPU with "
-            "extra_flags: [--base-gpu-id, N, --mem-fraction-static, X]"
+            "extra_flags: [--base-gpu-id=N, --mem-fraction-static=X] and weights.route: disk"
         )
 
 
-def _require_sglang() -> None:
+def _require_sglang(on_cpu: bool) -> None:
     if importlib.util.find_spec("sglang") is None:
         raise ServerError(
             "sglang is not installed here; install the extra [sglang], or give servers by rollout.servers.urls"
+        )
+    if not on_cpu and importlib.util.find_spec("sgl_kernel") is None:
+        raise ServerError(
+            "sglang is installed here without its GPU kernels (sgl_kernel), as `make install` does, but the server is "
+            "to run on a GPU; set engine.device to cpu (serve: --device cpu), or install the extra [sglang]"
         )

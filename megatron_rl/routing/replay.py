@@ -59,10 +59,22 @@ class Tap(RouterReplay):
         group_topk: int | None = None,
         default_compute_topk: TopK | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """scores [rows, experts] -> (scores at the ids, ids), both [rows, topk]."""
+        """scores [rows, experts] -> (scores at the ids, ids), both [rows, topk], by falling score."""
         assert default_compute_topk is not None
-        live = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        _, ids = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        ids = _by_falling_score(scores.detach(), ids)
+        live = scores.gather(1, ids), ids
         return live if self.routing_pass is None else self.routing_pass.route(self, scores, *live)
+
+
+def _by_falling_score(scores: Tensor, ids: Tensor) -> Tensor:
+    """ids [rows, topk] in one order, whatever order they come in; equal scores by falling id.
+
+    Megatron-Core 0.19 leaves them unsorted without gradients. The first expert would then differ between passes over
+    the same tokens, and so would the probabilities' last bits, as they are normalised by a sum in that order.
+    """
+    ids = ids.sort(dim=1, descending=True).values
+    return ids.gather(1, scores.gather(1, ids).argsort(dim=1, descending=True, stable=True))
 
 
 class Routers:

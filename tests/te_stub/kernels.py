@@ -26,6 +26,7 @@ def install_kernels() -> None:
     import transformer_engine.pytorch as te
     import transformer_engine_torch as extension
     from transformer_engine.pytorch.attention import rope
+    from transformer_engine.pytorch.cpp_extensions import general_gemm
 
     for module, forward in (
         (te.Linear, linear),
@@ -42,8 +43,10 @@ def install_kernels() -> None:
         te.moe_sort_chunks_by_index: sort_chunks,
         te.moe_sort_chunks_by_index_with_probs: sort_chunks_with_probs,
         rope.apply_rotary_pos_emb: rotate,
+        general_gemm: gemm,
         extension.multi_tensor_l2norm: l2_norm,
         extension.multi_tensor_scale: scale,
+        extension.multi_tensor_scale_tensor: scale,
         extension.multi_tensor_adam: adam,
     }
     stand_ins = {real: _bound(real, body) for real, body in functions.items()}
@@ -149,6 +152,14 @@ def rotate(
     return (t * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()).to(t.dtype)
 
 
+def gemm(A: Tensor, B: Tensor, out_dtype: torch.dtype, layout: str, out: None, bias: None, **_: Any) -> list[Tensor]:
+    """The router's. Column-major, as in BLAS: the operands are read from right to left."""
+    assert out is None
+    assert bias is None
+    left, right = {"TN": (B, A.T), "NN": (B, A), "NT": (B.T, A)}[layout]
+    return [left.to(out_dtype) @ right.to(out_dtype)]
+
+
 def permute(inp: Tensor, routing_map: Tensor, map_type: str, **_: Any) -> tuple[Tensor, Tensor]:
     """Rows by expert, and the row of the input that each came from."""
     assert map_type == "mask"
@@ -188,7 +199,7 @@ def l2_norm(chunk: int, overflow: Tensor, tensors: Sequence[Sequence[Tensor]], p
     return torch.stack([t.float().square().sum() for t in tensors[0]]).sum().sqrt()[None], None
 
 
-def scale(chunk: int, overflow: Tensor, tensors: Sequence[Sequence[Tensor]], factor: float) -> None:
+def scale(chunk: int, overflow: Tensor, tensors: Sequence[Sequence[Tensor]], factor: float | Tensor) -> None:
     for source, target in zip(*tensors, strict=True):
         target.copy_(source * factor)
 
