@@ -21,9 +21,9 @@ from megatron_rl.engine.routes import RouteExchange, valid_rows
 from megatron_rl.lab.metrics import ROLLOUT, overlong_metrics, rollout_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.objectives.custom import get_objective
-from megatron_rl.rewards import Judges, get_verifier, grade
-from megatron_rl.rewards.shaping import filter_overlong, shape_rewards
-from megatron_rl.rollout.dynamic import DynamicSamplingError, Search, Tally
+from megatron_rl.rewards import Judges, check_verifier, get_verifier, grade
+from megatron_rl.rewards.shaping import filter_overlong, shape_rewards, without_lost
+from megatron_rl.rollout.dynamic import Search, StepError, Tally, check_verdicts
 from megatron_rl.rollout.evaluate import evaluation
 from megatron_rl.rollout.pool import Pool, read_api_key
 from megatron_rl.rollout.routes import RouteSpec
@@ -61,7 +61,7 @@ class Session:
             policy = trainer.policy
             self.route_exchange = RouteExchange(policy.arch, policy.routers.layers, trainer.place, trainer.layout)
         self._tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-        self._judges = Judges()
+        self._judges = Judges.of(config.reward)
         self._prompts = self._load(config.data.train) if leader else None
         heldout = config.data.heldout
         self._heldout = self._load(heldout) if heldout and pool else None
@@ -73,14 +73,7 @@ class Session:
     def rollout(self) -> list[Group]:
         """This leader's share of the groups that the next step trains on, their rewards shaped; [] off the leaders."""
         config = self.config
-        figures: dict[str, float] = {}
-        if not self._has_servers:
-            sampled = kept = self._saved()
-        elif config.rollout.dynamic_sampling is None:
-            sampled = kept = self._sample(config.rollout.prompts_per_step)
-        else:
-            sampled, search = self._search(config.rollout.dynamic_sampling)
-            kept, figures = search.keep(sampled), search.figures()
+        sampled, kept, figures = self._groups()
         if self._prompts is not None:
             # With the verifiers' own verdicts: who replays them shapes them.
             file = rollout_file(self.trainer.run.rollouts, self.step + 1, self.trainer.place.dp)
@@ -92,7 +85,29 @@ class Session:
         figures = {f"dynamic_sampling/{name}": value for name, value in figures.items()}
         figures |= self.trainer.reduce(metrics, holds_samples=self._leads)
         self._rollout_metrics = {f"rollout/{name}": value for name, value in figures.items()}
-        return filter_overlong(shape_rewards(kept, config.reward, longest), config.reward)
+        return filter_overlong(shape_rewards(without_lost(kept), config.reward, longest), config.reward)
+
+    def _groups(self) -> tuple[list[Group], list[Group], dict[str, float]]:
+        """All groups that were sampled, those to train on, and figures of the choice.
+
+        Raises StepError, on every rank, once there is a checkpoint of the steps before.
+        """
+        if not self._has_servers:
+            groups = self._saved()
+            return groups, groups, {}
+        config, start = self.config.rollout, self._cursor
+        try:
+            if config.dynamic_sampling is None:
+                groups = self._sample(config.prompts_per_step)
+                check_verdicts(self._all_tallies(groups))
+                return groups, groups, {}
+            sampled, search = self._search(config.dynamic_sampling)
+            return sampled, search.keep(sampled), search.figures()
+        except StepError:
+            self._cursor = start
+            if self.step > self._saved_step:
+                self.save()
+            raise
 
     def _saved(self) -> list[Group]:
         """This leader's share of the next step's groups of another run."""
@@ -103,24 +118,15 @@ class Session:
         return saved_groups(path, self.step + 1, place.dp, dp, needs_traces=self._routes)
 
     def _search(self, config: DynamicSamplingConfig) -> tuple[list[Group], Search]:
-        """All groups that this leader sampled until there were mixed ones enough over all leaders. Collective.
-
-        Raises DynamicSamplingError, on every rank, once there is a checkpoint of the steps before.
-        """
+        """All groups that this leader sampled until there were mixed ones enough over all leaders. Collective."""
         search = Search(config, self.config.rollout.prompts_per_step)
         groups: list[Group] = []
-        start = self._cursor
-        try:
-            while count := search.next_count():
-                judged = self._sample(count, first=len(search.tallies))
-                groups += judged
-                with self.trainer.phase("rollout"):
-                    search = search.after(self._all_tallies(judged))
-        except DynamicSamplingError:
-            self._cursor = start
-            if self.step > self._saved_step:
-                self.save()
-            raise
+        while count := search.next_count():
+            judged = self._sample(count, first=len(search.tallies))
+            groups += judged
+            with self.trainer.phase("rollout"):
+                search = search.after(self._all_tallies(judged))
+            check_verdicts(search.tallies)
         return groups, search
 
     def _all_tallies(self, groups: Sequence[Group]) -> list[Tally]:
@@ -281,6 +287,7 @@ def open_session(config: Config, resume: bool) -> Iterator[Session]:
     # First: if one of these is not there, no run directory is left behind.
     api_key = read_api_key(config.rollout.servers)
     get_objective(config.objective)
+    check_verifier(config)
     with (
         open_trainer(config, steps=config.train.steps, resume=resume, temperature=temperature) as trainer,
         ExitStack() as stack,

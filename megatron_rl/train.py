@@ -16,6 +16,7 @@ from megatron_rl.engine.advantages import needs_forward_pass
 from megatron_rl.engine.distribute import MiniBatch, TrainSample, distribute
 from megatron_rl.experience import measure_router_shift, prepare
 from megatron_rl.objectives.advantages import group_advantages
+from megatron_rl.rewards.shaping import is_lost
 from megatron_rl.session import Session, open_session
 
 
@@ -44,14 +45,14 @@ def train(config: Config, resume: bool = False) -> None:
 
 
 def with_advantages(groups: Sequence[Group], config: Config) -> list[TrainSample]:
-    """Numbers the samples over all leaders, and gives each its advantage in its group; 0 where that waits for a forward
-    pass (experience.prepare)."""
+    """Numbers the samples over all leaders, and gives each its advantage among those of its group that have a verdict;
+    0 for one without, and for all if that waits for a forward pass (experience.prepare)."""
     samples = []
     for group in groups:
-        rewards = [_reward(group, index) for index in range(len(group.samples))]
-        advantages = np.zeros(len(rewards))
-        if not needs_forward_pass(config.objective):
-            advantages = group_advantages(rewards, config.objective.advantage)
+        rewards = {i: _reward(group, i) for i, sample in enumerate(group.samples) if not is_lost(sample)}
+        advantages = np.zeros(len(group.samples))
+        if rewards and not needs_forward_pass(config.objective):
+            advantages[list(rewards)] = group_advantages(list(rewards.values()), config.objective.advantage)
         for sample, advantage in zip(group.samples, advantages, strict=True):
             index = group.index * config.rollout.group_size + sample.index
             samples.append(TrainSample(index, group.index, sample, float(advantage)))

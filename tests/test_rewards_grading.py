@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
-import sys
 import threading
-import time
 
 import psutil
 import pytest
 
-from megatron_rl.data.sample import Group, Prompt, Sample, Verdict
+from megatron_rl.data.sample import LOST, Group, Prompt, Sample, Verdict
 from megatron_rl.rewards import Judges, RewardError, get_verifier, grade
 from megatron_rl.rewards.arithmetic import verify_arithmetic
 from megatron_rl.rewards.math import verify_math
@@ -153,47 +150,40 @@ def test_groups_may_differ_in_size_and_be_none(judges):
 
 
 @pytest.mark.parametrize(
-    ("verifier", "sample", "message"),
+    ("verifier", "lost", "reason"),
     [
-        ("verifier_examples:raises", 1, "KeyError: 'unit'; the response was 'b'"),
-        ("verifier_examples:infinite", 0, "the reward is inf, expected a finite number"),
-        ("verifier_examples:not_a_number", 0, "the reward is nan, expected a finite number"),
-        ("verifier_examples:bare_number", 0, "expected a Verdict, got float"),
-        ("math", 0, "the reference answer '' is not a mathematical expression"),
+        ("verifier_examples:raises", [1], "KeyError: 'unit'; response 'b'"),
+        ("verifier_examples:infinite", [0, 1, 2], "the reward is inf, expected a finite number"),
+        ("verifier_examples:not_a_number", [0, 1, 2], "the reward is nan, expected a finite number"),
+        ("verifier_examples:bare_number", [0, 1, 2], "expected a Verdict, got float"),
+        ("math", [0, 1, 2], "the reference answer '' cannot be read"),
     ],
 )
-def test_a_verifier_that_fails_names_prompt_and_sample(judges, verifier, sample, message):
-    with pytest.raises(RewardError) as caught:
-        grade([group(verifier, answer="", index=4)], decode, judges)
-    assert str(caught.value).startswith(f"prompt 'q:4' sample {sample}: verifier {verifier!r} failed: ")
-    assert message in str(caught.value)
+def test_a_verifier_that_fails_loses_that_verdict_only(judges, caplog, verifier, lost, reason):
+    with caplog.at_level(logging.WARNING):
+        graded = grade([group(verifier, answer="", index=4)], decode, judges)
+    found = verdicts(graded)[0]
+    assert [i for i, verdict in enumerate(found) if verdict == LOST] == lost
+    assert f"{len(lost)} of 3 answers have no verdict and are left out" in caplog.text
+    assert f"prompt 'q:4' sample {lost[0]}: " in caplog.text
+    assert reason in caplog.text
 
 
 @pytest.mark.parametrize(
     ("verifier", "reason"),
     [
-        ("verifier_examples:hangs_in_c", "took over 1 s"),
+        ("verifier_examples:hangs_in_c", "took over 2 s"),
         ("verifier_examples:dies", "its process ended with exit status 3"),
     ],
 )
 def test_a_verifier_that_hangs_or_dies_costs_that_answer_only(verifier, reason, caplog):
-    with Judges(workers=1, deadline=1.0) as pool, caplog.at_level(logging.WARNING):
-        for _ in range(2):  # the worker is started anew
+    with Judges(workers=1, deadline=2.0) as pool, caplog.at_level(logging.WARNING):
+        for _ in range(2):  # the worker is started again
             graded = grade([group(verifier, index=5)], decode, pool)
-            assert verdicts(graded) == [[Verdict(1.0, True), Verdict(0.0, False), Verdict(1.0, True)]]
+            assert verdicts(graded) == [[Verdict(1.0, True), LOST, Verdict(1.0, True)]]
     assert len(caplog.records) == 2
-    assert "1 of 3 answers count as wrong" in caplog.text
-    assert f"q:5 sample 1 {reason}" in caplog.text
-
-
-def test_math_that_never_ends_costs_that_answer_only():
-    batch = [Group(0, p := Prompt("q", "", (7,), "72", "math"), (Sample.start(p, 0).extend([0], [-1.0], 0),))]
-    with Judges(workers=1, deadline=2.0) as pool:
-        grade(batch, lambda _: "\\boxed{72}", pool)
-        start = time.monotonic()
-        graded = grade(batch, lambda _: "\\boxed{10^{10^{10}}}", pool)
-        assert time.monotonic() - start < 10
-    assert verdicts(graded) == [[Verdict(0.0, False)]]
+    assert "1 of 3 answers have no verdict" in caplog.text
+    assert f"'q:5' sample 1: {reason}" in caplog.text
 
 
 def test_judging_is_spread_over_processes_which_end_with_the_pool():
@@ -201,44 +191,13 @@ def test_judging_is_spread_over_processes_which_end_with_the_pool():
     before = set(psutil.Process().children())
     with Judges(workers=3) as pool:
         graded = grade(batch, decode, pool)
-        started = set(psutil.Process().children()) - before
-        assert len(started) == 3
+        keepers = set(psutil.Process().children()) - before
+        started = {worker for keeper in keepers for worker in keeper.children()}
+        assert len(started) == len(keepers) == 3
         found = {int(v.reward) for vs in verdicts(graded) for v in vs if v}
         assert found <= {process.pid for process in started}
         assert os.getpid() not in found
-    assert not any(process.is_running() for process in started)
-
-
-PARENT = """
-import sys
-from megatron_rl.data.sample import Prompt
-from megatron_rl.rewards.judges import Answer, Judges
-
-judges = Judges(workers=1, deadline=600.0)
-verifier = "verifier_examples:hangs_in_c"
-answers = [Answer(Prompt("q", "", (), "", verifier), response) for response in "ab"]
-judges.judge(verifier, answers[:1])
-print("ready", flush=True)
-judges.judge(verifier, answers[1:])
-"""
-
-
-def test_a_hanging_worker_ends_with_a_parent_that_is_killed():
-    path = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    parent = subprocess.Popen([sys.executable, "-c", PARENT], env=path, stdout=subprocess.PIPE)
-    assert parent.stdout is not None
-    assert parent.stdout.readline() == b"ready\n"
-    (worker,) = psutil.Process(parent.pid).children()
-    before = worker.cpu_times().user
-    while worker.cpu_times().user < before + 0.3:  # it computes
-        time.sleep(0.05)
-    parent.kill()
-    parent.communicate()
-    try:
-        worker.wait(10)  # raises TimeoutExpired
-    finally:
-        if worker.is_running():
-            worker.kill()
+    assert not any(process.is_running() for process in started | keepers)
 
 
 def test_arithmetic_starts_no_process():

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import subprocess
+import sys
+import time
 
 from megatron_rl.data.sample import Prompt, Verdict
 
@@ -63,3 +68,76 @@ def check_answer(answer: str) -> str | None:
 
 
 checked.check_answer = check_answer
+
+
+def raises_what_it_is_told(prompt: Prompt, response: str) -> Verdict:
+    if response == "b":
+        raise {
+            kind.__name__: kind
+            for kind in (RecursionError, MemoryError, SystemExit, KeyboardInterrupt, GeneratorExit, Unprintable)
+        }[prompt.answer]("a reason")
+    return Verdict(1.0, True)
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+def recurses(prompt: Prompt, response: str) -> Verdict:
+    return recurses(prompt, response) if response == "b" else Verdict(1.0, True)
+
+
+def hogs(prompt: Prompt, response: str) -> Verdict:
+    """Holds 1 GiB."""
+    held = bytearray(1 << 30) if response == "b" else b"1"
+    return Verdict(float(len(held) > 0), True)
+
+
+def closes_descriptors(prompt: Prompt, response: str) -> Verdict:
+    if response == "b":
+        os.closerange(3, 256)
+        time.sleep(600)
+    return Verdict(1.0, True)
+
+
+def stops(prompt: Prompt, response: str) -> Verdict:
+    if response == "b":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return Verdict(1.0, True)
+
+
+def stops_with_child(prompt: Prompt, response: str) -> Verdict:
+    """The child has a session of its own, so that no signal to a process group reaches it."""
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", prompt.answer], start_new_session=True)
+    return stops(prompt, response)
+
+
+def writes_to_every_descriptor(prompt: Prompt, response: str) -> Verdict:
+    if response == "b":
+        for descriptor in range(3, 64):
+            with contextlib.suppress(OSError):
+                os.write(descriptor, b'{"reward": 1.0, "correct": true}' * 20)
+    print('{"reward": 1.0, "correct": true}', flush=True)
+    return Verdict(1.0, True)
+
+
+def forges_a_reply(prompt: Prompt, response: str) -> Verdict:
+    """In the protocol's own frames, which the answers after it must not take for theirs."""
+    data = b'{"id": 77, "reward": 9.0, "correct": true}'
+    for descriptor in range(3, 64) if response == "b" else ():
+        with contextlib.suppress(OSError):
+            os.write(descriptor, len(data).to_bytes(8, "little") + data)
+    return Verdict(1.0, True)
+
+
+def sees_environment(prompt: Prompt, response: str) -> Verdict:
+    raise RuntimeError(" ".join(sorted(os.environ)) + " values " + " ".join(os.environ.values()))
+
+
+def sees_modules(prompt: Prompt, response: str) -> Verdict:
+    return Verdict(float("torch" in sys.modules), True)
+
+
+def is_slow_to_read(prompt: Prompt, response: str) -> Verdict:
+    return Verdict(float(len(response)), True)

@@ -148,8 +148,17 @@ class RolloutConfig(Frozen):
 
 
 class RewardConfig(Frozen):
-    """What becomes of a verifier's verdict before it is a reward."""
+    """How verifiers run, and what becomes of their verdicts before they are rewards (docs/verifiers.md)."""
 
+    workers: PositiveInt | None = None
+    """Processes for each verifier on each data-parallel leader; null: one for each core, up to 16."""
+    timeout: Positive = 10.0
+    """Seconds for one answer."""
+    memory_mib: PositiveInt | None = 4096
+    """Address space of a worker; null: no limit."""
+    environment: tuple[str, ...] = ()
+    """Environment variables that verifiers see beside PATH, HOME and their like. A key belongs here only if a verifier
+    needs it."""
     correct: float | None = None
     """The reward of a right answer, in place of the verifier's own; null: the verifier's own."""
     wrong: float | None = None

@@ -45,6 +45,10 @@ class Verdict:
 
     reward: float
     correct: bool
+    lost: bool = False  # the verifier failed: the sample has no reward, and nothing may be learnt from it
+
+
+LOST = Verdict(0.0, False, lost=True)
 
 
 @dataclass(frozen=True, eq=False)

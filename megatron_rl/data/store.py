@@ -87,7 +87,7 @@ class _SampleRecord(_Record):
     rollout_logprobs: list[Annotated[float, Field(le=0)]]
     versions: list[tuple[int, _Count, _Count]]  # version, start, end
     finish_reason: FinishReason | None
-    verdict: tuple[float, bool] | None  # reward, correct
+    verdict: tuple[float, bool] | tuple[float, bool, Literal["lost"]] | None  # reward, correct
     response: str | None = None  # for people; token_ids count
     trace: Annotated[RoutingTrace | None, BeforeValidator(_read_trace)] = None  # absent from older files
 
@@ -229,7 +229,7 @@ def _sample_record(sample: Sample) -> dict[str, Any]:
         "sample": sample.index,
         "versions": [[v.version, v.start, v.end] for v in sample.versions],
         "finish_reason": sample.finish_reason,
-        "verdict": None if verdict is None else [verdict.reward, verdict.correct],
+        "verdict": None if verdict is None else [verdict.reward, verdict.correct, *(["lost"] if verdict.lost else [])],
     }
 
 
@@ -239,9 +239,13 @@ def _sample(prompt: Prompt, record: dict[str, Any], **columns: Any) -> Sample:
         index=record["sample"],
         versions=tuple(VersionSpan(*v) for v in record["versions"]),
         finish_reason=record["finish_reason"],
-        verdict=None if record["verdict"] is None else Verdict(*record["verdict"]),
+        verdict=None if record["verdict"] is None else _verdict(*record["verdict"]),
         **columns,
     )
+
+
+def _verdict(reward: float, correct: bool, lost: str | None = None) -> Verdict:
+    return Verdict(reward, correct, lost is not None)
 
 
 def _read_sample(prompt: Prompt, record: _SampleRecord) -> Sample:

@@ -72,7 +72,8 @@ def group_finish(
     for mini_batch, parts in zip(mini_batches, penalties, strict=True):
         for packed, outcomes, penalty in zip(mini_batch.micro_batches, mini_batch.outcomes, parts, strict=bool(parts)):
             for outcome, at in _responses(packed, outcomes):
-                rows.append((outcome.index, outcome.group, outcome.reward - float(penalty[at].sum())))
+                if not outcome.lost:
+                    rows.append((outcome.index, outcome.group, outcome.reward - float(penalty[at].sum())))
     groups: defaultdict[int, dict[int, float]] = defaultdict(dict)
     for part in _gather(rows if place.speaks_for_stage else [], place):
         for index, group, reward in part:
@@ -87,7 +88,7 @@ def group_finish(
     def spread(packed: PackedBatch, outcomes: Sequence[Outcome]) -> Doubles:
         values = np.zeros(packed.tokens)
         for outcome, at in _responses(packed, outcomes):
-            values[at] = advantages[outcome.index]
+            values[at] = advantages.get(outcome.index, 0.0)
         return values
 
     return [

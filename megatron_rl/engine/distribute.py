@@ -41,6 +41,7 @@ class Outcome:
     index: int  # as TrainSample's
     group: int
     reward: float
+    lost: bool = False  # it has no reward; see Verdict
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,9 @@ def distribute(
 
 def _outcome(sample: TrainSample) -> Outcome:
     verdict = sample.sample.verdict
-    return Outcome(sample.index, sample.group, 0.0 if verdict is None else verdict.reward)
+    if verdict is None:
+        return Outcome(sample.index, sample.group, 0.0)
+    return Outcome(sample.index, sample.group, verdict.reward, verdict.lost)
 
 
 def _trace(sample: TrainSample) -> RoutingTrace:

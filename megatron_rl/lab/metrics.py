@@ -80,6 +80,7 @@ ROLLOUT: dict[str, Kind] = {
     "tokens": Kind.SUM,  # generated ones
     "reward": Kind.TAIL,
     "accuracy": Kind.MEAN,
+    "lost_verdicts": Kind.SUM,  # samples without a verdict: they are in no other metric of rewards
     # Fractions of groups. Dead: all rewards equal, so that a group's baseline leaves advantages of 0.
     "group/dead": Kind.MEAN,
     "group/dead/all_correct": Kind.MEAN,
@@ -201,21 +202,23 @@ def rollout_metrics(metrics: MetricAccumulator, groups: Sequence[Group], weight_
     metrics.add("prompts", torch.tensor(len(groups)))
     for group in groups:
         verdicts = [_verdict(sample) for sample in group.samples]
-        rewards = np.array([verdict.reward for verdict in verdicts])
-        correct = np.array([verdict.correct for verdict in verdicts])
+        judged = np.array([not verdict.lost for verdict in verdicts], dtype=bool)
+        rewards = np.array([verdict.reward for verdict in verdicts])[judged]
+        correct = np.array([verdict.correct for verdict in verdicts], dtype=bool)[judged]
         lengths = np.array([sample.response_tokens for sample in group.samples])
-        dead = all_equal(rewards)
+        dead = not judged.any() or all_equal(rewards)
         values = {
             "samples": len(group.samples),
             "tokens": lengths,
             "reward": rewards,
             "accuracy": correct,
+            "lost_verdicts": ~judged,
             "group/dead": dead,
-            "group/dead/all_correct": dead and correct.all(),
-            "group/dead/all_wrong": dead and not correct.any(),
+            "group/dead/all_correct": dead and judged.any() and correct.all(),
+            "group/dead/all_wrong": dead and judged.any() and not correct.any(),
             "response_length": lengths,
-            "response_length/correct": lengths[correct],
-            "response_length/wrong": lengths[~correct],
+            "response_length/correct": lengths[judged][correct],
+            "response_length/wrong": lengths[judged][~correct],
             "truncated": [is_truncated(sample) for sample in group.samples],
             "staleness": np.concatenate([_staleness(sample, weight_version) for sample in group.samples]),
         }

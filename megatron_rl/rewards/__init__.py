@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_rl.rewards.grading import grade
-from megatron_rl.rewards.judges import Judges
+from megatron_rl.rewards.judges import Judges, check_verifier
 from megatron_rl.rewards.registry import RewardError, Verifier, get_verifier
 
-__all__ = ["Judges", "RewardError", "Verifier", "get_verifier", "grade"]
+__all__ = ["Judges", "RewardError", "Verifier", "check_verifier", "get_verifier", "grade"]

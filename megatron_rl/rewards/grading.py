@@ -8,9 +8,9 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
-from megatron_rl.data.sample import Group, Sample, Verdict
+from megatron_rl.data.sample import LOST, Group, Sample, Verdict
 from megatron_rl.rewards.judges import Answer, Failure, Judges
-from megatron_rl.rewards.registry import RewardError, call_verifier, get_verifier
+from megatron_rl.rewards.registry import call_verifier, get_verifier
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +21,9 @@ _QUICK = ("arithmetic",)
 def grade(groups: Sequence[Group], decode: Callable[[list[int]], str], judges: Judges | None = None) -> list[Group]:
     """The groups with every sample's verdict. `decode` turns response ids into text, special tokens left out.
 
-    An answer on which a worker of `judges` takes too long or dies counts as wrong, with reward 0, and a warning tells
-    how many. Without `judges`, workers are started for this call and stopped after it. Raises RewardError naming
-    prompt, sample and verifier when a verifier fails or gives a reward that is not finite.
+    The verdict is LOST for an answer on which the verifier fails, gives a reward that is not finite, or takes too long,
+    or whose worker ends; a warning names some. Without `judges`, workers are started for this call and stopped after
+    it. Raises RewardError for a verifier that cannot be started.
     """
     samples = [sample for group in groups for sample in group.samples]
     answers = [Answer(s.prompt, decode(s.response_ids.tolist())) for s in samples]
@@ -49,22 +49,18 @@ def _judge_here(name: str, answers: Sequence[Answer]) -> list[Verdict | Failure]
 def _settle(
     verifier: str, samples: Sequence[Sample], answers: Sequence[Answer], results: Sequence[Verdict | Failure]
 ) -> list[Verdict]:
-    """Lost answers are wrong: an answer can be such that judging it never ends. What a verifier raises is an error."""
-    lost = []
-    verdicts = []
-    for sample, answer, result in zip(samples, answers, results, strict=True):
-        if isinstance(result, Failure) and not result.lost:
-            raise RewardError(
-                f"prompt {sample.prompt.id!r} sample {sample.index}: verifier {verifier!r} failed: {result.reason}; "
-                f"the response was {answer.response[:200]!r}"
-            )
-        if isinstance(result, Failure):
-            lost.append(f"{sample.prompt.id} sample {sample.index} {result.reason}")
-            result = Verdict(0.0, False)
-        verdicts.append(result)
+    lost = [
+        f"prompt {sample.prompt.id!r} sample {sample.index}: {result.reason}; response {answer.response[:100]!r}"
+        for sample, answer, result in zip(samples, answers, results, strict=True)
+        if isinstance(result, Failure)
+    ]
     if lost:
         some = "; ".join(lost[:3]) + ("; ..." if len(lost) > 3 else "")
         logger.warning(
-            "verifier %r: %d of %d answers count as wrong, not judged: %s", verifier, len(lost), len(samples), some
+            "verifier %r: %d of %d answers have no verdict and are left out: %s",
+            verifier,
+            len(lost),
+            len(samples),
+            some,
         )
-    return verdicts
+    return [LOST if isinstance(result, Failure) else result for result in results]

@@ -1,28 +1,41 @@
-"""Worker processes that run verifiers, so that one which hangs or crashes costs its answer and not the run.
+"""Worker processes that run verifiers, so that one which hangs, crashes or fills the memory costs its answer, and not
+the run.
 
-A worker is killed when an answer takes too long: nothing less ends a long computation in C. What passes between the
-processes is JSON, in the messages of multiprocessing's connections.
+A worker is killed when an answer takes too long: nothing less ends a long computation in C. Each runs under a keeper
+(keeper.py), which ends it with all its descendants, also when this process is killed. It sees few environment
+variables, and no secrets.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import Pipe
+from itertools import count
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import orjson
-
+from megatron_rl.cores import usable_cores
 from megatron_rl.data.sample import Prompt, Verdict
-from megatron_rl.rewards.registry import RewardError
+from megatron_rl.rewards import keeper
+from megatron_rl.rewards.channel import Channel, ChannelError, ChannelTimeoutError
+from megatron_rl.rewards.registry import VERIFIERS, RewardError
+
+if TYPE_CHECKING:  # workers import this package, and need no pydantic
+    from megatron_rl.config.schema import Config, RewardConfig
 
 START_SECONDS = 120.0
+_END_SECONDS = 30.0
+_MOST_WORKERS = 16
+_ENVIRONMENT = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "TMPDIR", "TZ", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -33,10 +46,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class Failure:
-    """No verdict: the verifier raised, or (`lost`) its process took too long or died."""
+    """No verdict: the verifier raised, or its process took too long or ended."""
 
     reason: str
-    lost: bool = False
+
+
+def default_workers() -> int:
+    """Cores that this trainer rank may use, but not over 16."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's
+    return max(1, min(_MOST_WORKERS, usable_cores() // ranks))
 
 
 class Judges:
@@ -45,17 +63,32 @@ class Judges:
     A context manager. It serves one thread at a time.
     """
 
-    def __init__(self, workers: int = 4, deadline: float = 10.0) -> None:
-        """`deadline`: seconds for one answer."""
-        self._workers = workers
+    def __init__(
+        self,
+        workers: int | None = None,
+        deadline: float = 10.0,
+        memory_mib: int | None = None,
+        environment: Sequence[str] = (),
+    ) -> None:
+        """`workers` defaults to default_workers(); `deadline`: seconds for one answer; `memory_mib`: of each worker,
+        unbounded if None; `environment`: names of the variables that workers see beside the usual ones."""
+        self._workers = workers or default_workers()
         self._deadline = deadline
+        self._memory_mib = memory_mib or 0
+        self._environment = worker_environment(environment)
         self._pools: dict[str, list[_Worker]] = {}
+
+    @classmethod
+    def of(cls, config: RewardConfig) -> Judges:
+        return cls(config.workers, config.timeout, config.memory_mib, config.environment)
+
+    def start(self, verifier: str) -> None:
+        """Starts one worker. Raises RewardError if the verifier does not exist or its process does not start."""
+        self._pool(verifier, 1)[0].wait_until_ready()
 
     def judge(self, verifier: str, answers: Sequence[Answer]) -> list[Verdict | Failure]:
         """Raises RewardError when the verifier does not exist or its process does not start."""
-        pool = self._pools.setdefault(verifier, [])
-        while len(pool) < min(self._workers, len(answers)):
-            pool.append(_Worker(verifier))
+        pool = self._pool(verifier, min(self._workers, len(answers)))
         idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in pool:
             idle.put(worker)
@@ -83,56 +116,113 @@ class Judges:
     ) -> None:
         self.close()
 
+    def _pool(self, verifier: str, workers: int) -> list[_Worker]:
+        pool = self._pools.setdefault(verifier, [])
+        while len(pool) < workers:
+            pool.append(_Worker(verifier, self._memory_mib, self._environment))
+        return pool
+
+
+def check_verifier(config: Config) -> None:
+    """Starts a worker of data.verifier, if it is a user's own. Raises RewardError naming the key if it does not start.
+
+    A replayed run judges nothing.
+    """
+    name = config.data.verifier
+    if name is None or name in VERIFIERS or config.rollout.replay_from is not None:
+        return
+    try:
+        with Judges.of(config.reward) as judges:
+            judges.start(name)
+    except RewardError as error:
+        raise RewardError(f"data.verifier: {error}") from None
+
+
+def worker_environment(allowed: Sequence[str] = ()) -> dict[str, str]:
+    """The variables that a worker sees: an allow-list, since keys and tokens have any name."""
+    named = {name: value for name, value in os.environ.items() if name in _ENVIRONMENT or name.startswith("LC_")}
+    chosen = {name: os.environ[name] for name in allowed if name in os.environ}
+    # A user's verifier is found wherever this process finds it.
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return {**named, **dict.fromkeys(_THREADS, "1"), **chosen, **path}
+
 
 class _Worker:
-    """One process with one verifier, started anew after it was killed or died."""
+    """One process with one verifier, started again after it was killed or ended."""
 
-    def __init__(self, verifier: str) -> None:
+    def __init__(self, verifier: str, memory_mib: int, environment: dict[str, str]) -> None:
         self._verifier = verifier
+        self._memory_mib = memory_mib
+        self._environment = environment
+        self._numbers = count()
         self._start()
 
     def _start(self) -> None:
-        self._connection, theirs = Pipe()
-        command = [sys.executable, "-m", "megatron_rl.rewards.worker", self._verifier, str(theirs.fileno())]
-        # A user's verifier is found wherever this process finds it.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        # Nothing is written to standard input: that it closes tells the worker that this process has ended.
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()], env=environment)
+        ours, theirs = socket.socketpair()
+        self._channel = Channel(ours)
+        descriptor = theirs.fileno()
+        worker = [sys.executable, "-m", "megatron_rl.rewards.worker"]
+        arguments = [self._verifier, str(descriptor), str(self._memory_mib)]
+        self._process = subprocess.Popen(
+            [sys.executable, "-ISs", str(Path(keeper.__file__)), str(descriptor), *worker, *arguments],
+            stdin=subprocess.PIPE,  # nothing is written to it: that it closes tells the keeper that we have ended
+            pass_fds=[descriptor],
+            env=self._environment,
+            start_new_session=True,  # Ctrl-C is the trainer's
+        )
         theirs.close()
         self._ready = False
 
     def stop(self) -> None:
-        self._connection.close()
-        self._process.kill()
-        self._process.communicate()
+        self._channel.close()
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:  # somebody has stopped the keeper; the worker dies with it
+            self._process.kill()
+            self._process.wait()
 
     def ask(self, answer: Answer, deadline: float) -> Verdict | Failure:
-        self._wait_until_ready()
+        self.wait_until_ready()
+        number = next(self._numbers)
         try:
-            self._connection.send_bytes(orjson.dumps(asdict(answer)))
-            reply = self._receive(deadline)
-        except (EOFError, OSError):
-            reply = None
-            failure = Failure(f"its process ended with exit status {self._process.wait()}", lost=True)
-        else:
-            failure = Failure(f"took over {deadline:g} s", lost=True)
-        if reply is None:
+            self._channel.send({"id": number, **asdict(answer)}, deadline)
+            reply = self._channel.receive(deadline)
+            return _result(reply, number)
+        except ChannelError as error:
+            failure = Failure(self._said(error))
             self.stop()
             self._start()
             return failure
-        return Failure(reply["error"]) if "error" in reply else Verdict(**reply)
 
-    def _wait_until_ready(self) -> None:
+    def wait_until_ready(self) -> None:
         if self._ready:
             return
         try:
-            reply = self._receive(START_SECONDS) or {"error": f"no answer in {START_SECONDS:g} s"}
-        except (EOFError, OSError):
-            reply = {"error": f"its process ended with exit status {self._process.wait()}"}
+            reply = self._channel.receive(START_SECONDS)
+        except ChannelError as error:
+            reply = {"error": self._said(error)}
         if "error" in reply:
             raise RewardError(f"{reply['error']} (in the process that runs verifier {self._verifier!r})")
         self._ready = True
 
-    def _receive(self, seconds: float) -> dict[str, Any] | None:
-        """None when the time has passed."""
-        return orjson.loads(self._connection.recv_bytes()) if self._connection.poll(seconds) else None
+    def _said(self, error: ChannelError) -> str:
+        if isinstance(error, ChannelTimeoutError):
+            return str(error)
+        try:  # the keeper needs a moment to see that its child has ended
+            return f"its process ended with exit status {self._process.wait(1.0)}"
+        except subprocess.TimeoutExpired:
+            return str(error)
+
+
+def _result(reply: dict[str, Any], number: int) -> Verdict | Failure:
+    if reply.get("id") != number:
+        raise ChannelError("its connection carries something that is no reply")
+    if "error" in reply:
+        return Failure(str(reply["error"]))
+    reward, correct = reply.get("reward"), reply.get("correct")
+    if not isinstance(reward, float) or not isinstance(correct, bool):
+        raise ChannelError("its connection carries something that is no reply")
+    return Verdict(reward, correct)

@@ -34,6 +34,8 @@ def shape_rewards(groups: Sequence[Group], reward: RewardConfig, longest: int) -
         verdict = sample.verdict
         if verdict is None:
             raise ValueError(f"prompt {sample.prompt.id!r} sample {sample.index}: no verdict; judge it before shaping")
+        if verdict.lost:
+            return sample
         given = reward.correct if verdict.correct else reward.wrong
         value = verdict.reward if given is None else given
         if reward.overlong_cache is not None:
@@ -49,6 +51,18 @@ def filter_overlong(groups: Sequence[Group], reward: RewardConfig) -> list[Group
     if not reward.overlong_filter:
         return list(groups)
     return _with_samples(groups, lambda sample: _masked_out(sample) if is_truncated(sample) else sample)
+
+
+def without_lost(groups: Sequence[Group]) -> list[Group]:
+    """The groups with every sample whose verdict was lost masked out: it has no token in the loss, nor in a
+    denominator. It stays in its place, so that mini-batches stay as planned; with_advantages and group_finish leave it
+    out of its group's mean and std."""
+    return _with_samples(groups, lambda sample: _masked_out(sample) if is_lost(sample) else sample)
+
+
+def is_lost(sample: Sample) -> bool:
+    """Whether the verifier failed on the response."""
+    return sample.verdict is not None and sample.verdict.lost
 
 
 def is_truncated(sample: Sample) -> bool:

@@ -1,33 +1,46 @@
-"""A process that runs one verifier for megatron_rl.rewards.judges: `python -m megatron_rl.rewards.worker NAME FD`."""
+"""A process that runs one verifier for megatron_rl.rewards.judges.
+
+    python -m megatron_rl.rewards.worker VERIFIER DESCRIPTOR MEMORY_MIB
+
+DESCRIPTOR is its end of the protocol's socket; MEMORY_MIB bounds its address space, and 0 does not. What the verifier
+prints goes to standard error.
+"""
 
 from __future__ import annotations
 
-import fcntl
+import ctypes
 import os
+import resource
+import signal
+import socket
 import sys
-from multiprocessing.connection import Connection
 from typing import Any
 
-import orjson
-
 from megatron_rl.data.sample import Prompt
-from megatron_rl.rewards.registry import Verifier, call_verifier, get_verifier
+from megatron_rl.rewards.channel import Channel, ChannelError
+from megatron_rl.rewards.registry import RewardError, Verifier, call_verifier, get_verifier
+
+PR_SET_PDEATHSIG = 1
+_REASON = 500  # characters of an exception that are told
 
 
-def serve(name: str, connection: Connection) -> None:
+def serve(name: str, channel: Channel) -> None:
     """Says that it is ready, then answers each message, until the other end closes."""
     try:
         verifier = get_verifier(name)
-    except Exception as error:
-        connection.send_bytes(orjson.dumps({"error": str(error)}))
+    except RewardError as error:
+        channel.send({"error": str(error)})
         return
-    connection.send_bytes(orjson.dumps({"ready": True}))
+    except BaseException as error:
+        channel.send({"error": f"verifier {name!r}: {_said(error)}"})
+        return
+    channel.send({"ready": True})
     while True:
         try:
-            message = orjson.loads(connection.recv_bytes())
-        except EOFError:
+            message = channel.receive()
+            channel.send({"id": message["id"], **_reply(verifier, message)})
+        except ChannelError:
             return
-        connection.send_bytes(orjson.dumps(_reply(verifier, message)))
 
 
 def _reply(verifier: Verifier, message: dict[str, Any]) -> dict[str, Any]:
@@ -35,19 +48,29 @@ def _reply(verifier: Verifier, message: dict[str, Any]) -> dict[str, Any]:
     prompt = Prompt(**{**fields, "token_ids": tuple(fields["token_ids"])})
     try:
         verdict = call_verifier(verifier, prompt, message["response"])
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"}
+    except BaseException as error:  # SystemExit too: it is one answer's, and not the run's
+        return {"error": _said(error)}
     return {"reward": verdict.reward, "correct": verdict.correct}
 
 
-def _end_with_the_parent() -> None:
-    """When the parent ends, however it does, the kernel closes our standard input and sends SIGIO, which ends a process
-    that has no handler for it, in the midst of a long computation in C too."""
-    stdin = sys.stdin.fileno()
-    fcntl.fcntl(stdin, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(stdin, fcntl.F_SETFL, fcntl.fcntl(stdin, fcntl.F_GETFL) | os.O_ASYNC)
+def _said(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"[:_REASON].encode(errors="replace").decode()
+    except BaseException:
+        return type(error).__name__
+
+
+def main(name: str, descriptor: int, memory_mib: int) -> None:
+    keeper = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != keeper:
+        return
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    if memory_mib:
+        resource.setrlimit(resource.RLIMIT_AS, (memory_mib << 20, memory_mib << 20))
+    os.set_inheritable(descriptor, False)
+    serve(name, Channel(socket.socket(fileno=descriptor)))
 
 
 if __name__ == "__main__":
-    _end_with_the_parent()
-    serve(sys.argv[1], Connection(int(sys.argv[2])))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

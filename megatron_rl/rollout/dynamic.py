@@ -18,8 +18,16 @@ from megatron_rl.config.sources import ConfigError
 from megatron_rl.data.sample import Group
 
 
-class DynamicSamplingError(ConfigError):
-    """Too few groups with right and wrong answers; the same on every rank."""
+class StepError(ConfigError):
+    """A rollout that cannot be trained on; the same on every rank. The run ends, after a checkpoint."""
+
+
+class DynamicSamplingError(StepError):
+    """Too few groups with right and wrong answers."""
+
+
+class LostVerdictsError(StepError):
+    """No response of a step has a verdict."""
 
 
 @dataclass(frozen=True)
@@ -28,17 +36,26 @@ class Tally:
 
     index: int  # of its prompt in the order that the cursor gave them out in this step, from 0
     correct: int
-    samples: int
+    samples: int  # that have a verdict
 
     @classmethod
     def of(cls, group: Group) -> Self:
-        correct = sum(sample.verdict is not None and sample.verdict.correct for sample in group.samples)
-        return cls(group.index, correct, len(group.samples))
+        verdicts = [sample.verdict for sample in group.samples if sample.verdict and not sample.verdict.lost]
+        return cls(group.index, sum(verdict.correct for verdict in verdicts), len(verdicts))
 
     @property
     def mixed(self) -> bool:
         """Some answers are right and some wrong."""
         return 0 < self.correct < self.samples
+
+
+def check_verdicts(tallies: Sequence[Tally]) -> None:
+    """Raises LostVerdictsError when no sample of these groups has a verdict: there is nothing to learn from."""
+    if tallies and not any(tally.samples for tally in tallies):
+        raise LostVerdictsError(
+            f"data.verifier: none of the responses to {len(tallies)} prompts has a verdict; warnings above say why. "
+            "Fix the verifier, or raise reward.timeout or reward.memory_mib if it needs more, and --resume"
+        )
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,11 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 def evaluation(groups: Sequence[Group]) -> dict[str, float]:
-    """Of judged groups of k samples each: avg_at_k, pass_at_j for powers of two up to k, lengths and truncation."""
+    """Of judged groups of k samples each: avg_at_k, pass_at_j for powers of two up to k, lengths and truncation.
+
+    A sample whose verdict was lost counts as wrong, so that k is the same for all; `lost_verdicts` tells how many."""
     samples = [sample for group in groups for sample in group.samples]
+    verdicts = [sample.verdict for sample in samples if sample.verdict]
     correct = [sum(s.verdict.correct for s in group.samples if s.verdict) for group in groups]
     k = len(groups[0].samples)
     lengths = np.array([s.response_tokens for s in samples])
@@ -29,7 +32,8 @@ def evaluation(groups: Sequence[Group]) -> dict[str, float]:
         "prompts": float(len(groups)),
         "k": float(k),
         "avg_at_k": sum(correct) / len(samples),
-        "reward": float(np.mean([s.verdict.reward for s in samples if s.verdict])),
+        "reward": float(np.mean([verdict.reward for verdict in verdicts if not verdict.lost] or [0.0])),
+        "lost_verdicts": float(sum(verdict.lost for verdict in verdicts)),
         "truncated": float(np.mean([s.finish_reason == "length" for s in samples])),
         "response_length/mean": float(lengths.mean()),
         "response_length/p99": float(np.quantile(lengths, 0.99)),

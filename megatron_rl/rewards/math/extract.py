@@ -144,7 +144,7 @@ def _last_marked(text: str) -> str | None:
     markers = list(_MARKER.finditer(text))
     if not markers:
         return None
-    rest = text[markers[-1].end() :].lstrip()
+    rest = text[markers[-1].end() :].lstrip(" \n\t}")  # the marker may stand in \text{}
     if (math := _MATH.match(rest)) and re.match(r"\s*(?:[.,;:]?\s*$|\.\s)", rest[math.end() :]):
         return _content(math)
     sentence = _SENTENCE_END.split(rest, maxsplit=1)[0].strip(" *_`")

@@ -1,0 +1,63 @@
+"""Runs one command and ends it with all its descendants: when it ends, and when the trainer is gone.
+
+    python keeper.py DESCRIPTOR COMMAND [ARGUMENT]...
+
+DESCRIPTOR is handed on to the command.
+
+Standard input is a pipe whose other end the trainer holds open: the kernel closes it however the trainer ends, kill -9
+included. Descendants that have left the process group or lost their parent are found too, because this process adopts
+them (PR_SET_CHILD_SUBREAPER); one that is stopped is killed as well. It imports the standard library alone, so that it
+starts at once. rollout/tether.py does the same by the process group, which suffices for a server: a server starts no
+code of a user's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
+            # After the command's name, which may hold anything: state, parent.
+            if int(file.read().rpartition(b")")[2].split()[1]) == pid:
+                found.append(int(name))
+    return found
+
+
+def kill_descendants() -> None:
+    """Kills children until none is left: those of a killed child become this process's own."""
+    while found := children(os.getpid()):
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for pid in found:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+
+
+def main() -> int:
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    descriptor = int(sys.argv[1])
+    child = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL, pass_fds=[descriptor], start_new_session=True)
+    os.close(descriptor)  # so that the trainer sees when the child closes it
+    watched = select.poll()
+    watched.register(os.pidfd_open(child.pid), select.POLLIN)
+    watched.register(sys.stdin.fileno(), select.POLLIN | select.POLLHUP)
+    watched.poll()
+    status = child.poll()
+    kill_descendants()
+    return 1 if status is None else status if status >= 0 else 128 - status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
