@@ -79,7 +79,7 @@ class Session:
         sampled, kept, figures = self._groups()
         # With the verifiers' own verdicts: who replays them shapes them.
         file = rollout_file(self.trainer.run.rollouts, self.step + 1, self.trainer.place.dp)
-        with self.trainer.writing(f"the rollout of step {self.step + 1}", file):
+        with self.trainer.writing(f"the rollout of step {self.step + 1} was not written", file):
             if self._prompts is not None:
                 write_groups(file, kept, weight_version=self.step)
         longest = config.rollout.max_response_tokens

@@ -256,14 +256,15 @@ class Trainer:
         self._checkpoint_due = any(each["checkpoint"] for each in words)
 
     @contextlib.contextmanager
-    def writing(self, what: str, path: Path) -> Iterator[None]:
-        """A write by some of the ranks, which all of them enter: where one fails, all raise DiskError. Collective."""
-        failure = ""
+    def writing(self, failure: str, path: Path) -> Iterator[None]:
+        """A write by some of the ranks, which all of them enter: if one fails, all raise DiskError, which begins with
+        `failure`. Collective."""
+        why = ""
         try:
             yield
         except OSError as error:
-            failure = f"{what} was not written: {explain(error, path)}"
-        self._agree(failure)
+            why = f"{failure}: {explain(error, path)}"
+        self._agree(why)
 
     def wait(self) -> AbstractContextManager[None]:
         """A wait of this rank that a signal ends with Interrupted; `check_interrupted` then tells the other ranks."""
@@ -289,11 +290,12 @@ class Trainer:
         if state.step <= self._saved_step:
             return
         with self.phase("checkpoint"):
-            with self.writing("metrics.jsonl", self.run.path):
+            with self.writing("metrics.jsonl was not written", self.run.path):
                 self.run.sync()  # the step's own line has to be on the disk before its checkpoint is
             save_checkpoint(self.run.checkpoints, self._trained(), self._identity, state)
-            if self.place.rank == 0:
-                prune(self.run.checkpoints, self.config.checkpoint.keep)
+            with self.writing("an old checkpoint was not deleted", self.run.checkpoints):
+                if self.place.rank == 0:
+                    prune(self.run.checkpoints, self.config.checkpoint.keep)
         self._saved_step = state.step
         self._clock.saved()
         self.run.log_checkpoint(state.step, self.console.timer.take("checkpoint"))
@@ -307,7 +309,7 @@ class Trainer:
     def export(self, network: Network, directory: Path, bucket_mib: int = 256) -> None:
         """Its weights as a Hugging Face directory, in place of the one that an earlier end of the run left there."""
         buckets = network.export(bucket_mib << 20)
-        with self.writing(f"the model in {directory}", directory):
+        with self.writing(f"the model in {directory} was not written", directory):
             try:
                 if self.place.rank == 0:
                     self._write_model(network, directory, (pair for bucket in buckets for pair in bucket))

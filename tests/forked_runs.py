@@ -197,7 +197,7 @@ def _made_up_rollouts(seconds: float) -> None:
                 self._loop.run(asyncio.sleep(seconds))
             return super().sample(prompts, sampling)
 
-    session._connect = lambda *_: (None, Leader())  # type: ignore[assignment]
+    session._connect = lambda _c, trainer, *_: (None, Leader() if trainer.place.leads_replica else None)  # type: ignore[assignment]
     session.WeightSync = NoServers  # type: ignore[assignment,misc]
 
 

@@ -259,7 +259,7 @@ def prune(root: Path, keep: int) -> None:
 def remove_partial(root: Path) -> None:
     """Deletes what saves that were cut off have left. Only rank 0 calls it."""
     for partial in root.glob("step-*" + PARTIAL):
-        shutil.rmtree(partial)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _rank_state(networks: Mapping[str, Network]) -> dict[str, Any]:

@@ -61,8 +61,8 @@ class Owner:
         Raises OwnerError if the owner is alive, and OSError if the directory cannot be written.
         """
         mine = directory / f".owner-{uuid.uuid4().hex}"
-        mine.write_bytes(orjson.dumps(_myself()))
         try:
+            mine.write_bytes(orjson.dumps(_myself()))
             while True:
                 owners = _owners(directory)
                 if owners:
@@ -88,8 +88,11 @@ class Owner:
         self._stop()
         if not self.lost:
             said = self._file.with_name(f".{self._file.name}")
-            said.write_bytes(orjson.dumps({**_read(self._file), "ended": time.time()}))
-            os.replace(said, self._file)
+            try:
+                said.write_bytes(orjson.dumps({**_read(self._file), "ended": time.time()}))
+                os.replace(said, self._file)
+            finally:
+                said.unlink(missing_ok=True)
 
     def withdraw(self) -> None:
         """Leaves the directory with the owner that it had before, as if this one had never been."""

@@ -173,11 +173,11 @@ class RunDir:
             self._append(self.checkpoints_file, {"step": step}, metrics)
 
     def sync(self) -> None:
-        """Waits until all lines are on the disk: a checkpoint must not outlive the lines before it."""
+        """Waits until all lines are on the disk: a checkpoint must not outlive the lines before it. Raises OSError."""
         if self._owner is None:
             return
         for file in self._files:
-            with writes(file.name, file), file.open("rb") as stream:
+            with file.open("rb") as stream:
                 os.fsync(stream.fileno())
 
     def close(self) -> None:
