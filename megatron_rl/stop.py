@@ -45,9 +45,15 @@ class Signals:
         self._before: dict[signal.Signals, Any] = {}
 
     def catch(self) -> None:
-        """From here on until `release`. Other threads than the main one cannot: signals then do what they did."""
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        """From here on until `release`; a signal that the process was started to ignore stays ignored.
+
+        Only the main thread can catch signals: called in another one this does nothing.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._handle)
 
     def release(self) -> None:
         for number, handler in self._before.items():

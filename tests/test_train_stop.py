@@ -41,6 +41,20 @@ def test_signals_are_given_back() -> None:
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
+def test_an_ignored_signal_stays_ignored() -> None:
+    """As of a job that a shell has started in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        caught = Signals(tells=False)
+        caught.catch()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert caught.received == ""
+        caught.release()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_second_signal_is_one_only_after_the_echo(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     caught = Signals(tells=False, clock=lambda: now[0])
