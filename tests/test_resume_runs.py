@@ -177,6 +177,23 @@ def test_damaged_checkpoints_are_passed_over(server: ForkServer, setting: Path, 
     assert len(list((history / "checkpoints").iterdir())) == 3
 
 
+@pytest.mark.distributed
+def test_a_shard_that_one_rank_finds_damaged_all_pass_over(server: ForkServer, setting: Path, tmp_path: Path) -> None:
+    whole, run_dir = tmp_path / "whole", tmp_path / "run"
+    arguments = ("sft", setting / "sft.yaml", "steps=3")
+    done = server.run(*arguments, f"run_dir={whole}", ranks=2)
+    assert done.status == [0, 0], done.stderr
+    shutil.copytree(whole, run_dir)
+    damage(run_dir / "checkpoints" / "step-000003" / "rank-00001.pt")
+    done = server.run(*arguments, f"run_dir={run_dir}", "--resume", ranks=2)
+    assert done.status == [0, 0], done.stderr
+    assert "step-000003/rank-00001.pt: not what its manifest says" in done.stderr
+    assert [line["step"] for line in read_metrics(run_dir / "history" / "0" / "metrics.jsonl")] == [3]
+    assert figures(run_dir) == figures(whole)
+    for name, weight in weights(whole).items():
+        assert torch.equal(weight, weights(run_dir)[name]), name
+
+
 def test_if_no_checkpoint_is_whole_the_resume_is_refused(server: ForkServer, setting: Path, tmp_path: Path) -> None:
     run_dir = copy(setting, tmp_path / "run", until=1)
     damage(run_dir / "checkpoints" / "step-000001" / "rank-00000.pt")
@@ -370,14 +387,14 @@ def rl(server: ForkServer, setting: Path) -> Path:
 def test_a_signal_in_the_rollout_loses_no_more_than_its_step(
     server: ForkServer, setting: Path, rl: Path, tmp_path: Path
 ) -> None:
-    """On one rank, and on two of which the one that has no rollout hears it alone."""
+    """On one rank, and on two of which the one that waits for the rollout hears it alone."""
     for ranks, layout in ((1, "parallel.tp=1"), (2, "parallel.tp=2")):
         run_dir = tmp_path / str(ranks)
         arguments = ("train", rl, f"run_dir={run_dir}", layout)
-        run = server.start(*arguments, ranks=ranks, patch="made-up rollouts", seconds=600.0 if ranks == 1 else 3.0)
+        run = server.start(*arguments, ranks=ranks, patch="made-up rollouts", seconds=600.0)
         wait_for(server, run, "slow rollout")
-        os.kill(run.pids[-1], signal.SIGTERM)
-        server.wait(run, timeout=60)
+        os.kill(run.pids[0], signal.SIGTERM)
+        server.wait(run)
         assert run.status == [STATUS] * ranks, run.stderr
         assert "SIGTERM: stopped after step 1 of 3" in run.stderr
         assert "Traceback" not in run.stderr
