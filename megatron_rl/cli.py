@@ -15,6 +15,7 @@ from megatron_rl.config.load import ConfigError, check_companions, check_config,
 from megatron_rl.config.schema import Config, Device, EngineDtype, Recompute, ServerDtype, SftConfig
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture, read_architecture
+from megatron_rl.stop import STATUS, Stopped
 
 SECONDS_FOR_RANK_0 = 10.0
 
@@ -160,6 +161,8 @@ def main() -> None:
     rank = int(os.environ.get("RANK", "0"))
     try:
         app()
+    except Stopped:  # rank 0 has said why
+        sys.exit(STATUS)
     except ConfigError as error:
         if rank == 0:  # every rank finds the same
             sys.exit(_tell(error))

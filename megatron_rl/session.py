@@ -12,11 +12,12 @@ import orjson
 from transformers import AutoTokenizer
 
 from megatron_rl.config.schema import Config, DynamicSamplingConfig
-from megatron_rl.data.prompts import Fields, PromptCursor, PromptDataset, load_prompts
+from megatron_rl.data.prompts import Fields, PromptCursor, PromptDataset, data_digest, load_prompts
 from megatron_rl.data.sample import Group
 from megatron_rl.data.store import write_groups
 from megatron_rl.engine.distribute import MiniBatch
 from megatron_rl.engine.exchange import all_gather_bytes, broadcast_bytes
+from megatron_rl.engine.manifest import DataIdentity, State
 from megatron_rl.engine.routes import RouteExchange, valid_rows
 from megatron_rl.lab.metrics import ROLLOUT, overlong_metrics, rollout_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
@@ -32,6 +33,7 @@ from megatron_rl.rollout.source import Leader, rollout_file, saved_groups
 from megatron_rl.routing.drift import RoutingStats
 from megatron_rl.routing.modes import MiniBatchRouting
 from megatron_rl.routing.shift import RouterShift
+from megatron_rl.stop import Interrupted
 from megatron_rl.trainer import Trainer, open_trainer
 from megatron_rl.weights.sync import WeightSync
 
@@ -48,7 +50,8 @@ class Session:
         self.trainer = trainer
         self.config = config
         self.step = 0
-        self._saved_step = 0  # of the newest checkpoint
+        self.owes_evaluation = True
+        """Whether the evaluation of `step` is due and not made."""
         self._cursor = PromptCursor(config.seed)
         self._pool = pool
         self._leader = leader
@@ -74,10 +77,11 @@ class Session:
         """This leader's share of the groups that the next step trains on, their rewards shaped; [] off the leaders."""
         config = self.config
         sampled, kept, figures = self._groups()
-        if self._prompts is not None:
-            # With the verifiers' own verdicts: who replays them shapes them.
-            file = rollout_file(self.trainer.run.rollouts, self.step + 1, self.trainer.place.dp)
-            write_groups(file, kept, weight_version=self.step)
+        # With the verifiers' own verdicts: who replays them shapes them.
+        file = rollout_file(self.trainer.run.rollouts, self.step + 1, self.trainer.place.dp)
+        with self.trainer.writing(f"the rollout of step {self.step + 1} was not written", file):
+            if self._prompts is not None:
+                write_groups(file, kept, weight_version=self.step)
         longest = config.rollout.max_response_tokens
         metrics = MetricAccumulator(ROLLOUT)
         rollout_metrics(metrics, shape_rewards(sampled, config.reward, longest), self.step)
@@ -90,7 +94,8 @@ class Session:
     def _groups(self) -> tuple[list[Group], list[Group], dict[str, float]]:
         """All groups that were sampled, those to train on, and figures of the choice.
 
-        Raises StepError, on every rank, once there is a checkpoint of the steps before.
+        Raises, on every rank and with a checkpoint of the steps before, StepError, and Stopped if the run is to stop:
+        the groups of this step are then sampled once more on resume.
         """
         if not self._has_servers:
             groups = self._saved()
@@ -103,10 +108,11 @@ class Session:
                 return groups, groups, {}
             sampled, search = self._search(config.dynamic_sampling)
             return sampled, search.keep(sampled), search.figures()
-        except StepError:
+        except (StepError, Interrupted) as error:
             self._cursor = start
-            if self.step > self._saved_step:
-                self.save()
+            self.save()
+            if isinstance(error, Interrupted):
+                self.trainer.stop_if_asked(self.step)
             raise
 
     def _saved(self) -> list[Group]:
@@ -136,17 +142,24 @@ class Session:
 
     def _sample(self, count: int, first: int = 0) -> list[Group]:
         """This leader's share of the next `count` prompts, sampled, judged and numbered from `first` on; [] off the
-        leaders."""
-        if self._prompts is None:
-            return []
+        leaders. Raises Interrupted, on every rank, if a signal came meanwhile. Collective."""
+        groups: list[Group] = []
+        if self._prompts is not None:
+            with contextlib.suppress(Interrupted):
+                groups = self._ask(self._prompts, count, first)
+        self.trainer.check_interrupted()
+        return groups
+
+    def _ask(self, dataset: PromptDataset, count: int, first: int) -> list[Group]:
         assert self._leader is not None
         config, place = self.config.rollout, self.trainer.place
-        prompts, self._cursor = self._prompts.take(self._cursor, count)
+        prompts, self._cursor = dataset.take(self._cursor, count)
         share = [(i, p) for i, p in enumerate(prompts, first) if i % self.trainer.layout.dp == place.dp]
         with self.trainer.phase("rollout"):
             self._check_servers()
             sampling = self._sampling(config.group_size, config.temperature, self._routes)
-            groups = self._leader.sample(share, sampling)
+            with self.trainer.wait():
+                groups = self._leader.sample(share, sampling)
         with self.trainer.phase("rewards"):
             return grade(groups, self._decode, self._judges)
 
@@ -187,6 +200,7 @@ class Session:
     def finish_step(self) -> None:
         """Counts the step, syncs its weights and shows it."""
         self.step += 1
+        self.owes_evaluation = self.due(self.config.eval.every)
         self.sync_weights()
         traces = self.route_exchange.drain() if self.route_exchange else {}
         times = self.trainer.finish_step({**self._sync_metrics, **traces})
@@ -216,7 +230,14 @@ class Session:
         return self.step == self.config.train.steps or (every > 0 and self.step % every == 0)
 
     def evaluate(self) -> None:
-        """Held-out prompts, asked by rank 0; the other ranks go on and wait at the next collective."""
+        """Held-out prompts, asked by rank 0; the other ranks go on and wait at the next collective. A run that stops
+        owes it to its resume."""
+        if not self.trainer.stopping:
+            with contextlib.suppress(Interrupted):
+                self._evaluate()
+                self.owes_evaluation = False
+
+    def _evaluate(self) -> None:
         if self._heldout is None:
             return
         assert self._leader is not None
@@ -224,11 +245,9 @@ class Session:
         count = min(len(self._heldout), config.prompts or len(self._heldout))
         prompts = [(i, self._heldout[i]) for i in range(count)]
         with self.trainer.phase("evaluation"):
-            groups = grade(
-                self._leader.sample(prompts, self._sampling(config.samples, config.temperature)),
-                self._decode,
-                self._judges,
-            )
+            with self.trainer.wait():
+                sampled = self._leader.sample(prompts, self._sampling(config.samples, config.temperature))
+            groups = grade(sampled, self._decode, self._judges)
         report = evaluation(groups) | self.trainer.console.timer.take("evaluation")
         self.trainer.run.log_eval(self.step, self.step, report)
         self.trainer.console.heldout(report["avg_at_k"])
@@ -238,16 +257,40 @@ class Session:
         if self.trainer.critic is not None:
             self.trainer.export(self.trainer.critic, self.trainer.run.path / "critic")
 
-    def save(self) -> None:
-        state = {"cursor": self._cursor.as_json(), "weight_version": self.step}
-        self.trainer.save(self.step, state, self.config.checkpoint)
-        self._saved_step = self.step
+    def checkpoint(self) -> None:
+        """Saves if it is due. Raises Stopped, on every rank, if the run is to stop."""
+        if self.trainer.checkpoint_due(self.step):
+            self.save()
+        self.trainer.stop_if_asked(self.step)
 
-    def resume(self) -> None:
-        state = self.trainer.resume()
+    def save(self) -> None:
+        """A checkpoint of `step`, if there is none yet."""
+        self.trainer.save(
+            State(
+                step=self.step,
+                cursor=self._cursor.as_json(),
+                weight_version=self.step,
+                evaluated=not self.owes_evaluation,
+            )
+        )
+
+    def begin(self) -> None:
+        """Begins the run, or resumes it from the newest whole checkpoint."""
+        state = self.trainer.begin(self._data())
         if state is not None:
-            self.step = self._saved_step = state["step"]
-            self._cursor = PromptCursor(**state["cursor"])
+            self.step, self.owes_evaluation = state.step, not state.evaluated
+            self._cursor = PromptCursor(**state.cursor)
+
+    def _data(self) -> dict[str, DataIdentity]:
+        """What the prompts of this rank are, for rank 0 to say which data the run is of."""
+        sources = {"data.train": (self.config.data.train, self._prompts)}
+        if self.config.data.heldout is not None:
+            sources["data.heldout"] = (self.config.data.heldout, self._heldout)
+        return {
+            key: DataIdentity(size=len(prompts), digest=data_digest(source))
+            for key, (source, prompts) in sources.items()
+            if prompts is not None
+        }
 
     def close(self) -> None:
         self._judges.close()
@@ -296,8 +339,7 @@ def open_session(config: Config, resume: bool) -> Iterator[Session]:
         if config.rollout.replay_from is None:
             pool, leader = _connect(config, trainer, api_key, stack)
         session = Session(trainer, config, pool, leader)
-        if resume:
-            session.resume()
+        session.begin()
         yield session
         session.close()
 

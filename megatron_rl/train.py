@@ -25,7 +25,7 @@ def train(config: Config, resume: bool = False) -> None:
     trained model is then a Hugging Face directory, run_dir/model, and the critic run_dir/critic."""
     with open_session(config, resume) as session:
         session.sync_weights()
-        if session.step == 0:
+        if session.owes_evaluation:  # before the first step, and where a run was stopped
             session.evaluate()
         session.trainer.console.timer.drain()  # the first weight sync is no step's
         while session.step < config.train.steps:
@@ -37,10 +37,9 @@ def train(config: Config, resume: bool = False) -> None:
                 session.update(update)
             session.finish_epochs(updates)
             session.finish_step()
-            if session.due(config.eval.every):
+            if session.owes_evaluation:
                 session.evaluate()
-            if session.due(config.checkpoint.every):
-                session.save()
+            session.checkpoint()
         session.export()
 
 

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import orjson
 import torch
 import torch.distributed as dist
 
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.load import ConfigError, check_companions, check_config, dump_config
-from megatron_rl.config.schema import CheckpointConfig, Config, SftConfig
-from megatron_rl.engine.checkpoint import checkpoints, load_checkpoint, prune, save_checkpoint
+from megatron_rl.config.schema import Config, SftConfig
+from megatron_rl.disk import DiskError, explain
+from megatron_rl.engine.checkpoint import find_checkpoint, load_checkpoint, prune, remove_partial, save_checkpoint
 from megatron_rl.engine.critic import Critic
 from megatron_rl.engine.device import use_device
 from megatron_rl.engine.distribute import MiniBatch
-from megatron_rl.engine.exchange import broadcast_bytes
+from megatron_rl.engine.exchange import all_gather_bytes, broadcast_bytes
 from megatron_rl.engine.losses import PolicyLoss, SftLoss, ValueLoss
+from megatron_rl.engine.manifest import CheckpointError, DataIdentity, Identity, ModelIdentity, State
 from megatron_rl.engine.network import Network, UpdateResult
 from megatron_rl.engine.parallel import Place, start_process_groups, stop_process_groups
 from megatron_rl.engine.policy import Policy
@@ -33,10 +38,14 @@ from megatron_rl.lab.metrics import explained_variance
 from megatron_rl.lab.run import RunDir
 from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.models.architecture import read_architecture
+from megatron_rl.models.identity import file_digests
 from megatron_rl.models.weights_io import save_weights
 from megatron_rl.routing.modes import MiniBatchRouting
+from megatron_rl.stop import Clock, Interrupted, Signals, Stopped
 
 MAX_SHARD_BYTES = 4 << 30
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,10 @@ class Trainer:
         networks: Networks,
         run: RunDir,
         console: Console,
+        clock: Clock,
+        *,
+        steps: int,
+        resumes: bool,
     ) -> None:
         self.config = config
         self.layout = layout
@@ -68,6 +81,15 @@ class Trainer:
         self.reference = networks.reference
         self.run = run
         self.console = console
+        self.stopping = ""
+        """Why the run stops at the end of this step, as all ranks know; empty if it goes on."""
+        self._signals = Signals(tells=place.rank == 0)
+        self._clock = clock
+        self._steps = steps
+        self._resumes = resumes
+        self._identity: Identity | None = None
+        self._saved_step = 0  # of the newest checkpoint
+        self._checkpoint_due = False
         self._held: tuple[int, int, int, dict[str, float]] | None = None
 
     def phase(self, name: str) -> AbstractContextManager[None]:
@@ -98,6 +120,11 @@ class Trainer:
         assert self.critic is not None
         with self.phase("critic update"):
             return self.critic.update(mini_batch.micro_batches, loss)
+
+    def close(self) -> None:
+        """Writes what waits, and leaves signals to who had them before."""
+        self.flush()
+        self._signals.release()
 
     def check_skipped(self) -> None:
         """Raises NonFiniteGradientError when a network has skipped too many optimizer steps."""
@@ -132,52 +159,171 @@ class Trainer:
             self._held[3].update(more)
 
     def finish_step(self, more: Mapping[str, float]) -> dict[str, float]:
-        """Writes the last optimizer step's line, with `more` and the time per phase; returns the times."""
+        """Writes the last optimizer step's line, with `more` and the time per phase; returns the times. Then the ranks
+        agree on how the run goes on."""
         times = self.console.timer.drain()
         self.add_to_line({**more, **times})
         self.flush()
+        self._clock.step_done()
+        self._agree()
         return times
 
     def flush(self) -> None:
-        """Writes the line that waits, as when the run ends before its step does."""
+        """Writes the line that waits, as when the run ends before its step does. A line that cannot be written is told
+        by `finish_step`."""
         if self._held is not None:
             self.run.log_metrics(*self._held)
             self._held = None
 
-    def save(self, step: int, state: dict[str, Any], config: CheckpointConfig) -> None:
-        """A resumable checkpoint of `step`; older ones than `config.keep` go."""
-        with self.phase("checkpoint"):
-            root = self.run.checkpoints
-            save_checkpoint(root / f"step-{step:06d}", self._trained(), {"step": step, **state})
-            if self.place.rank == 0:
-                prune(root, config.keep)
-        # The step's own line is on disk already: it has to be there before its checkpoint is.
-        self.run.log_checkpoint(step, self.console.timer.take("checkpoint"))
+    # ---- beginning, going on, ending ---------------------------------------------------------------------------
 
-    def resume(self) -> dict[str, Any] | None:
-        """Restores the newest complete checkpoint and returns its state; None when there is none yet."""
-        found = checkpoints(self.run.checkpoints)
-        step = torch.tensor(int(found[-1].name.removeprefix("step-")) if found else -1)
-        # All ranks take rank 0's answer: a file system may show them different directories.
-        dist.broadcast(step, 0, group=self.place.control)
-        self.run.truncate_after(int(step))
-        if step < 0:
+    def begin(self, data: Mapping[str, DataIdentity]) -> State | None:
+        """Begins or resumes the run; returns the state that it resumes from, None at step 0. Until here the run's files
+        are as they were. `data` is needed on rank 0. Collective.
+
+        Raises CheckpointError, on every rank, for a checkpoint of another run, model, data or layout, and if no
+        checkpoint is whole but there is something to lose.
+        """
+        found = None
+        if self._resumes:
+            self._identity = self._identify(data)
+            found = find_checkpoint(self.run.checkpoints, self._trained(), self._identity)
+            if found.directory is None:
+                self._raise_everywhere(lambda: self._check_step_0(found.warnings))
+            else:
+                load_checkpoint(found.directory, self._trained())
+        state = found.manifest.state if found and found.manifest else None
+        self._raise_everywhere(lambda: self._begin_run(state, found.damaged if found else ()))
+        if found and self.place.rank == 0:
+            for warning in found.warnings:
+                logger.warning("%s", warning)
+        if not self._resumes:
+            self._identity = self._identify(data)
+        self._saved_step = state.step if state else 0
+        self._signals.catch()
+        self._clock.begin()
+        return state
+
+    def _identify(self, data: Mapping[str, DataIdentity]) -> Identity | None:
+        """What the run computes on now; rank 0's word counts."""
+        if self.place.rank != 0:
             return None
-        return load_checkpoint(self.run.checkpoints / f"step-{int(step):06d}", self._trained())
+        keys = {"policy": "model.path", "critic": "critic.path", "reference": "model.reference"}
+        networks = {**self._trained(), **({"reference": self.reference} if self.reference else {})}
+        models = {}
+        for name, network in networks.items():
+            architecture = orjson.loads(orjson.dumps(dataclasses.asdict(network.arch)))
+            models[name] = ModelIdentity(
+                key=keys[name], architecture=architecture, files=file_digests(network.model_dir)
+            )
+        return Identity(run=self.run.id, models=models, data=dict(data))
+
+    def _check_step_0(self, warnings: Sequence[str]) -> None:
+        if refusal := self.run.refuses_step_0():
+            raise CheckpointError("\n".join([refusal, *warnings]))
+
+    def _begin_run(self, state: State | None, damaged: Sequence[Path]) -> None:
+        self.run.begin(state.step if state else -1, damaged)
+        remove_partial(self.run.checkpoints)
+
+    def _raise_everywhere(self, action: Callable[[], None]) -> None:
+        """Runs `action` on rank 0; if it raises a UserError, all ranks do. Collective."""
+        failure: UserError | None = None
+        if self.place.rank == 0:
+            try:
+                action()
+            except UserError as error:
+                failure = error
+        text = broadcast_bytes(str(failure or "").encode(), self.place.control).decode()
+        if text:
+            raise failure or UserError(text)
+
+    def _agree(self, failure: str = "") -> None:
+        """Tells all ranks which signals came, whether time is up or a checkpoint due, and what could not be written.
+
+        Raises DiskError, on every rank, if something could not. Collective.
+        """
+        leads = self.place.rank == 0
+        word = {
+            "failure": failure or self.run.failure,
+            "stop": self._signals.received or ("max_minutes" if leads and self._clock.time_up else ""),
+            "checkpoint": leads and self._clock.checkpoint_due,
+        }
+        words = [orjson.loads(part) for part in all_gather_bytes(orjson.dumps(word), self.place.control)]
+        if failures := [each["failure"] for each in words if each["failure"]]:
+            raise DiskError(failures[0])
+        self.stopping = self.stopping or next((each["stop"] for each in words if each["stop"]), "")
+        self._checkpoint_due = any(each["checkpoint"] for each in words)
+
+    @contextlib.contextmanager
+    def writing(self, failure: str, path: Path) -> Iterator[None]:
+        """A write by some of the ranks, which all of them enter: if one fails, all raise DiskError, which begins with
+        `failure`. Collective."""
+        why = ""
+        try:
+            yield
+        except OSError as error:
+            why = f"{failure}: {explain(error, path)}"
+        self._agree(why)
+
+    def wait(self) -> AbstractContextManager[None]:
+        """A wait of this rank that a signal ends with Interrupted; `check_interrupted` then tells the other ranks."""
+        return self._signals.interrupt()
+
+    def check_interrupted(self) -> None:
+        """Raises Interrupted on every rank if the run is to stop. Collective."""
+        self._agree()
+        if self.stopping:
+            raise Interrupted
+
+    def checkpoint_due(self, step: int) -> bool:
+        """Every so many steps or minutes, after the last step, and before the run stops."""
+        every = self.config.checkpoint.every
+        by_count = step == self._steps or (every > 0 and step % every == 0)
+        return by_count or self._checkpoint_due or bool(self.stopping)
+
+    def save(self, state: State) -> None:
+        """A resumable checkpoint, if there is none of this step yet; older ones than `checkpoint.keep` go.
+
+        Raises DiskError, on every rank, if one could not write.
+        """
+        if state.step <= self._saved_step:
+            return
+        with self.phase("checkpoint"):
+            with self.writing("metrics.jsonl was not written", self.run.path):
+                self.run.sync()  # the step's own line has to be on the disk before its checkpoint is
+            save_checkpoint(self.run.checkpoints, self._trained(), self._identity, state)
+            with self.writing("an old checkpoint was not deleted", self.run.checkpoints):
+                if self.place.rank == 0:
+                    prune(self.run.checkpoints, self.config.checkpoint.keep)
+        self._saved_step = state.step
+        self._clock.saved()
+        self.run.log_checkpoint(state.step, self.console.timer.take("checkpoint"))
+
+    def stop_if_asked(self, step: int) -> None:
+        """Raises Stopped if the run is to end with this step, though there are more. `step` is saved, or 0."""
+        if self.stopping and step < self._steps:
+            saved = "its checkpoint is complete, and --resume goes on from it" if step else "nothing is lost"
+            raise Stopped(f"{self.stopping}: stopped after step {step} of {self._steps}; {saved}")
 
     def export(self, network: Network, directory: Path, bucket_mib: int = 256) -> None:
-        """Its weights as a Hugging Face directory, in place of the one that an earlier start of the run left there."""
-        if self.place.rank == 0:
-            shutil.rmtree(directory, ignore_errors=True)
+        """Its weights as a Hugging Face directory, in place of the one that an earlier end of the run left there."""
         buckets = network.export(bucket_mib << 20)
-        if self.place.rank == 0:
-            dtype = torch.bfloat16 if self.config.engine.dtype == "bf16" else torch.float32
-            tensors = (pair for bucket in buckets for pair in bucket)
-            save_weights(tensors, directory, network.model_dir, MAX_SHARD_BYTES, dtype, network.arch.value_head)
-        else:
-            for _ in buckets:
-                pass
-        dist.barrier(group=self.place.control)
+        with self.writing(f"the model in {directory} was not written", directory):
+            try:
+                if self.place.rank == 0:
+                    self._write_model(network, directory, (pair for bucket in buckets for pair in bucket))
+            finally:
+                for _ in buckets:  # the ranks send until all is received
+                    pass
+
+    def _write_model(self, network: Network, directory: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        dtype = torch.bfloat16 if self.config.engine.dtype == "bf16" else torch.float32
+        new = directory.with_name(directory.name + ".new")
+        shutil.rmtree(new, ignore_errors=True)
+        save_weights(tensors, new, network.model_dir, MAX_SHARD_BYTES, dtype, network.arch.value_head)
+        shutil.rmtree(directory, ignore_errors=True)
+        new.rename(directory)
 
 
 @contextlib.contextmanager
@@ -189,19 +335,25 @@ def open_trainer(
     layout = check_config(config, arch, int(os.environ.get("WORLD_SIZE", "1")))
     if isinstance(config, Config):
         check_companions(config, arch, layout)
+    minutes = config.train.max_minutes if isinstance(config, Config) else config.max_minutes
+    clock = Clock(config.checkpoint.minutes, minutes)
     device = use_device(config.engine.device)
     joins_world = not dist.is_initialized()
     place = start_process_groups(layout, device, config.seed)
     try:
-        run = _run_dir(config, place, resume)
-        networks = _networks(config, layout, place, device, temperature)
-        with Console(steps, shows=place.rank == 0) as console:
-            trainer = Trainer(config, layout, place, networks, run, console)
-            try:
-                yield trainer
-            finally:
-                trainer.flush()
-        run.close()
+        with _open_run(config, place, resume) as run:
+            networks = _networks(config, layout, place, device, temperature)
+            with Console(steps, shows=place.rank == 0) as console:
+                trainer = Trainer(config, layout, place, networks, run, console, clock, steps=steps, resumes=resume)
+                try:
+                    yield trainer
+                finally:
+                    trainer.close()
+    except Stopped as stopped:
+        if place.rank == 0:
+            print(stopped, file=sys.stderr, flush=True)
+        dist.barrier(group=place.control)  # torchrun ends all ranks as soon as one leaves
+        raise
     finally:
         stop_process_groups(leave_world=joins_world)
 
@@ -225,15 +377,20 @@ def _of_result(result: UpdateResult) -> dict[str, float]:
     return {"lr": result.lr, "grad_norm": result.grad_norm, **norms, "skipped": float(result.skipped)}
 
 
-def _run_dir(config: Config | SftConfig, place: Place, resume: bool) -> RunDir:
-    """Made by rank 0, whose failure is every rank's."""
+@contextlib.contextmanager
+def _open_run(config: Config | SftConfig, place: Place, resume: bool) -> Iterator[RunDir]:
+    """Opened by rank 0, whose failure is every rank's."""
     failure = ""
+    run = RunDir.attach(config.run_dir)
     if place.rank == 0:
         try:
-            run = RunDir.create(config.run_dir, dump_config(config), resume)
+            run = RunDir.open(config.run_dir, dump_config(config), resume)
         except (OSError, UserError) as error:
             failure = str(error)
     failure = broadcast_bytes(failure.encode(), place.control).decode()
     if failure:
         raise ConfigError(failure)
-    return run if place.rank == 0 else RunDir.attach(config.run_dir)
+    try:
+        yield run
+    finally:
+        run.close()

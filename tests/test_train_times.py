@@ -20,12 +20,13 @@ from megatron_rl.config.schema import CheckpointConfig, Config, EvalConfig
 from megatron_rl.lab.console import Console
 from megatron_rl.lab.run import RunDir, read_metrics
 from megatron_rl.session import Session
+from megatron_rl.stop import Clock
 from megatron_rl.trainer import Trainer
 
 ROLLOUT, SYNC, UPDATE, EVALUATION, CHECKPOINT = 1.0, 2.0, 4.0, 8.0, 16.0
 
 
-class Clock:
+class HandClock:
     def __init__(self) -> None:
         self.now = 0.0
 
@@ -43,7 +44,7 @@ class Clock:
 @pytest.fixture
 def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Of a run of three steps that evaluated and saved after the second and the last."""
-    clock = Clock()
+    clock = HandClock()
     config = Config(
         run_dir=tmp_path / "run",
         model={"path": tmp_path},
@@ -55,9 +56,11 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     place = SimpleNamespace(rank=0)
     policy = SimpleNamespace(arch=SimpleNamespace(vocab_size=9), check_skipped=lambda: None)
     networks: Any = SimpleNamespace(policy=policy, critic=None, reference=None)
-    run = RunDir.create(config.run_dir, "", resume=False)
+    run = RunDir.open(config.run_dir, "", resume=False)
+    run.begin()
     console = Console(3, shows=False, clock=clock)
-    trainer = Trainer(config, SimpleNamespace(), place, networks, run, console)  # type: ignore[arg-type]
+    layout: Any = SimpleNamespace()
+    trainer = Trainer(config, layout, place, networks, run, console, Clock(None, None), steps=3, resumes=False)  # type: ignore[arg-type]
     session = object.__new__(Session)
     session.__dict__.update(
         trainer=trainer,
@@ -65,6 +68,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         step=0,
         _pool=None,
         _heldout=[None],
+        owes_evaluation=True,
         _has_servers=True,
         _leader=SimpleNamespace(sample=clock.takes(EVALUATION)),
         route_exchange=None,
@@ -90,6 +94,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(trainer, "update", update)
     monkeypatch.setattr(trainer, "export", lambda *_: None)
+    monkeypatch.setattr(trainer, "_agree", lambda *_: None)  # nobody else is there
     monkeypatch.setattr(trainer_module, "save_checkpoint", clock.takes(CHECKPOINT))
     monkeypatch.setattr(session, "rollout", rollout)
     monkeypatch.setattr(session_module, "grade", lambda groups, *_: groups)

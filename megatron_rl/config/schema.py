@@ -308,13 +308,19 @@ class EvalConfig(Frozen):
 
 class CheckpointConfig(Frozen):
     every: NonNegativeInt = 0
-    """In rollout steps; 0: only after the last."""
+    """In rollout steps, of SFT in optimizer steps. Defaults to 0, which leaves it to `minutes`. There is always one
+    after the last step, and before a run that a signal or max_minutes stops ends."""
+    minutes: Positive | None = 30.0
+    """The first step that ends so long after the last checkpoint is followed by one. Defaults to 30; null disables."""
     keep: PositiveInt = 2
 
 
 class TrainConfig(Frozen):
     steps: PositiveInt
     """Rollout steps; each makes `mini_batches` optimizer steps."""
+    max_minutes: Positive | None = None
+    """The run saves a checkpoint and ends, with status 75, before a step that would end more than so many minutes after
+    the start, were it as long as the longest so far. Leave time for the checkpoint. Defaults to null: no limit."""
     mini_batches: PositiveInt = 4
     recompute_old_logprobs: bool = True
     """False: pi_old is taken from the update's own forward pass, or, where there are several mini-batches under
@@ -370,6 +376,8 @@ class SftConfig(Frozen):
     data: SftDataConfig
     steps: PositiveInt
     """Optimizer steps."""
+    max_minutes: Positive | None = None
+    """As train.max_minutes of RL. Defaults to null: no limit."""
     batch_size: PositiveInt = 64
     """Examples of one optimizer step, over all data-parallel ranks."""
     checkpoint: CheckpointConfig = CheckpointConfig()

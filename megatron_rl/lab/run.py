@@ -1,68 +1,59 @@
 """The run directory: everything a run leaves behind, in one place.
 
+    owner-N.json       the process that writes here now, or that did last (lab/owner.py)
+    run.json           the run's id, which each of its checkpoints carries
     config.yaml        the frozen, resolved configuration
     versions.json      python, torch, megatron-core, transformers, sglang, megatron_rl, platform, cores
     git.json           commit, dirty flag, untracked files; git.diff holds the changes (only from a git checkout)
-    history/N/         those four as an earlier start of the same run had them
+    history/N/         what an earlier start left and a resume took out: those four records if they differ, lines and
+                       rollouts of steps after the checkpoint, damaged checkpoints
     metrics.jsonl      one line per optimizer step: step, mini_batch, weight_version, time, then the metrics
     eval.jsonl         one line per evaluation on held-out prompts: step, weight_version, time, then the metrics
     checkpoints.jsonl  one line per checkpoint: step, time, and the seconds that it took
     tensorboard/       the figures of metrics.jsonl and eval.jsonl as events, over optimizer steps
     rollouts/  checkpoints/  logs/
 
-Rank 0 creates the directory and writes it; the other ranks attach to it for its paths.
+Rank 0 opens the directory and writes it; the other ranks attach to it for its paths.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
+import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
-import yaml
 
-import megatron_rl
-from megatron_rl.errors import UserError
-from megatron_rl.lab import provenance
+from megatron_rl.disk import explain, sync_directory, writes
+from megatron_rl.lab.owner import Owner, OwnerError
+from megatron_rl.lab.records import (
+    RECORDS,
+    RUN_FILE,
+    History,
+    RunDirError,
+    check_resumable,
+    name_run,
+    read_run_id,
+    write_records,
+)
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
-MAY_CHANGE = (
-    "merged_presets",
-    "run_dir",
-    "train.steps",
-    "checkpoint",
-    "eval",
-    "rollout.servers",
-    "rollout.concurrency",
-    "rollout.deadline",
-    "rollout.dynamic_sampling.oversample",
-    "rollout.dynamic_sampling.max_refills",
-    "optim.max_skipped",
-    "critic.optim.max_skipped",
-    "weights",
-)
-"""Keys, with all below them, that may differ on resume: how long a run goes, where and how fast, and what ends it.
-
-Of presets only the names are free: what they set is compared, key by key. A server's dtype and flags do
-change mu, but a run outlives its servers; the mismatch metrics show the change.
-"""
-
-# In the order in which they are written: only a directory with a config.yaml can be resumed.
-_RECORDS = ("versions.json", "git.json", "git.diff", "config.yaml")
 _TAGS = ("step", "mini_batch", "weight_version", "time")
-
-
-class RunDirError(UserError):
-    """A configuration that does not fit the run, or a line of its files that cannot be read."""
+# What a start leaves that ended before its run began: it does not stand in the way of the next one.
+_LEFTOVERS = re.compile(
+    r"owner-\d+\.json|\..*|logs|rollouts|checkpoints|" + "|".join(map(re.escape, (RUN_FILE, *RECORDS[:-1])))
+)
+_ROLLOUTS = re.compile(r"step-(\d+)-.*")
 
 
 class RunDir:
@@ -71,51 +62,98 @@ class RunDir:
     A step is the number of a rollout step. Off rank 0 (`attach`) every log call does nothing.
     """
 
-    def __init__(self, path: Path, *, writes: bool) -> None:
+    def __init__(self, path: Path, owner: Owner | None, config_yaml: str = "", *, resumes: bool = False) -> None:
         self.path = path
+        self.id = ""
+        """The run's id, the same after each resume; known to its owner once the run has begun or is to be resumed."""
         self.rollouts = path / "rollouts"
         self.checkpoints = path / "checkpoints"
         self.logs = path / "logs"
         self.metrics_file = path / "metrics.jsonl"
         self.eval_file = path / "eval.jsonl"
         self.checkpoints_file = path / "checkpoints.jsonl"
-        self._writes = writes
+        self.failure = ""
+        """Why the first line that was not written was not, in words for the user."""
+        self._owner = owner
+        self._config_yaml = config_yaml
+        self._resumes = resumes
+        self._began = False
         self._optimizer_steps = 0
         self._events: SummaryWriter | None = None
         self._hide_events_from: int | None = None
         self._warned: set[str] = set()
 
-    @classmethod
-    def create(cls, path: Path, config_yaml: str, resume: bool) -> RunDir:
-        """Starts a run in a new or empty directory, or takes up the one that is there. For rank 0 only.
+    @property
+    def _files(self) -> list[Path]:
+        return [f for f in (self.metrics_file, self.eval_file, self.checkpoints_file) if f.exists()]
 
-        On resume call `truncate_after` with the checkpoint's step before anything is logged.
-        Raises FileExistsError when the directory is not empty and `resume` is False, FileNotFoundError when
-        there is nothing to resume, RunDirError when the configuration differs in more than MAY_CHANGE.
+    @classmethod
+    def open(cls, path: Path, config_yaml: str, resume: bool) -> RunDir:
+        """Takes a new or empty directory, or with `resume` the run that is there. For rank 0 only.
+
+        Nothing of a run is written or changed before `begin`; `close` without it leaves the directory as it was.
+        Raises FileExistsError if the directory is not empty and `resume` is False, FileNotFoundError if there is
+        nothing to resume, RunDirError if the configuration differs in more than MAY_CHANGE, OwnerError if another
+        process writes there, and DiskError if this one cannot.
         """
-        run = cls(path, writes=True)
         if resume:
-            _check_resumable(path, config_yaml)
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise FileExistsError(
-                f"run_dir {path} is not an empty directory. "
-                "Resume the run that is in it, name another run_dir, or remove it."
-            )
-        for directory in (run.rollouts, run.checkpoints, run.logs):
-            directory.mkdir(parents=True, exist_ok=True)
-        _write_records(path, config_yaml)
-        if resume:
-            run._cut_files(last_step=None)
+            check_resumable(path, config_yaml)
+        else:
+            _check_empty(path)
+        with writes(f"run_dir {path}", path):
+            path.mkdir(parents=True, exist_ok=True)
+            run = cls(path, Owner.take(path), config_yaml, resumes=resume)
+        try:
+            if resume:  # once more: until now another process may have been at work
+                check_resumable(path, config_yaml)
+                run.id = read_run_id(path)
+                for file in run._files:
+                    read_metrics(file)
+            else:
+                _check_empty(path)
+        except BaseException:
+            run.close()
+            raise
         return run
 
     @classmethod
     def attach(cls, path: Path) -> RunDir:
-        """The directory for the other ranks, once rank 0 has created it: its paths; nothing is written."""
-        return cls(path, writes=False)
+        """The directory for the other ranks, once rank 0 has opened it: its paths; nothing is written."""
+        return cls(path, None)
+
+    def begin(self, last_step: int = -1, damaged: Sequence[Path] = ()) -> None:
+        """Makes the directory this start's. For the owner only; nothing can be logged before.
+
+        On resume the run goes on after `last_step` (-1: without a checkpoint). What is later moves to history/, so
+        that the files equal those of a run that was never interrupted, as do the `damaged` checkpoints. The lines of
+        `last_step` itself stay, so a step's lines must be logged before its checkpoint is made.
+        """
+        assert self._owner is not None
+        history = History(self.path)
+        with writes(f"run_dir {self.path}", self.path):
+            for directory in (self.rollouts, self.checkpoints, self.logs):
+                directory.mkdir(parents=True, exist_ok=True)
+            if self._resumes:
+                self._take_out(last_step, damaged, history)
+            else:
+                self.id = name_run(self.path)
+            write_records(self.path, self._config_yaml, history)
+            self._owner.settle()
+        self._began = True
+
+    def refuses_step_0(self) -> str:
+        """Returns why a resume without any checkpoint would lose work; empty if nothing would be lost."""
+        lines = len(read_metrics(self.metrics_file)) if self.metrics_file.exists() else 0
+        if not lines:
+            return ""
+        return (
+            f"run_dir {self.path} has no whole checkpoint, but {lines} lines in metrics.jsonl: to resume would be to "
+            "start again at step 0 and to lose them. Start a new run in another run_dir, or put a checkpoint back"
+        )
 
     def log_metrics(self, step: int, mini_batch: int, weight_version: int, metrics: Mapping[str, float]) -> None:
         """Appends the line of one optimizer step; a metric that is not finite becomes null (warned once)."""
-        if not self._writes:
+        if self._owner is None:
             return
         tags = {"step": step, "mini_batch": mini_batch, "weight_version": weight_version}
         values = self._append(self.metrics_file, tags, metrics)
@@ -124,37 +162,70 @@ class RunDir:
 
     def log_eval(self, step: int, weight_version: int, metrics: Mapping[str, float]) -> None:
         """Appends the line of one evaluation, made after `step` (0: before the first)."""
-        if not self._writes:
+        if self._owner is None:
             return
         values = self._append(self.eval_file, {"step": step, "weight_version": weight_version}, metrics)
         self._plot("eval/", values)
 
     def log_checkpoint(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends the line of the checkpoint of `step`."""
-        if self._writes:
+        if self._owner is not None:
             self._append(self.checkpoints_file, {"step": step}, metrics)
 
-    def truncate_after(self, step: int) -> None:
-        """Cuts the lines of all later steps, so that the resumed run's files equal an uninterrupted one's.
-
-        The lines of `step` itself stay, so a step's lines must be logged before its checkpoint is made.
-        """
-        if self._writes:
-            self._cut_files(last_step=step)
+    def sync(self) -> None:
+        """Waits until all lines are on the disk: a checkpoint must not outlive the lines before it. Raises OSError."""
+        if self._owner is None:
+            return
+        for file in self._files:
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
 
     def close(self) -> None:
-        """Flushes and closes the events; the next log call opens them again."""
+        """Closes the events and gives the directory up. After it nothing can be logged."""
+        self._close_events()
+        if self._owner is None:
+            return
+        owner, self._owner = self._owner, None
+        with contextlib.suppress(OSError):  # a full disk: the next start finds the process gone
+            if self._began:
+                owner.release()
+                return
+            owner.withdraw()
+            if not self._resumes:
+                for directory in (self.logs, self.path):
+                    if directory.is_dir() and not any(directory.iterdir()):
+                        directory.rmdir()
+
+    def _close_events(self) -> None:
         if self._events is not None:
-            self._events.close()
+            with self._noting("tensorboard", self.path / "tensorboard"):
+                self._events.close()
             self._events = None
 
-    def _cut_files(self, last_step: int | None) -> None:
-        self.close()
-        self._optimizer_steps = _cut(self.metrics_file, last_step)
-        _cut(self.eval_file, last_step)
-        _cut(self.checkpoints_file, last_step)
+    def _take_out(self, last_step: int, damaged: Sequence[Path], history: History) -> None:
+        for file in self._files:
+            kept = _cut(file, last_step, history)
+            if file == self.metrics_file:
+                self._optimizer_steps = kept
+        for file in sorted(self.rollouts.iterdir()):
+            match = _ROLLOUTS.fullmatch(file.name)
+            if match and int(match[1]) > last_step:
+                history.take(file, "rollouts")
+        for checkpoint in damaged:
+            history.take(checkpoint, "checkpoints")
+        sync_directory(self.checkpoints)
         # Of what the interrupted run had plotted, TensorBoard hides all from the next optimizer step on.
         self._hide_events_from = self._optimizer_steps + 1
+
+    @contextlib.contextmanager
+    def _noting(self, what: str, path: Path) -> Iterator[None]:
+        """Notes a write that fails in `failure`: all ranks have to hear of it before this one may end."""
+        try:
+            yield
+        except OSError as error:
+            self.failure = self.failure or f"{what} was not written: {explain(error, path)}"
+        except OwnerError as error:
+            self.failure = self.failure or str(error)
 
     def _append(self, file: Path, tags: Mapping[str, int], metrics: Mapping[str, float]) -> dict[str, float | None]:
         reserved = [name for name in metrics if name in _TAGS]
@@ -162,8 +233,11 @@ class RunDir:
             raise ValueError(f"metric {reserved[0]!r} has the name of a tag of {file.name}: give it another")
         values = {name: self._finite(name, value, tags["step"]) for name, value in metrics.items()}
         line = orjson.dumps({**tags, "time": time.time(), **values}, option=orjson.OPT_APPEND_NEWLINE)
-        with file.open("ab") as stream:  # closed after each line: flushed, and never open while it is cut
-            stream.write(line)
+        with self._noting(f"the line of step {tags['step']} in {file.name}", file):
+            assert self._owner is not None
+            self._owner.check()
+            with file.open("ab") as stream:  # closed after each line: flushed, and never open while it is cut
+                stream.write(line)
         return values
 
     def _finite(self, name: str, value: float, step: int) -> float | None:
@@ -182,15 +256,18 @@ class RunDir:
         return None
 
     def _plot(self, prefix: str, values: Mapping[str, float | None]) -> None:
-        if self._events is None:
-            from torch.utils.tensorboard import SummaryWriter  # here: it takes over a second to import
+        if self.failure:
+            return
+        with self._noting("tensorboard", self.path / "tensorboard"):
+            if self._events is None:
+                from torch.utils.tensorboard import SummaryWriter  # here: it takes over a second to import
 
-            self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._hide_events_from)
-            self._hide_events_from = None
-        for name, value in values.items():
-            if value is not None:
-                self._events.add_scalar(prefix + name, value, self._optimizer_steps)
-        self._events.flush()
+                self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._hide_events_from)
+                self._hide_events_from = None
+            for name, value in values.items():
+                if value is not None:
+                    self._events.add_scalar(prefix + name, value, self._optimizer_steps)
+            self._events.flush()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -219,83 +296,33 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
             yield record, end
 
 
-def _cut(file: Path, last_step: int | None) -> int:
-    """Cuts the lines after `last_step` (None: keeps all) and a torn last line; returns how many are left."""
-    if not file.exists():
-        return 0
+def _cut(file: Path, last_step: int, history: History) -> int:
+    """Moves the lines after `last_step`, and a torn last line, to history/; returns how many are left."""
     kept = end = 0
     for record, line_end in _lines(file):
-        if last_step is not None and record["step"] > last_step:
+        if record["step"] > last_step:
             break
         kept, end = kept + 1, line_end
     if end < file.stat().st_size:
+        with file.open("rb") as stream:
+            stream.seek(end)
+            history.keep(file.name, stream.read())
         os.truncate(file, end)
     return kept
 
 
-def _check_resumable(path: Path, config_yaml: str) -> None:
-    config_file = path / "config.yaml"
-    if not config_file.is_file():
-        raise FileNotFoundError(
-            f"run_dir {path} has no config.yaml, so there is no run to resume. "
-            "Start without resume, or correct the path."
-        )
-    with config_file.open(encoding="utf-8") as stream:
-        frozen, asked = _flatten(yaml.safe_load(stream)), _flatten(yaml.safe_load(config_yaml))
-    differing = [
-        f"  {key}: {frozen.get(key, 'absent')} in the run, {asked.get(key, 'absent')} now"
-        for key in sorted(frozen.keys() | asked.keys())
-        if frozen.get(key, "absent") != asked.get(key, "absent") and not _may_change(key)
-    ]
-    if differing:
-        raise RunDirError(
-            f"run_dir {path} was started with another configuration:\n"
-            + "\n".join(differing)
-            + f"\nOnly these may differ on resume: {', '.join(MAY_CHANGE)}. "
-            "Restore the values, or name another run_dir."
-        )
-
-
-def _may_change(key: str) -> bool:
-    return any(key == free or key.startswith(free + ".") for free in MAY_CHANGE)
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; lists are compared as a whole."""
-    if not isinstance(tree, dict) or not tree:
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
-def _write_records(path: Path, config_yaml: str) -> None:
-    """Writes what this start was made with; what an earlier start wrote moves to history/ if it differs."""
-    new = {"versions.json": _json(provenance.versions()), "config.yaml": config_yaml.encode()}
-    git = provenance.git_state(Path(megatron_rl.__file__))
-    if git is not None:
-        new["git.json"] = _json({"commit": git.commit, "dirty": git.dirty, "untracked": git.untracked})
-        new["git.diff"] = git.diff.encode()
-    old = {name: (path / name).read_bytes() for name in _RECORDS if (path / name).is_file()}
-    if old == new:
+def _check_empty(path: Path) -> None:
+    """Raises FileExistsError if there is anything but what a start leaves that failed before its run began."""
+    if not path.exists():
         return
-    if old:
-        history = path / "history"
-        _write_all(history / str(len(list(history.glob("*")))), old)
-    _write_all(path, new)
-    for name in old.keys() - new.keys():
-        (path / name).unlink()
+    if not path.is_dir() or any(not _is_leftover(entry) for entry in path.iterdir()):
+        raise FileExistsError(
+            f"run_dir {path} is not an empty directory. "
+            "Resume the run that is in it, name another run_dir, or remove it."
+        )
 
 
-def _write_all(directory: Path, records: Mapping[str, bytes]) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    for name in _RECORDS:
-        if name in records:
-            partial = directory / f".{name}.partial"
-            partial.write_bytes(records[name])
-            os.replace(partial, directory / name)
-
-
-def _json(value: object) -> bytes:
-    return orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+def _is_leftover(entry: Path) -> bool:
+    if not _LEFTOVERS.fullmatch(entry.name):
+        return False
+    return entry.name not in ("rollouts", "checkpoints") or not any(entry.iterdir())

@@ -7,6 +7,7 @@ of whole tensors, and never holds more than one file's worth.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Sequence
@@ -27,7 +28,7 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _DTYPES = ("F32", "F16", "BF16")
 # Besides weights, what a server or transformers needs to load the directory.
-_COMPANIONS = (
+COMPANIONS = (
     "config.json",
     "generation_config.json",
     "tokenizer*",
@@ -203,7 +204,7 @@ def save_weights(
 
 
 def _copy_companions(source_dir: Path, target: Path, dtype: torch.dtype, arch: Architecture) -> None:
-    for file in sorted({f for pattern in _COMPANIONS for f in source_dir.glob(pattern) if f.is_file()}):
+    for file in sorted({f for pattern in COMPANIONS for f in source_dir.glob(pattern) if f.is_file()}):
         shutil.copyfile(file, target / file.name)
     config = json.loads((target / "config.json").read_text())
     changed: dict[str, Any] = {"torch_dtype" if "torch_dtype" in config else "dtype": str(dtype).removeprefix("torch.")}
@@ -236,7 +237,13 @@ def _write_shards(
 
     def write() -> None:
         file = target / f"{len(shards)}.safetensors"
-        save_file(held, file, metadata={"format": "pt"})
+        try:
+            save_file(held, file, metadata={"format": "pt"})
+        except SafetensorError as error:  # which has the system's error only in its text
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
         shutil.copymode(target / "config.json", file)  # safetensors makes it readable by its owner alone
         shards.append(list(held))
         held.clear()

@@ -22,7 +22,12 @@ class BackgroundLoop:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return self.start(coroutine).result()
+        """Waits for the coroutine; what interrupts the wait cancels it."""
+        answer = self.start(coroutine)
+        try:
+            return answer.result()
+        finally:
+            answer.cancel()  # nothing, if it is done
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_rl.disk import writes
 from megatron_rl.models.weights_io import save_weights
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import SGLangClient
@@ -39,13 +40,14 @@ class DiskRoute:
     def push(self, buckets: Iterable[list[tuple[str, Tensor]]], version: int) -> int:
         """Writes the buckets as weight version `version` and has all servers load it; returns the bytes written.
 
-        Raises WeightSyncError when a server does not answer in time.
+        Raises WeightSyncError when a server does not answer in time, DiskError when a file cannot be written.
         """
         target = self._directory / f"version-{version:06d}"
-        shutil.rmtree(target, ignore_errors=True)  # of a run that was resumed
-        self._directory.mkdir(parents=True, exist_ok=True)
         tensors = (pair for bucket in buckets for pair in bucket)
-        save_weights(tensors, target, self._source_dir, MAX_SHARD_BYTES, self._dtype)
+        with writes(f"weight version {version}", target):
+            shutil.rmtree(target, ignore_errors=True)  # of a run that was resumed
+            self._directory.mkdir(parents=True, exist_ok=True)
+            save_weights(tensors, target, self._source_dir, MAX_SHARD_BYTES, self._dtype)
         answers = [
             self._loop.start(client.update_weights_from_disk(str(target), weight_version=version))
             for client in self._clients

@@ -1,0 +1,72 @@
+"""Files that survive a crash, and plain words for why one could not be written. Importable without torch."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_rl.errors import UserError
+
+
+class DiskError(UserError):
+    """A file that could not be written: says which, why, and how much space is left there."""
+
+
+@contextlib.contextmanager
+def writes(what: str, path: Path) -> Iterator[None]:
+    """Turns an OSError into a DiskError that says that `what` was not written below `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(f"{what} was not written: {explain(error, path)}") from error
+
+
+def explain(error: OSError, path: Path) -> str:
+    """Returns the file, the system's reason and the free space of the file's disk."""
+    where = error.filename or path
+    reason = (error.strerror or str(error)).lower()
+    there = Path(path)
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    try:
+        free = f"; {size(shutil.disk_usage(there).free)} free there"
+    except OSError:
+        free = ""
+    mend = ". Free some space, and --resume" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return f"{where}: {reason}{free}{mend}"
+
+
+def size(count: float) -> str:
+    """Returns a number of bytes in the largest fitting unit, such as 2.1 MiB."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Puts `data` in place of the file at once; it is on the disk when this returns."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Waits until the names in a directory are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems have no such thing
+            raise
+    finally:
+        os.close(descriptor)

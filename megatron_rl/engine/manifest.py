@@ -1,0 +1,204 @@
+"""The manifest of a checkpoint: what it must be before a byte of it is trusted. No torch.
+
+A checkpoint directory is complete exactly when manifest.json is in it. The manifest names each rank's file with its
+size and digest, the layout, the run, and the model and data that the run began with; it carries a digest of itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_rl.errors import UserError
+
+FORMAT: Literal[3] = 3
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{6,})")
+
+_Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class CheckpointError(UserError):
+    """A checkpoint of another layout, run, model or data."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint that is not whole: an older one may be."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ShardFile(_Record):
+    """One rank's file."""
+
+    name: Annotated[str, Field(pattern=r"^rank-\d{5}\.pt$")]
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: _Digest
+
+
+class ModelIdentity(_Record):
+    """A model as the run began with it."""
+
+    key: str
+    """The configuration's key of its path."""
+    architecture: dict[str, Any]
+    files: dict[str, str]
+    """A digest for each file of the model's directory that a run reads."""
+
+
+class DataIdentity(_Record):
+    """A data set as the run began with it."""
+
+    size: int
+    """Prompts or examples."""
+    digest: str
+
+
+class Identity(_Record):
+    """Which run a checkpoint is of, and what that run computes on: a resume must find the same."""
+
+    run: str
+    models: dict[str, ModelIdentity]
+    """By network."""
+    data: dict[str, DataIdentity]
+    """By key of the configuration."""
+
+
+class State(_Record):
+    """Where a run stands."""
+
+    step: Annotated[int, Field(ge=0)]
+    cursor: dict[str, int]
+    weight_version: Annotated[int, Field(ge=0)] = 0
+    evaluated: bool = True
+    """Whether the evaluation that was due after `step` has been made."""
+
+
+class Manifest(_Record):
+    format: Literal[3]
+    layout: dict[str, int | str]
+    identity: Identity
+    files: list[ShardFile]
+    state: State
+
+    def to_bytes(self) -> bytes:
+        content = self.model_dump(mode="json")
+        return orjson.dumps({**content, "sha256": _digest(content)}, option=orjson.OPT_INDENT_2)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Raises DamagedError if the manifest is not as it was written, and CheckpointError for another format."""
+    path = directory / MANIFEST
+    try:
+        content = orjson.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DamagedError(f"{directory}: no {MANIFEST}, so this checkpoint was never completed") from None
+    except OSError as error:
+        raise DamagedError(f"{path}: cannot be read: {error.strerror}") from None
+    except orjson.JSONDecodeError as error:
+        raise DamagedError(f"{path}: damaged: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise DamagedError(f"{path}: damaged: found {type(content).__name__}, expected an object")
+    said = content.pop("sha256", None)
+    try:
+        intact = said == _digest(content)
+        # Formats before 3 had no digest.
+        if content.get("format") != FORMAT and (intact or said is None):
+            raise CheckpointError(
+                f"{path}: format {content.get('format')}, this version reads {FORMAT}; resume with the version that "
+                "wrote it, or start a new run from exported weights"
+            )
+        if not intact:
+            raise DamagedError(f"{path}: damaged: its content is not what its sha256 says")
+        manifest = Manifest.model_validate(content)
+    except (ValidationError, orjson.JSONEncodeError) as error:
+        raise DamagedError(f"{path}: damaged: {str(error).splitlines()[0]}") from None
+    if step_of(directory) != manifest.state.step:
+        raise DamagedError(f"{path}: of step {manifest.state.step}, but its directory is {directory.name}")
+    return manifest
+
+
+def check_identity(directory: Path, manifest: Manifest, layout: Mapping[str, int | str], now: Identity) -> None:
+    """Raises CheckpointError if the checkpoint is of another layout, run, model or data than this start."""
+    then = manifest.identity
+    if then.run != now.run:
+        raise CheckpointError(
+            f"{directory}: of another run ({then.run}) than this run_dir's ({now.run}); move it out of "
+            f"{directory.parent}"
+        )
+    if manifest.layout != layout:
+        raise CheckpointError(
+            f"{directory}: written under {manifest.layout}, resumed under {layout}; optimizer shards "
+            "belong to one layout. Resume with the same one, or start a new run from the exported weights"
+        )
+    if then.models.keys() != now.models.keys():
+        raise CheckpointError(f"{directory}: of {', '.join(then.models)}, but this run has {', '.join(now.models)}")
+    problems = [problem for name in now.models for problem in _model_changes(then.models[name], now.models[name])]
+    problems += [problem for key in now.data for problem in _data_changes(key, then.data.get(key), now.data[key])]
+    if problems:
+        raise CheckpointError(
+            f"{directory}: "
+            + "; ".join(problems)
+            + ". Put back what the run began with, or start a new run in another "
+            "run_dir"
+        )
+
+
+def _model_changes(then: ModelIdentity, now: ModelIdentity) -> list[str]:
+    differing = [
+        f"{field} {then.architecture.get(field, 'absent')}, not {now.architecture.get(field, 'absent')}"
+        for field in now.architecture.keys() | then.architecture.keys()
+        if then.architecture.get(field, "absent") != now.architecture.get(field, "absent")
+    ]
+    if differing:
+        return [f"of another model than {now.key}: {', '.join(sorted(differing))}"]
+    changed = sorted(f for f in then.files.keys() | now.files.keys() if then.files.get(f) != now.files.get(f))
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        return [f"of another model than {now.key}: {', '.join(changed[:3])}{more} differ from those that it began with"]
+    return []
+
+
+def _data_changes(key: str, then: DataIdentity | None, now: DataIdentity) -> list[str]:
+    if then == now:
+        return []
+    if then is None:
+        return [f"{key}: the run began without it"]
+    found = f"the data set has {now.size} prompts, the run began with {then.size}"
+    if now.size == then.size:
+        found = "a prompt has changed, or their order has"
+    return [f"{key}: {found}; it is not the one that the run began with"]
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Returns the checkpoints under `root` that have a manifest, oldest first. What has another name is none."""
+    found = [path.parent for path in root.glob(f"step-*/{MANIFEST}") if _NAME.fullmatch(path.parent.name)]
+    return sorted(found, key=step_of)
+
+
+def strangers(root: Path, partial: str) -> list[Path]:
+    """Returns what lies under `root` and is no checkpoint, nor, with the ending `partial`, the rest of one."""
+    known = {path.name for path in checkpoints(root)}
+    return sorted(p for p in root.iterdir() if p.name not in known and p.suffix != partial) if root.is_dir() else []
+
+
+def step_of(directory: Path) -> int:
+    match = _NAME.fullmatch(directory.name)
+    assert match is not None, directory
+    return int(match[1])
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()

@@ -1,0 +1,187 @@
+"""The records of a start: the frozen configuration, software versions, the checkout; and what may differ on resume."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from pathlib import Path
+from typing import Any
+
+import orjson
+import yaml
+
+import megatron_rl
+from megatron_rl.disk import write_durably
+from megatron_rl.errors import UserError
+from megatron_rl.lab import provenance
+
+MAY_CHANGE = (
+    "merged_presets",
+    "run_dir",
+    "train.steps",
+    "train.max_minutes",
+    "steps",
+    "max_minutes",
+    "checkpoint",
+    "eval",
+    "rollout.servers",
+    "rollout.concurrency",
+    "rollout.deadline",
+    "rollout.dynamic_sampling.oversample",
+    "rollout.dynamic_sampling.max_refills",
+    "optim.max_skipped",
+    "critic.optim.max_skipped",
+    "weights",
+)
+"""Keys, with all below them, that may differ on resume: how long a run goes, where and how fast, and what ends it.
+
+Of presets only the names are free: what they set is compared, key by key. A server's dtype and flags do
+change mu, but a run outlives its servers; the mismatch metrics show the change.
+"""
+
+# In the order in which they are written: only a directory with a config.yaml can be resumed.
+RECORDS = ("versions.json", "git.json", "git.diff", "config.yaml")
+RUN_FILE = "run.json"
+
+
+class RunDirError(UserError):
+    """A configuration that does not fit the run, or a file of the run that cannot be read."""
+
+
+def check_resumable(path: Path, config_yaml: str) -> None:
+    """Raises FileNotFoundError if there is no run, and RunDirError if its configuration differs in more than
+    MAY_CHANGE."""
+    config_file = path / "config.yaml"
+    if not config_file.is_file():
+        raise FileNotFoundError(
+            f"run_dir {path} has no config.yaml, so there is no run to resume. "
+            "Start without --resume, or correct the path."
+        )
+    frozen, asked = _read_frozen(config_file), _flatten(yaml.load(config_yaml, yaml.BaseLoader))
+    differing = [
+        f"  {key}: {_shown(frozen.get(key, 'absent'))} in the run, {_shown(asked.get(key, 'absent'))} now"
+        for key in sorted(frozen.keys() | asked.keys())
+        if frozen.get(key, "absent") != asked.get(key, "absent") and not _may_change(key)
+    ]
+    if differing:
+        free = [key for key in MAY_CHANGE if any(_is_below(each, key) for each in asked)]
+        raise RunDirError(
+            f"run_dir {path} was started with another configuration:\n"
+            + "\n".join(differing)
+            + f"\nOnly these may differ on resume: {', '.join(free)}. "
+            "Restore the values, or name another run_dir."
+        )
+
+
+def _read_frozen(file: Path) -> dict[str, Any]:
+    """Returns the configuration by dotted key. All values are text, as in the one that it is compared with: what a
+    damaged file could hold beside text is never made."""
+    mend = "restore the file; history/ may have an earlier one"
+    try:
+        tree = yaml.load(file.read_text(encoding="utf-8"), yaml.BaseLoader)
+        if isinstance(tree, dict):
+            return _flatten(tree)
+    except UnicodeDecodeError:
+        raise RunDirError(f"{file}: not text in UTF-8; {mend}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        raise RunDirError(
+            f"{file}{line}: not YAML ({getattr(error, 'problem', None) or 'nested too deep'}); {mend}"
+        ) from None
+    found = "nothing" if tree is None else type(tree).__name__
+    raise RunDirError(f"{file}: found {found}, expected the keys of the run's configuration; {mend}")
+
+
+def _shown(value: Any) -> str:
+    return f"[{', '.join(map(_shown, value))}]" if isinstance(value, list) else str(value)
+
+
+def _may_change(key: str) -> bool:
+    return any(_is_below(key, free) for free in MAY_CHANGE)
+
+
+def _is_below(key: str, section: str) -> bool:
+    return key == section or key.startswith(section + ".")
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists are compared as a whole."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+# ---- the run's name --------------------------------------------------------------------------------------------
+
+
+def name_run(path: Path) -> str:
+    """Returns a new run's id, and writes it into its directory. Every checkpoint of the run carries it."""
+    name = uuid.uuid4().hex
+    write_durably(path / RUN_FILE, _json({"id": name}))
+    return name
+
+
+def read_run_id(path: Path) -> str:
+    """Raises RunDirError if the directory does not say which run is in it."""
+    file = path / RUN_FILE
+    try:
+        content = orjson.loads(file.read_bytes())
+        if isinstance(content, dict) and re.fullmatch("[0-9a-f]{32}", str(content.get("id"))):
+            return content["id"]
+        found = "damaged"
+    except FileNotFoundError:
+        found = "not there"
+    except orjson.JSONDecodeError:
+        found = "damaged"
+    raise RunDirError(
+        f"{file}: {found}, so which checkpoints are this run's cannot be told. Copy `run` from the manifest.json of a "
+        f'checkpoint that you trust into it, as {{"id": "..."}}; or start a new run from exported weights'
+    )
+
+
+# ---- records ---------------------------------------------------------------------------------------------------
+
+
+class History:
+    """history/N of this start: where it moves what it takes out of the run's files. Made when first needed."""
+
+    def __init__(self, path: Path) -> None:
+        taken = [int(each.name) for each in path.glob("history/*") if each.name.isdecimal()]
+        self.path = path / "history" / str(max(taken, default=-1) + 1)
+
+    def keep(self, name: str, data: bytes) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_durably(self.path / name, data)
+
+    def take(self, file: Path, below: str) -> None:
+        """Moves a file or directory into the folder `below`."""
+        folder = self.path / below
+        folder.mkdir(parents=True, exist_ok=True)
+        file.rename(folder / file.name)
+
+
+def write_records(path: Path, config_yaml: str, history: History) -> None:
+    """Writes what this start was made with; what an earlier start wrote moves to history/ if it differs."""
+    new = {"versions.json": _json(provenance.versions()), "config.yaml": config_yaml.encode()}
+    git = provenance.git_state(Path(megatron_rl.__file__))
+    if git is not None:
+        new["git.json"] = _json({"commit": git.commit, "dirty": git.dirty, "untracked": git.untracked})
+        new["git.diff"] = git.diff.encode()
+    old = {name: (path / name).read_bytes() for name in RECORDS if (path / name).is_file()}
+    if old == new:
+        return
+    for name, data in old.items():
+        history.keep(name, data)
+    for name in RECORDS:
+        if name in new:
+            write_durably(path / name, new[name])
+    for name in old.keys() - new.keys():
+        (path / name).unlink()
+
+
+def _json(value: object) -> bytes:
+    return orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)

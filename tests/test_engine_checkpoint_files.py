@@ -1,0 +1,152 @@
+"""The order in which a checkpoint reaches the disk, what a failed write leaves, and the digests of a model's files."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_rl.config.layout import Layout
+from megatron_rl.config.schema import ParallelConfig
+from megatron_rl.disk import DiskError
+from megatron_rl.engine.manifest import Identity, State, checkpoints, read_manifest
+from megatron_rl.models.identity import SAMPLE_BYTES, WHOLE_BYTES, file_digests
+
+IDENTITY = Identity(run="0" * 32, models={}, data={})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def checkpoint(monkeypatch: pytest.MonkeyPatch) -> Any:
+    from megatron_rl.engine import checkpoint
+
+    monkeypatch.setattr(checkpoint, "_rank_state", lambda _: {"weights": torch.arange(1000)})
+    return checkpoint
+
+
+def save(checkpoint: Any, root: Path, step: int) -> None:
+    place = SimpleNamespace(rank=0, control=dist.group.WORLD)
+    layout = Layout.resolve(ParallelConfig(), 1)
+    networks = {"policy": SimpleNamespace(place=place, layout=layout, engine=SimpleNamespace(dtype="fp32"))}
+    checkpoint.save_checkpoint(root, networks, IDENTITY, State(step=step, cursor={}))
+
+
+def test_all_is_on_the_disk_before_the_checkpoint_has_its_name(
+    tmp_path: Path, checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "checkpoints"
+    events: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        events.append("sync " + Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def noted_replace(source: Path, target: Path) -> None:
+        events.append(f"rename to {Path(target).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    save(checkpoint, root, 1)
+    assert events == [
+        "sync rank-00000.pt",
+        "sync manifest.json",
+        "sync step-000001.partial",
+        "rename to step-000001",
+        "sync checkpoints",
+    ]
+    loaded = torch.load(root / "step-000001" / "rank-00000.pt", weights_only=True)
+    assert torch.equal(loaded["weights"], torch.arange(1000))
+    (entry,) = read_manifest(root / "step-000001").files
+    assert entry.sha256 == checkpoint._digest(root / "step-000001" / "rank-00000.pt")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize("call", range(5))
+def test_a_write_that_fails_costs_no_older_checkpoint(
+    tmp_path: Path, checkpoint: Any, monkeypatch: pytest.MonkeyPatch, call: int, number: int
+) -> None:
+    """At each point where the system may refuse."""
+    root = tmp_path / "checkpoints"
+    save(checkpoint, root, 1)
+    calls: list[str] = []
+
+    def fails_in_turn(name: str) -> Any:
+        real = getattr(os, name)
+
+        def maybe(*arguments: Any) -> Any:
+            calls.append(name)
+            if len(calls) == call + 1:
+                raise OSError(number, os.strerror(number))
+            return real(*arguments)
+
+        return maybe
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, fails_in_turn(name))
+    with pytest.raises(DiskError, match=rf"step-000002 was not written: .*{os.strerror(number).lower()}.*free there"):
+        save(checkpoint, root, 2)
+    monkeypatch.undo()
+    assert (root / "step-000001").is_dir()
+    assert not list(root.glob("*.partial"))
+    read_manifest(root / "step-000001")
+
+
+def test_older_checkpoints_go_whole(tmp_path: Path, checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deletion that is cut off leaves none that looks complete and lacks files."""
+    for step in (1, 2, 3):
+        save(checkpoint, tmp_path, step)
+
+    def cut_off(path: Path) -> None:
+        (path / "rank-00000.pt").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.prune(tmp_path, keep=1)
+    monkeypatch.undo()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000002", "step-000003"]
+    checkpoint.remove_partial(tmp_path)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000002", "step-000003"]
+
+
+# ---- models ----------------------------------------------------------------------------------------------------
+
+
+def test_a_models_files_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "README.md").write_text("not read")
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(WHOLE_BYTES + 10_000_001)  # sparse
+    first = file_digests(tmp_path)
+    assert sorted(first) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert file_digests(tmp_path) == first
+    assert first["model.safetensors"].startswith("sampled:")
+    for at in (0, WHOLE_BYTES + 10_000_000, SAMPLE_BYTES - 1):
+        with (tmp_path / "model.safetensors").open("r+b") as file:
+            file.seek(at)
+            file.write(b"\1")
+        changed = file_digests(tmp_path)
+        assert changed["model.safetensors"] != first["model.safetensors"], at
+        first = changed
+    with (tmp_path / "model.safetensors").open("ab") as file:
+        file.truncate(WHOLE_BYTES + 10_000_002)
+    assert file_digests(tmp_path)["model.safetensors"] != first["model.safetensors"]
+    (tmp_path / "config.json").write_text("{ }")
+    assert file_digests(tmp_path)["config.json"] != first["config.json"]

@@ -1,0 +1,158 @@
+"""Signals and clocks that end a run early, and the evaluation that a stopped run owes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_rl.rollout.background import BackgroundLoop
+from megatron_rl.session import Session
+from megatron_rl.stop import ECHO_SECONDS, SIGNALS, Clock, Interrupted, Signals
+
+
+@pytest.fixture
+def signals() -> Iterator[Signals]:
+    caught = Signals(tells=False)
+    caught.catch()
+    yield caught
+    caught.release()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_is_noted(signals: Signals, number: signal.Signals) -> None:
+    assert signals.received == ""
+    os.kill(os.getpid(), number)
+    assert signals.received == number.name
+
+
+def test_signals_are_given_back() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    caught = Signals(tells=False)
+    caught.catch()
+    caught.release()
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    """As of a job that a shell has started in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        caught = Signals(tells=False)
+        caught.catch()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert caught.received == ""
+        caught.release()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_is_one_only_after_the_echo(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    caught = Signals(tells=False, clock=lambda: now[0])
+    killed: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda _pid, number: killed.append(number))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    caught._handle(signal.SIGTERM, None)
+    now[0] = ECHO_SECONDS
+    caught._handle(signal.SIGTERM, None)
+    assert not killed
+    now[0] = ECHO_SECONDS + 0.1
+    caught._handle(signal.SIGINT, None)
+    assert killed == [signal.SIGINT]
+
+
+def test_the_first_signal_says_what_will_happen(capfd: pytest.CaptureFixture[str]) -> None:
+    caught = Signals(tells=True)
+    caught._handle(signal.SIGTERM, None)
+    assert "SIGTERM: the run stops at the end of this step, with a checkpoint" in capfd.readouterr().err
+
+
+def test_a_signal_ends_a_wait_and_cancels_what_was_waited_for(signals: Signals) -> None:
+    loop = BackgroundLoop()
+    cancelled = threading.Event()
+
+    async def rollout() -> None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+    start = time.monotonic()
+    with pytest.raises(Interrupted), signals.interrupt():
+        loop.run(rollout())
+    assert time.monotonic() - start < 30
+    assert cancelled.wait(10)
+    with pytest.raises(Interrupted), signals.interrupt():
+        raise AssertionError("a wait that begins after the signal")
+    os.kill(os.getpid(), signal.SIGTERM)  # outside of a wait nothing is raised
+    loop.close()
+
+
+def test_a_checkpoint_is_due_by_the_clock() -> None:
+    now = [0.0]
+    clock = Clock(checkpoint_minutes=2.0, max_minutes=None, clock=lambda: now[0])
+    now[0] = 500.0  # the start took long
+    clock.begin()
+    assert not clock.checkpoint_due
+    now[0] += 119
+    clock.step_done()
+    assert not clock.checkpoint_due
+    now[0] += 1
+    assert clock.checkpoint_due
+    clock.saved()
+    assert not clock.checkpoint_due
+    assert not clock.time_up
+
+
+def test_time_is_up_before_a_step_that_would_end_too_late() -> None:
+    now = [0.0]
+    clock = Clock(checkpoint_minutes=None, max_minutes=10.0, clock=lambda: now[0])
+    now[0] = 100.0  # counts: a job's limit does not wait for the weights
+    clock.begin()
+    for end, up in ((200.0, False), (350.0, False), (440.0, False), (500.0, True)):
+        now[0] = end
+        clock.step_done()
+        assert clock.time_up is up, end  # the longest step took 150 s
+    assert not clock.checkpoint_due
+
+
+@pytest.mark.parametrize("moment", ["before", "during", "never"])
+def test_an_evaluation_that_a_stop_prevents_is_owed(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the checkpoint says so, so that the resumed run makes it."""
+    session = object.__new__(Session)
+    saved: list[Any] = []
+    trainer = SimpleNamespace(stopping="SIGTERM" if moment == "before" else "", save=saved.append)
+    session.__dict__.update(
+        trainer=trainer, step=4, owes_evaluation=True, _cursor=SimpleNamespace(as_json=lambda: {"seed": 0})
+    )
+
+    def evaluate() -> None:
+        assert moment != "before"
+        if moment == "during":
+            raise Interrupted
+
+    monkeypatch.setattr(session, "_evaluate", evaluate)
+    session.evaluate()
+    session.save()
+    (state,) = saved
+    assert state.evaluated is (moment == "never")
+
+    trainer.begin = lambda _: state
+    monkeypatch.setattr(session, "_data", dict)
+    again = object.__new__(Session)
+    again.__dict__.update(trainer=trainer, owes_evaluation=True, _data=dict)
+    state.cursor["epoch"] = 0
+    again.begin()
+    assert again.step == 4
+    assert again.owes_evaluation is (moment != "never")
