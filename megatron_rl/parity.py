@@ -263,8 +263,8 @@ def _compare(spec: Spec, text: str, layout: Layout, place, engine: EngineConfig,
         dp=layout.dp,
         # Several micro-batches, so that the pipeline schedule is really run.
         max_tokens=spec.max_tokens or max(longest, total // (2 * layout.pp * layout.dp)),
-        micro_batch_multiple=layout.pp if layout.vpp > 1 else 1,
-        align=2 * layout.cp if layout.cp > 1 else 1,
+        micro_batch_multiple=layout.micro_batch_multiple,
+        align=layout.sequence_multiple,
     ).steps[0]
     mine = step.micro_batches[place.dp]
     batches = pack_all(
@@ -274,6 +274,8 @@ def _compare(spec: Spec, text: str, layout: Layout, place, engine: EngineConfig,
 
     worst = 0.0
     for ids, batch, (logprobs, _) in zip(mine, batches, policy.logprobs(batches) or [], strict=False):
+        if not ids:
+            continue
         expected = np.concatenate([wanted[i] for i in ids])
         worst = max(worst, float(np.abs(logprobs.cpu().numpy()[batch.loss_mask] - expected).max()))
     difference = torch.tensor(worst)
