@@ -28,7 +28,7 @@ from megatron_rl.rollout.evaluate import evaluation
 from megatron_rl.rollout.pool import Pool, read_api_key
 from megatron_rl.rollout.routes import RouteSpec
 from megatron_rl.rollout.sampler import Sampling
-from megatron_rl.rollout.source import Leader, rollout_file, saved_groups
+from megatron_rl.rollout.source import Leader, Wanted, check_headers, rollout_file, saved_groups
 from megatron_rl.routing.drift import RoutingStats
 from megatron_rl.routing.modes import MiniBatchRouting
 from megatron_rl.routing.shift import RouterShift
@@ -84,7 +84,13 @@ class Session:
         if self._prompts is not None:
             # With the verifiers' own verdicts: who replays them shapes them.
             file = rollout_file(self.trainer.run.rollouts, self.step + 1, self.trainer.place.dp)
-            write_groups(file, kept, weight_version=self.step)
+            write_groups(
+                file,
+                kept,
+                weight_version=self.step,
+                temperature=config.rollout.temperature,
+                vocab_size=self.trainer.policy.arch.vocab_size,
+            )
         longest = config.rollout.max_response_tokens
         metrics = MetricAccumulator(ROLLOUT)
         rollout_metrics(metrics, shape_rewards(sampled, config.reward, longest), self.step)
@@ -100,7 +106,25 @@ class Session:
             return []
         path, place, dp = self.config.rollout.replay_from, self.trainer.place, self.trainer.layout.dp
         assert path is not None
-        return saved_groups(path, self.step + 1, place.dp, dp, needs_traces=self._routes)
+        return saved_groups(path, self.step + 1, place.dp, dp, wanted=self._wanted(), needs_traces=self._routes)
+
+    def check_saved(self) -> None:
+        """That there are rollouts for the steps to come, if they are replayed, and that they fit as far as their
+        headers tell. Raises as saved_groups does."""
+        path = self.config.rollout.replay_from
+        if path is not None and self._leads:
+            for step in range(self.step + 1, self.config.train.steps + 1):
+                check_headers(path, step, self._wanted())
+
+    def _wanted(self) -> Wanted:
+        data, rollout = self.config.data, self.config.rollout
+        return Wanted(
+            prompts=rollout.prompts_per_step,
+            group_size=rollout.group_size,
+            max_tokens=data.max_prompt_tokens + rollout.max_response_tokens,
+            temperature=rollout.temperature,
+            vocab_size=self.trainer.policy.arch.vocab_size,
+        )
 
     def _search(self, config: DynamicSamplingConfig) -> tuple[list[Group], Search]:
         """All groups that this leader sampled until there were mixed ones enough over all leaders. Collective.
@@ -261,7 +285,8 @@ class Session:
     def _load(self, source: str) -> PromptDataset:
         data = self.config.data
         fields = Fields(data.prompt_field, data.answer_field, data.verifier, data.chat_template)
-        prompts = load_prompts(source, fields, self._tokenizer, data.max_prompt_tokens)
+        vocab_size = self.trainer.policy.arch.vocab_size
+        prompts = load_prompts(source, fields, self._tokenizer, data.max_prompt_tokens, vocab_size=vocab_size)
         for name in prompts.verifiers:
             get_verifier(name)  # a misspelt one fails here, before the first rollout
         return prompts
@@ -291,6 +316,7 @@ def open_session(config: Config, resume: bool) -> Iterator[Session]:
         session = Session(trainer, config, pool, leader)
         if resume:
             session.resume()
+        session.check_saved()
         yield session
         session.close()
 

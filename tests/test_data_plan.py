@@ -1,5 +1,5 @@
-"""The plan as a property: whatever the samples and the layout, it is there, whole, in lockstep and within the budget, and
-takes no more micro-batches than a simple first-fit would."""
+"""The plan as a property: whatever the samples and the layout, it is there, whole, in lockstep, within the budget, and
+of no more micro-batches than a simple first-fit would take."""
 
 from __future__ import annotations
 

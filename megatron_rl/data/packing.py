@@ -64,7 +64,7 @@ def pack(
     cp: int = 1,
     tp: int = 1,
     total: int | None = None,
-    filler: Ints | None = None,
+    filler: npt.NDArray[np.integer] | None = None,
 ) -> PackedBatch:
     """The samples in their order, each with one advantage for its whole response.
 
@@ -98,7 +98,7 @@ def pack(
     )
 
 
-def _pack_empty(filler: Ints, *, cp: int, tp: int, total: int | None) -> PackedBatch:
+def _pack_empty(filler: npt.NDArray[np.integer], *, cp: int, tp: int, total: int | None) -> PackedBatch:
     (length,) = padded_lengths([1], cp=cp, tp=tp, total=total)
     ids = np.resize(filler.astype(np.int64), length)
     nothing, absent = np.zeros(length, dtype=np.float32), np.zeros(length, dtype=np.bool_)

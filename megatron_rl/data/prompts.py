@@ -14,6 +14,7 @@ from megatron_rl.data import arithmetic
 from megatron_rl.data.arithmetic import ArithmeticTask
 from megatron_rl.data.records import DataError, Record, read_records
 from megatron_rl.data.sample import Prompt, Sample
+from megatron_rl.data.vocabulary import unknown_token
 
 
 class Tokenizer(Protocol):
@@ -34,6 +35,8 @@ class Tokenizer(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+
+    def convert_ids_to_tokens(self, ids: int) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -110,11 +113,14 @@ class Fields:
     chat_template: bool = False
 
 
-def load_prompts(source: str, fields: Fields, tokenizer: Tokenizer, max_tokens: int) -> PromptDataset:
+def load_prompts(
+    source: str, fields: Fields, tokenizer: Tokenizer, max_tokens: int, *, vocab_size: int | None = None
+) -> PromptDataset:
     """Reads and checks all of `source`: what read_records takes, or `arithmetic:SPEC`.
 
     A record may carry its own id (else file name and line) and verifier. Raises DataError naming file, line and
-    field for a record that cannot be used, an id given twice, or a prompt over `max_tokens`.
+    field for a record that cannot be used, an id given twice, a prompt over `max_tokens`, or a token that the model's
+    vocabulary of `vocab_size` lacks; None leaves that unchecked.
     """
     chat = ChatFormat(tokenizer, fields.chat_template)
     verifier = fields.verifier or ("arithmetic" if source.startswith(arithmetic.PREFIX) else "math")
@@ -127,7 +133,7 @@ def load_prompts(source: str, fields: Fields, tokenizer: Tokenizer, max_tokens: 
             raise record.error(
                 fields.prompt, f"prompt has {len(ids)} tokens, expected 1 to data.max_prompt_tokens = {max_tokens}"
             )
-        _check_known(ids, tokenizer, record, fields.prompt)
+        _check_known(ids, tokenizer, record, fields.prompt, vocab_size)
         prompt = Prompt(
             id=record.text("id", default=record.id),
             text=text,
@@ -144,18 +150,24 @@ def load_prompts(source: str, fields: Fields, tokenizer: Tokenizer, max_tokens: 
     return PromptDataset(prompts, chat.encode)
 
 
-def load_sft_samples(source: str, fields: Fields, tokenizer: Tokenizer, max_tokens: int) -> list[Sample]:
-    """Each record's prompt, with its response and the end-of-sequence token in the loss mask. Raises DataError."""
+def load_sft_samples(
+    source: str, fields: Fields, tokenizer: Tokenizer, max_tokens: int, *, vocab_size: int | None = None
+) -> list[Sample]:
+    """Each record's prompt, with its response and the end-of-sequence token in the loss mask. Raises DataError as
+    load_prompts does."""
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no end-of-sequence token (eos_token); a response would never end")
+    outside = None if vocab_size is None else unknown_token([tokenizer.eos_token_id], vocab_size)
+    if outside:
+        raise DataError(f"the tokenizer's end-of-sequence token (eos_token): {outside}")
     chat = ChatFormat(tokenizer, fields.chat_template)
     samples = []
     for record in _records(source, fields, answer_text=arithmetic.response_text):
         text = chat.text(record, fields.prompt)
         ids = chat.encode(text)
         response = tokenizer.encode(record.text(fields.answer), add_special_tokens=False)
-        _check_known(ids, tokenizer, record, fields.prompt)
-        _check_known(response, tokenizer, record, fields.answer)
+        _check_known(ids, tokenizer, record, fields.prompt, vocab_size)
+        _check_known(response, tokenizer, record, fields.answer, vocab_size)
         response.append(tokenizer.eos_token_id)
         tokens = len(ids) + len(response)
         if not ids or tokens > max_tokens:
@@ -200,12 +212,16 @@ def _is_message(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
-def _check_known(ids: list[int], tokenizer: Tokenizer, record: Record, name: str) -> None:
-    """Refuses characters that the tokenizer has no token for. One that works on bytes knows them all, and may name the
-    token for the unknown only because it has to: one that also begins or ends a text."""
+def _check_known(ids: list[int], tokenizer: Tokenizer, record: Record, name: str, vocab_size: int | None) -> None:
+    """Refuses tokens that the model lacks, and characters that the tokenizer has no token for. One that works on bytes
+    knows them all, and may name the token for the unknown only because it has to: one that also begins or ends a text.
+    """
     unknown = tokenizer.unk_token_id
     if unknown in ids and unknown not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         raise record.error(name, "has characters that the model's tokenizer does not know")
+    outside = None if vocab_size is None else unknown_token(ids, vocab_size, tokenizer.convert_ids_to_tokens)
+    if outside:
+        raise record.error(name, f"{outside}; the tokenizer in model.path has more tokens than the model's embedding")
 
 
 def _records(source: str, fields: Fields, answer_text: Callable[[Sequence[int]], str]) -> Iterator[Record]:
