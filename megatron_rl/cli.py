@@ -150,10 +150,11 @@ def _check(config: Config | SftConfig, world_size: int | None, dry_run: bool) ->
 
 
 def _show(config: Config | SftConfig, arch: Architecture, layout: Layout) -> None:
-    from megatron_rl.config.show import show_layout
+    from megatron_rl.config.show import show_layout, show_schedule
 
     print(dump_config(config))
     show_layout(layout, arch, config.engine)
+    show_schedule(config, layout)
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ import orjson
 from megatron_rl.config.layout import Layout, check_layout, parse_layout
 from megatron_rl.config.schema import EngineConfig
 from megatron_rl.data.sample import Prompt, Sample
+from megatron_rl.data.vocabulary import unknown_token
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import read_architecture
 
@@ -78,9 +79,9 @@ def read_tokens(path: Path, vocab_size: int) -> list[list[int]]:
             raise ParityError(f"{path}:{number}: not JSON ({error}); expected one list of token ids") from None
         if not isinstance(ids, list) or len(ids) < 2 or not all(type(i) is int for i in ids):
             raise ParityError(f"{path}:{number}: expected a list of at least two token ids")
-        outside = [i for i in ids if not 0 <= i < vocab_size]
-        if outside:
-            raise ParityError(f"{path}:{number}: token id {outside[0]} is outside the vocabulary of {vocab_size}")
+        unknown = unknown_token(ids, vocab_size)
+        if unknown:
+            raise ParityError(f"{path}:{number}: {unknown}")
         sequences.append(ids)
     if not sequences:
         raise ParityError(f"{path}: no sequences; expected one list of token ids a line")
@@ -263,8 +264,8 @@ def _compare(spec: Spec, text: str, layout: Layout, place, engine: EngineConfig,
         dp=layout.dp,
         # Several micro-batches, so that the pipeline schedule is really run.
         max_tokens=spec.max_tokens or max(longest, total // (2 * layout.pp * layout.dp)),
-        micro_batch_multiple=layout.pp if layout.vpp > 1 else 1,
-        align=2 * layout.cp if layout.cp > 1 else 1,
+        micro_batch_multiple=layout.micro_batch_multiple,
+        align=layout.sequence_multiple,
     ).steps[0]
     mine = step.micro_batches[place.dp]
     batches = pack_all(
@@ -274,6 +275,8 @@ def _compare(spec: Spec, text: str, layout: Layout, place, engine: EngineConfig,
 
     worst = 0.0
     for ids, batch, (logprobs, _) in zip(mine, batches, policy.logprobs(batches) or [], strict=False):
+        if not ids:
+            continue
         expected = np.concatenate([wanted[i] for i in ids])
         worst = max(worst, float(np.abs(logprobs.cpu().numpy()[batch.loss_mask] - expected).max()))
     difference = torch.tensor(worst)

@@ -29,7 +29,7 @@ from megatron_rl.rollout.evaluate import evaluation
 from megatron_rl.rollout.pool import Pool, read_api_key
 from megatron_rl.rollout.routes import RouteSpec
 from megatron_rl.rollout.sampler import Sampling
-from megatron_rl.rollout.source import Leader, rollout_file, saved_groups
+from megatron_rl.rollout.source import Leader, Wanted, check_headers, rollout_file, saved_groups
 from megatron_rl.routing.drift import RoutingStats
 from megatron_rl.routing.modes import MiniBatchRouting
 from megatron_rl.routing.shift import RouterShift
@@ -81,7 +81,13 @@ class Session:
         file = rollout_file(self.trainer.run.rollouts, self.step + 1, self.trainer.place.dp)
         with self.trainer.writing(f"the rollout of step {self.step + 1} was not written", file):
             if self._prompts is not None:
-                write_groups(file, kept, weight_version=self.step)
+                write_groups(
+                    file,
+                    kept,
+                    weight_version=self.step,
+                    temperature=config.rollout.temperature,
+                    vocab_size=self.trainer.policy.arch.vocab_size,
+                )
         longest = config.rollout.max_response_tokens
         metrics = MetricAccumulator(ROLLOUT)
         rollout_metrics(metrics, shape_rewards(sampled, config.reward, longest), self.step)
@@ -121,7 +127,25 @@ class Session:
             return []
         path, place, dp = self.config.rollout.replay_from, self.trainer.place, self.trainer.layout.dp
         assert path is not None
-        return saved_groups(path, self.step + 1, place.dp, dp, needs_traces=self._routes)
+        return saved_groups(path, self.step + 1, place.dp, dp, wanted=self._wanted(), needs_traces=self._routes)
+
+    def check_saved(self) -> None:
+        """That there are rollouts for the steps to come, if they are replayed, and that they fit as far as their
+        headers tell. Raises as saved_groups does."""
+        path = self.config.rollout.replay_from
+        if path is not None and self._leads:
+            for step in range(self.step + 1, self.config.train.steps + 1):
+                check_headers(path, step, self._wanted())
+
+    def _wanted(self) -> Wanted:
+        data, rollout = self.config.data, self.config.rollout
+        return Wanted(
+            prompts=rollout.prompts_per_step,
+            group_size=rollout.group_size,
+            max_tokens=data.max_prompt_tokens + rollout.max_response_tokens,
+            temperature=rollout.temperature,
+            vocab_size=self.trainer.policy.arch.vocab_size,
+        )
 
     def _search(self, config: DynamicSamplingConfig) -> tuple[list[Group], Search]:
         """All groups that this leader sampled until there were mixed ones enough over all leaders. Collective."""
@@ -310,7 +334,8 @@ class Session:
     def _load(self, source: str) -> PromptDataset:
         data = self.config.data
         fields = Fields(data.prompt_field, data.answer_field, data.verifier, data.chat_template)
-        prompts = load_prompts(source, fields, self._tokenizer, data.max_prompt_tokens)
+        vocab_size = self.trainer.policy.arch.vocab_size
+        prompts = load_prompts(source, fields, self._tokenizer, data.max_prompt_tokens, vocab_size=vocab_size)
         for name in prompts.verifiers:
             get_verifier(name)  # a misspelt one fails here, before the first rollout
         return prompts
@@ -340,6 +365,7 @@ def open_session(config: Config, resume: bool) -> Iterator[Session]:
             pool, leader = _connect(config, trainer, api_key, stack)
         session = Session(trainer, config, pool, leader)
         session.begin()
+        session.check_saved()
         yield session
         session.close()
 

@@ -52,7 +52,8 @@ def _load(config: SftConfig, trainer: Trainer) -> list[Sample]:
         return []
     fields = Fields(config.data.prompt_field, config.data.response_field, chat_template=config.data.chat_template)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    return load_sft_samples(config.data.train, fields, tokenizer, config.data.max_tokens)
+    vocab_size = trainer.policy.arch.vocab_size
+    return load_sft_samples(config.data.train, fields, tokenizer, config.data.max_tokens, vocab_size=vocab_size)
 
 
 def _share(samples: list[Sample], chosen: list[int], trainer: Trainer) -> list[TrainSample]:

@@ -22,24 +22,31 @@ STEPS, PROMPTS, GROUP, MINI_BATCHES = 3, 8, 4, 4
 
 
 def save_rollouts(
-    model: Path, run_dir: Path, *, steps: int = STEPS, shuffled: bool = False, traces: bool = False
+    model: Path,
+    run_dir: Path,
+    *,
+    steps: int = STEPS,
+    prompts: int = PROMPTS,
+    group: int = GROUP,
+    shuffled: bool = False,
+    traces: bool = False,
 ) -> None:
     """Random responses with the model's own log-probs, as a server at the initial weights would have given. `traces`:
     with the model's own routes too, a fifth of the rows drawn anew, as if from an engine that rounds otherwise."""
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     rng = np.random.default_rng(1)
     for step in range(1, steps + 1):
-        groups = [_group(reference, rng, index, traces) for index in range(PROMPTS)]
+        groups = [_group(reference, rng, index, group, traces) for index in range(prompts)]
         if shuffled:
             groups = groups[::-1]
         write_groups(run_dir / "rollouts" / f"step-{step:06d}-dp-0000.jsonl", groups, weight_version=step - 1)
 
 
-def _group(reference: torch.nn.Module, rng: np.random.Generator, index: int, traces: bool) -> Group:
+def _group(reference: torch.nn.Module, rng: np.random.Generator, index: int, size: int, traces: bool) -> Group:
     ids = tuple(rng.integers(2, VOCAB_SIZE, rng.integers(3, 9)).tolist())
     prompt = Prompt(f"prompt {index}", "", ids, "", "arithmetic")
     samples = []
-    for number in range(GROUP):
+    for number in range(size):
         response = [*rng.integers(2, VOCAB_SIZE, rng.integers(4, 24)).tolist(), EOS]
         with torch.no_grad():
             logits = reference(torch.tensor([[*ids, *response]])).logits[0, len(ids) - 1 : -1]
@@ -112,7 +119,7 @@ def run_all(config: Path, ranks: int, runs: list[str]) -> None:
     """One world of `ranks`; each run a list of overrides in one string."""
     command = torchrun(ranks, str(Path(__file__).parent / "train_worker.py"), str(config), *runs)
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr[-8000:]
 
 
 def losses(run_dir: Path) -> np.ndarray:

@@ -96,6 +96,7 @@ def test_a_dry_run_needs_no_torch(directory: Path) -> None:
     assert load_config(Config, shown) == load_config(Config, directory / "a.yaml", ["optim.lr=1e-5", "parallel.ep=4"])
     assert table.startswith("tp=1, pp=1, vpp=1, cp=1, dp=4, ep=4, etp=1, edp=1")
     assert "12-15" in table
+    assert "micro-batches on each of 4 data-parallel replicas" in table
     assert not (directory / "runs").exists()
 
 
@@ -106,6 +107,15 @@ def test_a_dry_run_takes_the_world_of_torchrun(directory: Path, command: tuple[s
     assert "4 ranks: tp=1, pp=2, vpp=1, cp=1, dp=2" in done.stdout
     assert "4-7" in done.stdout
     assert yaml.safe_load(done.stdout.partition("4 ranks")[0].rstrip())["parallel"]["pp"] == 2
+
+
+def test_a_dry_run_tells_of_empty_micro_batches(directory: Path) -> None:
+    sizes = ["batch_size=5", "data.max_tokens=60", "engine.max_tokens_per_micro_batch=100"]
+    done = run(directory, "sft", "sft.yaml", *sizes, "--dry-run", "--world-size", "2")
+    assert (
+        "mini-batch: 5 samples of at most 60 tokens; at their longest 3 micro-batches on each of 2 data-parallel "
+        "replicas, 1 of these 6 empty: the samples do not divide\n"
+    ) in done.stdout
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from config_files import ARCHITECTURE, MODEL_FIELDS, RL, SFT, write, write_model
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.load import ConfigError, check_companions, check_config, load_config
 from megatron_rl.config.schema import Config, ParallelConfig, SftConfig
+from megatron_rl.config.show import largest_step
 
 KL_IN_REWARD = "objective.kl.kind=k1 objective.kl.beta=1 objective.kl.place=reward"
 NO_BAND = "objective.clip.low=null objective.clip.high=null"
@@ -92,18 +93,7 @@ def test_configurations_without_a_contradiction(tmp_path: Path, overrides: str, 
         ("optim.decay_steps=5", 1, "optim.decay_steps: 5 does nothing under optim.schedule constant"),
         ("optim.min_lr=1e-9", 1, "optim.min_lr: 1e-09 does nothing under optim.schedule constant"),
         ("optim.schedule=linear optim.decay_steps=5 optim.min_lr=1", 1, "optim.min_lr: 1.0 is above optim.lr 1e-06"),
-        ("rollout.prompts_per_step=4", 8, "rollout.prompts_per_step: 4 does not divide among 8 data-parallel"),
         ("rollout.prompts_per_step=30", 1, "train.mini_batches: 4 does not divide rollout.prompts_per_step 30"),
-        (
-            "rollout.prompts_per_step=8 train.mini_batches=8 rollout.group_size=4",
-            8,
-            "train.mini_batches: 8 leaves 4 samples to a mini-batch, but the layout needs at least 8",
-        ),
-        (
-            "rollout.prompts_per_step=4 rollout.group_size=3 parallel.pp=4 parallel.vpp=2",
-            4,
-            "train.mini_batches: 4 leaves 3 samples to a mini-batch, but the layout needs at least 4",
-        ),
         ("train.recompute_old_logprobs=false", 1, "train.recompute_old_logprobs: false needs train.mini_batches 1"),
         (
             "rollout.max_response_tokens=3073",
@@ -298,6 +288,26 @@ def test_a_contradiction_is_one_line(tmp_path: Path, overrides: str, world_size:
     assert line.startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "world_size"),
+    [
+        ("rollout.prompts_per_step=4", 8),
+        ("rollout.prompts_per_step=3 train.mini_batches=3", 2),
+        ("rollout.prompts_per_step=8 train.mini_batches=8 rollout.group_size=4", 8),
+        ("rollout.prompts_per_step=4 rollout.group_size=3 parallel.pp=4 parallel.vpp=2", 4),
+    ],
+)
+def test_samples_need_not_divide_among_replicas_and_stages(tmp_path: Path, overrides: str, world_size: int) -> None:
+    """Some micro-batches are empty then, and the dry run plans what the run will."""
+    config = rl(tmp_path, overrides)
+    layout = check_config(config, ARCHITECTURE, world_size)
+    micro_batches = largest_step(config, layout).micro_batches
+    assert len(micro_batches) == layout.dp
+    planned = [i for replica in micro_batches for part in replica for i in part]
+    groups = config.rollout.prompts_per_step // config.train.mini_batches
+    assert sorted(planned) == list(range(groups * config.rollout.group_size))
+
+
 def test_all_contradictions_are_told_at_once(tmp_path: Path) -> None:
     config = rl(tmp_path, "eval.every=1 parallel.vpp=2 rollout.prompts_per_step=30 optim.min_lr=1")
     assert [line.partition(":")[0] for line in found(config)] == [
@@ -311,7 +321,6 @@ def test_all_contradictions_are_told_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "world_size", "message"),
     [
-        ("batch_size=3", 4, "batch_size: 3, but the layout needs at least 4 samples a step"),
         ("data.max_tokens=4097", 1, "data.max_tokens: 4097 is more than the model's 4096 positions"),
         ("optim.schedule=cosine", 1, "optim.decay_steps: 0, but optim.schedule cosine needs more than"),
     ],

@@ -79,6 +79,31 @@ def test_without_parallelism_there_is_no_padding():
     assert packed.cu_seqlens.tolist() == [0, 7, 8]
 
 
+@pytest.mark.parametrize(("cp", "tp", "row"), [(1, 1, 1), (1, 4, 4), (2, 1, 4), (2, 3, 12), (4, 4, 16)])
+def test_an_empty_row_is_padding_alone_and_as_short_as_the_ranks_allow(cp, tp, row):
+    packed = pack([], [], cp=cp, tp=tp)
+    assert packed.is_empty
+    assert packed.tokens == row
+    assert packed.cu_seqlens.tolist() == [0, row]
+    assert packed.position_ids.tolist() == list(range(row))
+    assert not packed.loss_mask.any()
+    assert not packed.rollout_logprobs.any()
+    assert not packed.advantages.any()
+    assert not packed.token_ids.any()
+    for rank in range(cp):
+        assert len(cp_slice(packed.token_ids, packed.cu_seqlens, cp, rank)) * cp == row
+
+
+def test_empty_rows_among_others_repeat_a_sample_and_are_as_long():
+    sample = make_sample(5, [(4, True)])
+    first, empty = pack_all([[(sample, 1.0)], []], cp=2, tp=2, equal=True)
+    assert empty.is_empty
+    assert not first.is_empty
+    assert empty.tokens == first.tokens == 12
+    assert empty.token_ids.tolist() == [*sample.token_ids, *sample.token_ids[:3]]
+    assert [batch.tokens for batch in pack_all([[(sample, 1.0)], []], cp=2, tp=1, equal=False)] == [12, 4]
+
+
 def test_padding_repeats_its_sequence_from_the_start():
     sample = make_sample(3, [(2, True)])
     packed = pack([sample], [1.0], total=8)

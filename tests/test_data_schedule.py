@@ -38,11 +38,7 @@ layouts = st.fixed_dictionaries(
 def test_every_sample_is_trained_on_once_within_the_budget_and_in_lockstep(lengths, layout, mini_batches):
     sizes = batch(lengths)
     by_index = {size.index: size for size in sizes}
-    try:
-        schedule = plan(sizes, mini_batches=mini_batches, **layout)
-    except ScheduleError as error:
-        assert "micro-batches each" in str(error)  # noqa: PT017
-        return
+    schedule = plan(sizes, mini_batches=mini_batches, **layout)
     assert sorted(i for step in members(schedule) for i in step) == sorted(by_index)
     for step in schedule.steps:
         counts = {len(replica) for replica in step.micro_batches}
@@ -51,7 +47,7 @@ def test_every_sample_is_trained_on_once_within_the_budget_and_in_lockstep(lengt
         assert counts.pop() % layout["micro_batch_multiple"] == 0
         for part in (part for replica in step.micro_batches for part in replica):
             padded = [-(-by_index[i].tokens // layout["align"]) * layout["align"] for i in part]
-            assert len(part) == 1 or 0 < sum(padded) <= layout["max_tokens"]
+            assert len(part) == 1 or sum(padded) <= layout["max_tokens"]
 
 
 @given(groups, layouts, layouts, st.sampled_from([1, 2, 4]))
@@ -101,15 +97,17 @@ def test_replicas_are_balanced_to_within_one_sample(lengths, dp, at_home):
     assert max(loads) <= sum(loads) / dp + max(cost.values()) + 1e-6
 
 
-def test_most_samples_stay_on_the_replica_that_fetched_them():
-    """Long-tailed responses, 512 samples on 8 replicas: without `home` seven of eight would move."""
+@pytest.mark.parametrize(("max_tokens", "bound"), [(20480, 0.01), (16384, 0.03)])
+def test_most_samples_stay_on_the_replica_that_fetched_them(max_tokens, bound):
+    """Long-tailed responses, 512 samples on 8 replicas: without `home` seven of eight would move. The smaller budget
+    leaves 6% of four micro-batches' room, and balance by cost alone would take five."""
     rng = random.Random(0)
     lengths = [[(100, min(8192, int(rng.lognormvariate(6.5, 0.8)))) for _ in range(16)] for _ in range(32)]
     sizes = batch(lengths)
     home = [size.group % 8 for size in sizes]
 
     def moved_and_imbalance(home: list[int] | None) -> tuple[float, float]:
-        replicas = plan(sizes, mini_batches=1, dp=8, max_tokens=16384, home=home).steps[0].micro_batches
+        replicas = plan(sizes, mini_batches=1, dp=8, max_tokens=max_tokens, home=home).steps[0].micro_batches
         where = {i: dp for dp, replica in enumerate(replicas) for part in replica for i in part}
         loads = [sum(sizes[i].cost for part in replica for i in part) for replica in replicas]
         moved = sum(where[size.index] != size.group % 8 for size in sizes) / len(sizes)
@@ -119,7 +117,7 @@ def test_most_samples_stay_on_the_replica_that_fetched_them():
     elsewhere, _ = moved_and_imbalance(None)
     assert elsewhere > 0.8
     assert moved < 0.2
-    assert imbalance < 0.01
+    assert imbalance < bound
 
 
 def test_micro_batches_of_a_replica_are_even_and_the_fullest_come_first():
@@ -133,11 +131,47 @@ def test_micro_batches_of_a_replica_are_even_and_the_fullest_come_first():
 
 
 def test_a_replica_with_one_long_sample_gets_short_ones_for_its_other_micro_batches():
-    """Balanced by cost the long sample would have a replica to itself, and one micro-batch to the others' four."""
+    """Balanced by cost the long sample would have a replica to itself, and one micro-batch to the others' four. Five
+    micro-batches hold them all."""
     sizes = batch([[(1, 999)] + [(1, 99)] * 12])
     step = plan(sizes, mini_batches=1, dp=2, max_tokens=300).steps[0]
-    assert [len(replica) for replica in step.micro_batches] == [4, 4]
-    assert (0,) in [part for replica in step.micro_batches for part in replica]
+    assert [[len(part) for part in replica] for replica in step.micro_batches] == [[1, 2, 1], [3, 3, 3]]
+    assert step.micro_batches[0][0] == (0,)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dp", "max_tokens", "count"),
+    [
+        ([200, 60, 60, 60], 2, 100, 2),
+        ([30000, *[5000] * 7], 2, 8192, 4),
+        ([9000, 20000, 4500, 4500, 4500, 4500], 2, 8192, 3),
+    ],
+)
+def test_what_fits_is_not_refused(tokens, dp, max_tokens, count):
+    sizes = [SampleSize(i, i, n, n - 10) for i, n in enumerate(tokens)]
+    step = plan(sizes, mini_batches=1, dp=dp, max_tokens=max_tokens).steps[0]
+    assert [len(replica) for replica in step.micro_batches] == [count] * dp
+
+
+@pytest.mark.parametrize(
+    ("lengths", "options", "wanted"),
+    [
+        ([(1, 1)], {"dp": 3}, [[1], [0], [0]]),
+        ([(1, 60)] * 5, {"dp": 2, "max_tokens": 100}, [[1, 1, 1], [1, 1, 0]]),
+        ([(1, 60)] * 3, {"micro_batch_multiple": 4, "max_tokens": 100}, [[1, 1, 1, 0]]),
+        ([(1, 1)] * 3, {"dp": 2, "micro_batch_multiple": 2}, [[1, 1], [1, 0]]),
+    ],
+)
+def test_too_few_samples_leave_the_last_micro_batches_empty(lengths, options, wanted):
+    step = plan(batch([lengths]), **{"mini_batches": 1, "dp": 1, "max_tokens": 1000, **options}).steps[0]
+    assert [[len(part) for part in replica] for replica in step.micro_batches] == wanted
+
+
+def test_best_fill_finds_what_first_fit_decreasing_does_not():
+    """Of 8: 5 3, 4 2 2, 4 2 2; longest first leaves the last 2 alone, after 5 3, 4 4, 2 2 2."""
+    sizes = [SampleSize(i, 0, n, 1) for i, n in enumerate([4, 4, 6, 2, 3, 3, 2])]
+    (replica,) = plan(sizes, mini_batches=1, dp=1, max_tokens=8).steps[0].micro_batches
+    assert len(replica) == 3
 
 
 def test_even_micro_batches_give_way_to_the_budget():
@@ -166,9 +200,6 @@ def test_a_sample_without_response_tokens_is_planned_and_counts_in_no_denominato
     [
         ([[(1, 1)] * 2] * 3, {"mini_batches": 2}, "3 groups do not divide into train.mini_batches = 2"),
         ([], {}, "0 groups"),
-        ([[(1, 1)] * 3], {"dp": 4}, "a mini-batch has 3 samples, but 4 data-parallel replicas make 1"),
-        ([[(1, 1)] * 3], {"micro_batch_multiple": 4}, "has 3 samples, but 1 data-parallel replicas make 4"),
-        ([[(1, 60)] * 3], {"dp": 2, "max_tokens": 100}, "3 samples, but 2 data-parallel replicas make 2"),
     ],
 )
 def test_an_impossible_plan_says_why(sizes, options, message):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import hashlib
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
@@ -47,7 +49,8 @@ def groups(draw) -> Group:
             trace = some_trace(rows, num_experts=draw(st.sampled_from([8, 300])), seed=draw(st.integers(0, 9)))
             sample = sample.with_trace(trace)
         reason = draw(st.sampled_from([None, "stop", "length", "abort"]))
-        samples.append(dataclasses.replace(sample, finish_reason=reason, verdict=draw(verdicts)))
+        known = {"finish_reason": reason, "verdict": draw(verdicts), "response": draw(st.none() | text)}
+        samples.append(dataclasses.replace(sample, **known))
     return Group(draw(st.integers(0, 99)), prompt, tuple(samples))
 
 
@@ -68,7 +71,7 @@ def assert_same(one: Sample, other: Sample) -> None:
 @given(st.lists(groups(), max_size=3))
 def test_groups_come_back_from_disk_as_they_were(tmp_path_factory, batch):
     path = tmp_path_factory.mktemp("rollouts") / "step.jsonl"
-    write_groups(path, batch, weight_version=4, decode=str)
+    write_groups(path, batch, weight_version=4)
     back = read_groups(path)
     assert [(g.index, g.prompt) for g in back] == [(g.index, g.prompt) for g in batch]
     for one, other in zip(batch, back, strict=True):
@@ -77,10 +80,10 @@ def test_groups_come_back_from_disk_as_they_were(tmp_path_factory, batch):
 
 
 @given(st.lists(groups(), max_size=3))
-def test_samples_come_back_from_bytes_as_they_were_without_their_traces(batch):
+def test_samples_come_back_from_bytes_as_they_were_without_their_traces_and_text(batch):
     samples = [sample for group in batch for sample in group.samples]
     for one, other in zip(samples, decode_samples(encode_samples(samples)), strict=True):
-        assert_same(dataclasses.replace(one, trace=None), other)
+        assert_same(dataclasses.replace(one, trace=None, response=None), other)
 
 
 def test_a_trace_adds_nothing_to_what_travels_between_ranks():
@@ -91,31 +94,31 @@ def test_a_trace_adds_nothing_to_what_travels_between_ranks():
 def one_group() -> Group:
     prompt = Prompt("q:1", "1+1=", (3, 4), "2", "arithmetic")
     sample = Sample.start(prompt, 0).extend([5, 6, 7], [-0.1, -1e-42, -3.5], 7)
-    return Group(0, prompt, (dataclasses.replace(sample, finish_reason="stop", verdict=Verdict(1.0, True)),))
+    judged = dataclasses.replace(sample, finish_reason="stop", verdict=Verdict(1.0, True), response="text of it")
+    return Group(0, prompt, (judged,))
 
 
 def saved(tmp_path: Path) -> Path:
     path = tmp_path / "step.jsonl"
-    write_groups(path, [one_group(), one_group()], weight_version=7, decode=lambda ids: f"text of {ids}")
+    write_groups(path, [one_group(), one_group()], weight_version=7)
     return path
 
 
 def test_a_file_tells_people_what_was_answered(tmp_path):
     header, first, _ = saved(tmp_path).read_bytes().splitlines()
-    assert orjson.loads(header) == {"format": 1, "weight_version": 7, "groups": 2}
+    assert orjson.loads(header).items() >= {"format": 2, "weight_version": 7, "groups": 2}.items()
     assert orjson.loads(first)["prompt"]["text"] == "1+1="
-    assert orjson.loads(first)["samples"][0]["response"] == "text of [5, 6, 7]"
+    assert orjson.loads(first)["samples"][0]["response"] == "text of it"
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = saved(tmp_path)
     before = path.read_bytes()
 
-    def fails(ids: list[int]) -> str:
-        raise RuntimeError("no decoder")
-
-    with pytest.raises(RuntimeError, match="no decoder"):
-        write_groups(path, [one_group()], weight_version=8, decode=fails)
+    (sample,) = one_group().samples
+    unwritable = dataclasses.replace(one_group(), samples=(dataclasses.replace(sample, response="\ud800"),))
+    with pytest.raises(TypeError, match="surrogates"):
+        write_groups(path, [one_group(), unwritable], weight_version=8)
     assert path.read_bytes() == before
 
 
@@ -123,7 +126,7 @@ def written(trace: RoutingTrace) -> str:
     return "raw:" + base64.b64encode(trace.to_bytes()).decode()
 
 
-def test_a_file_from_before_there_were_traces_is_read(tmp_path):
+def test_a_file_without_traces_is_read(tmp_path):
     assert b"trace" not in saved(tmp_path).read_bytes()
     assert read_groups(saved(tmp_path))[0].samples[0].trace is None
 
@@ -143,11 +146,20 @@ def test_a_trace_is_compressed_where_it_pays(tmp_path, num_experts, form):
 
 
 def edit(path: Path, line: int, change) -> None:
-    lines = path.read_bytes().splitlines()
-    record = orjson.loads(lines[line - 1])
-    change(record)
-    lines[line - 1] = orjson.dumps(record)
-    path.write_bytes(b"\n".join(lines) + b"\n")
+    """With the checksums that the changed file has to have."""
+    records = [orjson.loads(each) for each in path.read_bytes().splitlines()]
+    change(records[line - 1])
+    path.write_bytes(sealed(records))
+
+
+def sealed(records: list[dict[str, Any]]) -> bytes:
+    """The lines of a rollout file, by the format's description alone."""
+    lines, checksum = [], ""
+    for record in records:
+        body = orjson.dumps({key: value for key, value in record.items() if key != "checksum"})[:-1]
+        checksum = hashlib.blake2b(checksum.encode() + body, digest_size=16).hexdigest()
+        lines.append(body + f',"checksum":"{checksum}"}}\n'.encode())
+    return b"".join(lines)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +175,14 @@ def edit(path: Path, line: int, change) -> None:
         (lambda r: r["samples"][0]["rollout_logprobs"].__setitem__(3, None), r"rollout_logprobs\.3"),
         (lambda r: r["samples"][0]["loss_mask"].__setitem__(0, 1), "does not begin with its prompt"),
         (lambda r: r["samples"][0]["token_ids"].__setitem__(0, 9), "does not begin with its prompt"),
-        (lambda r: r["samples"][0].update(versions=[[7, 2, 6]]), "not within the 5 tokens"),
+        (lambda r: r["samples"][0].update(versions=[[7, 2, 6]]), "versions: the spans do not follow"),
+        (lambda r: r["samples"][0].update(versions=[[7, 2, 4]]), "versions: the spans do not follow"),
+        (lambda r: r["samples"][0].update(versions=[[7, 1, 5]]), "versions: the spans do not follow"),
+        (lambda r: r["samples"][0].update(versions=[[7, 2, 5], [8, 5, 3]]), "versions: the spans do not follow"),
+        (lambda r: r["samples"][0].update(versions=[[2**63, 2, 5]]), r"versions\.0\.0"),
+        (lambda r: r["samples"][0]["rollout_logprobs"].__setitem__(3, -1e39), r"rollout_logprobs\.3"),
+        (lambda r: r["samples"][0].update(sample=1), r"samples: found numbers \[1\]; expected 0 to 0"),
+        (lambda r: r["samples"].append(r["samples"][0]), r"samples: found numbers \[0, 0\]; expected 0 to 1"),
         (lambda r: r["samples"][0].update(finish_reason="stopped"), "finish_reason"),
         (lambda r: r["samples"][0].update(verdict=[None, True]), r"verdict\.0"),
         (lambda r: r["prompt"].pop("answer"), r"prompt\.answer"),
@@ -187,11 +206,19 @@ def test_a_file_that_is_no_rollout_or_is_cut_off_is_refused(tmp_path):
     path = saved(tmp_path)
     lines = path.read_bytes().splitlines(keepends=True)
     for content, message in [
-        (b"", ":1: not the header"),
-        (lines[1], ":1: not the header"),
-        (lines[0].replace(b'"format":1', b'"format":2'), r":1: not the header of a rollout file: format"),
+        (b"", ":1: the line does not end in its checksum"),
+        (sealed([orjson.loads(lines[1])]), ":1: not the header"),
+        (sealed([{"format": 3, "weight_version": 7, "groups": 0}]), ":1: not the header of a rollout file: format"),
+        (b'{"format":1,"weight_version":0,"groups":0}\n', ":1: .* found format 1, whose lines have no checksums"),
         (b"".join(lines[:2]), "the header says 2 groups, 1 are there"),
-        (b"".join(lines)[:-10], ":3: not a group: Invalid JSON"),
+        (b"".join(lines)[:-10], ":3: the line does not end in its checksum; it is cut off"),
+        (b"".join(lines)[:-1], ":3: the line does not end in its checksum; it is cut off"),
+        (b"".join([lines[0], lines[2], lines[1]]), ":2: the checksum .* is not that of this line in this place"),
+        (b"".join([lines[0], lines[2]]), ":2: the checksum .* is not that of this line in this place"),
+        (b"".join([*lines, lines[2]]), ":4: the checksum .* is not that of this line in this place"),
+        (b"".join(lines).replace(b"text of it", b"text of us", 1), ":2: the checksum .* is not that of this line"),
+        (b"".join(lines).replace(b"-3.5", b"-3.4", 1), ":2: the checksum .* is not that of this line in this place"),
+        (b"".join(lines).replace(b'"weight_version":7', b'"weight_version":8', 1), ":1: the checksum .* is not that"),
     ]:
         path.write_bytes(content)
         with pytest.raises(StoreError, match=message):

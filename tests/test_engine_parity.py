@@ -187,7 +187,7 @@ def test_unusable_tokens_name_the_line(model: Path, tmp_path: Path) -> None:
     for content, message in (
         ("[1, 2]\n[3]", ":2: expected a list of at least two"),
         ("[1, 2]\nx", ":2: not JSON"),
-        ("[1, 99]", ":1: token id 99 is outside the vocabulary of 44"),
+        ("[1, 99]", ":1: token 99 is not in the model's vocabulary of 44"),
         ("\n", "no sequences"),
     ):
         path = tmp_path / "tokens.jsonl"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_rl.data.sample import Group, Prompt, Sample, VersionSpan
-from megatron_rl.data.store import StoreError, write_groups
+from megatron_rl.data.sample import Group, Prompt, Sample, Verdict, VersionSpan
+from megatron_rl.data.store import StoreError, read_groups, write_groups
 from megatron_rl.rollout.routes import RouteSpec
-from megatron_rl.rollout.source import rollout_file, saved_groups
+from megatron_rl.rollout.source import Wanted, check_headers, rollout_file
+from megatron_rl.rollout.source import saved_groups as read_saved
 from megatron_rl.routing.trace import RoutingTrace
 
 SPEC = RouteSpec(num_layers=2, moe_layers=(0, 1), top_k=2, num_experts=8)
@@ -25,15 +27,25 @@ def trace(rows: int = 3, num_experts: int = 8) -> RoutingTrace:
 
 def group(index: int, *traces: RoutingTrace | None) -> Group:
     prompt = Prompt(f"p{index}", "", (3, 4), "", "")
-    samples = (Sample.start(prompt, n).extend([5, 6], [-0.1, -0.2], 0) for n in range(len(traces)))
+    samples = [Sample.start(prompt, n).extend([5, 6], [-0.1, -0.2], 0) for n in range(len(traces))]
+    samples = [dataclasses.replace(sample, verdict=Verdict(1.0, True)) for sample in samples]
     return Group(
         index, prompt, tuple(s if t is None else s.with_trace(t) for s, t in zip(samples, traces, strict=True))
     )
 
 
-def save(run_dir: Path, *shares: list[Group]) -> None:
+def save(run_dir: Path, *shares: list[Group], **header: Any) -> None:
     for dp, groups in enumerate(shares):
-        write_groups(rollout_file(run_dir / "rollouts", 1, dp), groups, weight_version=0)
+        options = {"weight_version": 0, "temperature": 0.7, "vocab_size": 9, **header}
+        write_groups(rollout_file(run_dir / "rollouts", 1, dp), groups, **options)
+
+
+def saved_groups(run_dir: Path, step: int, share: int, of: int, **options: Any) -> list[Group]:
+    """For a run that wants what is there."""
+    files = sorted((run_dir / "rollouts").glob("*.jsonl"))
+    groups = [group for file in files for group in read_groups(file)]
+    wanted = Wanted(len(groups), len(groups[0].samples), max_tokens=4, temperature=0.7, vocab_size=9)
+    return read_saved(run_dir, step, share, of, wanted=wanted, **options)
 
 
 def test_groups_are_dealt_out_anew(tmp_path: Path) -> None:
@@ -68,3 +80,75 @@ def test_a_trace_of_another_model_is_named_with_its_file(tmp_path: Path) -> None
         saved_groups(tmp_path, 1, 0, 1, needs_traces=SPEC)
     with pytest.raises(StoreError, match="top_k: found 2; expected 3"):
         saved_groups(tmp_path, 1, 0, 1, needs_traces=dataclasses.replace(SPEC, top_k=3))
+
+
+# ---- rollouts that this run did not ask for ----------------------------------------------------------------------
+
+
+def two_by_two() -> list[Group]:
+    return [group(0, None, None), group(1, None, None)]
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ([two_by_two()[:1]], "{file}: 1 groups of 2 samples, but rollout.prompts_per_step is 2"),
+        ([[*two_by_two(), group(2, None)]], "{file}: 1 groups of 1 samples and 2 groups of 2 samples, but rollout.pro"),
+        ([[group(0, None), group(1, None)]], "{file}: 2 groups of 1 samples, but rollout.group_size is 2"),
+        ([two_by_two()[:1], [group(1, *[None] * 3)]], "{file} and 1 files more of its step: 1 groups of 2 samples and"),
+        ([[two_by_two()[0]] * 2], "{file}: group 0 is there twice; {file} has it too"),
+        ([two_by_two()[:1], two_by_two()[:1]], "{other}: group 0 is there twice; {file} has it too"),
+        ([[group(0, None, None), group(3, None, None)]], "{file}: group 1 is missing, and 0 more"),
+    ],
+)
+def test_other_groups_than_the_run_asks_for_are_refused(tmp_path: Path, shares: list[Any], message: str) -> None:
+    save(tmp_path, *shares)
+    file, other = (rollout_file(tmp_path / "rollouts", 1, dp) for dp in (0, 1))
+    with pytest.raises(StoreError) as error:
+        read_saved(tmp_path, 1, 0, 1, wanted=Wanted(2, 2, max_tokens=4, temperature=0.7, vocab_size=9))
+    assert str(error.value).startswith(message.format(file=file, other=other))
+
+
+@pytest.mark.parametrize(
+    ("header", "wanted", "message"),
+    [
+        ({"weight_version": 1}, {}, "its rollouts are of weight version 1, but step 1 trains on those of 0"),
+        ({}, {"temperature": 1.0}, "its log-probs are those of temperature 0.7, but rollout.temperature is 1.0"),
+        ({}, {"vocab_size": 8}, "a model with a vocabulary of 9 sampled it, but that of model.path has 8"),
+        (
+            {"vocab_size": None},
+            {"vocab_size": 6},
+            "prompt 'p0' sample 0: token 6 is not in the model's vocabulary of 6",
+        ),
+        ({}, {"max_tokens": 3}, "prompt 'p0' sample 0: 4 tokens, but data.max_prompt_tokens + rollout.max_response_"),
+    ],
+)
+def test_rollouts_of_another_kind_of_run_are_refused(tmp_path: Path, header: Any, wanted: Any, message: str) -> None:
+    save(tmp_path, two_by_two(), **header)
+    asked = Wanted(2, 2, max_tokens=4, temperature=0.7, vocab_size=9)
+    with pytest.raises(StoreError) as error:
+        read_saved(tmp_path, 1, 0, 1, wanted=dataclasses.replace(asked, **wanted))
+    assert str(error.value).startswith(f"{rollout_file(tmp_path / 'rollouts', 1, 0)}: {message}")
+
+
+def test_what_an_older_header_does_not_tell_is_not_asked_for(tmp_path: Path) -> None:
+    save(tmp_path, two_by_two(), temperature=None, vocab_size=None)
+    check_headers(tmp_path, 1, Wanted(2, 2, max_tokens=4, temperature=1.0, vocab_size=7))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: dataclasses.replace(s, verdict=None), "prompt 'p0' sample 0: no verdict"),
+        (
+            lambda s: dataclasses.replace(Sample.start(Prompt("p0", "", (), "", ""), 0), verdict=s.verdict),
+            "prompt 'p0' sample 0: its prompt has no tokens",
+        ),
+    ],
+)
+def test_samples_that_cannot_be_trained_on_are_refused(tmp_path: Path, change: Any, message: str) -> None:
+    (sample,) = group(0, None).samples
+    changed = change(sample)
+    save(tmp_path, [Group(0, changed.prompt, (changed,))])
+    with pytest.raises(StoreError, match=message):
+        read_saved(tmp_path, 1, 0, 1, wanted=Wanted(1, 1, max_tokens=4, temperature=0.7, vocab_size=9))

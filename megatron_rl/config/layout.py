@@ -43,6 +43,16 @@ class Layout:
         degrees = parallel.model_dump()
         return cls(**degrees, dp=world_size // dense, edp=world_size // expert, world_size=world_size)
 
+    @property
+    def micro_batch_multiple(self) -> int:
+        """What each replica's micro-batches divide by: the interleaved schedule takes them by the pp."""
+        return self.pp if self.vpp > 1 else 1
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What the length of a packed sequence divides by: context parallelism cuts each into 2 * cp chunks."""
+        return 2 * self.cp if self.cp > 1 else 1
+
 
 def world_size_of(parallel: ParallelConfig) -> int:
     """The smallest world that the degrees divide; all others are its multiples."""

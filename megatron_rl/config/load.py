@@ -115,7 +115,7 @@ def check_config(config: Config | SftConfig, arch: Architecture, world_size: int
         if config.critic is not None:
             problems += _check_optim(config.critic.optim, "critic.optim")
         problems += [
-            *_check_batch(config, layout),
+            *_check_batch(config),
             *_check_positions(config, arch),
             *_check_servers_memory(config),
             *check_objective(config),
@@ -127,7 +127,7 @@ def check_config(config: Config | SftConfig, arch: Architecture, world_size: int
             *_check_evaluation(config),
         ]
     else:
-        problems += _check_sft(config, arch, layout)
+        problems += _check_sft(config, arch)
     if problems:
         raise ConfigError("\n".join(problems))
     return layout
@@ -148,29 +148,14 @@ def _check_optim(optim: OptimConfig, section: str) -> Iterator[str]:
         yield f"{section}.min_lr: {optim.min_lr} is above {section}.lr {optim.lr}"
 
 
-def _check_batch(config: Config, layout: Layout) -> Iterator[str]:
+def _check_batch(config: Config) -> Iterator[str]:
+    """All that data.schedule.plan asks of a batch: whatever its samples, it can be cut up for any layout."""
     rollout, train = config.rollout, config.train
-    if rollout.prompts_per_step % layout.dp:
-        yield (
-            f"rollout.prompts_per_step: {rollout.prompts_per_step} does not divide among {layout.dp} "
-            "data-parallel replicas"
-        )
     if rollout.prompts_per_step % train.mini_batches:
         yield (
             f"train.mini_batches: {train.mini_batches} does not divide rollout.prompts_per_step "
             f"{rollout.prompts_per_step}; a group is never split"
         )
-    samples = rollout.prompts_per_step // train.mini_batches * rollout.group_size
-    if samples < _fewest_samples(layout):
-        yield (
-            f"train.mini_batches: {train.mini_batches} leaves {samples} samples to a mini-batch, but the layout needs "
-            f"at least {_fewest_samples(layout)}; use fewer mini-batches or more prompts_per_step"
-        )
-
-
-def _fewest_samples(layout: Layout) -> int:
-    """Of one optimizer step: no micro-batch is empty, and the interleaved schedule takes them by the pp."""
-    return layout.dp * (layout.pp if layout.vpp > 1 else 1)
 
 
 def _longest(config: Config) -> int:
@@ -338,9 +323,7 @@ def _check_evaluation(config: Config) -> Iterator[str]:
         )
 
 
-def _check_sft(config: SftConfig, arch: Architecture, layout: Layout) -> Iterator[str]:
-    if config.batch_size < _fewest_samples(layout):
-        yield f"batch_size: {config.batch_size}, but the layout needs at least {_fewest_samples(layout)} samples a step"
+def _check_sft(config: SftConfig, arch: Architecture) -> Iterator[str]:
     if config.data.max_tokens > arch.max_position_embeddings:
         yield (
             f"data.max_tokens: {config.data.max_tokens} is more than the model's "

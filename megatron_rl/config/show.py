@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_rl.config.layout import Layout
-from megatron_rl.config.schema import EngineConfig
+from megatron_rl.config.schema import Config, EngineConfig, SftConfig
+from megatron_rl.data.schedule import SampleSize, StepPlan, plan
 from megatron_rl.models.architecture import Architecture
 
 MAX_RANKS = 64
@@ -72,6 +73,41 @@ def show_layout(layout: Layout, arch: Architecture, engine: EngineConfig) -> Non
     console.print(table)
     if layout.world_size > MAX_RANKS:
         console.print(f"... and {layout.world_size - MAX_RANKS} ranks more")
+
+
+def show_schedule(config: Config | SftConfig, layout: Layout) -> None:
+    """Prints what a mini-batch is cut into if all its samples are as long as the configuration allows."""
+    samples, longest = _largest(config)
+    micro_batches = largest_step(config, layout).micro_batches
+    empty = sum(not part for replica in micro_batches for part in replica)
+    text = (
+        f"mini-batch: {samples} samples of at most {longest} tokens; at their longest {len(micro_batches[0])} "
+        f"micro-batches on each of {layout.dp} data-parallel replicas"
+    )
+    if empty:
+        text += f", {empty} of these {len(micro_batches[0]) * layout.dp} empty: the samples do not divide"
+    Console().print(text, highlight=False, soft_wrap=True)
+
+
+def largest_step(config: Config | SftConfig, layout: Layout) -> StepPlan:
+    """The plan of one mini-batch whose samples are all as long as the configuration allows."""
+    samples, longest = _largest(config)
+    return plan(
+        [SampleSize(i, i, longest, 1) for i in range(samples)],
+        mini_batches=1,
+        dp=layout.dp,
+        max_tokens=config.engine.max_tokens_per_micro_batch,
+        micro_batch_multiple=layout.micro_batch_multiple,
+        align=layout.sequence_multiple,
+    ).steps[0]
+
+
+def _largest(config: Config | SftConfig) -> tuple[int, int]:
+    """(samples of a mini-batch, tokens of the longest sample)."""
+    if isinstance(config, SftConfig):
+        return config.batch_size, config.data.max_tokens
+    groups = config.rollout.prompts_per_step // config.train.mini_batches
+    return groups * config.rollout.group_size, config.data.max_prompt_tokens + config.rollout.max_response_tokens
 
 
 def _span(numbers: range) -> str:

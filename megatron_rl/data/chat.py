@@ -9,6 +9,7 @@ import jinja2
 
 from megatron_rl.data.files import DataError
 from megatron_rl.data.records import Record, kind_of
+from megatron_rl.data.vocabulary import unknown_token
 
 
 class Tokenizer(Protocol):
@@ -30,12 +31,15 @@ class Tokenizer(Protocol):
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
 
+    def convert_ids_to_tokens(self, ids: int) -> Any: ...
+
 
 class ChatFormat:
     """A prompt as it stands, or as messages in the tokenizer's chat template."""
 
-    def __init__(self, tokenizer: Tokenizer, chat_template: bool) -> None:
-        """Raises DataError if there is no chat template to use, or more than one."""
+    def __init__(self, tokenizer: Tokenizer, chat_template: bool, vocab_size: int | None = None) -> None:
+        """`vocab_size`: rows of the model's embedding; None leaves ids unchecked. Raises DataError if there is no chat
+        template to use, or more than one."""
         template = tokenizer.chat_template
         if chat_template and not template:
             raise DataError("data.chat_template: true, but the model's tokenizer has no chat template")
@@ -46,6 +50,7 @@ class ChatFormat:
             )
         self._tokenizer = tokenizer
         self._chat = chat_template
+        self._vocab_size = vocab_size
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a rendered prompt: [n]. A chat template writes the tokenizer's special tokens itself.
@@ -79,7 +84,7 @@ class ChatFormat:
 
     def prompt_ids(self, record: Record, name: str, text: str) -> list[int]:
         """Of rendered `text`: [n]. Raises DataError for a prompt without tokens, one that has ended, or one with
-        characters that the tokenizer does not know."""
+        characters that the tokenizer or tokens that the model does not know."""
         ids = self._known(record, name, lambda: self.encode(text))
         eos = self._tokenizer.eos_token_id
         if not ids or set(ids) == {self._tokenizer.bos_token_id}:
@@ -119,8 +124,9 @@ class ChatFormat:
             raise record.error(name, f"the chat template refuses it: {error or type(error).__name__}") from None
 
     def _known(self, record: Record, name: str, encode: Any) -> list[int]:
-        """Refuses characters that the tokenizer has no token for. One that works on bytes knows them all, and may name
-        the token for the unknown only because it has to: one that also begins or ends a text."""
+        """Refuses characters that the tokenizer has no token for, and tokens that the model lacks. A tokenizer that
+        works on bytes knows all characters, and may name the token for the unknown only because it has to: one that
+        also begins or ends a text."""
         try:
             ids = encode()
         except Exception as error:  # of the tokenizers library: it has no type of its own
@@ -128,6 +134,13 @@ class ChatFormat:
         unknown = self._tokenizer.unk_token_id
         if unknown in ids and unknown not in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
             raise record.error(name, "has characters that the model's tokenizer does not know")
+        outside = None
+        if self._vocab_size is not None:
+            outside = unknown_token(ids, self._vocab_size, self._tokenizer.convert_ids_to_tokens)
+        if outside:
+            raise record.error(
+                name, f"{outside}; the tokenizer in model.path has more tokens than the model's embedding"
+            )
         return ids
 
 

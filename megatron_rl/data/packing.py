@@ -4,6 +4,9 @@ Nothing is padded to the longest. Under context parallelism each sequence is len
 sequence parallelism the last one until the row divides among the ranks. Padding repeats its sequence from the start:
 nothing real attends to it, for it comes later; it is in no loss mask; and it visits many experts, where one token
 repeated would send all of it to the same few.
+
+An empty micro-batch is a row of padding alone, of one sequence: its replica has to take part in the pipeline schedule
+and the all-to-alls, but nothing that is measured or trained on may change.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ T = TypeVar("T", bound=np.generic)
 class PackedBatch:
     """One micro-batch of S sequences in T positions, padding included. Every array but cu_seqlens is [T].
 
+    An empty one has S = 1: a sequence of padding.
+
     What concerns a token stands where it is predicted, one position before its own: labels, loss_mask, rollout_logprobs
     and advantages at position t are those of token t + 1.
     """
@@ -46,6 +51,11 @@ class PackedBatch:
     def tokens(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has no samples, and counts in nothing."""
+        return not self.valid.any()
+
 
 def pack(
     samples: Sequence[Sample],
@@ -54,12 +64,16 @@ def pack(
     cp: int = 1,
     tp: int = 1,
     total: int | None = None,
+    filler: npt.NDArray[np.integer] | None = None,
 ) -> PackedBatch:
     """The samples in their order, each with one advantage for its whole response.
 
-    `total` lengthens the row to so many positions, which must divide among the ranks. Raises ValueError for a sample
-    whose first token is in the loss mask: nothing predicts it.
+    `total` lengthens the row to so many positions, which must divide among the ranks. Without samples the row is empty,
+    and repeats the tokens of `filler`, or token 0. Raises ValueError for a sample whose first token is in the loss
+    mask: nothing predicts it.
     """
+    if not samples:
+        return _pack_empty(np.zeros(1, dtype=np.int64) if filler is None else filler, cp=cp, tp=tp, total=total)
     for sample in samples:
         if not len(sample.token_ids) or sample.loss_mask[0]:
             raise ValueError(
@@ -84,6 +98,23 @@ def pack(
     )
 
 
+def _pack_empty(filler: npt.NDArray[np.integer], *, cp: int, tp: int, total: int | None) -> PackedBatch:
+    (length,) = padded_lengths([1], cp=cp, tp=tp, total=total)
+    ids = np.resize(filler.astype(np.int64), length)
+    nothing, absent = np.zeros(length, dtype=np.float32), np.zeros(length, dtype=np.bool_)
+    return PackedBatch(
+        token_ids=ids,
+        position_ids=np.arange(length, dtype=np.int64),
+        labels=np.roll(ids, -1),
+        loss_mask=absent,
+        rollout_logprobs=nothing,
+        advantages=nothing,
+        sequence_ids=np.zeros(length, dtype=np.int64),
+        valid=absent,
+        cu_seqlens=np.array([0, length], dtype=np.int64),
+    )
+
+
 def pack_rows(
     rows: Sequence[npt.NDArray[T]], cu_seqlens: npt.NDArray[np.integer], *, repeat: bool = False
 ) -> npt.NDArray[T]:
@@ -105,11 +136,20 @@ def pack_rows(
 def pack_all(
     micro_batches: Sequence[Sequence[tuple[Sample, float]]], *, cp: int, tp: int, equal: bool
 ) -> tuple[PackedBatch, ...]:
-    """Each micro-batch's (sample, advantage) pairs packed; `equal` makes all rows as long as the longest."""
+    """Each micro-batch's (sample, advantage) pairs packed; `equal` makes all rows as long as the longest.
+
+    Empty ones repeat the first sample that there is: its tokens visit many experts, as a long row of one token would
+    not.
+    """
     total = None
     if equal:
-        total = max(sum(padded_lengths([len(s.token_ids) for s, _ in part], cp=cp, tp=tp)) for part in micro_batches)
-    return tuple(pack([s for s, _ in part], [a for _, a in part], cp=cp, tp=tp, total=total) for part in micro_batches)
+        lengths = [[len(s.token_ids) for s, _ in part] or [1] for part in micro_batches]
+        total = max(sum(padded_lengths(each, cp=cp, tp=tp)) for each in lengths)
+    filler = next((s.token_ids for part in micro_batches for s, _ in part), None)
+    return tuple(
+        pack([s for s, _ in part], [a for _, a in part], cp=cp, tp=tp, total=total, filler=filler)
+        for part in micro_batches
+    )
 
 
 def padded_lengths(lengths: Sequence[int], *, cp: int, tp: int, total: int | None = None) -> list[int]:

@@ -17,6 +17,7 @@ from megatron_rl.data.chat import ChatFormat, Tokenizer
 from megatron_rl.data.files import DataError, find_files, some
 from megatron_rl.data.records import Record, read_records
 from megatron_rl.data.sample import Prompt, Sample
+from megatron_rl.data.vocabulary import unknown_token
 from megatron_rl.rewards.judges import Judges
 from megatron_rl.rewards.references import check_references
 from megatron_rl.rewards.registry import VERIFIERS
@@ -101,15 +102,18 @@ def load_prompts(
     fields: Fields,
     tokenizer: Tokenizer,
     max_tokens: int,
+    *,
+    vocab_size: int | None = None,
     judges: Callable[[], Judges] = Judges,
 ) -> PromptDataset:
     """Reads and checks all of `source`: what find_files takes, or `arithmetic:SPEC`.
 
     A record may carry its own id (else file name and line) and a built-in verifier. Raises DataError naming file, line
-    and field for a record that cannot be used, an id given twice, a prompt over `max_tokens`, or a reference that its
-    verifier cannot read. `judges` makes the worker processes that try the references.
+    and field for a record that cannot be used, an id given twice, a prompt over `max_tokens`, a token beyond the
+    model's vocabulary of `vocab_size` (None leaves that unchecked), or a reference that its verifier cannot read.
+    `judges` makes the worker processes that try the references.
     """
-    chat = ChatFormat(tokenizer, fields.chat_template)
+    chat = ChatFormat(tokenizer, fields.chat_template, vocab_size)
     verifier = fields.verifier or ("arithmetic" if source.startswith(arithmetic.PREFIX) else "math")
     allowed = {*VERIFIERS, verifier}
     prompts = []
@@ -164,11 +168,17 @@ def _check_references(
         )
 
 
-def load_sft_samples(source: str, fields: Fields, tokenizer: Tokenizer, max_tokens: int) -> list[Sample]:
-    """Each record's prompt, with its response and one end-of-sequence token in the loss mask. Raises DataError."""
+def load_sft_samples(
+    source: str, fields: Fields, tokenizer: Tokenizer, max_tokens: int, *, vocab_size: int | None = None
+) -> list[Sample]:
+    """Each record's prompt, with its response and one end-of-sequence token in the loss mask. Raises DataError as
+    load_prompts does."""
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no end-of-sequence token (eos_token); a response would never end")
-    chat = ChatFormat(tokenizer, fields.chat_template)
+    outside = None if vocab_size is None else unknown_token([tokenizer.eos_token_id], vocab_size)
+    if outside:
+        raise DataError(f"the tokenizer's end-of-sequence token (eos_token): {outside}")
+    chat = ChatFormat(tokenizer, fields.chat_template, vocab_size)
     samples = []
     for record in _records(source, fields, ("id",), answer_text=arithmetic.response_text):
         text = chat.text(record, fields.prompt)

@@ -67,6 +67,7 @@ class Sample:
     versions: tuple[VersionSpan, ...] = ()
     finish_reason: FinishReason | None = None
     verdict: Verdict | None = None
+    response: str | None = None  # its text, as it was graded; for people who read saved rollouts
     trace: RoutingTrace | None = None  # of the engine that sampled; covers the first trace.rows tokens
 
     @classmethod

@@ -1,18 +1,25 @@
 """Rollouts on disk and between ranks, exact to the last bit and never pickled.
 
 On disk they are JSON lines that people can read, but for the routing traces. A float32 log-prob is written as the
-shortest decimal of its float64 value, which reads back to the same float32. Between ranks they are safetensors, at nine
-bytes a token.
+shortest decimal of its float64 value, which reads back to the same float32. The text of a response is for people: what
+is trained on are its token ids.
+
+Each line ends in its `checksum`: BLAKE2b, 16 bytes in hex, of the line before's checksum and of this line up to
+`,"checksum"`. So a line that was changed, moved, repeated or left out is refused, wherever it came from.
+
+Between ranks samples are safetensors, at nine bytes a token.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import os
+import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import numpy as np
 import orjson
@@ -23,12 +30,14 @@ from megatron_rl.data.sample import FinishReason, Group, Prompt, Sample, Verdict
 from megatron_rl.errors import UserError
 from megatron_rl.routing.trace import RoutingTrace, TraceError
 
-FORMAT = 1
+LOWEST = float(np.finfo(np.float32).min)
 PROBE_BYTES = 1 << 16
 PAYS = 0.8
 """A trace is compressed when its first PROBE_BYTES shrink to less than this: up to some 64 experts."""
 
-_Count = Annotated[int, Field(ge=0)]
+_SEAL = re.compile(rb'(.*),"checksum":"([0-9a-f]{32})"\}\n', re.DOTALL)
+
+_Count = Annotated[int, Field(ge=0, le=2**53)]
 _TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
@@ -40,10 +49,16 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class _Header(_Record):
-    format: Literal[1]
+class Header(_Record):
+    """What a file says of the run that wrote it."""
+
+    format: Literal[2]
     weight_version: _Count
     groups: _Count
+    temperature: float | None = None
+    """Of the log-probs; None: not known."""
+    vocab_size: _Count | None = None
+    """Of the model that sampled; None: not known."""
 
 
 class _PromptRecord(_Record):
@@ -84,20 +99,18 @@ class _SampleRecord(_Record):
     sample: _Count
     token_ids: list[_TokenId]
     loss_mask: list[Literal[0, 1]]
-    rollout_logprobs: list[Annotated[float, Field(le=0)]]
-    versions: list[tuple[int, _Count, _Count]]  # version, start, end
+    rollout_logprobs: list[Annotated[float, Field(le=0, ge=LOWEST)]]  # finite as float32
+    versions: list[tuple[_Count, _Count, _Count]]  # version, start, end
     finish_reason: FinishReason | None
     verdict: tuple[float, bool] | tuple[float, bool, Literal["lost"]] | None  # reward, correct
     response: str | None = None  # for people; token_ids count
-    trace: Annotated[RoutingTrace | None, BeforeValidator(_read_trace)] = None  # absent from older files
+    trace: Annotated[RoutingTrace | None, BeforeValidator(_read_trace)] = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> _SampleRecord:
         lengths = [len(values) for values in (self.token_ids, self.loss_mask, self.rollout_logprobs)]
         if len(set(lengths)) > 1:
             raise ValueError("{} token_ids, {} loss_mask and {} rollout_logprobs".format(*lengths))
-        if any(not start <= end <= lengths[0] for _, start, end in self.versions):
-            raise ValueError(f"versions: a span is not within the {lengths[0]} tokens")
         if self.trace is not None and self.trace.rows > lengths[0]:
             raise ValueError(f"trace: {self.trace.rows} rows for {lengths[0]} tokens")
         return self
@@ -114,6 +127,16 @@ class _GroupRecord(_Record):
         for sample in self.samples:
             if sample.token_ids[:n] != self.prompt.token_ids or any(sample.loss_mask[:n]):
                 raise ValueError(f"sample {sample.sample}: does not begin with its prompt, outside the loss mask")
+            ends = [n, *(end for _, _, end in sample.versions)]
+            starts = [start for _, start, _ in sample.versions]
+            if starts != ends[:-1] or ends != sorted(ends) or ends[-1] != len(sample.token_ids):
+                raise ValueError(
+                    f"sample {sample.sample}: versions: the spans do not follow on one another from the prompt's {n} "
+                    f"tokens to all {len(sample.token_ids)}"
+                )
+        numbers = [sample.sample for sample in self.samples]
+        if numbers != list(range(len(numbers))):
+            raise ValueError(f"samples: found numbers {numbers}; expected 0 to {len(numbers) - 1} in order")
         return self
 
 
@@ -122,19 +145,23 @@ def write_groups(
     groups: Sequence[Group],
     *,
     weight_version: int,
-    decode: Callable[[list[int]], str] | None = None,
+    temperature: float | None = None,
+    vocab_size: int | None = None,
 ) -> None:
-    """A header line, then one group a line, with the responses' text where `decode` makes it of token ids.
-
-    The file appears whole or not at all.
-    """
-    header = {"format": FORMAT, "weight_version": weight_version, "groups": len(groups)}
+    """A header line, then one group a line. The file appears whole or not at all."""
+    header = Header(
+        format=2,
+        weight_version=weight_version,
+        groups=len(groups),
+        temperature=temperature,
+        vocab_size=vocab_size,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
-        file.write(orjson.dumps(header, option=orjson.OPT_APPEND_NEWLINE))
+        checksum = _write_line(file, header.model_dump(exclude_none=True), b"")
         for group in groups:
-            file.write(orjson.dumps(_group_record(group, decode), option=orjson.OPT_APPEND_NEWLINE))
+            checksum = _write_line(file, _group_record(group), checksum)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
@@ -144,14 +171,21 @@ def read_groups(path: Path) -> list[Group]:
     """Raises StoreError naming file, line and field, FileNotFoundError when there is no file."""
     groups = []
     with path.open("rb") as file:
-        header = _parse(_Header, path, 1, file.readline())
+        header, checksum = _read_header(path, file)
         for number, line in enumerate(file, start=2):
-            record = _parse(_GroupRecord, path, number, line)
+            body, checksum = _unsealed(path, number, line, checksum)
+            record = _parse(_GroupRecord, path, number, body)
             prompt = _prompt(record.prompt.model_dump())
             groups.append(Group(record.index, prompt, tuple(_read_sample(prompt, s) for s in record.samples)))
     if len(groups) != header.groups:
         raise StoreError(f"{path}: the header says {header.groups} groups, {len(groups)} are there; it is cut off")
     return groups
+
+
+def read_header(path: Path) -> Header:
+    """The first line alone. Raises as read_groups does."""
+    with path.open("rb") as file:
+        return _read_header(path, file)[0]
 
 
 def encode_samples(samples: Sequence[Sample]) -> bytes:
@@ -183,6 +217,43 @@ def decode_samples(data: bytes) -> list[Sample]:
     ]
 
 
+def _checksum(before: bytes, body: bytes) -> bytes:
+    return hashlib.blake2b(before + body, digest_size=16).hexdigest().encode()
+
+
+def _write_line(file: BinaryIO, record: dict[str, Any], before: bytes) -> bytes:
+    """Returns the line's checksum. `before`: that of the line before."""
+    body = orjson.dumps(record)[:-1]
+    checksum = _checksum(before, body)
+    file.write(body + b',"checksum":"' + checksum + b'"}\n')
+    return checksum
+
+
+def _unsealed(path: Path, number: int, line: bytes, before: bytes) -> tuple[bytes, bytes]:
+    """The record as it was before its checksum was added, and the checksum. Raises StoreError."""
+    found = _SEAL.fullmatch(line)
+    if found is None:
+        raise StoreError(f"{path}:{number}: the line does not end in its checksum; it is cut off, or was changed")
+    body, checksum = found.groups()
+    if checksum != _checksum(before, body):
+        raise StoreError(
+            f"{path}:{number}: the checksum {checksum.decode()} is not that of this line in this place: it or one "
+            "before it was changed, moved or left out; saved rollouts cannot be edited, only sampled again"
+        )
+    return body + b"}", checksum
+
+
+def _read_header(path: Path, file: BinaryIO) -> tuple[Header, bytes]:
+    line = file.readline()
+    if line.startswith(b'{"format":1,'):
+        raise StoreError(
+            f"{path}:1: not the header of a rollout file of format 2: found format 1, whose lines have no "
+            "checksums; sample the rollouts again"
+        )
+    body, checksum = _unsealed(path, 1, line, b"")
+    return _parse(Header, path, 1, body), checksum
+
+
 def _parse(kind: type[Any], path: Path, number: int, line: bytes) -> Any:
     try:
         return kind.model_validate_json(line)
@@ -194,10 +265,10 @@ def _parse(kind: type[Any], path: Path, number: int, line: bytes) -> Any:
         raise StoreError(f"{path}:{number}: {expected}: {field + ': ' if field else ''}{first['msg']}{more}") from None
 
 
-def _group_record(group: Group, decode: Callable[[list[int]], str] | None) -> dict[str, Any]:
+def _group_record(group: Group) -> dict[str, Any]:
     samples = []
     for sample in group.samples:
-        text = {"response": decode(sample.response_ids.tolist())} if decode else {}
+        text = {} if sample.response is None else {"response": sample.response}
         trace = {} if sample.trace is None else {"trace": _write_trace(sample.trace)}
         columns = {
             "token_ids": sample.token_ids.tolist(),
@@ -252,6 +323,7 @@ def _read_sample(prompt: Prompt, record: _SampleRecord) -> Sample:
     return _sample(
         prompt,
         record.model_dump(include={"sample", "versions", "finish_reason", "verdict"}),
+        response=record.response,
         token_ids=np.asarray(record.token_ids, dtype=np.int32),
         loss_mask=np.asarray(record.loss_mask, dtype=np.bool_),
         rollout_logprobs=np.asarray(record.rollout_logprobs, dtype=np.float32),

@@ -171,7 +171,9 @@ def _check_finite(rewards: Mapping[int, float]) -> None:
 
 
 def _responses(packed: PackedBatch, outcomes: Sequence[Outcome]) -> Iterator[tuple[Outcome, npt.NDArray[np.int64]]]:
-    """Each sequence with the positions of its masked-in tokens, which may be none."""
+    """Each sample's sequence with the positions of its masked-in tokens, which may be none."""
+    if packed.is_empty:
+        return
     for outcome, start, end in zip(outcomes, packed.cu_seqlens[:-1], packed.cu_seqlens[1:], strict=True):
         yield outcome, start + np.flatnonzero(packed.loss_mask[start:end])
 

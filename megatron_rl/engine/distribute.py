@@ -71,8 +71,8 @@ def distribute(
         mini_batches=mini_batches,
         dp=layout.dp,
         max_tokens=max_tokens,
-        micro_batch_multiple=layout.pp if layout.vpp > 1 else 1,
-        align=2 * layout.cp if layout.cp > 1 else 1,
+        micro_batch_multiple=layout.micro_batch_multiple,
+        align=layout.sequence_multiple,
         home=home,
     )
     target = {

@@ -64,10 +64,17 @@ class RouteExchange:
     def scatter(
         self, traces: Mapping[int, RoutingTrace], parts: Sequence[Sequence[int]], packed: Sequence[PackedBatch]
     ) -> tuple[RankRoutes, ...]:
-        """This rank's slice of each micro-batch, whose samples `parts` names. Collective over a replica."""
+        """This rank's slice of each micro-batch, whose samples `parts` names. Collective over a replica.
+
+        An empty micro-batch has no routes, and routes live.
+        """
         started = time.perf_counter()
         routes = tuple(
-            self._lead([traces[i] for i in part], batch) if self._place.leads_replica else self._follow(batch)
+            self._absent(batch)
+            if batch.is_empty
+            else self._lead([traces[i] for i in part], batch)
+            if self._place.leads_replica
+            else self._follow(batch)
             for part, batch in zip(parts, packed, strict=True)
         )
         self._seconds += time.perf_counter() - started
@@ -90,11 +97,14 @@ class RouteExchange:
                 dist.send(tensor, group_dst=rank, group=group)
         return slice_routes(traces, batch.cu_seqlens, self._mine, tp=layout.tp, cp=layout.cp)
 
-    def _follow(self, batch: PackedBatch) -> RankRoutes:
+    def _absent(self, batch: PackedBatch) -> RankRoutes:
         rows = batch.tokens // (self._layout.cp * self._layout.tp)
         shape = (rows, len(self._mine.layers), self._arch.experts_per_token)
-        experts = torch.empty(shape, dtype=ids_dtype(self._arch.num_experts))
-        routes = RankRoutes(experts, torch.empty(rows, dtype=torch.bool))
+        experts = torch.zeros(shape, dtype=ids_dtype(self._arch.num_experts))
+        return RankRoutes(experts, torch.zeros(rows, dtype=torch.bool))
+
+    def _follow(self, batch: PackedBatch) -> RankRoutes:
+        routes = self._absent(batch)
         for tensor in _as_bytes(routes):
             dist.recv(tensor, group_src=0, group=self._place.replica)
         self._bytes += routes.bytes

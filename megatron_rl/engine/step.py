@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
@@ -57,20 +58,29 @@ def forward_backward(
 ) -> None:
     """Accumulates the summed loss's gradients into the stages' gradient buffers, reduced over ranks. Collective.
 
-    `loss` is called on the last pipeline stage only, once per micro-batch.
+    `loss` is called on the last pipeline stage only, once per micro-batch that is not empty: an empty one goes through
+    the stages and back, and leaves gradients of 0.
     """
     # Megatron-Core divides gradients (and the aux loss, which it scales by its own tokens) by the number of tokens:
     # multiplying our loss by that number first leaves ours as it is and the aux loss a mean over tokens.
-    tokens = torch.tensor(sum(b.token_ids.numel() for b in micro_batches), dtype=torch.int64)
+    tokens = torch.tensor(sum(_tokens(b) for b in micro_batches), dtype=torch.int64)
     device = micro_batches[0].token_ids.device
     tokens = tokens.to(device)
     dist.all_reduce(tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
 
     def loss_function(index: int, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        value = loss(index, _whole(output, micro_batches[index]))
-        return value * tokens, torch.tensor(output.shape[0], dtype=torch.int, device=device), {}
+        batch = micro_batches[index]
+        whole = _whole(output, batch)
+        # The backward pass of an empty one still meets the others' all-to-alls: its loss depends on the output.
+        value = whole.sum() * 0 if batch.packed.is_empty else loss(index, whole)
+        return value * tokens, torch.tensor(_tokens(batch), dtype=torch.int, device=device), {}
 
     _run(stages, micro_batches, loss_function, routing, forward_only=False)
+
+
+def _tokens(batch: MicroBatch) -> int:
+    """Of this rank, padding included, that count in means over tokens."""
+    return 0 if batch.packed.is_empty else batch.token_ids.numel()
 
 
 @torch.no_grad()
@@ -85,6 +95,24 @@ def forward(
     return _run(stages, micro_batches, collect, routing, forward_only=True)
 
 
+class _LoadBalancing(contextlib.AbstractContextManager[None]):
+    """Keeps Megatron-Core's load-balancing loss out of empty micro-batches.
+
+    A stage's forward and backward passes run one after another, so the coefficient is set before each: routers read it
+    when they run, and recomputation runs them in the backward pass.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        self._config = config
+        self._coefficient = config.moe_aux_loss_coeff
+
+    def enter(self, batch: MicroBatch) -> None:
+        self._config.moe_aux_loss_coeff = 0.0 if batch.packed.is_empty else self._coefficient
+
+    def __exit__(self, *_: object) -> None:
+        self._config.moe_aux_loss_coeff = self._coefficient
+
+
 def _run(
     stages: Sequence[torch.nn.Module],
     micro_batches: Sequence[MicroBatch],
@@ -94,6 +122,7 @@ def _run(
 ) -> list[Any]:
     def forward_step(batches: Iterator[tuple[int, MicroBatch]], stage: torch.nn.Module) -> tuple[Tensor, Any]:
         index, batch = next(batches)
+        balancing.enter(batch)
         with routing.micro_batch(stages.index(stage), index) if routing else contextlib.nullcontext():
             output = stage(
                 input_ids=batch.token_ids,
@@ -102,11 +131,15 @@ def _run(
                 labels=batch.labels,
                 packed_seq_params=batch.sequences,
             )
+        if output.requires_grad:
+            output.register_hook(lambda _: balancing.enter(batch))  # the stage's backward pass begins
         return output, functools.partial(loss_function, index)
 
-    recomputes = not forward_only and get_model_config(stages[0]).recompute_granularity == "full"
+    config = get_model_config(stages[0])
+    balancing = _LoadBalancing(config)
+    recomputes = not forward_only and config.recompute_granularity == "full"
     iterators = [iter(list(enumerate(micro_batches))) for _ in stages]
-    with routing.schedule(len(micro_batches), recomputes) if routing else contextlib.nullcontext():
+    with balancing, routing.schedule(len(micro_batches), recomputes) if routing else contextlib.nullcontext():
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iterators if len(stages) > 1 else iterators[0],

@@ -19,7 +19,8 @@ _QUICK = ("arithmetic",)
 
 
 def grade(groups: Sequence[Group], decode: Callable[[list[int]], str], judges: Judges | None = None) -> list[Group]:
-    """The groups with every sample's verdict. `decode` turns response ids into text, special tokens left out.
+    """The groups with every sample's verdict, and its text as it was judged. `decode` turns response ids into text,
+    special tokens left out.
 
     The verdict is LOST for an answer on which the verifier fails, gives a reward that is not finite, or takes too long,
     or whose worker ends; a warning names some. Without `judges`, workers are started for this call and stopped after
@@ -37,7 +38,10 @@ def grade(groups: Sequence[Group], decode: Callable[[list[int]], str], judges: J
             mine = [answers[p] for p in places]
             results = _judge_here(verifier, mine) if verifier in _QUICK else judges.judge(verifier, mine)
             verdicts.update(zip(places, _settle(verifier, [samples[p] for p in places], mine, results), strict=True))
-    judged = (dataclasses.replace(sample, verdict=verdicts[p]) for p, sample in enumerate(samples))
+    judged = (
+        dataclasses.replace(sample, verdict=verdicts[p], response=answers[p].response)
+        for p, sample in enumerate(samples)
+    )
     return [dataclasses.replace(group, samples=tuple(next(judged) for _ in group.samples)) for group in groups]
 
 

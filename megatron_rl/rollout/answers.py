@@ -17,6 +17,7 @@ import pydantic
 from pydantic import BaseModel, Field, StrictFloat, StrictInt, StrictStr
 
 from megatron_rl.data.sample import FinishReason, VersionSpan
+from megatron_rl.data.vocabulary import unknown_token
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.routes import SERVER_FLAG, RouteSpec, read_routes
 from megatron_rl.routing.trace import RoutingTrace, TraceError
@@ -107,9 +108,10 @@ def read_completion(
         raise _bad(where, "output_ids", f"{len(ids)} tokens", f"{least} to {max_new_tokens}")
     if len(entries) != len(ids):
         raise _bad(where, "output_token_logprobs", f"{len(entries)} entries", f"{len(ids)}, as in output_ids")
+    unknown = unknown_token(ids, vocab_size)
+    if unknown:
+        raise RolloutError(f"{where}: output_ids: {unknown}")
     for position, (token, (_, scored, _)) in enumerate(zip(ids, entries, strict=True)):
-        if not 0 <= token < vocab_size:
-            raise _bad(where, f"output_ids.{position}", repr(token), f"an id in [0, {vocab_size})")
         if scored != token:
             raise _bad(where, f"output_token_logprobs.{position}.1", repr(scored), f"{token}, as in output_ids")
     if reason.type != "abort":

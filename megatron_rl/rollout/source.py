@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_rl.data.sample import Group, Prompt
-from megatron_rl.data.store import StoreError, read_groups
+from megatron_rl.data.sample import Group, Prompt, Sample
+from megatron_rl.data.store import StoreError, read_groups, read_header
+from megatron_rl.data.vocabulary import unknown_token
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import SGLangClient
 from megatron_rl.rollout.routes import RouteSpec
@@ -18,26 +21,111 @@ def rollout_file(directory: Path, step: int, dp: int) -> Path:
     return directory / f"step-{step:06d}-dp-{dp:04d}.jsonl"
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What the run that replays saved rollouts trains on in each step."""
+
+    prompts: int  # rollout.prompts_per_step
+    group_size: int
+    max_tokens: int  # of prompt and response
+    temperature: float
+    vocab_size: int
+
+
 def saved_groups(
-    run_dir: Path, step: int, share: int, of: int, *, needs_traces: RouteSpec | None = None
+    run_dir: Path, step: int, share: int, of: int, *, wanted: Wanted, needs_traces: RouteSpec | None = None
 ) -> list[Group]:
     """Every `of`-th group of a saved step, whatever layout wrote it.
 
     With `needs_traces` each sample must have a routing trace of this model. Raises FileNotFoundError for no file, and
-    StoreError for a bad one or a sample without its trace.
+    StoreError for a bad one, one that is not what is `wanted`, or a sample without its trace.
     """
+    check_headers(run_dir, step, wanted)
+    by_file = {file: read_groups(file) for file in _files(run_dir, step)}
+    _check_sizes(by_file, wanted)
+    mine = []
+    for file, groups in by_file.items():
+        for group in groups:
+            for sample in group.samples:
+                _check_sample(file, sample, wanted)
+        share_of_file = [group for group in groups if group.index % of == share]
+        if needs_traces is not None:
+            _check_traces(file, share_of_file, needs_traces)
+        mine += share_of_file
+    return sorted(mine, key=lambda group: group.index)
+
+
+def check_headers(run_dir: Path, step: int, wanted: Wanted) -> None:
+    """What a step's first lines tell of it. Raises as saved_groups does."""
+    headers = {file: read_header(file) for file in _files(run_dir, step)}
+    for file, header in headers.items():
+        if header.weight_version != step - 1:
+            raise StoreError(
+                f"{file}: its rollouts are of weight version {header.weight_version}, but step {step} trains on those "
+                f"of {step - 1}; the file is not of this step"
+            )
+        if header.temperature not in (None, wanted.temperature):
+            raise StoreError(
+                f"{file}: its log-probs are those of temperature {header.temperature}, but rollout.temperature is "
+                f"{wanted.temperature}; set it to {header.temperature}"
+            )
+        if header.vocab_size not in (None, wanted.vocab_size):
+            raise StoreError(
+                f"{file}: a model with a vocabulary of {header.vocab_size} sampled it, but that of model.path has "
+                f"{wanted.vocab_size}; its token ids mean something else there"
+            )
+    groups = sum(header.groups for header in headers.values())
+    if groups != wanted.prompts:
+        _refuse_size({file: read_groups(file) for file in headers}, f"rollout.prompts_per_step is {wanted.prompts}")
+
+
+def _files(run_dir: Path, step: int) -> list[Path]:
     files = sorted((run_dir / "rollouts").glob(f"step-{step:06d}-dp-*.jsonl"))
     if not files:
         raise FileNotFoundError(
             f"rollout.replay_from: {run_dir / 'rollouts'} has no rollouts of step {step}; train.steps asks for it"
         )
-    groups = []
-    for file in files:
-        mine = [group for group in read_groups(file) if group.index % of == share]
-        if needs_traces is not None:
-            _check_traces(file, mine, needs_traces)
-        groups += mine
-    return sorted(groups, key=lambda group: group.index)
+    return files
+
+
+def _check_sizes(by_file: Mapping[Path, Sequence[Group]], wanted: Wanted) -> None:
+    """Groups 0 to prompts - 1, each once and whole."""
+    first_of: dict[int, Path] = {}
+    for file, groups in by_file.items():
+        for group in groups:
+            if group.index in first_of:
+                raise StoreError(f"{file}: group {group.index} is there twice; {first_of[group.index]} has it too")
+            if len(group.samples) != wanted.group_size:
+                _refuse_size(by_file, f"rollout.group_size is {wanted.group_size}")
+            first_of[group.index] = file
+    if missing := set(range(wanted.prompts)) - set(first_of):
+        raise StoreError(f"{next(iter(by_file))}: group {min(missing)} is missing, and {len(missing) - 1} more")
+
+
+def _refuse_size(by_file: Mapping[Path, Sequence[Group]], wanted: str) -> None:
+    """Raises StoreError with what is there: one line, however many files."""
+    sizes = Counter(len(group.samples) for groups in by_file.values() for group in groups)
+    found = " and ".join(f"{count} groups of {size} samples" for size, count in sorted(sizes.items())) or "no groups"
+    others = f" and {len(by_file) - 1} files more of its step" if len(by_file) > 1 else ""
+    raise StoreError(
+        f"{next(iter(by_file))}{others}: {found}, but {wanted}; a step replays all that was saved of it, so ask for "
+        "what is there"
+    )
+
+
+def _check_sample(file: Path, sample: Sample, wanted: Wanted) -> None:
+    where = f"{file}: prompt {sample.prompt.id!r} sample {sample.index}"
+    if unknown := unknown_token(sample.token_ids.tolist(), wanted.vocab_size):
+        raise StoreError(f"{where}: {unknown}")
+    if not sample.prompt.token_ids:
+        raise StoreError(f"{where}: its prompt has no tokens; nothing predicts the first of the response")
+    if len(sample.token_ids) > wanted.max_tokens:
+        raise StoreError(
+            f"{where}: {len(sample.token_ids)} tokens, but data.max_prompt_tokens + rollout.max_response_tokens is "
+            f"{wanted.max_tokens}; raise them to replay it"
+        )
+    if sample.verdict is None:
+        raise StoreError(f"{where}: no verdict; it was saved before it was judged")
 
 
 def _check_traces(file: Path, groups: Sequence[Group], routes: RouteSpec) -> None:

@@ -1,0 +1,140 @@
+"""Mini-batches of fewer samples than a layout has micro-batches for: some are empty, and nothing else changes.
+
+Three samples, each alone in its micro-batch: two replicas make two each, four replicas or a pipeline of two virtual
+stages have one slot too many.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rl_runs import environment, run_all, save_rollouts, torchrun, weights, write_config
+from tiny_models import make_tiny_model
+
+from megatron_rl.config.layout import Layout
+from megatron_rl.config.load import load_config
+from megatron_rl.config.schema import Config
+from megatron_rl.config.show import largest_step
+from megatron_rl.lab.run import read_metrics
+
+PROMPTS, GROUP, MINI_BATCHES, STEPS = 2, 3, 2, 1
+SIZES = (
+    f"rollout.prompts_per_step={PROMPTS} rollout.group_size={GROUP} train.mini_batches={MINI_BATCHES} "
+    f"train.steps={STEPS} engine.max_tokens_per_micro_batch=8"
+)
+RUNS = {
+    "r3": "routing.replay=r3 engine.recompute=full",
+    "rspo": "presets=rspo routing.replay=r2 routing.noise_floor=1",
+    "balanced": "engine.recompute=full engine.aux_loss_coefficient=1.0",
+    "ppo-kl": "presets=ppo critic.optim.lr=1e-3 critic.optim.eps=1e-4 critic.optim.clip_grad=0.5 critic.epochs=2 "
+    "objective.kl.kind=k1 objective.kl.place=reward objective.kl.beta=0.05",
+    "kl-in-reward": "presets=grpo objective.kl.kind=k1 objective.kl.place=reward objective.kl.beta=0.02 "
+    "objective.correction.kind=mis objective.correction.low=0.8 objective.correction.high=1.25",
+}
+TWO_RANKS = [("r3", "pp=2 vpp=2"), ("rspo", "ep=2"), ("balanced", "ep=2"), ("ppo-kl", "")]
+FOUR_RANKS = [("r3", "tp=2 pp=2 vpp=2"), ("balanced", "pp=2 ep=2"), ("kl-in-reward", "ep=4")]
+MORE = [("r3", "cp=2 ep=2"), ("rspo", ""), ("rspo", "tp=2 ep=4"), ("ppo-kl", "pp=2 vpp=2"), ("kl-in-reward", "tp=2")]
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration; RUNS on one rank, where no micro-batch is empty, lie beside it."""
+    root = tmp_path_factory.mktemp("empty")
+    model = make_tiny_model(root / "model", num_layers=4, mlp_only_layers=(1,))
+    save_rollouts(model, root / "saved", steps=STEPS, prompts=PROMPTS, group=GROUP, traces=True)
+    config = write_config(root / "config.yaml", model, root / "saved")
+    run_all(config, 1, [f"run_dir={root / name} {SIZES} {keys}" for name, keys in RUNS.items()])
+    return config
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    return list(read_metrics(run_dir / "metrics.jsonl"))
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    assert len(lines(expected)) == STEPS * MINI_BATCHES
+    for line, wanted in zip(lines(found), lines(expected), strict=True):
+        assert line.keys() == wanted.keys(), found.name
+        for name in wanted:
+            if not name.startswith(("time", "trace/")):
+                assert line[name] == pytest.approx(wanted[name], rel=2e-3, abs=2e-4), (found.name, name)
+    trained = weights(expected)
+    for name, weight in weights(found).items():
+        assert (weight - trained[name]).abs().max() <= 2e-4 * trained[name].abs().max(), (found.name, name)
+
+
+def has_empty(config: Path, ranks: int, overrides: str) -> bool:
+    loaded = load_config(Config, config, overrides.split())
+    step = largest_step(loaded, Layout.resolve(loaded.parallel, ranks))
+    return any(not part for replica in step.micro_batches for part in replica)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("ranks", "layouts"),
+    [(2, TWO_RANKS), (4, FOUR_RANKS), pytest.param(4, MORE, marks=pytest.mark.slow)],
+    ids=["2 ranks", "4 ranks", "more layouts"],
+)
+def test_an_empty_micro_batch_changes_no_number(setting: Path, ranks: int, layouts: list[tuple[str, str]]) -> None:
+    directories, runs = [], []
+    for name, layout in layouts:
+        directory = setting.parent / f"{name} {ranks} ranks {layout}".replace(" ", "-")
+        degrees = " ".join(f"parallel.{degree}" for degree in layout.split())
+        run = f"run_dir={directory} {SIZES} {RUNS[name]} {degrees}"
+        assert has_empty(setting, ranks, run)
+        directories.append((directory, setting.parent / name))
+        runs.append(run)
+    run_all(setting, ranks, runs)
+    for found, expected in directories:
+        assert_same(found, expected)
+
+
+def test_the_runs_learn_something(setting: Path) -> None:
+    """Else what holds above would hold of a trainer that does nothing."""
+    from safetensors.torch import load_file
+
+    before = load_file(setting.parent / "model" / "model.safetensors")
+    plain, balanced = (weights(setting.parent / name) for name in ("r3", "balanced"))
+    assert all((plain[name] - before[name]).abs().max() > 1e-5 for name in before)
+    router = next(name for name in before if name.endswith("mlp.gate.weight"))
+    assert (balanced[router] - plain[router]).abs().max() > 1e-4  # the load-balancing loss is not nothing
+
+
+@pytest.mark.distributed
+def test_supervised_fine_tuning_on_samples_that_do_not_divide(setting: Path, tmp_path: Path) -> None:
+    """Five samples of 60 tokens, two replicas, a budget of 100."""
+    data, config = tmp_path / "data.jsonl", tmp_path / "sft.yaml"
+    data.write_text("\n".join(json.dumps({"prompt": f"{i}+", "response": "1" * 57}) for i in range(5)))
+    config.write_text(
+        f"run_dir: {tmp_path / 'unset'}\nmodel: {{path: {setting.parent / 'model'}}}\n"
+        "engine: {device: cpu, dtype: fp32, max_tokens_per_micro_batch: 100}\noptim: {lr: 1.0e-3, eps: 1.0e-4}\n"
+        f"data: {{train: {data}, max_tokens: 60}}\nsteps: 1\nbatch_size: 5\n"
+    )
+    for ranks in (1, 2):
+        command = torchrun(ranks, "-m", "megatron_rl", "sft", str(config), f"run_dir={tmp_path / str(ranks)}")
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    (alone,), (together,) = (lines(tmp_path / str(ranks)) for ranks in (1, 2))
+    assert alone.keys() == together.keys()
+    for name in ("loss", "tokens", "nll/mean", "nll/max", "entropy/mean", "grad_norm"):
+        assert together[name] == pytest.approx(alone[name], rel=1e-4), name
+    trained = weights(tmp_path / "1")
+    for name, weight in weights(tmp_path / "2").items():
+        assert (weight - trained[name]).abs().max() <= 1e-4 * trained[name].abs().max(), name
+
+
+@pytest.mark.distributed
+def test_parity_on_fewer_sequences_than_replicas(setting: Path, tmp_path: Path) -> None:
+    tokens = tmp_path / "three.jsonl"
+    tokens.write_text("[5,6,7,8,9,10]\n" * 3)
+    command = [sys.executable, "-m", "megatron_rl", "parity", "--model", str(setting.parent / "model"), "--json"]
+    options = ["--tokens", str(tokens), "--device", "cpu", "--layout", "dp=2", "--layout", "pp=2,vpp=2"]
+    done = subprocess.run([*command, *options], env=environment(), capture_output=True, text=True, check=False)
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [result["passed"] for result in results] == [True, True], done.stderr[-3000:]
+    assert done.returncode == 0
