@@ -82,9 +82,11 @@ def serve(
     max_total_tokens: Annotated[int, typer.Option(min=1, help="KV cache, in tokens")] = 65536,
 ) -> None:
     """Starts a stock SGLang server with the flags that its device needs; what follows -- goes to SGLang as it is."""
+    from megatron_rl.models.check import check_files
     from megatron_rl.rollout.server import ServerOptions
     from megatron_rl.rollout.server import serve as run
 
+    check_files(model)
     options = ServerOptions(
         model=model,
         host=host,

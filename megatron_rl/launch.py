@@ -48,10 +48,10 @@ def agree(command: str, cls: type[C], path: Path, overrides: Sequence[str], *, r
     """
     world = read_world()
     if world.size == 1:
-        resolved = resolve(cls, path, overrides, 1)
-        local_files(resolved, 0)
-        _check_models(resolved)
-        yield resolved.config
+        alone = resolve(cls, path, overrides, 1)
+        local_files(alone, 0)
+        _check_models(alone)
+        yield alone.config
         return
     if not world.joined:
         raise WorldError(f"WORLD_SIZE is {world.size}, but RANK is not set; torchrun sets both")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -35,6 +34,7 @@ from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.models.architecture import read_architecture
 from megatron_rl.models.weights_io import save_weights
 from megatron_rl.routing.modes import MiniBatchRouting
+from megatron_rl.world import read_world
 
 MAX_SHARD_BYTES = 4 << 30
 
@@ -186,7 +186,7 @@ def open_trainer(
 ) -> Iterator[Trainer]:
     """Raises ConfigError: for contradictions before any process group starts, and for a run directory in use."""
     arch = read_architecture(config.model.path)
-    layout = check_config(config, arch, int(os.environ.get("WORLD_SIZE", "1")))
+    layout = check_config(config, arch, read_world().size)
     if isinstance(config, Config):
         check_companions(config, arch, layout)
     device = use_device(config.engine.device)

@@ -43,7 +43,7 @@ def load_config(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
         config = cls.model_validate_json(json.dumps(tree.values), strict=True)
     except ValidationError as error:
         known = sorted(_keys(cls))
-        problems += [_explain(mistake, tree, path, known) for mistake in error.errors()[:MAX_PROBLEMS]]
+        problems += [_explain(mistake, tree, path, known) for mistake in error.errors()[: MAX_PROBLEMS + 1]]
     raise_all(problems)
     return config
 

@@ -9,6 +9,7 @@ from urllib.parse import SplitResult, urlsplit
 # What the trainer sets itself, by flag, and what to use in its place. The values are never shown: one may be a key.
 _OWN_KEY = "the trainer gives the servers that it starts a key of their own, which is written nowhere"
 _ONE_MACHINE = "the trainer starts servers on one machine; start larger ones yourself and name them in urls"
+_HTTP = "the trainer speaks HTTP to the servers that it starts; start others yourself and name them in urls"
 _ADDRESS = "the trainer chooses the address"
 _ROUTES = "set routing.replay r3 or routing.observe_rollout"
 TRAINERS_FLAGS = {
@@ -28,6 +29,11 @@ TRAINERS_FLAGS = {
     "--random-seed": "set seed",
     "--enable-return-routed-experts": _ROUTES,
     "--config": "list its flags in extra_flags",
+    "--weight-version": "the trainer counts the versions of the weights",
+    "--ssl-keyfile": _HTTP,
+    "--ssl-certfile": _HTTP,
+    "--ssl-ca-certs": _HTTP,
+    "--ssl-keyfile-password": _HTTP,
     "--nnodes": _ONE_MACHINE,
     "--node-rank": _ONE_MACHINE,
     "--dist-init-addr": _ONE_MACHINE,
@@ -41,12 +47,13 @@ UNROUTED_FLAGS = (
     "--ep-num-redundant-experts",
     "--init-expert-location",
     "--enable-hierarchical-cache",
+    "--enable-hicache",
     "--enable-lmcache",
     "--disaggregation-mode",
 )
 
-# SGLang's own flags that begin one of those above. Any other beginning is an abbreviation, which SGLang would take.
-WHOLE_FLAGS = frozenset({"--disaggregation-mode"})
+# A flag of SGLang's own that begins one of those above. Any other beginning is an abbreviation, which SGLang takes.
+WHOLE_FLAGS = frozenset({"--ep"})
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(%[A-Za-z0-9]+)?\]", re.ASCII)

@@ -51,7 +51,7 @@ def read_yaml(text: str, place: Callable[[int], str], problems: list[str]) -> tu
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise YamlError(f"{place(line)}: not YAML: {error.problem}") from None
-    except ValueError as error:  # an escape such as "\UFFFFFFFF", a %YAML version of many digits
+    except (ValueError, OverflowError) as error:  # an escape such as "\UFFFFFFFF", a %YAML version of many digits
         raise YamlError(f"{place(1)}: not YAML: {error}") from None
     if node is None:
         return None, {}
@@ -171,7 +171,7 @@ class _Reading:
     def _inside(self, node: yaml.Node, key: str) -> Iterator[None]:
         self._count(node, key)
         if node in self._above:
-            raise self._error(node, key, "not YAML: an alias to what it is in")
+            raise self._error(node, key, "an alias to what it is in")
         if len(self._above) >= MAX_DEPTH:
             raise self._error(node, key, f"nested more than {MAX_DEPTH} deep, with aliases written out")
         if node.tag not in (_MAP, _SEQ):
@@ -201,7 +201,7 @@ class _Reading:
     def _name(self, node: yaml.Node, above: str) -> str:
         """Keys are text, also where they look like something else: `on`, 1."""
         if not isinstance(node, yaml.ScalarNode):
-            raise self._error(node, above, "not YAML: found a key that is a list or a section, expected text")
+            raise self._error(node, above, "found a key that is a list or a section, expected text")
         if node.tag not in (_PLAIN, _STR):
             raise self._error(node, above, _tagged(node))
         name: str = node.value

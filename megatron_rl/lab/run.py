@@ -27,7 +27,7 @@ import orjson
 import yaml
 
 import megatron_rl
-from megatron_rl.errors import UserError
+from megatron_rl.errors import FileInTheWayError, MissingFileError, UserError
 from megatron_rl.lab import provenance
 
 if TYPE_CHECKING:
@@ -90,14 +90,14 @@ class RunDir:
         """Starts a run in a new or empty directory, or takes up the one that is there. For rank 0 only.
 
         On resume call `truncate_after` with the checkpoint's step before anything is logged.
-        Raises FileExistsError when the directory is not empty and `resume` is False, FileNotFoundError when
+        Raises FileInTheWayError when the directory is not empty and `resume` is False, MissingFileError when
         there is nothing to resume, RunDirError when the configuration differs in more than MAY_CHANGE.
         """
         run = cls(path, writes=True)
         if resume:
             _check_resumable(path, config_yaml)
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise FileExistsError(
+            raise FileInTheWayError(
                 f"run_dir {path} is not an empty directory. "
                 "Resume the run that is in it, name another run_dir, or remove it."
             )
@@ -236,7 +236,7 @@ def _cut(file: Path, last_step: int | None) -> int:
 def _check_resumable(path: Path, config_yaml: str) -> None:
     config_file = path / "config.yaml"
     if not config_file.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"run_dir {path} has no config.yaml, so there is no run to resume. "
             "Start without resume, or correct the path."
         )

@@ -16,15 +16,23 @@ def check_model(directory: Path, value_head: bool = False) -> None:
 
     With `value_head` the directory is a critic's.
     """
+    check_weights(directory, value_head)
+    load_tokenizer(directory)
+
+
+def check_weights(directory: Path, value_head: bool = False, *, values: bool = False) -> None:
+    """The same without the tokenizer; with `values` every weight is read, too. Raises ModelError."""
     arch = read_architecture(directory, value_head)
     files = TensorFiles(directory)
     files.check_listing()
     check_names(files, arch)
     held = set(files.names)
     for source in (source for weight in FAMILIES[arch.family].weights(arch) for source in weight.sources):
-        if source.name in held:  # check_names has let pass what may be absent
-            files.check(source)
-    load_tokenizer(directory)
+        if source.name not in held:
+            continue  # check_names has let pass what may be absent
+        files.check(source)
+        if values:
+            files.read(source, 0, 0, source.shape[0])
 
 
 def check_files(directory: Path) -> None:

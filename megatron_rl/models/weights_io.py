@@ -34,7 +34,7 @@ from megatron_rl.models.weight import Shape, Source
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_FILE_NAME = re.compile(r"[^/\\\0\ud800-\udfff]+\.safetensors")
+_FILE_NAME = re.compile(r"[^/\\\0\ud800-\udfff]{1,200}\.safetensors")
 _DTYPES = ("F32", "F16", "BF16")
 # Besides weights, what a server or transformers needs to load the directory.
 _COMPANIONS = (

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_rl.data.sample import Group, Prompt
 from megatron_rl.data.store import StoreError, read_groups
+from megatron_rl.errors import MissingFileError
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import SGLangClient
 from megatron_rl.rollout.routes import RouteSpec
@@ -23,12 +24,12 @@ def saved_groups(
 ) -> list[Group]:
     """Every `of`-th group of a saved step, whatever layout wrote it.
 
-    With `needs_traces` each sample must have a routing trace of this model. Raises FileNotFoundError for no file, and
+    With `needs_traces` each sample must have a routing trace of this model. Raises MissingFileError for no file, and
     StoreError for a bad one or a sample without its trace.
     """
     files = sorted((run_dir / "rollouts").glob(f"step-{step:06d}-dp-*.jsonl"))
     if not files:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"rollout.replay_from: {run_dir / 'rollouts'} has no rollouts of step {step}; train.steps asks for it"
         )
     groups = []
