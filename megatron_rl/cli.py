@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from megatron_rl.config.layout import Layout
-from megatron_rl.config.load import ConfigError, check_companions, check_config, dump_config, load_config
+from megatron_rl.config.load import C, ConfigError, dump_config
+from megatron_rl.config.resolve import resolve
 from megatron_rl.config.schema import Config, Device, EngineDtype, Recompute, ServerDtype, SftConfig
 from megatron_rl.errors import UserError
-from megatron_rl.models.architecture import Architecture, read_architecture
+from megatron_rl.launch import agree, end, explain_fault
 from megatron_rl.stop import STATUS, Stopped
-
-SECONDS_FOR_RANK_0 = 10.0
+from megatron_rl.world import read_world
 
 app = typer.Typer(
     help="Reinforcement learning of mixture-of-experts language models on Megatron-Core and SGLang.",
@@ -44,14 +42,14 @@ def train(
     world_size: WorldSize = None,
 ) -> None:
     """Trains a policy by RL. Start it with torchrun, one process per device."""
-    loaded = load_config(Config, config, overrides or [])
-    arch, layout = _check(loaded, world_size, dry_run)
     if dry_run:
-        _show(loaded, arch, layout)
+        _show(Config, config, overrides or [], world_size)
         return
-    from megatron_rl.train import train as run
+    _refuse_world_size(world_size)
+    with agree("train", Config, config, overrides or [], resume=resume) as loaded:
+        from megatron_rl.train import train as run
 
-    run(loaded, resume=resume)
+        run(loaded, resume=resume)
 
 
 @app.command()
@@ -63,14 +61,14 @@ def sft(
     world_size: WorldSize = None,
 ) -> None:
     """Fine-tunes a model on prompts with responses. Start it with torchrun."""
-    loaded = load_config(SftConfig, config, overrides or [])
-    arch, layout = _check(loaded, world_size, dry_run)
     if dry_run:
-        _show(loaded, arch, layout)
+        _show(SftConfig, config, overrides or [], world_size)
         return
-    from megatron_rl.sft import sft as run
+    _refuse_world_size(world_size)
+    with agree("sft", SftConfig, config, overrides or [], resume=resume) as loaded:
+        from megatron_rl.sft import sft as run
 
-    run(loaded, resume=resume)
+        run(loaded, resume=resume)
 
 
 @app.command(context_settings={"allow_extra_args": True})
@@ -85,9 +83,11 @@ def serve(
     max_total_tokens: Annotated[int, typer.Option(min=1, help="KV cache, in tokens")] = 65536,
 ) -> None:
     """Starts a stock SGLang server with the flags that its device needs; what follows -- goes to SGLang as it is."""
+    from megatron_rl.models.check import check_files
     from megatron_rl.rollout.server import ServerOptions
     from megatron_rl.rollout.server import serve as run
 
+    check_files(model)
     options = ServerOptions(
         model=model,
         host=host,
@@ -135,45 +135,29 @@ def certify(
     raise typer.Exit(run(model, layout or GRID, kinds, dtype, device, as_json=json))
 
 
-def _check(config: Config | SftConfig, world_size: int | None, dry_run: bool) -> tuple[Architecture, Layout]:
-    """All that can be said of a configuration without torch, so that a mistake is told before anything is started."""
-    if world_size is not None and not dry_run:
+def _refuse_world_size(world_size: int | None) -> None:
+    if world_size is not None:
         raise ConfigError("--world-size: only --dry-run plans for a world; torchrun's --nproc-per-node starts one")
-    try:
-        arch = read_architecture(config.model.path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: {error}") from None
-    layout = check_config(config, arch, world_size or int(os.environ.get("WORLD_SIZE", "1")))
-    if isinstance(config, Config):
-        check_companions(config, arch, layout)
-    return arch, layout
 
 
-def _show(config: Config | SftConfig, arch: Architecture, layout: Layout) -> None:
+def _show(cls: type[C], path: Path, overrides: Sequence[str], world_size: int | None) -> None:
+    """All that can be said of a configuration without torch."""
     from megatron_rl.config.show import show_layout, show_schedule
 
-    print(dump_config(config))
-    show_layout(layout, arch, config.engine)
-    show_schedule(config, layout)
+    resolved = resolve(cls, path, overrides, world_size or read_world().size)
+    print(dump_config(resolved.config))
+    show_layout(resolved.layout, resolved.arch, resolved.config.engine)
+    show_schedule(resolved.config, resolved.layout)
 
 
 def main() -> None:
-    """One `error:` and exit status 2 for what the user can mend; a traceback for anything else."""
-    rank = int(os.environ.get("RANK", "0"))
+    """One `error:` and exit status 2 for what the user can fix; a traceback and status 1 for anything else."""
     try:
         app()
     except Stopped:  # rank 0 has said why
         sys.exit(STATUS)
-    except ConfigError as error:
-        if rank == 0:  # every rank finds the same
-            sys.exit(_tell(error))
-        # torchrun ends all ranks as soon as one leaves: rank 0 must be the first, or nobody says why.
-        time.sleep(SECONDS_FOR_RANK_0)
-        sys.exit(2)
-    except (UserError, FileExistsError, FileNotFoundError) as error:
-        sys.exit(_tell(error, f"rank {rank}: " if rank else ""))
-
-
-def _tell(error: Exception, who: str = "") -> int:
-    print(f"error: {who}{error}", file=sys.stderr, flush=True)
-    return 2
+    except UserError as error:
+        sys.exit(end(error))
+    except Exception as error:
+        explain_fault(error)
+        sys.exit(1)

@@ -1,5 +1,16 @@
-"""The base of all errors that a user can mend: the command line prints them without a traceback."""
+"""The bases of all errors that a user can fix: the command line prints them without a traceback, with status 2."""
 
 
 class UserError(Exception):
-    """Names what was found where, what was expected, and how to mend it."""
+    """Names what was found where, what was expected, and how to fix it."""
+
+
+class MissingFileError(UserError, FileNotFoundError):
+    """A file or directory that the user named, or that one of those should hold, and that is not there.
+
+    A FileNotFoundError of another class comes from a library: it is a fault of the program and keeps its traceback.
+    """
+
+
+class FileInTheWayError(UserError, FileExistsError):
+    """A file or directory that would have to be overwritten."""

@@ -21,6 +21,7 @@ import orjson
 
 from megatron_rl.config.layout import Layout, check_layout, parse_layout
 from megatron_rl.config.schema import EngineConfig
+from megatron_rl.config.servers import url_problem
 from megatron_rl.data.sample import Prompt, Sample
 from megatron_rl.data.vocabulary import unknown_token
 from megatron_rl.errors import UserError
@@ -103,6 +104,8 @@ def run(
 
     Raises ParityError for unusable input, and RolloutError for a server that does not answer as it should.
     """
+    if url is not None and (problem := url_problem(url)):
+        raise ParityError(f"--url: found {url!r}, expected {problem}")
     arch = read_architecture(model)
     sequences = read_tokens(tokens, arch.vocab_size)
     engine = EngineConfig(dtype=dtype, recompute=recompute, device=device)  # type: ignore[arg-type]
@@ -113,6 +116,9 @@ def run(
         if problems:
             raise ParityError(f"--layout {text}: " + "; ".join(problems))
         by_world.setdefault(layout.world_size, []).append(text)
+    from megatron_rl.models.check import check_weights
+
+    check_weights(model, values=True)
 
     with tempfile.TemporaryDirectory(prefix="megatron-rl-parity-") as scratch:
         logprobs = write_reference(model, sequences, Path(scratch))

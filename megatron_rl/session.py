@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import orjson
-from transformers import AutoTokenizer
 
 from megatron_rl.config.schema import Config, DynamicSamplingConfig
 from megatron_rl.data.prompts import Fields, PromptCursor, PromptDataset, data_digest, load_prompts
@@ -21,6 +20,7 @@ from megatron_rl.engine.manifest import DataIdentity, State
 from megatron_rl.engine.routes import RouteExchange, valid_rows
 from megatron_rl.lab.metrics import ROLLOUT, overlong_metrics, rollout_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
+from megatron_rl.models.check import load_tokenizer
 from megatron_rl.objectives.custom import get_objective
 from megatron_rl.rewards import Judges, check_verifier, get_verifier, grade
 from megatron_rl.rewards.shaping import filter_overlong, shape_rewards, without_lost
@@ -63,7 +63,7 @@ class Session:
         if self._routes is not None:
             policy = trainer.policy
             self.route_exchange = RouteExchange(policy.arch, policy.routers.layers, trainer.place, trainer.layout)
-        self._tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        self._tokenizer = load_tokenizer(config.model.path)
         self._judges = Judges.of(config.reward)
         self._prompts = self._load(config.data.train) if leader else None
         heldout = config.data.heldout

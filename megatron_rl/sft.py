@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from transformers import AutoTokenizer
-
 from megatron_rl.config.schema import SftConfig
 from megatron_rl.data.prompts import Fields, PromptCursor, data_digest, load_sft_samples, take_indexes
 from megatron_rl.data.sample import Sample
 from megatron_rl.engine.distribute import TrainSample, distribute
 from megatron_rl.engine.losses import SftLoss
 from megatron_rl.engine.manifest import DataIdentity, State
+from megatron_rl.models.check import load_tokenizer
 from megatron_rl.trainer import Trainer, open_trainer
 
 
@@ -51,7 +50,7 @@ def _load(config: SftConfig, trainer: Trainer) -> list[Sample]:
     if not trainer.place.leads_replica:
         return []
     fields = Fields(config.data.prompt_field, config.data.response_field, chat_template=config.data.chat_template)
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    tokenizer = load_tokenizer(config.model.path)
     vocab_size = trainer.policy.arch.vocab_size
     return load_sft_samples(config.data.train, fields, tokenizer, config.data.max_tokens, vocab_size=vocab_size)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,6 +41,7 @@ from megatron_rl.models.identity import file_digests
 from megatron_rl.models.weights_io import save_weights
 from megatron_rl.routing.modes import MiniBatchRouting
 from megatron_rl.stop import Clock, Interrupted, Signals, Stopped
+from megatron_rl.world import read_world
 
 MAX_SHARD_BYTES = 4 << 30
 
@@ -332,7 +332,7 @@ def open_trainer(
 ) -> Iterator[Trainer]:
     """Raises ConfigError: for contradictions before any process group starts, and for a run directory in use."""
     arch = read_architecture(config.model.path)
-    layout = check_config(config, arch, int(os.environ.get("WORLD_SIZE", "1")))
+    layout = check_config(config, arch, read_world().size)
     if isinstance(config, Config):
         check_companions(config, arch, layout)
     minutes = config.train.max_minutes if isinstance(config, Config) else config.max_minutes

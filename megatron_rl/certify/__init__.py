@@ -18,7 +18,7 @@ from megatron_rl.certify.result import Result, Spec
 from megatron_rl.config.layout import Layout, check_layout, parse_layout
 from megatron_rl.config.schema import EngineConfig
 from megatron_rl.errors import UserError
-from megatron_rl.models.architecture import read_architecture
+from megatron_rl.models.architecture import Architecture, read_architecture
 
 GRID = ("tp=1", "tp=2", "pp=2", "pp=2,vpp=2", "cp=2", "ep=2", "dp=2", "tp=2,ep=2,etp=2", "cp=2,ep=2", "tp=2,pp=2,ep=2")
 RECOMPUTE = ("none", "full", "selective")
@@ -43,7 +43,7 @@ def run(
         if model is None:
             model = Path(scratch) / "model"
             make_model(model)
-        elif read_architecture(model).vocab_size < VOCABULARY:
+        elif _read(model).vocab_size < VOCABULARY:
             model = _with_vocabulary(model, Path(scratch) / "model")
         by_world = _by_world(model, layouts, EngineConfig(dtype=dtype, device=device))  # type: ignore[arg-type]
         results: dict[tuple[str, str], Result] = {}
@@ -53,6 +53,14 @@ def run(
     ordered = [results[layout, kind] for layout in layouts for kind in recompute]
     _report(ordered, as_json)
     return 0 if all(r.passed for r in ordered) else 1
+
+
+def _read(model: Path) -> Architecture:
+    """Raises ModelError for a directory that the ranks could not load."""
+    from megatron_rl.models.check import check_weights
+
+    check_weights(model, values=True)
+    return read_architecture(model)
 
 
 def _by_world(model: Path, layouts: Sequence[str], engine: EngineConfig) -> dict[int, list[str]]:

@@ -18,23 +18,16 @@ from megatron_rl.config.layout import Layout, LayoutError, check_layout
 from megatron_rl.config.objective import check_objective
 from megatron_rl.config.schema import Config, Frozen, OptimConfig, SftConfig
 from megatron_rl.config.server_flags import check_server_flags
-from megatron_rl.config.sources import ConfigError, Tree, nearest, read_sources, write_yaml
+from megatron_rl.config.servers import TRAINERS_FLAGS, UNROUTED_FLAGS, flags_among
+from megatron_rl.config.sources import ConfigError, Tree, nearest, read_sources, shown
+from megatron_rl.config.yaml12 import write_yaml
 from megatron_rl.models.architecture import Architecture, read_architecture
 
 C = TypeVar("C", Config, SftConfig)
 
+MAX_PROBLEMS = 50
+"""Mistakes that one error lists: more come from a file that is no configuration."""
 LENGTH_KEYS = "data.max_prompt_tokens + rollout.max_response_tokens"
-
-# Flags of servers whose routes cannot be trusted: experts that are moved or doubled are numbered anew, and KV that is
-# loaded from elsewhere comes without its tokens' routes, which SGLang does not notice (rollout/routes.py).
-UNROUTED_FLAGS = (
-    "--enable-eplb",
-    "--ep-num-redundant-experts",
-    "--init-expert-location",
-    "--enable-hierarchical-cache",
-    "--enable-lmcache",
-    "--disaggregation-mode",
-)
 
 
 def load_config(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
@@ -48,13 +41,20 @@ def load_config(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
     try:
         # JSON's strict mode is what a file of plain values needs: "8" and true are no integers, 1 is a number, text is
         # a path and a list a tuple.
-        config = cls.model_validate_json(json.dumps(tree.values, default=str), strict=True)
+        config = cls.model_validate_json(json.dumps(tree.values), strict=True)
     except ValidationError as error:
         known = sorted(_keys(cls))
-        problems += [_explain(mistake, tree, path, known) for mistake in error.errors()]
+        problems += [_explain(mistake, tree, path, known) for mistake in error.errors()[: MAX_PROBLEMS + 1]]
+    raise_all(problems)
+    return config
+
+
+def raise_all(problems: Sequence[str]) -> None:
+    """Raises ConfigError with one line per problem, if there are any."""
+    if len(problems) > MAX_PROBLEMS:
+        problems = [*problems[:MAX_PROBLEMS], f"and more than {MAX_PROBLEMS} mistakes in all; fix these first"]
     if problems:
         raise ConfigError("\n".join(problems))
-    return config
 
 
 def dump_config(config: Config | SftConfig) -> str:
@@ -89,7 +89,7 @@ def _explain(mistake: Any, tree: Tree, path: Path, known: Sequence[str]) -> str:
     kind, found = mistake["type"], mistake["input"]
     if kind == "missing":
         return f"{path}: {key}: not set, and it has no default"
-    where = f"{tree.place(key)}: {key}"
+    where = f"{tree.place(key) or path}: {key}"
     if kind == "extra_forbidden":
         return f"{where}: no such key{nearest(key, known)}"
     bound = "a value " if kind.startswith(("greater", "less")) else ""
@@ -98,7 +98,9 @@ def _explain(mistake: Any, tree: Tree, path: Path, known: Sequence[str]) -> str:
         "tuple_type": "a list",
         "model_type": "a section of keys",
     }.get(kind, bound + mistake["msg"].removeprefix("Input should be "))
-    return f"{where}: found {json.dumps(found, ensure_ascii=False)}, expected {expected}"
+    if kind.startswith("hidden"):  # it may be a secret in the wrong place
+        return f"{where}: expected {expected}"
+    return f"{where}: found {shown(found)}, expected {expected}"
 
 
 # ---- contradictions --------------------------------------------------------------------------------------------
@@ -128,8 +130,7 @@ def check_config(config: Config | SftConfig, arch: Architecture, world_size: int
         ]
     else:
         problems += _check_sft(config, arch)
-    if problems:
-        raise ConfigError("\n".join(problems))
+    raise_all(problems)
     return layout
 
 
@@ -203,8 +204,7 @@ def check_companions(config: Config, arch: Architecture, layout: Layout) -> None
                 f"engine.aux_loss_coefficient: {config.engine.aux_loss_coefficient}, but the critic has "
                 f"{own.num_layers} layers and the policy {arch.num_layers}; set it to 0"
             )
-    if problems:
-        raise ConfigError("\n".join(problems))
+    raise_all(problems)
 
 
 def _read(key: str, path: Path, value_head: bool = False) -> Architecture:
@@ -264,6 +264,8 @@ def _check_servers(config: Config, arch: Architecture) -> Iterator[str]:
             f"model.path: layers {list(arch.dense_layers)} are dense, but SGLang's {arch.family} has experts in every "
             "layer; such a model trains on saved rollouts only (rollout.replay_from)"
         )
+    for flag in flags_among(servers.extra_flags, tuple(TRAINERS_FLAGS)):
+        yield f"rollout.servers.extra_flags: {flag} is not for you to set; {TRAINERS_FLAGS[flag]}"
     if servers.urls:
         if servers.launch > 1 or servers.extra_flags:
             yield (
@@ -301,13 +303,11 @@ def _check_routing(config: Config, arch: Architecture) -> Iterator[str]:
         if routing.noise_floor:
             yield f"routing.noise_floor: {routing.noise_floor}, {without} run twice"
     if routing.needs_rollout_routes and config.rollout.replay_from is None:
-        given = {flag.partition("=")[0] for flag in config.rollout.servers.extra_flags}
-        for flag in UNROUTED_FLAGS:
-            if flag in given:
-                yield (
-                    f"rollout.servers.extra_flags: with {flag} SGLang's routes may be wrong, but routing.replay r3 and "
-                    "routing.observe_rollout need them"
-                )
+        for flag in flags_among(config.rollout.servers.extra_flags, UNROUTED_FLAGS):
+            yield (
+                f"rollout.servers.extra_flags: with {flag} SGLang's routes may be wrong, but routing.replay r3 and "
+                "routing.observe_rollout need them"
+            )
 
 
 def _check_evaluation(config: Config) -> Iterator[str]:

@@ -8,12 +8,44 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
-Positive = Annotated[float, Field(gt=0)]
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+from megatron_rl.config.servers import VARIABLE, same_server, url_problem
+
+# Upper bounds are far above what anyone needs, and below what overflows or runs for ever: a value beyond them is a
+# slip of the keyboard, which should not cost a night.
+LARGEST_INT = 2**31 - 1
+Positive = Annotated[float, Field(gt=0, le=1e6)]
+PositiveInt = Annotated[int, Field(ge=1, le=LARGEST_INT)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST_INT)]
+LearningRate = Annotated[float, Field(gt=0, le=100)]
 AdamBeta = Annotated[float, Field(ge=0, lt=1)]
+Reward = Annotated[float, Field(ge=-1e6, le=1e6)]
+Seconds = Annotated[float, Field(gt=0, le=30 * 24 * 3600)]
+MebiBytes = Annotated[int, Field(ge=1, le=2**20)]
+
+
+def _check_urls(urls: tuple[str, ...]) -> tuple[str, ...]:
+    for url in urls:
+        if problem := url_problem(url):
+            kind = "hidden_url" if "@" in url else "url"  # credentials are not repeated
+            raise PydanticCustomError(kind, "{problem}", {"problem": problem})
+    if len(set(map(same_server, urls))) < len(urls):
+        raise PydanticCustomError("url", "each server once")
+    return urls
+
+
+def _check_variable(name: str) -> str:
+    if not VARIABLE.fullmatch(name):
+        raise PydanticCustomError(
+            "hidden_variable", "the name of an environment variable (letters, digits and _), and not the key itself"
+        )
+    return name
+
+
+Urls = Annotated[tuple[str, ...], AfterValidator(_check_urls)]
+VariableName = Annotated[str, AfterValidator(_check_variable)]
 
 Device = Literal["auto", "cpu", "cuda"]
 EngineDtype = Literal["fp32", "bf16"]
@@ -60,29 +92,29 @@ class EngineConfig(Frozen):
     """Packed tokens of one micro-batch, over all context-parallel ranks. A longer sample gets one of its own."""
     logit_chunk_tokens: PositiveInt = 1024
     """Tokens whose fp32 logits exist at one time, in the forward as in the backward pass."""
-    aux_loss_coefficient: Annotated[float, Field(ge=0)] = 0.0
+    aux_loss_coefficient: Annotated[float, Field(ge=0, le=1e3)] = 0.0
     """Of Megatron-Core's load-balancing loss, the policy's and the critic's; off in RL unless asked for."""
 
 
 class OptimConfig(Frozen):
-    lr: Annotated[float, Field(gt=0)] = 1e-6
-    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    lr: LearningRate = 1e-6
+    min_lr: Annotated[float, Field(ge=0, le=100)] = 0.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: NonNegativeInt = 0
     """In optimizer steps, as is decay_steps."""
     decay_steps: NonNegativeInt = 0
     """Optimizer steps until min_lr; needed by linear and cosine."""
     betas: tuple[AdamBeta, AdamBeta] = (0.9, 0.95)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip_grad: Annotated[float, Field(gt=0)] = 1.0
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.0
+    clip_grad: Annotated[float, Field(gt=0, le=1e12)] = 1.0
     """Global gradient norm above which gradients are scaled down."""
     max_skipped: NonNegativeInt = 3
     """Optimizer steps of a run that may be skipped because a gradient was not finite; the next one ends the run."""
 
 
 class CriticOptimConfig(OptimConfig):
-    lr: Annotated[float, Field(gt=0)] = 1e-5
+    lr: LearningRate = 1e-5
 
 
 class DataConfig(Frozen):
@@ -102,16 +134,16 @@ class DataConfig(Frozen):
 
 
 class ServersConfig(Frozen):
-    urls: tuple[str, ...] = ()
+    urls: Urls = ()
     """Servers started elsewhere. Empty: the trainer starts and supervises `launch` servers itself."""
     launch: PositiveInt = 1
     tp: PositiveInt = 1
     dtype: ServerDtype = "auto"
     """auto: the engine's dtype."""
-    api_key_env: str | None = None
+    api_key_env: VariableName | None = None
     """Environment variable, on the machine of each rank, with the key of the servers under `urls`. The key itself is
     neither in the configuration nor in the run directory."""
-    start_timeout: Annotated[float, Field(gt=0)] = 600.0
+    start_timeout: Seconds = 600.0
     """Seconds until a launched server must answer."""
     max_total_tokens: PositiveInt = 65536
     """KV cache of a launched server, in tokens."""
@@ -123,7 +155,7 @@ class DynamicSamplingConfig(Frozen):
     """DAPO's [2503.14476, section 3.2]: only groups with right and wrong answers are trained on; the rest is sampled
     anew, from other prompts."""
 
-    oversample: Annotated[float, Field(ge=1)] = 1.5
+    oversample: Annotated[float, Field(ge=1, le=1000)] = 1.5
     """Prompts asked for each group that is missing."""
     max_refills: NonNegativeInt = 8
     """How often prompts are taken once more in a step before the run ends with an error."""
@@ -134,11 +166,11 @@ class RolloutConfig(Frozen):
     """Over all data-parallel ranks; each leader fetches its own share."""
     group_size: PositiveInt = 8
     max_response_tokens: PositiveInt = 1024
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
     """The trainer's log-probs are those of logits / temperature, as the server's are."""
     concurrency: PositiveInt = 256
     """Requests in flight per data-parallel leader."""
-    deadline: Annotated[float, Field(gt=0)] = 1800.0
+    deadline: Seconds = 1800.0
     """Seconds for one request, retries included."""
     replay_from: Path | None = None
     """Train on the rollouts saved in this run directory instead of asking servers."""
@@ -159,9 +191,9 @@ class RewardConfig(Frozen):
     environment: tuple[str, ...] = ()
     """Environment variables that verifiers see beside PATH, HOME and their like. A key belongs here only if a verifier
     needs it."""
-    correct: float | None = None
+    correct: Reward | None = None
     """The reward of a right answer, in place of the verifier's own; null: the verifier's own."""
-    wrong: float | None = None
+    wrong: Reward | None = None
     overlong_cache: PositiveInt | None = None
     """DAPO's soft overlong punishment [2503.14476, equation 13]: over the last so many tokens before
     rollout.max_response_tokens the reward falls by up to 1; null: no punishment."""
@@ -179,8 +211,8 @@ class ClipConfig(Frozen):
     low: Annotated[float, Field(ge=0, lt=1)] | None = 0.2
     """The band of w is 1 - low to 1 + high; null: no bound. With the geometric ratio it is that of log w_t, -low to
     high, of each token."""
-    high: Annotated[float, Field(ge=0)] | None = 0.2
-    dual: Annotated[float, Field(gt=1)] | None = None
+    high: Annotated[float, Field(ge=0, le=1e6)] | None = 0.2
+    dual: Annotated[float, Field(gt=1, le=1e6)] | None = None
     """Dual clip on negative advantages; off unless set."""
     tau_positive: Positive | None = None
     """Temperature of the soft gate where the advantage is positive."""
@@ -226,7 +258,7 @@ class CorrectionConfig(Frozen):
     low: Positive | None = None
     """null: no bound, as for high."""
     high: Positive | None = None
-    delta: Annotated[float, Field(ge=0)] | None = None
+    delta: Annotated[float, Field(ge=0, le=1e6)] | None = None
 
 
 class ObjectiveConfig(Frozen):
@@ -287,13 +319,13 @@ class RoutingConfig(Frozen):
 
 class WeightsConfig(Frozen):
     route: Literal["collective", "disk"] = "collective"
-    bucket_mib: PositiveInt = 256
+    bucket_mib: MebiBytes = 256
     """Size of one gathered and broadcast bucket of weights."""
     verify: NonNegativeInt = 0
     """Every N-th sync is verified against the servers; 0: never."""
-    verify_bound: Annotated[float, Field(gt=0)] | None = None
+    verify_bound: Positive | None = None
     """Largest |log-prob difference| on the probe; None: 1e-5 in fp32, 0.1 otherwise."""
-    timeout: Annotated[float, Field(gt=0)] = 600.0
+    timeout: Seconds = 600.0
 
 
 class EvalConfig(Frozen):
@@ -301,7 +333,7 @@ class EvalConfig(Frozen):
     """In rollout steps; 0: only before the first and after the last."""
     samples: PositiveInt = 1
     """Responses per held-out prompt: k of avg@k and pass@k."""
-    temperature: Annotated[float, Field(ge=0)] = 0.0
+    temperature: Annotated[float, Field(ge=0, le=1e3)] = 0.0
     prompts: PositiveInt | None = None
     """Use only the first so many held-out prompts."""
 

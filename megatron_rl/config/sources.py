@@ -6,19 +6,20 @@ Every key keeps the place that set it last, for the errors. Mistakes are gathere
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from megatron_rl.config.yaml12 import MAX_BYTES, MAX_DEPTH, YamlError, read_yaml
 from megatron_rl.errors import UserError
 
 PRESETS = Path(str(resources.files("megatron_rl.config"))) / "presets"
-_FLOAT, _TEXT, _TIMESTAMP = (f"tag:yaml.org,2002:{kind}" for kind in ("float", "str", "timestamp"))
+MAX_PRESETS = 64
+MAX_SHOWN = 120
+"""Characters of a value in an error."""
 
 
 class ConfigError(UserError):
@@ -67,6 +68,12 @@ def read_sources(path: Path, overrides: Sequence[str], problems: list[str]) -> T
     return tree
 
 
+def shown(value: Any) -> str:
+    """A value as errors show it: JSON, and no more of it than a line holds."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text)} characters)"
+
+
 def nearest(name: str, known: Collection[str]) -> str:
     """`; did you mean X?` for the known key with the closest last part, in the same section first; or nothing."""
     section, _, last_part = name.rpartition(".")
@@ -79,88 +86,36 @@ def nearest(name: str, known: Collection[str]) -> str:
     return ""
 
 
-# ---- YAML ------------------------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as PyYAML reads it, but 1e-5 is a number here, and a date is text."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Puts text in quotes that _Loader would take for a number."""
-
-
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(_FLOAT, re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != _TIMESTAMP]
-    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
-}
-
-
-def _parse(text: str, place: Callable[[int], str], problems: list[str]) -> tuple[Any, dict[str, str]]:
-    """The value, and the place of each dotted key in it; `place` names that of a line."""
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return None, {}
-        places: dict[str, str] = {}
-        for key, line in _named_keys(node):
-            if key in places:
-                problems.append(f"{place(line)}: {key}: given twice, also at {places[key]}; keep one")
-            places[key] = place(line)
-        return loader.construct_document(node), places
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{place(line)}: not YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{place(1)}: not YAML: {error}") from None
-    finally:
-        loader.dispose()
-
-
-def write_yaml(values: Mapping[str, Any]) -> str:
-    """What `read_sources` reads back as the same values."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
-
-
-def _named_keys(node: yaml.Node, prefix: str = "", above: tuple[yaml.Node, ...] = ()) -> Iterator[tuple[str, int]]:
-    """(dotted key, line) of every key, also of one that is given twice. Makes all keys text: `on` is no boolean."""
-    if node in above:
-        raise yaml.constructor.ConstructorError(problem="an alias to what it is in", problem_mark=node.start_mark)
-    if not isinstance(node, yaml.MappingNode):
-        return
-    for key_node, value_node in node.value:
-        if isinstance(key_node, yaml.ScalarNode) and key_node.value != "<<":
-            key_node.tag = _TEXT
-            yield prefix + key_node.value, key_node.start_mark.line + 1
-            yield from _named_keys(value_node, f"{prefix}{key_node.value}.", (*above, node))
+# ---- files and overrides ---------------------------------------------------------------------------------------
 
 
 def _read_file(path: Path, problems: list[str]) -> Tree:
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:  # not the whole: it may be a device without an end
+            text = file.read(MAX_BYTES + 1).decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; expected a YAML configuration") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as text: {error}") from None
-    values, places = _parse(text, lambda line: f"{path}:{line}", problems)
+    try:
+        values, places = read_yaml(text, lambda line: f"{path}:{line}", problems)
+    except YamlError as error:
+        raise ConfigError(str(error)) from None
     if not isinstance(values, dict | None):
-        raise ConfigError(f"{path}: found {values!r}, expected keys and values")
+        raise ConfigError(f"{path}: found {shown(values)}, expected keys and values")
     return Tree(values or {}, places)
 
 
 def _parse_override(text: str, problems: list[str]) -> Tree:
     key, equals, written = text.partition("=")
-    where = f"override {text!r}"
+    where = f"override {text!r}" if len(text) <= MAX_SHOWN else f"override {text[:MAX_SHOWN]!r}..."
     parts = key.split(".")
-    if not equals or not all(parts) or key != key.strip():
+    if not equals or not all(parts) or not key.isprintable() or " " in key or len(parts) > MAX_DEPTH:
         problems.append(f"{where}: expected key=value, such as optim.lr=1e-5")
         return Tree()
     try:
-        value, below = _parse(written, lambda _: where, problems)
-    except ConfigError as error:
+        value, below = read_yaml(written, lambda _: where, problems)
+    except YamlError as error:
         problems.append(str(error))
         return Tree()
     for part in reversed(parts):
@@ -174,10 +129,10 @@ def _parse_override(text: str, problems: list[str]) -> Tree:
 
 def _take_names(tree: Tree, key: str, problems: list[str]) -> list[str]:
     """Takes the key out of the values."""
-    value = tree.values.pop(key, None) or []
-    names = [value] if isinstance(value, str) else value
+    value = tree.values.pop(key, None)
+    names = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        problems.append(f"{tree.place(key)}: {key}: found {value!r}, expected a list of names or files")
+        problems.append(f"{tree.place(key)}: {key}: found {shown(value)}, expected a list of names or files")
         return []
     return names
 
@@ -185,11 +140,11 @@ def _take_names(tree: Tree, key: str, problems: list[str]) -> list[str]:
 def _read_preset(name: str, directory: Path, chain: tuple[Path, ...], place: str, problems: list[str]) -> Tree:
     """A preset with those that it names, below `chain`: the files that lead to it."""
     is_file = name.endswith((".yaml", ".yml"))
+    known = sorted(file.stem for file in PRESETS.glob("*.yaml"))
     path = directory / name if is_file else PRESETS / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
-        expected = "an existing file" if is_file else f"one of {known}, or a .yaml file"
-        problems.append(f"{place}: presets: found {name!r}, expected {expected}")
+    if not (_is_file(path) if is_file else name in known):
+        expected = "an existing file" if is_file else f"one of {', '.join(known)}, or a .yaml file"
+        problems.append(f"{place}: presets: found {name[:MAX_SHOWN]!r}, expected {expected}")
         return Tree()
     if path.resolve() in chain:
         cycle = " -> ".join(str(file) for file in (*chain, path.resolve()))
@@ -199,7 +154,16 @@ def _read_preset(name: str, directory: Path, chain: tuple[Path, ...], place: str
         tree.merge(_read_preset(inner, path.parent, (*chain, path.resolve()), own.places["presets"], problems))
     own.presets = [*_take_names(own, "merged_presets", problems), str(path) if is_file else name]
     tree.merge(own)
+    if len(tree.presets) > MAX_PRESETS:  # each may name two, and each of those two: the work doubles with every file
+        raise ConfigError(f"{place}: presets: {name!r} merges more than {MAX_PRESETS} presets; name fewer")
     return tree
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long
+        return False
 
 
 def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+
+from megatron_rl.world import read_world
 
 CPU = torch.device("cpu")
 
@@ -25,7 +26,7 @@ def resolve_device(requested: str) -> torch.device:
         raise RuntimeError("engine.device is cuda, but torch sees no CUDA device; use auto or cpu")
     if requested == "cpu" or not torch.cuda.is_available():
         return CPU
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", read_world().local_rank)
 
 
 def use_device(requested: str, leave_out: Collection[str] = ()) -> torch.device:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
+
+from megatron_rl.config.sources import ConfigError
+from megatron_rl.errors import UserError
+from megatron_rl.world import read_world
 
 
 def all_gather_bytes(data: bytes, group: dist.ProcessGroup) -> list[bytes]:
@@ -29,3 +36,24 @@ def broadcast_bytes(data: bytes | None, group: dist.ProcessGroup, source: int = 
         buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     dist.broadcast(buffer, source, group=group)
     return buffer[: int(size)].numpy().tobytes()
+
+
+@contextlib.contextmanager
+def together(group: dist.ProcessGroup) -> Iterator[None]:
+    """For a body without collectives that may fail on some ranks only: a rank's UserError is every rank's.
+
+    Raises ConfigError, the same on all ranks, that names each rank and host with an error of its own. Collective.
+    """
+    mine = ""
+    try:
+        yield
+    except UserError as error:
+        mine = str(error)
+    named = f"{read_world().me}: {mine}" if mine and group.size() > 1 else mine
+    found: dict[str, str] = {}  # by what was found: several ranks may read the same file
+    for part in all_gather_bytes(f"{mine}\0{named}".encode(), group):
+        what, _, by = part.decode().partition("\0")
+        if what:
+            found.setdefault(what, by)
+    if found:
+        raise ConfigError("\n".join(found.values()))

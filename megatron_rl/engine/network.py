@@ -22,6 +22,7 @@ from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import EngineConfig, OptimConfig
 from megatron_rl.data.packing import PackedBatch
 from megatron_rl.engine.batch import MicroBatch, micro_batch
+from megatron_rl.engine.exchange import together
 from megatron_rl.engine.grad_norms import grad_norms
 from megatron_rl.engine.model import build_stages, transformer_config, uses_transformer_engine
 from megatron_rl.engine.optimizer import build_optimizer, optimizer_parts
@@ -89,7 +90,8 @@ class Network:
             etp_rank=place.etp,
             etp_size=layout.etp,
         )
-        self.unused_weights = load_weights(list(self.models), self.arch, model_dir, ranks)
+        with together(place.control):  # one rank's share may be damaged, and another's not
+            self.unused_weights = load_weights(list(self.models), self.arch, model_dir, ranks)
         self.stages: list[Any] = list(self.models)
         if frozen:
             for model in self.models:

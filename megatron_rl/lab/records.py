@@ -12,7 +12,7 @@ import yaml
 
 import megatron_rl
 from megatron_rl.disk import write_durably
-from megatron_rl.errors import UserError
+from megatron_rl.errors import MissingFileError, UserError
 from megatron_rl.lab import provenance
 
 MAY_CHANGE = (
@@ -49,11 +49,11 @@ class RunDirError(UserError):
 
 
 def check_resumable(path: Path, config_yaml: str) -> None:
-    """Raises FileNotFoundError if there is no run, and RunDirError if its configuration differs in more than
+    """Raises MissingFileError if there is no run, and RunDirError if its configuration differs in more than
     MAY_CHANGE."""
     config_file = path / "config.yaml"
     if not config_file.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"run_dir {path} has no config.yaml, so there is no run to resume. "
             "Start without --resume, or correct the path."
         )

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from megatron_rl.disk import explain, sync_directory, writes
+from megatron_rl.errors import FileInTheWayError
 from megatron_rl.lab.owner import Owner, OwnerError
 from megatron_rl.lab.records import (
     RECORDS,
@@ -92,7 +93,7 @@ class RunDir:
         """Takes a new or empty directory, or with `resume` the run that is there. For rank 0 only.
 
         Nothing of a run is written or changed before `begin`; `close` without it leaves the directory as it was.
-        Raises FileExistsError if the directory is not empty and `resume` is False, FileNotFoundError if there is
+        Raises FileInTheWayError if the directory is not empty and `resume` is False, MissingFileError if there is
         nothing to resume, RunDirError if the configuration differs in more than MAY_CHANGE, OwnerError if another
         process writes there, and DiskError if this one cannot.
         """
@@ -312,11 +313,11 @@ def _cut(file: Path, last_step: int, history: History) -> int:
 
 
 def _check_empty(path: Path) -> None:
-    """Raises FileExistsError if there is anything but what a start leaves that failed before its run began."""
+    """Raises FileInTheWayError if there is anything but what a start leaves that failed before its run began."""
     if not path.exists():
         return
     if not path.is_dir() or any(not _is_leftover(entry) for entry in path.iterdir()):
-        raise FileExistsError(
+        raise FileInTheWayError(
             f"run_dir {path} is not an empty directory. "
             "Resume the run that is in it, name another run_dir, or remove it."
         )

@@ -7,12 +7,11 @@ error: a field passed over in silence would be a model trained as something that
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_rl.errors import UserError
+from megatron_rl.errors import MissingFileError, UserError
 
 Family = Literal["qwen3_moe", "qwen3"]
 
@@ -49,8 +48,52 @@ _NO_MATTER = frozenset(
 )
 
 
+MAX_SHOWN = 200
+"""Characters of a value in an error."""
+MAX_LISTED = 10
+MAX_INTEGER = 10**9
+LARGEST_NUMBER = 1e38  # that of float32, in round figures
+# Lists as long as these are made of a model's layers and experts; today's largest have 126 and 512.
+MAX_LAYERS, MAX_EXPERTS = 1_000, 4_096
+
+
 class ModelError(UserError, ValueError):
     """A model directory that cannot be read as what its config.json says; names the file and the field or tensor."""
+
+
+class MissingModelError(ModelError, MissingFileError):
+    """A model directory, or a file that belongs in it, that is not there."""
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model directory. Raises ModelError for anything else, and for a key given twice.
+
+    Raises MissingModelError when there is no such file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=lambda pairs: _once(path, pairs))
+    except (FileNotFoundError, NotADirectoryError):
+        raise MissingModelError(f"{path} does not exist; expected a Hugging Face model directory with it") from None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
+    except ModelError:
+        raise
+    except RecursionError:
+        raise ModelError(f"{path} is not valid JSON: nested too deep") from None
+    except ValueError as error:  # also text that is not UTF-8, and integers of thousands of digits
+        raise ModelError(f"{path} is not valid JSON: {str(error)[:MAX_SHOWN]}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} must hold a JSON object; found a {type(content).__name__}")
+    return content
+
+
+def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ModelError(f"{path}: {twice[:MAX_SHOWN]} is given twice; keep one")
+    return content
 
 
 @dataclass(frozen=True)
@@ -90,20 +133,11 @@ def read_architecture(model_dir: Path, value_head: bool = False) -> Architecture
     """The architecture in model_dir/config.json. With `value_head` it is that of a critic, of which the directory of a
     language model lacks no more than the head.
 
-    Raises FileNotFoundError when there is no such file, and ModelError, naming file, field and value, for a
+    Raises MissingModelError when there is no such file, and ModelError, naming file, field and value, for a
     field that is missing, unknown, or asks for what this project does not compute.
     """
     path = Path(model_dir) / "config.json"
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path} does not exist; expected a Hugging Face model directory with a config.json"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} must hold a JSON object; found a {type(content).__name__}")
+    content = read_json_object(path)
     return _architecture(_Fields(path, content), value_head)
 
 
@@ -116,7 +150,7 @@ class _Fields:
         self.prefix = prefix
 
     def error(self, name: str, found: object, expected: str) -> ModelError:
-        return ModelError(f"{self.path}: {self.prefix}{name} is {found!r}; expected {expected}")
+        return ModelError(f"{self.path}: {self.prefix}{name} is {_shown(repr(found))}; expected {expected}")
 
     def _take(self, name: str, default: Any) -> Any:
         if name in self.left:
@@ -125,16 +159,18 @@ class _Fields:
             raise ModelError(f"{self.path}: {self.prefix}{name} is missing, and it has no safe default; add it")
         return default
 
-    def integer(self, name: str, default: int | None = None) -> int:
+    def integer(self, name: str, default: int | None = None, largest: int = MAX_INTEGER) -> int:
         value = self._take(name, default)
         if type(value) is not int or value < 1:
             raise self.error(name, value, "an integer of at least 1")
+        if value > largest:
+            raise self.error(name, value, f"an integer of at most {largest}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._take(name, default)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise self.error(name, value, "a finite number above 0")
+        if type(value) not in (int, float) or not 0 < value < LARGEST_NUMBER:
+            raise self.error(name, value, f"a number above 0 and below {LARGEST_NUMBER:g}")
         return float(value)
 
     def boolean(self, name: str, default: bool | None = None) -> bool:
@@ -153,10 +189,16 @@ class _Fields:
     def end(self) -> None:
         unknown = {name: value for name, value in self.left.items() if name not in _NO_MATTER}
         if unknown:
-            listed = ", ".join(f"{self.prefix}{name} = {json.dumps(value)}" for name, value in unknown.items())
+            fields = [f"{self.prefix}{name} = {json.dumps(value)}" for name, value in unknown.items()]
+            listed = ", ".join(map(_shown, fields[:MAX_LISTED]))
+            listed += f" and {len(fields) - MAX_LISTED} more" if len(fields) > MAX_LISTED else ""
             raise ModelError(
                 f"{self.path}: not understood: {listed}; if it changes nothing in the model, remove it there"
             )
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _architecture(fields: _Fields, value_head: bool) -> Architecture:
@@ -168,7 +210,7 @@ def _architecture(fields: _Fields, value_head: bool) -> Architecture:
     fields.must_be("is_encoder_decoder", False)
     fields.must_be("quantization_config", None)
 
-    num_layers = fields.integer("num_hidden_layers")
+    num_layers = fields.integer("num_hidden_layers", largest=MAX_LAYERS)
     layer_types = fields.left.pop("layer_types", None)
     if layer_types not in (None, ["full_attention"] * num_layers):
         raise fields.error("layer_types", layer_types, f'"full_attention" for each of the {num_layers} layers')
@@ -215,7 +257,7 @@ def _family(fields: _Fields, value_head: bool) -> Family:
 def _moe(fields: _Fields, num_layers: int) -> dict[str, Any]:
     # transformers 5 writes num_local_experts, earlier versions num_experts.
     names = [name for name in ("num_experts", "num_local_experts") if name in fields.left]
-    counts = {fields.integer(name) for name in names or ["num_experts"]}
+    counts = {fields.integer(name, largest=MAX_EXPERTS) for name in names or ["num_experts"]}
     if len(counts) > 1:
         raise fields.error("num_experts", sorted(counts), "the same number as num_local_experts")
     num_experts = counts.pop()

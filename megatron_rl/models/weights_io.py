@@ -7,6 +7,7 @@ of whole tensors, and never holds more than one file's worth.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -19,13 +20,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from megatron_rl.models.architecture import VALUE_MODEL, Architecture, ModelError, read_architecture
+from megatron_rl.errors import FileInTheWayError
+from megatron_rl.models.architecture import (
+    VALUE_MODEL,
+    Architecture,
+    MissingModelError,
+    ModelError,
+    read_architecture,
+    read_json_object,
+)
 from megatron_rl.models.binding import ModelRanks, Slot, bind
 from megatron_rl.models.family import FAMILIES
 from megatron_rl.models.weight import Shape, Source
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_FILE_NAME = re.compile(r"[^/\\\0\ud800-\udfff]{1,200}\.safetensors")
 _DTYPES = ("F32", "F16", "BF16")
 # Besides weights, what a server or transformers needs to load the directory.
 COMPANIONS = (
@@ -43,8 +53,8 @@ COMPANIONS = (
 class TensorFiles:
     """The safetensors files of a model directory; reads stretches of tensors without the whole.
 
-    Raises FileNotFoundError when the directory has neither an index nor a single file, or a listed file is
-    absent, and ModelError when it has both: transformers would read one and SGLang the other.
+    Raises MissingModelError when the directory has neither an index nor a single file, or a listed file is absent.
+    Raises ModelError when it has both, as transformers would read one and SGLang the other, and for a damaged one.
     """
 
     def __init__(self, model_dir: Path) -> None:
@@ -60,7 +70,7 @@ class TensorFiles:
             self._files = dict.fromkeys(self._open(single).keys(), single)
             self.listing = single
         else:
-            raise FileNotFoundError(f"{self.model_dir} holds neither {_INDEX} nor {_SINGLE}; expected one of them")
+            raise MissingModelError(f"{self.model_dir} holds neither {_INDEX} nor {_SINGLE}; expected one of them")
 
     @property
     def names(self) -> list[str]:
@@ -79,20 +89,42 @@ class TensorFiles:
         Raises ModelError when the tensor is missing, or has not the source's shape, or is not floating
         point of 16 or 32 bits.
         """
-        name, file = source.name, self._files.get(source.name)
+        self.check(source)
+        stretch: Tensor = self._slice(source.name)[(slice(None),) * dim + (slice(start, start + length),)]
+        if stretch.numel() and not all(map(math.isfinite, torch.stack(torch.aminmax(stretch)).tolist())):
+            raise ModelError(
+                f"{self._files[source.name]}: {source.name} holds NaN or infinity; nothing can be trained from it: "
+                "copy the file again, or take an earlier checkpoint"
+            )
+        return stretch
+
+    def check(self, source: Source) -> None:
+        """Raises ModelError when the tensor is missing, or has not the source's shape, or no dtype that is read."""
+        name = source.name
         if (found := self.shape(name)) != source.shape:
-            raise ModelError(f"{file}: {name} has shape {found}; config.json asks for {source.shape}")
+            raise ModelError(f"{self._files[name]}: {name} has shape {found}; config.json asks for {source.shape}")
         if (dtype := self.dtype(name)) not in _DTYPES:
-            raise ModelError(f"{file}: {name} has dtype {dtype}; expected one of {', '.join(_DTYPES)}")
-        return self._slice(name)[(slice(None),) * dim + (slice(start, start + length),)]
+            raise ModelError(f"{self._files[name]}: {name} has dtype {dtype}; expected one of {', '.join(_DTYPES)}")
+
+    def check_listing(self) -> None:
+        """Raises ModelError unless every file is whole and holds the tensors that the index puts there, no others."""
+        held: dict[str, Path] = {}
+        for file in sorted(set(self._files.values())):
+            for name in list(self._open(file).keys()):
+                if self._files.get(name) != file:
+                    where = f"in {self._files[name].name}" if name in self._files else "nowhere"
+                    raise ModelError(f"{file}: tensor {name} is in it; {self.listing.name} puts it {where}")
+                held[name] = file
+        for name in self._files.keys() - held.keys():
+            self._slice(name)  # raises: it is missing
 
     def _open(self, file: Path) -> Any:
         if file not in self._handles:
             try:
                 self._handles[file] = safe_open(file, framework="pt")
             except FileNotFoundError:
-                raise FileNotFoundError(f"{self.listing} lists {file.name}, which does not exist") from None
-            except SafetensorError as error:
+                raise MissingModelError(f"{self.listing} lists {file.name}, which does not exist") from None
+            except (OSError, SafetensorError) as error:
                 raise ModelError(f"{file} is not a whole safetensors file: {error}") from None
         return self._handles[file]
 
@@ -108,10 +140,17 @@ class TensorFiles:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError):
-        raise ModelError(f"{index} is not an index: expected a JSON object with weight_map in it") from None
+    """File names by tensor: of files beside the index, and nowhere else."""
+    content = read_json_object(index).get("weight_map")
+    if not isinstance(content, dict) or not content:
+        raise ModelError(f"{index} is not an index: expected an object weight_map, of file names by tensor")
+    for name, file in content.items():
+        if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
+            raise ModelError(
+                f"{index}: weight_map puts {name[:100]} in {str(file)[:100]!r}; expected the name of a .safetensors "
+                "file in the same directory"
+            )
+    return content
 
 
 @torch.no_grad()
@@ -121,12 +160,12 @@ def load_weights(
     """Fills every parameter of this rank's stages (unwrapped GPTModels), once, in the parameter's own dtype.
 
     Returns the names of tensors in the files that the model does not use, all of them known to be harmless.
-    Raises ModelError or FileNotFoundError naming parameter, tensor or file: for a missing, unknown or
+    Raises ModelError naming parameter, tensor or file: for a missing, unknown or
     misshapen tensor, and for all that `bind` refuses.
     """
     files = TensorFiles(model_dir)
     slots = bind(chunks, arch, ranks)
-    unused = _check_names(files, arch)
+    unused = check_names(files, arch)
     for slot in slots:
         shard = slot.of(slot.parameter.data)
         if slot.weight.optional and slot.weight.sources[0].name not in files.names:
@@ -138,7 +177,7 @@ def load_weights(
     return unused
 
 
-def _check_names(files: TensorFiles, arch: Architecture) -> tuple[str, ...]:
+def check_names(files: TensorFiles, arch: Architecture) -> tuple[str, ...]:
     """All tensors of the model, not only this rank's, so that every rank gives the same answer."""
     family = FAMILIES[arch.family]
     weights = family.weights(arch)
@@ -184,14 +223,14 @@ def save_weights(
     """Writes a Hugging Face directory: `tensors` cast to `dtype`, the rest from source_dir; with `value_head` that of a
     model with one number per token.
 
-    The directory appears whole or not at all. Raises FileExistsError when model_dir is there already, and
-    ValueError when a tensor is not one of source_dir's config.json, comes twice, has another shape or never
+    The directory appears whole or not at all. Raises FileInTheWayError when model_dir is there already, and
+    ModelError when a tensor is not one of source_dir's config.json, comes twice, has another shape or never
     comes.
     """
     model_dir, source_dir = Path(model_dir), Path(source_dir)
     arch = read_architecture(source_dir, value_head)
     if model_dir.exists():
-        raise FileExistsError(f"{model_dir} exists already; choose another directory, or remove it")
+        raise FileInTheWayError(f"{model_dir} exists already; choose another directory, or remove it")
     partial = model_dir.with_name(f".{model_dir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.mkdir(parents=True)

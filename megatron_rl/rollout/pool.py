@@ -10,6 +10,7 @@ from typing import Self
 from megatron_rl.config.schema import EngineConfig, RolloutConfig, ServersConfig
 from megatron_rl.cores import threads_per_process
 from megatron_rl.rollout.server import Server, ServerError, ServerOptions, free_ports
+from megatron_rl.world import read_world
 
 
 class Pool:
@@ -101,10 +102,10 @@ def read_api_key(servers: ServersConfig) -> str | None:
 
 def local_ranks() -> int:
     """Ranks of the trainer on this machine: they have the first GPUs, servers of ours those after."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return read_world().local_size
 
 
 def own_host() -> str:
     """Where all leaders reach the servers of rank 0's machine: torchrun's master, if some are on other machines."""
-    on_one_machine = int(os.environ.get("WORLD_SIZE", "1")) == local_ranks()
+    on_one_machine = read_world().size == local_ranks()
     return "127.0.0.1" if on_one_machine else os.environ["MASTER_ADDR"]

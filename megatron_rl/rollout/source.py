@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_rl.data.sample import Group, Prompt, Sample
 from megatron_rl.data.store import StoreError, read_groups, read_header
 from megatron_rl.data.vocabulary import unknown_token
+from megatron_rl.errors import MissingFileError
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import SGLangClient
 from megatron_rl.rollout.routes import RouteSpec
@@ -37,7 +38,7 @@ def saved_groups(
 ) -> list[Group]:
     """Every `of`-th group of a saved step, whatever layout wrote it.
 
-    With `needs_traces` each sample must have a routing trace of this model. Raises FileNotFoundError for no file, and
+    With `needs_traces` each sample must have a routing trace of this model. Raises MissingFileError for no file, and
     StoreError for a bad one, one that is not what is `wanted`, or a sample without its trace.
     """
     check_headers(run_dir, step, wanted)
@@ -82,7 +83,7 @@ def check_headers(run_dir: Path, step: int, wanted: Wanted) -> None:
 def _files(run_dir: Path, step: int) -> list[Path]:
     files = sorted((run_dir / "rollouts").glob(f"step-{step:06d}-dp-*.jsonl"))
     if not files:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"rollout.replay_from: {run_dir / 'rollouts'} has no rollouts of step {step}; train.steps asks for it"
         )
     return files

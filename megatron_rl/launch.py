@@ -1,0 +1,213 @@
+"""How ranks agree on a run before there are process groups, and how they end together if one of them cannot start.
+
+Every rank reads the configuration and looks for the files that it will use. Rank 0's findings go to all; each rank
+compares its own with them, and tells rank 0 what it lacks. If one rank lacks something, its node tells it, and all end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.config.load import C, ConfigError
+from megatron_rl.config.resolve import Files, Resolved, differing_files, local_files, model_dirs, resolve
+from megatron_rl.errors import UserError
+from megatron_rl.marks import Mark, leave_mark
+from megatron_rl.meeting import ANSWER_SECONDS, START_SECONDS, LaunchError, LostError, Meeting
+from megatron_rl.world import World, WorldError, read_world
+
+LISTED_KEYS = 5
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What every rank has to have in common with rank 0."""
+
+    command: str
+    resume: bool
+    world_size: int
+    config: dict[str, Any]
+    files: Files
+    mark: Mark | None = None
+
+
+@contextlib.contextmanager
+def agree(command: str, cls: type[C], path: Path, overrides: Sequence[str], *, resume: bool) -> Iterator[C]:
+    """Gives the body the configuration, once every rank has the same and all the files that it needs.
+
+    Raises ConfigError on a rank that is alone. Of several, every rank raises LaunchError when one of them cannot
+    start, and for a ConfigError of the body, which all ranks find alike: rank 0 tells it.
+    """
+    world = read_world()
+    if world.size == 1:
+        alone = resolve(cls, path, overrides, 1)
+        local_files(alone, 0)
+        _check_models(alone)
+        yield alone.config
+        return
+    if not world.joined:
+        raise WorldError(f"WORLD_SIZE is {world.size}, but RANK is not set; torchrun sets both")
+    # Rank 0 opens the meeting first, as others may be waiting for it; they come when they know what to say.
+    meeting = _meet(world, "") if world.rank == 0 else None
+    resolved: Resolved[C] | None = None
+    facts, problem, fault = None, "", None
+    try:
+        resolved = resolve(cls, path, overrides, world.size)
+        files = local_files(resolved, world.rank)
+        facts = Facts(command, resume, world.size, resolved.config.model_dump(mode="json"), files)
+    except UserError as error:
+        problem = str(error)
+    except Exception as error:  # the others need not wait for this rank
+        fault = error
+        problem = f"{type(error).__name__}: {error}; a fault of the program, whose traceback is in its output"
+    meeting = meeting or _meet(world, problem)
+    try:
+        _settle_run(meeting, facts, problem, resolved.config.run_dir if resolved else Path())
+    except LaunchError:
+        if fault is not None:
+            raise fault from None
+        raise
+    assert resolved is not None
+    # Slower, so only once all have come so far. The ranks of a node see the same files.
+    meeting.settle("models", _problem_of_models(resolved) if world.local_rank == 0 else "")
+    try:
+        yield resolved.config
+    except ConfigError as error:
+        raise LaunchError(str(error) if world.rank == 0 else "", (0,), meeting) from error
+
+
+def _meet(world: World, problem: str) -> Meeting:
+    """Raises UserError, with this rank's own problem if it has one, when there is no meeting."""
+    try:
+        return Meeting(world, 2 * ANSWER_SECONDS if problem else START_SECONDS)
+    except LostError as error:
+        if problem:
+            raise UserError(problem) from None
+        raise error from None
+
+
+def _settle_run(meeting: Meeting, facts: Facts | None, problem: str, run_dir: Path) -> None:
+    """Raises LaunchError on every rank when one has a problem, or another run than rank 0; `facts` are None for one
+    that has a problem."""
+    with contextlib.ExitStack() as stack:
+        if meeting.world.rank == 0:
+            if facts is not None:
+                try:
+                    facts = dataclasses.replace(facts, mark=stack.enter_context(leave_mark(run_dir)))
+                except ConfigError as error:
+                    facts, problem = None, str(error)
+            meeting.post("facts", facts and asdict(facts))
+        elif facts is not None:
+            try:
+                problem = _compare(facts, meeting.read("facts", START_SECONDS), run_dir)
+            except (LostError, TimeoutError):
+                raise LostError("rank 0 did not say what it runs; its output says why") from None
+        meeting.settle("run", problem)
+
+
+def _problem_of_models(resolved: Resolved[C]) -> str:
+    try:
+        _check_models(resolved)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _check_models(resolved: Resolved[C]) -> None:
+    """Raises ConfigError, which names the key and the file."""
+    from megatron_rl.models.check import check_model
+
+    for key, directory, value_head in model_dirs(resolved.config):
+        try:
+            check_model(directory, value_head)
+        except UserError as error:
+            raise ConfigError(f"{key}: {error}") from None
+
+
+def _compare(mine: Facts, content: dict[str, Any] | None, run_dir: Path) -> str:
+    """What this rank does not have in common with rank 0, whose facts are `content`; "" for nothing."""
+    if content is None:  # rank 0 cannot start, and says so itself
+        return ""
+    theirs = Facts(**{**content, "mark": None})
+    if (mine.command, mine.world_size) != (theirs.command, theirs.world_size):
+        return (
+            f"started as `{mine.command}` of {mine.world_size} ranks, but rank 0 as `{theirs.command}` of "
+            f"{theirs.world_size}; start every rank alike"
+        )
+    problems = []
+    if mine.resume != theirs.resume:
+        here, there = ("with", "without") if mine.resume else ("without", "with")
+        problems.append(f"started {here} --resume, but rank 0 {there} it; start every rank alike")
+    own, common = _flatten(mine.config), _flatten(theirs.config)
+    differing = [key for key in common | own if own.get(key) != common.get(key)]
+    if differing:
+        listed = [f"{key} is {_shown(own.get(key))}, but {_shown(common.get(key))} on rank 0" for key in differing]
+        more = f"; and {len(listed) - LISTED_KEYS} keys more" if len(listed) > LISTED_KEYS else ""
+        problems.append(
+            f"another configuration than rank 0's: {'; '.join(listed[:LISTED_KEYS])}{more}; start every rank with the "
+            "same file and overrides"
+        )
+        return "\n".join(problems)
+    problems += differing_files(mine.files, theirs.files)
+    mark = Mark(**content["mark"])
+    if not mark.is_seen_from(run_dir):
+        problems.append(
+            f"run_dir: {run_dir.absolute()} is not the directory that rank 0 writes, {mark.run_dir} on host "
+            f"{mark.host}; all ranks write into it, so name one on a file system that all nodes share"
+        )
+    return "\n".join(problems)
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:80] + "..."
+
+
+def end(error: UserError) -> int:
+    """Prints what this rank has to say of the error; returns the exit status of a user's error."""
+    if isinstance(error, LaunchError):
+        if error.text:
+            _print(error.text)
+        error.told()
+    else:
+        _print(f"{_who()}{error}")
+    return 2
+
+
+def explain_fault(error: Exception) -> None:
+    """Prints the traceback of a fault of the program in one piece, under the name of the rank that had it."""
+    trace = "".join(traceback.format_exception(error))
+    print(f"{_who()}a fault that the program did not expect:\n{trace}", file=sys.stderr, end="", flush=True)
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun shows it again, at the end, as the cause
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+
+
+def _who() -> str:
+    try:
+        world = read_world()
+    except WorldError:
+        return ""
+    return f"{world.me}: " if world.size > 1 else ""
+
+
+def _print(text: str) -> None:
+    print(f"error: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,57 @@
+"""Whether a model directory can be loaded, from its small files and the headers of its weights: before any rank waits
+for another and before servers start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.models.architecture import MissingModelError, ModelError, read_architecture, read_json_object
+from megatron_rl.models.family import FAMILIES
+from megatron_rl.models.weights_io import TensorFiles, check_names
+
+
+def check_model(directory: Path, value_head: bool = False) -> None:
+    """Raises ModelError, which names the file, for all but values that are not finite: those show when they are read.
+
+    With `value_head` the directory is a critic's.
+    """
+    check_weights(directory, value_head)
+    load_tokenizer(directory)
+
+
+def check_weights(directory: Path, value_head: bool = False, *, values: bool = False) -> None:
+    """The same without the tokenizer; with `values` every weight is read, too. Raises ModelError."""
+    arch = read_architecture(directory, value_head)
+    files = TensorFiles(directory)
+    files.check_listing()
+    check_names(files, arch)
+    held = set(files.names)
+    for source in (source for weight in FAMILIES[arch.family].weights(arch) for source in weight.sources):
+        if source.name not in held:
+            continue  # check_names has let pass what may be absent
+        files.check(source)
+        if values:
+            files.read(source, 0, 0, source.shape[0])
+
+
+def check_files(directory: Path) -> None:
+    """The same for a model of any architecture, such as a server may have. Raises ModelError."""
+    read_json_object(directory / "config.json")
+    TensorFiles(directory).check_listing()
+    load_tokenizer(directory)
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer in a model directory. Raises ModelError when there is none, or its files are damaged."""
+    from transformers import AutoTokenizer
+
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise MissingModelError(
+            f"{directory} holds neither tokenizer.json nor tokenizer_config.json; copy the model's tokenizer there"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # the tokenizers library raises Exception itself
+        reason = str(error).strip().partition("\n")[0][:300]
+        raise ModelError(f"{directory}: its tokenizer cannot be loaded: {reason or type(error).__name__}") from None

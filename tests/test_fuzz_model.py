@@ -1,0 +1,212 @@
+"""Model directories at random: each is refused by one ModelError, or holds what safetensors' own reader gives."""
+
+from __future__ import annotations
+
+import collections
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from models_reference import hf_shapes
+from safetensors.torch import load_file
+from tiny_models import make_tiny_model
+from transformers import AutoModelForCausalLM
+
+from megatron_rl.models.architecture import ModelError, read_architecture
+from megatron_rl.models.check import check_weights
+from megatron_rl.models.weight import Source
+from megatron_rl.models.weights_io import TensorFiles
+
+Draw = Callable[[st.SearchStrategy[Any]], Any]
+INDEX = "model.safetensors.index.json"
+FIELDS = {  # of config.json, and what they are called here
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "vocab_size": "vocab_size",
+    "moe_intermediate_size": "expert_hidden_size",
+    "num_experts_per_tok": "experts_per_token",
+    "norm_topk_prob": "norm_topk_prob",
+    "tie_word_embeddings": "tied_embeddings",
+    "rms_norm_eps": "rms_norm_eps",
+}
+VALUES: list[Any] = [
+    *[None, True, False, 0, 1, 2, -1, 16, 2**31, 10**18, 10**400, 0.0, 0.5, -1.5, 1e300, float("nan"), float("inf")],
+    *["", "x", "silu", "../x.safetensors", "/etc/passwd", "model.safetensors", "a\0b", "\ud800", "x" * 5000],
+    *[[], [0], [1, 2], [[]], ["full_attention"], {}, {"a": 1}, {"rope_type": "default"}, {"rope_theta": 1e4}],
+    *["F64", "I8", "BF16", "F16", "F8_E4M3", [0, 4], [4, 0], [0, 10**18], [-1, 4], [2, 2, 2]],
+]
+BYTES = [
+    b"",
+    b"\0",
+    b"\xff",
+    b"{",
+    b"}",
+    b"[" * 5000,
+    b'{"a":' * 5000,
+    b'"',
+    b",",
+    b"\xef\xbb\xbf",
+    b"9" * 5000,
+    b"\x7f",
+]
+NOT_FINITE = [b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f", b"\x00\x00\x80\xff", b"\xff\xff\xff\xff"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two files of weights and an index."""
+    directory = tmp_path_factory.mktemp("models") / "whole"
+    make_tiny_model(
+        directory, num_layers=1, hidden_size=16, num_heads=2, num_kv_heads=1, head_dim=8, num_experts=2,
+        expert_hidden_size=8, ffn_hidden_size=16,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    (directory / "model.safetensors").unlink()
+    model.save_pretrained(directory, max_shard_size="8KB")
+    assert len(list(directory.glob("*.safetensors"))) == 2
+    return directory
+
+
+def _set_somewhere(draw: Draw, tree: Any) -> Any:
+    """A value of the tree replaced, taken out or doubled under another name, at any depth."""
+    if isinstance(tree, dict) and tree and draw(st.integers(0, 3)):
+        tree = dict(tree)
+        key = draw(st.sampled_from(sorted(tree)))
+        match draw(st.integers(0, 4)):
+            case 0:
+                del tree[key]
+            case 1:
+                tree[draw(st.sampled_from([*sorted(tree), "more", "a.b"]))] = tree[key]
+            case _:
+                tree[key] = _set_somewhere(draw, tree[key])
+        return tree
+    if isinstance(tree, list) and tree and draw(st.booleans()):
+        position = draw(st.integers(0, len(tree) - 1))
+        return [*tree[:position], _set_somewhere(draw, tree[position]), *tree[position + 1 :]]
+    return draw(st.sampled_from(VALUES))
+
+
+def _cut(draw: Draw, data: bytes, pieces: list[bytes]) -> bytes:
+    start = draw(st.integers(0, len(data)))
+    end = min(len(data), start + draw(st.sampled_from([0, 0, 1, 4, 64, len(data)])))
+    return data[:start] + draw(st.sampled_from(pieces)) + data[end:]
+
+
+def _header(draw: Draw, data: bytes) -> bytes:
+    size = struct.unpack("<Q", data[:8])[0]
+    header = _set_somewhere(draw, json.loads(data[8 : 8 + size]))
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data[8 + size :]
+
+
+def _value(draw: Draw, data: bytes) -> bytes:
+    """One value, in place: perhaps not finite."""
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    if start + 4 > len(data):
+        return data[:-1]
+    at = start + 4 * draw(st.integers(0, (len(data) - start) // 4 - 1))
+    return data[:at] + draw(st.one_of(st.sampled_from(NOT_FINITE), st.binary(min_size=4, max_size=4))) + data[at + 4 :]
+
+
+def damaged(draw: Draw, files: dict[str, bytes]) -> dict[str, bytes]:
+    """Some of the files, in another state."""
+    changed = {}
+    for _ in range(draw(st.integers(1, 2))):
+        name = draw(st.sampled_from(sorted(files)))
+        data = changed.get(name, files[name])
+        how = draw(st.integers(0, 3))
+        try:
+            if how == 0:
+                data = _cut(draw, data, BYTES)
+            elif name.endswith(".json"):
+                data = json.dumps(_set_somewhere(draw, json.loads(data))).encode("utf-8", "surrogatepass")
+            else:
+                data = _header(draw, data) if how == 1 else _value(draw, data)
+        except (ValueError, RecursionError, struct.error, MemoryError):  # it was damaged beyond that before
+            data = _cut(draw, data, BYTES)
+        changed[name] = data
+    return changed
+
+
+def check(directory: Path) -> str:
+    message = ""
+    try:
+        arch = read_architecture(directory)
+        check_weights(directory, values=True)
+    except ModelError as error:
+        message = str(error)
+    if message:
+        assert str(directory) in message
+        assert len(message) < 3000
+        return "refused"
+    config = json.loads((directory / "config.json").read_text())
+    assert {name: config[name] for name in FIELDS if name in config} == {
+        name: getattr(arch, ours) for name, ours in FIELDS.items() if name in config
+    }
+    listed = json.loads((directory / INDEX).read_text())["weight_map"]
+    files = TensorFiles(directory)
+    assert set(listed) >= set(hf_shapes(arch))
+    for name, shape in hf_shapes(arch).items():
+        expected = load_file(directory / listed[name])[name]
+        found = files.read(Source(name, tuple(shape)), 0, 0, shape[0])
+        assert torch.equal(found, expected)
+        assert found.dtype == expected.dtype
+        assert torch.isfinite(found).all()
+    return "accepted"
+
+
+def run(whole: Path, directory: Path, examples: int) -> collections.Counter[str]:
+    shutil.copytree(whole, directory)
+    names = ["config.json", INDEX, *(path.name for path in sorted(whole.glob("*.safetensors")))]
+    files = {name: (whole / name).read_bytes() for name in names}
+    outcomes: collections.Counter[str] = collections.Counter()
+
+    @settings(
+        max_examples=examples,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate,),
+    )
+    @given(st.data())
+    def each(data: st.DataObject) -> None:
+        changed = damaged(data.draw, files)
+        for name, data in changed.items():
+            (directory / name).unlink()  # another file: the one before may still be mapped
+            (directory / name).write_bytes(data)
+        try:
+            outcomes[check(directory)] += 1
+        finally:
+            for name in changed:
+                (directory / name).unlink()
+                (directory / name).write_bytes(files[name])
+
+    assert check(directory) == "accepted"
+    each()
+    return outcomes
+
+
+def test_a_few_directories(whole: Path, tmp_path: Path) -> None:
+    outcomes = run(whole, tmp_path / "model", 200)
+    assert outcomes["refused"] > 50
+    assert outcomes["accepted"] > 10
+
+
+@pytest.mark.slow
+def test_many_directories(whole: Path, tmp_path: Path) -> None:
+    outcomes = run(whole, tmp_path / "model", 10_000)
+    print(dict(outcomes))
+    assert sum(outcomes.values()) >= 9_000
+    assert outcomes["accepted"] > 500

@@ -1,0 +1,376 @@
+"""Ranks on several nodes: whatever one of them lacks is told by its node, and all of them end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from config_files import write
+from safetensors.torch import load_file, save_file
+from tiny_models import make_tiny_model
+
+from megatron_rl.meeting import Report, verdict
+from megatron_rl.rollout.server import free_ports
+from megatron_rl.world import WorldError, read_world
+
+HOST = socket.gethostname()
+ROOT = Path(__file__).parent.parent
+SECONDS = 30.0
+SFT = """\
+run_dir: {run}
+model: {{path: model}}
+engine: {{device: cpu, dtype: fp32}}
+data: {{train: examples.jsonl, max_tokens: 200}}
+steps: 1
+batch_size: 4
+"""
+
+
+def node(directory: Path, run_dir: str = "RUN") -> Path:
+    """A node's own files: configuration, model and data."""
+    make_tiny_model(directory / "model", num_layers=1)
+    write(directory / "sft.yaml", SFT.format(run=run_dir))
+    write(directory / "examples.jsonl", '{"prompt": "1+1=", "response": "2"}\n' * 4)
+    return directory
+
+
+# ---- every way in which two nodes may differ, all at once --------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rank:
+    status: int
+    seconds: float
+    stdout: str
+    stderr: str
+
+
+def _without(name: str):  # type: ignore[no-untyped-def]
+    def change(directory: Path) -> None:
+        path = directory / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return change
+
+
+def _other_weights(directory: Path) -> None:
+    shutil.rmtree(directory / "model")
+    make_tiny_model(directory / "model", num_layers=1, num_experts=4)
+
+
+def _truncated(directory: Path) -> None:
+    """On both nodes: they agree, and then find that the file is damaged."""
+    for each in (directory, directory.parent / "0"):
+        weights = each / "model" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-4])
+
+
+def _other_value(directory: Path) -> None:
+    write(directory / "sft.yaml", (directory / "sft.yaml").read_text().replace("steps: 1", "steps: 2"))
+
+
+def _local_run_dir(directory: Path) -> None:
+    for each in (directory, directory.parent / "0"):
+        write(each / "sft.yaml", (each / "sft.yaml").read_text().replace("run_dir: ", "run_dir: mine #"))
+
+
+COMMAND = ["sft", "sft.yaml"]
+# name: (change of rank 1's node, rank 0's arguments, rank 1's, more environment of rank 1, what rank 1 tells)
+LAUNCHES = {
+    "no model": (_without("model"), COMMAND, COMMAND, {}, "model.path: model/config.json does not exist"),
+    "no weights": (
+        _without("model/model.safetensors"),
+        COMMAND,
+        COMMAND,
+        {},
+        "model.path: not the files that rank 0 reads: model.safetensors (absent, but ",
+    ),
+    "no file": (_without("sft.yaml"), COMMAND, COMMAND, {}, "sft.yaml: no such file; expected a YAML configuration"),
+    "no data": (_without("examples.jsonl"), COMMAND, COMMAND, {}, "data.train: examples.jsonl does not exist"),
+    "other file": (
+        _other_value,
+        COMMAND,
+        COMMAND,
+        {},
+        "another configuration than rank 0's: steps is 2, but 1 on rank 0; start",
+    ),
+    "other overrides": (
+        None,
+        COMMAND,
+        [*COMMAND, "optim.lr=1e-5"],
+        {},
+        "another configuration than rank 0's: optim.lr is 1e-05, but 1e-06 on rank 0",
+    ),
+    "other model": (_other_weights, COMMAND, COMMAND, {}, "model.path: not the files that rank 0 reads: config.json ("),
+    "run_dir not shared": (_local_run_dir, COMMAND, COMMAND, {}, "run_dir: "),
+    "resume on one": (None, COMMAND, [*COMMAND, "--resume"], {}, "started with --resume, but rank 0 without it"),
+    "other world": (None, COMMAND, COMMAND, {"WORLD_SIZE": "3"}, "started as `sft` of 3 ranks, but rank 0 as `sft` of"),
+    "fault": (None, COMMAND, COMMAND, {"FAULT": "TypeError"}, None),
+    "damaged everywhere": (_truncated, COMMAND, COMMAND, {}, None),
+    "rank 0 lacks it": (None, ["sft", "zero.yaml"], COMMAND, {}, None),
+    "same mistake": (None, [*COMMAND, "optim.lr=fast"], [*COMMAND, "optim.lr=fast"], {}, None),
+}
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Rank]]:
+    """What became of the two ranks of each launch, and of ranks that are alone."""
+    root = tmp_path_factory.mktemp("launches")
+    template = node(root / "template")
+    ports = iter(free_ports(len(LAUNCHES) + 1))
+    cases: dict[str, list[dict[str, object]]] = {}
+    for name, (change, *arguments, more, _) in LAUNCHES.items():
+        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(ports))}
+        directories = [root / name / str(rank) for rank in (0, 1)]
+        for directory in directories:
+            shutil.copytree(template, directory)
+            write(directory / "sft.yaml", SFT.format(run=root / name / "run"))
+        if change:
+            change(directories[1])
+        cases[name] = [
+            {
+                "directory": str(directories[rank]),
+                "arguments": arguments[rank],
+                "environment": {**world, "RANK": str(rank), **(more if rank else {})},
+            }
+            for rank in (0, 1)
+        ]
+    alone = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(ports))}
+    for name, environment, file in [
+        ("alone", alone, "missing.yaml"),
+        ("no address", {"WORLD_SIZE": "2", "RANK": "1"}, "sft.yaml"),
+        ("malformed", {"WORLD_SIZE": "two", "RANK": "1"}, "sft.yaml"),
+        ("deep fault", {"FAULT": "FileNotFoundError"}, "sft.yaml"),
+    ]:
+        cases[name] = [{"directory": str(template), "arguments": ["sft", file], "environment": environment}]
+    asked = write(root / "cases.json", json.dumps(list(cases.values())))
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    worker = [sys.executable, str(Path(__file__).parent / "launch_worker.py"), str(asked), str(root / "answer.json")]
+    subprocess.run(worker, check=True, env={**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    answers = json.loads((root / "answer.json").read_text())
+    return {name: [Rank(**rank) for rank in ranks] for name, ranks in zip(cases, answers, strict=True)}
+
+
+def errors(rank: Rank) -> list[str]:
+    return [line for line in rank.stderr.splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", [name for name, (*_, told) in LAUNCHES.items() if told])
+def test_a_node_tells_what_it_lacks_and_all_end(launched: dict[str, list[Rank]], name: str) -> None:
+    zero, one = launched[name]
+    told = LAUNCHES[name][-1]
+    assert (zero.status, one.status) == (2, 2)
+    assert max(zero.seconds, one.seconds) < SECONDS
+    (line,) = errors(one)
+    assert line.startswith(f"error: rank 1 on host {HOST}: {told}")
+    assert errors(zero) == [f"error: nothing was started, because of {line.removeprefix('error: ')}"]
+    assert "Traceback" not in zero.stderr + one.stderr
+
+
+@pytest.mark.distributed
+def test_a_run_directory_that_is_not_shared_names_both(launched: dict[str, list[Rank]]) -> None:
+    (line,) = errors(launched["run_dir not shared"][1])
+    assert "run_dir not shared/1/mine is not the directory that rank 0 writes, " in line
+    assert f"run_dir not shared/0/mine on host {HOST}; all ranks write into it" in line
+
+
+@pytest.mark.distributed
+def test_rank_0s_own_lack_is_told_by_rank_0(launched: dict[str, list[Rank]]) -> None:
+    zero, one = launched["rank 0 lacks it"]
+    (line,) = errors(zero)
+    assert line == f"error: rank 0 on host {HOST}: zero.yaml: no such file; expected a YAML configuration"
+    assert errors(one) == [f"error: nothing was started, because of {line.removeprefix('error: ')}"]
+
+
+@pytest.mark.distributed
+def test_what_all_ranks_find_names_none_of_them(launched: dict[str, list[Rank]]) -> None:
+    for rank in launched["same mistake"]:
+        (line,) = errors(rank)
+        assert line.startswith("error: override 'optim.lr=fast': optim.lr: found \"fast\", expected a valid number")
+    for rank in launched["damaged everywhere"]:
+        (line,) = errors(rank)
+        assert line.startswith("error: model.path: model/model.safetensors is not a whole safetensors file: ")
+
+
+@pytest.mark.distributed
+def test_a_fault_of_one_rank_is_told_with_its_traceback_and_ends_all(launched: dict[str, list[Rank]]) -> None:
+    zero, one = launched["fault"]
+    assert one.status == 1
+    assert f"rank 1 on host {HOST}: a fault that the program did not expect:\nTraceback" in one.stderr
+    assert one.stderr.rstrip().endswith("TypeError: libdeep.so")
+    assert zero.status == 2
+    assert f"because of rank 1 on host {HOST}: TypeError: libdeep.so; a fault of the program" in errors(zero)[0]
+    assert max(zero.seconds, one.seconds) < SECONDS
+
+
+@pytest.mark.distributed
+def test_a_rank_that_finds_nobody_tells_its_own_error(launched: dict[str, list[Rank]]) -> None:
+    (rank,) = launched["alone"]
+    assert rank.status == 2
+    assert rank.seconds < SECONDS
+    assert errors(rank) == [f"error: rank 1 on host {HOST}: missing.yaml: no such file; expected a YAML configuration"]
+
+
+@pytest.mark.distributed
+def test_a_missing_file_that_is_not_ours_keeps_its_traceback(launched: dict[str, list[Rank]]) -> None:
+    (rank,) = launched["deep fault"]
+    assert rank.status == 1
+    assert "Traceback" in rank.stderr
+    assert "in failing" in rank.stderr
+    assert rank.stderr.rstrip().endswith("FileNotFoundError: libdeep.so")
+
+
+@pytest.mark.distributed
+def test_a_malformed_world_is_one_error(launched: dict[str, list[Rank]]) -> None:
+    for name, told in [
+        ("malformed", "the environment variable WORLD_SIZE is 'two'; expected an integer from 1 to"),
+        ("no address", "MASTER_PORT is not set, but WORLD_SIZE is above 1; start the ranks with torchrun"),
+    ]:
+        (rank,) = launched[name]
+        assert rank.status == 2
+        (line,) = errors(rank)
+        assert line.startswith(f"error: {told}")
+
+
+# ---- real launchers ----------------------------------------------------------------------------------------------
+
+
+def agents(directories: list[Path], *arguments: str) -> list[subprocess.CompletedProcess[str]]:
+    """One torchrun on each node, with two ranks."""
+    (port,) = free_ports(1)
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    launcher = ["-m", "torch.distributed.run", "--nnodes", str(len(directories)), "--nproc-per-node", "2"]
+    running = [
+        subprocess.Popen(
+            [
+                *(sys.executable, *launcher, "--node-rank", str(rank)),
+                *("--master-addr", "127.0.0.1", "--master-port", str(port), "-m", "megatron_rl", *arguments),
+            ],
+            cwd=directory,
+            env={**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, directory in enumerate(directories)
+    ]
+    done = []
+    for process in running:
+        out, err = process.communicate()
+        done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+    return done
+
+
+@pytest.mark.distributed
+def test_of_two_launchers_the_one_without_the_model_says_so_once(tmp_path: Path) -> None:
+    first = node(tmp_path / "0", str(tmp_path / "run"))
+    second = shutil.copytree(first, tmp_path / "1")
+    shutil.rmtree(second / "model")
+    zero, one = agents([first, second], "sft", "sft.yaml")
+    assert zero.returncode != 0
+    assert one.returncode != 0
+    told = f"rank 2 on host {HOST}: model.path: model/config.json does not exist"
+    assert one.stderr.count(told) == 1
+    assert f"error: {told}" in one.stderr
+    assert zero.stderr.count("error: ") == 1
+    assert f"error: nothing was started, because of {told}" in zero.stderr
+    assert "Traceback" not in zero.stderr + one.stderr
+    assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.glob(".megatron-rl-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_launchers_with_the_same_files_train(tmp_path: Path) -> None:
+    """Each in its own directory, with relative paths; the run directory is shared."""
+    first = node(tmp_path / "0", str(tmp_path / "run"))
+    second = shutil.copytree(first, tmp_path / "1")
+    zero, one = agents([first, second], "sft", "sft.yaml")
+    assert (zero.returncode, one.returncode) == (0, 0), zero.stderr + one.stderr
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_weights_that_only_one_rank_reads_are_refused_by_all(tmp_path: Path) -> None:
+    """Expert parallelism: the damaged expert is rank 3's alone."""
+    first = node(tmp_path / "0", str(tmp_path / "run"))
+    file = first / "model" / "model.safetensors"
+    weights = load_file(file)
+    name = "model.layers.0.mlp.experts.7.up_proj.weight"
+    weights[name][0, 0] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    started = time.monotonic()
+    (done,) = agents([first], "sft", "sft.yaml", "parallel.ep=2")
+    assert done.returncode != 0
+    assert time.monotonic() - started < 120
+    assert done.stderr.count(f"error: rank 1 on host {HOST}: model/model.safetensors: {name} holds NaN") == 1
+    assert "Traceback" not in done.stderr
+
+
+# ---- the parts ---------------------------------------------------------------------------------------------------
+
+
+def reports(*problems: str, ranks_per_node: int = 2) -> dict[int, Report]:
+    return {
+        rank: Report(rank, f"node {rank // ranks_per_node}", f"h{rank // ranks_per_node}", problem)
+        for rank, problem in enumerate(problems)
+    }
+
+
+def test_each_node_tells_each_of_its_problems_once() -> None:
+    assert verdict(reports("", "", "", ""), 4) == {}
+    assert verdict(reports("", "", "no model", "no model"), 4) == {
+        0: "nothing was started, because of rank 2 on host h1: no model",
+        2: "rank 2 on host h1: no model",
+    }
+    assert verdict(reports("", "a", "b", "a"), 4) == {
+        1: "rank 1 on host h0: a",
+        2: "rank 2 on host h1: b",
+        3: "rank 3 on host h1: a",
+    }
+    assert verdict(reports("a", "a", "a", "a"), 4) == {0: "a", 2: "a"}
+
+
+def test_ranks_that_never_come_are_named() -> None:
+    (text,) = verdict(reports("", "", ranks_per_node=4), 4).values()
+    assert text == "rank 0 on host h0: 2 of 4 ranks have not come within 600 s: 2, 3"
+    assert verdict(reports("", "a", ranks_per_node=4), 4) == {1: "rank 1 on host h0: a"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'; expected an integer from 1 to"),
+        ({"WORLD_SIZE": " 2"}, "WORLD_SIZE is ' 2'"),
+        ({"WORLD_SIZE": "1_0"}, "WORLD_SIZE is '1_0'"),
+        ({"WORLD_SIZE": "\u0662"}, "WORLD_SIZE is '\u0662'"),
+        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE is '99999"),
+        ({"RANK": "1"}, "RANK is '1'; expected an integer from 0 to 0, as WORLD_SIZE is 1"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK is '-1'"),
+        ({"RANK": "", "WORLD_SIZE": "2"}, "RANK is ''"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
+        ({"LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "2"}, "LOCAL_WORLD_SIZE is '4'; expected an integer from 1 to 2"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "99999", "MASTER_ADDR": "h"}, "MASTER_PORT is '99999'"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "MASTER_ADDR is not set"),
+    ],
+)
+def test_the_launchers_variables_are_checked(environment: dict[str, str], told: str) -> None:
+    with pytest.raises(WorldError) as caught:
+        read_world(environment)
+    assert told in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_world_without_a_launcher() -> None:
+    world = read_world({})
+    assert (world.rank, world.size, world.local_rank, world.local_size, world.joined) == (0, 1, 0, 1, False)
