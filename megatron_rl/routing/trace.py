@@ -11,13 +11,14 @@ import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 import safetensors
 import safetensors.numpy
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_rl.data.sample import VersionSpan
 from megatron_rl.errors import UserError
@@ -32,6 +33,23 @@ Bools = npt.NDArray[np.bool_]
 
 class TraceError(UserError, ValueError):
     """Expert ids that are no routing trace; names row and layer, what was found and expected."""
+
+
+_Number = Annotated[int, Field(ge=0, le=2**53)]
+
+
+class _Header(BaseModel):
+    """What to_bytes writes besides the arrays."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: _Number
+    checksum: str
+    layers: tuple[_Number, ...]
+    num_experts: _Number
+    source: Source
+    shape: tuple[_Number, _Number, _Number]
+    versions: tuple[tuple[_Number, _Number, _Number], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,22 +183,25 @@ class RoutingTrace:
         """What `to_bytes` wrote; its arrays cannot be written to. Raises TraceError for anything else."""
         try:
             arrays = safetensors.numpy.load(data)
-            header = orjson.loads(arrays["header"].tobytes())
-            if header["format"] != FORMAT:
-                raise TraceError(f"found a trace of format {header['format']}; expected {FORMAT}")
-            trace = cls(
-                layers=tuple(header["layers"]),
-                num_experts=header["num_experts"],
-                source=header["source"],
-                experts=arrays["experts"],
-                present=arrays["present"],
-                versions=tuple(VersionSpan(*span) for span in header["versions"]),
-            )
-            found, expected = trace.checksum, header["checksum"]
-        except (safetensors.SafetensorError, orjson.JSONDecodeError, KeyError, TypeError) as error:
+            header = _Header.model_validate_json(arrays["header"].tobytes())
+            experts, present = arrays["experts"], arrays["present"]
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(map(str, ("header", *first["loc"])))
+            raise TraceError(f"found bytes that are no routing trace: {field}: {first['msg']}") from None
+        except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
             raise TraceError(f"found {len(data)} bytes that are no routing trace ({error!r:.200})") from None
-        if found != expected:
-            raise TraceError(f"the routing trace is damaged: found checksum {found}; expected {expected}")
+        if header.format != FORMAT:
+            raise TraceError(f"found a trace of format {header.format}; expected {FORMAT}")
+        versions = tuple(VersionSpan(*span) for span in header.versions)
+        trace = cls(header.layers, header.num_experts, header.source, experts, present, versions)
+        if trace.checksum != header.checksum:
+            raise TraceError(
+                f"the routing trace is damaged: found checksum {trace.checksum}; expected {header.checksum}"
+            )
+        outside = (experts >= header.num_experts).any(axis=-1)
+        if outside.any():
+            _refuse(experts, outside, header.layers, f"ids in [0, {header.num_experts})")
         return trace
 
     def _header(self) -> dict[str, Any]:
