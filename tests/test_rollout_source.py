@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 from megatron_rl.data.sample import Group, Prompt, Sample, VersionSpan
 from megatron_rl.data.store import StoreError, write_groups
 from megatron_rl.rollout.routes import RouteSpec
-from megatron_rl.rollout.source import rollout_file, saved_groups
+from megatron_rl.rollout.sampler import Sampling, _Spread
+from megatron_rl.rollout.source import Leader, first_server, rollout_file, saved_groups
 from megatron_rl.routing.trace import RoutingTrace
 
 SPEC = RouteSpec(num_layers=2, moe_layers=(0, 1), top_k=2, num_experts=8)
@@ -68,3 +70,24 @@ def test_a_trace_of_another_model_is_named_with_its_file(tmp_path: Path) -> None
         saved_groups(tmp_path, 1, 0, 1, needs_traces=SPEC)
     with pytest.raises(StoreError, match="top_k: found 2; expected 3"):
         saved_groups(tmp_path, 1, 0, 1, needs_traces=dataclasses.replace(SPEC, top_k=3))
+
+
+@pytest.mark.parametrize(
+    ("leaders", "groups", "servers", "most"),
+    [(32, 2, 16, 4), (16, 1, 32, 1), (3, 4, 16, 1), (4, 8, 4, 8), (2, 5, 3, 4)],
+)
+def test_leaders_that_do_not_know_of_each_other_use_all_servers(
+    leaders: int, groups: int, servers: int, most: int
+) -> None:
+    """32 leaders that all began with the first server sent all of their groups to two of sixteen."""
+    urls = [f"http://127.0.0.1:{1000 + n}" for n in range(servers)]
+    sampling = Sampling(8, 1, 1.0, concurrency=1000, vocab_size=9, versions=frozenset({0}))
+    count = Counter[str]()
+    for dp in range(leaders):
+        leader = Leader(urls, api_key=None, deadline=1.0, first=first_server(dp, leaders, servers))
+        assert sorted(client.url for client in leader.clients) == urls
+        spread = _Spread(leader.clients, sampling)
+        count.update(spread._home(group).url for group in range(groups))
+        leader.close()
+    assert max(count.values()) == most
+    assert len(count) == min(servers, leaders * groups)
