@@ -30,6 +30,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and layout, and stop.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint.")]
 WorldSize = Annotated[int | None, typer.Option(min=1, help="Ranks that --dry-run plans for; else torchrun's, or 1.")]
+KeyVariable = Annotated[str | None, typer.Option(metavar="NAME", help="Environment variable with the server's key.")]
 Model = Annotated[Path, typer.Option(exists=True, file_okay=False, help="Hugging Face model directory")]
 
 
@@ -81,9 +82,11 @@ def serve(
     dtype: Annotated[ServerDtype, typer.Option(help="auto: the dtype in the model's config.json")] = "auto",
     tp: Annotated[int, typer.Option(min=1)] = 1,
     max_total_tokens: Annotated[int, typer.Option(min=1, help="KV cache, in tokens")] = 65536,
+    api_key_env: KeyVariable = None,
 ) -> None:
     """Starts a stock SGLang server with the flags that its device needs; what follows -- goes to SGLang as it is."""
     from megatron_rl.models.check import check_files
+    from megatron_rl.rollout.pool import read_api_key
     from megatron_rl.rollout.server import ServerOptions
     from megatron_rl.rollout.server import serve as run
 
@@ -97,6 +100,7 @@ def serve(
         tp=tp,
         max_total_tokens=max_total_tokens,
         extra_flags=tuple(context.args),
+        api_key=read_api_key(api_key_env, "--api-key-env") if api_key_env else None,
     )
     raise typer.Exit(run(options))
 
@@ -110,12 +114,15 @@ def parity(
     recompute: Annotated[Recompute, typer.Option()] = "none",
     device: Annotated[Device, typer.Option()] = "auto",
     url: Annotated[str | None, typer.Option(help="Also compare a live server's log-probs.")] = None,
+    api_key_env: KeyVariable = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object per layout.")] = False,
 ) -> None:
     """Compares the engine's log-probs and gradients with transformers'; fails past the bound. Starts its own ranks."""
     from megatron_rl.parity import run
+    from megatron_rl.rollout.pool import read_api_key
 
-    status = run(model, tokens, layout, dtype, recompute, device, url, as_json=json)
+    api_key = read_api_key(api_key_env, "--api-key-env") if api_key_env else None
+    status = run(model, tokens, layout, dtype, recompute, device, url, as_json=json, api_key=api_key)
     raise typer.Exit(status)
 
 

@@ -99,6 +99,7 @@ def run(
     url: str | None = None,
     as_json: bool = False,
     max_tokens: int | None = None,
+    api_key: str | None = None,
 ) -> int:
     """Prints one result per layout, and one for the server at `url`; returns 0 when all pass, else 1.
 
@@ -123,7 +124,7 @@ def run(
     with tempfile.TemporaryDirectory(prefix="megatron-rl-parity-") as scratch:
         logprobs = write_reference(model, sequences, Path(scratch))
         # Before the ranks are started: a wrong URL need not wait for them.
-        served = _compare_server(url, sequences, logprobs, dtype) if url else None
+        served = _compare_server(url, api_key, sequences, logprobs, dtype) if url else None
         results: dict[str, Result] = {}
         for world, same_world in sorted(by_world.items()):
             spec = Spec(str(model), scratch, same_world, dtype, recompute, device, max_tokens)
@@ -184,12 +185,12 @@ def _run_ranks(spec: Spec, world: int, scratch: Path) -> list[Result]:
 
 
 def _compare_server(
-    url: str, sequences: Sequence[list[int]], logprobs: Sequence[list[float]], dtype: str
+    url: str, api_key: str | None, sequences: Sequence[list[int]], logprobs: Sequence[list[float]], dtype: str
 ) -> ServerResult:
     from megatron_rl.rollout.client import SGLangClient
 
     async def ask() -> list[list[float]]:
-        async with SGLangClient(url) as client:
+        async with SGLangClient(url, api_key=api_key) as client:
             return await asyncio.gather(*(client.score(ids) for ids in sequences))
 
     served, expected = np.concatenate(asyncio.run(ask())), np.concatenate(logprobs)

@@ -29,7 +29,7 @@ from megatron_rl.rollout.evaluate import evaluation
 from megatron_rl.rollout.pool import Pool, read_api_key
 from megatron_rl.rollout.routes import RouteSpec
 from megatron_rl.rollout.sampler import Sampling
-from megatron_rl.rollout.source import Leader, Wanted, check_headers, rollout_file, saved_groups
+from megatron_rl.rollout.source import Leader, Wanted, check_headers, first_server, rollout_file, saved_groups
 from megatron_rl.routing.drift import RoutingStats
 from megatron_rl.routing.modes import MiniBatchRouting
 from megatron_rl.routing.shift import RouterShift
@@ -69,7 +69,8 @@ class Session:
         heldout = config.data.heldout
         self._heldout = self._load(heldout) if heldout and pool else None
         first = leader if trainer.place.rank == 0 else None
-        self._weights = WeightSync(config.weights, trainer.policy, first, trainer.run.path / "weights")
+        directory, temperature = trainer.run.path / "weights", config.rollout.temperature
+        self._weights = WeightSync(config.weights, trainer.policy, first, directory, temperature)
         self._rollout_metrics: dict[str, float] = {}
         self._sync_metrics: dict[str, float] = {}
 
@@ -353,7 +354,8 @@ def open_session(config: Config, resume: bool) -> Iterator[Session]:
     """The run on this rank, its servers started if need be, resumed from the newest complete checkpoint if asked."""
     temperature = config.rollout.temperature
     # First: if one of these is not there, no run directory is left behind.
-    api_key = read_api_key(config.rollout.servers)
+    servers = config.rollout.servers
+    api_key = read_api_key(servers.api_key_env, "rollout.servers.api_key_env") if servers.api_key_env else None
     get_objective(config.objective)
     check_verifier(config)
     with (
@@ -364,10 +366,12 @@ def open_session(config: Config, resume: bool) -> Iterator[Session]:
         if config.rollout.replay_from is None:
             pool, leader = _connect(config, trainer, api_key, stack)
         session = Session(trainer, config, pool, leader)
-        session.begin()
-        session.check_saved()
-        yield session
-        session.close()
+        try:
+            session.begin()
+            session.check_saved()
+            yield session
+        finally:  # servers that run elsewhere are to be of use to the next run, whatever ended this one
+            session.close()
 
 
 def _connect(
@@ -385,15 +389,18 @@ def _connect(
                 trainer.run.logs,
                 config.seed,
                 return_routed_experts=config.routing.needs_rollout_routes,
+                api_key=api_key,
             )
         )
-    urls = orjson.loads(broadcast_bytes(orjson.dumps(pool.urls if pool else []), place.control))
+    told = orjson.dumps([pool.urls, None if rollout.servers.urls else pool.api_key]) if pool else None
+    urls, random_key = orjson.loads(broadcast_bytes(told, place.control))
     if not place.leads_replica:
         return None, None
     leader = Leader(
         urls,
-        api_key=api_key,
+        api_key=random_key or api_key,
         deadline=rollout.deadline,
+        first=first_server(place.dp, trainer.layout.dp, len(urls)),
         check=pool.check_alive if pool else lambda: None,
     )
     stack.callback(leader.close)

@@ -1,6 +1,6 @@
 """What ranks do in the tests of the weight sync, started by torchrun:
 
-sync_worker.py push MODEL URL LAYOUT ROUTE MUTATION     the model to the server at the URL
+sync_worker.py push MODEL URL LAYOUT ROUTE MUTATION TEMPERATURE     the model to the server at the URL
 sync_worker.py export MODEL DIRECTORY                   the model into a Hugging Face directory
 """
 
@@ -38,7 +38,7 @@ def policy_of(model: str, layout_text: str):  # type: ignore[no-untyped-def]
     return Policy(Path(model), layout, place, EngineConfig(dtype="fp32"), device, optim=None)
 
 
-def push(model: str, url: str, layout: str, route: str, mutation: str) -> None:
+def push(model: str, url: str, layout: str, route: str, mutation: str, temperature: str) -> None:
     from megatron_rl.rollout.source import Leader
     from megatron_rl.weights.sync import WeightSync
 
@@ -48,8 +48,8 @@ def push(model: str, url: str, layout: str, route: str, mutation: str) -> None:
     leader = None
     if policy.place.rank == 0:
         leader = Leader([url], api_key=None, deadline=60.0)
-    config = WeightsConfig(route=route, verify=1)  # type: ignore[arg-type]
-    sync = WeightSync(config, policy, leader, Path(model).parent / f"sync-{route}")
+    config = WeightsConfig(route=route)  # type: ignore[arg-type]
+    sync = WeightSync(config, policy, leader, Path(model).parent / f"sync-{route}", temperature=float(temperature))
     try:
         report = sync.push(7)
         if policy.place.rank == 0:

@@ -24,7 +24,7 @@ from megatron_rl.rollout.server import free_ports
 OPTIONS = {
     "train": {"config", "overrides", "--dry-run", "--resume", "--world-size"},
     "sft": {"config", "overrides", "--dry-run", "--resume", "--world-size"},
-    "serve": {"model", "--host", "--port", "--device", "--dtype", "--tp", "--max-total-tokens"},
+    "serve": {"model", "--host", "--port", "--device", "--dtype", "--tp", "--max-total-tokens", "--api-key-env"},
     "certify": {"--model", "--layout", "--recompute", "--dtype", "--device", "--json"},
     "parity": {
         "--model",
@@ -272,3 +272,32 @@ def ask(url: str, server: subprocess.Popen[bytes], seconds: float = 180.0) -> di
             pass
         time.sleep(0.5)
     raise AssertionError(f"no answer from {url} in {seconds} s")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--host", "0.0.0.0"], "serve: --host 0.0.0.0 lets other machines in, and whoever reaches an SGLang server"),
+        (["--host", "10.0.0.5"], "serve: --host 10.0.0.5 lets other machines in"),
+        (["--", "--host", "0.0.0.0"], "serve: --host cannot be given"),
+        (["--", "--api-key=secret-7"], "serve: --api-key cannot be given"),
+        (["--api-key-env", "UNSET"], "--api-key-env: the environment variable UNSET is not set"),
+        (["--host", "::", "--api-key-env", "ODD"], "--api-key-env: character 9 of the key in the environment variable"),
+    ],
+)
+def test_serve_lets_nobody_in_without_a_key(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+) -> None:
+    monkeypatch.setenv("ODD", "secret-7\nand")
+    done = run(tmp_path, "serve", str(tiny_model_dir), "--device", "cpu", *options)
+    assert done.returncode == 2
+    assert f"error: {message}" in done.stderr
+    assert "secret-7" not in done.stderr
+
+
+def test_parity_reads_its_key_before_anything_is_computed(tiny_model_dir: Path, tmp_path: Path) -> None:
+    write(tmp_path / "t.jsonl", "[1, 2]")
+    files = ["--model", str(tiny_model_dir), "--tokens", "t.jsonl"]
+    done = run(tmp_path, "parity", *files, "--layout", "tp=1", "--url", "http://127.0.0.1:1", "--api-key-env", "UNSET")
+    assert done.returncode == 2
+    assert "error: --api-key-env: the environment variable UNSET is not set" in done.stderr

@@ -54,18 +54,18 @@ def found(config: Config | SftConfig, world_size: int = 1) -> list[str]:
         ("objective.correction.kind=sequence-mask objective.correction.delta=.1", 1),
         ("rollout.group_size=1 objective.advantage.baseline=none objective.advantage.std=none", 1),
         ("rollout.replay_from=runs/zero", 1),
-        ("rollout.servers.urls=[http://a:1]", 1),
-        ("rollout.servers.urls=[http://a:1] rollout.servers.tp=3 rollout.servers.max_total_tokens=1", 1),
+        ("rollout.servers.urls=[http://127.0.0.1:1,'http://[::1]:1',http://localhost:1]", 1),
+        ("rollout.servers.urls=[http://localhost:1] rollout.servers.tp=3 rollout.servers.max_total_tokens=1", 1),
         ("eval.every=2 data.heldout=x.jsonl eval.samples=4 eval.temperature=1", 1),
         ("weights.verify=1 rollout.servers.dtype=bf16", 1),
-        ("weights.verify=1 engine.dtype=fp32 rollout.servers.dtype=bf16 weights.verify_bound=0.1", 1),
+        ("weights.verify=1 engine.dtype=fp32 rollout.servers.dtype=bf16", 1),
         ("data.max_prompt_tokens=1024 rollout.max_response_tokens=3072", 1),
         ("rollout.servers.urls=[http://a:1] rollout.servers.api_key_env=KEY", 1),
         ("routing.replay=r2 routing.observe_rollout=true routing.noise_floor=3", 1),
         ("routing.replay=r3 rollout.servers.extra_flags=[--ep-size=2]", 1),
         ("routing.replay=r3 train.recompute_old_logprobs=false train.mini_batches=1", 1),
         ("routing.replay=r3 rollout.replay_from=runs/zero", 1),
-        ("routing.replay=r3 rollout.servers.urls=[http://a:1]", 1),
+        ("routing.replay=r3 rollout.servers.urls=[http://localhost:1]", 1),
         ("routing.replay=r2 rollout.servers.extra_flags=[--enable-eplb]", 1),
         ("routing.replay=r3 rollout.servers.extra_flags=[--moe-runner-backend=flashinfer_cutlass]", 1),
         ("rollout.servers.extra_flags=[--moe-runner-backend=auto]", 1),
@@ -225,10 +225,27 @@ def test_configurations_without_a_contradiction(tmp_path: Path, overrides: str, 
         ),
         ("rollout.servers.tp=3", 1, "rollout.servers.tp: 3 does not divide the 8 attention heads"),
         ("rollout.servers.api_key_env=KEY", 1, "rollout.servers.api_key_env: KEY, but rollout.servers.urls names no"),
-        (
-            "weights.verify=1 engine.dtype=fp32 rollout.servers.dtype=bf16",
-            1,
-            "weights.verify_bound: not set, and the bound for engine.dtype fp32 is too tight for bf16 servers",
+        *(
+            (
+                f"rollout.servers.urls=[{url}]",
+                1,
+                f"rollout.servers.api_key_env: not set, but other machines reach {url}, and without a key may",
+            )
+            for url in ("http://a:1", "http://10.0.0.5:30000", "https://0.0.0.0:1", "http://127.0.0.1.example:1")
+        ),
+        *(
+            (f"rollout.servers.extra_flags=[{flags}]", 1, f"rollout.servers.extra_flags: {name} cannot be given: ")
+            for flags, name in (
+                ("--api-key,k", "--api-key"),
+                ("--api-key=k", "--api-key"),
+                ("--api,k", "--api"),
+                ("--admin-api-key,k", "--admin-api-key"),
+                ("--host=0.0.0.0", "--host"),
+                ("--ho,0.0.0.0", "--ho"),
+                ("--port=1", "--port"),
+                ("--config,x.yaml", "--config"),
+                ("--tokenizer_worker_num=2", "--tokenizer-worker-num"),
+            )
         ),
         (
             "routing.replay=r2 train.recompute_old_logprobs=false train.mini_batches=1",

@@ -13,7 +13,7 @@ from config_files import ARCHITECTURE, RL, write
 
 from megatron_rl.config.load import ConfigError, check_config, load_config
 from megatron_rl.config.schema import Config
-from megatron_rl.config.servers import TRAINERS_FLAGS, UNROUTED_FLAGS, WHOLE_FLAGS
+from megatron_rl.config.server_flags import TRAINERS_FLAGS, UNROUTED_FLAGS, WHOLE_FLAGS
 
 OPTIONS_OF_SGLANG = """
 import argparse, json, sys

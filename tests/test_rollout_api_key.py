@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -13,8 +15,9 @@ from threading import Thread
 import pytest
 from config_files import write
 
-from megatron_rl.config.schema import ServersConfig
-from megatron_rl.rollout.pool import read_api_key
+from megatron_rl.parity import _compare_server
+from megatron_rl.rollout.answers import RolloutError
+from megatron_rl.rollout.pool import read_api_key, wait_for_servers
 from megatron_rl.rollout.server import ServerError, free_ports
 
 VARIABLE, KEY = "MEGATRON_RL_TEST_KEY", "a-key-that-nothing-else-contains"
@@ -27,7 +30,7 @@ class Refuses(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.keys.append(self.headers["Authorization"])
-        self.send_error(418)
+        self.send_error(418, explain=f"your key was {self.headers['Authorization']}")
 
     do_POST = do_GET
 
@@ -72,7 +75,7 @@ def test_the_servers_are_sent_the_key_and_nothing_else_has_it(
     server: str, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     done = train(tmp_path, server, tiny_model_dir, **{VARIABLE: KEY})
-    assert f"error: {server}/server_info: status 418" in done.stderr, done.stderr[-3000:]
+    assert f"error: {server}/model_info: status 418" in done.stderr, done.stderr[-3000:]
     assert Refuses.keys == [f"Bearer {KEY}"]
     written = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
     assert tmp_path / "run" / "config.yaml" in written
@@ -95,7 +98,83 @@ def test_a_variable_that_is_not_set_is_named_before_a_run_is_made(
     assert not (tmp_path / "run").exists()
 
 
-def test_without_a_variable_there_is_no_key() -> None:
-    assert read_api_key(ServersConfig()) is None
-    with pytest.raises(ServerError):
-        read_api_key(ServersConfig(api_key_env=VARIABLE))
+def test_a_key_is_stripped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, f" {KEY}\r\n")
+    assert read_api_key(VARIABLE, "--api-key-env") == KEY
+
+
+@pytest.mark.parametrize("odd", ["\n", "\t", " ", "é", "\x7f", "\u2028"])
+def test_a_key_that_no_header_carries_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch, odd: str) -> None:
+    monkeypatch.setenv(VARIABLE, f"hidden{odd}secret")
+    with pytest.raises(ServerError, match=f"--api-key-env: character 7 of the key in the .* {VARIABLE} is a") as caught:
+        read_api_key(VARIABLE, "--api-key-env")
+    assert "hidden" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_parity_sends_the_key_and_a_server_that_repeats_it_does_not_get_it_printed(server: str) -> None:
+    with pytest.raises(RolloutError, match="status 418") as caught:
+        _compare_server(server, KEY, [[1, 2]], [[-1.0]], "fp32")
+    assert Refuses.keys == [f"Bearer {KEY}"]
+    assert "your key was Bearer ***" in str(caught.value)
+    assert KEY not in str(caught.value)
+
+
+# ---- waiting for servers
+
+
+class Answers(BaseHTTPRequestHandler):
+    """As SGLang does to /model_info, of another type of model where `model_type` says so."""
+
+    model_type = "qwen3_moe"
+
+    def do_GET(self) -> None:
+        content = b'{"model_type": "%s"}' % self.model_type.encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+def wait(urls: list[str], seconds: float = 20.0) -> list[str]:
+    """What was said meanwhile."""
+    said: list[str] = []
+    asyncio.run(wait_for_servers(urls, KEY, seconds, "qwen3_moe", said.append))
+    return said
+
+
+def test_a_server_that_is_not_up_yet_is_waited_for_with_one_line() -> None:
+    (port,) = free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+
+    def start_late() -> None:
+        time.sleep(2.5)
+        with HTTPServer(("127.0.0.1", port), Answers) as listening:
+            listening.handle_request()
+
+    late = Thread(target=start_late)
+    late.start()
+    assert wait([url]) == [f"waiting up to 20 s for the rollout server at {url}"]
+    late.join()
+
+
+def test_a_server_that_never_comes_up_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"http://127.0.0.1:{free_ports(1)[0]}"
+    with pytest.raises(
+        ServerError, match=rf"{url}/model_info: ConnectError .*; rollout.servers.start_timeout, 1 s, has"
+    ):
+        wait([url], seconds=1.0)
+
+
+def test_a_server_that_answers_wrongly_is_an_error_at_once(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = f"http://127.0.0.1:{free_ports(1)[0]}"
+    start = time.monotonic()
+    with pytest.raises(RolloutError, match=f"{server}/model_info: status 418"):
+        wait([missing, server])
+    monkeypatch.setattr(Answers, "model_type", "llama")
+    with HTTPServer(("127.0.0.1", 0), Answers) as other:
+        Thread(target=other.handle_request, daemon=True).start()
+        with pytest.raises(RolloutError, match=r"model_type: found .llama.; expected: .qwen3_moe., as model\.path"):
+            wait([missing, f"http://127.0.0.1:{other.server_port}"])
+    assert time.monotonic() - start < 10.0

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -59,12 +60,12 @@ def test_a_gpu_gets_the_stock_server_and_none_of_the_cpus_flags() -> None:
     command, environment = sglang_command(
         options(device="auto", dtype="bf16", tp=4, first_gpu=8, extra_flags=("--ep-size", "4")), has_gpu=True
     )
-    assert command[1:3] == ["-m", "sglang.launch_server"]
+    assert command[1:3] == ["-m", "megatron_rl.rollout.sglang_launch"]
     assert command[-2:] == ["--ep-size", "4"]
     found = flags(command)
     assert (found["--dtype"], found["--tp"], found["--base-gpu-id"]) == ("bfloat16", "4", "8")
     assert not found.keys() & {"--device", "--attention-backend", "--sleep-on-idle", "--api-key"}
-    assert environment == {"HF_HUB_OFFLINE": "1"}
+    assert environment.keys() == {"HF_HUB_OFFLINE", "TORCHINDUCTOR_CACHE_DIR", "GLOO_SOCKET_IFNAME"}
 
 
 @pytest.mark.parametrize(("device", "has_gpu"), [("auto", False), ("cpu", True), ("cpu", False)])
@@ -282,31 +283,116 @@ def test_stop_leaves_no_process_and_a_second_stop_is_allowed(tiny_model_dir: Pat
     server.stop()
 
 
+KEY = "a-key-that-nothing-else-contains"
+ADMINISTRATION = {
+    "configure_logging": {"log_requests": True},
+    "start_profile": {},
+    "update_weight_version": {"new_version": "3"},
+    "pause_generation": {"mode": "abort"},
+    "update_weights_from_disk": {"model_path": "/nowhere"},
+    "generate": {"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 1}},
+}
+
+
+def left_by(group: int) -> set[str]:
+    """Temporary and shared files of the process group's processes."""
+    files = set()
+    for process in processes_of(group):
+        files |= {m.path for m in process.memory_maps() if m.path.startswith("/dev/shm/")}
+        files.add(process.environ().get("TMPDIR", ""))
+    return files - {""}
+
+
 @pytest.mark.server
-def test_no_process_outlives_a_trainer_that_was_killed(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_server_lets_nobody_in_and_is_gone_with_a_trainer_that_was_killed(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    (port,) = free_ports(1)
     code = f"""
-import time
+import os, time
 from pathlib import Path
 from megatron_rl.rollout.server import *
-options = ServerOptions(Path({str(tiny_model_dir)!r}), port=free_ports(1)[0], device="cpu", threads=1)
-server = Server(options, Path({str(tmp_path / "server.log")!r}))
+options = ServerOptions(Path({str(tiny_model_dir)!r}), port={port}, device="cpu", threads=1, max_total_tokens=2048,
+                        api_key=os.environ.pop("KEY"))
+server = Server(options, Path({str(tmp_path / "run" / "server.log")!r}))
 print(server.pid, flush=True)
+server.wait_ready(300)
+print("ready", flush=True)
 time.sleep(600)
 """
     trainer = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": ROOT}
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": ROOT, "KEY": KEY},
     )
     assert trainer.stdout is not None
     group = int(trainer.stdout.readline())
     try:
-        wait_until(lambda: len(processes_of(group)) == 5, 60)
+        assert trainer.stdout.readline() == "ready\n"
+        # tether, server, multiprocessing's tracker, scheduler, detokenizer
+        assert len(processes_of(group)) == 5
+        url = f"http://127.0.0.1:{port}"
+        for path, body in ADMINISTRATION.items():
+            assert httpx.post(f"{url}/{path}", json=body).status_code == 401, path
+            wrong = httpx.post(f"{url}/{path}", json=body, headers={"Authorization": f"Bearer {KEY}x"})
+            assert wrong.status_code == 401, path
+        assert httpx.get(f"{url}/server_info", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
+        log = (tmp_path / "run" / "server.log").read_text()
+        assert "'api_key': '***'" in log
+        assert not [file for file in tmp_path.rglob("*") if file.is_file() and KEY.encode() in file.read_bytes()]
+        assert not [p for p in psutil.process_iter(["cmdline"]) if KEY in " ".join(p.info["cmdline"] or [])]
+        listening = [c.laddr.ip for p in processes_of(group) for c in p.net_connections("inet") if c.status == "LISTEN"]
+        assert len(listening) > 1
+        assert set(listening) == {"127.0.0.1"}
+
+        files = left_by(group)
+        assert len([file for file in files if "sglang_loads" in file]) == 1
+        (directory,) = (Path(file) for file in files if "/sglang-" in file)
+        assert len(list(directory.iterdir())) >= 5
         trainer.send_signal(signal.SIGKILL)
-        wait_until(lambda: not processes_of(group), 5)
+        wait_until(lambda: not processes_of(group), 10)
+        assert not [file for file in files if os.path.exists(file) and file != os.environ.get("TMPDIR")]
     finally:
         trainer.kill()
         trainer.communicate()
         for process in processes_of(group):
             process.kill()
+
+
+def test_a_command_that_loses_its_tether_ends_too(tmp_path: Path) -> None:
+    code = "import os, time; print('in', os.environ['TMPDIR'], flush=True); time.sleep(600)"
+    with (tmp_path / "log").open("wb") as log:
+        tether = server_module._start([sys.executable, "-c", code], {}, log)
+    wait_until(lambda: (tmp_path / "log").read_text().count(" "), 30)
+    _, directory = (tmp_path / "log").read_text().split()
+    tether.kill()
+    wait_until(lambda: not processes_of(tether.pid), 10)
+    tether.wait()
+    Path(directory).rmdir()
+
+
+def test_the_tether_removes_what_its_command_leaves(tmp_path: Path) -> None:
+    code = """
+import mmap, os, tempfile, time
+path = f"/dev/shm/sglang_loads_{os.getpid()}"
+with open(path, "wb+") as file:
+    file.write(b"x" * 4096)
+    file.flush()
+    kept = mmap.mmap(file.fileno(), 4096)
+name = tempfile.NamedTemporaryFile(delete=False).name
+print(path, name, flush=True)
+time.sleep(600)
+"""
+    with (tmp_path / "log").open("wb") as log:
+        tether = server_module._start([sys.executable, "-c", code], {}, log)
+    wait_until(lambda: (tmp_path / "log").read_text().count(" "), 30)
+    shared, temporary = (tmp_path / "log").read_text().split()
+    assert os.path.exists(shared)
+    assert os.path.exists(temporary)
+    server_module._kill(tether)
+    assert not os.path.exists(shared)
+    assert not Path(temporary).parent.exists()
 
 
 @pytest.mark.server

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from megatron_rl.data.sample import Group, Prompt, Sample, Verdict, VersionSpan
 from megatron_rl.data.store import StoreError, read_groups, write_groups
 from megatron_rl.rollout.routes import RouteSpec
-from megatron_rl.rollout.source import Wanted, check_headers, rollout_file
+from megatron_rl.rollout.sampler import Sampling, _Spread
+from megatron_rl.rollout.source import Leader, Wanted, check_headers, first_server, rollout_file
 from megatron_rl.rollout.source import saved_groups as read_saved
 from megatron_rl.routing.trace import RoutingTrace
 
@@ -152,3 +154,24 @@ def test_samples_that_cannot_be_trained_on_are_refused(tmp_path: Path, change: A
     save(tmp_path, [Group(0, changed.prompt, (changed,))])
     with pytest.raises(StoreError, match=message):
         read_saved(tmp_path, 1, 0, 1, wanted=Wanted(1, 1, max_tokens=4, temperature=0.7, vocab_size=9))
+
+
+@pytest.mark.parametrize(
+    ("leaders", "groups", "servers", "most"),
+    [(32, 2, 16, 4), (16, 1, 32, 1), (3, 4, 16, 1), (4, 8, 4, 8), (2, 5, 3, 4)],
+)
+def test_leaders_that_do_not_know_of_each_other_use_all_servers(
+    leaders: int, groups: int, servers: int, most: int
+) -> None:
+    """32 leaders that all began with the first server sent all of their groups to two of sixteen."""
+    urls = [f"http://127.0.0.1:{1000 + n}" for n in range(servers)]
+    sampling = Sampling(8, 1, 1.0, concurrency=1000, vocab_size=9, versions=frozenset({0}))
+    count = Counter[str]()
+    for dp in range(leaders):
+        leader = Leader(urls, api_key=None, deadline=1.0, first=first_server(dp, leaders, servers))
+        assert sorted(client.url for client in leader.clients) == urls
+        spread = _Spread(leader.clients, sampling)
+        count.update(spread._home(group).url for group in range(groups))
+        leader.close()
+    assert max(count.values()) == most
+    assert len(count) == min(servers, leaders * groups)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,24 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fresh_checksum(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Of another server, which was started with the exported model and never updated."""
+def untempered(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Another server, started with the exported model, that reports log-probs before the temperature."""
     (port,) = free_ports(1)
     options = ServerOptions(model=exported, port=port, dtype="fp32", max_total_tokens=1024, threads=1)
-    server = Server(options, tmp_path_factory.mktemp("logs") / "fresh.log")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGLANG_RETURN_ORIGINAL_LOGPROB", "1")
+        server = Server(options, tmp_path_factory.mktemp("logs") / "fresh.log")
     try:
-        server.wait_ready(120.0)
-        return str(ask(server, lambda c: c.weights_checksum()))
+        server.wait_ready(300.0)
+        yield server
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="module")
+def fresh_checksum(untempered: Server) -> str:
+    """Of a server that was started with the exported model and never updated."""
+    return str(ask(untempered, lambda c: c.weights_checksum()))
 
 
 def work(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -61,10 +69,15 @@ def work(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def push(
-    trained: Path, server: Server, layout: str, route: str = "collective", mutation: str = "none"
+    trained: Path,
+    server: Server,
+    layout: str,
+    route: str = "collective",
+    mutation: str = "none",
+    temperature: float = 1.0,
 ) -> subprocess.CompletedProcess[str]:
     ranks = 4 if layout.count("=2") > 1 and "cp" not in layout else 2
-    return work(ranks, "push", trained, server.url, layout, route, mutation)
+    return work(ranks, "push", trained, server.url, layout, route, mutation, temperature)
 
 
 def ask(server: Server, question: Callable[[SGLangClient], Any]) -> Any:
@@ -83,10 +96,13 @@ def old_weights(tiny_model_dir: Path, tiny_server: Server, fresh_checksum: str) 
 
 
 @pytest.mark.parametrize(
-    ("layout", "route"), [("tp=2", "collective"), ("pp=2", "disk"), ("tp=2,pp=2,ep=2", "collective")]
+    ("layout", "route", "temperature"),
+    [("tp=2", "collective", 0.5), ("pp=2", "disk", 1.0), ("tp=2,pp=2,ep=2", "collective", 1.7)],
 )
-def test_a_sync_arrives(trained: Path, tiny_server: Server, fresh_checksum: str, layout: str, route: str) -> None:
-    done = push(trained, tiny_server, layout, route)
+def test_a_sync_arrives(
+    trained: Path, tiny_server: Server, fresh_checksum: str, layout: str, route: str, temperature: float
+) -> None:
+    done = push(trained, tiny_server, layout, route, temperature=temperature)
     assert done.returncode == 0, done.stderr[-9000:]
     assert ask(tiny_server, lambda c: c.weights_checksum()) == fresh_checksum
     served = ask(tiny_server, lambda c: c.score(TOKENS))
@@ -100,3 +116,18 @@ def test_a_faulty_sync_is_found(trained: Path, tiny_server: Server, fresh_checks
     assert done.returncode != 0
     assert "log-probs of the probe differ from the trainer's" in done.stderr
     assert ask(tiny_server, lambda c: c.weights_checksum()) != fresh_checksum
+
+
+def test_weights_of_another_shape_of_model_are_found(tiny_server: Server, tmp_path: Path) -> None:
+    """SGLang passes over the names that it does not know, and says that all is well."""
+    deeper = make_tiny_model(tmp_path / "deeper", num_layers=3, seed=1)
+    done = push(deeper, tiny_server, "tp=2")
+    assert done.returncode != 0
+    assert f"{tiny_server.url}: log-probs of the probe differ from the trainer's" in done.stderr
+    assert "does it serve a model of another shape than model.path?" in done.stderr
+
+
+def test_a_server_that_reports_other_log_probs_than_it_samples_from_is_found(trained: Path, untempered: Server) -> None:
+    done = push(trained, untempered, "tp=2", route="disk", temperature=0.5)
+    assert done.returncode != 0
+    assert f"{untempered.url}: log-probs of what it sampled at rollout.temperature 0.5 differ from" in done.stderr

@@ -17,8 +17,8 @@ from pydantic import ValidationError
 from megatron_rl.config.layout import Layout, LayoutError, check_layout
 from megatron_rl.config.objective import check_objective
 from megatron_rl.config.schema import Config, Frozen, OptimConfig, SftConfig
-from megatron_rl.config.server_flags import check_server_flags
-from megatron_rl.config.servers import TRAINERS_FLAGS, UNROUTED_FLAGS, flags_among
+from megatron_rl.config.server_flags import TRAINERS_FLAGS, UNROUTED_FLAGS, check_server_flags, flags_among
+from megatron_rl.config.servers import exposed
 from megatron_rl.config.sources import ConfigError, Tree, nearest, read_sources, shown
 from megatron_rl.config.yaml12 import write_yaml
 from megatron_rl.models.architecture import Architecture, read_architecture
@@ -272,17 +272,20 @@ def _check_servers(config: Config, arch: Architecture) -> Iterator[str]:
                 "rollout.servers: launch and extra_flags are for servers that the trainer starts, but urls are given; "
                 "drop one or the other"
             )
+        if (reachable := exposed(servers.urls)) and servers.api_key_env is None:
+            yield (
+                f"rollout.servers.api_key_env: not set, but other machines reach {reachable[0]}, and without a key may "
+                "change its weights and write files; start the servers with a key (megatron-rl serve --api-key-env, or "
+                "SGLang's --api-key) and name the environment variable that holds it"
+            )
         return
     if servers.api_key_env is not None:
-        # SGLang prints all its arguments, the key among them, into its log.
         yield (
             f"rollout.servers.api_key_env: {servers.api_key_env}, but rollout.servers.urls names no servers; those "
-            "that the trainer starts have no key, as SGLang would write it into its log in run_dir"
+            "that the trainer starts get a random key in each run"
         )
     if arch.num_heads % servers.tp:
         yield f"rollout.servers.tp: {servers.tp} does not divide the {arch.num_heads} attention heads of the model"
-    if weights.verify and weights.verify_bound is None and config.engine.dtype == "fp32" and servers.dtype == "bf16":
-        yield "weights.verify_bound: not set, and the bound for engine.dtype fp32 is too tight for bf16 servers"
     yield from check_server_flags(config)
 
 

@@ -141,10 +141,11 @@ class ServersConfig(Frozen):
     dtype: ServerDtype = "auto"
     """auto: the engine's dtype."""
     api_key_env: VariableName | None = None
-    """Environment variable, on the machine of each rank, with the key of the servers under `urls`. The key itself is
-    neither in the configuration nor in the run directory."""
+    """Environment variable, on the machine of each rank, with the key of the servers under `urls`; needed when one is
+    on another machine. The key itself is neither in the configuration nor in the run directory. Servers that the
+    trainer starts get a random key."""
     start_timeout: Seconds = 600.0
-    """Seconds until a launched server must answer."""
+    """Seconds until a server must answer, launched or under `urls`."""
     max_total_tokens: PositiveInt = 65536
     """KV cache of a launched server, in tokens."""
     extra_flags: tuple[str, ...] = ()
@@ -322,9 +323,10 @@ class WeightsConfig(Frozen):
     bucket_mib: MebiBytes = 256
     """Size of one gathered and broadcast bucket of weights."""
     verify: NonNegativeInt = 0
-    """Every N-th sync is verified against the servers; 0: never."""
+    """Every N-th sync is verified against the servers; 0: the first alone, which always is."""
     verify_bound: Positive | None = None
-    """Largest |log-prob difference| on the probe; None: 1e-5 in fp32, 0.1 otherwise."""
+    """Largest |log-prob difference| on the probe, and largest mean one on what a server samples; null: 1e-5 where
+    engine and servers are fp32, 0.1 otherwise."""
     timeout: Seconds = 600.0
 
 

@@ -1,72 +1,27 @@
-"""What may be said of rollout servers: URLs, the variable of a key, flags for those that are started. No torch."""
+"""Where rollout servers are: their URLs, who can reach them, and the variable of their key. No torch."""
 
 from __future__ import annotations
 
+import ipaddress
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from urllib.parse import SplitResult, urlsplit
-
-# What the trainer sets itself, by flag, and what to use in its place. The values are never shown: one may be a key.
-_OWN_KEY = "the trainer gives the servers that it starts a key of their own, which is written nowhere"
-_ONE_MACHINE = "the trainer starts servers on one machine; start larger ones yourself and name them in urls"
-_HTTP = "the trainer speaks HTTP to the servers that it starts; start others yourself and name them in urls"
-_ADDRESS = "the trainer chooses the address"
-_ROUTES = "set routing.replay r3 or routing.observe_rollout"
-TRAINERS_FLAGS = {
-    "--model-path": "set model.path",
-    "--model": "set model.path",
-    "--host": _ADDRESS,
-    "--port": _ADDRESS,
-    "--api-key": _OWN_KEY,
-    "--admin-api-key": _OWN_KEY,
-    "--dtype": "set rollout.servers.dtype",
-    "--tp": "set rollout.servers.tp",
-    "--tp-size": "set rollout.servers.tp",
-    "--tensor-parallel-size": "set rollout.servers.tp",
-    "--device": "set engine.device",
-    "--max-total-tokens": "set rollout.servers.max_total_tokens",
-    "--max-running-requests": "set rollout.concurrency",
-    "--random-seed": "set seed",
-    "--enable-return-routed-experts": _ROUTES,
-    "--config": "list its flags in extra_flags",
-    "--weight-version": "the trainer counts the versions of the weights",
-    "--ssl-keyfile": _HTTP,
-    "--ssl-certfile": _HTTP,
-    "--ssl-ca-certs": _HTTP,
-    "--ssl-keyfile-password": _HTTP,
-    "--nnodes": _ONE_MACHINE,
-    "--node-rank": _ONE_MACHINE,
-    "--dist-init-addr": _ONE_MACHINE,
-    "--nccl-init-addr": _ONE_MACHINE,
-}
-
-# Flags of servers whose routes cannot be trusted: experts that are moved or doubled are numbered anew, and KV that is
-# loaded from elsewhere comes without its tokens' routes, which SGLang does not notice (rollout/routes.py).
-UNROUTED_FLAGS = (
-    "--enable-eplb",
-    "--ep-num-redundant-experts",
-    "--init-expert-location",
-    "--enable-hierarchical-cache",
-    "--enable-hicache",
-    "--enable-lmcache",
-    "--disaggregation-mode",
-)
-
-# A flag of SGLang's own that begins one of those above. Any other beginning is an abbreviation, which SGLang takes.
-WHOLE_FLAGS = frozenset({"--ep"})
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(%[A-Za-z0-9]+)?\]", re.ASCII)
 
 
-def flags_among(given: Sequence[str], flags: Sequence[str]) -> Iterator[str]:
-    """Those of `flags` that `given` sets: as `--flag value`, as `--flag=value`, or by an abbreviation."""
-    written = {text.partition("=")[0] for text in given if text.startswith("--")}
-    for flag in flags:
-        if flag in written or any(
-            flag.startswith(text) and text not in WHOLE_FLAGS and text != "--" for text in written
-        ):
-            yield flag
+def is_loopback(host: str) -> bool:
+    """Whether only this machine's processes reach what listens there."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def exposed(urls: Iterable[str]) -> list[str]:
+    """Those of the URLs that name another machine than this one."""
+    return [url for url in urls if not is_loopback(urlsplit(url).hostname or "")]
 
 
 def url_problem(url: str) -> str | None:

@@ -33,6 +33,10 @@ class _Healing(Exception):
         self.reached = reached
 
 
+class UnreachableError(RolloutError):
+    """A server that could not be asked, or gave no answer, however often that was tried."""
+
+
 class SGLangClient:
     """One server. Use as an async context manager, or call `close`; all calls from one event loop."""
 
@@ -42,12 +46,15 @@ class SGLangClient:
         *,
         api_key: str | None = None,
         deadline: float = 600.0,
+        max_tries: int | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        """deadline: seconds for one call, all tries together. `check` is called before another try and raises when
-        there is no use in one, as when the server's process has died."""
+        """deadline: seconds for one call, all tries together, of which there are `max_tries`; None: MAX_TRIES. `check`
+        is called before another try and raises when there is no use in one, as when the server's process has died."""
         self.url = url.rstrip("/")
         self.deadline = deadline
+        self._max_tries = max_tries
+        self._api_key = api_key
         self._check = check
         self._http = httpx.AsyncClient(
             base_url=self.url,
@@ -150,6 +157,14 @@ class SGLangClient:
 
     async def end_weight_update(self) -> None:
         await self._call("/end_weight_update", {}, once=True)
+
+    async def abandon_weight_update(self) -> None:
+        """Ends the update that another trainer began and did not end, if there is one."""
+        try:
+            await self.end_weight_update()
+        except RolloutError as error:
+            if "no weight-update session is open" not in str(error):
+                raise
 
     async def init_weights_update_group(
         self,
@@ -266,7 +281,7 @@ class SGLangClient:
 
         retry = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(heals),
-            stop=tenacity.stop_after_attempt(MAX_TRIES),
+            stop=tenacity.stop_after_attempt(self._max_tries or MAX_TRIES),
             wait=tenacity.wait_random_exponential(multiplier=0.2, max=10.0),
             before_sleep=note,
             reraise=True,
@@ -276,10 +291,10 @@ class SGLangClient:
                 return await retry(self._once, method, path, None if body is None else orjson.dumps(body))
         except _Healing as error:
             self._check()
-            raise RolloutError(f"{self.url}{path}: {error}; tried {len(failures) + 1} times") from None
+            raise UnreachableError(f"{self.url}{path}: {error}; tried {len(failures) + 1} times") from None
         except TimeoutError:
             before = f"; failures before: {', '.join(failures)}" if failures else ""
-            raise RolloutError(f"{self.url}{path}: no answer within {self.deadline:g} s{before}") from None
+            raise UnreachableError(f"{self.url}{path}: no answer within {self.deadline:g} s{before}") from None
 
     async def _once(self, method: str, path: str, content: bytes | None) -> httpx.Response:
         try:
@@ -294,5 +309,8 @@ class SGLangClient:
         if answer.status_code in HEALING_STATUS:
             raise _Healing(f"status {answer.status_code}", reached=True)
         if answer.status_code != 200:
-            raise RolloutError(f"{self.url}{path}: status {answer.status_code}: {answer.text[:500]}")
+            told = answer.text[:500]
+            if self._api_key:  # a server may repeat what it was sent
+                told = told.replace(self._api_key, "***")
+            raise RolloutError(f"{self.url}{path}: status {answer.status_code}: {told}")
         return answer

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
+import secrets
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from megatron_rl.config.schema import EngineConfig, RolloutConfig, ServersConfig
+from megatron_rl.config.schema import EngineConfig, RolloutConfig
 from megatron_rl.cores import threads_per_process
+from megatron_rl.rollout.answers import RolloutError
+from megatron_rl.rollout.client import SGLangClient, UnreachableError
 from megatron_rl.rollout.server import Server, ServerError, ServerOptions, free_ports
 from megatron_rl.world import read_world
+
+PROBE_SECONDS = 10.0  # for one question to a server that may not be up
+WAIT_SECONDS = 1.0
 
 
 class Pool:
@@ -25,13 +36,16 @@ class Pool:
         seed: int,
         *,
         return_routed_experts: bool = False,
+        api_key: str | None = None,
     ) -> None:
+        """`api_key`: of the servers given by URL; those started here get a random one."""
         self._rollout = rollout
         self._engine = engine
         self._model = model
         self._logs = logs
         self._seed = seed
         self._return_routed_experts = return_routed_experts
+        self.api_key = api_key if rollout.servers.urls else secrets.token_urlsafe(32)
         self._servers: list[Server] = []
 
     @property
@@ -41,6 +55,8 @@ class Pool:
     def __enter__(self) -> Self:
         config = self._rollout.servers
         if config.urls:
+            model_type = json.loads((self._model / "config.json").read_bytes())["model_type"]
+            asyncio.run(wait_for_servers(config.urls, self.api_key, config.start_timeout, model_type, _say))
             return self
         try:
             for number, port in enumerate(free_ports(config.launch)):
@@ -68,6 +84,7 @@ class Pool:
             seed=self._seed + number,
             return_routed_experts=self._return_routed_experts,
             extra_flags=config.extra_flags,
+            api_key=self.api_key,
         )
 
     def __exit__(
@@ -86,18 +103,55 @@ class Pool:
         self._servers.clear()
 
 
-def read_api_key(servers: ServersConfig) -> str | None:
-    """The key of servers that run elsewhere, None for none. Raises ServerError when its variable is not set."""
-    name = servers.api_key_env
-    if name is None:
-        return None
-    key = os.environ.get(name)
+def read_api_key(name: str, option: str) -> str:
+    """The key in the environment variable `name`, which `option` gives. Raises ServerError, which never shows it."""
+    key = os.environ.get(name, "").strip()
     if not key:
+        raise ServerError(f"{option}: the environment variable {name} is not set; set it to the servers' key")
+    odd = [place for place, character in enumerate(key, start=1) if not "!" <= character <= "~"]
+    if odd:
         raise ServerError(
-            f"rollout.servers.api_key_env: the environment variable {name} is not set; set it to the key of "
-            "rollout.servers.urls on the machine of every rank"
+            f"{option}: character {odd[0]} of the key in the environment variable {name} is a space, a control "
+            "character or not ASCII, which no HTTP header carries; set it to the servers' key alone"
         )
     return key
+
+
+async def wait_for_servers(
+    urls: Sequence[str], api_key: str | None, timeout_seconds: float, model_type: str, say: Callable[[str], None]
+) -> None:
+    """Returns once all servers answer for a model of this type. Raises ServerError when one does not in time, and
+    RolloutError at once when one answers otherwise."""
+    await asyncio.gather(*(_wait_for(url, api_key, timeout_seconds, model_type, say) for url in urls))
+
+
+async def _wait_for(
+    url: str, api_key: str | None, timeout_seconds: float, model_type: str, say: Callable[[str], None]
+) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    said = False
+    async with SGLangClient(url, api_key=api_key, deadline=PROBE_SECONDS, max_tries=1) as client:
+        while True:
+            try:
+                served = (await client.model_info()).get("model_type", model_type)
+                break
+            except UnreachableError as error:
+                why = str(error)
+            if time.monotonic() >= deadline:
+                raise ServerError(
+                    f"{why}; rollout.servers.start_timeout, {timeout_seconds:g} s, has passed: is the server started, "
+                    "and is rollout.servers.urls right?"
+                )
+            if not said:
+                say(f"waiting up to {timeout_seconds:g} s for the rollout server at {url}")
+                said = True
+            await asyncio.sleep(WAIT_SECONDS)
+    if served != model_type:
+        raise RolloutError(f"{url}/model_info: model_type: found {served!r}; expected: {model_type!r}, as model.path")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def local_ranks() -> int:

@@ -10,18 +10,21 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 import httpx
 import psutil
 
-from megatron_rl.config.server_flags import flag_value
+from megatron_rl.config.server_flags import SERVE_FLAGS, flag_value, flags_among
+from megatron_rl.config.servers import is_loopback
 from megatron_rl.cores import usable_cores
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.routes import SERVER_FLAG
+from megatron_rl.rollout.sglang_launch import KEY_VARIABLE
 
 LOG_TAIL_LINES = 30
 LOG_LINE_WIDTH = 300  # SGLang prints all its arguments in one line of 15,000 characters
@@ -68,11 +71,13 @@ class ServerOptions:
     seed: int = 0
     return_routed_experts: bool = False  # answer with the experts that each token visited, where asked
     extra_flags: tuple[str, ...] = ()
+    api_key: str | None = field(default=None, repr=False)  # asked of everyone; None: anyone may do anything
 
 
 def sglang_command(options: ServerOptions, has_gpu: bool) -> tuple[list[str], dict[str, str]]:
-    """(argv, additional environment). On a GPU it is stock SGLang with stock flags; on a CPU its CPU engine in plain
-    PyTorch, through megatron_rl.rollout.sglang_cpu."""
+    """(argv, additional environment). On a GPU it is stock SGLang with stock flags, through
+    megatron_rl.rollout.sglang_launch; on a CPU its CPU engine in plain PyTorch, through
+    megatron_rl.rollout.sglang_cpu."""
     on_cpu = _on_cpu(options, has_gpu)
     flags = {
         "--model-path": str(options.model),
@@ -86,7 +91,16 @@ def sglang_command(options: ServerOptions, has_gpu: bool) -> tuple[list[str], di
         "--grammar-backend": "none",
         "--log-level-http": "warning",  # else a line of log for every request
     }
-    environment = {"HF_HUB_OFFLINE": "1"}  # the model is a directory; SGLang would ask the hub about it
+    environment = {
+        "HF_HUB_OFFLINE": "1",  # the model is a directory; SGLang would ask the hub about it
+        # Outlives the server's own TMPDIR, which is where torch would put it.
+        "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+        or f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}",
+    }
+    if options.api_key is not None:
+        environment[KEY_VARIABLE] = options.api_key
+    if is_loopback(options.host) and sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     if on_cpu:
         # Without the attention backend SGLang takes AMX kernels, which are not installed, where the CPU has AMX.
         flags |= {"--device": "cpu", "--attention-backend": "torch_native"}
@@ -97,7 +111,7 @@ def sglang_command(options: ServerOptions, has_gpu: bool) -> tuple[list[str], di
         if options.return_routed_experts or SERVER_FLAG in options.extra_flags:
             # On sm100 SGLang 0.5.23 takes experts for Qwen3-MoE that choose by themselves, and records no route.
             flags["--moe-runner-backend"] = "triton"
-    module = "megatron_rl.rollout.sglang_cpu" if on_cpu else "sglang.launch_server"
+    module = "megatron_rl.rollout.sglang_cpu" if on_cpu else "megatron_rl.rollout.sglang_launch"
     arguments = [part for pair in flags.items() for part in pair]
     # An idle scheduler polls: on a CPU it would take a core from the trainer.
     switches = ["--sleep-on-idle"] if on_cpu else []
@@ -125,7 +139,17 @@ def _cpu_environment(options: ServerOptions) -> dict[str, str]:
 
 
 def serve(options: ServerOptions) -> int:
-    """Runs a server in the foreground until it ends or is interrupted; returns its exit status."""
+    """Runs a server in the foreground until it ends or is interrupted; returns its exit status.
+
+    Raises ServerError for flags that it must not be given, and for one that other machines would reach without a key.
+    """
+    for flag in flags_among(options.extra_flags, tuple(SERVE_FLAGS)):
+        raise ServerError(f"serve: {flag} cannot be given: {SERVE_FLAGS[flag]}")
+    if options.api_key is None and not is_loopback(options.host):
+        raise ServerError(
+            f"serve: --host {options.host} lets other machines in, and whoever reaches an SGLang server without a key "
+            "may change its weights and write files; name an environment variable that holds one: --api-key-env NAME"
+        )
     has_gpu = _gpus() > 0
     _require_sglang(on_cpu=_on_cpu(options, has_gpu))
     command, environment = sglang_command(options, has_gpu)
@@ -219,15 +243,18 @@ def _start(command: list[str], environment: dict[str, str], output: BinaryIO | N
 
 
 def _kill(server: subprocess.Popen[bytes]) -> None:
-    """Kills the server's process group, whatever is left of it, and waits until none of it runs."""
+    """Cuts the tether, which kills the server's process group and cleans up after it; waits until none of it runs."""
     deadline = time.monotonic() + STOP_SECONDS
+    if server.stdin is not None:
+        server.stdin.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        server.wait(STOP_SECONDS / 2)
+    # Whatever is left of it: somebody may have killed the tether.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)
     server.wait()
     while _runs(server.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
-    if server.stdin is not None:
-        server.stdin.close()
 
 
 def _runs(group: int) -> bool:

@@ -1,4 +1,4 @@
-"""SGLang's server on a machine without a GPU: stock `sglang.launch_server` behind the stand-ins that it needs there.
+"""SGLang's server on a machine without a GPU: sglang_launch behind the stand-ins that SGLang needs there.
 
     python -m megatron_rl.rollout.sglang_cpu --model-path DIR --device cpu ...
 
@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
-import runpy
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from megatron_rl.rollout.sglang_launch import launch
 
 
 class Missing:
@@ -126,4 +127,4 @@ if __name__ in ("__main__", "__mp_main__"):
     sys.meta_path.append(Finder())
     register_hooks()
 if __name__ == "__main__":
-    runpy.run_module("sglang.launch_server", run_name="__main__")
+    launch(sys.argv[1:])

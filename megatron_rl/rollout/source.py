@@ -143,6 +143,11 @@ def _check_traces(file: Path, groups: Sequence[Group], routes: RouteSpec) -> Non
             raise StoreError(f"{where}: {error}") from None
 
 
+def first_server(dp: int, leaders: int, servers: int) -> int:
+    """Where leader number `dp` of `leaders` begins to hand out its groups, so that all of them together reach all."""
+    return dp * servers // leaders
+
+
 class Leader:
     """A data-parallel leader's connections to all servers."""
 
@@ -152,11 +157,15 @@ class Leader:
         *,
         api_key: str | None,
         deadline: float,
+        first: int = 0,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        """`check` raises when a server of ours has died: Pool.check_alive, on the rank that has the pool."""
+        """Groups go to the servers in turn from number `first` on: leaders that all began with the same one would leave
+        others idle. `check` raises when a server of ours has died: Pool.check_alive, on the rank that has the pool."""
         self.loop = BackgroundLoop()
-        self.clients = [SGLangClient(url, api_key=api_key, deadline=deadline, check=check) for url in urls]
+        self.clients = [
+            SGLangClient(url, api_key=api_key, deadline=deadline, check=check) for url in (*urls[first:], *urls[:first])
+        ]
 
     def sample(self, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling) -> list[Group]:
         """Raises RolloutError, and what `check` raises."""

@@ -6,9 +6,13 @@ bucket is one flat byte tensor (SGLang's "flattened_bucket").
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import datetime
+import secrets
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -22,7 +26,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import SGLangClient
 
-GROUP = "megatron_rl_weights"
+CLOSE_SECONDS = 30.0
 T = TypeVar("T")
 
 
@@ -41,89 +45,153 @@ class CollectiveRoute:
         timeout_seconds: float,
     ) -> None:
         self._clients = clients
+        self._urls = [client.url for client in clients]
         self._loop = loop
         self._device = device
         self._timeout = timeout_seconds
+        # Of this join alone: a server remembers the group of a trainer that was killed, under its name.
+        self._name = f"megatron_rl_weights_{secrets.token_hex(4)}"
         self._group: dist.ProcessGroup | None = None
+        self._is_broken = False
 
     def push(self, buckets: Iterable[list[tuple[str, Tensor]]], version: int) -> int:
         """Sends the buckets as weight version `version`; returns the bytes sent. Raises WeightSyncError."""
+        self._is_broken = True  # until all has gone well
         if self._group is None:
             self._group = self._join()
-        wait_for(self._ask("begin_weight_update"), self._timeout)
+        wait_for(self._ask("begin_weight_update"), self._timeout, self._urls)
         sent = 0
         for bucket, is_last in _mark_last(buckets):
-            sent += self._send(bucket, version if is_last else None)
-        wait_for(self._ask("end_weight_update"), self._timeout)
+            sent += self._send(self._group, bucket, version if is_last else None)
+        wait_for(self._ask("end_weight_update"), self._timeout, self._urls)
+        self._is_broken = False
         return sent
 
     def close(self) -> None:
-        if self._group is not None:
-            wait_for(self._ask("destroy_weights_update_group", group_name=GROUP), self._timeout)
-            dist.destroy_process_group(self._group)
-            self._group = None
+        """Never raises. After a failed push a server may still be in a broadcast: it leaves when this process ends."""
+        if self._group is None or self._is_broken:
+            return
+        with contextlib.suppress(UserError):
+            wait_for(self._ask("destroy_weights_update_group", group_name=self._name), CLOSE_SECONDS, self._urls)
+        dist.destroy_process_group(self._group)
+        self._group = None
 
-    def _send(self, bucket: list[tuple[str, Tensor]], version: int | None) -> int:
-        flat = torch.cat([t.contiguous().flatten().view(torch.uint8) for _, t in bucket])
+    def _send(self, group: dist.ProcessGroup, bucket: list[tuple[str, Tensor]], version: int | None) -> int:
+        flat = torch.cat([t.contiguous().flatten().view(torch.uint8) for _, t in bucket]).to(self._device)
         answers = self._ask(
             "update_weights_from_distributed",
             names=[name for name, _ in bucket],
             dtypes=[str(t.dtype).removeprefix("torch.") for _, t in bucket],
             shapes=[list(t.shape) for _, t in bucket],
-            group_name=GROUP,
+            group_name=self._name,
             load_format="flattened_bucket",
             # Cached prefixes belong to the old weights; the version holds once the last bucket is in.
             flush_cache=version is not None,
             weight_version=version,
         )
-        dist.broadcast(flat.to(self._device), src=0, group=self._group)
-        wait_for(answers, self._timeout)
+        self._together(lambda: dist.broadcast(flat, src=0, group=group), answers)
         return flat.numel()
 
     def _join(self) -> dist.ProcessGroup:
         """Rank 0 of a new group; the servers' ranks follow in the order of the clients."""
-        tp_sizes = [self._loop.run(client.server_info())["tp_size"] for client in self._clients]
+        # A trainer that was killed in a sync left its session open.
+        wait_for(self._ask("abandon_weight_update"), self._timeout, self._urls)
+        infos = wait_for(self._ask("server_info"), self._timeout, self._urls)
+        tp_sizes = [info["tp_size"] for info in infos]
         world = 1 + sum(tp_sizes)
         timeout = datetime.timedelta(seconds=self._timeout)
-        store = dist.TCPStore("0.0.0.0", 0, world, is_master=True, wait_for_workers=False, timeout=timeout)
+        addresses = [_address_towards(client.url) for client in self._clients]
+        store = _listen(addresses, world, timeout)
         offsets = [1 + sum(tp_sizes[:i]) for i in range(len(tp_sizes))]
         answers = [
             self._loop.start(
                 client.init_weights_update_group(
-                    master_address=_address_towards(client.url),
+                    master_address=address,
                     master_port=store.port,
                     rank_offset=offset,
                     world_size=world,
-                    group_name=GROUP,
+                    group_name=self._name,
                     backend=backend(self._device),
                 )
             )
-            for client, offset in zip(self._clients, offsets, strict=True)
+            for client, address, offset in zip(self._clients, addresses, offsets, strict=True)
         ]
-        # torch has no public way to make a group outside the default world; SGLang's side does the same.
-        group, _ = _new_process_group_helper(
-            world,
-            0,
-            [],
-            dist.Backend(backend(self._device)),
-            PrefixStore(GROUP, store),
-            group_name=GROUP,  # type: ignore[arg-type]
-            timeout=timeout,
-        )
+
+        def join() -> dist.ProcessGroup:
+            # torch has no public way to make a group outside the default world; SGLang's side does the same.
+            group, _ = _new_process_group_helper(
+                world,
+                0,
+                [],
+                dist.Backend(backend(self._device)),
+                PrefixStore(self._name, store),
+                group_name=self._name,  # type: ignore[arg-type]
+                timeout=timeout,
+            )
+            return group
+
+        group = self._together(join, answers)
         _world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
-        wait_for(answers, self._timeout)
         return group
+
+    def _together(self, ours: Callable[[], T], answers: Sequence[Future[Any]]) -> T:
+        """Our side of a collective, while the servers do theirs. Raises WeightSyncError as soon as one refuses: the
+        collective itself would only time out. Ours then goes on in its thread, which ends with the process."""
+        result: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                if self._device.type == "cuda":  # the current device is each thread's own
+                    torch.cuda.set_device(self._device)
+                result.set_result(ours())
+            except BaseException as error:
+                result.set_exception(error)
+
+        threading.Thread(target=run, name="weight-sync", daemon=True).start()
+        try:
+            wait_for([*answers, result], self._timeout, [*self._urls, "the trainer's own rank"])
+        except RuntimeError as error:  # torch's errors of a collective
+            text = " ".join(str(error).split())
+            raise WeightSyncError(
+                f"weight sync: the process group with {', '.join(self._urls)} failed: "
+                f"{text:.300}; can the servers reach this machine, and no other trainer uses them?"
+            ) from error
+        return result.result()
 
     def _ask(self, call: str, **arguments: Any) -> list[Future[Any]]:
         return [self._loop.start(getattr(client, call)(**arguments)) for client in self._clients]
 
 
-def wait_for(answers: Sequence[Future[T]], timeout_seconds: float) -> list[T]:
-    """Raises WeightSyncError when a server does not answer in time."""
-    try:
-        return [answer.result(timeout=timeout_seconds) for answer in answers]
-    except TimeoutError as error:
-        raise WeightSyncError(f"a server did not answer within {timeout_seconds:.0f} s") from error
+def wait_for(answers: Sequence[Future[T]], timeout_seconds: float, who: Sequence[str]) -> list[T]:
+    """Raises WeightSyncError as soon as a server refuses, and when one of `who`, in the order of the answers, gives
+    none in time."""
+    done, waiting = concurrent.futures.wait(answers, timeout_seconds, concurrent.futures.FIRST_EXCEPTION)
+    for answer in done:
+        if isinstance(error := answer.exception(), UserError):
+            raise WeightSyncError(f"weight sync: {error}") from error
+        if error is not None:
+            raise error
+    if waiting:
+        names = ", ".join(name for name, answer in zip(who, answers, strict=False) if answer in waiting)
+        raise WeightSyncError(f"weight sync: no answer within weights.timeout, {timeout_seconds:g} s, from {names}")
+    return [answer.result() for answer in answers]
+
+
+def _listen(addresses: Sequence[str], world: int, timeout: datetime.timedelta) -> dist.TCPStore:
+    """Where the group's ranks find each other; listens on no more of this machine's addresses than servers use."""
+    where = addresses[0] if len(set(addresses)) == 1 else "0.0.0.0"
+    family = socket.AF_INET6 if ":" in where else socket.AF_INET
+    with socket.create_server((where, 0), family=family) as listening:
+        port = listening.getsockname()[1]
+        return dist.TCPStore(
+            where,
+            port,
+            world,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timeout,
+            master_listen_fd=listening.detach(),
+        )
 
 
 def _mark_last(

@@ -40,7 +40,8 @@ class DiskRoute:
     def push(self, buckets: Iterable[list[tuple[str, Tensor]]], version: int) -> int:
         """Writes the buckets as weight version `version` and has all servers load it; returns the bytes written.
 
-        Raises WeightSyncError when a server does not answer in time, DiskError when a file cannot be written.
+        Raises WeightSyncError when a server refuses them or does not answer in time, DiskError when a file cannot be
+        written.
         """
         target = self._directory / f"version-{version:06d}"
         tensors = (pair for bucket in buckets for pair in bucket)
@@ -52,9 +53,12 @@ class DiskRoute:
             self._loop.start(client.update_weights_from_disk(str(target), weight_version=version))
             for client in self._clients
         ]
-        wait_for(answers, self._timeout)
-        for old in sorted(self._directory.glob("version-*"))[:-2]:
-            shutil.rmtree(old)
+        wait_for(answers, self._timeout, [client.url for client in self._clients])
+        # By number, and none after this one: a run that was resumed from an older step writes it again.
+        kept = {f"version-{number:06d}" for number in (version - 1, version)}
+        for other in self._directory.glob("version-*"):
+            if other.name not in kept:
+                shutil.rmtree(other)
         return sum(file.stat().st_size for file in target.glob("*.safetensors"))
 
     def close(self) -> None: ...

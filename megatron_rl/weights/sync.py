@@ -1,4 +1,4 @@
-"""Weight sync: the policy to all rollout servers, by one of two routes, and verified when asked."""
+"""Weight sync: the policy to all rollout servers, by one of two routes; the first is verified, more if asked."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from megatron_rl.engine.policy import Policy
 from megatron_rl.rollout.source import Leader
 from megatron_rl.weights.collective import CollectiveRoute
 from megatron_rl.weights.disk import DiskRoute
-from megatron_rl.weights.verify import probe, trainer_logprobs, verify
+from megatron_rl.weights.verify import ask_servers, probe, sampled_sequences, trainer_logprobs, verify
 
 
 class WeightSync:
     """On every rank; `leader` is rank 0's connections and None elsewhere."""
 
-    def __init__(self, config: WeightsConfig, policy: Policy, leader: Leader | None, directory: Path) -> None:
+    def __init__(
+        self, config: WeightsConfig, policy: Policy, leader: Leader | None, directory: Path, temperature: float
+    ) -> None:
+        """`temperature`: at which the run's responses are sampled."""
         self._config = config
+        self._temperature = temperature
         self._policy = policy
         self._leader = leader
         self._route: CollectiveRoute | DiskRoute | None = None
@@ -44,8 +48,9 @@ class WeightSync:
                 pass
         # Other leaders would ask servers that rank 0 is still giving the weights to.
         dist.barrier(group=self._policy.place.control)
-        if self._config.verify and self._syncs % self._config.verify == 0:
-            report |= self._verify()
+        # The first always: SGLang takes weights of another shape of model without a word.
+        if self._syncs == 0 or (self._config.verify and self._syncs % self._config.verify == 0):
+            report |= self._verify(version)
         self._syncs += 1
         return report
 
@@ -53,14 +58,21 @@ class WeightSync:
         if self._route is not None:
             self._route.close()
 
-    def _verify(self) -> dict[str, float]:
-        expected = trainer_logprobs(self._policy)
-        if self._leader is None or expected is None:
+    def _verify(self, version: int) -> dict[str, float]:
+        policy, leader = self._policy, self._leader
+        temperature = self._temperature
+        asked = None
+        if leader is not None:
+            asked = leader.loop.run(ask_servers(leader.clients, policy.arch, temperature, version))
+        expected = trainer_logprobs(policy, probe(policy.arch), 1.0)
+        sampled = trainer_logprobs(policy, sampled_sequences(asked, policy), temperature)
+        if asked is None or expected is None or sampled is None:
             return {}
-        bound = self._config.verify_bound or (1e-5 if self._policy.engine.dtype == "fp32" else 0.1)
-        sequences = probe(self._policy.arch)
-        result = self._leader.loop.run(verify(self._leader.clients, expected, sequences, bound))
+        exact = policy.engine.dtype == "fp32" and asked.is_fp32
+        bound = self._config.verify_bound or (1e-5 if exact else 0.1)
+        result = verify(asked, expected, sampled, bound, temperature)
         return {
             "weights/probe_max_abs_diff": result.max_abs_diff,
             "weights/probe_mean_abs_diff": result.mean_abs_diff,
+            "weights/sampled_mean_abs_diff": result.sampled_mean_abs_diff,
         }

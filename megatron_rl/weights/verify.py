@@ -1,4 +1,10 @@
-"""Proof that a sync arrived: the servers' log-probs of a fixed probe against the trainer's, and equal checksums."""
+"""Proof that a sync arrived: the servers' log-probs of fixed tokens, and of tokens that they sample, against the
+trainer's, and equal checksums.
+
+The two comparisons find different faults. Fixed tokens are scored untempered, so they show the weights alone; sampled
+tokens have the log-probs that importance ratios are made of, at the run's temperature, which a server can be set to
+report otherwise.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import orjson
 
 from megatron_rl.data.packing import PackedBatch, pack
 from megatron_rl.data.sample import Prompt, Sample
@@ -20,11 +27,32 @@ PROBE_SEQUENCES, PROBE_TOKENS = 4, 48
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What a server sampled."""
+
+    url: str
+    token_ids: list[int]  # prompt and response
+    logprobs: list[float]  # of the response's tokens
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the servers say of themselves after a sync."""
+
+    scores: dict[str, list[list[float]]]  # by URL: for each sequence of the probe its log-probs of tokens 1..
+    answers: list[Answer]
+    checksums: dict[str, str]  # by URL
+    is_fp32: bool  # all of them
+
+
+@dataclass(frozen=True)
 class Verification:
-    """Over all servers: largest and mean |log-prob difference| on the probe, in nats; see _gaps."""
+    """Over all servers: largest and mean |log-prob difference| on the probe, and largest mean one of a server on what
+    it sampled, in nats; see _gaps."""
 
     max_abs_diff: float
     mean_abs_diff: float
+    sampled_mean_abs_diff: float
 
 
 def probe(arch: Architecture) -> list[list[int]]:
@@ -41,18 +69,19 @@ def pack_probe(sequences: Sequence[list[int]], policy: Policy) -> PackedBatch:
     return pack(samples, [0.0] * len(samples), cp=policy.layout.cp, tp=policy.layout.tp)
 
 
-def trainer_logprobs(policy: Policy) -> list[np.ndarray] | None:
-    """The policy's untempered log-probs of the probe's tokens 1.., on rank 0; None elsewhere. Collective."""
-    sequences = probe(policy.arch)
+def trainer_logprobs(policy: Policy, sequences: Sequence[list[int]], temperature: float) -> list[np.ndarray] | None:
+    """The policy's log-probs of each sequence's tokens 1.. at this temperature, on rank 0; None elsewhere.
+    Collective."""
     batch = pack_probe(sequences, policy)
     # As many micro-batches as an interleaved pipeline needs; all are the same.
     batches = [batch] * (policy.layout.pp if policy.layout.vpp > 1 else 1)
-    answers = policy.logprobs(batches, temperature=1.0)
+    answers = policy.logprobs(batches, temperature=temperature)
     flat = answers[0][0].cpu().numpy()[batch.loss_mask].astype(np.float32).tobytes() if answers else None
     flat = _from_last_stage(flat, policy)
     if policy.place.rank != 0:
         return None
-    return np.split(np.frombuffer(flat, np.float32), len(sequences))
+    ends = np.cumsum([len(ids) - 1 for ids in sequences])[:-1]
+    return np.split(np.frombuffer(flat, np.float32), ends)
 
 
 def _from_last_stage(data: bytes | None, policy: Policy) -> bytes:
@@ -60,28 +89,86 @@ def _from_last_stage(data: bytes | None, policy: Policy) -> bytes:
     return broadcast_bytes(data, policy.place.replica, source=policy.place.replica.size() - 1)
 
 
-async def verify(
-    clients: Sequence[SGLangClient],
-    expected: Sequence[np.ndarray],
-    sequences: Sequence[list[int]],
-    bound: float,
+async def ask_servers(clients: Sequence[SGLangClient], arch: Architecture, temperature: float, version: int) -> Asked:
+    """Raises RolloutError."""
+    sequences = probe(arch)
+    prompts = [ids[: max(1, len(ids) // 2)] for ids in sequences]
+
+    async def sample(client: SGLangClient, prompt: list[int]) -> Answer:
+        longest = max(1, len(sequences[0]) - len(prompt))
+        completion = await client.generate(
+            prompt,
+            max_new_tokens=longest,
+            temperature=temperature,
+            vocab_size=arch.vocab_size,
+            versions=frozenset({version}),
+        )
+        return Answer(client.url, [*prompt, *completion.token_ids], list(completion.logprobs))
+
+    async def score(client: SGLangClient) -> list[list[float]]:
+        return await asyncio.gather(*(client.score(ids) for ids in sequences))
+
+    # Each server answers once at least, and one alone as often as there are prompts.
+    turns = range(max(len(clients), len(prompts)))
+    answers = await asyncio.gather(*(sample(clients[n % len(clients)], prompts[n % len(prompts)]) for n in turns))
+    scores = await asyncio.gather(*(score(client) for client in clients))
+    checksums = await asyncio.gather(*(client.weights_checksum() for client in clients))
+    infos = await asyncio.gather(*(client.server_info() for client in clients))
+    urls = [client.url for client in clients]
+    return Asked(
+        dict(zip(urls, scores, strict=True)),
+        answers,
+        dict(zip(urls, checksums, strict=True)),
+        all(info.get("dtype") == "float32" for info in infos),
+    )
+
+
+def sampled_sequences(asked: Asked | None, policy: Policy) -> list[list[int]]:
+    """The answers' tokens, which rank 0 has, on all ranks. Collective."""
+    mine = None if asked is None else orjson.dumps([answer.token_ids for answer in asked.answers])
+    sequences: list[list[int]] = orjson.loads(broadcast_bytes(mine, policy.place.control))
+    return sequences
+
+
+def verify(
+    asked: Asked, expected: Sequence[np.ndarray], sampled: Sequence[np.ndarray], bound: float, temperature: float
 ) -> Verification:
-    """Raises WeightSyncError naming the server whose log-probs or checksum differ."""
+    """`expected` and `sampled` are the trainer's log-probs of the probe and of the answers' whole sequences.
+
+    Raises WeightSyncError naming the server whose log-probs or checksum differ.
+    """
     differences = []
-    for client in clients:
-        served = await asyncio.gather(*(client.score(ids) for ids in sequences))
-        gaps = np.concatenate([_gaps(np.array(s), e) for s, e in zip(served, expected, strict=True)])
+    for url, scores in asked.scores.items():
+        gaps = np.concatenate([_gaps(np.array(s), e) for s, e in zip(scores, expected, strict=True)])
         if not gaps.max() <= bound:
             raise WeightSyncError(
-                f"{client.url}: log-probs of the probe differ from the trainer's by up to {gaps.max():.3g} "
-                f"(mean {gaps.mean():.3g}), more than weights.verify_bound {bound:g}; its weights are not the trainer's"
+                f"{url}: log-probs of the probe differ from the trainer's by up to {gaps.max():.3g} "
+                f"(mean {gaps.mean():.3g}), more than weights.verify_bound {bound:g}; its weights are not the "
+                "trainer's: does it serve a model of another shape than model.path?"
             )
         differences.append(gaps)
-    checksums = {client.url: await client.weights_checksum() for client in clients}
-    if len(set(checksums.values())) > 1:
-        raise WeightSyncError(f"servers hold different weights, by checksum: {checksums}")
+    if len(set(asked.checksums.values())) > 1:
+        raise WeightSyncError(f"servers hold different weights, by checksum: {asked.checksums}")
+    worst = 0.0
+    for url in asked.scores:
+        pairs = [
+            (np.array(answer.logprobs), logprobs[-len(answer.logprobs) :])
+            for answer, logprobs in zip(asked.answers, sampled, strict=True)
+            if answer.url == url
+        ]
+        # The mean: what a server does to its log-probs moves them all, while rounding to bf16 can send one token to
+        # other experts. Rounding of logits counts 1 / temperature times.
+        mean = float(np.concatenate([_gaps(served, ours) for served, ours in pairs]).mean())
+        if not mean <= bound / min(1.0, temperature):
+            raise WeightSyncError(
+                f"{url}: log-probs of what it sampled at rollout.temperature {temperature:g} differ from the "
+                f"trainer's by {mean:.3g} in the mean, more than weights.verify_bound {bound:g} allows, though its "
+                "weights are right: it reports others than those it samples from. Start it without "
+                "SGLANG_RETURN_ORIGINAL_LOGPROB and without sampling defaults or logit processors of its own"
+            )
+        worst = max(worst, mean)
     everything = np.concatenate(differences)
-    return Verification(float(everything.max()), float(everything.mean()))
+    return Verification(float(everything.max()), float(everything.mean()), worst)
 
 
 def _gaps(served: np.ndarray, expected: np.ndarray) -> np.ndarray:

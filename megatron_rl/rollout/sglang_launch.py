@@ -1,0 +1,65 @@
+"""Stock `sglang.launch_server`, let in by a key that stands neither in its arguments nor in its log.
+
+    python -m megatron_rl.rollout.sglang_launch --model-path DIR ...
+
+`megatron_rl.rollout.server` writes that command. SGLang takes a key as an argument only, which everyone on the machine
+can read, and prints all its settings at its start. Here the key comes in an environment variable, which is gone before
+SGLang starts its processes, and is set where SGLang would have put the argument, as text that does not print itself.
+SGLang's processes are spawned, and import this module again as `__mp_main__`: then nothing happens.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+KEY_VARIABLE = "MEGATRON_RL_SERVER_KEY"
+
+# With these SGLang starts several process groups, or one over several machines.
+SEVERAL = ("--dp", "--data-parallel", "--nnodes", "--node-rank", "--dist-init")
+
+
+class Secret(str):
+    """Text that shows in no log: those print settings as `repr` gives them."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+    def __reduce__(self) -> tuple[type[Secret], tuple[str]]:
+        return Secret, (str.__str__(self),)
+
+
+def launch(arguments: Sequence[str]) -> None:
+    """Runs the server in this process until it ends."""
+    key = os.environ.pop(KEY_VARIABLE, None)
+    if key is not None:
+        _give(key)
+    if not any(argument.startswith(SEVERAL) for argument in arguments):
+        # Its ranks would otherwise meet at a port that is open on all of the machine's addresses.
+        os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{tempfile.gettempdir()}/rendezvous"
+    runpy.run_module("sglang.launch_server", run_name="__main__")
+
+
+def _give(key: str) -> None:
+    from sglang.srt import server_args
+
+    from megatron_rl.rollout.sglang_launch import Secret as Importable  # this module's own name is __main__
+
+    prepare = server_args.prepare_server_args
+
+    def with_key(argv: list[str]) -> Any:
+        prepared = prepare(argv)
+        prepared.api_key = Importable(key)
+        return prepared
+
+    server_args.prepare_server_args = with_key
+
+
+if __name__ == "__main__":
+    launch(sys.argv[1:])
