@@ -172,4 +172,4 @@ def main() -> None:
 
 def _tell(error: Exception, who: str = "") -> int:
     print(f"error: {who}{error}", file=sys.stderr, flush=True)
-    return 2
+    return error.status if isinstance(error, UserError) else UserError.status

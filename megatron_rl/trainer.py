@@ -22,6 +22,7 @@ from megatron_rl.engine.critic import Critic
 from megatron_rl.engine.device import use_device
 from megatron_rl.engine.distribute import MiniBatch
 from megatron_rl.engine.exchange import broadcast_bytes
+from megatron_rl.engine.heartbeat import Heartbeat
 from megatron_rl.engine.losses import PolicyLoss, SftLoss, ValueLoss
 from megatron_rl.engine.network import Network, UpdateResult
 from megatron_rl.engine.parallel import Place, start_process_groups, stop_process_groups
@@ -140,9 +141,9 @@ class Trainer:
 
     def flush(self) -> None:
         """Writes the line that waits, as when the run ends before its step does."""
-        if self._held is not None:
-            self.run.log_metrics(*self._held)
-            self._held = None
+        held, self._held = self._held, None  # first: the heartbeat's thread may flush while this one hangs
+        if held is not None:
+            self.run.log_metrics(*held)
 
     def save(self, step: int, state: dict[str, Any], config: CheckpointConfig) -> None:
         """A resumable checkpoint of `step`; older ones than `config.keep` go."""
@@ -193,15 +194,17 @@ def open_trainer(
     joins_world = not dist.is_initialized()
     place = start_process_groups(layout, device, config.seed)
     try:
-        run = _run_dir(config, place, resume)
-        networks = _networks(config, layout, place, device, temperature)
-        with Console(steps, shows=place.rank == 0) as console:
-            trainer = Trainer(config, layout, place, networks, run, console)
-            try:
-                yield trainer
-            finally:
-                trainer.flush()
-        run.close()
+        with Heartbeat(place.control, config.engine.heartbeat) as heartbeat:
+            run = _run_dir(config, place, resume)
+            networks = _networks(config, layout, place, device, temperature)
+            with Console(steps, shows=place.rank == 0) as console:
+                trainer = Trainer(config, layout, place, networks, run, console)
+                heartbeat.before_end = trainer.flush
+                try:
+                    yield trainer
+                finally:
+                    trainer.flush()
+            run.close()
     finally:
         stop_process_groups(leave_world=joins_world)
 

@@ -41,6 +41,7 @@ MAY_CHANGE = (
     "train.steps",
     "checkpoint",
     "eval",
+    "engine.heartbeat",
     "rollout.servers",
     "rollout.concurrency",
     "rollout.deadline",
