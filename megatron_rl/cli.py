@@ -14,7 +14,7 @@ from megatron_rl.config.resolve import resolve
 from megatron_rl.config.schema import Config, Device, EngineDtype, Recompute, ServerDtype, SftConfig
 from megatron_rl.errors import UserError
 from megatron_rl.launch import agree, end, explain_fault
-from megatron_rl.stop import STATUS, Stopped
+from megatron_rl.stop import Stopped
 from megatron_rl.world import read_world
 
 app = typer.Typer(
@@ -161,8 +161,8 @@ def main() -> None:
     """One `error:` and exit status 2 for what the user can fix; a traceback and status 1 for anything else."""
     try:
         app()
-    except Stopped:  # rank 0 has said why
-        sys.exit(STATUS)
+    except Stopped as stopped:  # rank 0 has said why
+        sys.exit(stopped.status)
     except UserError as error:
         sys.exit(end(error))
     except Exception as error:

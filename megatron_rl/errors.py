@@ -4,6 +4,15 @@
 class UserError(Exception):
     """Names what was found where, what was expected, and how to fix it."""
 
+    status = 2
+    """Exit status of the command line."""
+
+
+class LostRankError(UserError):
+    """Another rank was stopped, was killed or lost its host: nothing is wrong with this one."""
+
+    status = 69  # sysexits.h's EX_UNAVAILABLE
+
 
 class MissingFileError(UserError, FileNotFoundError):
     """A file or directory that the user named, or that one of those should hold, and that is not there.

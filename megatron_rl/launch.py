@@ -181,14 +181,14 @@ def _shown(value: Any) -> str:
 
 
 def end(error: UserError) -> int:
-    """Prints what this rank has to say of the error; returns the exit status of a user's error."""
+    """Prints what this rank has to say of the error; returns the exit status."""
     if isinstance(error, LaunchError):
         if error.text:
             _print(error.text)
         error.told()
     else:
         _print(f"{_who()}{error}")
-    return 2
+    return error.status
 
 
 def explain_fault(error: Exception) -> None:

@@ -8,6 +8,7 @@ the first of each sequence.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sys
 import tempfile
@@ -235,17 +236,21 @@ def worker(spec: Spec, answer: Path) -> None:
     device = use_device(spec.device)
     from megatron.core import parallel_state
 
+    from megatron_rl.engine.heartbeat import Heartbeat
     from megatron_rl.engine.parallel import start_process_groups, stop_process_groups
 
     engine = EngineConfig(dtype=spec.dtype, recompute=spec.recompute, device=spec.device)  # type: ignore[arg-type]
-    results = []
-    for text in spec.layouts:
-        layout = Layout.resolve(*parse_layout(text))
-        place = start_process_groups(layout, device, seed=0)
-        results.append(_compare(spec, text, layout, place, engine, device))
-        parallel_state.destroy_model_parallel()
-    if place.rank == 0:
-        answer.write_bytes(orjson.dumps([asdict(r) for r in results]))
+    results: list[Result] = []
+    with contextlib.ExitStack() as stack:
+        for text in spec.layouts:
+            layout = Layout.resolve(*parse_layout(text))
+            place = start_process_groups(layout, device, seed=0)
+            if not results:
+                stack.enter_context(Heartbeat(place.control, engine.heartbeat))
+            results.append(_compare(spec, text, layout, place, engine, device))
+            parallel_state.destroy_model_parallel()
+        if place.rank == 0:
+            answer.write_bytes(orjson.dumps([asdict(r) for r in results]))
     stop_process_groups()
 
 

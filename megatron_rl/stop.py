@@ -27,6 +27,8 @@ ECHO_SECONDS = 5.0
 class Stopped(UserError):
     """A run that was stopped, with all its steps in a checkpoint."""
 
+    status = STATUS
+
 
 class Interrupted(Exception):
     """Raised by a signal inside `Signals.interrupt`."""

@@ -25,6 +25,7 @@ from megatron_rl.engine.critic import Critic
 from megatron_rl.engine.device import use_device
 from megatron_rl.engine.distribute import MiniBatch
 from megatron_rl.engine.exchange import all_gather_bytes, broadcast_bytes
+from megatron_rl.engine.heartbeat import Heartbeat
 from megatron_rl.engine.losses import PolicyLoss, SftLoss, ValueLoss
 from megatron_rl.engine.manifest import CheckpointError, DataIdentity, Identity, ModelIdentity, State
 from megatron_rl.engine.network import Network, UpdateResult
@@ -171,9 +172,9 @@ class Trainer:
     def flush(self) -> None:
         """Writes the line that waits, as when the run ends before its step does. A line that cannot be written is told
         by `finish_step`."""
-        if self._held is not None:
-            self.run.log_metrics(*self._held)
-            self._held = None
+        held, self._held = self._held, None  # first: the heartbeat's thread may flush while this one hangs
+        if held is not None:
+            self.run.log_metrics(*held)
 
     # ---- beginning, going on, ending ---------------------------------------------------------------------------
 
@@ -341,10 +342,14 @@ def open_trainer(
     joins_world = not dist.is_initialized()
     place = start_process_groups(layout, device, config.seed)
     try:
-        with _open_run(config, place, resume) as run:
+        with (
+            Heartbeat(place.control, config.engine.heartbeat) as heartbeat,
+            _open_run(config, place, resume) as run,
+        ):
             networks = _networks(config, layout, place, device, temperature)
             with Console(steps, shows=place.rank == 0) as console:
                 trainer = Trainer(config, layout, place, networks, run, console, clock, steps=steps, resumes=resume)
+                heartbeat.before_end = trainer.flush
                 try:
                     yield trainer
                 finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from dataclasses import asdict
@@ -28,20 +29,24 @@ def worker(spec: Spec, answer: Path) -> None:
     device = use_device(spec.device)
     from megatron.core import parallel_state
 
+    from megatron_rl.engine.heartbeat import Heartbeat
     from megatron_rl.engine.parallel import start_process_groups, stop_process_groups
     from megatron_rl.engine.policy import Policy
 
-    results = []
-    for text in spec.layouts:
-        layout = Layout.resolve(*parse_layout(text))
-        place = start_process_groups(layout, device, seed=0)
-        for recompute in spec.recompute:
-            engine = EngineConfig(dtype=spec.dtype, recompute=recompute, device=spec.device)  # type: ignore[arg-type]
-            policy = Policy(Path(spec.model), layout, place, engine, device, optim=None)
-            results.append(_certify(policy, text))
-        parallel_state.destroy_model_parallel()
-    if place.rank == 0:
-        answer.write_bytes(orjson.dumps([asdict(r) for r in results]))
+    results: list[Result] = []
+    with contextlib.ExitStack() as stack:
+        for text in spec.layouts:
+            layout = Layout.resolve(*parse_layout(text))
+            place = start_process_groups(layout, device, seed=0)
+            if not results:
+                stack.enter_context(Heartbeat(place.control, EngineConfig().heartbeat))
+            for recompute in spec.recompute:
+                engine = EngineConfig(dtype=spec.dtype, recompute=recompute, device=spec.device)  # type: ignore[arg-type]
+                policy = Policy(Path(spec.model), layout, place, engine, device, optim=None)
+                results.append(_certify(policy, text))
+            parallel_state.destroy_model_parallel()
+        if place.rank == 0:
+            answer.write_bytes(orjson.dumps([asdict(r) for r in results]))
     stop_process_groups()
 
 

@@ -94,6 +94,9 @@ class EngineConfig(Frozen):
     """Tokens whose fp32 logits exist at one time, in the forward as in the backward pass."""
     aux_loss_coefficient: Annotated[float, Field(ge=0, le=1e3)] = 0.0
     """Of Megatron-Core's load-balancing loss, the policy's and the critic's; off in RL unless asked for."""
+    heartbeat: Annotated[float, Field(ge=1)] | None = 90.0
+    """Seconds without a sign of life after which a rank is lost: stopped, or without its host. The other ranks then end
+    and name it. Defaults to 90; null disables."""
 
 
 class OptimConfig(Frozen):

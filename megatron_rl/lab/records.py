@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "steps",
     "max_minutes",
     "checkpoint",
+    "engine.heartbeat",
     "eval",
     "rollout.servers",
     "rollout.concurrency",

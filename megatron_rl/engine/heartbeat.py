@@ -1,0 +1,148 @@
+"""Ends a run, by name of the rank, when a rank is stopped, is killed or loses its host.
+
+gloo and NCCL do not notice such a rank for half an hour, the control plane for two days (engine.parallel). So each rank
+starts a watcher (engine.watcher), a small process that beats for it; rank 0's hears all of them. When a rank is lost,
+every other rank says which and why on standard error, writes what it holds, and ends with LostRankError.status within
+seconds. A collective cannot be interrupted, so that is os._exit; a rank that cannot do even that is killed by its
+watcher. Servers that rank 0 launched end with it (rollout.tether).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from types import TracebackType
+
+import orjson
+import torch.distributed as dist
+
+from megatron_rl.engine.exchange import all_gather_bytes, broadcast_bytes
+from megatron_rl.errors import LostRankError, UserError
+
+NOTICE_SECONDS = 2.0
+"""How long a rank whose collective failed waits to hear which rank was lost."""
+
+
+class HeartbeatError(UserError):
+    """The watchers of the ranks cannot reach each other."""
+
+
+class Heartbeat:
+    """Watches the ranks of a world while its context lasts.
+
+    A rank that leaves with an exception is expected to end; the others then have watcher.ERROR_SECONDS to end too.
+    """
+
+    def __init__(self, control: dist.ProcessGroup, seconds: float | None) -> None:
+        """Starts the watchers; collective over `control`, the whole world. Nothing is watched in a world of one rank.
+
+        `seconds` without a sign of life count as a loss; null disables. Raises HeartbeatError on every rank if one
+        cannot be watched.
+        """
+        self.before_end: Callable[[], None] = lambda: None
+        """Called before a loss ends this rank, in another thread than the main one, which may hang."""
+        self._rank = control.rank()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._leaving = threading.Event()
+        self._lost = threading.Event()
+        self._why = ""
+        if seconds is not None and control.size() > 1:
+            problem = self._start(control, seconds)
+            problems = [each.decode() for each in all_gather_bytes(problem.encode(), control)]
+            for rank, each in enumerate(problems):
+                if each:
+                    self._tell("done")
+                    raise HeartbeatError(
+                        f"engine.heartbeat: rank {rank} {each}. Open the ports between the machines, give "
+                        "torchrun the address of rank 0's machine as MASTER_ADDR, or disable it: engine.heartbeat: null"
+                    )
+            threading.Thread(target=self._listen, daemon=True).start()
+
+    def _start(self, control: dist.ProcessGroup, seconds: float) -> str:
+        """Returns what went wrong, or nothing."""
+        name = f"rank {self._rank} on host {socket.gethostname()} (pid {os.getpid()})"
+        members = [each.decode() for each in all_gather_bytes(name.encode(), control)]
+        settings = {"rank": self._rank, "seconds": seconds, "members": members}
+        answer, hub = "", {"host": _own_host(), "port": 0, "token": secrets.token_hex(16)}
+        if self._rank == 0:
+            answer = self._start_watcher(settings | hub)
+            word, _, rest = answer.partition(" ")
+            hub["port"] = int(rest) if word == "listening" else 0
+        hub = orjson.loads(broadcast_bytes(orjson.dumps(hub), control))
+        if not hub["port"]:
+            return answer.removeprefix("failed ")
+        answer = self._answer() if self._rank == 0 else self._start_watcher(settings | hub)
+        return "" if answer == "ready" else answer.removeprefix("failed ") or "lost its watcher as it started"
+
+    def _start_watcher(self, settings: dict[str, object]) -> str:
+        """Returns its first answer."""
+        command = [sys.executable, "-m", "megatron_rl.engine.watcher"]
+        # In a session of its own: what ends or stops the rank, by its process group, has to be told by it.
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
+        )
+        self._tell(orjson.dumps(settings).decode())
+        return self._answer()
+
+    def _answer(self) -> str:
+        assert self._process is not None and self._process.stdout is not None
+        return self._process.stdout.readline().decode().strip()
+
+    def _tell(self, line: str) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(OSError):  # it has ended, which _listen notices
+                self._process.stdin.write(f"{line}\n".encode())
+
+    def _listen(self) -> None:
+        while line := self._answer():
+            word, _, rest = line.partition(" ")
+            if word == "over":
+                return
+            seconds, _, self._why = rest.partition(" ")
+            self._lost.set()
+            if not self._leaving.wait(float(seconds)):
+                self._end(self._why)
+        if not self._leaving.is_set():
+            self._end(f"the heartbeat of rank {self._rank} has ended: its process was killed")
+
+    def _end(self, why: str) -> None:
+        print(f"error: {_message(why)} (said by rank {self._rank})", file=sys.stderr, flush=True)
+        try:
+            self.before_end()
+        finally:
+            os._exit(LostRankError.status)
+
+    def __enter__(self) -> Heartbeat:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Raises LostRankError in place of the error of a collective that failed because a rank was lost."""
+        self._leaving.set()
+        if self._process is None:
+            return
+        if error is None:
+            self._tell("done")
+            return
+        self._tell("leaving")
+        assert self._process.stdin is not None
+        os.dup(self._process.stdin.fileno())  # so that the pipe stays open until this process ends
+        if isinstance(error, RuntimeError) and self._lost.wait(NOTICE_SECONDS):
+            raise LostRankError(_message(self._why)) from error
+
+
+def _message(why: str) -> str:
+    return f"{why}. The run ends; a training run goes on from its last checkpoint with --resume"
+
+
+def _own_host() -> str:
+    """Where all ranks reach rank 0's machine."""
+    on_one_machine = os.environ.get("WORLD_SIZE") == os.environ.get("LOCAL_WORLD_SIZE")
+    return "127.0.0.1" if on_one_machine else os.environ.get("MASTER_ADDR", "127.0.0.1")

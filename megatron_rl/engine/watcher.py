@@ -1,0 +1,310 @@
+"""The process beside each rank that speaks for it (see megatron_rl.engine.heartbeat).
+
+    python -m megatron_rl.engine.watcher        started by a rank, which tells it all it needs on standard input
+
+It is a process, and neither a thread nor torch's store, so that nothing that the rank does can keep it from beating: a
+kernel of ten minutes, a torch.save, a call that holds the interpreter's lock. Only a rank that the kernel says is
+stopped, or that has ended, is reported. It imports the standard library alone: 10 ms to start, a few MiB.
+
+The watcher of rank 0, the hub, listens; the others connect and say who they are and a secret of the run. Each beats
+every eighth of the limit, at most every 10 s: one short line each way, so 1,000 ranks are 200 lines a second at the
+most. Silence is counted while this process itself runs: a machine that was suspended wakes without an alarm.
+
+    rank to watcher     settings as JSON; then `leaving` (an error is on its way up) or `done`; its end is end of file
+    watcher to rank     `listening PORT` (hub), `ready`, `failed WHY`; then `lost SECONDS WHY` or `over`
+    watcher to hub      `TOKEN RANK`; then `beat STATE`, `ended WORD`, `done`
+    hub to watcher      `beat`, `lost SECONDS WHY`, `over`
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+END_SECONDS = 10.0
+"""Seconds that a rank has to end once it is told of a loss, before it is killed."""
+ERROR_SECONDS = 30.0
+"""Seconds that the other ranks have to end by themselves once one has ended with an error: they may have one too."""
+LINGER_SECONDS = 2.0
+HELLO_SECONDS = 10.0
+CONNECT_SECONDS = 30.0
+LONGEST_LINE = 4096
+
+
+@dataclass(frozen=True)
+class Settings:
+    rank: int
+    seconds: float  # of silence that are a loss
+    host: str
+    port: int  # of the hub; 0 for the hub itself
+    token: str
+    members: list[str]  # each rank's name in messages
+
+    @property
+    def interval(self) -> float:
+        return min(10.0, self.seconds / 8)
+
+
+class Watcher:
+    """What the hub and the others share: their own rank."""
+
+    def __init__(self, settings: Settings, rank_lines: asyncio.StreamReader) -> None:
+        self.settings = settings
+        self._rank_lines = rank_lines
+        self._rank_pid = os.getppid()
+        self.last_word = "nothing"  # of the rank
+        self.rank_is_gone = asyncio.Event()  # done, or ended
+
+    async def follow_rank(self) -> None:
+        """Returns when the rank is done, or has ended."""
+        while self.last_word != "done" and (line := await self._rank_lines.readline()):
+            self.last_word = line.decode().strip()
+        self.rank_is_gone.set()
+
+    def state(self) -> str:
+        """The kernel's letter for the rank's state; T or t: stopped, by a signal or a debugger."""
+        with contextlib.suppress(OSError, IndexError):
+            return Path(f"/proc/{self._rank_pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return "X"
+
+    async def end_rank(self, seconds: str, why: str) -> None:
+        """Tells the rank of a loss; kills it if it does not end. A rank that is leaving ends by itself."""
+        tell(f"lost {seconds} {why}")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.rank_is_gone.wait(), float(seconds) + END_SECONDS)
+        if not self.rank_is_gone.is_set() and self.last_word != "leaving":
+            os.kill(self._rank_pid, signal.SIGKILL)
+
+
+class Hub(Watcher):
+    """Hears all ranks, and tells all of them of the first that is lost."""
+
+    def __init__(self, settings: Settings, rank_lines: asyncio.StreamReader) -> None:
+        super().__init__(settings, rank_lines)
+        self._silent = dict.fromkeys(range(len(settings.members)), 0.0)
+        self._stopped: set[int] = set()
+        self._peers: set[asyncio.StreamWriter] = set()
+        self._loss = asyncio.get_running_loop().create_future()
+
+    async def run(self) -> None:
+        _allow_open_files(len(self.settings.members))
+        try:
+            server = await asyncio.start_server(self._serve, self.settings.host, 0, limit=LONGEST_LINE, backlog=1024)
+        except OSError as error:
+            tell(f"failed cannot listen on {self.settings.host}: {error}")
+            return
+        tell(f"listening {server.sockets[0].getsockname()[1]}")
+        tell("ready")
+        async with asyncio.TaskGroup() as tasks:
+            ticking = tasks.create_task(self._count())
+            following = tasks.create_task(self.follow_rank())
+            await asyncio.wait([following, self._loss], return_when=asyncio.FIRST_COMPLETED)
+            ticking.cancel()
+            if self.last_word == "done":
+                self._tell_all("over")
+            else:
+                if self.rank_is_gone.is_set():
+                    self._lose_ended(0, self.last_word)
+                seconds, why = self._loss.result()
+                self._tell_all(f"lost {seconds} {why}")
+                await self.end_rank(seconds, why)
+            following.cancel()
+        # Beats that nobody reads any more would reset the connections, and what was just told be lost with them.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._all_have_left(), LINGER_SECONDS)
+        for peer in self._peers:
+            peer.close()
+        await asyncio.sleep(0.05)
+
+    async def _all_have_left(self) -> None:
+        while self._peers:
+            await asyncio.sleep(0.05)
+
+    async def _count(self) -> None:
+        async for passed in ticks(self.settings.interval):
+            self._heard(0, self.state())
+            for rank in self._silent:
+                self._silent[rank] += passed
+                if self._silent[rank] > self.settings.seconds:
+                    self._lose(rank, "0", self._describe(rank))
+            self._tell_all("beat")
+
+    def _heard(self, rank: int, state: str) -> None:
+        if state in "Tt":
+            self._stopped.add(rank)
+        elif rank in self._silent:
+            self._stopped.discard(rank)
+            self._silent[rank] = 0.0
+
+    def _describe(self, rank: int) -> str:
+        if rank in self._stopped:
+            return f"has been stopped, by a signal or a debugger, for {self._silent[rank]:.0f} s"
+        return (
+            f"has not been heard from for {self._silent[rank]:.0f} s; its host or its network is gone, or it is stopped"
+        )
+
+    def _lose(self, rank: int, seconds: str, how: str) -> None:
+        if not self._loss.done():
+            self._loss.set_result((seconds, f"{self.settings.members[rank]} {how}"))
+
+    def _lose_ended(self, rank: int, word: str) -> None:
+        if word == "leaving":
+            self._lose(rank, f"{ERROR_SECONDS:g}", "has ended with an error, which its output tells")
+        else:
+            self._lose(rank, "0", "has ended before the others")
+
+    def _tell_all(self, line: str) -> None:
+        for peer in self._peers:
+            peer.write(f"{line}\n".encode())
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            async with asyncio.timeout(HELLO_SECONDS):
+                rank = self._known(await reader.readline())
+            if rank is not None:
+                await self._listen_to(rank, reader, writer)
+        except (OSError, TimeoutError, ValueError):
+            pass  # a stranger, or a connection that broke: its rank connects again, or is missed
+        finally:
+            self._peers.discard(writer)
+            writer.close()
+
+    def _known(self, hello: bytes) -> int | None:
+        token, _, rank = hello.strip().partition(b" ")
+        if not hmac.compare_digest(token, self.settings.token.encode()) or not rank.isdigit():
+            return None
+        return int(rank) if int(rank) in self._silent else None
+
+    async def _listen_to(self, rank: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._peers.add(writer)
+        writer.write(b"beat\n")
+        if self._loss.done():
+            writer.write("lost {} {}\n".format(*self._loss.result()).encode())
+        while line := await reader.readline():
+            word, _, rest = line.decode().strip().partition(" ")
+            if word == "beat":
+                self._heard(rank, rest)
+            elif word == "ended":
+                self._lose_ended(rank, rest)
+            elif word == "done":
+                self._silent.pop(rank, None)
+
+
+class Spoke(Watcher):
+    """Beats for its rank, and misses the hub when it falls silent."""
+
+    def __init__(self, settings: Settings, rank_lines: asyncio.StreamReader) -> None:
+        super().__init__(settings, rank_lines)
+        self._silent = 0.0
+        self._hub: asyncio.StreamWriter | None = None
+        self._loss = asyncio.get_running_loop().create_future()  # (seconds, why); None: the run is over
+
+    async def run(self) -> None:
+        deadline = asyncio.get_running_loop().time() + CONNECT_SECONDS
+        while (hearing := await self._connect()) is None:
+            if asyncio.get_running_loop().time() > deadline:
+                host, port = self.settings.host, self.settings.port
+                tell(f"failed cannot connect to rank 0's heartbeat at {host}:{port} within {CONNECT_SECONDS:g} s")
+                return
+            await asyncio.sleep(0.2)
+        tell("ready")
+        async with asyncio.TaskGroup() as tasks:
+            beating = tasks.create_task(self._beat(hearing))
+            following = tasks.create_task(self.follow_rank())
+            await asyncio.wait([following, self._loss], return_when=asyncio.FIRST_COMPLETED)
+            beating.cancel()
+            if self.rank_is_gone.is_set():
+                await self._say("done" if self.last_word == "done" else f"ended {self.last_word}")
+            elif (loss := self._loss.result()) is not None:
+                await self.end_rank(*loss)
+            else:
+                tell("over")
+            following.cancel()
+        if self._hub is not None:
+            self._hub.close()
+
+    async def _beat(self, hearing: asyncio.Task[None]) -> None:
+        async for passed in ticks(self.settings.interval):
+            self._silent += passed
+            if self._silent > self.settings.seconds and not self._loss.done():
+                how = f"has not been heard from for {self._silent:.0f} s; its host or its network is gone"
+                self._loss.set_result(("0", f"{self.settings.members[0]} {how}"))
+            if hearing.done():
+                hearing = await self._connect() or hearing
+            await self._say(f"beat {self.state()}")
+
+    async def _connect(self) -> asyncio.Task[None] | None:
+        try:
+            async with asyncio.timeout(max(1.0, self.settings.interval)):
+                reader, self._hub = await asyncio.open_connection(
+                    self.settings.host, self.settings.port, limit=LONGEST_LINE
+                )
+                await self._say(f"{self.settings.token} {self.settings.rank}")
+                if await reader.readline() != b"beat\n":
+                    return None
+        except (OSError, TimeoutError):
+            return None
+        return asyncio.create_task(self._hear(reader))
+
+    async def _hear(self, reader: asyncio.StreamReader) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            while line := await reader.readline():
+                self._silent = 0.0
+                word, _, rest = line.decode().strip().partition(" ")
+                if word == "lost" and not self._loss.done():
+                    seconds, _, why = rest.partition(" ")
+                    self._loss.set_result((seconds, why))
+                elif word == "over" and not self._loss.done():
+                    self._loss.set_result(None)
+
+    async def _say(self, line: str) -> None:
+        if self._hub is not None:
+            with contextlib.suppress(OSError, TimeoutError):
+                self._hub.write(f"{line}\n".encode())
+                async with asyncio.timeout(self.settings.interval):
+                    await self._hub.drain()
+
+
+async def ticks(interval: float) -> AsyncIterator[float]:
+    """Yields the seconds since the last tick, no more than two intervals: while this process did not run, nothing can
+    be said of the others."""
+    clock = asyncio.get_running_loop().time
+    last = clock()
+    while True:
+        await asyncio.sleep(interval)
+        now = clock()
+        yield min(now - last, 2 * interval)
+        last = now
+
+
+def tell(line: str) -> None:
+    """To the rank, which may be gone."""
+    with contextlib.suppress(OSError):
+        os.write(sys.stdout.fileno(), f"{line}\n".encode())
+
+
+def _allow_open_files(ranks: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < ranks + 64:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, ranks + 64), hard))
+
+
+async def main() -> None:
+    rank_lines = asyncio.StreamReader(limit=1 << 24)
+    loop = asyncio.get_running_loop()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(rank_lines), sys.stdin)
+    settings = Settings(**json.loads(await rank_lines.readline()))
+    await (Hub if settings.rank == 0 else Spoke)(settings, rank_lines).run()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

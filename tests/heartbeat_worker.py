@@ -1,0 +1,110 @@
+"""heartbeat_worker.py SECONDS OUT SCENARIO...: worlds of two ranks under a heartbeat, all at the same time.
+
+Each rank is a fork of this process, which has imported torch once. OUT/SCENARIO.json has, for each rank, its status and
+the seconds that it lived after the fault; OUT/SCENARIO/ what the ranks left.
+
+    stop-0, stop-1, kill-0, kill-1    the signal goes to that rank; the ranks reduce for ever
+    hold                              rank 1 holds the interpreter's lock for three times SECONDS; then all end well
+    raise                             both ranks raise; rank 0 takes 3 s of clean-up, as when it stops servers
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_rl.cli import _tell
+from megatron_rl.engine.heartbeat import Heartbeat
+from megatron_rl.errors import UserError
+
+RANKS = (0, 1)
+
+
+def hold_the_lock(seconds: float) -> None:
+    """Calls into C that never let another thread run; a thread of the rank could not beat meanwhile."""
+    sys.setswitchinterval(1e6)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        sum(range(10**7))
+
+
+def run(rank: int, seconds: float, out: Path, scenario: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=len(RANKS))
+    control = dist.new_group(backend="gloo")
+    with Heartbeat(control, seconds) as heartbeat:
+        heartbeat.before_end = (out / f"flushed-{rank}").touch
+        (out / f"watched-{rank}").touch()
+        if scenario == "raise":
+            dist.barrier(control)
+            try:
+                raise UserError(f"an error of rank {rank}")
+            finally:
+                time.sleep(3 if rank == 0 else 0)
+        if scenario == "hold" and rank == 1:
+            hold_the_lock(3 * seconds)
+        while scenario != "hold":
+            dist.all_reduce(torch.ones(1), group=control)
+        dist.barrier(control)
+    (out / f"well-{rank}").touch()
+
+
+def fork(rank: int, seconds: float, out: Path, scenario: str) -> int:
+    if pid := os.fork():
+        return pid
+    os.dup2(os.open(out / f"stderr-{rank}", os.O_CREAT | os.O_WRONLY), 2)
+    status = 1
+    try:
+        run(rank, seconds, out, scenario)
+        status = 0
+    except UserError as error:
+        status = _tell(error)
+    except BaseException:
+        traceback.print_exc()
+    os._exit(status)
+
+
+def play(pids: list[int], out: Path, scenario: str) -> None:
+    while not all((out / f"watched-{rank}").exists() for rank in RANKS):
+        time.sleep(0.05)
+    fault, _, victim = scenario.partition("-")
+    time.sleep(0.5)
+    if victim:
+        os.kill(pids[int(victim)], signal.SIGSTOP if fault == "stop" else signal.SIGKILL)
+    start, ends = time.monotonic(), {}
+    while len(ends) < len(RANKS):
+        for rank in set(RANKS) - ends.keys():
+            pid, status = os.waitpid(pids[rank], os.WNOHANG)
+            if pid:
+                ends[rank] = [os.waitstatus_to_exitcode(status), time.monotonic() - start]
+        time.sleep(0.05)
+    pending = out / "pending.json"
+    pending.write_text(json.dumps([pids, [ends[rank] for rank in RANKS]]))
+    pending.rename(out.with_suffix(".json"))
+
+
+def main(seconds: float, out: Path, scenarios: list[str]) -> None:
+    worlds = []
+    for scenario in scenarios:
+        (out / scenario).mkdir()
+        worlds.append([fork(rank, seconds, out / scenario, scenario) for rank in RANKS])
+    threads = [
+        threading.Thread(target=play, args=(pids, out / scenario, scenario))
+        for pids, scenario in zip(worlds, scenarios, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

@@ -1,0 +1,246 @@
+"""A rank that is stopped or killed ends the others, by name and within seconds; one that is only busy does not."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from rl_runs import environment, torchrun
+
+from megatron_rl.engine import watcher
+from megatron_rl.errors import LostRankError
+from megatron_rl.lab.run import read_metrics
+
+SECONDS = 2.0
+SCENARIOS = ("stop-0", "stop-1", "kill-0", "kill-1", "hold", "raise")
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What heartbeat_worker.py left of all scenarios."""
+    out = tmp_path_factory.mktemp("heartbeat")
+    worker = Path(__file__).parent / "heartbeat_worker.py"
+    subprocess.run([sys.executable, str(worker), str(SECONDS), str(out), *SCENARIOS], env=environment(), check=True)
+    return out
+
+
+def ends(played: Path, scenario: str) -> tuple[list[int], list[tuple[int, float]], list[str]]:
+    """(pid, (status, seconds after the fault), standard error), of each rank."""
+    pids, found = json.loads((played / f"{scenario}.json").read_text())
+    said = [(played / scenario / f"stderr-{rank}").read_text() for rank in (0, 1)]
+    return pids, [tuple(end) for end in found], said
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("fault", "victim"), [("stop", 0), ("stop", 1), ("kill", 0), ("kill", 1)])
+def test_a_lost_rank_ends_the_other_which_names_it(played: Path, fault: str, victim: int) -> None:
+    pids, found, said = ends(played, f"{fault}-{victim}")
+    (status, seconds), (victims_status, victims_seconds) = found[1 - victim], found[victim]
+    assert status == LostRankError.status
+    assert seconds < (3 * SECONDS if fault == "stop" else SECONDS) + 2
+    how = "has been stopped, by a signal or a debugger, for" if fault == "stop" else "has ended before the others"
+    assert f"error: rank {victim} on host {socket.gethostname()} (pid {pids[victim]}) {how}" in said[1 - victim]
+    assert (played / f"{fault}-{victim}" / f"flushed-{1 - victim}").exists() or "Traceback" not in said[1 - victim]
+    assert (victims_status, said[victim]) == (-signal.SIGKILL, "")  # nothing is left of it either
+    assert victims_seconds < seconds + watcher.END_SECONDS + 5
+
+
+@pytest.mark.distributed
+def test_a_rank_that_holds_the_interpreters_lock_is_not_lost(played: Path) -> None:
+    _, found, said = ends(played, "hold")
+    assert [status for status, _ in found] == [0, 0], said
+    assert min(seconds for _, seconds in found) > 2 * SECONDS
+    assert "error" not in "".join(said)
+
+
+@pytest.mark.distributed
+def test_ranks_that_raise_tell_their_own_errors(played: Path) -> None:
+    _, found, said = ends(played, "raise")
+    assert [status for status, _ in found] == [2, 2]
+    assert said == ["error: an error of rank 0\n", "error: an error of rank 1\n"]
+    assert found[1][1] < 2 < found[0][1]  # rank 0 was not ended when rank 1 was through
+
+
+# A real run
+
+
+def write_sft(directory: Path, model: Path) -> Path:
+    (directory / "train.jsonl").write_text(
+        "".join(f'{{"prompt": "{i}+1=", "response": "{i + 1}"}}\n' for i in range(64))
+    )
+    path = directory / "sft.yaml"
+    path.write_text(
+        f"run_dir: {directory / 'run'}\nmodel: {{path: {model}}}\nengine: {{device: cpu, dtype: fp32, heartbeat: 2}}\n"
+        f"data: {{train: {directory / 'train.jsonl'}}}\nbatch_size: 8\nsteps: 100000\n"
+    )
+    return path
+
+
+@pytest.mark.distributed
+def test_a_stopped_rank_ends_a_training_run(tiny_model_dir: Path, tmp_path: Path) -> None:
+    command = torchrun(2, "-m", "megatron_rl", "sft", str(write_sft(tmp_path, tiny_model_dir)))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with (tmp_path / "stderr").open("wb") as stderr:
+        run = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=stderr)
+    while run.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.1)
+    ranks = {rank.environ()["RANK"]: rank for rank in psutil.Process(run.pid).children()}
+    ranks["1"].suspend()
+    stopped = time.monotonic()
+    assert run.wait(timeout=60) == LostRankError.status
+    assert time.monotonic() - stopped < 30  # the launcher waits 10 s for the stopped rank to end
+    assert f"error: rank 1 on host {socket.gethostname()} (pid {ranks['1'].pid}) has been stopped" in (
+        tmp_path / "stderr"
+    ).read_text(errors="replace")
+    assert not any(rank.is_running() for rank in ranks.values())
+    lines = read_metrics(metrics)
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+
+
+# The watchers alone: the hub as a process, and ranks that are connections
+
+
+class Peer:
+    """A rank's watcher, as the hub sees it."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+
+    @classmethod
+    async def connect(cls, port: int, hello: str) -> Peer:
+        peer = cls(*await asyncio.open_connection("127.0.0.1", port))
+        peer.say(hello)
+        return peer
+
+    def say(self, line: str) -> None:
+        self.writer.write(f"{line}\n".encode())
+
+    async def until(self, word: str) -> str:
+        """The first line with the word; nothing if the hub closed the connection."""
+        while line := await asyncio.wait_for(self.reader.readline(), 20):
+            if line.decode().startswith(word):
+                return line.decode().strip()
+        return ""
+
+    async def beat(self, state: str = "S") -> None:
+        while True:
+            self.say(f"beat {state}")
+            await asyncio.sleep(0.1)
+
+
+@asynccontextmanager
+async def hub(ranks: int, seconds: float = 1.0) -> AsyncIterator[tuple[Any, int]]:
+    """(process, port) of a hub whose rank 0 is this process."""
+    process = await asyncio.create_subprocess_exec(
+        *[sys.executable, "-m", "megatron_rl.engine.watcher"],
+        env=environment(),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    members = [f"rank {rank} on host h{rank} (pid {rank})" for rank in range(ranks)]
+    settings = {"rank": 0, "seconds": seconds, "host": "127.0.0.1", "port": 0, "token": "secret", "members": members}
+    process.stdin.write(json.dumps(settings).encode() + b"\n")
+    port = (await process.stdout.readline()).decode().split()[1]
+    assert await process.stdout.readline() == b"ready\n"
+    try:
+        yield process, int(port)
+    finally:
+        if process.returncode is None:
+            process.stdin.write(b"done\n")
+            await process.wait()
+
+
+def test_a_host_that_falls_silent_is_named_to_all_ranks() -> None:
+    async def play() -> None:
+        async with hub(3) as (process, port):
+            first, second = [await Peer.connect(port, f"secret {rank}") for rank in (1, 2)]
+            beating = asyncio.create_task(first.beat())
+            second.say("beat S")  # and never again
+            told = await first.until("lost")
+            assert told.startswith("lost 0 rank 2 on host h2 (pid 2) has not been heard from for ")
+            assert told.endswith("s; its host or its network is gone, or it is stopped")
+            assert (await process.stdout.readline()).decode().strip() == told
+            beating.cancel()
+            process.stdin.write(b"done\n")
+
+    asyncio.run(play())
+
+
+def test_a_connection_that_breaks_is_taken_up_again() -> None:
+    async def play() -> None:
+        async with hub(2) as (_, port):
+            for _ in range(3):
+                peer = await Peer.connect(port, "secret 1")
+                beating = asyncio.create_task(peer.beat())
+                await asyncio.sleep(0.6)
+                beating.cancel()
+                peer.writer.transport.abort()
+            peer = await Peer.connect(port, "secret 1")
+            peer.say("ended nothing")
+            assert await peer.until("lost") == "lost 0 rank 1 on host h1 (pid 1) has ended before the others"
+
+    asyncio.run(play())
+
+
+def test_a_stranger_is_not_taken_for_a_rank() -> None:
+    async def play() -> None:
+        async with hub(2, seconds=2.0) as (_, port):
+            rank = await Peer.connect(port, "secret 1")
+            beating = asyncio.create_task(rank.beat())
+            for hello in ("guess 1", "secret 7", "secret -1", "secret", "GET / HTTP/1.1", "x" * 9000):
+                stranger = await Peer.connect(port, hello)
+                stranger.say("ended nothing")
+                with pytest.raises((ConnectionResetError, AssertionError)):
+                    assert await stranger.until("")
+            assert (await rank.until("beat")) == "beat"
+            beating.cancel()
+
+    asyncio.run(play())
+
+
+def test_a_machine_that_slept_wakes_without_an_alarm() -> None:
+    async def play() -> None:
+        async with hub(2) as (process, port):
+            peer = await Peer.connect(port, "secret 1")
+            beating = asyncio.create_task(peer.beat())
+            await asyncio.sleep(0.3)
+            os.kill(process.pid, signal.SIGSTOP)
+            beating.cancel()  # all of the machine sleeps
+            await asyncio.sleep(3.0)
+            os.kill(process.pid, signal.SIGCONT)
+            beating = asyncio.create_task(peer.beat())
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(peer.until("lost"), 2.0)
+            beating.cancel()
+
+    asyncio.run(play())
+
+
+def test_a_finished_rank_is_not_missed() -> None:
+    async def play() -> None:
+        async with hub(3) as (process, port):
+            one, two = [await Peer.connect(port, f"secret {rank}") for rank in (1, 2)]
+            one.say("done")
+            beating = asyncio.create_task(two.beat())
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(two.until("lost"), 2.5)
+            process.stdin.write(b"done\n")
+            assert await two.until("over") == "over"
+            beating.cancel()
+
+    asyncio.run(play())
