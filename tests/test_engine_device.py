@@ -7,13 +7,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import megatron.core
 import pytest
+import torch
 from rl_runs import environment, torchrun
 from tiny_models import make_tiny_model
 
+from megatron_rl.config.schema import Device, EngineConfig
 from megatron_rl.engine.device import CPU_LAYER, ON_EVERY_DEVICE
+from megatron_rl.engine.model import uses_transformer_engine
 
 LAYOUTS = {"all_to_all": "ep=2", "uneven_collectives": "tp=2,ep=2,etp=2", "to_cuda": "pp=2"}
 """Where an item is needed only under some parallelism."""
@@ -74,3 +78,21 @@ def test_every_weight_is_on_the_gpu_before_it_is_loaded(
     assert on_a_pretended_gpu[network] == {"cuda:0": names}
     assert any(".router." in name for name in names)
     assert any("layernorm" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("device", "layers", "gpu", "found"),
+    [
+        ("auto", "auto", True, True),
+        ("cuda", "auto", True, True),
+        ("cpu", "auto", True, False),  # as the demo runs on a machine with a GPU
+        ("auto", "auto", False, False),
+        ("auto", "torch", True, False),
+    ],
+)
+def test_transformer_engine_is_taken_on_a_gpu_only(
+    monkeypatch: pytest.MonkeyPatch, device: Device, layers: Literal["auto", "torch"], gpu: bool, found: bool
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert uses_transformer_engine(EngineConfig(device=device, layers=layers)) is found

@@ -9,7 +9,9 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
-CPU, CPU_PY312, NODEPS = (ROOT / "requirements" / f"{n}.txt" for n in ("cpu", "cpu-py312", "cpu-nodeps"))
+CPU, CPU_PY312, NODEPS, TE_STUB = (
+    ROOT / "requirements" / f"{n}.txt" for n in ("cpu", "cpu-py312", "cpu-nodeps", "te-stub")
+)
 
 
 def pins(file: Path) -> dict[str, Version]:
@@ -47,6 +49,12 @@ def test_every_declared_dependency_is_pinned_in_its_range(file: Path) -> None:
 def test_sglang_is_pinned_in_its_range() -> None:
     (requirement,) = (r for r in declared("sglang") if r.name == "sglang")
     assert requirement.specifier.contains(pins(NODEPS)["sglang"])
+
+
+def test_transformer_engine_is_pinned_in_its_range_and_apart_from_the_rest() -> None:
+    (requirement,) = declared("te")[len(declared()) :]
+    assert requirement.specifier.contains(pins(TE_STUB)[canonicalize_name(requirement.name)])
+    assert not pins(TE_STUB).keys() & (pins(CPU) | pins(NODEPS)).keys()
 
 
 def test_the_python_versions_differ_in_megatron_core_only() -> None:

@@ -77,6 +77,7 @@ def test_a_cpu_gets_the_cpu_layer(device: str, has_gpu: bool) -> None:
     assert found["--dtype"] == "float32"
     assert "--base-gpu-id" not in found
     assert environment["SGLANG_USE_CPU_ENGINE"] == environment["TORCHDYNAMO_DISABLE"] == "1"
+    assert environment["CUDA_VISIBLE_DEVICES"] == ""
     assert environment["OMP_NUM_THREADS"] == "4"
     assert environment["SGLANG_CPU_OMP_THREADS_BIND"] == "0-3|4-7"
 

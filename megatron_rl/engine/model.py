@@ -104,7 +104,8 @@ def uses_transformer_engine(engine: EngineConfig) -> bool:
         raise RuntimeError(
             "engine.layers is te, but transformer_engine is not installed; install the extra [te], or use auto"
         )
-    return engine.layers == "te" or (engine.layers == "auto" and installed and torch.cuda.is_available())
+    on_gpu = engine.device != "cpu" and torch.cuda.is_available()
+    return engine.layers == "te" or (engine.layers == "auto" and installed and on_gpu)
 
 
 def transformer_config(arch: Architecture, engine: EngineConfig, layout: Layout) -> TransformerConfig:

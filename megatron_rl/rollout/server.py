@@ -128,6 +128,7 @@ def _cpu_environment(options: ServerOptions) -> dict[str, str]:
     per_rank = max(1, (options.threads or usable_cores()) // options.tp)
     environment = {
         "SGLANG_USE_CPU_ENGINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",  # SGLang asks torch for GPUs too, whatever --device says
         "TORCHDYNAMO_DISABLE": "1",  # its compiled helpers need a C++ compiler and gain nothing here
         "OMP_NUM_THREADS": str(per_rank),
     }
