@@ -103,7 +103,9 @@ def torchrun(ranks: int, *arguments: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    """For ranks that import these tests' modules, and the package of the tree that the tests are in."""
+    tests = Path(__file__).parent
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
 
 
 def run_all(config: Path, ranks: int, runs: list[str]) -> None:
