@@ -23,7 +23,7 @@ from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config
 from megatron_rl.data.sample import Group, Prompt, Sample, VersionSpan
 from megatron_rl.engine.device import use_device
-from megatron_rl.rollout.dynamic import DynamicSamplingError
+from megatron_rl.rollout.dynamic import StepError
 from megatron_rl.rollout.sampler import Sampling
 from megatron_rl.routing.trace import RoutingTrace
 
@@ -93,7 +93,7 @@ if __name__ == "__main__":
         config = load_config(Config, Path(sys.argv[1]), keys)
         try:
             train(config, resume=len(keys) < len(overrides.split()))
-        except DynamicSamplingError as error:
+        except StepError as error:
             saved = [path.name for path in checkpoints(config.run_dir / "checkpoints")]
             (config.run_dir / f"error-{dist.get_rank()}").write_text(f"{error}\nsaved: {saved}")
     dist.destroy_process_group()

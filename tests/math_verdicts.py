@@ -388,3 +388,20 @@ VERDICTS: list[tuple[str, str, bool, str]] = [
     ("5", "5 " * 10_000, False, "ten thousand fives"),
     ("5", "answer: " * 10_000, False, "ten thousand markers"),
 ]
+
+KNOWN: list[tuple[str, str, bool]] = [
+    # What docs/verifiers.md says of verdicts that a person may not give: (reference, response, verdict).
+    ("(x-1)(x+1)", r"\boxed{x^2-1}", True),
+    ("1024", r"\boxed{2^{10}}", True),
+    ("18 apples", r"\boxed{18 \text{ oranges}}", True),
+    ("2, 3", r"\boxed{x=3, y=2}", True),
+    ("x", r"\boxed{X}", True),
+    (r"\ln x", r"\boxed{\log x}", False),
+    ("8", r"\boxed{\sqrt{64}}", False),
+    ("11", r"\boxed{\binom{5}{2} + 1}", False),
+    ("3.14", r"\boxed{3.14159}", False),
+    ("3x^2+K", r"\boxed{3x^2+C}", False),
+    ("5.5 hours", r"\boxed{5 \text{ hours } 30 \text{ minutes}}", False),
+    ("(0,1)", r"\boxed{]0,1[}", False),
+    ("7", "There are 7 apples left over at the end of it.", False),
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from math_verdicts import VERDICTS
+from math_verdicts import KNOWN, VERDICTS
 
 from megatron_rl.data.sample import Prompt, Verdict
 from megatron_rl.rewards.math import verify_math
@@ -24,6 +24,11 @@ def test_the_verdicts_are_those_of_a_person() -> None:
     assert [case[:4] for case in found if case[2] != case[4]] == []
     # Without limits, one bomb takes for ever.
     assert time.monotonic() - start < 120
+
+
+@pytest.mark.parametrize(("reference", "response", "correct"), KNOWN)
+def test_the_verdicts_that_the_documentation_owns_up_to(reference: str, response: str, correct: bool) -> None:
+    assert verdict(reference, response) == correct
 
 
 def test_the_table_has_as_many_wrong_answers_as_right_ones() -> None:

@@ -217,3 +217,31 @@ def _masked(group: Group) -> Group:
         for s in group.samples
     )
     return dataclasses.replace(group, samples=tuple(samples))
+
+
+# ---- lost verdicts -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.distributed
+def test_lost_verdicts_are_left_out_and_a_step_of_nothing_else_ends_the_run(root: Path) -> None:
+    prompts = write_prompts(root / "lost.jsonl", [2] * 16)
+    common = f"rollout.replay_from=null rollout.dynamic_sampling=null data.train={prompts}"
+    some, later = (f"run_dir={root / name} {common} data.verifier=verifier_examples:" for name in ("some", "later"))
+    run_made_up(root / "config.yaml", 2, [f"{some}loses_some", f"{later}loses_all_later"])
+    for step, line in enumerate(first_lines(root / "some"), start=1):
+        samples = [s for g in saved(root / "some", step) for s in g.samples]
+        lost = [s for s in samples if s.verdict and s.verdict.lost]
+        assert line["rollout/lost_verdicts"] == len(lost) == 4
+        assert line["rollout/samples"] == len(samples) == 16
+        assert line["rollout/accuracy"] == 8 / 12
+        trained = [m for m in read_metrics(root / "some" / "metrics.jsonl") if m["step"] == step]
+        assert sum(m["sequences"] for m in trained) == 12
+        assert sum(m["tokens"] for m in trained) == sum(s.response_tokens for s in samples if s not in lost)
+    run_all(root / "config.yaml", 1, [f"run_dir={root / 'again'} rollout.replay_from={root / 'some'}"])
+    assert_same_training(root / "again", root / "some")
+    told = [(root / "later" / f"error-{rank}").read_text() for rank in range(2)]
+    assert told[0] == told[1]
+    assert told[0].startswith("data.verifier: none of the responses to 4 prompts has a verdict")
+    assert told[0].endswith("saved: ['step-000001']")
+    (manifest,) = (root / "later" / "checkpoints").glob("*/manifest.json")
+    assert orjson.loads(manifest.read_bytes())["state"]["cursor"]["position"] == 4

@@ -141,3 +141,17 @@ def sees_modules(prompt: Prompt, response: str) -> Verdict:
 
 def is_slow_to_read(prompt: Prompt, response: str) -> Verdict:
     return Verdict(float(len(response)), True)
+
+
+def loses_some(prompt: Prompt, response: str) -> Verdict:
+    """The wrong answers to every other prompt; a prompt's text begins with its number."""
+    if int(prompt.text.split()[0]) % 2 and response != prompt.answer:
+        raise RuntimeError("lost")
+    return Verdict(float(response == prompt.answer), response == prompt.answer)
+
+
+def loses_all_later(prompt: Prompt, response: str) -> Verdict:
+    """From the fifth prompt on."""
+    if int(prompt.text.split()[0]) >= 4:
+        raise RuntimeError("lost")
+    return Verdict(float(response == prompt.answer), response == prompt.answer)
