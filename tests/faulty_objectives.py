@@ -24,3 +24,10 @@ def not_finite_in_the_second_mini_batch(inputs, config, denominators):  # type: 
 def never_finite(inputs, config, denominators):  # type: ignore[no-untyped-def]
     outputs = policy_loss(inputs, config, denominators)
     return dataclasses.replace(outputs, loss=outputs.loss * float("inf"))
+
+
+def refuses_an_empty_micro_batch(inputs, config, denominators):  # type: ignore[no-untyped-def]
+    """Good on any micro-batch with a response, as a mean over tokens would be."""
+    if not inputs.loss_mask.any():
+        raise ValueError("no token to take a mean of")
+    return policy_loss(inputs, config, denominators)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from megatron_rl.data.sample import Group, Prompt, Sample, Verdict, VersionSpan
 from megatron_rl.data.store import StoreError, decode_samples, encode_samples, read_groups, write_groups
+from megatron_rl.rewards import grade
 from megatron_rl.routing.trace import RoutingTrace
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)  # lone surrogates are not UTF-8
@@ -109,6 +110,14 @@ def test_a_file_tells_people_what_was_answered(tmp_path):
     assert orjson.loads(header).items() >= {"format": 2, "weight_version": 7, "groups": 2}.items()
     assert orjson.loads(first)["prompt"]["text"] == "1+1="
     assert orjson.loads(first)["samples"][0]["response"] == "text of it"
+
+
+def test_the_text_that_was_judged_is_saved(tmp_path):
+    (graded,) = grade([one_group()], lambda ids: f"{len(ids)} tokens")
+    write_groups(tmp_path / "step.jsonl", [graded], weight_version=7)
+    line = orjson.loads((tmp_path / "step.jsonl").read_bytes().splitlines()[1])
+    assert [sample["response"] for sample in line["samples"]] == ["3 tokens"]
+    assert read_groups(tmp_path / "step.jsonl")[0].samples[0].response == "3 tokens"
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -30,13 +30,14 @@ SIZES = (
 RUNS = {
     "r3": "routing.replay=r3 engine.recompute=full",
     "rspo": "presets=rspo routing.replay=r2 routing.noise_floor=1",
+    "custom": "presets=grpo objective.custom=faulty_objectives:refuses_an_empty_micro_batch",
     "balanced": "engine.recompute=full engine.aux_loss_coefficient=1.0",
     "ppo-kl": "presets=ppo critic.optim.lr=1e-3 critic.optim.eps=1e-4 critic.optim.clip_grad=0.5 critic.epochs=2 "
     "objective.kl.kind=k1 objective.kl.place=reward objective.kl.beta=0.05",
     "kl-in-reward": "presets=grpo objective.kl.kind=k1 objective.kl.place=reward objective.kl.beta=0.02 "
     "objective.correction.kind=mis objective.correction.low=0.8 objective.correction.high=1.25",
 }
-TWO_RANKS = [("r3", "pp=2 vpp=2"), ("rspo", "ep=2"), ("balanced", "ep=2"), ("ppo-kl", "")]
+TWO_RANKS = [("r3", "pp=2 vpp=2"), ("rspo", "ep=2"), ("balanced", "ep=2"), ("ppo-kl", ""), ("custom", "")]
 FOUR_RANKS = [("r3", "tp=2 pp=2 vpp=2"), ("balanced", "pp=2 ep=2"), ("kl-in-reward", "ep=4")]
 MORE = [("r3", "cp=2 ep=2"), ("rspo", ""), ("rspo", "tp=2 ep=4"), ("ppo-kl", "pp=2 vpp=2"), ("kl-in-reward", "tp=2")]
 
