@@ -93,7 +93,7 @@ def write_sft(directory: Path, model: Path) -> Path:
     path = directory / "sft.yaml"
     path.write_text(
         f"run_dir: {directory / 'run'}\nmodel: {{path: {model}}}\nengine: {{device: cpu, dtype: fp32, heartbeat: 3}}\n"
-        f"data: {{train: {directory / 'train.jsonl'}}}\nbatch_size: 8\nsteps: 100000\n"
+        f"data: {{train: {directory / 'train.jsonl'}, max_tokens: 64}}\nbatch_size: 8\nsteps: 100000\n"
     )
     return path
 
@@ -104,7 +104,8 @@ def stop_a_rank(command: list[str], metrics: Path, victim: str) -> set[int]:
     stderr = metrics.parents[1] / "stderr"
     with stderr.open("wb") as stream:
         run = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=stream)
-    while run.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert run.poll() is None, stderr.read_text(errors="replace")[-3000:]
         time.sleep(0.1)
     ranks = {rank.environ()["RANK"]: rank for rank in psutil.Process(run.pid).children()}
     servers = {
