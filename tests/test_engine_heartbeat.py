@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,13 +19,14 @@ from typing import Any
 
 import psutil
 import pytest
-from rl_runs import environment, torchrun
+from rl_runs import environment, torchrun, write_config
 
 from megatron_rl.engine import watcher
+from megatron_rl.engine.heartbeat import _listening_host
 from megatron_rl.errors import LostRankError
 from megatron_rl.lab.run import read_metrics
 
-SECONDS = 2.0
+SECONDS = 3.0
 SCENARIOS = ("stop-0", "stop-1", "kill-0", "kill-1", "hold", "raise")
 
 
@@ -32,7 +35,13 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What heartbeat_worker.py left of all scenarios."""
     out = tmp_path_factory.mktemp("heartbeat")
     worker = Path(__file__).parent / "heartbeat_worker.py"
-    subprocess.run([sys.executable, str(worker), str(SECONDS), str(out), *SCENARIOS], env=environment(), check=True)
+    command = [sys.executable, str(worker), str(SECONDS), str(out), *SCENARIOS]
+    worlds = subprocess.Popen(command, env=environment(), start_new_session=True)
+    try:
+        assert worlds.wait(timeout=240) == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(worlds.pid, signal.SIGKILL)
     return out
 
 
@@ -50,8 +59,9 @@ def test_a_lost_rank_ends_the_other_which_names_it(played: Path, fault: str, vic
     (status, seconds), (victims_status, victims_seconds) = found[1 - victim], found[victim]
     assert status == LostRankError.status
     assert seconds < (3 * SECONDS if fault == "stop" else SECONDS) + 2
-    how = "has been stopped, by a signal or a debugger, for" if fault == "stop" else "has ended before the others"
-    assert f"error: rank {victim} on host {socket.gethostname()} (pid {pids[victim]}) {how}" in said[1 - victim]
+    how = {"stop": "has (been stopped, by a signal|not been heard from)", "kill": "has ended before the others"}[fault]
+    name = rf"rank {victim} on host {re.escape(socket.gethostname())} \(pid {pids[victim]}\)"
+    assert re.search(f"^error: {name} {how}", said[1 - victim], re.MULTILINE)
     assert (played / f"{fault}-{victim}" / f"flushed-{1 - victim}").exists() or "Traceback" not in said[1 - victim]
     assert (victims_status, said[victim]) == (-signal.SIGKILL, "")  # nothing is left of it either
     assert victims_seconds < seconds + watcher.END_SECONDS + 5
@@ -82,31 +92,73 @@ def write_sft(directory: Path, model: Path) -> Path:
     )
     path = directory / "sft.yaml"
     path.write_text(
-        f"run_dir: {directory / 'run'}\nmodel: {{path: {model}}}\nengine: {{device: cpu, dtype: fp32, heartbeat: 2}}\n"
-        f"data: {{train: {directory / 'train.jsonl'}}}\nbatch_size: 8\nsteps: 100000\n"
+        f"run_dir: {directory / 'run'}\nmodel: {{path: {model}}}\nengine: {{device: cpu, dtype: fp32, heartbeat: 3}}\n"
+        f"data: {{train: {directory / 'train.jsonl'}, max_tokens: 64}}\nbatch_size: 8\nsteps: 100000\n"
     )
     return path
+
+
+def stop_a_rank(command: list[str], metrics: Path, victim: str) -> set[int]:
+    """Stops a rank once there is a line of metrics, and sees the run end by its name; returns the process groups of the
+    run's servers."""
+    stderr = metrics.parents[1] / "stderr"
+    with stderr.open("wb") as stream:
+        run = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=stream)
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert run.poll() is None, stderr.read_text(errors="replace")[-3000:]
+        time.sleep(0.1)
+    ranks = {rank.environ()["RANK"]: rank for rank in psutil.Process(run.pid).children()}
+    servers = {
+        child.pid for rank in ranks.values() for child in rank.children() if "tether" in " ".join(child.cmdline())
+    }
+    ranks[victim].suspend()
+    stopped = time.monotonic()
+    assert run.wait(timeout=60) == LostRankError.status
+    assert time.monotonic() - stopped < 30  # the launcher and the watcher wait 10 s for the stopped rank to end
+    assert not any(rank.is_running() for rank in ranks.values())
+    name = rf"rank {victim} on host {re.escape(socket.gethostname())} \(pid {ranks[victim].pid}\)"
+    said = stderr.read_text(errors="replace")
+    assert re.search(f"^error: {name} has (been stopped|not been heard from)", said, re.MULTILINE), said[-3000:]
+    lines = read_metrics(metrics)
+    assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+    return servers
 
 
 @pytest.mark.distributed
 def test_a_stopped_rank_ends_a_training_run(tiny_model_dir: Path, tmp_path: Path) -> None:
     command = torchrun(2, "-m", "megatron_rl", "sft", str(write_sft(tmp_path, tiny_model_dir)))
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    with (tmp_path / "stderr").open("wb") as stderr:
-        run = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=stderr)
-    while run.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+    stop_a_rank(command, tmp_path / "run" / "metrics.jsonl", "1")
+
+
+@pytest.mark.slow
+@pytest.mark.server
+@pytest.mark.distributed
+def test_no_server_outlives_a_run_whose_first_rank_is_stopped(tiny_model_dir: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "rl.yaml", tiny_model_dir, tmp_path / "unused")
+    options = [
+        f"run_dir={tmp_path / 'run'}",
+        "data.train=arithmetic:terms=3,split=train,count=64",
+        "rollout.replay_from=null",
+        "rollout.servers.max_total_tokens=4096",
+        "train.steps=1000",
+        "engine.heartbeat=3",
+    ]
+    command = torchrun(2, "-m", "megatron_rl", "train", str(config), *options)
+    servers = stop_a_rank(command, tmp_path / "run" / "metrics.jsonl", "0")
+    assert servers
+    deadline = time.monotonic() + 10
+    while any(processes_of(server) for server in servers) and time.monotonic() < deadline:
         time.sleep(0.1)
-    ranks = {rank.environ()["RANK"]: rank for rank in psutil.Process(run.pid).children()}
-    ranks["1"].suspend()
-    stopped = time.monotonic()
-    assert run.wait(timeout=60) == LostRankError.status
-    assert time.monotonic() - stopped < 30  # the launcher waits 10 s for the stopped rank to end
-    assert f"error: rank 1 on host {socket.gethostname()} (pid {ranks['1'].pid}) has been stopped" in (
-        tmp_path / "stderr"
-    ).read_text(errors="replace")
-    assert not any(rank.is_running() for rank in ranks.values())
-    lines = read_metrics(metrics)
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    assert not [server for server in servers if processes_of(server)]
+
+
+def processes_of(group: int) -> list[int]:
+    found = []
+    for process in psutil.process_iter(["status"]):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found
 
 
 # The watchers alone: the hub as a process, and ranks that are connections
@@ -229,6 +281,24 @@ def test_a_machine_that_slept_wakes_without_an_alarm() -> None:
             beating.cancel()
 
     asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    ("host", "resolves_to", "listens"),
+    [
+        ("127.0.0.1", "127.0.0.1", "127.0.0.1"),
+        ("localhost", "127.0.0.1", "localhost"),
+        ("node-0", "127.0.1.1", "0.0.0.0"),  # as many machines resolve their own name
+        ("service", "192.0.2.1", "0.0.0.0"),  # no address of this machine
+        ("node-1", "0.0.0.0", "node-1"),  # stands for an address that others reach
+    ],
+)
+def test_the_hub_listens_where_others_reach_it(
+    monkeypatch: pytest.MonkeyPatch, host: str, resolves_to: str, listens: str
+) -> None:
+    answer = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (resolves_to, 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answer)
+    assert _listening_host(host) == listens
 
 
 def test_a_finished_rank_is_not_missed() -> None:

@@ -10,6 +10,7 @@ watcher. Servers that rank 0 launched end with it (rollout.tether).
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import secrets
 import socket
@@ -69,9 +70,9 @@ class Heartbeat:
         name = f"rank {self._rank} on host {socket.gethostname()} (pid {os.getpid()})"
         members = [each.decode() for each in all_gather_bytes(name.encode(), control)]
         settings = {"rank": self._rank, "seconds": seconds, "members": members}
-        answer, hub = "", {"host": _own_host(), "port": 0, "token": secrets.token_hex(16)}
+        answer, hub = "", {"host": _hub_host(), "port": 0, "token": secrets.token_hex(16)}
         if self._rank == 0:
-            answer = self._start_watcher(settings | hub)
+            answer = self._start_watcher({**settings, **hub, "host": _listening_host(_hub_host())})
             word, _, rest = answer.partition(" ")
             hub["port"] = int(rest) if word == "listening" else 0
         hub = orjson.loads(broadcast_bytes(orjson.dumps(hub), control))
@@ -91,7 +92,8 @@ class Heartbeat:
         return self._answer()
 
     def _answer(self) -> str:
-        assert self._process is not None and self._process.stdout is not None
+        assert self._process is not None
+        assert self._process.stdout is not None
         return self._process.stdout.readline().decode().strip()
 
     def _tell(self, line: str) -> None:
@@ -142,7 +144,21 @@ def _message(why: str) -> str:
     return f"{why}. The run ends; a training run goes on from its last checkpoint with --resume"
 
 
-def _own_host() -> str:
-    """Where all ranks reach rank 0's machine."""
+def _hub_host() -> str:
+    """Returns where all ranks reach rank 0's machine."""
     on_one_machine = os.environ.get("WORLD_SIZE") == os.environ.get("LOCAL_WORLD_SIZE")
     return "127.0.0.1" if on_one_machine else os.environ.get("MASTER_ADDR", "127.0.0.1")
+
+
+def _listening_host(host: str) -> str:
+    """Returns the address that rank 0's watcher listens on: `host` if others reach it there, else all interfaces.
+
+    Many machines resolve their own name to 127.0.1.1, and a cluster may give a service's address.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.create_server(address[:2], family=family):
+            loops = ipaddress.ip_address(address[0]).is_loopback
+    except OSError:
+        return "0.0.0.0"
+    return "0.0.0.0" if loops and host not in (address[0], "localhost") else host

@@ -2,13 +2,14 @@
 
     python -m megatron_rl.engine.watcher        started by a rank, which tells it all it needs on standard input
 
-It is a process, and neither a thread nor torch's store, so that nothing that the rank does can keep it from beating: a
-kernel of ten minutes, a torch.save, a call that holds the interpreter's lock. Only a rank that the kernel says is
-stopped, or that has ended, is reported. It imports the standard library alone: 10 ms to start, a few MiB.
+It is a process and not a thread, so nothing that the rank does can keep it from beating: a kernel of ten minutes, a
+torch.save, a call that holds the interpreter's lock. It reports its rank only if the kernel says that the rank is
+stopped or has ended. It imports the standard library alone and takes 21 MiB.
 
-The watcher of rank 0, the hub, listens; the others connect and say who they are and a secret of the run. Each beats
-every eighth of the limit, at most every 10 s: one short line each way, so 1,000 ranks are 200 lines a second at the
-most. Silence is counted while this process itself runs: a machine that was suspended wakes without an alarm.
+The watcher of rank 0, the hub, listens; the others connect with their number and a secret of the run. Each sends one
+short line every eighth of the limit, at most every 10 s, and the hub answers with one. A hub of 1,024 ranks takes 0.7%
+of a core and 27 MiB. Silence is counted only while the counting process itself runs, so a machine that was suspended
+wakes without an alarm.
 
     rank to watcher     settings as JSON; then `leaving` (an error is on its way up) or `done`; its end is end of file
     watcher to rank     `listening PORT` (hub), `ready`, `failed WHY`; then `lost SECONDS WHY` or `over`
