@@ -1,0 +1,142 @@
+"""What tells right weights from wrong ones, and how a sync waits for servers. Without a server."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_rl.config.schema import WeightsConfig
+from megatron_rl.rollout.answers import RolloutError
+from megatron_rl.rollout.background import BackgroundLoop
+from megatron_rl.weights.collective import CollectiveRoute, WeightSyncError, wait_for
+from megatron_rl.weights.disk import DiskRoute
+from megatron_rl.weights.sync import bound_of
+from megatron_rl.weights.verify import Answer, Asked, verify
+
+RNG = np.random.default_rng(0)
+EXPECTED = [-3.0 * RNG.random(9).astype(np.float32) for _ in range(2)]
+SAMPLED = [-2.0 * RNG.random(9).astype(np.float32) for _ in range(2)]
+RESPONSE = 6  # of the nine
+
+
+def asked(scored: float = 0.0, sampled: float = 0.0, one_token: float = 0.0, **changes: Any) -> Asked:
+    """Two servers; the second is off by so much, on all tokens or on a sampled one."""
+    answers = []
+    for url, off, logprobs in (("a", 0.0, SAMPLED[0]), ("b", sampled, SAMPLED[1])):
+        served = (logprobs[-RESPONSE:] - off).tolist()
+        served[0] -= one_token
+        answers.append(Answer(url, [0] * 10, served))
+    scores = {"a": [e.tolist() for e in EXPECTED], "b": [(e - scored).tolist() for e in EXPECTED]}
+    return Asked(
+        **{"scores": scores, "answers": answers, "checksums": {"a": "x", "b": "x"}, "is_fp32": True, **changes}
+    )
+
+
+def check(found: Asked, bound: float = 0.1, temperature: float = 1.0) -> None:
+    verify(found, EXPECTED, SAMPLED, bound, temperature)
+
+
+def test_what_rounding_does_passes() -> None:
+    check(asked())
+    check(asked(scored=0.09, sampled=0.09))
+    check(asked(one_token=0.4))  # in bf16 one token may go to other experts
+    check(asked(scored=9e-6, sampled=9e-6), bound=1e-5)
+    check(asked(sampled=0.19), temperature=0.5)  # logits / .5 round twice as coarsely
+
+
+@pytest.mark.parametrize(
+    ("found", "bound", "message"),
+    [
+        (asked(scored=0.3), 0.1, "b: log-probs of the probe differ from the trainer's by up to 0.3"),
+        (asked(scored=float("nan")), 0.1, "b: log-probs of the probe differ"),
+        (asked(scored=2e-5), 1e-5, "b: log-probs of the probe differ"),
+        (asked(sampled=1.06), 0.1, "b: log-probs of what it sampled at rollout.temperature 1 differ .* the mean"),
+        (asked(sampled=float("nan")), 0.1, "b: log-probs of what it sampled"),
+        (asked(sampled=2e-5), 1e-5, "b: log-probs of what it sampled"),
+        (asked(checksums={"a": "x", "b": "y"}), 0.1, "servers hold different weights, by checksum"),
+    ],
+)
+def test_what_it_does_not_is_an_error_that_names_the_server(found: Asked, bound: float, message: str) -> None:
+    with pytest.raises(WeightSyncError, match=message):
+        check(found, bound)
+
+
+def test_the_bound_lets_honest_bf16_servers_of_an_fp32_engine_pass() -> None:
+    unset = WeightsConfig()
+    assert bound_of(unset, "fp32", servers_are_fp32=True) == 1e-5
+    assert bound_of(unset, "fp32", servers_are_fp32=False) == bound_of(unset, "bf16", servers_are_fp32=True) == 0.1
+    assert bound_of(WeightsConfig(verify_bound=0.3), "fp32", servers_are_fp32=True) == 0.3
+
+
+# ---- waiting
+
+
+def test_a_refusal_is_heard_while_others_are_still_waited_for() -> None:
+    waiting, refused = Future[None](), Future[None]()
+    refused.set_exception(RolloutError("http://b:1/x: status 400: no"))
+    start = time.monotonic()
+    with pytest.raises(WeightSyncError, match="weight sync: http://b:1/x: status 400: no"):
+        wait_for([waiting, refused], 60.0, ["a", "b"])
+    assert time.monotonic() - start < 5.0
+
+
+def test_a_server_that_does_not_answer_is_named() -> None:
+    done, waiting = Future[None](), Future[None]()
+    done.set_result(None)
+    with pytest.raises(WeightSyncError, match=r"no answer within weights.timeout, 0\.1 s, from http://b:1$"):
+        wait_for([done, waiting], 0.1, ["http://a:1", "http://b:1"])
+
+
+class Refusing:
+    """Of a client only what a join asks of it."""
+
+    url = "http://127.0.0.1:1"
+
+    async def abandon_weight_update(self) -> None: ...
+
+    async def server_info(self) -> dict[str, Any]:
+        return {"tp_size": 1}
+
+    async def init_weights_update_group(self, **given: Any) -> None:
+        assert given["master_address"] == "127.0.0.1"
+        raise RolloutError(f"{self.url}/init_weights_update_group: status 400: no such backend")
+
+
+def test_a_server_that_does_not_join_is_heard_at_once() -> None:
+    """Our own rank waits for it until weights.timeout."""
+    loop = BackgroundLoop()
+    routes = [CollectiveRoute([Refusing()], loop, torch.device("cpu"), 60.0) for _ in range(2)]  # type: ignore[list-item]
+    start = time.monotonic()
+    for route in routes:
+        with pytest.raises(WeightSyncError, match="init_weights_update_group: status 400: no such backend"):
+            route.push([], 1)
+        route.close()
+    assert time.monotonic() - start < 20.0
+    assert routes[0]._name != routes[1]._name
+    loop.close()
+
+
+class Reads:
+    url = "http://127.0.0.1:1"
+
+    async def update_weights_from_disk(self, path: str, *, weight_version: int) -> None:
+        assert Path(path, "model.safetensors").is_file()
+
+
+def test_a_run_resumed_from_an_older_step_keeps_what_it_has_just_written(tiny_model_dir: Path, tmp_path: Path) -> None:
+    loop = BackgroundLoop()
+    route = DiskRoute([Reads()], loop, tmp_path, tiny_model_dir, torch.float32, 60.0)  # type: ignore[list-item]
+    weights = [list(load_file(tiny_model_dir / "model.safetensors").items())]
+    kept = []
+    for version in (5, 6, 7, 3, 4):
+        assert route.push(weights, version) > 100_000
+        kept.append(sorted(int(path.name.removeprefix("version-")) for path in tmp_path.iterdir()))
+    assert kept == [[5], [5, 6], [6, 7], [3], [3, 4]]
+    loop.close()
