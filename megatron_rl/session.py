@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import orjson
 
 from megatron_rl.config.schema import Config, DynamicSamplingConfig
-from megatron_rl.data.prompts import Fields, PromptCursor, PromptDataset, data_digest, load_prompts
+from megatron_rl.data.prompts import Fields, PromptCursor, PromptDataset, load_prompts
 from megatron_rl.data.sample import Group
 from megatron_rl.data.store import write_groups
 from megatron_rl.engine.distribute import MiniBatch
 from megatron_rl.engine.exchange import all_gather_bytes, broadcast_bytes
-from megatron_rl.engine.manifest import DataIdentity, State
+from megatron_rl.engine.manifest import State
 from megatron_rl.engine.routes import RouteExchange, valid_rows
 from megatron_rl.lab.metrics import ROLLOUT, overlong_metrics, rollout_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
@@ -301,21 +301,10 @@ class Session:
 
     def begin(self) -> None:
         """Begins the run, or resumes it from the newest whole checkpoint."""
-        state = self.trainer.begin(self._data())
+        state = self.trainer.begin()
         if state is not None:
             self.step, self.owes_evaluation = state.step, not state.evaluated
             self._cursor = PromptCursor(**state.cursor)
-
-    def _data(self) -> dict[str, DataIdentity]:
-        """What the prompts of this rank are, for rank 0 to say which data the run is of."""
-        sources = {"data.train": (self.config.data.train, self._prompts)}
-        if self.config.data.heldout is not None:
-            sources["data.heldout"] = (self.config.data.heldout, self._heldout)
-        return {
-            key: DataIdentity(size=len(prompts), digest=data_digest(source))
-            for key, (source, prompts) in sources.items()
-            if prompts is not None
-        }
 
     def close(self) -> None:
         self._judges.close()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from megatron_rl.config.schema import SftConfig
-from megatron_rl.data.prompts import Fields, PromptCursor, data_digest, load_sft_samples, take_indexes
+from megatron_rl.data.prompts import Fields, PromptCursor, load_sft_samples, take_indexes
 from megatron_rl.data.sample import Sample
 from megatron_rl.engine.distribute import TrainSample, distribute
 from megatron_rl.engine.losses import SftLoss
-from megatron_rl.engine.manifest import DataIdentity, State
+from megatron_rl.engine.manifest import State
 from megatron_rl.models.check import load_tokenizer
 from megatron_rl.trainer import Trainer, open_trainer
 
@@ -16,7 +16,7 @@ def sft(config: SftConfig, resume: bool = False) -> None:
     """Runs `config.steps` optimizer steps and leaves the model as a Hugging Face directory in run_dir/model."""
     with open_trainer(config, steps=config.steps, resume=resume) as trainer:
         samples = _load(config, trainer)
-        state = trainer.begin(_identity(config, samples) if trainer.place.rank == 0 else {})
+        state = trainer.begin()
         step = state.step if state else 0
         cursor = PromptCursor(**state.cursor) if state else PromptCursor(config.seed)
         while step < config.steps:
@@ -39,10 +39,6 @@ def sft(config: SftConfig, resume: bool = False) -> None:
                 trainer.save(State(step=step, cursor=cursor.as_json()))
             trainer.stop_if_asked(step)
         trainer.export(trainer.policy, trainer.run.path / "model")
-
-
-def _identity(config: SftConfig, samples: list[Sample]) -> dict[str, DataIdentity]:
-    return {"data.train": DataIdentity(size=len(samples), digest=data_digest(config.data.train))}
 
 
 def _load(config: SftConfig, trainer: Trainer) -> list[Sample]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
@@ -20,17 +18,22 @@ from megatron_rl.config.layout import Layout
 from megatron_rl.config.load import ConfigError, check_companions, check_config, dump_config
 from megatron_rl.config.schema import Config, SftConfig
 from megatron_rl.disk import DiskError, explain
-from megatron_rl.engine.checkpoint import find_checkpoint, load_checkpoint, prune, remove_partial, save_checkpoint
-from megatron_rl.engine.critic import Critic
+from megatron_rl.engine.checkpoint import (
+    Found,
+    find_checkpoint,
+    load_checkpoint,
+    prune,
+    remove_partial,
+    save_checkpoint,
+)
 from megatron_rl.engine.device import use_device
 from megatron_rl.engine.distribute import MiniBatch
 from megatron_rl.engine.exchange import all_gather_bytes, broadcast_bytes
 from megatron_rl.engine.heartbeat import Heartbeat
 from megatron_rl.engine.losses import PolicyLoss, SftLoss, ValueLoss
-from megatron_rl.engine.manifest import CheckpointError, DataIdentity, Identity, ModelIdentity, State
+from megatron_rl.engine.manifest import CheckpointError, Identity, State
 from megatron_rl.engine.network import Network, UpdateResult
 from megatron_rl.engine.parallel import Place, start_process_groups, stop_process_groups
-from megatron_rl.engine.policy import Policy
 from megatron_rl.engine.routes import reduce_stats
 from megatron_rl.errors import UserError
 from megatron_rl.lab.console import Console
@@ -38,8 +41,8 @@ from megatron_rl.lab.metrics import explained_variance
 from megatron_rl.lab.run import RunDir
 from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.models.architecture import read_architecture
-from megatron_rl.models.identity import file_digests
 from megatron_rl.models.weights_io import save_weights
+from megatron_rl.networks import Networks, build_networks, identify
 from megatron_rl.routing.modes import MiniBatchRouting
 from megatron_rl.stop import Clock, Interrupted, Signals, Stopped
 from megatron_rl.world import read_world
@@ -47,15 +50,6 @@ from megatron_rl.world import read_world
 MAX_SHARD_BYTES = 4 << 30
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Networks:
-    """What a run holds on this rank, all under one layout."""
-
-    policy: Policy
-    critic: Critic | None
-    reference: Policy | None
 
 
 class Trainer:
@@ -77,6 +71,7 @@ class Trainer:
         self.config = config
         self.layout = layout
         self.place = place
+        self.networks = networks
         self.policy = networks.policy
         self.critic = networks.critic
         self.reference = networks.reference
@@ -88,7 +83,8 @@ class Trainer:
         self._clock = clock
         self._steps = steps
         self._resumes = resumes
-        self._identity: Identity | None = None
+        self._identity: Identity | None = None  # rank 0's
+        self._found: Found | None = None
         self._saved_step = 0  # of the newest checkpoint
         self._checkpoint_due = False
         self._held: tuple[int, int, int, dict[str, float]] | None = None
@@ -129,11 +125,8 @@ class Trainer:
 
     def check_skipped(self) -> None:
         """Raises NonFiniteGradientError when a network has skipped too many optimizer steps."""
-        for network in self._trained().values():
+        for network in self.networks.trained.values():
             network.check_skipped()
-
-    def _trained(self) -> dict[str, Network]:
-        return {"policy": self.policy} | ({"critic": self.critic} if self.critic else {})
 
     def reduce(self, metrics: MetricAccumulator, holds_samples: bool) -> dict[str, float]:
         """The metrics of all ranks together. Tensor- and context-parallel ranks hold the same samples: one counts."""
@@ -178,54 +171,46 @@ class Trainer:
 
     # ---- beginning, going on, ending ---------------------------------------------------------------------------
 
-    def begin(self, data: Mapping[str, DataIdentity]) -> State | None:
-        """Begins or resumes the run; returns the state that it resumes from, None at step 0. Until here the run's files
-        are as they were. `data` is needed on rank 0. Collective.
+    def restore(self) -> None:
+        """Restores what a resume goes on from, and changes no file; open_trainer does it, before servers are started.
 
         Raises CheckpointError, on every rank, for a checkpoint of another run, model, data or layout, and if no
-        checkpoint is whole but there is something to lose.
+        checkpoint is whole but there is something to lose. Collective.
         """
-        found = None
-        if self._resumes:
-            self._identity = self._identify(data)
-            found = find_checkpoint(self.run.checkpoints, self._trained(), self._identity)
-            if found.directory is None:
-                self._raise_everywhere(lambda: self._check_step_0(found.warnings))
-            else:
-                load_checkpoint(found.directory, self._trained())
-        state = found.manifest.state if found and found.manifest else None
-        self._raise_everywhere(lambda: self._begin_run(state, found.damaged if found else ()))
-        if found and self.place.rank == 0:
-            for warning in found.warnings:
-                logger.warning("%s", warning)
+        self._raise_everywhere(self._identify)
         if not self._resumes:
-            self._identity = self._identify(data)
+            return
+        self._found = find_checkpoint(self.run.checkpoints, self.networks.trained, self._identity)
+        if self._found.directory is None:
+            self._raise_everywhere(self._check_step_0)
+        else:
+            load_checkpoint(self._found.directory, self.networks.trained)
+
+    def begin(self) -> State | None:
+        """Begins or resumes the run, and returns the state that it resumes from, None at step 0. The first call that
+        writes into the run's files. Collective."""
+        state = self._found.manifest.state if self._found and self._found.manifest else None
+        self._raise_everywhere(lambda: self._begin_run(state))
         self._saved_step = state.step if state else 0
         self._signals.catch()
         self._clock.begin()
         return state
 
-    def _identify(self, data: Mapping[str, DataIdentity]) -> Identity | None:
-        """What the run computes on now; rank 0's word counts."""
-        if self.place.rank != 0:
-            return None
-        keys = {"policy": "model.path", "critic": "critic.path", "reference": "model.reference"}
-        networks = {**self._trained(), **({"reference": self.reference} if self.reference else {})}
-        models = {}
-        for name, network in networks.items():
-            architecture = orjson.loads(orjson.dumps(dataclasses.asdict(network.arch)))
-            models[name] = ModelIdentity(
-                key=keys[name], architecture=architecture, files=file_digests(network.model_dir)
-            )
-        return Identity(run=self.run.id, models=models, data=dict(data))
+    def _identify(self) -> None:
+        self._identity = identify(self.config, self.networks, self.run.id)
 
-    def _check_step_0(self, warnings: Sequence[str]) -> None:
+    def _check_step_0(self) -> None:
+        assert self._found is not None
         if refusal := self.run.refuses_step_0():
-            raise CheckpointError("\n".join([refusal, *warnings]))
+            raise CheckpointError("\n".join([refusal, *self._found.warnings]))
 
-    def _begin_run(self, state: State | None, damaged: Sequence[Path]) -> None:
-        self.run.begin(state.step if state else -1, damaged)
+    def _begin_run(self, state: State | None) -> None:
+        assert self._identity is not None
+        self.run.begin(state.step if state else -1, self._found.damaged if self._found else ())
+        self._identity = self._identity.model_copy(update={"run": self.run.id})
         remove_partial(self.run.checkpoints)
+        for warning in self._found.warnings if self._found else ():
+            logger.warning("%s", warning)
 
     def _raise_everywhere(self, action: Callable[[], None]) -> None:
         """Runs `action` on rank 0; if it raises a UserError, all ranks do. Collective."""
@@ -293,7 +278,7 @@ class Trainer:
         with self.phase("checkpoint"):
             with self.writing("metrics.jsonl was not written", self.run.path):
                 self.run.sync()  # the step's own line has to be on the disk before its checkpoint is
-            save_checkpoint(self.run.checkpoints, self._trained(), self._identity, state)
+            save_checkpoint(self.run.checkpoints, self.networks.trained, self._identity, state)
             with self.writing("an old checkpoint was not deleted", self.run.checkpoints):
                 if self.place.rank == 0:
                     prune(self.run.checkpoints, self.config.checkpoint.keep)
@@ -346,10 +331,11 @@ def open_trainer(
             Heartbeat(place.control, config.engine.heartbeat) as heartbeat,
             _open_run(config, place, resume) as run,
         ):
-            networks = _networks(config, layout, place, device, temperature)
+            networks = build_networks(config, layout, place, device, temperature)
             with Console(steps, shows=place.rank == 0) as console:
                 trainer = Trainer(config, layout, place, networks, run, console, clock, steps=steps, resumes=resume)
                 heartbeat.before_end = trainer.flush
+                trainer.restore()
                 try:
                     yield trainer
                 finally:
@@ -361,20 +347,6 @@ def open_trainer(
         raise
     finally:
         stop_process_groups(leave_world=joins_world)
-
-
-def _networks(
-    config: Config | SftConfig, layout: Layout, place: Place, device: torch.device, temperature: float
-) -> Networks:
-    policy = Policy(config.model.path, layout, place, config.engine, device, config.optim, temperature)
-    critic = reference = None
-    if isinstance(config, Config) and config.critic is not None:
-        path = config.critic.path or config.model.path
-        critic = Critic(path, layout, place, config.engine, device, config.critic.optim)
-    if isinstance(config, Config) and config.objective.kl.kind != "none":
-        path = config.model.reference or config.model.path
-        reference = Policy(path, layout, place, config.engine, device, None, temperature, frozen=True)
-    return Networks(policy, critic, reference)
 
 
 def _of_result(result: UpdateResult) -> dict[str, float]:

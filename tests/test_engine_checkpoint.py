@@ -71,6 +71,29 @@ def test_killed_and_resumed_equals_uninterrupted(setting: Path) -> None:
     assert not any("time/checkpoint" in line for line in whole)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_torchrun_hands_a_signal_on_and_no_step_is_lost(setting: Path) -> None:
+    run_dir = setting.parent / "stopped"
+    options = (f"run_dir={run_dir}", f"train.steps={STEPS}", "optim.warmup_steps=5", "checkpoint.every=0")
+    process = start(setting, *options)
+    deadline = time.monotonic() + 240
+    while not (run_dir / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=120) != 0
+    step = read_metrics(run_dir / "metrics.jsonl")[-1]["step"]
+    assert step < STEPS, "the run was over before it was stopped; the test shows nothing"
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [f"step-{step:06d}"]
+
+    resumed = start(setting, *options, "--resume")
+    assert resumed.wait(timeout=240) == 0
+    for name, weight in weights(setting.parent / "whole").items():
+        assert torch.equal(weight, weights(run_dir)[name]), name
+
+
 def resume(setting: Path, run_dir: Path, ranks: int, *options: str) -> subprocess.CompletedProcess[str]:
     command = torchrun(ranks, "-m", "megatron_rl", "train", str(setting), f"run_dir={run_dir}", *options, "--resume")
     return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)

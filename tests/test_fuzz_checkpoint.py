@@ -24,7 +24,6 @@ from megatron_rl.config.schema import ParallelConfig
 from megatron_rl.engine.manifest import (
     CheckpointError,
     DamagedError,
-    DataIdentity,
     Identity,
     Manifest,
     ModelIdentity,
@@ -63,7 +62,7 @@ IDENTITY = Identity(
             files={"config.json": "a" * 64, "model.safetensors": "b" * 64},
         )
     },
-    data={"data.train": DataIdentity(size=8, digest="sha256:" + "c" * 64)},
+    data={"data.train": "sha256:" + "c" * 64},
 )
 SHARD = b"weights" * 100
 
@@ -293,9 +292,8 @@ def test_a_whole_manifest_in_another_steps_directory_is_damaged(tmp_path: Path) 
     ("change", "words"),
     [
         ({"run": "f" * 32}, f"of another run \\({RUN}\\) than this run_dir's"),
-        ({"data": {"data.train": DataIdentity(size=9, digest="x")}}, "has 9 prompts, the run began with 8"),
-        ({"data": {"data.train": DataIdentity(size=8, digest="x")}}, "data.train: a prompt has changed"),
-        ({"data": {**IDENTITY.data, "data.heldout": DataIdentity(size=1, digest="x")}}, "data.heldout: the run began"),
+        ({"data": {"data.train": "x"}}, "data.train: not the data set that the run began with"),
+        ({"data": {**IDENTITY.data, "data.heldout": "x"}}, "data.heldout: not the data set"),
         ({"models": {}}, "of policy, but this run has"),
     ],
 )

@@ -148,10 +148,9 @@ def test_an_evaluation_that_a_stop_prevents_is_owed(moment: str, monkeypatch: py
     (state,) = saved
     assert state.evaluated is (moment == "never")
 
-    trainer.begin = lambda _: state
-    monkeypatch.setattr(session, "_data", dict)
+    trainer.begin = lambda: state
     again = object.__new__(Session)
-    again.__dict__.update(trainer=trainer, owes_evaluation=True, _data=dict)
+    again.__dict__.update(trainer=trainer, owes_evaluation=True)
     state.cursor["epoch"] = 0
     again.begin()
     assert again.step == 4

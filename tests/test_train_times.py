@@ -55,7 +55,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     place = SimpleNamespace(rank=0)
     policy = SimpleNamespace(arch=SimpleNamespace(vocab_size=9), check_skipped=lambda: None)
-    networks: Any = SimpleNamespace(policy=policy, critic=None, reference=None)
+    networks: Any = SimpleNamespace(policy=policy, critic=None, reference=None, trained={"policy": policy})
     run = RunDir.open(config.run_dir, "", resume=False)
     run.begin()
     console = Console(3, shows=False, clock=clock)

@@ -54,22 +54,14 @@ class ModelIdentity(_Record):
     """A digest for each file of the model's directory that a run reads."""
 
 
-class DataIdentity(_Record):
-    """A data set as the run began with it."""
-
-    size: int
-    """Prompts or examples."""
-    digest: str
-
-
 class Identity(_Record):
     """Which run a checkpoint is of, and what that run computes on: a resume must find the same."""
 
     run: str
     models: dict[str, ModelIdentity]
     """By network."""
-    data: dict[str, DataIdentity]
-    """By key of the configuration."""
+    data: dict[str, str]
+    """Digests of the data sets' records and their order, by key of the configuration."""
 
 
 class State(_Record):
@@ -142,7 +134,11 @@ def check_identity(directory: Path, manifest: Manifest, layout: Mapping[str, int
     if then.models.keys() != now.models.keys():
         raise CheckpointError(f"{directory}: of {', '.join(then.models)}, but this run has {', '.join(now.models)}")
     problems = [problem for name in now.models for problem in _model_changes(then.models[name], now.models[name])]
-    problems += [problem for key in now.data for problem in _data_changes(key, then.data.get(key), now.data[key])]
+    problems += [
+        f"{key}: not the data set that the run began with; its records or their order have changed"
+        for key in sorted(then.data.keys() | now.data.keys())
+        if then.data.get(key) != now.data.get(key)
+    ]
     if problems:
         raise CheckpointError(
             f"{directory}: "
@@ -165,17 +161,6 @@ def _model_changes(then: ModelIdentity, now: ModelIdentity) -> list[str]:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         return [f"of another model than {now.key}: {', '.join(changed[:3])}{more} differ from those that it began with"]
     return []
-
-
-def _data_changes(key: str, then: DataIdentity | None, now: DataIdentity) -> list[str]:
-    if then == now:
-        return []
-    if then is None:
-        return [f"{key}: the run began without it"]
-    found = f"the data set has {now.size} prompts, the run began with {then.size}"
-    if now.size == then.size:
-        found = "a prompt has changed, or their order has"
-    return [f"{key}: {found}; it is not the one that the run began with"]
 
 
 def checkpoints(root: Path) -> list[Path]:
