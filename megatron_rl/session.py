@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from megatron_rl.config.schema import Config, DynamicSamplingConfig
-from megatron_rl.data.prompts import Fields, PromptCursor, PromptDataset, load_prompts
+from megatron_rl.data.prompts import PromptCursor, PromptDataset
 from megatron_rl.data.sample import Group
 from megatron_rl.data.store import write_groups
 from megatron_rl.engine.distribute import MiniBatch
@@ -20,9 +20,8 @@ from megatron_rl.engine.manifest import State
 from megatron_rl.engine.routes import RouteExchange, valid_rows
 from megatron_rl.lab.metrics import ROLLOUT, overlong_metrics, rollout_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
-from megatron_rl.models.check import load_tokenizer
 from megatron_rl.objectives.custom import get_objective
-from megatron_rl.rewards import Judges, check_verifier, get_verifier, grade
+from megatron_rl.rewards import check_verifier, grade
 from megatron_rl.rewards.shaping import filter_overlong, shape_rewards, without_lost
 from megatron_rl.rollout.dynamic import Search, StepError, Tally, check_verdicts
 from megatron_rl.rollout.evaluate import evaluation
@@ -33,6 +32,7 @@ from megatron_rl.rollout.source import Leader, Wanted, check_headers, first_serv
 from megatron_rl.routing.drift import RoutingStats
 from megatron_rl.routing.modes import MiniBatchRouting
 from megatron_rl.routing.shift import RouterShift
+from megatron_rl.run_prompts import RunPrompts
 from megatron_rl.stop import Interrupted
 from megatron_rl.trainer import Trainer, open_trainer
 from megatron_rl.weights.sync import WeightSync
@@ -45,7 +45,9 @@ class Session:
     """An RL run after `step` rollout steps; the policy is then weight version `step`. Without servers, when rollouts
     are replayed, `sync_weights` and `evaluate` do nothing."""
 
-    def __init__(self, trainer: Trainer, config: Config, pool: Pool | None, leader: Leader | None) -> None:
+    def __init__(
+        self, trainer: Trainer, config: Config, prompts: RunPrompts, pool: Pool | None, leader: Leader | None
+    ) -> None:
         """`pool` is rank 0's, `leader` each data-parallel leader's; None elsewhere and without servers."""
         self.trainer = trainer
         self.config = config
@@ -63,11 +65,10 @@ class Session:
         if self._routes is not None:
             policy = trainer.policy
             self.route_exchange = RouteExchange(policy.arch, policy.routers.layers, trainer.place, trainer.layout)
-        self._tokenizer = load_tokenizer(config.model.path)
-        self._judges = Judges.of(config.reward)
-        self._prompts = self._load(config.data.train) if leader else None
-        heldout = config.data.heldout
-        self._heldout = self._load(heldout) if heldout and pool else None
+        self._tokenizer = prompts.tokenizer
+        self._judges = prompts.judges
+        self._prompts = prompts.train
+        self._heldout = prompts.heldout if pool else None
         first = leader if trainer.place.rank == 0 else None
         directory, temperature = trainer.run.path / "weights", config.rollout.temperature
         self._weights = WeightSync(config.weights, trainer.policy, first, directory, temperature)
@@ -321,15 +322,6 @@ class Session:
             routes=routes,
         )
 
-    def _load(self, source: str) -> PromptDataset:
-        data = self.config.data
-        fields = Fields(data.prompt_field, data.answer_field, data.verifier, data.chat_template)
-        vocab_size = self.trainer.policy.arch.vocab_size
-        prompts = load_prompts(source, fields, self._tokenizer, data.max_prompt_tokens, vocab_size=vocab_size)
-        for name in prompts.verifiers:
-            get_verifier(name)  # a misspelt one fails here, before the first rollout
-        return prompts
-
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)
 
@@ -351,10 +343,12 @@ def open_session(config: Config, resume: bool) -> Iterator[Session]:
         open_trainer(config, steps=config.train.steps, resume=resume, temperature=temperature) as trainer,
         ExitStack() as stack,
     ):
+        # Before servers are started: what is wrong with the data is told at once.
+        prompts = RunPrompts.load(config, trainer.place, trainer.policy.arch.vocab_size)
         pool, leader = None, None
         if config.rollout.replay_from is None:
             pool, leader = _connect(config, trainer, api_key, stack)
-        session = Session(trainer, config, pool, leader)
+        session = Session(trainer, config, prompts, pool, leader)
         try:
             session.begin()
             session.check_saved()
