@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 from math_verdicts import KNOWN, VERDICTS
 
@@ -19,11 +17,9 @@ def verdict(reference: str, response: str) -> bool:
 
 
 def test_the_verdicts_are_those_of_a_person() -> None:
-    start = time.monotonic()
+    """Bombs among them: one that is computed runs into the time limit of the test."""
     found = [(*case, verdict(case[0], case[1])) for case in VERDICTS]
     assert [case[:4] for case in found if case[2] != case[4]] == []
-    # Without limits, one bomb takes for ever.
-    assert time.monotonic() - start < 120
 
 
 @pytest.mark.parametrize(("reference", "response", "correct"), KNOWN)

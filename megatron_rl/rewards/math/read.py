@@ -12,6 +12,7 @@ import sympy
 from math_verify.parser import NormalizationConfig
 from sympy import I, Integer, Rational
 
+from megatron_rl.rewards.math.brackets import DEEPEST, balanced, closes_at_end, cut, outside, split, unwrapped
 from megatron_rl.rewards.math.notation import spell
 from megatron_rl.rewards.math.units import Unit, split_unit
 from megatron_rl.rewards.math.values import (
@@ -39,8 +40,6 @@ _LATEX = math_verify.LatexExtractionConfig(
 
 LONGEST_LEAF = 1000
 """Characters of one expression, number or word."""
-_DEEPEST = 12
-"""Brackets within each other. The time that math-verify's parser takes may grow with their power."""
 
 _DECIMAL = r"(?:\d+(?:\.\d*)?|\.\d+)"
 _NUMBER = re.compile(
@@ -105,8 +104,8 @@ def read_reference(text: str) -> list[Value]:
 
 
 def _read(text: str, depth: int) -> list[Value]:
-    text = _PREFIX.sub("", _unwrapped(text.strip().rstrip(".,;:").strip()), count=1)
-    if not text or depth > _DEEPEST or not _balanced(text):
+    text = _PREFIX.sub("", unwrapped(text.strip().rstrip(".,;:").strip()), count=1)
+    if not text or depth > DEEPEST or not balanced(text):
         return []
     words = _plain_words(text)
     if words in _SPECIAL or text in _SPECIAL:
@@ -132,23 +131,23 @@ def _structures(text: str, depth: int) -> list[Value]:
     if not (text.startswith(r"\{") and r"\mid" in text):
         for kind, parts in _lists(text):
             return _several(kind, parts, depth)
-    if len(parts := _split(text, _UNION)) > 1:
+    if len(parts := split(text, _UNION)) > 1:
         each = [_read(part, depth + 1) for part in parts]
         return [Union(tuple(_as_region(found) for found in each))] if all(each) else []
-    if len(parts := _split(text, _MEMBER)) == 2 and _NAME.fullmatch(parts[0].strip()):
+    if len(parts := split(text, _MEMBER)) == 2 and _NAME.fullmatch(parts[0].strip()):
         return [Named(_name(parts[0]), _as_region([value])) for value in _read(parts[1], depth + 1)]
-    if _outside(text, _RELATION):
+    if outside(text, _RELATION):
         return _inequality(text)
-    if len(_split(text, _EQUAL)) > 1:
+    if len(split(text, _EQUAL)) > 1:
         return _equalities(text, depth)
     return _bracketed(text, depth)
 
 
 def _lists(text: str) -> list[tuple[Kind, list[str]]]:
     for kind, separator in _SEPARATORS:
-        parts = _split(text, separator)
+        parts = split(text, separator)
         if separator is _COMMA and len(parts) > 1 and re.search(r",\s", text):
-            parts = _split(re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text), separator)
+            parts = split(re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text), separator)
         if len(parts) > 1:
             return [(kind, [part for part in parts if part.strip()])]
     return []
@@ -174,7 +173,7 @@ def _as_region(readings: Sequence[Value]) -> Value:
 
 
 def _bracketed(text: str, depth: int) -> list[Value]:
-    if text.startswith(r"\{") and text.endswith(r"\}") and _closes_at_end(text):
+    if text.startswith(r"\{") and text.endswith(r"\}") and closes_at_end(text):
         inner = text[2:-2].strip()
         builder = re.split(r"\\mid|\\vert|(?<=[a-zA-Z])\s*[|:]", inner, maxsplit=1)
         if len(builder) == 2 and (name := builder[0].split(r"\in")[0].strip()) and _NAME.fullmatch(name):
@@ -184,7 +183,7 @@ def _bracketed(text: str, depth: int) -> list[Value]:
             value if isinstance(value, Several) and value.kind == "set" else Several("set", (value,)) for value in found
         ]
     text = re.sub(r"^\\langle\s*(.*?)\s*\\rangle$", r"(\1)", text)
-    if not (text[0] in "([" and text[-1] in ")]" and _closes_at_end(text)):
+    if not (text[0] in "([" and text[-1] in ")]" and closes_at_end(text)):
         return []
     inner = text[1:-1]
     parts = next((parts for kind, parts in _lists(inner) if kind == "list"), [inner])
@@ -203,13 +202,13 @@ def _bracketed(text: str, depth: int) -> list[Value]:
 
 
 def _inequality(text: str) -> list[Value]:
-    pieces, relations = _cut(text, _RELATION)
+    pieces, relations = cut(text, _RELATION)
     parts = _one_each(pieces)
     return [Inequality(parts, tuple(_RELATIONS[relation] for relation in relations))] if parts else []
 
 
 def _equalities(text: str, depth: int) -> list[Value]:
-    parts = [part.strip() for part in _split(text, _EQUAL)]
+    parts = [part.strip() for part in split(text, _EQUAL)]
     if not all(parts):
         return []
     if _NAME.fullmatch(parts[-1]) and not _NAME.fullmatch(parts[0]):
@@ -241,7 +240,7 @@ def _name(text: str) -> str:
 
 def _quantities(text: str) -> list[Value]:
     """A number or an expression, with its unit if it has one."""
-    text = _unwrapped(text.strip())
+    text = unwrapped(text.strip())
     if not text or len(text) > LONGEST_LEAF:
         return []
     if number := _number(text):
@@ -392,62 +391,3 @@ def _plain_words(text: str) -> str:
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"^\((\s*\w\s*)\)$", r"\1", text.strip())
     return re.sub(r"\s+", " ", text).strip(" .,;:!'").lower()
-
-
-# ---- text with brackets
-
-
-def _unwrapped(text: str) -> str:
-    """Without the braces of LaTeX around all of it."""
-    while len(text) > 1 and text[0] == "{" and text[-1] == "}" and _closes_at_end(text):
-        text = text[1:-1].strip()
-    return text
-
-
-def _depths(text: str) -> list[int]:
-    """Of brackets of any kind, before each character. A half-open interval's differ, so kinds are not told apart."""
-    depths = []
-    depth = 0
-    escaped = False
-    for character in text:
-        depths.append(depth)
-        if character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth -= 1
-        escaped = character == "\\" and not escaped
-    depths.append(depth)
-    return depths
-
-
-def _balanced(text: str) -> bool:
-    """Whether every bracket is closed, and not too many are within each other."""
-    depths = _depths(text)
-    return depths[-1] == 0 and min(depths) == 0 and max(depths) <= _DEEPEST
-
-
-def _closes_at_end(text: str) -> bool:
-    depths = _depths(text)
-    first = 1 if text[0] == "\\" else 0
-    return all(depth > 0 for depth in depths[first + 1 : -1]) and depths[-1] == 0
-
-
-def _cut(text: str, pattern: re.Pattern[str]) -> tuple[list[str], list[str]]:
-    """The pieces between matches outside of brackets, and the matches."""
-    depths = _depths(text)
-    pieces, matches = [], []
-    start = 0
-    for match in pattern.finditer(text):
-        if depths[match.start()] == 0:
-            pieces.append(text[start : match.start()])
-            matches.append(match[0])
-            start = match.end()
-    return [*pieces, text[start:]], matches
-
-
-def _split(text: str, separator: re.Pattern[str]) -> list[str]:
-    return _cut(text, separator)[0]
-
-
-def _outside(text: str, pattern: re.Pattern[str]) -> bool:
-    return bool(_cut(text, pattern)[1])
