@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from megatron_rl.config.schema import WeightsConfig
 from megatron_rl.rollout.answers import RolloutError
 from megatron_rl.rollout.background import BackgroundLoop
-from megatron_rl.weights.collective import CollectiveRoute, WeightSyncError, wait_for
+from megatron_rl.weights.collective import CollectiveRoute, WeightSyncError, _cut, _open_sockets, wait_for
 from megatron_rl.weights.disk import DiskRoute
 from megatron_rl.weights.sync import bound_of
 from megatron_rl.weights.verify import Answer, Asked, verify
@@ -140,3 +141,22 @@ def test_a_run_resumed_from_an_older_step_keeps_what_it_has_just_written(tiny_mo
         kept.append(sorted(int(path.name.removeprefix("version-")) for path in tmp_path.iterdir()))
     assert kept == [[5], [5, 6], [6, 7], [3], [3, 4]]
     loop.close()
+
+
+def test_only_the_groups_connected_sockets_are_cut() -> None:
+    """That this wakes a rank in a broadcast was tried with gloo; that the listening one must stay, too."""
+    before = _open_sockets()
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.create_connection(listening.getsockname()) as one:
+        other, _ = listening.accept()
+        sockets = dict(_open_sockets().items() - before.items())
+        assert len(sockets) == 3
+        with other:
+            reused = dict.fromkeys(sockets, "socket:[0]")
+            _cut(reused)
+            one.settimeout(5.0)
+            other.sendall(b"x")
+            assert one.recv(1) == b"x"
+            _cut(sockets)
+            assert one.recv(1) == b""
+        with socket.create_connection(listening.getsockname(), timeout=5.0):
+            listening.accept()[0].close()

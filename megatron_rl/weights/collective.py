@@ -9,11 +9,13 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import datetime
+import os
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -53,6 +55,7 @@ class CollectiveRoute:
         self._name = f"megatron_rl_weights_{secrets.token_hex(4)}"
         self._group: dist.ProcessGroup | None = None
         self._is_broken = False
+        self._sockets: dict[str, str] = {}  # of the group; see _open_sockets
 
     def push(self, buckets: Iterable[list[tuple[str, Tensor]]], version: int) -> int:
         """Sends the buckets as weight version `version`; returns the bytes sent. Raises WeightSyncError."""
@@ -68,8 +71,10 @@ class CollectiveRoute:
         return sent
 
     def close(self) -> None:
-        """Never raises. After a failed push a server may still be in a broadcast: it leaves when this process ends."""
+        """Never raises. After a failed push a server, or a thread of ours, may still be in a broadcast: gloo's sockets
+        are then cut, which wakes both; NCCL's close when this process ends."""
         if self._group is None or self._is_broken:
+            _cut(self._sockets)
             return
         with contextlib.suppress(UserError):
             wait_for(self._ask("destroy_weights_update_group", group_name=self._name), CLOSE_SECONDS, self._urls)
@@ -118,6 +123,7 @@ class CollectiveRoute:
         ]
 
         def join() -> dist.ProcessGroup:
+            before = _open_sockets()
             # torch has no public way to make a group outside the default world; SGLang's side does the same.
             group, _ = _new_process_group_helper(
                 world,
@@ -128,6 +134,7 @@ class CollectiveRoute:
                 group_name=self._name,  # type: ignore[arg-type]
                 timeout=timeout,
             )
+            self._sockets = dict(_open_sockets().items() - before.items())
             return group
 
         group = self._together(join, answers)
@@ -175,6 +182,23 @@ def wait_for(answers: Sequence[Future[T]], timeout_seconds: float, who: Sequence
         names = ", ".join(name for name, answer in zip(who, answers, strict=False) if answer in waiting)
         raise WeightSyncError(f"weight sync: no answer within weights.timeout, {timeout_seconds:g} s, from {names}")
     return [answer.result() for answer in answers]
+
+
+def _open_sockets() -> dict[str, str]:
+    """File descriptor -> which socket it is, of this process's; empty where there is no /proc."""
+    found = {}
+    for entry in Path("/proc/self/fd").glob("*"):
+        with contextlib.suppress(OSError):
+            found[entry.name] = os.readlink(entry)
+    return {number: target for number, target in found.items() if target.startswith("socket:")}
+
+
+def _cut(sockets: Mapping[str, str]) -> None:
+    """Shuts down those that are still what they were, and connected: gloo ends the process over one that listens."""
+    for number, _ in sockets.items() & _open_sockets().items():
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(number))) as connected:
+            connected.getpeername()
+            connected.shutdown(socket.SHUT_RDWR)
 
 
 def _listen(addresses: Sequence[str], world: int, timeout: datetime.timedelta) -> dist.TCPStore:
