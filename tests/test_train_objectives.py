@@ -199,7 +199,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(setting: Path
 def test_too_many_skipped_steps_end_the_run(setting: Path) -> None:
     directory = setting.parent / "never"
     command = [sys.executable, "-m", "megatron_rl", "train", str(setting), f"run_dir={directory}", "presets=grpo"]
-    command += ["objective.custom=faulty_objectives:never_finite", "optim.max_skipped=1"]
+    command += [f"train.steps={STEPS}", "objective.custom=faulty_objectives:never_finite", "optim.max_skipped=1"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "optim.max_skipped: 2 optimizer steps of this run had a gradient that was not finite, and 1" in done.stderr
@@ -211,7 +211,7 @@ def test_a_critic_that_skips_too_many_steps_is_named_and_its_later_epochs_are_co
     directory = setting.parent / "critic-skips"
     command = [sys.executable, "-m", "megatron_rl", "train", str(setting), f"run_dir={directory}", "presets=ppo"]
     # Returns beyond fp32; normalised advantages are not.
-    command += ["reward.correct=1e39", "critic.epochs=2", "critic.optim.max_skipped=5"]
+    command += [f"train.steps={STEPS}", "reward.correct=1e39", "critic.epochs=2", "critic.optim.max_skipped=5"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "critic.optim.max_skipped: 6 optimizer steps of this run had a gradient that was not finite" in done.stderr
