@@ -58,7 +58,8 @@ def agree(command: str, cls: type[C], path: Path, overrides: Sequence[str], *, r
     # Rank 0 opens the meeting first, as others may be waiting for it; they come when they know what to say.
     meeting = _meet(world, "") if world.rank == 0 else None
     resolved: Resolved[C] | None = None
-    facts, problem, fault = None, "", None
+    facts, problem = None, ""
+    fault: Exception | None = None
     try:
         resolved = resolve(cls, path, overrides, world.size)
         files = local_files(resolved, world.rank)
@@ -66,18 +67,15 @@ def agree(command: str, cls: type[C], path: Path, overrides: Sequence[str], *, r
     except UserError as error:
         problem = str(error)
     except Exception as error:  # the others need not wait for this rank
-        fault = error
-        problem = f"{type(error).__name__}: {error}; a fault of the program, whose traceback is in its output"
+        problem, fault = _named(error), error
     meeting = meeting or _meet(world, problem)
-    try:
+    with _raising(fault):
         _settle_run(meeting, facts, problem, resolved.config.run_dir if resolved else Path())
-    except LaunchError:
-        if fault is not None:
-            raise fault from None
-        raise
     assert resolved is not None
     # Slower, so only once all have come so far. The ranks of a node see the same files.
-    meeting.settle("models", _problem_of_models(resolved) if world.local_rank == 0 else "")
+    problem, fault = _problem_of_models(resolved) if world.local_rank == 0 else ("", None)
+    with _raising(fault):
+        meeting.settle("models", problem)
     try:
         yield resolved.config
     except ConfigError as error:
@@ -113,12 +111,30 @@ def _settle_run(meeting: Meeting, facts: Facts | None, problem: str, run_dir: Pa
         meeting.settle("run", problem)
 
 
-def _problem_of_models(resolved: Resolved[C]) -> str:
+def _problem_of_models(resolved: Resolved[C]) -> tuple[str, Exception | None]:
+    """The problem, "" for none, and the exception if it is a fault of the program."""
     try:
         _check_models(resolved)
     except UserError as error:
-        return str(error)
-    return ""
+        return str(error), None
+    except Exception as error:
+        return _named(error), error
+    return "", None
+
+
+def _named(fault: Exception) -> str:
+    return f"{type(fault).__name__}: {fault}; a fault of the program, whose traceback is in its output"
+
+
+@contextlib.contextmanager
+def _raising(fault: Exception | None) -> Iterator[None]:
+    """This rank's fault, if it has one, in place of the LaunchError that it has become for the others."""
+    try:
+        yield
+    except LaunchError:
+        if fault is not None:
+            raise fault from None
+        raise
 
 
 def _check_models(resolved: Resolved[C]) -> None:

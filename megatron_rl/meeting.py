@@ -6,12 +6,15 @@ import contextlib
 import datetime
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import tenacity
 
 from megatron_rl.errors import UserError
 from megatron_rl.world import World
@@ -73,19 +76,22 @@ class Meeting:
 
     def __init__(self, world: World, seconds: float) -> None:
         """Raises LostError when the messages cannot be reached within `seconds`, or this rank is there already."""
-        from torch.distributed import PrefixStore, TCPStore
-
         self.world = world
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         keeps = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         where = f"MASTER_ADDR {address}, MASTER_PORT {port}"
-        timeout = datetime.timedelta(seconds=seconds)
+        timeout = datetime.timedelta(seconds=ANSWER_SECONDS)
         try:
+            if not keeps:
+                _await_listener(address, port, seconds)
+            from torch.distributed import PrefixStore, TCPStore  # slow, so only once there is someone to talk to
+
             # Several stores of one process may share a port: torch makes its own there for the process groups.
             store = _interruptibly(
-                lambda: TCPStore(address, port, None, keeps, timeout, wait_for_workers=False, multi_tenant=True)
+                lambda: TCPStore(address, port, None, keeps, timeout, wait_for_workers=False, multi_tenant=True),
+                2 * ANSWER_SECONDS,
             )
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             reason = str(error).partition("\n")[0][:200]
             what = "rank 0 cannot listen at" if keeps else "rank 0 cannot be reached at"
             raise LostError(f"{what} {where}: {reason}") from None
@@ -109,7 +115,7 @@ class Meeting:
             return self._store.get(key)
 
         try:
-            return json.loads(_interruptibly(wait))
+            return json.loads(_interruptibly(wait, seconds + ANSWER_SECONDS))
         except RuntimeError as error:
             if "timeout" in str(error).lower():
                 raise TimeoutError from None
@@ -186,8 +192,20 @@ def verdict(reports: Mapping[int, Report], size: int) -> dict[int, str]:
     return texts
 
 
-def _interruptibly(call: Callable[[], T]) -> T:
-    """What `call` returns or raises, from another thread: torch waits without a look at signals."""
+def _await_listener(address: str, port: int, seconds: float) -> None:
+    """Returns when something listens there: torch's own attempts end in pages of its stack. Raises OSError."""
+    retrying = tenacity.Retrying(
+        stop=tenacity.stop_after_delay(seconds),
+        wait=tenacity.wait_fixed(0.2),
+        retry=tenacity.retry_if_exception_type(OSError),
+        reraise=True,
+    )
+    retrying(lambda: socket.create_connection((address, port), timeout=ANSWER_SECONDS).close())
+
+
+def _interruptibly(call: Callable[[], T], seconds: float) -> T:
+    """What `call` returns or raises, from another thread: torch waits without a look at signals, and may try a name's
+    addresses for `seconds` each. Raises TimeoutError."""
     done: SimpleQueue[tuple[T | None, Exception | None]] = SimpleQueue()
 
     def run() -> None:
@@ -197,7 +215,10 @@ def _interruptibly(call: Callable[[], T]) -> T:
             done.put((None, error))
 
     threading.Thread(target=run, daemon=True).start()
-    value, error = done.get()
+    try:
+        value, error = done.get(timeout=max(seconds, 0.01))
+    except Empty:
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
     if error is not None:
         raise error
     return value  # type: ignore[return-value]

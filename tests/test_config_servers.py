@@ -50,6 +50,7 @@ def test_what_the_trainer_sets_is_refused_without_its_value(tmp_path: Path, flag
         ("--admin", "--admin-api-key"),
         ("--hos", "--host"),
         ("--random-se=1", "--random-seed"),
+        ("--api_key", "--api-key"),
     ],
 )
 def test_an_abbreviation_is_refused_too(tmp_path: Path, given: str, flag: str) -> None:

@@ -217,7 +217,7 @@ def test_a_rank_that_finds_nobody_tells_its_own_error(launched: dict[str, list[R
     (rank,) = launched["alone"]
     assert rank.status == 2
     assert rank.seconds < SECONDS
-    assert errors(rank) == [f"error: rank 1 on host {HOST}: missing.yaml: no such file; expected a YAML configuration"]
+    assert rank.stderr == f"error: rank 1 on host {HOST}: missing.yaml: no such file; expected a YAML configuration\n"
 
 
 @pytest.mark.distributed
@@ -283,7 +283,7 @@ def test_of_two_launchers_the_one_without_the_model_says_so_once(tmp_path: Path)
     assert f"error: {told}" in one.stderr
     assert zero.stderr.count("error: ") == 1
     assert f"error: nothing was started, because of {told}" in zero.stderr
-    assert "Traceback" not in zero.stderr + one.stderr
+    assert "megatron_rl/cli.py" not in zero.stderr + one.stderr  # torchrun's own traceback is there
     assert not (tmp_path / "run").exists()
     assert not list(tmp_path.glob(".megatron-rl-*"))
 
@@ -314,7 +314,7 @@ def test_weights_that_only_one_rank_reads_are_refused_by_all(tmp_path: Path) -> 
     assert done.returncode != 0
     assert time.monotonic() - started < 120
     assert done.stderr.count(f"error: rank 1 on host {HOST}: model/model.safetensors: {name} holds NaN") == 1
-    assert "Traceback" not in done.stderr
+    assert "megatron_rl/cli.py" not in done.stderr
 
 
 # ---- the parts ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.models.architecture import Architecture, read_architecture
+from megatron_rl.models.architecture import Architecture, ModelError, read_architecture
 
 # As published for Qwen3-30B-A3B (written by transformers 4.51).
 MOE: dict = {
@@ -160,6 +160,13 @@ def test_dense_layers_are_those_of_transformers(tmp_path, mlp_only, step, dense)
         ({"norm_topk_prob": ABSENT}, "norm_topk_prob is missing"),
         ({"norm_topk_prob": 1}, "norm_topk_prob is 1; expected true or false"),
         ({"num_experts": 0}, "num_experts is 0"),
+        ({"rms_norm_eps": 10**400}, r"rms_norm_eps is 10+\.\.\.; expected a number above 0 and below 1e\+38"),
+        ({"rope_theta": float("inf")}, "rope_theta is inf"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers is 10+; expected an integer of at most 1000"),
+        ({"num_experts": 10**9}, "num_experts is 10+; expected an integer of at most 4096"),
+        ({"hidden_size": 10**30}, "hidden_size is 10+; expected an integer of at most 1000000000"),
+        ({f"extra_{n}": 1 for n in range(40)}, "extra_9 = 1 and 30 more; if it changes nothing"),
+        ({"extra": "x" * 5000}, r"not understood: extra = \"x+\.\.\.;"),
         ({"num_experts": ABSENT}, "num_experts is missing"),
         ({"num_local_experts": 64}, r"num_experts is \[64, 128\]"),
         ({"num_experts_per_tok": 129}, "num_experts_per_tok is 129; expected at most num_experts = 128"),
@@ -192,6 +199,31 @@ def test_no_file_and_no_json(tmp_path):
         read_architecture(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="must hold a JSON object"):
+        read_architecture(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"[" * 100_000, "is not valid JSON: nested too deep"),
+        (b'{"a": ' * 100_000, "is not valid JSON: nested too deep"),
+        (b'{"hidden_size": ' + b"9" * 5000 + b"}", "is not valid JSON: Exceeds the limit"),
+        (b'{"hidden_size": "\xff"}', "is not valid JSON: 'utf-8' codec"),
+        (b'{"hidden_size": 64, "hidden_size": 32}', "hidden_size is given twice; keep one"),
+        (b'{"rope_scaling": {"factor": 1, "factor": 2}}', "factor is given twice; keep one"),
+    ],
+)
+def test_a_damaged_file_is_one_error_that_names_it(tmp_path, content, told):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ModelError) as caught:
+        read_architecture(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / 'config.json'}")
+    assert told in str(caught.value)
+
+
+def test_a_directory_in_place_of_the_file(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ModelError, match=r"config\.json cannot be read: Is a directory"):
         read_architecture(tmp_path)
 
 

@@ -74,7 +74,7 @@ UNROUTED_BACKENDS = ("auto", "flashinfer_trtllm", "experimental_sgl_trtllm", "fl
 
 
 def flags_among(given: Sequence[str], flags: Sequence[str]) -> Iterator[str]:
-    """Those of `flags` that `given` sets: as `--flag value`, as `--flag=value`, or by an abbreviation."""
+    """Those of `flags` that `given` sets: as `--flag value`, as `--flag=value`, with _ for -, or by an abbreviation."""
     written = {text.partition("=")[0].replace("_", "-") for text in given if text.startswith("--")}
     for flag in flags:
         if flag in written or any(
