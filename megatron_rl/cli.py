@@ -47,7 +47,13 @@ def train(
         _show(Config, config, overrides or [], world_size)
         return
     _refuse_world_size(world_size)
-    with agree("train", Config, config, overrides or [], resume=resume) as loaded:
+
+    def check(loaded: Config) -> None:
+        from megatron_rl.session import check_start
+
+        check_start(loaded)
+
+    with agree("train", Config, config, overrides or [], resume=resume, check=check) as loaded:
         from megatron_rl.train import train as run
 
         run(loaded, resume=resume)
@@ -66,7 +72,13 @@ def sft(
         _show(SftConfig, config, overrides or [], world_size)
         return
     _refuse_world_size(world_size)
-    with agree("sft", SftConfig, config, overrides or [], resume=resume) as loaded:
+
+    def check(loaded: SftConfig) -> None:
+        from megatron_rl.engine.device import resolve_device
+
+        resolve_device(loaded.engine.device)
+
+    with agree("sft", SftConfig, config, overrides or [], resume=resume, check=check) as loaded:
         from megatron_rl.sft import sft as run
 
         run(loaded, resume=resume)

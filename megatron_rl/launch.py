@@ -12,10 +12,10 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_rl.config.load import C, ConfigError
 from megatron_rl.config.resolve import Files, Resolved, differing_files, local_files, model_dirs, resolve
@@ -25,6 +25,9 @@ from megatron_rl.meeting import ANSWER_SECONDS, START_SECONDS, LaunchError, Lost
 from megatron_rl.world import World, WorldError, read_world
 
 LISTED_KEYS = 5
+END_SECONDS = 120.0
+"""How long the other ranks wait for rank 0 to tell why a run has ended: it ends its servers first."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,17 @@ class Facts:
 
 
 @contextlib.contextmanager
-def agree(command: str, cls: type[C], path: Path, overrides: Sequence[str], *, resume: bool) -> Iterator[C]:
-    """Gives the body the configuration, once every rank has the same and all the files that it needs.
+def agree(
+    command: str,
+    cls: type[C],
+    path: Path,
+    overrides: Sequence[str],
+    *,
+    resume: bool,
+    check: Callable[[C], None],
+) -> Iterator[C]:
+    """Gives the body the configuration, once every rank has the same and all the files that it needs, and has passed
+    `check`, which raises UserError.
 
     Raises ConfigError on a rank that is alone. Of several, every rank raises LaunchError when one of them cannot
     start, and for a ConfigError of the body, which all ranks find alike: rank 0 tells it.
@@ -51,6 +63,7 @@ def agree(command: str, cls: type[C], path: Path, overrides: Sequence[str], *, r
         alone = resolve(cls, path, overrides, 1)
         local_files(alone, 0)
         _check_models(alone)
+        check(alone.config)
         yield alone.config
         return
     if not world.joined:
@@ -73,13 +86,16 @@ def agree(command: str, cls: type[C], path: Path, overrides: Sequence[str], *, r
         _settle_run(meeting, facts, problem, resolved.config.run_dir if resolved else Path())
     assert resolved is not None
     # Slower, so only once all have come so far. The ranks of a node see the same files.
-    problem, fault = _problem_of_models(resolved) if world.local_rank == 0 else ("", None)
+    problem, fault = _problem_of(_check_models, resolved) if world.local_rank == 0 else ("", None)
     with _raising(fault):
         meeting.settle("models", problem)
+    problem, fault = _problem_of(check, resolved.config)
+    with _raising(fault):
+        meeting.settle("ready", problem)
     try:
         yield resolved.config
     except ConfigError as error:
-        raise LaunchError(str(error) if world.rank == 0 else "", (0,), meeting) from error
+        raise LaunchError(str(error) if world.rank == 0 else "", (0,), meeting, END_SECONDS) from error
 
 
 def _meet(world: World, problem: str) -> Meeting:
@@ -111,10 +127,10 @@ def _settle_run(meeting: Meeting, facts: Facts | None, problem: str, run_dir: Pa
         meeting.settle("run", problem)
 
 
-def _problem_of_models(resolved: Resolved[C]) -> tuple[str, Exception | None]:
-    """The problem, "" for none, and the exception if it is a fault of the program."""
+def _problem_of(check: Callable[[T], None], what: T) -> tuple[str, Exception | None]:
+    """The problem that `check(what)` finds, "" for none, and the exception if it is a fault of the program."""
     try:
-        _check_models(resolved)
+        check(what)
     except UserError as error:
         return str(error), None
     except Exception as error:
@@ -128,13 +144,15 @@ def _named(fault: Exception) -> str:
 
 @contextlib.contextmanager
 def _raising(fault: Exception | None) -> Iterator[None]:
-    """This rank's fault, if it has one, in place of the LaunchError that it has become for the others."""
+    """Ends a rank that has a fault, with its traceback, once the LaunchError that it is for the others is told."""
     try:
         yield
-    except LaunchError:
-        if fault is not None:
-            raise fault from None
-        raise
+    except LaunchError as error:
+        if fault is None:
+            raise
+        explain_fault(fault)
+        error.told()
+        raise SystemExit(1) from None
 
 
 def _check_models(resolved: Resolved[C]) -> None:

@@ -37,12 +37,14 @@ class LostError(UserError):
 class LaunchError(UserError):
     """A run that cannot start, or that every rank ends for one reason. Call `told` when its text has been printed."""
 
-    def __init__(self, text: str, tellers: Sequence[int], meeting: Meeting) -> None:
-        """`text` is what this rank tells, "" for nothing; `tellers` are the ranks that tell something."""
+    def __init__(self, text: str, tellers: Sequence[int], meeting: Meeting, seconds: float = ANSWER_SECONDS) -> None:
+        """`text` is what this rank tells, "" for nothing; `tellers` are the ranks that tell something, within
+        `seconds`."""
         super().__init__(text)
         self.text = text
         self._tellers = tellers
         self._meeting = meeting
+        self._seconds = seconds
 
     def told(self) -> None:
         """Returns when all is told: a launcher ends all ranks of a node as soon as one has ended."""
@@ -51,7 +53,7 @@ class LaunchError(UserError):
             if meeting.world.rank in self._tellers:
                 meeting.post(f"told/{meeting.world.rank}", True)
             for rank in self._tellers:
-                meeting.read(f"told/{rank}", ANSWER_SECONDS)
+                meeting.read(f"told/{rank}", self._seconds)
             meeting.arrive("end", True)
             if meeting.world.rank == 0:  # it may be the one that keeps the messages
                 meeting.arrivals("end", ANSWER_SECONDS, until=lambda _: False)

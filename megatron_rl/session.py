@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 import orjson
 
 from megatron_rl.config.schema import Config, DynamicSamplingConfig
+from megatron_rl.config.sources import ConfigError
 from megatron_rl.data.prompts import PromptCursor, PromptDataset
 from megatron_rl.data.sample import Group
 from megatron_rl.data.store import write_groups
+from megatron_rl.engine.device import resolve_device
 from megatron_rl.engine.distribute import MiniBatch
-from megatron_rl.engine.exchange import all_gather_bytes, broadcast_bytes
+from megatron_rl.engine.exchange import all_gather_bytes, broadcast_bytes, together
 from megatron_rl.engine.manifest import State
 from megatron_rl.engine.routes import RouteExchange, valid_rows
 from megatron_rl.lab.metrics import ROLLOUT, overlong_metrics, rollout_metrics
@@ -23,7 +25,7 @@ from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.objectives.custom import get_objective
 from megatron_rl.rewards import check_verifier, grade
 from megatron_rl.rewards.shaping import filter_overlong, shape_rewards, without_lost
-from megatron_rl.rollout.dynamic import Search, StepError, Tally, check_verdicts
+from megatron_rl.rollout.dynamic import Search, Tally, check_verdicts
 from megatron_rl.rollout.evaluate import evaluation
 from megatron_rl.rollout.pool import Pool, read_api_key
 from megatron_rl.rollout.routes import RouteSpec
@@ -102,21 +104,21 @@ class Session:
     def _groups(self) -> tuple[list[Group], list[Group], dict[str, float]]:
         """All groups that were sampled, those to train on, and figures of the choice.
 
-        Raises, on every rank and with a checkpoint of the steps before, StepError, and Stopped if the run is to stop:
-        the groups of this step are then sampled once more on resume.
+        Raises ConfigError, on every rank and with a checkpoint of the steps before, if the groups cannot be had, and
+        Stopped if the run is to stop: the groups of this step are then sampled once more on resume.
         """
-        if not self._has_servers:
-            groups = self._saved()
-            return groups, groups, {}
         config, start = self.config.rollout, self._cursor
         try:
+            if not self._has_servers:
+                groups = self._saved()
+                return groups, groups, {}
             if config.dynamic_sampling is None:
                 groups = self._sample(config.prompts_per_step)
                 check_verdicts(self._all_tallies(groups))
                 return groups, groups, {}
             sampled, search = self._search(config.dynamic_sampling)
             return sampled, search.keep(sampled), search.figures()
-        except (StepError, Interrupted) as error:
+        except (ConfigError, Interrupted) as error:
             self._cursor = start
             self.save()
             if isinstance(error, Interrupted):
@@ -124,30 +126,15 @@ class Session:
             raise
 
     def _saved(self) -> list[Group]:
-        """This leader's share of the next step's groups of another run."""
-        if not self._leads:
-            return []
+        """This leader's share of the next step's groups of another run. Collective."""
         path, place, dp = self.config.rollout.replay_from, self.trainer.place, self.trainer.layout.dp
         assert path is not None
-        return saved_groups(path, self.step + 1, place.dp, dp, wanted=self._wanted(), needs_traces=self._routes)
-
-    def check_saved(self) -> None:
-        """That there are rollouts for the steps to come, if they are replayed, and that they fit as far as their
-        headers tell. Raises as saved_groups does."""
-        path = self.config.rollout.replay_from
-        if path is not None and self._leads:
-            for step in range(self.step + 1, self.config.train.steps + 1):
-                check_headers(path, step, self._wanted())
-
-    def _wanted(self) -> Wanted:
-        data, rollout = self.config.data, self.config.rollout
-        return Wanted(
-            prompts=rollout.prompts_per_step,
-            group_size=rollout.group_size,
-            max_tokens=data.max_prompt_tokens + rollout.max_response_tokens,
-            temperature=rollout.temperature,
-            vocab_size=self.trainer.policy.arch.vocab_size,
-        )
+        groups: list[Group] = []
+        with together(place.control):
+            if self._leads:
+                asked = _wanted(self.config, self.trainer)
+                groups = saved_groups(path, self.step + 1, place.dp, dp, wanted=asked, needs_traces=self._routes)
+        return groups
 
     def _search(self, config: DynamicSamplingConfig) -> tuple[list[Group], Search]:
         """All groups that this leader sampled until there were mixed ones enough over all leaders. Collective."""
@@ -170,8 +157,8 @@ class Session:
         """This leader's share of the next `count` prompts, sampled, judged and numbered from `first` on; [] off the
         leaders. Raises Interrupted, on every rank, if a signal came meanwhile. Collective."""
         groups: list[Group] = []
-        if self._prompts is not None:
-            with contextlib.suppress(Interrupted):
+        with together(self.trainer.place.control), contextlib.suppress(Interrupted):
+            if self._prompts is not None:
                 groups = self._ask(self._prompts, count, first)
         self.trainer.check_interrupted()
         return groups
@@ -229,7 +216,8 @@ class Session:
         self.owes_evaluation = self.due(self.config.eval.every)
         self.sync_weights()
         traces = self.route_exchange.drain() if self.route_exchange else {}
-        times = self.trainer.finish_step({**self._sync_metrics, **traces})
+        last = self.step == self.config.train.steps
+        times = self.trainer.finish_step({**self._sync_metrics, **traces}, last=last)
         figures = self._rollout_metrics
         shown = {
             "reward": figures["rollout/reward/mean"],
@@ -330,31 +318,58 @@ class Session:
             self._pool.check_alive()
 
 
+def check_start(config: Config) -> None:
+    """Checks what else this rank needs before it joins the others: its device, the servers' key, own code. Raises
+    UserError."""
+    resolve_device(config.engine.device)
+    if config.rollout.servers.api_key_env:
+        read_api_key(config.rollout.servers.api_key_env, "rollout.servers.api_key_env")
+    get_objective(config.objective)
+    check_verifier(config)
+
+
 @contextlib.contextmanager
 def open_session(config: Config, resume: bool) -> Iterator[Session]:
     """The run on this rank, its servers started if need be, resumed from the newest complete checkpoint if asked."""
     temperature = config.rollout.temperature
-    # First: if one of these is not there, no run directory is left behind.
     servers = config.rollout.servers
     api_key = read_api_key(servers.api_key_env, "rollout.servers.api_key_env") if servers.api_key_env else None
-    get_objective(config.objective)
-    check_verifier(config)
     with (
         open_trainer(config, steps=config.train.steps, resume=resume, temperature=temperature) as trainer,
         ExitStack() as stack,
     ):
-        # Before servers are started: what is wrong with the data is told at once.
-        prompts = RunPrompts.load(config, trainer.place, trainer.policy.arch.vocab_size)
+        # Before servers are started, and before the run's files are touched.
+        with together(trainer.place.control):
+            prompts = RunPrompts.load(config, trainer.place, trainer.policy.arch.vocab_size)
+            _check_saved(config, trainer)
         pool, leader = None, None
         if config.rollout.replay_from is None:
             pool, leader = _connect(config, trainer, api_key, stack)
         session = Session(trainer, config, prompts, pool, leader)
         try:
             session.begin()
-            session.check_saved()
             yield session
         finally:  # servers that run elsewhere are to be of use to the next run, whatever ended this one
             session.close()
+
+
+def _check_saved(config: Config, trainer: Trainer) -> None:
+    """Checks on rank 0 that there are rollouts for the steps to come, if they are replayed, and that they fit as far as
+    their headers tell. Raises as saved_groups does."""
+    path, state = config.rollout.replay_from, trainer.resumes_from
+    if path is not None and trainer.place.rank == 0:
+        for step in range(state.step + 1 if state else 1, config.train.steps + 1):
+            check_headers(path, step, _wanted(config, trainer))
+
+
+def _wanted(config: Config, trainer: Trainer) -> Wanted:
+    return Wanted(
+        prompts=config.rollout.prompts_per_step,
+        group_size=config.rollout.group_size,
+        max_tokens=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+        temperature=config.rollout.temperature,
+        vocab_size=trainer.policy.arch.vocab_size,
+    )
 
 
 def _connect(

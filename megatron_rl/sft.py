@@ -6,6 +6,7 @@ from megatron_rl.config.schema import SftConfig
 from megatron_rl.data.prompts import Fields, PromptCursor, load_sft_samples, take_indexes
 from megatron_rl.data.sample import Sample
 from megatron_rl.engine.distribute import TrainSample, distribute
+from megatron_rl.engine.exchange import together
 from megatron_rl.engine.losses import SftLoss
 from megatron_rl.engine.manifest import State
 from megatron_rl.models.check import load_tokenizer
@@ -15,7 +16,8 @@ from megatron_rl.trainer import Trainer, open_trainer
 def sft(config: SftConfig, resume: bool = False) -> None:
     """Runs `config.steps` optimizer steps and leaves the model as a Hugging Face directory in run_dir/model."""
     with open_trainer(config, steps=config.steps, resume=resume) as trainer:
-        samples = _load(config, trainer)
+        with together(trainer.place.control):
+            samples = _load(config, trainer)
         state = trainer.begin()
         step = state.step if state else 0
         cursor = PromptCursor(**state.cursor) if state else PromptCursor(config.seed)
@@ -32,7 +34,7 @@ def sft(config: SftConfig, resume: bool = False) -> None:
             step += 1
             trainer.log_update(step, 0, 0, metrics)
             trainer.check_skipped()
-            times = trainer.finish_step({})
+            times = trainer.finish_step({}, last=step == config.steps)
             tokens_per_second = metrics["tokens"] / max(sum(times.values()), 1e-9)
             trainer.console.step(step, {"loss": metrics["loss"], "tokens/s": tokens_per_second}, times)
             if trainer.checkpoint_due(step):

@@ -152,14 +152,16 @@ class Trainer:
         if self._held is not None:
             self._held[3].update(more)
 
-    def finish_step(self, more: Mapping[str, float]) -> dict[str, float]:
+    def finish_step(self, more: Mapping[str, float], *, last: bool = False) -> dict[str, float]:
         """Writes the last optimizer step's line, with `more` and the time per phase; returns the times. Then the ranks
-        agree on how the run goes on."""
+        agree on how the run goes on; after the `last` step there is nothing to stop."""
         times = self.console.timer.drain()
         self.add_to_line({**more, **times})
         self.flush()
         self._clock.step_done()
         self._agree()
+        if last:
+            self.stopping = ""
         return times
 
     def flush(self) -> None:
@@ -186,10 +188,15 @@ class Trainer:
         else:
             load_checkpoint(self._found.directory, self.networks.trained)
 
+    @property
+    def resumes_from(self) -> State | None:
+        """State of the checkpoint that was restored; None at step 0."""
+        return self._found.manifest.state if self._found and self._found.manifest else None
+
     def begin(self) -> State | None:
-        """Begins or resumes the run, and returns the state that it resumes from, None at step 0. The first call that
-        writes into the run's files. Collective."""
-        state = self._found.manifest.state if self._found and self._found.manifest else None
+        """Begins or resumes the run, and returns `resumes_from`. The first call that writes into the run's files.
+        Collective."""
+        state = self.resumes_from
         self._raise_everywhere(lambda: self._begin_run(state))
         self._saved_step = state.step if state else 0
         self._signals.catch()
@@ -220,6 +227,8 @@ class Trainer:
                 action()
             except UserError as error:
                 failure = error
+            except OSError as error:
+                failure = UserError(str(error))
         text = broadcast_bytes(str(failure or "").encode(), self.place.control).decode()
         if text:
             raise failure or UserError(text)

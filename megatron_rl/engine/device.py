@@ -15,18 +15,25 @@ from typing import Any
 
 import torch
 
+from megatron_rl.config.sources import ConfigError
 from megatron_rl.world import read_world
 
 CPU = torch.device("cpu")
 
 
 def resolve_device(requested: str) -> torch.device:
-    """The device of this rank: `requested` is auto, cpu or cuda. Raises RuntimeError for cuda without a GPU."""
+    """The device of this rank: `requested` is auto, cpu or cuda. Raises ConfigError if there is no GPU for it."""
     if requested == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("engine.device is cuda, but torch sees no CUDA device; use auto or cpu")
+        raise ConfigError("engine.device: cuda, but torch sees no CUDA device; use auto or cpu")
     if requested == "cpu" or not torch.cuda.is_available():
         return CPU
-    return torch.device("cuda", read_world().local_rank)
+    local_rank, gpus = read_world().local_rank, torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise ConfigError(
+            f"engine.device: {requested}, but LOCAL_RANK is {local_rank} and torch sees {gpus} GPUs; start one rank "
+            "for each GPU of a node"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def use_device(requested: str, leave_out: Collection[str] = ()) -> torch.device:

@@ -42,14 +42,17 @@ def broadcast_bytes(data: bytes | None, group: dist.ProcessGroup, source: int = 
 def together(group: dist.ProcessGroup) -> Iterator[None]:
     """For a body without collectives that may fail on some ranks only: a rank's UserError is every rank's.
 
-    Raises ConfigError, the same on all ranks, that names each rank and host with an error of its own. Collective.
+    Raises ConfigError, the same on all ranks, that names each rank and host with an error of its own; alone, the error
+    itself. Collective.
     """
     mine = ""
     try:
         yield
     except UserError as error:
+        if group.size() == 1:
+            raise
         mine = str(error)
-    named = f"{read_world().me}: {mine}" if mine and group.size() > 1 else mine
+    named = f"{read_world().me}: {mine}" if mine else ""
     found: dict[str, str] = {}  # by what was found: several ranks may read the same file
     for part in all_gather_bytes(f"{mine}\0{named}".encode(), group):
         what, _, by = part.decode().partition("\0")

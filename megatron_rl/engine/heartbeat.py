@@ -26,6 +26,8 @@ import torch.distributed as dist
 from megatron_rl.engine.exchange import all_gather_bytes, broadcast_bytes
 from megatron_rl.errors import LostRankError, UserError
 
+LEAVE_SECONDS = 5.0
+"""How long a rank that is done waits for its watcher to say so too."""
 NOTICE_SECONDS = 2.0
 """How long a rank whose collective failed waits to hear which rank was lost."""
 
@@ -53,6 +55,7 @@ class Heartbeat:
         self._leaving = threading.Event()
         self._lost = threading.Event()
         self._why = ""
+        self._thread: threading.Thread | None = None
         if seconds is not None and control.size() > 1:
             problem = self._start(control, seconds)
             problems = [each.decode() for each in all_gather_bytes(problem.encode(), control)]
@@ -63,7 +66,8 @@ class Heartbeat:
                         f"engine.heartbeat: rank {rank} {each}. Open the ports between the machines, give "
                         "torchrun the address of rank 0's machine as MASTER_ADDR, or disable it: engine.heartbeat: null"
                     )
-            threading.Thread(target=self._listen, daemon=True).start()
+            self._thread = threading.Thread(target=self._listen, daemon=True)
+            self._thread.start()
 
     def _start(self, control: dist.ProcessGroup, seconds: float) -> str:
         """Returns what went wrong, or nothing."""
@@ -128,10 +132,14 @@ class Heartbeat:
     ) -> None:
         """Raises LostRankError in place of the error of a collective that failed because a rank was lost."""
         self._leaving.set()
+        # A thread that held the last reference to a process group as the interpreter ends would abort the process.
+        self.before_end = lambda: None
         if self._process is None:
             return
         if error is None:
             self._tell("done")
+            if self._thread is not None:
+                self._thread.join(LEAVE_SECONDS)
             return
         self._tell("leaving")
         assert self._process.stdin is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_rl.config.layout import Layout
 from megatron_rl.engine.device import backend
+from megatron_rl.world import read_world
 
 # Here ranks wait for those that wait for servers and verifiers, which have deadlines of their own, one after another. A
 # rank that has died is noticed at once all the same: its connections close.
@@ -51,9 +51,9 @@ def start_process_groups(layout: Layout, device: torch.device, seed: int, timeou
     Raises RuntimeError when the world's size is not the layout's.
     """
     timeout = datetime.timedelta(seconds=timeout_seconds)
-    if not dist.is_initialized() and "RANK" in os.environ:
+    if not dist.is_initialized() and read_world().size > 1:
         dist.init_process_group(backend(device), timeout=timeout)
-    elif not dist.is_initialized():  # started by hand, and not by torchrun
+    elif not dist.is_initialized():  # alone, whatever started it
         dist.init_process_group(backend(device), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     if dist.get_world_size() != layout.world_size:
         raise RuntimeError(f"the layout needs {layout.world_size} ranks, but {dist.get_world_size()} were started")

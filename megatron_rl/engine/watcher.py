@@ -33,8 +33,9 @@ from pathlib import Path
 
 END_SECONDS = 10.0
 """Seconds that a rank has to end once it is told of a loss, before it is killed."""
-ERROR_SECONDS = 30.0
-"""Seconds that the other ranks have to end by themselves once one has ended with an error: they may have one too."""
+ERROR_SECONDS = 15.0
+"""Seconds that the other ranks have to end by themselves once one has ended with an error: they may have one too. Well
+below the 30 after which torchrun kills them, so that the reason is told."""
 LINGER_SECONDS = 2.0
 HELLO_SECONDS = 10.0
 CONNECT_SECONDS = 30.0
@@ -300,6 +301,8 @@ def _allow_open_files(ranks: int) -> None:
 
 
 async def main() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # they are the rank's; this process ends with its standard input
     rank_lines = asyncio.StreamReader(limit=1 << 24)
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(rank_lines), sys.stdin)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megatron_rl.config.schema import EngineDtype, WeightsConfig
+from megatron_rl.engine.exchange import together
 from megatron_rl.engine.policy import Policy
 from megatron_rl.rollout.source import Leader
 from megatron_rl.weights.collective import CollectiveRoute
@@ -41,13 +41,14 @@ class WeightSync:
         """
         buckets = self._policy.export(self._config.bucket_mib << 20)
         report: dict[str, float] = {}
-        if self._route is not None:
-            report["weights/bytes"] = float(self._route.push(buckets, version))
-        else:
-            for _ in buckets:
-                pass
-        # Other leaders would ask servers that rank 0 is still giving the weights to.
-        dist.barrier(group=self._policy.place.control)
+        # Together: other leaders would ask servers that rank 0 is still giving the weights to.
+        with together(self._policy.place.control):
+            try:
+                if self._route is not None:
+                    report["weights/bytes"] = float(self._route.push(buckets, version))
+            finally:
+                for _ in buckets:  # the ranks gather until all is sent
+                    pass
         # The first always: SGLang takes weights of another shape of model without a word.
         if self._syncs == 0 or (self._config.verify and self._syncs % self._config.verify == 0):
             report |= self._verify(version)
@@ -62,14 +63,18 @@ class WeightSync:
         policy, leader = self._policy, self._leader
         temperature = self._temperature
         asked = None
-        if leader is not None:
-            asked = leader.loop.run(ask_servers(leader.clients, policy.arch, temperature, version))
+        with together(policy.place.control):
+            if leader is not None:
+                asked = leader.loop.run(ask_servers(leader.clients, policy.arch, temperature, version))
         expected = trainer_logprobs(policy, probe(policy.arch), 1.0)
         sampled = trainer_logprobs(policy, sampled_sequences(asked, policy), temperature)
-        if asked is None or expected is None or sampled is None:
+        result = None
+        with together(policy.place.control):
+            if asked is not None and expected is not None and sampled is not None:
+                bound = bound_of(self._config, policy.engine.dtype, asked.is_fp32)
+                result = verify(asked, expected, sampled, bound, temperature)
+        if result is None:
             return {}
-        bound = bound_of(self._config, policy.engine.dtype, asked.is_fp32)
-        result = verify(asked, expected, sampled, bound, temperature)
         return {
             "weights/probe_max_abs_diff": result.max_abs_diff,
             "weights/probe_mean_abs_diff": result.mean_abs_diff,
