@@ -37,6 +37,7 @@ OPTIONS = {
         "--recompute",
         "--device",
         "--url",
+        "--api-key-env",
         "--json",
     },
 }

@@ -214,12 +214,12 @@ def test_configurations_without_a_contradiction(tmp_path: Path, overrides: str, 
         ("rollout.replay_from=r weights.verify=2", 1, "weights.verify: 2, but rollout.replay_from uses no servers"),
         ("rollout.replay_from=r data.heldout=x", 1, "data.heldout: rollout.replay_from uses no servers"),
         (
-            "rollout.servers.urls=[http://a:1] rollout.servers.launch=2",
+            "rollout.servers.urls=[http://localhost:1] rollout.servers.launch=2",
             1,
             "rollout.servers: launch and extra_flags are for servers that",
         ),
         (
-            "rollout.servers.urls=[http://a:1] rollout.servers.extra_flags=[x]",
+            "rollout.servers.urls=[http://localhost:1] rollout.servers.extra_flags=[x]",
             1,
             "rollout.servers: launch and extra_flags are for",
         ),
@@ -232,20 +232,6 @@ def test_configurations_without_a_contradiction(tmp_path: Path, overrides: str, 
                 f"rollout.servers.api_key_env: not set, but other machines reach {url}, and without a key may",
             )
             for url in ("http://a:1", "http://10.0.0.5:30000", "https://0.0.0.0:1", "http://127.0.0.1.example:1")
-        ),
-        *(
-            (f"rollout.servers.extra_flags=[{flags}]", 1, f"rollout.servers.extra_flags: {name} cannot be given: ")
-            for flags, name in (
-                ("--api-key,k", "--api-key"),
-                ("--api-key=k", "--api-key"),
-                ("--api,k", "--api"),
-                ("--admin-api-key,k", "--admin-api-key"),
-                ("--host=0.0.0.0", "--host"),
-                ("--ho,0.0.0.0", "--ho"),
-                ("--port=1", "--port"),
-                ("--config,x.yaml", "--config"),
-                ("--tokenizer_worker_num=2", "--tokenizer-worker-num"),
-            )
         ),
         (
             "routing.replay=r2 train.recompute_old_logprobs=false train.mini_batches=1",

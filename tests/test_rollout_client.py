@@ -166,11 +166,11 @@ BAD_ANSWERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a log-prob of another token": (lambda a: entry(a, 4).__setitem__(1, 99), "output_token_logprobs.4.1: found 99"),
     "an id outside of the vocabulary": (
         lambda a: a["output_ids"].__setitem__(3, VOCAB_SIZE) or entry(a, 3).__setitem__(1, VOCAB_SIZE),
-        f"output_ids.3: found {VOCAB_SIZE}",
+        f"output_ids: token {VOCAB_SIZE} is not in the model's vocabulary of {VOCAB_SIZE}",
     ),
     "a negative id": (
         lambda a: a["output_ids"].__setitem__(3, -1) or entry(a, 3).__setitem__(1, -1),
-        "output_ids.3: found -1",
+        "output_ids: token -1 is not in the model's vocabulary",
     ),
     "an id that is no integer": (lambda a: a["output_ids"].__setitem__(0, 5.5), "output_ids.0: found 5.5"),
     "a malformed entry": (lambda a: meta(a)["output_token_logprobs"].__setitem__(0, [-1.0]), "output_token_logprobs.0"),
