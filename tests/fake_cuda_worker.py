@@ -25,6 +25,7 @@ GPU = torch.device("cuda", 0)
 def pretend() -> None:
     torch.utils.swap_tensors = moved  # Module.to with FakeTensors; it refuses, as they are referred to elsewhere
     torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: 1  # type: ignore[assignment]
     torch.cuda.set_device = lambda device: None
     torch.cuda.current_device = lambda: GPU
     torch.cuda.Stream = lambda *args, **kwargs: None

@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_rl.cli import _tell
 from megatron_rl.engine.heartbeat import Heartbeat
 from megatron_rl.errors import UserError
+from megatron_rl.launch import end
 
 RANKS = (0, 1)
 
@@ -66,7 +66,7 @@ def fork(rank: int, seconds: float, out: Path, scenario: str) -> int:
         run(rank, seconds, out, scenario)
         status = 0
     except UserError as error:
-        status = _tell(error)
+        status = end(error)
     except BaseException:
         traceback.print_exc()
     os._exit(status)
