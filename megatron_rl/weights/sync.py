@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_rl.config.schema import EngineDtype, WeightsConfig
+from megatron_rl.config.schema import WeightsConfig
 from megatron_rl.engine.policy import Policy
 from megatron_rl.rollout.source import Leader
 from megatron_rl.weights.collective import CollectiveRoute
@@ -68,7 +68,8 @@ class WeightSync:
         sampled = trainer_logprobs(policy, sampled_sequences(asked, policy), temperature)
         if asked is None or expected is None or sampled is None:
             return {}
-        bound = bound_of(self._config, policy.engine.dtype, asked.is_fp32)
+        exact = policy.engine.dtype == "fp32" and policy.device.type == "cpu" and asked.are_exact
+        bound = bound_of(self._config, exact)
         result = verify(asked, expected, sampled, bound, temperature)
         return {
             "weights/probe_max_abs_diff": result.max_abs_diff,
@@ -77,6 +78,6 @@ class WeightSync:
         }
 
 
-def bound_of(config: WeightsConfig, engine_dtype: EngineDtype, servers_are_fp32: bool) -> float:
-    """weights.verify_bound, or what honest rounding stays below."""
-    return config.verify_bound or (1e-5 if engine_dtype == "fp32" and servers_are_fp32 else 0.1)
+def bound_of(config: WeightsConfig, exact: bool) -> float:
+    """weights.verify_bound, or what honest rounding stays below. `exact`: trainer and servers compute in fp32 on CPUs."""
+    return config.verify_bound or (1e-5 if exact else 0.1)
