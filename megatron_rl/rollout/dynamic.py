@@ -96,8 +96,8 @@ class Search:
         return [dataclasses.replace(group, index=places[group.index]) for group in groups if group.index in places]
 
     def figures(self) -> dict[str, float]:
-        """surplus are mixed groups beyond those wanted. With the prompts whose groups have no verdict at all, kept, surplus,
-        all_correct and all_wrong make up prompts."""
+        """prompts = kept + surplus + all_correct + all_wrong + groups without a verdict; surplus are mixed groups
+        beyond those wanted."""
         kept = min(self.wanted, len(self._mixed))
         return {
             "prompts": float(len(self.tallies)),

@@ -79,5 +79,6 @@ class WeightSync:
 
 
 def bound_of(config: WeightsConfig, exact: bool) -> float:
-    """weights.verify_bound, or what honest rounding stays below. `exact`: trainer and servers compute in fp32 on CPUs."""
+    """weights.verify_bound, or what honest rounding stays below. `exact`: trainer and servers compute in fp32 on a
+    CPU."""
     return config.verify_bound or (1e-5 if exact else 0.1)
