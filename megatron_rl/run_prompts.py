@@ -9,7 +9,7 @@ from megatron_rl.config.schema import Config
 from megatron_rl.data.prompts import Fields, PromptDataset, load_prompts
 from megatron_rl.engine.parallel import Place
 from megatron_rl.models.check import load_tokenizer
-from megatron_rl.rewards import Judges, get_verifier
+from megatron_rl.rewards import Judges
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class RunPrompts:
         fields = Fields(data.prompt_field, data.answer_field, data.verifier, data.chat_template)
 
         def read(source: str) -> PromptDataset:
-            prompts = load_prompts(
+            return load_prompts(
                 source,
                 fields,
                 tokenizer,
@@ -37,9 +37,6 @@ class RunPrompts:
                 vocab_size=vocab_size,
                 judges=lambda: Judges.of(config.reward),
             )
-            for name in prompts.verifiers:
-                get_verifier(name)  # a misspelt one fails here, before the first rollout
-            return prompts
 
         asks = config.rollout.replay_from is None
         train = read(data.train) if asks and place.leads_replica else None

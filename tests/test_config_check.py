@@ -264,6 +264,16 @@ def test_configurations_without_a_contradiction(tmp_path: Path, overrides: str, 
             "rollout.servers.extra_flags: with --moe-runner-backend flashinfer_trtllm SGLang may record no routes",
         ),
         (
+            "routing.replay=r3 rollout.servers.extra_flags=[--moe_runner,auto]",
+            1,
+            "rollout.servers.extra_flags: with --moe-runner-backend auto SGLang may record no routes",
+        ),
+        (
+            'rollout.servers.extra_flags=[--base-gpu,"0"]',
+            1,
+            "weights.route: collective, but --base-gpu-id 0 in rollout.servers.extra_flags lets servers share a GPU ",
+        ),
+        (
             "rollout.servers.extra_flags=[--base-gpu-id=0,--mem-fraction-static=0.4]",
             1,
             "weights.route: collective, but --base-gpu-id 0 in rollout.servers.extra_flags lets servers share a GPU "

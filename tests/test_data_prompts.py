@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -12,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import make_tokenizer
 
+from megatron_rl.config.schema import Config
 from megatron_rl.data.arithmetic import ArithmeticTask, response_text
 from megatron_rl.data.prompts import Fields, PromptCursor, load_prompts, load_sft_samples, take_indexes
 from megatron_rl.data.records import DataError
+from megatron_rl.run_prompts import RunPrompts
 from tools.make_demo_model import make_tokenizer as make_demo_tokenizer
 
 FIELDS = Fields("prompt", "answer", "math")
@@ -53,7 +57,6 @@ def test_a_record_becomes_a_prompt(write, tokenizer):
     assert (first.id, first.text, first.answer, first.verifier) == ("data.jsonl:1", "1+1=", "2", "math")
     assert tokenizer.decode(first.token_ids) == "1+1="
     assert (second.id, second.text, second.answer, second.verifier) == ("mine", "4=", "3", "arithmetic")
-    assert prompts.verifiers == {"math", "arithmetic"}
 
 
 @pytest.mark.parametrize(
@@ -194,7 +197,19 @@ def test_arithmetic_prompts_are_made(tokenizer):
 def test_the_verifier_is_the_one_named_or_what_suits_the_source(tokenizer, write, source, named, verifier):
     source = write(question()) if source == "file" else source
     fields = Fields("prompt", "answer", named)
-    assert load_prompts(str(source), fields, tokenizer, 64).verifiers == {verifier}
+    assert load_prompts(str(source), fields, tokenizer, 64)[0].verifier == verifier
+
+
+def test_a_users_verifier_is_imported_in_no_trainer(tiny_model_dir, write, tmp_path, monkeypatch):
+    (tmp_path / "verifier_of_a_user.py").write_text("def judge(prompt, response): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = {"model": {"path": str(tiny_model_dir)}, "train": {"steps": 1}, "run_dir": str(tmp_path / "run")}
+    data = {"train": str(write(question())), "verifier": "verifier_of_a_user:judge"}
+    place = SimpleNamespace(leads_replica=True, rank=0)
+    loaded = RunPrompts.load(Config.model_validate({**settings, "data": data}), place, vocab_size=None)
+    assert loaded.train is not None
+    assert loaded.train[0].verifier == "verifier_of_a_user:judge"
+    assert "verifier_of_a_user" not in sys.modules
 
 
 # ---- order -------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,17 @@ def test_a_damaged_record_is_refused_with_file_line_and_field(tmp_path, change, 
     edit(path, 3, change)
     with pytest.raises(StoreError, match=rf"step\.jsonl:3: not a group: .*{message}"):
         read_groups(path)
+
+
+def test_a_trace_that_grows_without_end_is_refused_before_it_fills_the_memory(tmp_path):
+    path = saved(tmp_path)
+    bomb = "zlib:" + base64.b64encode(zlib.compress(bytes(64 << 20))).decode()
+    edit(path, 3, lambda record: record["samples"][0].update(trace=bomb))
+    tracemalloc.start()
+    with pytest.raises(StoreError, match=r"samples\.0\.trace: .*grows beyond \d+ bytes, too many for 5 tokens"):
+        read_groups(path)
+    assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    tracemalloc.stop()
 
 
 def test_a_file_that_is_no_rollout_or_is_cut_off_is_refused(tmp_path):

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -16,7 +17,9 @@ import pytest
 from megatron_rl.config.schema import Config, RewardConfig
 from megatron_rl.data.sample import Prompt, Verdict
 from megatron_rl.rewards import Judges, RewardError, check_verifier
+from megatron_rl.rewards.channel import Channel
 from megatron_rl.rewards.judges import Answer, Failure, default_workers, worker_environment
+from megatron_rl.world import WorldError
 
 RIGHT = Verdict(1.0, True)
 
@@ -97,6 +100,43 @@ def test_a_long_response_arrives_whole(judges: Judges) -> None:
     ) == [Verdict(3_000_000.0, True)]
 
 
+def test_sending_and_receiving_share_one_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    send, receive, left = Channel.send, Channel.receive, []
+
+    def sends_slowly(self: Channel, message: dict[str, Any], seconds: float | None = None) -> None:
+        time.sleep(1.5)
+        send(self, message, seconds)
+
+    def receives(self: Channel, seconds: float | None = None) -> dict[str, Any]:
+        left.append(seconds)
+        return receive(self, seconds)
+
+    with Judges(workers=1, deadline=2.0) as pool:
+        pool.start("verifier_examples:stops")
+        monkeypatch.setattr(Channel, "send", sends_slowly)
+        monkeypatch.setattr(Channel, "receive", receives)
+        assert ask(pool, "stops", responses="b") == [Failure("took over 2 s", silent=True)]
+    assert left[0] < 0.6
+
+
+def test_files_of_the_working_directory_are_no_modules_of_the_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "socket.py").write_text("raise SystemExit('not the one that was meant')\n")
+    monkeypatch.chdir(tmp_path)
+    with Judges(workers=1) as pool:
+        assert ask(pool, "sees_modules", responses="a") == [Verdict(0.0, True)]
+    monkeypatch.setattr(sys, "path", ["", "/elsewhere"])
+    assert worker_environment()["PYTHONPATH"] == f"{tmp_path}{os.pathsep}/elsewhere"
+
+
+def test_workers_see_gpus_only_if_the_configuration_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    for environment, seen in (((), ""), (("CUDA_VISIBLE_DEVICES",), "3")):
+        with Judges(workers=1, environment=environment) as pool:
+            assert ask(pool, "sees_gpus", responses="a") == [Failure(f"RuntimeError: {seen}")]
+
+
 # ---- secrets
 
 
@@ -111,7 +151,7 @@ def test_workers_see_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "a-secret" not in str(worker_environment())
     assert "MY_API_KEY" not in found.reason
     extra = {name for name in worker_environment() if name not in os.environ}
-    assert extra <= {"PYTHONPATH", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"}
+    assert extra <= {"CUDA_VISIBLE_DEVICES", "PYTHONPATH", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"}
 
 
 # ---- the trainer's end
@@ -194,6 +234,7 @@ def test_closing_leaves_no_process() -> None:
     ("name", "said"),
     [
         ("nowhere:check", "No module named 'nowhere'"),
+        ("maht", "did you mean 'math'?"),
         ("verifier_examples:shapes", "has no attribute 'shapes'"),
         ("verifier_examples:NOT_A_FUNCTION", "expected a function, found int"),
         ("verifier_broken:check", "NameError: name 'undefined' is not defined"),
@@ -235,7 +276,11 @@ def test_the_configuration_decides_workers_time_and_memory() -> None:
 def test_workers_are_shared_among_the_ranks_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_rl.rewards.judges.usable_cores", lambda: 64)
     assert default_workers() == 16
+    monkeypatch.setenv("WORLD_SIZE", "128")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert default_workers() == 8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "128")
     assert default_workers() == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
+    with pytest.raises(WorldError, match="LOCAL_WORLD_SIZE is '0'"):
+        default_workers()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from megatron_rl.data.sample import Prompt
-from megatron_rl.rewards.judges import Judges
+from megatron_rl.rewards.judges import Failure, Judges
 from megatron_rl.rewards.math import verify_math
 from megatron_rl.rewards.references import check_references
-from megatron_rl.rewards.registry import check_answer
+from megatron_rl.rewards.registry import UNCHECKED, RewardError, check_answer
 
 UNREADABLE = ["", " ", "\\"]
 
@@ -39,23 +39,60 @@ def test_the_arithmetic_verifier_refuses_what_any_or_no_response_would_match():
 def test_a_verifier_without_a_check_takes_every_answer_and_is_asked_once(monkeypatch):
     assert check_answer("verifier_examples:shaped", "") is None
     asked = []
-    judge = Judges.judge
+    check = Judges.check
     monkeypatch.setattr(
-        Judges, "judge", lambda self, name, answers: asked.extend(answers) or judge(self, name, answers)
+        Judges, "check", lambda self, name, prompts: asked.extend(prompts) or check(self, name, prompts)
     )
     assert check_references([prompt(answer, "verifier_examples:shaped") for answer in ("", "a", "b")]) == {}
-    assert [answer.prompt.answer for answer in asked] == [""]
+    assert [each.answer for each in asked] == [""]
 
 
 def test_references_are_checked_once_each_in_processes_of_their_own():
-    """One that ends its process, or raises, is as bad as one that is refused."""
+    """One for which the check raises is as bad as one that is refused. A user's may refuse numbers."""
     checked = "verifier_examples:checked"
-    prompts = [prompt(a, checked) for a in ("good", "bad", "bad", "dies", "raises", "7")] + [prompt("\\")]
+    prompts = [prompt(a, checked) for a in ("good", "bad", "bad", "raises", "7")] + [prompt("\\")]
     problems = check_references(prompts)
-    assert problems.keys() == {(checked, "bad"), (checked, "dies"), (checked, "raises"), ("math", "\\")}
+    assert problems.keys() == {(checked, "bad"), (checked, "raises"), (checked, "7"), ("math", "\\")}
     assert problems[checked, "bad"] == "'bad' is bad"
-    assert "its process ended" in problems[checked, "dies"]
     assert problems[checked, "raises"] == "KeyError: 'unit'"
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"), [("dies", "its process ended with exit status 3"), ("hangs", "took over 0.5 s")]
+)
+def test_a_check_of_a_users_that_does_not_answer_is_one_error_at_once(answer: str, said: str) -> None:
+    name = "verifier_examples:unanswering"
+    prompts = [prompt("good", name)] + [prompt(f"{answer}{n or ''}", name) for n in range(40)]
+    with pytest.raises(RewardError, match=f"verifier '{name}': its check_answer .*'{answer}'.*{said}"):
+        check_references(prompts, lambda: Judges(1, 0.5))
+
+
+def test_a_verifier_that_is_slow_to_import_is_waited_for(tmp_path, monkeypatch):
+    (tmp_path / "verifier_slow.py").write_text(
+        "import time\ntime.sleep(2)\ndef judge(prompt, response): ...\n"
+        "judge.check_answer = lambda answer: 'is bad' if answer == 'bad' else None\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    name = "verifier_slow:judge"
+    problems = check_references([prompt("good", name), prompt("bad", name)], lambda: Judges(1, 1.0))
+    assert problems == {(name, "bad"): "is bad"}
+
+
+def test_a_verifier_that_cannot_be_imported_is_an_error_and_no_bad_reference():
+    with pytest.raises(RewardError, match="No module named 'nowhere'"):
+        check_references([prompt("18", "nowhere:judge")])
+
+
+def test_a_reference_over_which_a_built_in_verifier_takes_too_long_is_not_refused(monkeypatch):
+    monkeypatch.setattr("megatron_rl.rewards.judges._Worker.ask", lambda *given: Failure("took over 1 s", silent=True))
+    assert check_references([prompt("x + 1"), prompt("x + 2")], lambda: Judges(1, 1.0)) == {}
+
+
+def test_only_plain_digits_are_taken_for_a_number(monkeypatch):
+    asked = []
+    monkeypatch.setattr(Judges, "check", lambda self, name, prompts: asked.extend(prompts) or [UNCHECKED])
+    check_references([prompt("18"), prompt("١٨")])
+    assert [each.answer for each in asked] == ["١٨"]
 
 
 def test_no_process_starts_for_plain_numbers(monkeypatch):

@@ -17,6 +17,7 @@ from config_files import write
 
 from megatron_rl.parity import _compare_server
 from megatron_rl.rollout.answers import RolloutError
+from megatron_rl.rollout.client import SGLangClient
 from megatron_rl.rollout.pool import read_api_key, wait_for_servers
 from megatron_rl.rollout.server import ServerError, free_ports
 
@@ -117,6 +118,50 @@ def test_parity_sends_the_key_and_a_server_that_repeats_it_does_not_get_it_print
     assert Refuses.keys == [f"Bearer {KEY}"]
     assert "your key was Bearer ***" in str(caught.value)
     assert KEY not in str(caught.value)
+
+
+class Repeats(Refuses):
+    """Answers with its `kind` and `content`, in both of which KEY stands for the request's key."""
+
+    status, kind, content = 200, "", ""
+
+    def do_GET(self) -> None:
+        key = self.headers["Authorization"].removeprefix("Bearer ")
+        content = self.content.replace("KEY", key).encode()
+        self.send_response(self.status)
+        self.send_header("Content-Type", self.kind.replace("KEY", key))
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "content"),
+    [
+        (200, "text/html", "KEY"),
+        (200, "KEY", "{}"),
+        (200, "text/html", 190 * " " + "KEY"),  # cut within it
+        (200, "application/json", "KEY"),
+        (200, "application/json", '{"success": false, "message": "KEY"}'),
+        (418, "text/html", "KEY"),
+        (418, "text/html", 490 * " " + "KEY"),
+    ],
+)
+def test_a_key_that_a_server_repeats_is_in_no_error(
+    monkeypatch: pytest.MonkeyPatch, status: int, kind: str, content: str
+) -> None:
+    for name, value in (("status", status), ("kind", kind), ("content", content)):
+        monkeypatch.setattr(Repeats, name, value)
+
+    async def ask(url: str) -> None:
+        async with SGLangClient(url, api_key=KEY) as client:
+            await client.model_info()
+
+    with HTTPServer(("127.0.0.1", 0), Repeats) as listening:
+        Thread(target=listening.handle_request, daemon=True).start()
+        with pytest.raises(RolloutError, match=r"\*\*\*") as caught:
+            asyncio.run(ask(f"http://127.0.0.1:{listening.server_port}"))
+    assert KEY[:8] not in str(caught.value)
 
 
 # ---- waiting for servers

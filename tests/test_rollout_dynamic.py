@@ -62,6 +62,12 @@ def test_accuracy_decides_and_not_the_reward(verdicts: list[tuple[float, bool]],
     assert Tally.of(group(0, *verdicts)).mixed is mixed
 
 
+def test_a_group_without_any_verdict_was_answered_neither_right_nor_wrong() -> None:
+    search = Search(DynamicSamplingConfig(), 1).after([Tally(0, 0, 0), Tally(1, 0, SIZE), Tally(2, SIZE, SIZE)])
+    figures = search.figures()
+    assert (figures["all_correct"], figures["all_wrong"], figures["prompts"]) == (1, 1, 3)
+
+
 # ---- the search --------------------------------------------------------------------------------------------------
 
 

@@ -60,7 +60,7 @@ def test_a_gpu_gets_the_stock_server_and_none_of_the_cpus_flags() -> None:
     command, environment = sglang_command(
         options(device="auto", dtype="bf16", tp=4, first_gpu=8, extra_flags=("--ep-size", "4")), has_gpu=True
     )
-    assert command[1:3] == ["-m", "megatron_rl.rollout.sglang_launch"]
+    assert command[1:4] == ["-P", "-m", "megatron_rl.rollout.sglang_launch"]
     assert command[-2:] == ["--ep-size", "4"]
     found = flags(command)
     assert (found["--dtype"], found["--tp"], found["--base-gpu-id"]) == ("bfloat16", "4", "8")
@@ -71,7 +71,7 @@ def test_a_gpu_gets_the_stock_server_and_none_of_the_cpus_flags() -> None:
 @pytest.mark.parametrize(("device", "has_gpu"), [("auto", False), ("cpu", True), ("cpu", False)])
 def test_a_cpu_gets_the_cpu_layer(device: str, has_gpu: bool) -> None:
     command, environment = sglang_command(options(device=device, dtype="fp32", tp=2, threads=8), has_gpu)
-    assert command[1:3] == ["-m", "megatron_rl.rollout.sglang_cpu"]
+    assert command[1:4] == ["-P", "-m", "megatron_rl.rollout.sglang_cpu"]
     found = flags(command)
     assert (found["--device"], found["--attention-backend"]) == ("cpu", "torch_native")
     assert found["--dtype"] == "float32"
@@ -239,6 +239,16 @@ def test_the_whole_family_ends_with_the_parent(number: signal.Signals) -> None:
 
 def test_the_tether_ends_with_the_status_of_its_command() -> None:
     child = server_module._start([sys.executable, "-c", "raise SystemExit(7)"], {}, output=None)
+    assert child.wait(20) == 7
+
+
+def test_files_of_the_working_directory_are_no_modules_of_the_tether(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "socket.py").write_text("raise SystemExit(3)\n")
+    (tmp_path / "threading.py").write_text("raise SystemExit(3)\n")
+    monkeypatch.chdir(tmp_path)
+    child = server_module._start([sys.executable, "-c", "raise SystemExit(7)"], {"PYTHONPATH": ROOT}, output=None)
     assert child.wait(20) == 7
 
 

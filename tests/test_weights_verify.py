@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_rl.config.schema import WeightsConfig
-from megatron_rl.rollout.answers import RolloutError
+from megatron_rl.data.sample import VersionSpan
+from megatron_rl.models.architecture import read_architecture
+from megatron_rl.rollout.answers import Completion, RolloutError
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.weights.collective import CollectiveRoute, WeightSyncError, _cut, _open_sockets, wait_for
 from megatron_rl.weights.disk import DiskRoute
 from megatron_rl.weights.sync import bound_of
-from megatron_rl.weights.verify import Answer, Asked, verify
+from megatron_rl.weights.verify import Answer, Asked, ask_servers, verify
 
 RNG = np.random.default_rng(0)
 EXPECTED = [-3.0 * RNG.random(9).astype(np.float32) for _ in range(2)]
@@ -36,7 +40,14 @@ def asked(scored: float = 0.0, sampled: float = 0.0, one_token: float = 0.0, **c
         answers.append(Answer(url, [0] * 10, served))
     scores = {"a": [e.tolist() for e in EXPECTED], "b": [(e - scored).tolist() for e in EXPECTED]}
     return Asked(
-        **{"scores": scores, "answers": answers, "checksums": {"a": "x", "b": "x"}, "is_fp32": True, **changes}
+        **{
+            "scores": scores,
+            "answers": answers,
+            "checksums": {"a": "x", "b": "x"},
+            "forms": {"a": (1, "float32"), "b": (1, "float32")},
+            "are_exact": True,
+            **changes,
+        }
     )
 
 
@@ -71,9 +82,65 @@ def test_what_it_does_not_is_an_error_that_names_the_server(found: Asked, bound:
 
 def test_the_bound_lets_honest_bf16_servers_of_an_fp32_engine_pass() -> None:
     unset = WeightsConfig()
-    assert bound_of(unset, "fp32", servers_are_fp32=True) == 1e-5
-    assert bound_of(unset, "fp32", servers_are_fp32=False) == bound_of(unset, "bf16", servers_are_fp32=True) == 0.1
-    assert bound_of(WeightsConfig(verify_bound=0.3), "fp32", servers_are_fp32=True) == 0.3
+    assert (bound_of(unset, exact=True), bound_of(unset, exact=False)) == (1e-5, 0.1)
+    assert bound_of(WeightsConfig(verify_bound=0.3), exact=True) == 0.3
+
+
+@pytest.mark.parametrize("form", [(2, "float32"), (1, "bfloat16")])
+def test_checksums_are_compared_among_servers_that_hold_the_weights_alike(form: tuple[int, str]) -> None:
+    """SGLang's checksum of equal weights depends on how they are cut and rounded."""
+    check(asked(checksums={"a": "x", "b": "y"}, forms={"a": (1, "float32"), "b": form}))
+    with pytest.raises(WeightSyncError, match="different weights"):
+        check(asked(checksums={"a": "x", "b": "y"}, forms={"a": form, "b": form}))
+
+
+def test_a_refusal_names_the_key_that_lets_coarser_kernels_pass() -> None:
+    for found in (asked(scored=0.3), asked(sampled=0.3)):
+        with pytest.raises(WeightSyncError, match=r"raise weights\.verify_bound"):
+            check(found)
+
+
+class Served:
+    """Of a client only what a verification asks of it; the first `aborts` answers are aborted and empty."""
+
+    url, deadline = "http://a:1", 10.0
+
+    def __init__(self, aborts: int = 0, **info: Any) -> None:
+        self.aborts, self.info = aborts, {"tp_size": 1, "dtype": "float32", "device": "cpu", **info}
+
+    async def generate(self, token_ids: Sequence[int], **given: Any) -> Completion:
+        self.aborts -= 1
+        if self.aborts >= 0:
+            return Completion((), (), "abort", (), "")
+        return Completion((5,), (-1.0,), "stop", (VersionSpan(1, 0, 1),), "")
+
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        return [-1.0] * (len(token_ids) - 1)
+
+    async def weights_checksum(self) -> str:
+        return "x"
+
+    async def server_info(self) -> dict[str, Any]:
+        return self.info
+
+
+def ask(served: Served, directory: Path) -> Asked:
+    return asyncio.run(ask_servers([served], read_architecture(directory), 1.0, 1))  # type: ignore[list-item]
+
+
+def test_an_aborted_answer_is_sampled_again_and_a_server_that_aborts_all_is_named(tiny_model_dir: Path) -> None:
+    assert [answer.logprobs for answer in ask(Served(aborts=2), tiny_model_dir).answers] == [[-1.0]] * 4
+    with pytest.raises(RolloutError, match=r"^http://a:1: .*the server aborted it 3 times"):
+        ask(Served(aborts=99), tiny_model_dir)
+
+
+@pytest.mark.parametrize(
+    ("info", "exact"), [({}, True), ({"device": "cuda"}, False), ({"dtype": "bfloat16"}, False), ({"tp_size": 2}, True)]
+)
+def test_only_fp32_on_a_cpu_is_exact(tiny_model_dir: Path, info: dict[str, Any], exact: bool) -> None:
+    found = ask(Served(**info), tiny_model_dir)
+    assert found.are_exact is exact
+    assert found.forms == {"http://a:1": (info.get("tp_size", 1), info.get("dtype", "float32"))}
 
 
 # ---- waiting
@@ -140,6 +207,21 @@ def test_a_run_resumed_from_an_older_step_keeps_what_it_has_just_written(tiny_mo
         assert route.push(weights, version) > 100_000
         kept.append(sorted(int(path.name.removeprefix("version-")) for path in tmp_path.iterdir()))
     assert kept == [[5], [5, 6], [6, 7], [3], [3, 4]]
+    loop.close()
+
+
+def test_an_old_version_that_cannot_be_removed_does_not_end_the_run(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: Any, **keywords: Any) -> None:
+        raise OSError("stale file handle")
+
+    loop = BackgroundLoop()
+    route = DiskRoute([Reads()], loop, tmp_path, tiny_model_dir, torch.float32, 60.0)  # type: ignore[list-item]
+    weights = [list(load_file(tiny_model_dir / "model.safetensors").items())]
+    route.push(weights, 1)
+    monkeypatch.setattr("os.rmdir", fails)
+    assert route.push(weights, 3) > 100_000
     loop.close()
 
 

@@ -62,12 +62,31 @@ def checked(prompt: Prompt, response: str) -> Verdict:
 def check_answer(answer: str) -> str | None:
     if answer == "dies":
         os._exit(3)
+    if answer == "7":
+        return "is a number"
     if answer == "raises":
         raise KeyError("unit")
     return "'bad' is bad" if answer == "bad" else None
 
 
 checked.check_answer = check_answer
+
+
+def unanswering(prompt: Prompt, response: str) -> Verdict:
+    return Verdict(0.0, False)
+
+
+def dies_or_hangs(answer: str) -> str | None:
+    if answer == "hangs":
+        time.sleep(600)
+    return check_answer(answer)
+
+
+unanswering.check_answer = dies_or_hangs
+
+
+def sees_gpus(prompt: Prompt, response: str) -> Verdict:
+    raise RuntimeError(os.environ.get("CUDA_VISIBLE_DEVICES", "unset"))
 
 
 def raises_what_it_is_told(prompt: Prompt, response: str) -> Verdict:

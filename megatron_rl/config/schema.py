@@ -328,8 +328,8 @@ class WeightsConfig(Frozen):
     verify: NonNegativeInt = 0
     """Every N-th sync is verified against the servers; 0: the first alone, which always is."""
     verify_bound: Positive | None = None
-    """Largest |log-prob difference| on the probe, and largest mean one on what a server samples; null: 1e-5 where
-    engine and servers are fp32, 0.1 otherwise."""
+    """Largest |log-prob difference| on the probe, and largest mean one on what a server samples; null: 1e-5 if
+    engine and servers compute in fp32 on a CPU, else 0.1."""
     timeout: Seconds = 600.0
 
 

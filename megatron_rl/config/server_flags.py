@@ -75,22 +75,27 @@ UNROUTED_BACKENDS = ("auto", "flashinfer_trtllm", "experimental_sgl_trtllm", "fl
 
 def flags_among(given: Sequence[str], flags: Sequence[str]) -> Iterator[str]:
     """Those of `flags` that `given` sets: as `--flag value`, as `--flag=value`, with _ for -, or by an abbreviation."""
-    written = {text.partition("=")[0].replace("_", "-") for text in given if text.startswith("--")}
     for flag in flags:
-        if flag in written or any(
-            flag.startswith(text) and text not in WHOLE_FLAGS and text != "--" for text in written
-        ):
+        if any(_sets(text, flag) for text in given):
             yield flag
 
 
 def flag_value(flags: Sequence[str], name: str) -> str | None:
-    """Value of the last `name VALUE` or `name=VALUE`; None without one."""
+    """Value of the last `name VALUE` or `name=VALUE`, with _ for - or abbreviated as well; None without one."""
     value = None
     for flag, following in itertools.zip_longest(flags, flags[1:]):
-        key, equals, rest = flag.partition("=")
-        if key == name:
+        if _sets(flag, name):
+            _, equals, rest = flag.partition("=")
             value = rest if equals else following
     return value
+
+
+def _sets(text: str, flag: str) -> bool:
+    """Whether SGLang takes `text` for `flag`."""
+    written = text.partition("=")[0].replace("_", "-")
+    if written == flag:
+        return True
+    return written.startswith("--") and written != "--" and written not in WHOLE_FLAGS and flag.startswith(written)
 
 
 def check_server_flags(config: Config) -> Iterator[str]:

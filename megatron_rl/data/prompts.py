@@ -54,11 +54,6 @@ class PromptDataset:
         prompt = self._prompts[index]
         return dataclasses.replace(prompt, token_ids=tuple(self._encode(prompt.text)))
 
-    @property
-    def verifiers(self) -> frozenset[str]:
-        """All that the prompts name, so that a misspelt one is found before the first rollout."""
-        return frozenset(prompt.verifier for prompt in self._prompts)
-
     def take(self, cursor: PromptCursor, count: int) -> tuple[list[Prompt], PromptCursor]:
         """The next `count` prompts, over the ends of epochs, and the cursor after them."""
         indexes, cursor = take_indexes(len(self), cursor, count)

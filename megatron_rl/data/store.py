@@ -24,7 +24,7 @@ from typing import Annotated, Any, BinaryIO, Literal
 import numpy as np
 import orjson
 import safetensors.numpy
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from megatron_rl.data.sample import FinishReason, Group, Prompt, Sample, Verdict, VersionSpan
 from megatron_rl.errors import UserError
@@ -34,6 +34,9 @@ LOWEST = float(np.finfo(np.float32).min)
 PROBE_BYTES = 1 << 16
 PAYS = 0.8
 """A trace is compressed when its first PROBE_BYTES shrink to less than this: up to some 64 experts."""
+
+TRACE_BYTES, TRACE_BYTES_PER_TOKEN = 1 << 20, 1 << 15
+"""A trace holds no more: some 256 MoE layers of 64 experts a token, two bytes each."""
 
 _SEAL = re.compile(rb'(.*),"checksum":"([0-9a-f]{32})"\}\n', re.DOTALL)
 
@@ -78,7 +81,7 @@ def _write_trace(trace: RoutingTrace) -> str:
     return "raw:" + base64.b64encode(data).decode()
 
 
-def _read_trace(written: object) -> object:
+def _read_trace(written: object, info: ValidationInfo) -> object:
     """Raises ValueError. What is no text is left for pydantic to refuse."""
     if not isinstance(written, str):
         return written
@@ -87,10 +90,22 @@ def _read_trace(written: object) -> object:
         raise TraceError(f"found {written!r:.20}; expected raw:... or zlib:...")
     try:
         data = base64.b64decode(text, validate=True)
-        data = zlib.decompress(data) if form == "zlib" else data
+        data = _decompress(data, len(info.data.get("token_ids", ()))) if form == "zlib" else data
     except (ValueError, zlib.error) as error:
         raise TraceError(f"found text that is no {form} data ({error})") from None
     return RoutingTrace.from_bytes(data)
+
+
+def _decompress(data: bytes, tokens: int) -> bytes:
+    """Raises ValueError for data that grow beyond what so many tokens' experts can be, before they fill the memory."""
+    most = TRACE_BYTES + TRACE_BYTES_PER_TOKEN * tokens
+    stream = zlib.decompressobj()
+    found = stream.decompress(data, most + 1)
+    if len(found) > most:
+        raise ValueError(f"it grows beyond {most} bytes, too many for {tokens} tokens")
+    if not stream.eof:
+        raise ValueError("it is cut off")
+    return found
 
 
 class _SampleRecord(_Record):

@@ -14,6 +14,7 @@ import queue
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ from megatron_rl.data.sample import Prompt, Verdict
 from megatron_rl.rewards import keeper
 from megatron_rl.rewards.channel import Channel, ChannelError, ChannelTimeoutError
 from megatron_rl.rewards.registry import VERIFIERS, RewardError
+from megatron_rl.world import read_world
 
 if TYPE_CHECKING:  # workers import this package, and need no pydantic
     from megatron_rl.config.schema import Config, RewardConfig
@@ -35,6 +37,7 @@ START_SECONDS = 120.0
 _END_SECONDS = 30.0
 _MOST_WORKERS = 16
 _ENVIRONMENT = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "TMPDIR", "TZ", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
+_GPUS = "CUDA_VISIBLE_DEVICES"
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -45,16 +48,23 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """In place of an Answer: the prompt's reference answer is to be checked."""
+
+    prompt: Prompt
+
+
+@dataclass(frozen=True)
 class Failure:
     """No verdict: the verifier raised, or its process took too long or ended."""
 
     reason: str
+    silent: bool = False  # its process took too long or ended
 
 
 def default_workers() -> int:
-    """Cores that this trainer rank may use, but not over 16."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's
-    return max(1, min(_MOST_WORKERS, usable_cores() // ranks))
+    """Cores that this trainer rank may use, but not over 16. Raises WorldError."""
+    return max(1, min(_MOST_WORKERS, usable_cores() // read_world().local_size))
 
 
 class Judges:
@@ -88,20 +98,14 @@ class Judges:
 
     def judge(self, verifier: str, answers: Sequence[Answer]) -> list[Verdict | Failure]:
         """Raises RewardError when the verifier does not exist or its process does not start."""
-        pool = self._pool(verifier, min(self._workers, len(answers)))
-        idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-        for worker in pool:
-            idle.put(worker)
+        return self._each(verifier, answers)
 
-        def ask(answer: Answer) -> Verdict | Failure:
-            worker = idle.get()
-            try:
-                return worker.ask(answer, self._deadline)
-            finally:
-                idle.put(worker)
+    def check(self, verifier: str, prompts: Sequence[Prompt]) -> list[Verdict | Failure]:
+        """CHECKED, UNCHECKED or a Failure for each prompt's reference answer.
 
-        with ThreadPoolExecutor(len(pool) or 1) as threads:
-            return list(threads.map(ask, answers))
+        Raises RewardError as `judge` does, and at once when the process of a user's verifier takes too long or ends.
+        """
+        return self._each(verifier, [Reference(prompt) for prompt in prompts])
 
     def close(self) -> None:
         for worker in (worker for pool in self._pools.values() for worker in pool):
@@ -116,11 +120,40 @@ class Judges:
     ) -> None:
         self.close()
 
+    def _each(self, verifier: str, questions: Sequence[Answer] | Sequence[Reference]) -> list[Verdict | Failure]:
+        pool = self._pool(verifier, min(self._workers, len(questions)))
+        idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for worker in pool:
+            idle.put(worker)
+
+        def ask(question: Answer | Reference) -> Verdict | Failure:
+            worker = idle.get()
+            try:
+                result = worker.ask(question, self._deadline)
+            finally:
+                idle.put(worker)
+            if isinstance(question, Reference) and isinstance(result, Failure) and result.silent:
+                _check_user(verifier, question.prompt, result)
+            return result
+
+        with ThreadPoolExecutor(len(pool) or 1) as threads:
+            return list(threads.map(ask, questions))  # the first that raises cancels those that have not begun
+
     def _pool(self, verifier: str, workers: int) -> list[_Worker]:
         pool = self._pools.setdefault(verifier, [])
         while len(pool) < workers:
             pool.append(_Worker(verifier, self._memory_mib, self._environment))
         return pool
+
+
+def _check_user(verifier: str, prompt: Prompt, failure: Failure) -> None:
+    """Raises RewardError for a user's verifier: what ends one check may end them all, each after reward.timeout."""
+    if verifier not in VERIFIERS:
+        raise RewardError(
+            f"verifier {verifier!r}: its check_answer has not answered for the reference {prompt.answer[:100]!r} of "
+            f"prompt {prompt.id!r}: {failure.reason}; fix it, or raise reward.timeout or "
+            "reward.memory_mib if it needs more"
+        )
 
 
 def check_verifier(config: Config) -> None:
@@ -142,9 +175,11 @@ def worker_environment(allowed: Sequence[str] = ()) -> dict[str, str]:
     """The variables that a worker sees: an allow-list, since keys and tokens have any name."""
     named = {name: value for name, value in os.environ.items() if name in _ENVIRONMENT or name.startswith("LC_")}
     chosen = {name: os.environ[name] for name in allowed if name in os.environ}
+    # The GPUs are the trainer's and the servers'.
+    gpus = {} if _GPUS in allowed else {_GPUS: ""}
     # A user's verifier is found wherever this process finds it.
-    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    return {**named, **dict.fromkeys(_THREADS, "1"), **chosen, **path}
+    path = {"PYTHONPATH": os.pathsep.join(directory or os.getcwd() for directory in sys.path)}
+    return {**named, **dict.fromkeys(_THREADS, "1"), **gpus, **chosen, **path}
 
 
 class _Worker:
@@ -161,7 +196,8 @@ class _Worker:
         ours, theirs = socket.socketpair()
         self._channel = Channel(ours)
         descriptor = theirs.fileno()
-        worker = [sys.executable, "-m", "megatron_rl.rewards.worker"]
+        # -P: else a queue.py where the trainer was started would stand in for Python's own.
+        worker = [sys.executable, "-P", "-m", "megatron_rl.rewards.worker"]
         arguments = [self._verifier, str(descriptor), str(self._memory_mib)]
         self._process = subprocess.Popen(
             [sys.executable, "-ISs", str(Path(keeper.__file__)), str(descriptor), *worker, *arguments],
@@ -184,15 +220,18 @@ class _Worker:
             self._process.kill()
             self._process.wait()
 
-    def ask(self, answer: Answer, deadline: float) -> Verdict | Failure:
+    def ask(self, question: Answer | Reference, seconds: float) -> Verdict | Failure:
+        """`seconds` are for sending and receiving together, and begin once the verifier is imported."""
         self.wait_until_ready()
         number = next(self._numbers)
+        deadline = time.monotonic() + seconds
         try:
-            self._channel.send({"id": number, **asdict(answer)}, deadline)
-            reply = self._channel.receive(deadline)
+            self._channel.send({"id": number, **asdict(question)}, seconds)
+            reply = self._channel.receive(deadline - time.monotonic())
             return _result(reply, number)
         except ChannelError as error:
-            failure = Failure(self._said(error))
+            told = f"took over {seconds:g} s" if isinstance(error, ChannelTimeoutError) else self._said(error)
+            failure = Failure(told, silent=True)
             self.stop()
             self._start()
             return failure

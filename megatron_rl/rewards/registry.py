@@ -18,6 +18,10 @@ VERIFIERS = {
 }
 
 
+CHECKED, UNCHECKED = Verdict(1.0, True), Verdict(0.0, False)
+"""What stands for the verdict where a reference answer is checked."""
+
+
 class RewardError(UserError):
     """A verifier that does not exist, fails, or gives a reward that cannot be used; names verifier and prompt."""
 
@@ -46,6 +50,18 @@ def check_answer(name: str, answer: str) -> str | None:
     """
     check = getattr(get_verifier(name), "check_answer", None)
     return None if check is None else check(answer)
+
+
+def call_check(verifier: Verifier, answer: str) -> Verdict:
+    """CHECKED, or UNCHECKED for a verifier without a check. Raises what the check raises, and ValueError with what is
+    wrong with the reference answer."""
+    check = getattr(verifier, "check_answer", None)
+    if check is None:
+        return UNCHECKED
+    problem = check(answer)
+    if problem is not None:
+        raise ValueError(problem)
+    return CHECKED
 
 
 def call_verifier(verifier: Verifier, prompt: Prompt, response: str) -> Verdict:

@@ -2,8 +2,8 @@
 
     python -m megatron_rl.rewards.worker VERIFIER DESCRIPTOR MEMORY_MIB
 
-DESCRIPTOR is its end of the protocol's socket; MEMORY_MIB bounds its address space, and 0 does not. What the verifier
-prints goes to standard error.
+It imports the verifier before it says that it is ready. DESCRIPTOR is its end of the protocol's socket; MEMORY_MIB
+bounds its address space, and 0 does not. What the verifier prints goes to standard error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_rl.data.sample import Prompt
 from megatron_rl.rewards.channel import Channel, ChannelError
-from megatron_rl.rewards.registry import RewardError, Verifier, call_verifier, get_verifier
+from megatron_rl.rewards.registry import RewardError, Verifier, call_check, call_verifier, get_verifier
 
 PR_SET_PDEATHSIG = 1
 _REASON = 500  # characters of an exception that are told
@@ -47,7 +47,10 @@ def _reply(verifier: Verifier, message: dict[str, Any]) -> dict[str, Any]:
     fields = message["prompt"]
     prompt = Prompt(**{**fields, "token_ids": tuple(fields["token_ids"])})
     try:
-        verdict = call_verifier(verifier, prompt, message["response"])
+        if "response" in message:
+            verdict = call_verifier(verifier, prompt, message["response"])
+        else:
+            verdict = call_check(verifier, prompt.answer)
     except BaseException as error:  # SystemExit too: it is one answer's, and not the run's
         return {"error": _said(error)}
     return {"reward": verdict.reward, "correct": verdict.correct}

@@ -258,15 +258,15 @@ class SGLangClient:
         answered = await self._send("GET" if body is None else "POST", path, body, once)
         kind = answered.headers.get("Content-Type", "none")
         if kind.partition(";")[0].strip().lower() != "application/json":
-            found = f"found content of type {kind!r:.80}: {answered.content[:200]!r}"
+            found = f"found content of type {self._told(kind)!r:.80}: {self._told(answered.text)[:200]!r}"
             raise RolloutError(f"{self.url}{path}: {found}; expected: application/json")
         try:
             answer = orjson.loads(answered.content)
         except orjson.JSONDecodeError as error:
-            content = answered.content[:200]
+            content = self._told(answered.text)[:200]
             raise RolloutError(f"{self.url}{path}: the answer is not JSON ({error}): {content!r}") from None
         if isinstance(answer, dict) and answer.get("success") is False:
-            raise RolloutError(f"{self.url}{path}: refused: {answer.get('message')}")
+            raise RolloutError(f"{self.url}{path}: refused: {self._told(str(answer.get('message')))}")
         return answer
 
     async def _send(self, method: str, path: str, body: Mapping[str, Any] | None, once: bool) -> httpx.Response:
@@ -309,8 +309,9 @@ class SGLangClient:
         if answer.status_code in HEALING_STATUS:
             raise _Healing(f"status {answer.status_code}", reached=True)
         if answer.status_code != 200:
-            told = answer.text[:500]
-            if self._api_key:  # a server may repeat what it was sent
-                told = told.replace(self._api_key, "***")
-            raise RolloutError(f"{self.url}{path}: status {answer.status_code}: {told}")
+            raise RolloutError(f"{self.url}{path}: status {answer.status_code}: {self._told(answer.text)[:500]}")
         return answer
+
+    def _told(self, text: str) -> str:
+        """What a server says, without the key: it may repeat what it was sent."""
+        return text.replace(self._api_key, "***") if self._api_key else text

@@ -96,7 +96,8 @@ class Search:
         return [dataclasses.replace(group, index=places[group.index]) for group in groups if group.index in places]
 
     def figures(self) -> dict[str, float]:
-        """prompts = kept + surplus + all_correct + all_wrong; surplus are mixed groups beyond those wanted."""
+        """prompts = kept + surplus + all_correct + all_wrong + groups without a verdict; surplus are mixed groups
+        beyond those wanted."""
         kept = min(self.wanted, len(self._mixed))
         return {
             "prompts": float(len(self.tallies)),
@@ -113,11 +114,11 @@ class Search:
 
     @property
     def _all_wrong(self) -> int:
-        return sum(tally.correct == 0 for tally in self.tallies)
+        return sum(tally.correct == 0 < tally.samples for tally in self.tallies)
 
     @property
     def _all_correct(self) -> int:
-        return len(self.tallies) - len(self._mixed) - self._all_wrong
+        return sum(0 < tally.correct == tally.samples for tally in self.tallies)
 
     def _too_few(self) -> str:
         other = "harder" if self._all_correct > self._all_wrong else "easier"

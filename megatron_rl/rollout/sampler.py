@@ -48,7 +48,7 @@ class _Spread:
         """Raises RolloutError when no complete answer could be had."""
         async with self._slots:
             client = self._home(group)
-            completion = await _complete(client, prompt, seed, self._sampling)
+            completion = await complete(client, prompt, seed, self._sampling)
             self._to_come[client] -= 1
             return completion
 
@@ -61,7 +61,7 @@ class _Spread:
         return self._homes[group]
 
 
-async def _complete(client: SGLangClient, prompt: Prompt, seed: int, sampling: Sampling) -> Completion:
+async def complete(client: SGLangClient, prompt: Prompt, seed: int, sampling: Sampling) -> Completion:
     """A response that ended by itself or at its longest; an aborted one is sampled anew, within one deadline."""
     where = f"{client.url}: prompt {prompt.id!r}"
     try:

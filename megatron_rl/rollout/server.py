@@ -117,7 +117,8 @@ def sglang_command(options: ServerOptions, has_gpu: bool) -> tuple[list[str], di
     switches = ["--sleep-on-idle"] if on_cpu else []
     if options.return_routed_experts:
         switches.append(SERVER_FLAG)
-    return [sys.executable, "-m", module, *arguments, *switches, *options.extra_flags], environment
+    # -P: modules are never those of the directory in which the trainer was started.
+    return [sys.executable, "-P", "-m", module, *arguments, *switches, *options.extra_flags], environment
 
 
 def _on_cpu(options: ServerOptions, has_gpu: bool) -> bool:
@@ -234,7 +235,7 @@ def free_ports(count: int) -> list[int]:
 def _start(command: list[str], environment: dict[str, str], output: BinaryIO | None) -> subprocess.Popen[bytes]:
     inherited = {name: value for name, value in os.environ.items() if name not in TORCHRUN_VARIABLES}
     return subprocess.Popen(
-        [sys.executable, "-m", "megatron_rl.rollout.tether", *command],
+        [sys.executable, "-P", "-m", "megatron_rl.rollout.tether", *command],
         env={**inherited, **environment},
         stdin=subprocess.PIPE,  # never written to; see megatron_rl.rollout.tether
         stdout=output,

@@ -5,6 +5,8 @@
 `megatron_rl.rollout.server` writes that command. SGLang takes a key as an argument only, which everyone on the machine
 can read, and prints all its settings at its start. Here the key comes in an environment variable, which is gone before
 SGLang starts its processes, and is set where SGLang would have put the argument, as text that does not print itself.
+Linux still shows the environment that this process and its tether were started with in /proc/PID/environ, to processes
+of the same user and to root: the key is kept from other users, and from nobody who runs code as this one.
 SGLang's processes are spawned, and import this module again as `__mp_main__`: then nothing happens.
 """
 

@@ -58,7 +58,7 @@ class DiskRoute:
         kept = {f"version-{number:06d}" for number in (version - 1, version)}
         for other in self._directory.glob("version-*"):
             if other.name not in kept:
-                shutil.rmtree(other)
+                shutil.rmtree(other, ignore_errors=True)  # the sync is done; the next one tries again
         return sum(file.stat().st_size for file in target.glob("*.safetensors"))
 
     def close(self) -> None: ...

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_rl.config.schema import EngineDtype, WeightsConfig
+from megatron_rl.config.schema import WeightsConfig
 from megatron_rl.engine.exchange import together
 from megatron_rl.engine.policy import Policy
 from megatron_rl.rollout.source import Leader
@@ -71,7 +71,8 @@ class WeightSync:
         result = None
         with together(policy.place.control):
             if asked is not None and expected is not None and sampled is not None:
-                bound = bound_of(self._config, policy.engine.dtype, asked.is_fp32)
+                exact = policy.engine.dtype == "fp32" and policy.device.type == "cpu" and asked.are_exact
+                bound = bound_of(self._config, exact)
                 result = verify(asked, expected, sampled, bound, temperature)
         if result is None:
             return {}
@@ -82,6 +83,7 @@ class WeightSync:
         }
 
 
-def bound_of(config: WeightsConfig, engine_dtype: EngineDtype, servers_are_fp32: bool) -> float:
-    """weights.verify_bound, or what honest rounding stays below."""
-    return config.verify_bound or (1e-5 if engine_dtype == "fp32" and servers_are_fp32 else 0.1)
+def bound_of(config: WeightsConfig, exact: bool) -> float:
+    """weights.verify_bound, or what honest rounding stays below. `exact`: trainer and servers compute in fp32 on a
+    CPU."""
+    return config.verify_bound or (1e-5 if exact else 0.1)

@@ -1,5 +1,5 @@
 """Proof that a sync arrived: the servers' log-probs of fixed tokens, and of tokens that they sample, against the
-trainer's, and equal checksums.
+trainer's, and equal checksums of servers that hold the weights alike.
 
 The two comparisons find different faults. Fixed tokens are scored untempered, so they show the weights alone; sampled
 tokens have the log-probs that importance ratios are made of, at the run's temperature, which a server can be set to
@@ -21,6 +21,7 @@ from megatron_rl.engine.exchange import broadcast_bytes
 from megatron_rl.engine.policy import Policy
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.rollout.client import SGLangClient
+from megatron_rl.rollout.sampler import Sampling, complete
 from megatron_rl.weights.collective import WeightSyncError
 
 PROBE_SEQUENCES, PROBE_TOKENS = 4, 48
@@ -42,7 +43,8 @@ class Asked:
     scores: dict[str, list[list[float]]]  # by URL: for each sequence of the probe its log-probs of tokens 1..
     answers: list[Answer]
     checksums: dict[str, str]  # by URL
-    is_fp32: bool  # all of them
+    forms: dict[str, tuple[int, str]]  # by URL: tp_size and dtype, which change the checksum of equal weights
+    are_exact: bool  # all of them compute in fp32 on a CPU: a GPU may round fp32 to TF32
 
 
 @dataclass(frozen=True)
@@ -96,13 +98,8 @@ async def ask_servers(clients: Sequence[SGLangClient], arch: Architecture, tempe
 
     async def sample(client: SGLangClient, prompt: list[int]) -> Answer:
         longest = max(1, len(sequences[0]) - len(prompt))
-        completion = await client.generate(
-            prompt,
-            max_new_tokens=longest,
-            temperature=temperature,
-            vocab_size=arch.vocab_size,
-            versions=frozenset({version}),
-        )
+        sampling = Sampling(1, longest, temperature, 1, arch.vocab_size, frozenset({version}))
+        completion = await complete(client, Prompt("probe", "", tuple(prompt), "", ""), 0, sampling)
         return Answer(client.url, [*prompt, *completion.token_ids], list(completion.logprobs))
 
     async def score(client: SGLangClient) -> list[list[float]]:
@@ -119,7 +116,8 @@ async def ask_servers(clients: Sequence[SGLangClient], arch: Architecture, tempe
         dict(zip(urls, scores, strict=True)),
         answers,
         dict(zip(urls, checksums, strict=True)),
-        all(info.get("dtype") == "float32" for info in infos),
+        {url: (info.get("tp_size", 1), str(info.get("dtype"))) for url, info in zip(urls, infos, strict=True)},
+        all((info.get("dtype"), info.get("device")) == ("float32", "cpu") for info in infos),
     )
 
 
@@ -144,11 +142,14 @@ def verify(
             raise WeightSyncError(
                 f"{url}: log-probs of the probe differ from the trainer's by up to {gaps.max():.3g} "
                 f"(mean {gaps.mean():.3g}), more than weights.verify_bound {bound:g}; its weights are not the "
-                "trainer's: does it serve a model of another shape than model.path?"
+                "trainer's: does it serve a model of another shape than model.path? If it is the same model on kernels "
+                "that round more coarsely, raise weights.verify_bound"
             )
         differences.append(gaps)
-    if len(set(asked.checksums.values())) > 1:
-        raise WeightSyncError(f"servers hold different weights, by checksum: {asked.checksums}")
+    for form in set(asked.forms.values()):
+        alike = {url: checksum for url, checksum in asked.checksums.items() if asked.forms[url] == form}
+        if len(set(alike.values())) > 1:
+            raise WeightSyncError(f"servers hold different weights, by checksum: {alike}")
     worst = 0.0
     for url in asked.scores:
         pairs = [
@@ -164,7 +165,8 @@ def verify(
                 f"{url}: log-probs of what it sampled at rollout.temperature {temperature:g} differ from the "
                 f"trainer's by {mean:.3g} in the mean, more than weights.verify_bound {bound:g} allows, though its "
                 "weights are right: it reports others than those it samples from. Start it without "
-                "SGLANG_RETURN_ORIGINAL_LOGPROB and without sampling defaults or logit processors of its own"
+                "SGLANG_RETURN_ORIGINAL_LOGPROB and without sampling defaults or logit processors of its own, or raise "
+                "weights.verify_bound if its kernels only round more coarsely"
             )
         worst = max(worst, mean)
     everything = np.concatenate(differences)
