@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import orjson
 
 from megatron_rl.config.schema import Config, DynamicSamplingConfig
-from megatron_rl.config.sources import ConfigError
 from megatron_rl.data.prompts import PromptCursor, PromptDataset
 from megatron_rl.data.sample import Group
 from megatron_rl.data.store import write_groups
@@ -20,6 +19,7 @@ from megatron_rl.engine.distribute import MiniBatch
 from megatron_rl.engine.exchange import all_gather_bytes, broadcast_bytes, together
 from megatron_rl.engine.manifest import State
 from megatron_rl.engine.routes import RouteExchange, valid_rows
+from megatron_rl.errors import UserError
 from megatron_rl.lab.metrics import ROLLOUT, overlong_metrics, rollout_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.objectives.custom import get_objective
@@ -104,7 +104,7 @@ class Session:
     def _groups(self) -> tuple[list[Group], list[Group], dict[str, float]]:
         """All groups that were sampled, those to train on, and figures of the choice.
 
-        Raises ConfigError, on every rank and with a checkpoint of the steps before, if the groups cannot be had, and
+        Raises UserError, on every rank and with a checkpoint of the steps before, if the groups cannot be had, and
         Stopped if the run is to stop: the groups of this step are then sampled once more on resume.
         """
         config, start = self.config.rollout, self._cursor
@@ -118,7 +118,7 @@ class Session:
                 return groups, groups, {}
             sampled, search = self._search(config.dynamic_sampling)
             return sampled, search.keep(sampled), search.figures()
-        except (ConfigError, Interrupted) as error:
+        except (UserError, Interrupted) as error:
             self._cursor = start
             self.save()
             if isinstance(error, Interrupted):
