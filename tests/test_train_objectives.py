@@ -3,6 +3,7 @@ same in every layout."""
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from rl_runs import MINI_BATCHES, environment, run_all, save_rollouts, write_con
 from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_model
 
+from megatron_rl.data.sample import Sample, Verdict
+from megatron_rl.data.store import read_groups, write_groups
 from megatron_rl.lab.run import read_metrics
 
 STEPS = 2
@@ -211,7 +214,20 @@ def test_a_critic_that_skips_too_many_steps_is_named_and_its_later_epochs_are_co
     directory = setting.parent / "critic-skips"
     command = [sys.executable, "-m", "megatron_rl", "train", str(setting), f"run_dir={directory}", "presets=ppo"]
     # Returns beyond fp32; normalised advantages are not.
-    command += [f"train.steps={STEPS}", "reward.correct=1e39", "critic.epochs=2", "critic.optim.max_skipped=5"]
+    beyond = setting.parent / "beyond"
+    for step in range(1, STEPS + 1):
+        name = f"rollouts/step-{step:06d}-dp-0000.jsonl"
+        groups = [
+            dataclasses.replace(group, samples=tuple(map(_rewarded_beyond_fp32, group.samples)))
+            for group in read_groups(setting.parent / "saved" / name)
+        ]
+        write_groups(beyond / name, groups, weight_version=step - 1)
+    command += [
+        f"train.steps={STEPS}",
+        f"rollout.replay_from={beyond}",
+        "critic.epochs=2",
+        "critic.optim.max_skipped=5",
+    ]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "critic.optim.max_skipped: 6 optimizer steps of this run had a gradient that was not finite" in done.stderr
@@ -221,11 +237,16 @@ def test_a_critic_that_skips_too_many_steps_is_named_and_its_later_epochs_are_co
     assert [line.get("critic/later/skipped") for line in written] == [None, None, None, 2]
 
 
+def _rewarded_beyond_fp32(sample: Sample) -> Sample:
+    assert sample.verdict is not None
+    return dataclasses.replace(sample, verdict=Verdict(1e39 * sample.verdict.correct, sample.verdict.correct))
+
+
 @pytest.mark.parametrize("name", ["ppo-kl", "kl-in-reward"])
 def test_a_kl_penalty_that_is_not_finite_is_one_error(setting: Path, tmp_path: Path, name: str) -> None:
     reference = shutil.copytree(setting.parent / "other", tmp_path / "reference")
     broken = load_file(reference / "model.safetensors")
-    broken["model.norm.weight"][0] = float("nan")
+    broken["model.norm.weight"][:] = 3e38  # finite, so it loads; its logits are not
     save_file(broken, reference / "model.safetensors", metadata={"format": "pt"})
     command = [sys.executable, "-m", "megatron_rl", "train", str(setting)]
     command += [*overrides(setting, name, tmp_path / "run").split(), f"model.reference={reference}"]
