@@ -118,7 +118,7 @@ model = SimpleNamespace(architectures=["Qwen3MoeForCausalLM"])
 for command in json.loads(sys.argv[1]):
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
-    arguments = ServerArgs.from_cli_args(parser.parse_args(command[3:]))
+    arguments = ServerArgs.from_cli_args(parser.parse_args(command[command.index("-m") + 2 :]))
     arguments._quantization_explicitly_unset = False
     for sm100 in (False, True):
         qwen3_moe.get_platform = lambda: SimpleNamespace(is_sm100=sm100)
