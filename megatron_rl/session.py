@@ -354,12 +354,15 @@ def open_session(config: Config, resume: bool) -> Iterator[Session]:
 
 
 def _check_saved(config: Config, trainer: Trainer) -> None:
-    """Checks on rank 0 that there are rollouts for the steps to come, if they are replayed, and that they fit as far as
-    their headers tell. Raises as saved_groups does."""
+    """Checks on rank 0 that there are rollouts for the steps to come, if they are replayed, and that they fit: those of
+    the first step whole, the others as far as their headers tell. Raises as saved_groups does."""
     path, state = config.rollout.replay_from, trainer.resumes_from
     if path is not None and trainer.place.rank == 0:
-        for step in range(state.step + 1 if state else 1, config.train.steps + 1):
-            check_headers(path, step, _wanted(config, trainer))
+        wanted, first = _wanted(config, trainer), state.step + 1 if state else 1
+        for step in range(first, config.train.steps + 1):
+            check_headers(path, step, wanted)
+        if first <= config.train.steps:
+            saved_groups(path, first, 0, 1, wanted=wanted)
 
 
 def _wanted(config: Config, trainer: Trainer) -> Wanted:
