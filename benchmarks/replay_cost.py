@@ -27,14 +27,14 @@ from megatron_rl.config.layout import Layout, parse_layout
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config, EngineConfig, RoutingConfig
 from megatron_rl.cores import usable_cores
-from megatron_rl.data.arithmetic import ALPHABET, ArithmeticTask, prompt_text
+from megatron_rl.data.arithmetic_task import ALPHABET, ArithmeticTask, prompt_text
 from megatron_rl.data.sample import Group, Prompt, Sample
 from megatron_rl.engine.device import use_device
 from megatron_rl.models.architecture import read_architecture
 from megatron_rl.rollout.client import SGLangClient
-from megatron_rl.rollout.routes import RouteSpec
 from megatron_rl.rollout.sampler import Sampling, rollout_groups
 from megatron_rl.rollout.server import Server, ServerOptions, free_ports
+from megatron_rl.routing.wire import RouteSpec
 
 SEQUENCES, GROUP = 64, 8
 
@@ -75,11 +75,11 @@ def trainer_steps(model: Path, samples: list[Sample]) -> dict[str, Callable[[], 
     os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(free_ports(1)[0]))
     device = use_device("cpu")
     from megatron_rl.engine.distribute import TrainSample, distribute
-    from megatron_rl.engine.losses import PolicyLoss
-    from megatron_rl.engine.parallel import start_process_groups
+    from megatron_rl.engine.packed_losses import PolicyLoss
     from megatron_rl.engine.policy import Policy
-    from megatron_rl.engine.routes import RouteExchange, valid_rows
+    from megatron_rl.ranks.place import start_process_groups
     from megatron_rl.routing.drift import RoutingStats
+    from megatron_rl.routing.exchange import RouteExchange, valid_rows
     from megatron_rl.routing.modes import MiniBatchRouting
 
     layout = Layout.resolve(*parse_layout("tp=1"))

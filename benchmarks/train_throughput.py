@@ -74,9 +74,9 @@ def engine_steps(model_dir: Path, samples: list[Sample]) -> tuple[Callable[[], N
     os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="29533")
     device = use_device("cpu")
     from megatron_rl.engine.distribute import MiniBatch
-    from megatron_rl.engine.losses import PolicyLoss
-    from megatron_rl.engine.parallel import start_process_groups
+    from megatron_rl.engine.packed_losses import PolicyLoss
     from megatron_rl.engine.policy import Policy
+    from megatron_rl.ranks.place import start_process_groups
 
     layout = Layout.resolve(*parse_layout("tp=1"))
     place = start_process_groups(layout, device, seed=0)
@@ -98,8 +98,8 @@ def engine_steps(model_dir: Path, samples: list[Sample]) -> tuple[Callable[[], N
 
 
 def make_routing(policy: Policy, packed: PackedBatch) -> MiniBatchRouting:
-    from megatron_rl.engine.routes import valid_rows
     from megatron_rl.routing.drift import RoutingStats
+    from megatron_rl.routing.exchange import valid_rows
     from megatron_rl.routing.modes import MiniBatchRouting
 
     arch = policy.arch

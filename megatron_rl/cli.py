@@ -13,9 +13,9 @@ from megatron_rl.config.load import C, ConfigError, dump_config
 from megatron_rl.config.resolve import resolve
 from megatron_rl.config.schema import Config, Device, EngineDtype, Recompute, ServerDtype, SftConfig
 from megatron_rl.errors import UserError
-from megatron_rl.launch import agree, end, explain_fault
+from megatron_rl.ranks.agreement import agree, end, explain_fault
+from megatron_rl.ranks.world import read_world
 from megatron_rl.stop import Stopped
-from megatron_rl.world import read_world
 
 app = typer.Typer(
     help="Reinforcement learning of mixture-of-experts language models on Megatron-Core and SGLang.",

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_rl.engine.advantages import Doubles, gae_finish, group_finish, kl_penalties, needs_forward_pass
 from megatron_rl.engine.distribute import MiniBatch
-from megatron_rl.engine.losses import PolicyLoss, ValueLoss, without_rejected
-from megatron_rl.engine.shift import packed_shift
+from megatron_rl.engine.packed_advantages import Doubles, gae_finish, group_finish, kl_penalties, needs_forward_pass
+from megatron_rl.engine.packed_losses import PolicyLoss, ValueLoss, without_rejected
 from megatron_rl.objectives.kl import in_reward
 from megatron_rl.routing.modes import MiniBatchRouting
+from megatron_rl.routing.shift import packed_shift
 from megatron_rl.session import Session
 
 

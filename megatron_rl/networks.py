@@ -14,9 +14,9 @@ from megatron_rl.data.prompts import data_digest
 from megatron_rl.engine.critic import Critic
 from megatron_rl.engine.manifest import Identity, ModelIdentity
 from megatron_rl.engine.network import Network
-from megatron_rl.engine.parallel import Place
 from megatron_rl.engine.policy import Policy
 from megatron_rl.models.identity import file_digests
+from megatron_rl.ranks.place import Place
 
 
 @dataclass(frozen=True)

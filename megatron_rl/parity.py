@@ -33,7 +33,7 @@ BOUNDS = {"fp32": (2e-5, 1e-4), "bf16": (0.1, 0.2)}
 
 
 @dataclass(frozen=True)
-class Spec:
+class ParitySpec:
     """What the ranks are told, as JSON."""
 
     model: str
@@ -46,7 +46,7 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class Result:
+class ParityResult:
     layout: str
     tokens: int
     logprob_max_abs_diff: float
@@ -126,9 +126,9 @@ def run(
         logprobs = write_reference(model, sequences, Path(scratch))
         # Before the ranks are started: a wrong URL need not wait for them.
         served = _compare_server(url, api_key, sequences, logprobs, dtype) if url else None
-        results: dict[str, Result] = {}
+        results: dict[str, ParityResult] = {}
         for world, same_world in sorted(by_world.items()):
-            spec = Spec(str(model), scratch, same_world, dtype, recompute, device, max_tokens)
+            spec = ParitySpec(str(model), scratch, same_world, dtype, recompute, device, max_tokens)
             results |= {r.layout: r for r in _run_ranks(spec, world, Path(scratch))}
     ordered = [results[text] for text in layouts]
     _report(ordered, served, dtype, as_json)
@@ -175,14 +175,14 @@ def _file_tensors(reference: object) -> Iterator[tuple[str, object]]:
             yield from load_file(file).items()
 
 
-def _run_ranks(spec: Spec, world: int, scratch: Path) -> list[Result]:
-    from megatron_rl.engine.launch import run_ranks
+def _run_ranks(spec: ParitySpec, world: int, scratch: Path) -> list[ParityResult]:
+    from megatron_rl.ranks.launch import run_ranks
 
     spec_file, answer = scratch / "spec.json", scratch / f"world-{world}.json"
     spec_file.write_text(json.dumps(asdict(spec)))
     if run_ranks("megatron_rl.parity", [str(spec_file), str(answer)], world) != 0 or not answer.is_file():
         raise ParityError(f"the engine failed on {world} ranks for layouts {spec.layouts}; its output is above")
-    return [Result(**r) for r in orjson.loads(answer.read_bytes())]
+    return [ParityResult(**r) for r in orjson.loads(answer.read_bytes())]
 
 
 def _compare_server(
@@ -199,7 +199,7 @@ def _compare_server(
     return ServerResult(url, len(expected), difference, difference <= BOUNDS[dtype][0])
 
 
-def _report(results: Sequence[Result], served: ServerResult | None, dtype: str, as_json: bool) -> None:
+def _report(results: Sequence[ParityResult], served: ServerResult | None, dtype: str, as_json: bool) -> None:
     logprob_bound, grad_bound = BOUNDS[dtype]
     if as_json:
         for r in results:
@@ -230,17 +230,17 @@ def _verdict(passed: bool) -> str:
 # ---- on the ranks ----------------------------------------------------------------------------------------------
 
 
-def worker(spec: Spec, answer: Path) -> None:
+def worker(spec: ParitySpec, answer: Path) -> None:
     from megatron_rl.engine.device import use_device
 
     device = use_device(spec.device)
     from megatron.core import parallel_state
 
-    from megatron_rl.engine.heartbeat import Heartbeat
-    from megatron_rl.engine.parallel import start_process_groups, stop_process_groups
+    from megatron_rl.ranks.heartbeat import Heartbeat
+    from megatron_rl.ranks.place import start_process_groups, stop_process_groups
 
     engine = EngineConfig(dtype=spec.dtype, recompute=spec.recompute, device=spec.device)  # type: ignore[arg-type]
-    results: list[Result] = []
+    results: list[ParityResult] = []
     with contextlib.ExitStack() as stack:
         for text in spec.layouts:
             layout = Layout.resolve(*parse_layout(text))
@@ -254,7 +254,7 @@ def worker(spec: Spec, answer: Path) -> None:
     stop_process_groups()
 
 
-def _compare(spec: Spec, text: str, layout: Layout, place, engine: EngineConfig, device) -> Result:  # type: ignore[no-untyped-def]
+def _compare(spec: ParitySpec, text: str, layout: Layout, place, engine: EngineConfig, device) -> ParityResult:  # type: ignore[no-untyped-def]
     import torch
     import torch.distributed as dist
     from safetensors import safe_open
@@ -262,7 +262,7 @@ def _compare(spec: Spec, text: str, layout: Layout, place, engine: EngineConfig,
     from megatron_rl.data.packing import pack_all
     from megatron_rl.data.schedule import SampleSize, plan
     from megatron_rl.engine.policy import Policy
-    from megatron_rl.objectives.policy import sft_loss
+    from megatron_rl.objectives.policy_loss import sft_loss
 
     reference = Path(spec.reference)
     sequences = orjson.loads((reference / "tokens.json").read_bytes())
@@ -309,7 +309,7 @@ def _compare(spec: Spec, text: str, layout: Layout, place, engine: EngineConfig,
         raise ParityError(f"layout {text}: no gradient was exported for {sorted(missing)[:5]}")
     bounds = BOUNDS[spec.dtype]
     passed = difference.item() <= bounds[0] and relative <= bounds[1]
-    return Result(text, total - len(sequences), difference.item(), relative, name, passed)
+    return ParityResult(text, total - len(sequences), difference.item(), relative, name, passed)
 
 
 def _as_sample(index: int, ids: list[int]) -> Sample:
@@ -324,4 +324,4 @@ def _relative(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32])
 
 
 if __name__ == "__main__":
-    worker(Spec(**json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]))
+    worker(ParitySpec(**json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]))

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rl.config.schema import Config
-from megatron_rl.data.prompts import Fields, PromptDataset, load_prompts
-from megatron_rl.engine.parallel import Place
+from megatron_rl.data.prompts import Fields, PromptDataset
 from megatron_rl.models.check import load_tokenizer
+from megatron_rl.ranks.place import Place
 from megatron_rl.rewards import Judges
+from megatron_rl.rewards.prompts import load_prompts
 
 
 @dataclass(frozen=True)

@@ -16,24 +16,24 @@ from megatron_rl.data.sample import Group
 from megatron_rl.data.store import write_groups
 from megatron_rl.engine.device import resolve_device
 from megatron_rl.engine.distribute import MiniBatch
-from megatron_rl.engine.exchange import all_gather_bytes, broadcast_bytes, together
 from megatron_rl.engine.manifest import State
-from megatron_rl.engine.routes import RouteExchange, valid_rows
 from megatron_rl.errors import UserError
 from megatron_rl.lab.metrics import ROLLOUT, overlong_metrics, rollout_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.objectives.custom import get_objective
+from megatron_rl.ranks.collectives import all_gather_bytes, broadcast_bytes, together
 from megatron_rl.rewards import check_verifier, grade
 from megatron_rl.rewards.shaping import filter_overlong, shape_rewards, without_lost
 from megatron_rl.rollout.dynamic import Search, Tally, check_verdicts
 from megatron_rl.rollout.evaluate import evaluation
 from megatron_rl.rollout.pool import Pool, read_api_key
-from megatron_rl.rollout.routes import RouteSpec
 from megatron_rl.rollout.sampler import Sampling
 from megatron_rl.rollout.source import Leader, Wanted, check_headers, first_server, rollout_file, saved_groups
 from megatron_rl.routing.drift import RoutingStats
+from megatron_rl.routing.exchange import RouteExchange, valid_rows
 from megatron_rl.routing.modes import MiniBatchRouting
 from megatron_rl.routing.shift import RouterShift
+from megatron_rl.routing.wire import RouteSpec
 from megatron_rl.run_prompts import RunPrompts
 from megatron_rl.stop import Interrupted
 from megatron_rl.trainer import Trainer, open_trainer

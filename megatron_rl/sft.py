@@ -6,10 +6,10 @@ from megatron_rl.config.schema import SftConfig
 from megatron_rl.data.prompts import Fields, PromptCursor, load_sft_samples, take_indexes
 from megatron_rl.data.sample import Sample
 from megatron_rl.engine.distribute import TrainSample, distribute
-from megatron_rl.engine.exchange import together
-from megatron_rl.engine.losses import SftLoss
 from megatron_rl.engine.manifest import State
+from megatron_rl.engine.packed_losses import SftLoss
 from megatron_rl.models.check import load_tokenizer
+from megatron_rl.ranks.collectives import together
 from megatron_rl.trainer import Trainer, open_trainer
 
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from megatron_rl.config.schema import Config
 from megatron_rl.data.sample import Group
-from megatron_rl.engine.advantages import needs_forward_pass
 from megatron_rl.engine.distribute import MiniBatch, TrainSample, distribute
+from megatron_rl.engine.packed_advantages import needs_forward_pass
 from megatron_rl.experience import measure_router_shift, prepare
 from megatron_rl.objectives.advantages import group_advantages
 from megatron_rl.rewards.shaping import is_lost

@@ -28,13 +28,9 @@ from megatron_rl.engine.checkpoint import (
 )
 from megatron_rl.engine.device import use_device
 from megatron_rl.engine.distribute import MiniBatch
-from megatron_rl.engine.exchange import all_gather_bytes, broadcast_bytes
-from megatron_rl.engine.heartbeat import Heartbeat
-from megatron_rl.engine.losses import PolicyLoss, SftLoss, ValueLoss
 from megatron_rl.engine.manifest import CheckpointError, Identity, State
 from megatron_rl.engine.network import Network, UpdateResult
-from megatron_rl.engine.parallel import Place, start_process_groups, stop_process_groups
-from megatron_rl.engine.routes import reduce_stats
+from megatron_rl.engine.packed_losses import PolicyLoss, SftLoss, ValueLoss
 from megatron_rl.errors import UserError
 from megatron_rl.lab.console import Console
 from megatron_rl.lab.metrics import explained_variance
@@ -43,9 +39,13 @@ from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.models.architecture import read_architecture
 from megatron_rl.models.weights_io import save_weights
 from megatron_rl.networks import Networks, build_networks, identify
+from megatron_rl.ranks.collectives import all_gather_bytes, broadcast_bytes
+from megatron_rl.ranks.heartbeat import Heartbeat
+from megatron_rl.ranks.place import Place, start_process_groups, stop_process_groups
+from megatron_rl.ranks.world import read_world
+from megatron_rl.routing.exchange import reduce_stats
 from megatron_rl.routing.modes import MiniBatchRouting
 from megatron_rl.stop import Clock, Interrupted, Signals, Stopped
-from megatron_rl.world import read_world
 
 MAX_SHARD_BYTES = 4 << 30
 

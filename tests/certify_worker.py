@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.certify.ranks import worker
-from megatron_rl.certify.result import Spec
+from megatron_rl.certify.result import CertificateSpec
 from megatron_rl.engine.device import use_device
 
 
@@ -17,21 +17,21 @@ def break_replay(mutation: str) -> None:
     use_device("cpu")
     import torch
 
-    from megatron_rl.engine import routes
+    from megatron_rl.routing import exchange
     from megatron_rl.routing.replay import RoutingPass, Tap
     from megatron_rl.routing.slicing import RankRoutes
 
     if mutation == "replay off":
         RoutingPass._replayed = lambda self, tap, index, live: live  # type: ignore[method-assign]
     elif mutation == "missing rows replayed":
-        whole = routes.slice_routes
+        whole = exchange.slice_routes
 
         def made_up(*args: Any, **kwargs: Any) -> RankRoutes:
             found = whole(*args, **kwargs)
             found.experts[~found.present] = torch.arange(found.experts.shape[-1], dtype=found.experts.dtype)
             return RankRoutes(found.experts, torch.ones_like(found.present))
 
-        routes.slice_routes = made_up
+        exchange.slice_routes = made_up
     elif mutation == "micro-batches mixed up":
         plain = RoutingPass._replayed
         RoutingPass._replayed = lambda self, tap, index, live: plain(self, tap, 0, live)  # type: ignore[method-assign]
@@ -44,4 +44,4 @@ def break_replay(mutation: str) -> None:
 if __name__ == "__main__":
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     break_replay(sys.argv[1])
-    worker(Spec(**json.loads(Path(sys.argv[2]).read_text())), Path(sys.argv[3]))
+    worker(CertificateSpec(**json.loads(Path(sys.argv[2]).read_text())), Path(sys.argv[3]))

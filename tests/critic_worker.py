@@ -23,9 +23,9 @@ def main(model: Path, out: Path, layouts: list[str]) -> None:
 
     from megatron_rl.engine.critic import Critic
     from megatron_rl.engine.distribute import TrainSample, distribute
-    from megatron_rl.engine.exchange import all_gather_bytes
-    from megatron_rl.engine.parallel import start_process_groups, stop_process_groups
     from megatron_rl.models.weights_io import save_weights
+    from megatron_rl.ranks.collectives import all_gather_bytes
+    from megatron_rl.ranks.place import start_process_groups, stop_process_groups
 
     for text in layouts:
         layout = Layout.resolve(*parse_layout(text))

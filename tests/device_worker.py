@@ -16,8 +16,8 @@ def main(model: str, layout_text: str, left_out: str) -> None:
 
     from megatron_rl.data.packing import pack
     from megatron_rl.data.sample import Prompt, Sample
-    from megatron_rl.engine.parallel import start_process_groups, stop_process_groups
     from megatron_rl.engine.policy import Policy
+    from megatron_rl.ranks.place import start_process_groups, stop_process_groups
 
     layout = Layout.resolve(*parse_layout(layout_text))
     place = start_process_groups(layout, device, seed=0)

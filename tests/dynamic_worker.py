@@ -21,11 +21,12 @@ from tiny_models import CHARACTERS, EOS
 
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config
-from megatron_rl.data.sample import Group, Prompt, Sample, VersionSpan
+from megatron_rl.data.sample import Group, Prompt, Sample
+from megatron_rl.data.trace import RoutingTrace
+from megatron_rl.data.versions import VersionSpan
 from megatron_rl.engine.device import use_device
 from megatron_rl.rollout.dynamic import StepError
 from megatron_rl.rollout.sampler import Sampling
-from megatron_rl.routing.trace import RoutingTrace
 
 WRONG = "x"
 

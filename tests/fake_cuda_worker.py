@@ -52,8 +52,8 @@ def main(model: Path) -> None:
 
     import megatron_rl.engine.network as network
     from megatron_rl.engine.critic import Critic
-    from megatron_rl.engine.parallel import start_process_groups
     from megatron_rl.engine.policy import Policy
+    from megatron_rl.ranks.place import start_process_groups
 
     layout = Layout.resolve(*parse_layout("tp=1"))
     place = start_process_groups(layout, torch.device("cpu"), seed=0)  # of gloo

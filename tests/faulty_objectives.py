@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_rl.objectives.policy import policy_loss
+from megatron_rl.objectives.policy_loss import policy_loss
 
 _calls = 0
 

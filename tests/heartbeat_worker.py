@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_rl.engine.heartbeat import Heartbeat
 from megatron_rl.errors import UserError
-from megatron_rl.launch import end
+from megatron_rl.ranks.agreement import end
+from megatron_rl.ranks.heartbeat import Heartbeat
 
 RANKS = (0, 1)
 

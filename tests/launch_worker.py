@@ -17,7 +17,8 @@ import torch
 import transformers.models.auto.tokenization_auto  # noqa: F401  (what a rank would import)
 
 import megatron_rl.models.check  # noqa: F401
-from megatron_rl import cli, launch
+from megatron_rl import cli
+from megatron_rl.ranks import agreement
 
 
 def start(rank: dict[str, Any], output: Path) -> int:
@@ -47,7 +48,7 @@ def inject(fault: str | None) -> None:
     def failing(*_: object) -> None:
         raise {"FileNotFoundError": FileNotFoundError, "TypeError": TypeError}[str(fault)]("libdeep.so")
 
-    launch.local_files = failing  # type: ignore[assignment]
+    agreement.local_files = failing  # type: ignore[assignment]
 
 
 def main(cases: Path, answer: Path) -> None:

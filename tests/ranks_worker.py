@@ -59,8 +59,8 @@ def serve(rank: int, port: int, store: Path) -> None:
     from megatron.core import parallel_state
 
     from megatron_rl.config.layout import Layout, parse_layout
-    from megatron_rl.engine.exchange import broadcast_bytes
-    from megatron_rl.engine.parallel import Place, start_process_groups, stop_process_groups
+    from megatron_rl.ranks.collectives import broadcast_bytes
+    from megatron_rl.ranks.place import Place, start_process_groups, stop_process_groups
 
     device = torch.device("cpu")
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
@@ -73,7 +73,7 @@ def serve(rank: int, port: int, store: Path) -> None:
     world = settings[LAYOUTS[0]].place.control
     mine = dist.new_group([0], backend="gloo")
     if rank == 0:
-        place = Place(rank=0, tp=0, pp=0, cp=0, dp=0, ep=0, etp=0, control=mine, replica=mine)
+        place = Place(rank=0, tp=0, pp=0, cp=0, dp=0, ep=0, etp=0, edp=0, control=mine, replica=mine)
         settings["alone"] = Setting(Layout.resolve(*parse_layout("dp=1")), place, mine)
     with contextlib.ExitStack() as stack:
         if rank == 0:
@@ -182,7 +182,7 @@ class Table:
 
     def of(self, packed: Any) -> Any:
         """[T, 1], as the last stage gives it: of this rank's slice, gathered over context parallelism."""
-        from megatron_rl.engine.batch import micro_batch
+        from megatron_rl.engine.micro_batch import micro_batch
         from megatron_rl.engine.step import _whole
 
         place, layout = self._setting.place, self._setting.layout

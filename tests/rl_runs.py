@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from tiny_models import EOS, VOCAB_SIZE
 from transformers import AutoModelForCausalLM
 
-from megatron_rl.data.sample import Group, Prompt, Sample, Verdict, VersionSpan
+from megatron_rl.data.sample import Group, Prompt, Sample, Verdict
 from megatron_rl.data.store import write_groups
+from megatron_rl.data.trace import RoutingTrace
+from megatron_rl.data.versions import VersionSpan
 from megatron_rl.lab.run import read_metrics
-from megatron_rl.routing.trace import RoutingTrace
 
 STEPS, PROMPTS, GROUP, MINI_BATCHES = 3, 8, 4, 4
 
@@ -106,7 +107,7 @@ train: {{steps: {STEPS}, mini_batches: {MINI_BATCHES}}}
 
 def torchrun(ranks: int, *arguments: str) -> list[str]:
     """As torchrun does, but on the loopback interface alone."""
-    return [sys.executable, "-m", "megatron_rl.engine.launch", str(ranks), *arguments]
+    return [sys.executable, "-m", "megatron_rl.ranks.launch", str(ranks), *arguments]
 
 
 def environment() -> dict[str, str]:

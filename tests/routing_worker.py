@@ -10,9 +10,10 @@ import numpy as np
 
 from megatron_rl.config.layout import Layout, parse_layout
 from megatron_rl.config.schema import EngineConfig
-from megatron_rl.data.sample import Prompt, Sample, VersionSpan
+from megatron_rl.data.sample import Prompt, Sample
+from megatron_rl.data.trace import RoutingTrace
+from megatron_rl.data.versions import VersionSpan
 from megatron_rl.engine.device import use_device
-from megatron_rl.routing.trace import RoutingTrace
 
 LENGTHS = (9, 14, 23, 11)
 
@@ -40,9 +41,9 @@ def main(model: Path, text: str, recompute: str, out: Path) -> None:
     from safetensors.torch import save_file
 
     from megatron_rl.engine.distribute import TrainSample, distribute
-    from megatron_rl.engine.parallel import start_process_groups, stop_process_groups
     from megatron_rl.engine.policy import Policy
-    from megatron_rl.engine.routes import RouteExchange
+    from megatron_rl.ranks.place import start_process_groups, stop_process_groups
+    from megatron_rl.routing.exchange import RouteExchange
     from megatron_rl.routing.slicing import RankRoutes
 
     layout = Layout.resolve(*parse_layout(text))

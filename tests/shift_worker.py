@@ -24,14 +24,13 @@ def main(old: Path, new: Path, out: Path, layouts: list[str]) -> None:
     from safetensors.torch import save_file
 
     from megatron_rl.engine.distribute import MiniBatch, TrainSample, distribute
-    from megatron_rl.engine.parallel import Place, start_process_groups, stop_process_groups
     from megatron_rl.engine.policy import Policy
-    from megatron_rl.engine.routes import RouteExchange, valid_rows
-    from megatron_rl.engine.shift import packed_shift
     from megatron_rl.models.weights_io import ModelRanks, load_weights
+    from megatron_rl.ranks.place import Place, start_process_groups, stop_process_groups
     from megatron_rl.routing.drift import RoutingStats
+    from megatron_rl.routing.exchange import RouteExchange, valid_rows
     from megatron_rl.routing.modes import MiniBatchRouting
-    from megatron_rl.routing.shift import RouterShift
+    from megatron_rl.routing.shift import RouterShift, packed_shift
 
     def load(policy: Policy, model: Path) -> None:
         place, layout = policy.place, policy.layout

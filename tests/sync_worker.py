@@ -29,8 +29,8 @@ def mutated(buckets: Buckets, mutation: str) -> Buckets:
 
 
 def policy_of(model: str, layout_text: str):  # type: ignore[no-untyped-def]
-    from megatron_rl.engine.parallel import start_process_groups
     from megatron_rl.engine.policy import Policy
+    from megatron_rl.ranks.place import start_process_groups
 
     device = use_device("cpu")
     layout = Layout.resolve(*parse_layout(layout_text))
@@ -71,6 +71,6 @@ def export(model: str, directory: str) -> None:
 
 if __name__ == "__main__":
     {"push": push, "export": export}[sys.argv[1]](*sys.argv[2:])
-    from megatron_rl.engine.parallel import stop_process_groups
+    from megatron_rl.ranks.place import stop_process_groups
 
     stop_process_groups()

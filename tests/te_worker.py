@@ -27,7 +27,7 @@ def train(rank: int, ranks: int, model: Path, out: Path) -> None:
     import torch.distributed as dist
 
     from megatron_rl.config.layout import Layout, parse_layout
-    from megatron_rl.engine.parallel import start_process_groups, stop_process_groups
+    from megatron_rl.ranks.place import start_process_groups, stop_process_groups
 
     store = out / f"store-{ranks}"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)

@@ -14,8 +14,8 @@ import pytest
 from tiny_models import make_tiny_model
 
 from megatron_rl.certify import CertifyError, make_model, run
-from megatron_rl.certify.batch import LENGTHS, make_trace, token_of
-from megatron_rl.certify.result import Result, Spec
+from megatron_rl.certify.result import CertificateResult, CertificateSpec
+from megatron_rl.certify.samples import LENGTHS, make_trace, token_of
 from megatron_rl.models.architecture import read_architecture
 from megatron_rl.rollout.server import free_ports
 
@@ -93,7 +93,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_a_broken_replay_is_not_certified(model: Path, tmp_path: Path, mutation: str, error: str) -> None:
     spec, answer = tmp_path / "spec.json", tmp_path / "answer.json"
-    spec.write_text(json.dumps(asdict(Spec(str(model), ["tp=1"], ["none"], "fp32", "cpu"))))
+    spec.write_text(json.dumps(asdict(CertificateSpec(str(model), ["tp=1"], ["none"], "fp32", "cpu"))))
     worker = [sys.executable, str(Path(__file__).parent / "certify_worker.py"), mutation, str(spec), str(answer)]
     (port,) = free_ports(1)
     environment = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(port)}
@@ -102,7 +102,7 @@ def test_a_broken_replay_is_not_certified(model: Path, tmp_path: Path, mutation:
         assert error in done.stderr
         return
     assert done.returncode == 0, done.stderr[-3000:]
-    (result,) = (Result(**r) for r in json.loads(answer.read_bytes()))
+    (result,) = (CertificateResult(**r) for r in json.loads(answer.read_bytes()))
     assert result.passed == (mutation == "none"), result
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_rl.config.layout import Layout, LayoutError, check_layout, parse_layout, world_size_of
 from megatron_rl.config.schema import EngineConfig, ParallelConfig
-from megatron_rl.config.show import MAX_RANKS, holding, show_layout
+from megatron_rl.config.show import MAX_RANKS, rank_experts, show_layout, stage_layers
 
 DENSE = replace(
     ARCHITECTURE, family="qwen3", num_experts=0, experts_per_token=0, expert_hidden_size=0, norm_topk_prob=False
@@ -227,16 +227,26 @@ def test_coordinates_are_megatron_cores(text: str, megatron_core) -> None:  # ty
     for axis, of_axis in groups.items():
         assert len(of_axis) * getattr(layout, axis) == layout.world_size
         for group in of_axis:
-            assert [getattr(holding(rank, layout, ARCHITECTURE), axis) for rank in group] == list(range(len(group)))
+            assert [getattr(layout.coordinates(rank), axis) for rank in group] == list(range(len(group)))
 
 
 @pytest.mark.parametrize("text", LAYOUTS)
 def test_layers_are_megatron_cores(text: str, megatron_core) -> None:  # type: ignore[no-untyped-def]
     _, layers = megatron_core[text]
     layout = resolve(text)
-    for rank in range(layout.world_size):
-        held = holding(rank, layout, ARCHITECTURE)
-        assert [list(part) for part in held.layers] == layers[held.pp]
+    for pp in range(layout.pp):
+        assert [list(part) for part in stage_layers(layout, ARCHITECTURE, pp)] == layers[pp]
+
+
+@pytest.mark.parametrize("text", LAYOUTS)
+def test_replicas_are_led_by_their_first_rank(text: str) -> None:
+    layout = resolve(text)
+    for dp in range(layout.dp):
+        replica = layout.replica_ranks(dp)
+        assert [rank for rank in range(layout.world_size) if layout.coordinates(rank).dp == dp] == sorted(replica)
+        assert (
+            [rank for rank in replica if layout.coordinates(rank).leads_replica] == [layout.leader(dp)] == replica[:1]
+        )
 
 
 def test_every_expert_is_held_once_per_expert_replica() -> None:
@@ -244,8 +254,10 @@ def test_every_expert_is_held_once_per_expert_replica() -> None:
     for pp in range(layout.pp):
         for edp in range(layout.edp):
             for etp in range(layout.etp):
-                held = [holding(rank, layout, ARCHITECTURE) for rank in range(layout.world_size)]
-                parts = [h.experts for h in held if (h.pp, h.edp, h.etp) == (pp, edp, etp)]
+                ranks = [layout.coordinates(rank) for rank in range(layout.world_size)]
+                parts = [
+                    rank_experts(layout, ARCHITECTURE, r.ep) for r in ranks if (r.pp, r.edp, r.etp) == (pp, edp, etp)
+                ]
                 assert sorted(expert for part in parts for expert in part) == list(range(16))
 
 

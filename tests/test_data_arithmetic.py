@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rl.data.arithmetic import ALPHABET, ArithmeticTask, is_held_out, prompt_text, response_text
+from megatron_rl.data.arithmetic_task import ALPHABET, ArithmeticTask, is_held_out, prompt_text, response_text
 from megatron_rl.data.records import DataError
 from megatron_rl.data.sample import Prompt
 from megatron_rl.rewards.arithmetic import verify_arithmetic

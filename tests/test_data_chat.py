@@ -9,7 +9,8 @@ from tiny_models import EOS, make_tokenizer
 from tokenizers import processors
 
 from megatron_rl.data.files import DataError
-from megatron_rl.data.prompts import Fields, load_prompts, load_sft_samples
+from megatron_rl.data.prompts import Fields, load_sft_samples
+from megatron_rl.rewards.prompts import load_prompts
 
 RL, SFT = Fields("prompt", "answer"), Fields("prompt", "response")
 CHAT = Fields("prompt", "answer", chat_template=True)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from megatron_rl.data.arithmetic import prompt_text, response_text
+from megatron_rl.data.arithmetic_task import prompt_text, response_text
 from megatron_rl.models.architecture import read_architecture
 from tools.make_demo_model import VOCABULARY, make_demo_model
 

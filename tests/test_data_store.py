@@ -16,10 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rl.data.sample import Group, Prompt, Sample, Verdict, VersionSpan
+from megatron_rl.data.sample import Group, Prompt, Sample, Verdict
 from megatron_rl.data.store import StoreError, decode_samples, encode_samples, read_groups, write_groups
+from megatron_rl.data.trace import RoutingTrace
+from megatron_rl.data.versions import VersionSpan
 from megatron_rl.rewards import grade
-from megatron_rl.routing.trace import RoutingTrace
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)  # lone surrogates are not UTF-8
 token_ids = st.lists(st.integers(0, 2**31 - 1), max_size=6)
@@ -151,7 +152,7 @@ def test_a_trace_is_compressed_where_it_pays(tmp_path, num_experts, form):
     assert text.startswith(form + ":")
     data = base64.b64decode(text.partition(":")[2])
     assert (zlib.decompress(data) if form == "zlib" else data) == trace.to_bytes()
-    assert form == "raw" or len(data) < 0.8 * trace.bytes_held
+    assert form == "raw" or len(data) < 0.8 * trace.experts.nbytes
     assert_same(read_groups(path)[0].samples[0], sample)
 
 

@@ -11,9 +11,10 @@ import pytest
 from rl_runs import environment, torchrun
 from tiny_models import VOCAB_SIZE, make_tiny_model, make_tokenizer
 
-from megatron_rl.data.prompts import Fields, load_prompts, load_sft_samples
+from megatron_rl.data.prompts import Fields, load_sft_samples
 from megatron_rl.data.records import DataError
 from megatron_rl.data.vocabulary import unknown_token
+from megatron_rl.rewards.prompts import load_prompts
 
 UNKNOWN = f"token {VOCAB_SIZE} \\('<tool>'\\) is not in the model's vocabulary of {VOCAB_SIZE}"
 

@@ -21,10 +21,10 @@ import psutil
 import pytest
 from rl_runs import environment, torchrun, write_config
 
-from megatron_rl.engine import watcher
-from megatron_rl.engine.heartbeat import _listening_host
 from megatron_rl.errors import LostRankError
 from megatron_rl.lab.run import read_metrics
+from megatron_rl.ranks import watcher
+from megatron_rl.ranks.heartbeat import _listening_host
 
 SECONDS = 3.0
 SCENARIOS = ("stop-0", "stop-1", "kill-0", "kill-1", "hold", "raise")
@@ -196,7 +196,7 @@ class Peer:
 async def hub(ranks: int, seconds: float = 1.0) -> AsyncIterator[tuple[Any, int]]:
     """(process, port) of a hub whose rank 0 is this process."""
     process = await asyncio.create_subprocess_exec(
-        *[sys.executable, "-m", "megatron_rl.engine.watcher"],
+        *[sys.executable, "-m", "megatron_rl.ranks.watcher"],
         env=environment(),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,

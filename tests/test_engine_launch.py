@@ -14,7 +14,7 @@ import psutil
 import pytest
 from rl_runs import environment, torchrun
 
-from megatron_rl.engine.launch import launch
+from megatron_rl.ranks.launch import launch
 
 RANK_FAILS = """
 import os, sys, time

@@ -26,8 +26,8 @@ from megatron_rl.rollout import client as client_module
 from megatron_rl.rollout.answers import Completion, RolloutError, read_completion
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import SGLangClient
-from megatron_rl.rollout.routes import RouteSpec
 from megatron_rl.rollout.sampler import as_sample
+from megatron_rl.routing.wire import RouteSpec
 
 FEW = settings(max_examples=200, derandomize=True, deadline=None, database=None)
 MANY = settings(max_examples=10_000, deadline=None, database=None)

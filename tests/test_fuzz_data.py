@@ -24,11 +24,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import make_tokenizer
 
-from megatron_rl.data.arithmetic import ArithmeticTask
+from megatron_rl.data.arithmetic_task import ArithmeticTask
 from megatron_rl.data.files import DataError
 from megatron_rl.data.numbers import Real
-from megatron_rl.data.prompts import Fields, data_digest, load_prompts, load_sft_samples
+from megatron_rl.data.prompts import Fields, data_digest, load_sft_samples
 from megatron_rl.data.records import read_records
+from megatron_rl.rewards.prompts import load_prompts
 
 Rows = list[dict[str, Any]]
 

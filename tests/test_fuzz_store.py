@@ -19,9 +19,10 @@ import safetensors.numpy
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from megatron_rl.data.sample import Group, Prompt, Sample, Verdict, VersionSpan
+from megatron_rl.data.sample import Group, Prompt, Sample, Verdict
 from megatron_rl.data.store import StoreError, read_groups, write_groups
-from megatron_rl.routing.trace import RoutingTrace, TraceError
+from megatron_rl.data.trace import RoutingTrace, TraceError
+from megatron_rl.data.versions import VersionSpan
 
 VALUES = [
     *(None, True, False, "", "x", "é", [], {}, [0], [[0, 0, 0]], {"a": 1}, "raw:", "zlib:AAAA", "0" * 40),

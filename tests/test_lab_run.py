@@ -14,9 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_rl import disk
 from megatron_rl.disk import DiskError
-from megatron_rl.lab import provenance, records
-from megatron_rl.lab.records import RunDirError
+from megatron_rl.lab import provenance, run_records
 from megatron_rl.lab.run import RunDir, read_metrics
+from megatron_rl.lab.run_records import RunDirError
 
 CONFIG = {
     "merged_presets": ["gspo"],
@@ -448,7 +448,7 @@ def test_a_package_installed_below_a_checkout_has_no_commit(checkout: Path) -> N
 
 def test_git_records_are_written_with_the_diff(tmp_path: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkout.write_text("a = 2\n")
-    monkeypatch.setattr(records.megatron_rl, "__file__", str(checkout))
+    monkeypatch.setattr(run_records.megatron_rl, "__file__", str(checkout))
     start_and_end(tmp_path / "run")
     state = json.loads((tmp_path / "run" / "git.json").read_text())
     assert state["dirty"] is True

@@ -17,9 +17,9 @@ from config_files import write
 from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_model
 
-from megatron_rl.meeting import Report, verdict
+from megatron_rl.ranks.meeting import Report, verdict
+from megatron_rl.ranks.world import WorldError, read_world
 from megatron_rl.rollout.server import free_ports
-from megatron_rl.world import WorldError, read_world
 
 HOST = socket.gethostname()
 ROOT = Path(__file__).parent.parent

@@ -29,7 +29,7 @@ from megatron_rl.config.schema import ClipConfig, CorrectionConfig
 from megatron_rl.data.schedule import Denominators
 from megatron_rl.lab.metrics import SFT, TRAINING, sft_metrics, training_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
-from megatron_rl.objectives.policy import policy_loss, sft_loss
+from megatron_rl.objectives.policy_loss import policy_loss, sft_loss
 
 TAILS = {"p1": 0.01, "p50": 0.5, "p99": 0.99}
 

@@ -28,14 +28,14 @@ from torch import Tensor, nn
 
 from megatron_rl.config.layout import Layout, parse_layout
 from megatron_rl.config.schema import EngineConfig
+from megatron_rl.engine import export
 from megatron_rl.engine.device import use_device
+from megatron_rl.engine.export import export_stream
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.weight import Weight
-from megatron_rl.weights import export
-from megatron_rl.weights.export import ExportGroups, Grid, export_stream
 
 if TYPE_CHECKING:
-    from megatron_rl.engine.parallel import Place
+    from megatron_rl.ranks.place import Place
 
 pytestmark = pytest.mark.distributed
 
@@ -87,6 +87,7 @@ def four_ranks(rank: int, world: int, port: int, models: Path) -> None:
         check_engine(models / "qwen3_moe", layout)
     check_engine(models / "qwen3", "tp=2,pp=2")
     check_ranks_that_do_not_fit(rank)
+    check_another_order(rank)
     dist.destroy_process_group()
 
 
@@ -96,32 +97,26 @@ def join(rank: int, world: int, port: int) -> None:
     use_device("cpu")
 
 
-def start(text: str) -> tuple[Layout, Place, ExportGroups]:
+def start(text: str) -> tuple[Layout, Place]:
     from megatron.core import parallel_state as mpu
 
-    from megatron_rl.engine.parallel import start_process_groups
+    from megatron_rl.ranks.place import start_process_groups
 
     layout = Layout.resolve(*parse_layout(text))
     mpu.destroy_model_parallel()
     place = start_process_groups(layout, torch.device("cpu"), seed=0)
-    groups = ExportGroups(
-        tp=mpu.get_tensor_model_parallel_group(),
-        etp=mpu.get_expert_tensor_parallel_group(),
-        ep=mpu.get_expert_model_parallel_group(),
-        pp=mpu.get_pipeline_model_parallel_group(),
-    )
-    return layout, place, groups
+    return layout, place
 
 
-def build(hf: dict[str, Tensor], arch: Architecture, layout: Layout, groups: ExportGroups) -> list[nn.Module]:
+def build(hf: dict[str, Tensor], arch: Architecture, layout: Layout, place: Place) -> list[nn.Module]:
     """Stand-ins for this rank's stages. Replicas beyond the first hold NaN: it must not be exported."""
     from megatron.core import parallel_state as mpu
 
     expert_replica = mpu.get_expert_data_parallel_rank()
     replica = mpu.get_data_parallel_rank(with_context_parallel=True)
-    tp, ep, etp = ((group.rank(), group.size()) for group in (groups.tp, groups.ep, groups.etp))
+    tp, ep, etp = (place.tp, layout.tp), (place.ep, layout.ep), (place.etp, layout.etp)
     stages = []
-    for layers in chunk_layers(arch, groups.pp.rank(), layout.pp, layout.vpp):
+    for layers in chunk_layers(arch, place.pp, layout.pp, layout.vpp):
         parameters = chunk_parameters(hf, arch, layers, tp=tp, ep=ep, etp=etp)
         for name, tensor in parameters.items():
             if expert_replica if ".experts." in name else replica:
@@ -135,15 +130,15 @@ def flat(buckets: Iterable[list[tuple[str, Tensor]]]) -> list[tuple[str, Tensor]
 
 
 def check_stand_ins(arch: Architecture, layout_text: str, bucket_bytes: int) -> None:
-    layout, _, groups = start(layout_text)
+    layout, place = start(layout_text)
     hf = hf_tensors(arch)
-    stages = build(hf, arch, layout, groups)
-    buckets = list(export_stream(stages, arch, groups, bucket_bytes))
+    stages = build(hf, arch, layout, place)
+    buckets = list(export_stream(stages, arch, layout, bucket_bytes))
     # Gradients go the same way.
     for stage in stages:
         for parameter in stage.parameters():
             parameter.main_grad = -2 * parameter.data.double()
-    gradients = flat(export_stream(stages, arch, groups, bucket_bytes, lambda p: p.main_grad))
+    gradients = flat(export_stream(stages, arch, layout, bucket_bytes, lambda p: p.main_grad))
 
     count = torch.tensor([len(buckets), -len(buckets)])
     dist.all_reduce(count, op=dist.ReduceOp.MAX)
@@ -170,7 +165,7 @@ def check_engine(model: Path, layout_text: str) -> None:
     """The real stages of Megatron-Core, loaded from transformers' file, give the file back."""
     from megatron_rl.engine.policy import Policy
 
-    layout, place, _ = start(layout_text)
+    layout, place = start(layout_text)
     engine = EngineConfig(device="cpu", dtype="fp32")
     policy = Policy(model, layout, place, engine, torch.device("cpu"), optim=None)
     exported = dict(flat(policy.export(bucket_bytes=5000)))
@@ -181,23 +176,28 @@ def check_engine(model: Path, layout_text: str) -> None:
 
 
 def check_ranks_that_do_not_fit(rank: int) -> None:
-    layout, _, groups = start("tp=2,pp=2,ep=2")
-    stages = build(hf_tensors(MOE), MOE, layout, groups)
+    layout, place = start("tp=2,pp=2,ep=2")
+    stages = build(hf_tensors(MOE), MOE, layout, place)
     with pytest.raises(RuntimeError, match=f"ranks disagree: .* on rank {rank}"):
-        export_stream(stages, MOE, groups, 2000 + rank // 3)
+        export_stream(stages, MOE, layout, 2000 + rank // 3)
     odd = torch.bfloat16 if rank == 1 else torch.float32
     with pytest.raises(RuntimeError, match=f"ranks disagree: .* on rank {rank}"):
-        export_stream(stages, MOE, groups, 2000, lambda p: p.data.to(odd))
+        export_stream(stages, MOE, layout, 2000, lambda p: p.data.to(odd))
 
-    if groups.pp.rank() != groups.tp.rank():
-        swapped = ExportGroups(tp=groups.pp, etp=groups.etp, ep=groups.ep, pp=groups.tp)
-        with pytest.raises(RuntimeError, match=r"is number .* \(tp, etp, ep, pp\) groups; .*rank order"):
-            export_stream(stages, MOE, swapped, 2000)
-    if groups.pp.rank() == 1:  # one layer here, three on the first stage
-        shares = {"tp": (groups.tp.rank(), 2), "ep": (groups.ep.rank(), 2)}
+    if place.pp == 1:  # one layer here, three on the first stage
+        shares = {"tp": (place.tp, 2), "ep": (place.ep, 2)}
         uneven = stage_module(chunk_parameters(hf_tensors(MOE), MOE, [3], **shares), [3])
         with pytest.raises(RuntimeError, match=rf"rank {rank} should hold decoder\.layers\.2\."):
-            export_stream([uneven], MOE, groups, 2000)
+            export_stream([uneven], MOE, layout, 2000)
+
+
+def check_another_order(rank: int) -> None:
+    """A layout that numbers ranks in another order than Megatron-Core is noticed at the start of a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        coordinates = Layout.coordinates
+        patch.setattr(Layout, "coordinates", lambda layout, number: coordinates(layout, number ^ 1))
+        with pytest.raises(RuntimeError, match=rf"rank {rank}: Megatron-Core puts it at .*, expected "):
+            start("tp=2,pp=2,ep=2")
 
 
 def check_mutations_are_seen(rank: int) -> None:
@@ -207,25 +207,25 @@ def check_mutations_are_seen(rank: int) -> None:
         with pytest.raises(AssertionError) if rank == 0 else nullcontext():
             check_stand_ins(MOE, "ep=2", 2000)
     with pytest.MonkeyPatch.context() as patch:
-        holders = export.Grid.holders
+        holders = export.holders
 
-        def other_expert_rank(grid: Grid, weight: Weight, arch: Architecture) -> range:
-            found = holders(grid, weight, arch)
+        def other_expert_rank(layout: Layout, weight: Weight, arch: Architecture) -> range:
+            found = holders(layout, weight, arch)
             return range(1 - found.start, 2 - found.start) if weight.expert is not None else found
 
-        patch.setattr(export.Grid, "holders", other_expert_rank)
+        patch.setattr(export, "holders", other_expert_rank)
         with pytest.raises(RuntimeError, match="should hold decoder"):
             check_stand_ins(MOE, "ep=2", 2000)
 
 
 def check_one_dtype(rank: int) -> None:
-    layout, _, groups = start("dp=2")
-    stages = build(hf_tensors(MOE), MOE, layout, groups)
+    layout, place = start("dp=2")
+    stages = build(hf_tensors(MOE), MOE, layout, place)
 
     def mixed(parameter: nn.Parameter) -> Tensor:
         return parameter.data.double() if parameter.dim() == 3 else parameter.data
 
-    stream = export_stream(stages, MOE, groups, 10**9, mixed)
+    stream = export_stream(stages, MOE, layout, 10**9, mixed)
     if rank == 0:  # the other is a duplicate
         with pytest.raises(RuntimeError, match=r"torch\.float64 tensor of shape .* expected torch\.float32"):
             list(stream)

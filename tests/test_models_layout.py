@@ -20,20 +20,22 @@ from models_reference import (
 )
 from torch import Tensor, nn
 
+from megatron_rl.config.layout import Layout
+from megatron_rl.config.schema import ParallelConfig
+from megatron_rl.engine.export import holders, model_ranks
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.binding import ModelRanks, bind
 from megatron_rl.models.family import FAMILIES
 from megatron_rl.models.weight import COLUMNS, GATE_UP, VOCABULARY, Piece, grouped_qkv
-from megatron_rl.weights.export import Grid
 
 
 def fill_rank(
-    hf: dict[str, Tensor], arch: Architecture, grid: Grid, rank: int, transformer_engine: bool
+    hf: dict[str, Tensor], arch: Architecture, layout: Layout, rank: int, transformer_engine: bool
 ) -> tuple[list[nn.Module], list[dict[str, Tensor]]]:
     """The rank's stages filled by the package, and what the reference says is in them."""
-    ranks = grid.ranks(rank)
+    ranks = model_ranks(layout, rank)
     chunks, expected = [], []
-    for layers in chunk_layers(arch, grid.stage(rank), grid.pp, grid.vpp):
+    for layers in chunk_layers(arch, layout.coordinates(rank).pp, layout.pp, layout.vpp):
         parameters = chunk_parameters(
             hf,
             arch,
@@ -64,7 +66,7 @@ def differs(chunks: list[nn.Module], expected: list[dict[str, Tensor]]) -> list[
 
 
 @st.composite
-def models_and_layouts(draw: st.DrawFn) -> tuple[Architecture, Grid]:
+def models_and_layouts(draw: st.DrawFn) -> tuple[Architecture, Layout]:
     choose = lambda *values: draw(st.sampled_from(values))  # noqa: E731
     tp, pp, vpp = choose(1, 2, 4), choose(1, 2, 3), choose(1, 2)
     vpp = vpp if pp > 1 else 1
@@ -88,24 +90,24 @@ def models_and_layouts(draw: st.DrawFn) -> tuple[Architecture, Grid]:
         ep, etp = 1, 1
         arch = dense_architecture(**changes)
     world = math.lcm(tp, ep * etp) * choose(1, 2) * pp
-    return arch, Grid(world=world, tp=tp, etp=etp, ep=ep, pp=pp, vpp=vpp)
+    return arch, Layout.resolve(ParallelConfig(tp=tp, etp=etp, ep=ep, pp=pp, vpp=vpp), world)
 
 
 @settings(max_examples=60, deadline=None)
 @given(models_and_layouts(), st.booleans())
 def test_every_layout_holds_the_reference_and_gives_the_checkpoint_back(case, transformer_engine):
-    arch, grid = case
+    arch, layout = case
     hf = hf_tensors(arch)
     ranks = []
-    for rank in range(grid.world):
-        chunks, expected = fill_rank(hf, arch, grid, rank, transformer_engine)
+    for rank in range(layout.world_size):
+        chunks, expected = fill_rank(hf, arch, layout, rank, transformer_engine)
         assert differs(chunks, expected) == []
-        ranks.append({slot.weight.name: slot for slot in bind(chunks, arch, grid.ranks(rank))})
+        ranks.append({slot.weight.name: slot for slot in bind(chunks, arch, model_ranks(layout, rank))})
 
     exported: list[tuple[str, Tensor]] = []
     for weight in FAMILIES[arch.family].weights(arch):
         if not weight.copy:
-            slots = [ranks[holder][weight.name] for holder in grid.holders(weight, arch)]
+            slots = [ranks[holder][weight.name] for holder in holders(layout, weight, arch)]
             exported += weight.assemble([slot.of(slot.parameter.data) for slot in slots])
     assert [name for name, _ in exported] == list(hf)
     assert all(torch.equal(tensor, hf[name]) for name, tensor in exported)
@@ -138,10 +140,10 @@ def test_a_swap_is_seen(monkeypatch, mutation):
             weights[names[second]] = dataclasses.replace(b, sources=a.sources)
         return weights
 
-    grid = Grid(world=1, tp=1, etp=1, ep=1, pp=1, vpp=1)
-    assert differs(*fill_rank(hf_tensors(arch), arch, grid, 0, False)) == []
+    layout = Layout.resolve(ParallelConfig(), 1)
+    assert differs(*fill_rank(hf_tensors(arch), arch, layout, 0, False)) == []
     monkeypatch.setitem(FAMILIES, arch.family, dataclasses.replace(family, weights=mutated))
-    assert differs(*fill_rank(hf_tensors(arch), arch, grid, 0, False)) != []
+    assert differs(*fill_rank(hf_tensors(arch), arch, layout, 0, False)) != []
 
 
 def test_pieces_by_hand():

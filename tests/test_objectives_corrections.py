@@ -27,7 +27,7 @@ from test_objectives_losses import AGGREGATIONS, one_response, token_keys
 from megatron_rl.config.schema import ClipConfig, CorrectionConfig, KLConfig
 from megatron_rl.data.schedule import Denominators
 from megatron_rl.objectives.corrections import LEAVES_DENOMINATORS, kept_lengths
-from megatron_rl.objectives.policy import policy_loss
+from megatron_rl.objectives.policy_loss import policy_loss
 
 seeds = st.integers(0, 10**6)
 some_lengths = st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any)

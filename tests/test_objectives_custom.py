@@ -10,7 +10,7 @@ from objective_reference import GRPO, denominators, pack, random_sequences
 
 from megatron_rl.config.schema import ObjectiveConfig
 from megatron_rl.objectives.custom import ObjectiveError, get_objective
-from megatron_rl.objectives.policy import policy_loss
+from megatron_rl.objectives.policy_loss import policy_loss
 
 SEQUENCES = random_sequences(1, [3, 0, 4])
 

@@ -27,7 +27,7 @@ from megatron_rl.config.schema import ClipConfig, ObjectiveConfig
 from megatron_rl.data.schedule import Denominators
 from megatron_rl.lab.metrics import TRAINING, training_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
-from megatron_rl.objectives.policy import policy_loss
+from megatron_rl.objectives.policy_loss import policy_loss
 
 seeds = st.integers(0, 10**6)
 some_lengths = st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any)

@@ -22,7 +22,7 @@ from objective_reference import (
 
 from megatron_rl.config.schema import ClipConfig, CorrectionConfig, KLConfig
 from megatron_rl.objectives.kl import k1, k2, k3, unbiased
-from megatron_rl.objectives.policy import policy_loss
+from megatron_rl.objectives.policy_loss import policy_loss
 
 
 @pytest.mark.parametrize(

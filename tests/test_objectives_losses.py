@@ -24,7 +24,7 @@ from objective_reference import (
 from megatron_rl.config.schema import ClipConfig, KLConfig, ObjectiveConfig
 from megatron_rl.data.schedule import Denominators
 from megatron_rl.objectives.inputs import LossInputs
-from megatron_rl.objectives.policy import policy_loss, sft_loss
+from megatron_rl.objectives.policy_loss import policy_loss, sft_loss
 
 seeds = st.integers(0, 10**6)
 some_lengths = st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any)

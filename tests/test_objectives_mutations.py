@@ -30,9 +30,9 @@ from megatron_rl.data.packing import PackedBatch
 from megatron_rl.data.packing import pack as pack_samples
 from megatron_rl.data.sample import Group, Prompt, Sample, Verdict
 from megatron_rl.data.schedule import Denominators, SampleSize, plan
-from megatron_rl.engine import advantages as engine_advantages
+from megatron_rl.engine import packed_advantages
 from megatron_rl.engine.distribute import Outcome
-from megatron_rl.objectives import advantages, corrections, kl, losses, policy, ratios, value
+from megatron_rl.objectives import advantages, corrections, kl, losses, policy_loss, ratios, value
 from megatron_rl.objectives.inputs import Correction
 from megatron_rl.routing import shift as routing_shift
 from megatron_rl.routing.replay import Tap
@@ -56,7 +56,7 @@ def same_as_the_reference(config: ObjectiveConfig, *, parts: int = 1, by_token: 
             inputs = pack(micro_batch)
             references = torch.tensor(np.concatenate([s.reference for s in micro_batch]))  # type: ignore[misc]
             inputs = dataclasses.replace(inputs, reference_logprobs=references)
-            loss = policy.policy_loss(inputs, config, whole).loss
+            loss = policy_loss.policy_loss(inputs, config, whole).loss
             loss.backward()
             total += loss.item()
             gradient.append(inputs.logprobs.grad[inputs.loss_mask].numpy())  # type: ignore[index]
@@ -106,7 +106,7 @@ def observations_are_skipped() -> None:
     packed = pack_samples([with_observations()], [0.0])
     config = AdvantageConfig(estimator="gae", gamma=0.9, gae_lambda=0.8)
     values = np.arange(packed.tokens) / 7
-    estimate = engine_advantages._estimate(packed, [Outcome(0, 0, 1.0)], values, None, config)
+    estimate = packed_advantages._estimate(packed, [Outcome(0, 0, 1.0)], values, None, config)
     at = [1, 2, 6]  # one before each token that was generated
     expected = by_the_paper([0, 0, 1.0], values[at], 0.9, 0.8)
     np.testing.assert_allclose(estimate.advantages[at], expected, atol=1e-12)
@@ -159,12 +159,12 @@ def one_std(patch: pytest.MonkeyPatch) -> None:
 
 
 def denominator_of_the_micro_batch(patch: pytest.MonkeyPatch) -> None:
-    real = policy.token_weights
+    real = policy_loss.token_weights
 
     def own(tokens: Any, lengths: Any, config: Any, whole: Any) -> Any:
         return real(tokens, lengths, config, Denominators(int(lengths.sum()), int((lengths > 0).sum())))
 
-    patch.setattr(policy, "token_weights", own)
+    patch.setattr(policy_loss, "token_weights", own)
 
 
 def length_with_unmasked_tokens(patch: pytest.MonkeyPatch) -> None:
@@ -197,7 +197,7 @@ def clip_of_the_other_sign(patch: pytest.MonkeyPatch) -> None:
         low, high = found.below & (tokens.advantages > 0), found.above & (tokens.advantages < 0)
         return dataclasses.replace(found, active_low=low, active_high=high)
 
-    patch.setattr(policy, "clipping", turned)
+    patch.setattr(policy_loss, "clipping", turned)
 
 
 def clip_whatever_the_sign(patch: pytest.MonkeyPatch) -> None:
@@ -207,30 +207,30 @@ def clip_whatever_the_sign(patch: pytest.MonkeyPatch) -> None:
         found = real(tokens, config)
         return dataclasses.replace(found, active_low=found.below, active_high=found.above)
 
-    patch.setattr(policy, "clipping", both)
+    patch.setattr(policy_loss, "clipping", both)
 
 
 def ratio_base_swapped(patch: pytest.MonkeyPatch) -> None:
     real = ratios.token_log_ratio
     swapped = {"old": "rollout", "rollout": "old"}
-    for module in (policy, losses, kl):
+    for module in (policy_loss, losses, kl):
         patch.setattr(module, "token_log_ratio", lambda tokens, base: real(tokens, swapped[base]))
 
 
 def ratio_upside_down(patch: pytest.MonkeyPatch) -> None:
     real = ratios.token_log_ratio
-    for module in (policy, losses, kl):
+    for module in (policy_loss, losses, kl):
         patch.setattr(module, "token_log_ratio", lambda tokens, base: -real(tokens, base))
 
 
 def correction_twice(patch: pytest.MonkeyPatch) -> None:
-    real = policy.correct
+    real = policy_loss.correct
 
     def twice(tokens: Any, config: Any) -> Correction:
         found = real(tokens, config)
         return dataclasses.replace(found, factor=found.factor.square())
 
-    patch.setattr(policy, "correct", twice)
+    patch.setattr(policy_loss, "correct", twice)
 
 
 def correction_beside_the_ratio(patch: pytest.MonkeyPatch) -> None:
@@ -256,17 +256,17 @@ def kl_reversed(patch: pytest.MonkeyPatch) -> None:
 
 def kl_without_beta(patch: pytest.MonkeyPatch) -> None:
     real = kl.kl_terms
-    patch.setattr(policy, "kl_terms", lambda tokens, config, *out: real(tokens, config, *out) / config.kl.beta)
+    patch.setattr(policy_loss, "kl_terms", lambda tokens, config, *out: real(tokens, config, *out) / config.kl.beta)
 
 
 def kl_added_to_j(patch: pytest.MonkeyPatch) -> None:
     real = kl.kl_terms
-    patch.setattr(policy, "kl_terms", lambda *given: -real(*given))
+    patch.setattr(policy_loss, "kl_terms", lambda *given: -real(*given))
 
 
 def kl_without_a_gradient(patch: pytest.MonkeyPatch) -> None:
     real = kl.kl_terms
-    patch.setattr(policy, "kl_terms", lambda *given: real(*given).detach())
+    patch.setattr(policy_loss, "kl_terms", lambda *given: real(*given).detach())
 
 
 def mask_dropped_in_the_mean(patch: pytest.MonkeyPatch) -> None:
@@ -335,7 +335,7 @@ def gae_through_observations(patch: pytest.MonkeyPatch) -> None:
     def every(packed: PackedBatch, outcomes: Any) -> Any:
         yield outcomes[0], np.arange(1, 7)
 
-    patch.setattr(engine_advantages, "_responses", every)
+    patch.setattr(packed_advantages, "_responses", every)
 
 
 def value_clip_of_the_smaller(patch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from test_objectives_losses import one_response
 
 from megatron_rl.config.schema import ClipConfig, ObjectiveConfig
 from megatron_rl.data.schedule import Denominators
-from megatron_rl.objectives.policy import policy_loss
+from megatron_rl.objectives.policy_loss import policy_loss
 
 OPEN = ClipConfig(low=None, high=None)
 MEAN = Denominators(2, 1)

@@ -16,17 +16,17 @@ import pytest
 
 from megatron_rl.config.schema import Config, RewardConfig
 from megatron_rl.data.sample import Prompt, Verdict
+from megatron_rl.ranks.world import WorldError
 from megatron_rl.rewards import Judges, RewardError, check_verifier
 from megatron_rl.rewards.channel import Channel
-from megatron_rl.rewards.judges import Answer, Failure, default_workers, worker_environment
-from megatron_rl.world import WorldError
+from megatron_rl.rewards.judges import Failure, ResponseTask, default_workers, worker_environment
 
 RIGHT = Verdict(1.0, True)
 
 
 def ask(judges: Judges, function: str, answer: str = "", responses: str = "abc") -> list[Verdict | Failure]:
     name = f"verifier_examples:{function}"
-    return judges.judge(name, [Answer(Prompt("q", "?", (7,), answer, name), response) for response in responses])
+    return judges.judge(name, [ResponseTask(Prompt("q", "?", (7,), answer, name), response) for response in responses])
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_a_worker_imports_no_torch(judges: Judges) -> None:
 
 def test_a_long_response_arrives_whole(judges: Judges) -> None:
     assert judges.judge(
-        "verifier_examples:is_slow_to_read", [Answer(Prompt("q", "?", (), "", "v"), "é" * 3_000_000)]
+        "verifier_examples:is_slow_to_read", [ResponseTask(Prompt("q", "?", (), "", "v"), "é" * 3_000_000)]
     ) == [Verdict(3_000_000.0, True)]
 
 
@@ -159,11 +159,11 @@ def test_workers_see_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
 PARENT = """
 import os, sys, time
 from megatron_rl.data.sample import Prompt
-from megatron_rl.rewards.judges import Answer, Judges
+from megatron_rl.rewards.judges import ResponseTask, Judges
 
 judges = Judges(workers=1, deadline=600.0)
 verifier = "verifier_examples:" + sys.argv[1]
-answers = [Answer(Prompt("q", "", (), sys.argv[2], verifier), response) for response in "ab"]
+answers = [ResponseTask(Prompt("q", "", (), sys.argv[2], verifier), response) for response in "ab"]
 judges.judge(verifier, answers[:1])
 print("ready", flush=True)
 judges.judge(verifier, answers[1:])

@@ -14,7 +14,7 @@ from megatron_rl.data.packing import pack_all
 from megatron_rl.data.sample import LOST, Group, Prompt, Sample, Verdict
 from megatron_rl.data.schedule import Denominators
 from megatron_rl.data.store import decode_samples, encode_samples, read_groups, write_groups
-from megatron_rl.engine import advantages
+from megatron_rl.engine import packed_advantages
 from megatron_rl.engine.distribute import MiniBatch, Outcome
 from megatron_rl.lab.metrics import ROLLOUT, rollout_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
@@ -56,8 +56,8 @@ def test_advantages_are_those_of_the_group_without_it(baseline: str, std: str) -
 
 
 def test_a_penalised_group_is_as_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With KL in the reward, rewards are compared after the forward passes (engine.advantages)."""
-    monkeypatch.setattr(advantages, "_gather", lambda mine, _: [mine])
+    """With KL in the reward, rewards are compared after the forward passes (engine.packed_advantages)."""
+    monkeypatch.setattr(packed_advantages, "_gather", lambda mine, _: [mine])
     place = SimpleNamespace(speaks_for_stage=True)
     advantage = AdvantageConfig(baseline="mean", std="none")
     found = {}
@@ -67,7 +67,7 @@ def test_a_penalised_group_is_as_without_it(monkeypatch: pytest.MonkeyPatch) -> 
         outcomes = tuple(Outcome(s.index, 0, s.verdict.reward, s.verdict.lost) for s in samples if s.verdict)
         batch = MiniBatch(0, packed, (outcomes,), Denominators(9, 3))
         penalties = [[0.125 * packed[0].loss_mask.astype(np.float64)]]
-        (finished,) = advantages.group_finish([batch], penalties, advantage, place)  # type: ignore[arg-type]
+        (finished,) = packed_advantages.group_finish([batch], penalties, advantage, place)  # type: ignore[arg-type]
         values, mask = finished.micro_batches[0].advantages, packed[0].loss_mask
         found[name] = values[mask]
         assert not values[~mask].any()

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from config_files import ARCHITECTURE
 
-from megatron_rl.data.sample import VersionSpan
+from megatron_rl.data.trace import TraceError
+from megatron_rl.data.versions import VersionSpan
 from megatron_rl.rollout.answers import Completion, RolloutError, read_completion
-from megatron_rl.rollout.routes import RouteSpec
-from megatron_rl.routing.trace import TraceError
+from megatron_rl.routing.wire import RouteSpec
 
 PROMPT = 3
 SPEC = RouteSpec(num_layers=4, moe_layers=(1, 3), top_k=2, num_experts=8)

@@ -11,7 +11,7 @@ import pytest
 from fault_proxy import Fault, FaultProxy
 from tiny_models import VOCAB_SIZE
 
-from megatron_rl.data.sample import VersionSpan
+from megatron_rl.data.versions import VersionSpan
 from megatron_rl.rollout import client as client_module
 from megatron_rl.rollout.client import Completion, RolloutError, SGLangClient
 from megatron_rl.rollout.server import free_ports

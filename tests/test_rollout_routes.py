@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from megatron_rl.data.sample import Prompt
 from megatron_rl.models.architecture import read_architecture
 from megatron_rl.rollout.client import Completion, RolloutError, SGLangClient
-from megatron_rl.rollout.routes import RouteSpec
 from megatron_rl.rollout.sampler import Sampling, rollout_groups
 from megatron_rl.rollout.server import Server, ServerOptions, free_ports
+from megatron_rl.routing.wire import RouteSpec
 
 pytestmark = pytest.mark.server
 MARGIN = 1e-4

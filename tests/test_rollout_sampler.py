@@ -12,7 +12,8 @@ import pytest
 from fault_proxy import Fault, FaultProxy
 from tiny_models import VOCAB_SIZE
 
-from megatron_rl.data.sample import Group, Prompt, VersionSpan
+from megatron_rl.data.sample import Group, Prompt
+from megatron_rl.data.versions import VersionSpan
 from megatron_rl.rollout.client import Completion, RolloutError, SGLangClient
 from megatron_rl.rollout.sampler import Sampling, as_sample, request_seed, rollout_groups
 

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_rl.data.sample import Group, Prompt, Sample, Verdict, VersionSpan
+from megatron_rl.data.sample import Group, Prompt, Sample, Verdict
 from megatron_rl.data.store import StoreError, read_groups, write_groups
-from megatron_rl.rollout.routes import RouteSpec
+from megatron_rl.data.trace import RoutingTrace
+from megatron_rl.data.versions import VersionSpan
 from megatron_rl.rollout.sampler import Sampling, _Spread
 from megatron_rl.rollout.source import Leader, Wanted, check_headers, first_server, rollout_file
 from megatron_rl.rollout.source import saved_groups as read_saved
-from megatron_rl.routing.trace import RoutingTrace
+from megatron_rl.routing.wire import RouteSpec
 
 SPEC = RouteSpec(num_layers=2, moe_layers=(0, 1), top_k=2, num_experts=8)
 

@@ -23,7 +23,7 @@ from megatron_rl.data.packing import pack
 from megatron_rl.data.sample import Sample
 from megatron_rl.data.schedule import Denominators
 from megatron_rl.engine.distribute import MiniBatch
-from megatron_rl.engine.losses import PolicyLoss
+from megatron_rl.engine.packed_losses import PolicyLoss
 from megatron_rl.routing.replay import Tap
 from megatron_rl.routing.shift import RouterShift, router_distance, router_logprobs
 

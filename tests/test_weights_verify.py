@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_rl.config.schema import WeightsConfig
-from megatron_rl.data.sample import VersionSpan
+from megatron_rl.data.versions import VersionSpan
 from megatron_rl.models.architecture import read_architecture
 from megatron_rl.rollout.answers import Completion, RolloutError
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.weights.collective import CollectiveRoute, WeightSyncError, _cut, _open_sockets, wait_for
-from megatron_rl.weights.disk import DiskRoute
+from megatron_rl.weights.directory import DiskRoute
 from megatron_rl.weights.sync import bound_of
-from megatron_rl.weights.verify import Answer, Asked, ask_servers, verify
+from megatron_rl.weights.verify import Asked, SampledAnswer, ask_servers, verify
 
 RNG = np.random.default_rng(0)
 EXPECTED = [-3.0 * RNG.random(9).astype(np.float32) for _ in range(2)]
@@ -37,7 +37,7 @@ def asked(scored: float = 0.0, sampled: float = 0.0, one_token: float = 0.0, **c
     for url, off, logprobs in (("a", 0.0, SAMPLED[0]), ("b", sampled, SAMPLED[1])):
         served = (logprobs[-RESPONSE:] - off).tolist()
         served[0] -= one_token
-        answers.append(Answer(url, [0] * 10, served))
+        answers.append(SampledAnswer(url, [0] * 10, served))
     scores = {"a": [e.tolist() for e in EXPECTED], "b": [(e - scored).tolist() for e in EXPECTED]}
     return Asked(
         **{

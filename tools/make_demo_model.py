@@ -14,7 +14,7 @@ import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from megatron_rl.data.arithmetic import ALPHABET
+from megatron_rl.data.arithmetic_task import ALPHABET
 
 VOCABULARY = ("<pad>", "<eos>", *ALPHABET)
 

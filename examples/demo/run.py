@@ -29,7 +29,7 @@ def run(*command: str) -> None:
 
 def on_ranks(*arguments: str) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads_per_process(RANKS))
-    run("-m", "megatron_rl.engine.launch", str(RANKS), "-m", "megatron_rl", *arguments)
+    run("-m", "megatron_rl.ranks.launch", str(RANKS), "-m", "megatron_rl", *arguments)
 
 
 def cold_start() -> None:

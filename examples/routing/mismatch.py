@@ -42,7 +42,7 @@ def train(mode: str, seed: int, model: Path) -> Path:
     options = [f"run_dir={run_dir}", f"seed={seed}", f"model.path={model}", *STEP, *NO_EVALUATION]
     if mode != MODES[0]:  # the rollouts of the first mode, without a server
         options += [f"rollout.replay_from={RUNS / f'{MODES[0]}-{seed}'}", "weights.verify=0"]
-    command = [sys.executable, "-m", "megatron_rl.engine.launch", "1"]
+    command = [sys.executable, "-m", "megatron_rl.ranks.launch", "1"]
     command += ["-m", "megatron_rl", "train", str(HERE / f"grpo-{mode}.yaml"), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads_per_process(1))}
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import orjson
 
-from megatron_rl.certify.result import Result, Spec
+from megatron_rl.certify.result import CertificateResult, CertificateSpec
 from megatron_rl.config.layout import Layout, check_layout, parse_layout
 from megatron_rl.config.schema import EngineConfig
 from megatron_rl.errors import UserError
@@ -46,9 +46,9 @@ def run(
         elif _read(model).vocab_size < VOCABULARY:
             model = _with_vocabulary(model, Path(scratch) / "model")
         by_world = _by_world(model, layouts, EngineConfig(dtype=dtype, device=device))  # type: ignore[arg-type]
-        results: dict[tuple[str, str], Result] = {}
+        results: dict[tuple[str, str], CertificateResult] = {}
         for world, same_world in sorted(by_world.items()):
-            spec = Spec(str(model), same_world, list(recompute), dtype, device)
+            spec = CertificateSpec(str(model), same_world, list(recompute), dtype, device)
             results |= {(r.layout, r.recompute): r for r in _run_ranks(spec, world, Path(scratch))}
     ordered = [results[layout, kind] for layout in layouts for kind in recompute]
     _report(ordered, as_json)
@@ -128,17 +128,17 @@ def _with_vocabulary(model: Path, directory: Path) -> Path:
     return directory
 
 
-def _run_ranks(spec: Spec, world: int, scratch: Path) -> list[Result]:
-    from megatron_rl.engine.launch import run_ranks
+def _run_ranks(spec: CertificateSpec, world: int, scratch: Path) -> list[CertificateResult]:
+    from megatron_rl.ranks.launch import run_ranks
 
     spec_file, answer = scratch / "spec.json", scratch / f"world-{world}.json"
     spec_file.write_text(json.dumps(asdict(spec)))
     if run_ranks("megatron_rl.certify.ranks", [str(spec_file), str(answer)], world) != 0 or not answer.is_file():
         raise CertifyError(f"the engine failed on {world} ranks for layouts {spec.layouts}; its output is above")
-    return [Result(**r) for r in orjson.loads(answer.read_bytes())]
+    return [CertificateResult(**r) for r in orjson.loads(answer.read_bytes())]
 
 
-def _report(results: Sequence[Result], as_json: bool) -> None:
+def _report(results: Sequence[CertificateResult], as_json: bool) -> None:
     if as_json:
         for r in results:
             print(json.dumps({**asdict(r), "passed": r.passed}))

@@ -13,27 +13,27 @@ import orjson
 import torch
 import torch.distributed as dist
 
-from megatron_rl.certify.result import Result, Spec
+from megatron_rl.certify.result import CertificateResult, CertificateSpec
 from megatron_rl.config.layout import Layout, parse_layout
 from megatron_rl.config.schema import EngineConfig
 from megatron_rl.engine.device import use_device
 
 if TYPE_CHECKING:  # Megatron-Core is imported once the device is ready for it
     from megatron_rl.certify.spoil import Spoiled
-    from megatron_rl.certify.watch import Verdict
+    from megatron_rl.certify.watch import ReplayCount
     from megatron_rl.data.sample import Sample
     from megatron_rl.engine.policy import Policy
 
 
-def worker(spec: Spec, answer: Path) -> None:
+def worker(spec: CertificateSpec, answer: Path) -> None:
     device = use_device(spec.device)
     from megatron.core import parallel_state
 
-    from megatron_rl.engine.heartbeat import Heartbeat
-    from megatron_rl.engine.parallel import start_process_groups, stop_process_groups
     from megatron_rl.engine.policy import Policy
+    from megatron_rl.ranks.heartbeat import Heartbeat
+    from megatron_rl.ranks.place import start_process_groups, stop_process_groups
 
-    results: list[Result] = []
+    results: list[CertificateResult] = []
     with contextlib.ExitStack() as stack:
         for text in spec.layouts:
             layout = Layout.resolve(*parse_layout(text))
@@ -50,8 +50,8 @@ def worker(spec: Spec, answer: Path) -> None:
     stop_process_groups()
 
 
-def _certify(policy: Policy, text: str) -> Result:
-    from megatron_rl.certify.batch import make_samples
+def _certify(policy: Policy, text: str) -> CertificateResult:
+    from megatron_rl.certify.samples import make_samples
     from megatron_rl.certify.spoil import Spoiled, cases, refuses_fusion
 
     samples = make_samples(policy.arch)
@@ -60,7 +60,7 @@ def _certify(policy: Policy, text: str) -> Result:
     if backward is not None and not backward.holds:
         problems.append(f"recomputation: {backward}")
     caught = {name: _is_caught(policy, samples, case) for name, case in cases(policy).items()}
-    return Result(
+    return CertificateResult(
         layout=text,
         recompute=policy.engine.recompute,
         dtype=policy.engine.dtype,
@@ -73,11 +73,11 @@ def _certify(policy: Policy, text: str) -> Result:
     )
 
 
-def _prove(policy: Policy, samples: list[Sample], case: Spoiled) -> tuple[Verdict, Verdict | None, int]:
+def _prove(policy: Policy, samples: list[Sample], case: Spoiled) -> tuple[ReplayCount, ReplayCount | None, int]:
     """(verdict on the forward pass, verdict on the recomputation or None, bytes of routes on this rank)."""
     from megatron_rl.certify.watch import Watch, judge, share_rows
     from megatron_rl.engine.distribute import TrainSample, distribute
-    from megatron_rl.engine.routes import RouteExchange
+    from megatron_rl.routing.exchange import RouteExchange
 
     place, layout = policy.place, policy.layout
     # All samples begin on one leader, so that those of other replicas have to move.
@@ -112,4 +112,4 @@ def _maximum(policy: Policy, value: int) -> int:
 
 
 if __name__ == "__main__":
-    worker(Spec(**json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]))
+    worker(CertificateSpec(**json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]))

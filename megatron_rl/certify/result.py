@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Spec:
+class CertificateSpec:
     """What the ranks are told, as JSON."""
 
     model: str
@@ -17,7 +17,7 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class Result:
+class CertificateResult:
     layout: str
     recompute: str
     dtype: str

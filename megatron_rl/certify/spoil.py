@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_rl.certify.batch import trace_of
+from megatron_rl.certify.samples import trace_of
 from megatron_rl.data.sample import Sample
+from megatron_rl.data.trace import RoutingTrace
 from megatron_rl.engine.policy import Policy
 from megatron_rl.errors import UserError
 from megatron_rl.routing.replay import Routers, RoutingPass, Tap
 from megatron_rl.routing.slicing import RankRoutes
-from megatron_rl.routing.trace import RoutingTrace
 
 Samples = list[Sample]
 

@@ -22,12 +22,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from megatron_rl.certify.batch import LENGTHS, token_of, trace_of
+from megatron_rl.certify.samples import LENGTHS, token_of, trace_of
 from megatron_rl.data.sample import Sample
-from megatron_rl.engine.exchange import all_gather_bytes
-from megatron_rl.engine.parallel import Place
+from megatron_rl.data.trace import RoutingTrace
 from megatron_rl.engine.policy import Policy
-from megatron_rl.routing.trace import RoutingTrace
+from megatron_rl.ranks.collectives import all_gather_bytes
+from megatron_rl.ranks.place import Place
 
 Sets = npt.NDArray[np.bool_]  # [rows, experts]
 
@@ -112,7 +112,7 @@ def _embedded_ids(model: GPTModel) -> dict[bytes, int]:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ReplayCount:
     """Over all ranks of all replicas; rows are (sample, position, layer)."""
 
     replayed: int  # rows that used exactly their own trace
@@ -126,7 +126,7 @@ class Verdict:
         return (self.replayed, self.live, self.strange) == (self.expected_replayed, self.expected_live, 0)
 
 
-def judge(calls: Sequence[Call], rows: Sequence[Sequence[int]], samples: Sequence[Sample], place: Place) -> Verdict:
+def judge(calls: Sequence[Call], rows: Sequence[Sequence[int]], samples: Sequence[Sample], place: Place) -> ReplayCount:
     """`rows`: the token of each row, by micro-batch, of the first stage with this rank's tp and cp. Collective."""
     traces = [trace_of(sample) for sample in samples]
     columns = {layer: column for column, layer in enumerate(traces[0].layers)}
@@ -149,7 +149,7 @@ def judge(calls: Sequence[Call], rows: Sequence[Sequence[int]], samples: Sequenc
     return _count(totals, traces, len(columns))
 
 
-def _count(totals: dict[str, list[int]], traces: Sequence[RoutingTrace], layers: int) -> Verdict:
+def _count(totals: dict[str, list[int]], traces: Sequence[RoutingTrace], layers: int) -> ReplayCount:
     """Padding repeats its sequence and routes live, so a token may be there more than once; but only one row may be
     its own, and exactly one."""
     present = sum(int(trace.present.sum()) for trace in traces) * layers
@@ -157,7 +157,7 @@ def _count(totals: dict[str, list[int]], traces: Sequence[RoutingTrace], layers:
     replayed = sum(counts[0] == 1 for counts in totals.values())
     routed_live = sum(counts[0] == 0 and counts[1] > 0 and counts[2] == 0 for counts in totals.values())
     strange = sum(counts[2] for counts in totals.values() if counts[0] != 1)
-    return Verdict(replayed, routed_live, present, live, strange)
+    return ReplayCount(replayed, routed_live, present, live, strange)
 
 
 def share_rows(rows: list[list[int]], place: Place) -> list[list[int]]:

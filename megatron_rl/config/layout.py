@@ -16,8 +16,27 @@ class LayoutError(UserError):
 
 
 @dataclass(frozen=True)
+class Coordinates:
+    """One rank's numbers in the attention grid (tp, cp, dp, pp) and in the expert grid (etp, ep, edp, pp)."""
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+    etp: int
+    ep: int
+    edp: int
+
+    @property
+    def leads_replica(self) -> bool:
+        """Whether this rank talks to the rollout servers for its data-parallel replica."""
+        return self.tp == self.cp == self.pp == 0
+
+
+@dataclass(frozen=True)
 class Layout:
-    """Attention ranks: world = tp * cp * dp * pp, tp fastest; expert ranks: world = etp * ep * edp * pp."""
+    """Sizes of the two grids of ranks, and Megatron-Core's default order in them: attention tp, cp, dp, pp, with tp
+    fastest, and world = tp * cp * dp * pp; experts etp, ep, edp, pp, and world = etp * ep * edp * pp."""
 
     tp: int
     pp: int
@@ -42,6 +61,28 @@ class Layout:
                 )
         degrees = parallel.model_dump()
         return cls(**degrees, dp=world_size // dense, edp=world_size // expert, world_size=world_size)
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of one pipeline stage, which are consecutive."""
+        return self.world_size // self.pp
+
+    def coordinates(self, rank: int) -> Coordinates:
+        pp, in_stage = divmod(rank, self.stage_size)
+        dp, in_replica = divmod(in_stage, self.tp * self.cp)
+        cp, tp = divmod(in_replica, self.tp)
+        edp, in_experts = divmod(in_stage, self.etp * self.ep)
+        ep, etp = divmod(in_experts, self.etp)
+        return Coordinates(tp=tp, cp=cp, dp=dp, pp=pp, etp=etp, ep=ep, edp=edp)
+
+    def leader(self, dp: int) -> int:
+        """Rank that leads data-parallel replica `dp`."""
+        return dp * self.tp * self.cp
+
+    def replica_ranks(self, dp: int) -> list[int]:
+        """Ranks of data-parallel replica `dp`, its leader first."""
+        width = self.tp * self.cp
+        return [stage * self.stage_size + dp * width + i for stage in range(self.pp) for i in range(width)]
 
     @property
     def micro_batch_multiple(self) -> int:

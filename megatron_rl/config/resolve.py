@@ -15,8 +15,7 @@ from typing import Generic
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.load import C, ConfigError, check_companions, check_config, load_config
 from megatron_rl.config.schema import Config, SftConfig
-from megatron_rl.config.show import holding
-from megatron_rl.data.arithmetic import PREFIX
+from megatron_rl.data.arithmetic_task import PREFIX
 from megatron_rl.models.architecture import Architecture, ModelError, read_architecture
 
 # Read by every rank, small, and decisive: which tokens a text has, and what the weights mean.
@@ -64,8 +63,7 @@ def local_files(resolved: Resolved[C], rank: int) -> Files:
     """
     config = resolved.config
     files = {key: _describe(key, path, _MODEL_TEXTS) for key, path, _ in model_dirs(config)}
-    held = holding(rank, resolved.layout, resolved.arch)
-    leads = held.tp == held.cp == held.pp == 0
+    leads = resolved.layout.coordinates(rank).leads_replica
     replays = isinstance(config, Config) and config.rollout.replay_from is not None
     if leads and not replays and not config.data.train.startswith(PREFIX):
         files["data.train"] = _describe("data.train", Path(config.data.train))

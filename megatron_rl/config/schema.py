@@ -286,8 +286,8 @@ class ObjectiveConfig(Frozen):
     """RSPO [2510.23027]: each token's ratio is multiplied, before the clip, by how little the routers have moved for it
     since pi_old, and by no less than this. One more forward pass for each mini-batch. null: it is not."""
     custom: str | None = None
-    """A loss of one's own, `package.module:function`, called as megatron_rl.objectives.policy.policy_loss is and in its
-    place; advantage, and the denominators under correction, are as without it."""
+    """A loss of one's own, `package.module:function`, called in place of and as objectives.policy_loss.policy_loss is;
+    advantage, and the denominators under correction, are as without it."""
 
 
 class CriticConfig(Frozen):

@@ -43,7 +43,7 @@ TRAINERS_FLAGS = {
 }
 
 # Flags of servers whose routes cannot be trusted: experts that are moved or doubled are numbered anew, and KV that is
-# loaded from elsewhere comes without its tokens' routes, which SGLang does not notice (rollout/routes.py).
+# loaded from elsewhere comes without its tokens' routes, which SGLang does not notice (routing/wire.py).
 UNROUTED_FLAGS = (
     "--enable-eplb",
     "--ep-num-redundant-experts",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
 
 from rich.console import Console
 from rich.table import Table
 
-from megatron_rl.config.layout import Layout
+from megatron_rl.config.layout import Coordinates, Layout
 from megatron_rl.config.schema import Config, EngineConfig, SftConfig
 from megatron_rl.data.schedule import SampleSize, StepPlan, plan
 from megatron_rl.models.architecture import Architecture
@@ -15,60 +15,35 @@ from megatron_rl.models.architecture import Architecture
 MAX_RANKS = 64
 
 
-@dataclass(frozen=True)
-class Holding:
-    """A rank's coordinates in the attention and the expert grid, and its part of the model."""
-
-    rank: int
-    tp: int
-    cp: int
-    dp: int
-    pp: int
-    etp: int
-    ep: int
-    edp: int
-    layers: tuple[range, ...]  # one per virtual stage, 0-based
-    experts: range  # of every layer with experts; empty for a dense model
-
-
-def holding(rank: int, layout: Layout, arch: Architecture) -> Holding:
-    """Megatron-Core's order: tp is fastest, then cp, dp and pp; for experts etp, ep, edp and pp."""
-    pp, inner = divmod(rank, layout.world_size // layout.pp)
-    dp, of_replica = divmod(inner, layout.tp * layout.cp)
-    cp, tp = divmod(of_replica, layout.tp)
-    edp, of_experts = divmod(inner, layout.etp * layout.ep)
-    ep, etp = divmod(of_experts, layout.etp)
-    depth, share = arch.num_layers // (layout.pp * layout.vpp), arch.num_experts // layout.ep
+def stage_layers(layout: Layout, arch: Architecture, pp: int) -> list[range]:
+    """Layers of pipeline stage `pp`, from 0, one range for each virtual stage."""
+    depth = arch.num_layers // (layout.pp * layout.vpp)
     starts = [(stage * layout.pp + pp) * depth for stage in range(layout.vpp)]
-    return Holding(
-        rank=rank,
-        tp=tp,
-        cp=cp,
-        dp=dp,
-        pp=pp,
-        etp=etp,
-        ep=ep,
-        edp=edp,
-        layers=tuple(range(start, start + depth) for start in starts),
-        experts=range(ep * share, (ep + 1) * share),
-    )
+    return [range(start, start + depth) for start in starts]
+
+
+def rank_experts(layout: Layout, arch: Architecture, ep: int) -> range:
+    """Experts, of every MoE layer, that expert-parallel rank `ep` holds; empty for a dense model."""
+    share = arch.num_experts // layout.ep
+    return range(ep * share, (ep + 1) * share)
 
 
 def show_layout(layout: Layout, arch: Architecture, engine: EngineConfig) -> None:
-    """Prints the degrees, the budget of a micro-batch, and each rank's holding."""
+    """Prints the degrees, the budget of a micro-batch, and what each rank holds."""
     degrees = ", ".join(f"{key}={getattr(layout, key)}" for key in ("tp", "pp", "vpp", "cp", "dp", "ep", "etp", "edp"))
     budget = engine.max_tokens_per_micro_batch
     table = Table(
         title=f"{layout.world_size} ranks: {degrees}",
         caption=f"micro-batch: at most {budget} packed tokens, {budget // layout.cp} a rank",
     )
-    coordinates = ("rank", "tp", "cp", "dp", "pp", "etp", "ep", "edp")
-    for column in (*coordinates, "layers", "experts"):
+    axes = [field.name for field in dataclasses.fields(Coordinates)]
+    for column in ("rank", *axes, "layers", "experts"):
         table.add_column(column, justify="right")
     for rank in range(min(layout.world_size, MAX_RANKS)):
-        held = holding(rank, layout, arch)
-        layers = " ".join(map(_span, held.layers))
-        table.add_row(*(str(getattr(held, key)) for key in coordinates), layers, _span(held.experts))
+        at = layout.coordinates(rank)
+        layers = " ".join(map(_span, stage_layers(layout, arch, at.pp)))
+        numbers = (str(getattr(at, axis)) for axis in axes)
+        table.add_row(str(rank), *numbers, layers, _span(rank_experts(layout, arch, at.ep)))
     console = Console()
     console.print(table)
     if layout.world_size > MAX_RANKS:

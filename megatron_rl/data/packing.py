@@ -189,17 +189,3 @@ def cp_index(cu_seqlens: npt.NDArray[np.integer], cp: int, rank: int) -> Ints:
 def rank_rows(cu_seqlens: npt.NDArray[np.integer], *, cp: int, cp_rank: int, tp: int, tp_rank: int) -> Ints:
     """Positions of the row whose tokens pass through a rank's routers, in their order: [T / (cp * tp)]."""
     return np.split(cp_index(cu_seqlens, cp, cp_rank), tp)[tp_rank]
-
-
-def cp_slice(array: npt.NDArray[T], cu_seqlens: npt.NDArray[np.integer], cp: int, rank: int) -> npt.NDArray[T]:
-    """[T, ...] -> [T / cp, ...]: what a context-parallel rank holds of anything that goes by position."""
-    return array[cp_index(cu_seqlens, cp, rank)]
-
-
-def cp_unslice(slices: Sequence[npt.NDArray[T]], cu_seqlens: npt.NDArray[np.integer]) -> npt.NDArray[T]:
-    """The inverse: the slices of all ranks, in their order -> [T, ...]."""
-    cp = len(slices)
-    order = np.concatenate([cp_index(cu_seqlens, cp, rank) for rank in range(cp)])
-    whole = np.empty((len(order), *slices[0].shape[1:]), dtype=slices[0].dtype)
-    whole[order] = np.concatenate(slices)
-    return whole

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megatron_rl.data import arithmetic
-from megatron_rl.data.arithmetic import ArithmeticTask
+from megatron_rl.data import arithmetic_task
+from megatron_rl.data.arithmetic_task import ArithmeticTask
 from megatron_rl.data.chat import ChatFormat, Tokenizer
-from megatron_rl.data.files import DataError, find_files, some
+from megatron_rl.data.files import DataError, find_files
 from megatron_rl.data.records import Record, read_records
 from megatron_rl.data.sample import Prompt, Sample
 from megatron_rl.data.vocabulary import unknown_token
-from megatron_rl.rewards.judges import Judges
-from megatron_rl.rewards.references import check_references
-from megatron_rl.rewards.registry import VERIFIERS
 
 
 @dataclass(frozen=True)
@@ -92,77 +88,6 @@ class Fields:
     chat_template: bool = False
 
 
-def load_prompts(
-    source: str,
-    fields: Fields,
-    tokenizer: Tokenizer,
-    max_tokens: int,
-    *,
-    vocab_size: int | None = None,
-    judges: Callable[[], Judges] = Judges,
-) -> PromptDataset:
-    """Reads and checks all of `source`: what find_files takes, or `arithmetic:SPEC`.
-
-    A record may carry its own id (else file name and line) and a built-in verifier. Raises DataError naming file, line
-    and field for a record that cannot be used, an id given twice, a prompt over `max_tokens`, a token beyond the
-    model's vocabulary of `vocab_size` (None leaves that unchecked), or a reference that its verifier cannot read.
-    `judges` makes the worker processes that try the references.
-    """
-    chat = ChatFormat(tokenizer, fields.chat_template, vocab_size)
-    verifier = fields.verifier or ("arithmetic" if source.startswith(arithmetic.PREFIX) else "math")
-    allowed = {*VERIFIERS, verifier}
-    prompts = []
-    where: dict[str, str] = {}
-    for record in _records(source, fields, ("id", "verifier"), answer_text=lambda terms: str(sum(terms))):
-        text = chat.text(record, fields.prompt)
-        ids = chat.prompt_ids(record, fields.prompt, text)
-        if len(ids) > max_tokens:
-            raise record.error(
-                fields.prompt, f"prompt has {len(ids)} tokens, expected 1 to data.max_prompt_tokens = {max_tokens}"
-            )
-        prompt = Prompt(
-            id=record.text("id", default=record.id),
-            text=text,
-            token_ids=(),
-            answer=record.text(fields.answer),
-            verifier=record.text("verifier", default=verifier),
-        )
-        if prompt.verifier not in allowed:
-            raise record.error("verifier", _no_verifier(prompt.verifier))
-        if prompt.id in where:
-            raise record.error("id", f"{prompt.id!r} is also at {where[prompt.id]}; ids must differ")
-        where[prompt.id] = record.where
-        prompts.append(prompt)
-    if not prompts:
-        raise DataError(f"{source}: no prompts")
-    _check_references(prompts, where, fields.answer, judges)
-    return PromptDataset(prompts, chat.encode)
-
-
-def _no_verifier(name: str) -> str:
-    close = difflib.get_close_matches(name, VERIFIERS, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return (
-        f"a record may name {', '.join(VERIFIERS)} or what data.verifier is, found {name[:100]!r}{hint}; "
-        "only the configuration may choose code"
-    )
-
-
-def _check_references(
-    prompts: Sequence[Prompt], where: Mapping[str, str], field: str, judges: Callable[[], Judges]
-) -> None:
-    """Raises DataError for the first reference answer that its verifier cannot read; it names where others are."""
-    problems = check_references(prompts, judges)
-    bad = [prompt for prompt in prompts if (prompt.verifier, prompt.answer) in problems]
-    if bad:
-        first = bad[0]
-        more = f" (as at {some(where[prompt.id] for prompt in bad[1:])})" if bad[1:] else ""
-        raise DataError(
-            f"{where[first.id]}: {field}: verifier {first.verifier!r} cannot judge by this reference: "
-            f"{problems[first.verifier, first.answer]}{more}"
-        )
-
-
 def load_sft_samples(
     source: str, fields: Fields, tokenizer: Tokenizer, max_tokens: int, *, vocab_size: int | None = None
 ) -> list[Sample]:
@@ -175,7 +100,7 @@ def load_sft_samples(
         raise DataError(f"the tokenizer's end-of-sequence token (eos_token): {outside}")
     chat = ChatFormat(tokenizer, fields.chat_template, vocab_size)
     samples = []
-    for record in _records(source, fields, ("id",), answer_text=arithmetic.response_text):
+    for record in source_records(source, fields, ("id",), answer_text=arithmetic_task.response_text):
         text = chat.text(record, fields.prompt)
         ids = chat.prompt_ids(record, fields.prompt, text)
         response = chat.response_ids(record, fields.answer)
@@ -198,22 +123,25 @@ def data_digest(source: str) -> str:
 
     A run that goes on compares it with the digest that it began with.
     """
-    if not source.startswith(arithmetic.PREFIX):
+    if not source.startswith(arithmetic_task.PREFIX):
         return f"sha256:{find_files(Path(source)).digest()}"
     task = repr(ArithmeticTask.parse(source))
     return f"sha256:{hashlib.sha256(task.encode()).hexdigest()}"
 
 
-def _records(
+def source_records(
     source: str, fields: Fields, optional: Sequence[str], answer_text: Callable[[Sequence[int]], str]
 ) -> Iterator[Record]:
-    """`answer_text` gives what stands in fields.answer for the terms of an arithmetic problem. `optional`: other fields
-    that are used where a record has them."""
-    if not source.startswith(arithmetic.PREFIX):
+    """The records of what find_files takes, or of `arithmetic:SPEC`.
+
+    `answer_text` gives fields.answer for the terms of an arithmetic problem. `optional` names other fields that are
+    kept if a record has them.
+    """
+    if not source.startswith(arithmetic_task.PREFIX):
         yield from read_records(Path(source), {fields.prompt, fields.answer, *optional})
         return
     task = ArithmeticTask.parse(source)
     for number, terms in enumerate(task.problems()):
-        values = {fields.prompt: arithmetic.prompt_text(terms), fields.answer: answer_text(terms)}
-        where = f"{arithmetic.PREFIX}{task.split}:{number}"
+        values = {fields.prompt: arithmetic_task.prompt_text(terms), fields.answer: answer_text(terms)}
+        where = f"{arithmetic_task.PREFIX}{task.split}:{number}"
         yield Record(where, where, values)

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:  # routing.trace imports this module
-    from megatron_rl.routing.trace import RoutingTrace
+from megatron_rl.data.versions import VersionSpan
+
+if TYPE_CHECKING:  # verifiers' workers import this module, and need neither pydantic nor safetensors
+    from megatron_rl.data.trace import RoutingTrace
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -28,15 +30,6 @@ class Prompt:
     token_ids: tuple[int, ...]
     answer: str  # the reference answer, as text
     verifier: str  # name of the function in megatron_rl.rewards that judges a response
-
-
-@dataclass(frozen=True)
-class VersionSpan:
-    """Tokens [start, end) of a sample were generated under this weight version."""
-
-    version: int
-    start: int
-    end: int
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,10 @@ import orjson
 import safetensors.numpy
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
-from megatron_rl.data.sample import FinishReason, Group, Prompt, Sample, Verdict, VersionSpan
+from megatron_rl.data.sample import FinishReason, Group, Prompt, Sample, Verdict
+from megatron_rl.data.trace import RoutingTrace, TraceError
+from megatron_rl.data.versions import VersionSpan
 from megatron_rl.errors import UserError
-from megatron_rl.routing.trace import RoutingTrace, TraceError
 
 LOWEST = float(np.finfo(np.float32).min)
 PROBE_BYTES = 1 << 16
@@ -205,7 +206,7 @@ def read_header(path: Path) -> Header:
 
 def encode_samples(samples: Sequence[Sample]) -> bytes:
     """For other ranks of the trainer. `decode_samples` gives back the same, without the routing traces: they are many
-    times as large, so they travel by themselves, and each rank gets its own slice only (engine/routes.py)."""
+    times as large, so they travel by themselves, and each rank gets its own slice only (routing/exchange.py)."""
 
     def column(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
         return np.concatenate([np.empty(0, dtype), *arrays])

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_rl.disk import DiskError, explain, size, sync_directory
-from megatron_rl.engine.exchange import all_gather_bytes, broadcast_bytes
 from megatron_rl.engine.manifest import (
     FORMAT,
     MANIFEST,
@@ -38,6 +37,7 @@ from megatron_rl.engine.manifest import (
 )
 from megatron_rl.engine.network import Network
 from megatron_rl.engine.optimizer import optimizer_parts
+from megatron_rl.ranks.collectives import all_gather_bytes, broadcast_bytes
 
 PARTIAL = ".partial"
 

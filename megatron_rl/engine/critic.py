@@ -15,8 +15,8 @@ from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import EngineConfig, OptimConfig
 from megatron_rl.data.packing import PackedBatch
 from megatron_rl.engine.network import Network, UpdateResult
-from megatron_rl.engine.parallel import Place
 from megatron_rl.engine.step import forward
+from megatron_rl.ranks.place import Place
 
 
 class Critic(Network):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_rl.config.sources import ConfigError
-from megatron_rl.world import read_world
+from megatron_rl.ranks.world import read_world
 
 CPU = torch.device("cpu")
 
@@ -55,10 +55,6 @@ def use_device(requested: str, leave_out: Collection[str] = ()) -> torch.device:
         if name not in leave_out:
             item()
     return device
-
-
-def backend(device: torch.device) -> str:
-    return "nccl" if device.type == "cuda" else "gloo"
 
 
 # ---- the CPU layer ---------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 Leaders exchange sizes only; every rank then makes the same plan. Samples that the plan moves to another data-parallel
 replica travel between leaders, and each leader hands its replica what that replica trains on. Routing traces take the
-same way, but each rank gets its own slice only (engine/routes.py).
+same way, but each rank gets its own slice only (routing/exchange.py).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from megatron_rl.data.packing import PackedBatch, pack_all
 from megatron_rl.data.sample import Sample
 from megatron_rl.data.schedule import Denominators, SampleSize, plan
 from megatron_rl.data.store import decode_samples, encode_samples
-from megatron_rl.engine.exchange import all_gather_bytes, broadcast_bytes
-from megatron_rl.engine.parallel import Place
-from megatron_rl.engine.routes import RouteExchange
+from megatron_rl.data.trace import RoutingTrace
+from megatron_rl.ranks.collectives import all_gather_bytes, broadcast_bytes
+from megatron_rl.ranks.place import Place
+from megatron_rl.routing.exchange import RouteExchange
 from megatron_rl.routing.slicing import RankRoutes
-from megatron_rl.routing.trace import RoutingTrace
 
 
 @dataclass(frozen=True)

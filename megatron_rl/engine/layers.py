@@ -28,7 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from megatron_rl.engine.batch import AttentionPlan
+from megatron_rl.engine.micro_batch import AttentionPlan
 
 
 class RMSNorm(torch.nn.Module):

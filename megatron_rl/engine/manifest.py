@@ -32,11 +32,11 @@ class DamagedError(CheckpointError):
     """A checkpoint that is not whole: an older one may be."""
 
 
-class _Record(BaseModel):
+class _StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class ShardFile(_Record):
+class ShardFile(_StrictModel):
     """One rank's file."""
 
     name: Annotated[str, Field(pattern=r"^rank-\d{5}\.pt$")]
@@ -44,7 +44,7 @@ class ShardFile(_Record):
     sha256: _Digest
 
 
-class ModelIdentity(_Record):
+class ModelIdentity(_StrictModel):
     """A model as the run began with it."""
 
     key: str
@@ -54,7 +54,7 @@ class ModelIdentity(_Record):
     """A digest for each file of the model's directory that a run reads."""
 
 
-class Identity(_Record):
+class Identity(_StrictModel):
     """Which run a checkpoint is of, and what that run computes on: a resume must find the same."""
 
     run: str
@@ -64,7 +64,7 @@ class Identity(_Record):
     """Digests of the data sets' records and their order, by key of the configuration."""
 
 
-class State(_Record):
+class State(_StrictModel):
     """Where a run stands."""
 
     step: Annotated[int, Field(ge=0)]
@@ -74,7 +74,7 @@ class State(_Record):
     """Whether the evaluation that was due after `step` has been made."""
 
 
-class Manifest(_Record):
+class Manifest(_StrictModel):
     format: Literal[3]
     layout: dict[str, int | str]
     identity: Identity

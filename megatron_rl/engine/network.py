@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -21,18 +20,18 @@ from torch import Tensor
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import EngineConfig, OptimConfig
 from megatron_rl.data.packing import PackedBatch
-from megatron_rl.engine.batch import MicroBatch, micro_batch
-from megatron_rl.engine.exchange import together
+from megatron_rl.engine.export import export_stream, model_ranks
 from megatron_rl.engine.grad_norms import grad_norms
+from megatron_rl.engine.micro_batch import MicroBatch, micro_batch
 from megatron_rl.engine.model import build_stages, transformer_config, uses_transformer_engine
 from megatron_rl.engine.optimizer import build_optimizer, optimizer_parts
-from megatron_rl.engine.parallel import Place
 from megatron_rl.engine.step import LossFunction, forward_backward
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture, read_architecture
-from megatron_rl.models.weights_io import ModelRanks, load_weights
+from megatron_rl.models.weights_io import load_weights
+from megatron_rl.ranks.collectives import together
+from megatron_rl.ranks.place import Place
 from megatron_rl.routing.replay import RoutingPass
-from megatron_rl.weights.export import ExportGroups, export_stream
 
 
 class NonFiniteGradientError(UserError):
@@ -82,16 +81,8 @@ class Network:
         config.finalize_model_grads_func = finalize_model_grads
         # Megatron-Core and Transformer Engine make most weights where they belong, but norms and routers on the CPU.
         self.models = [model.to(device) for model in build_stages(self.arch, engine, layout, config, temperature)]
-        ranks = ModelRanks(
-            tp_rank=place.tp,
-            tp_size=layout.tp,
-            ep_rank=place.ep,
-            ep_size=layout.ep,
-            etp_rank=place.etp,
-            etp_size=layout.etp,
-        )
         with together(place.control):  # one rank's share may be damaged, and another's not
-            self.unused_weights = load_weights(list(self.models), self.arch, model_dir, ranks)
+            self.unused_weights = load_weights(list(self.models), self.arch, model_dir, model_ranks(layout, place.rank))
         self.stages: list[Any] = list(self.models)
         if frozen:
             for model in self.models:
@@ -162,10 +153,4 @@ class Network:
         self, bucket_bytes: int, tensor_of: Callable[[torch.nn.Parameter], Tensor] = lambda p: p.data
     ) -> Iterator[list[tuple[str, Tensor]]]:
         """Buckets of (Hugging Face name, whole tensor) on rank 0, empty lists elsewhere."""
-        groups = ExportGroups(
-            tp=parallel_state.get_tensor_model_parallel_group(),
-            etp=parallel_state.get_expert_tensor_parallel_group(),
-            ep=parallel_state.get_expert_model_parallel_group(),
-            pp=parallel_state.get_pipeline_model_parallel_group(),
-        )
-        return export_stream(list(self.models), self.arch, groups, bucket_bytes, tensor_of)
+        return export_stream(list(self.models), self.arch, self.layout, bucket_bytes, tensor_of)

@@ -12,8 +12,8 @@ from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import EngineConfig, OptimConfig
 from megatron_rl.data.packing import PackedBatch
 from megatron_rl.engine.network import Network, UpdateResult
-from megatron_rl.engine.parallel import Place
 from megatron_rl.engine.step import LossFunction, forward
+from megatron_rl.ranks.place import Place
 from megatron_rl.routing.replay import Observer, Routers, RoutingPass
 from megatron_rl.routing.slicing import RankRoutes
 

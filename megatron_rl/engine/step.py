@@ -19,7 +19,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_rl.engine.batch import MicroBatch
+from megatron_rl.engine.micro_batch import MicroBatch
 from megatron_rl.routing.replay import RoutingPass
 
 LossFunction = Callable[[int, Tensor], Tensor]

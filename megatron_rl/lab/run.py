@@ -33,7 +33,7 @@ import orjson
 from megatron_rl.disk import explain, sync_directory, writes
 from megatron_rl.errors import FileInTheWayError
 from megatron_rl.lab.owner import Owner, OwnerError
-from megatron_rl.lab.records import (
+from megatron_rl.lab.run_records import (
     RECORDS,
     RUN_FILE,
     History,

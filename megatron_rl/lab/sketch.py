@@ -60,7 +60,7 @@ def bin_of(values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Slot:
+class MetricSlot:
     """Where a metric's state is: sums[start : start + kind.size], maxima[extremes : extremes + 2]."""
 
     kind: Kind
@@ -78,10 +78,10 @@ class MetricAccumulator:
 
     def __init__(self, kinds: Mapping[str, Kind], device: torch.device | str = "cpu") -> None:
         self.kinds = dict(kinds)
-        self._slots: dict[str, Slot] = {}
+        self._slots: dict[str, MetricSlot] = {}
         size = 0
         for position, (name, kind) in enumerate(kinds.items()):
-            self._slots[name] = Slot(kind, size, 2 * position)
+            self._slots[name] = MetricSlot(kind, size, 2 * position)
             size += kind.size
         self.sums = torch.zeros(size, dtype=torch.float64, device=device)
         self.maxima = torch.full((2 * len(kinds),), -math.inf, dtype=torch.float64, device=device)
@@ -102,7 +102,7 @@ class MetricAccumulator:
         else:
             self._add_tail(slot, state, values)
 
-    def _add_tail(self, slot: Slot, state: Tensor, values: Tensor) -> None:
+    def _add_tail(self, slot: MetricSlot, state: Tensor, values: Tensor) -> None:
         finite = values.isfinite()
         ones = finite.to(values)
         kept = values.where(finite, 0.0)

@@ -1,6 +1,6 @@
 """One logical weight: its tensors in Hugging Face's files, its name in Megatron-Core, and how ranks share it.
 
-A layout answers one question: which stretch of which Hugging Face tensor lies where in rank r's shard of n.
+A sharding answers one question: which stretch of which Hugging Face tensor lies where in rank r's shard of n.
 Loading copies along these pieces from files into shards, exporting copies along the same pieces from shards
 into whole tensors, so there is no second description to disagree with the first.
 """
@@ -38,7 +38,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Sharding:
     """The sources are interleaved block by block along `dim`, and then cut into one shard per rank."""
 
     dim: int = 0
@@ -71,15 +71,15 @@ class Layout:
         return extent, tuple(pieces)
 
 
-REPLICATED = Layout(split=False)
-COLUMNS = Layout(dim=1)  # row-parallel linear layers: [out, in / n]
-VOCABULARY = Layout(padded=True)
-GATE_UP = Layout(blocks=None)  # each rank: its part of gate, then its part of up
+REPLICATED = Sharding(split=False)
+COLUMNS = Sharding(dim=1)  # row-parallel linear layers: [out, in / n]
+VOCABULARY = Sharding(padded=True)
+GATE_UP = Sharding(blocks=None)  # each rank: its part of gate, then its part of up
 
 
-def grouped_qkv(num_kv_heads: int) -> Layout:
+def grouped_qkv(num_kv_heads: int) -> Sharding:
     """Per key-value head: its query heads, its key, its value."""
-    return Layout(blocks=num_kv_heads)
+    return Sharding(blocks=num_kv_heads)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Weight:
 
     name: str
     sources: tuple[Source, ...]
-    layout: Layout
+    sharding: Sharding
     at: int | Literal["first", "last"]  # the layer it belongs to, or the end of the pipeline that holds it
     expert: int | None = None  # set: shared over expert-tensor ranks, held by one expert-parallel rank
     copy: bool = False  # a second copy of tied embeddings: loaded, never exported
@@ -97,11 +97,11 @@ class Weight:
     def cut(self, rank: int, size: int) -> tuple[Shape, tuple[Piece, ...]]:
         """Shape and pieces of rank's shard of `size`. Raises ValueError when it does not divide evenly."""
         try:
-            extent, pieces = self.layout.cut([s.shape[self.layout.dim] for s in self.sources], rank, size)
+            extent, pieces = self.sharding.cut([s.shape[self.sharding.dim] for s in self.sources], rank, size)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}; choose another tensor-parallel size") from None
         shape = list(self.sources[0].shape)
-        shape[self.layout.dim] = extent
+        shape[self.sharding.dim] = extent
         return tuple(shape), pieces
 
     def elements(self) -> int:
@@ -114,7 +114,7 @@ class Weight:
         shape, pieces = self.cut(rank, size)
         if tuple(shard.shape) != shape:
             raise ValueError(f"{self.name}: the shard has shape {tuple(shard.shape)}; expected {shape}")
-        dim = self.layout.dim
+        dim = self.sharding.dim
         if sum(piece.length for piece in pieces) < shape[dim]:
             shard.zero_()
         for piece in pieces:
@@ -124,7 +124,7 @@ class Weight:
     @torch.no_grad()
     def assemble(self, shards: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, whole tensor) of each source, from the shards of all ranks."""
-        dim = self.layout.dim
+        dim = self.sharding.dim
         whole = [shards[0].new_empty(source.shape) for source in self.sources]
         for rank, shard in enumerate(shards):
             for piece in self.cut(rank, len(shards))[1]:

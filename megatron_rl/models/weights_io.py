@@ -204,7 +204,7 @@ def _check_stray_head(files: TensorFiles, slots: Sequence[Slot], ranks: ModelRan
             (embedding,) = slot.weight.sources
             head = Source("lm_head.weight", embedding.shape)
             for piece in slot.weight.cut(*ranks.share(slot.weight))[1]:
-                stretch = (slot.weight.layout.dim, piece.start, piece.length)
+                stretch = (slot.weight.sharding.dim, piece.start, piece.length)
                 if not torch.equal(files.read(head, *stretch), files.read(embedding, *stretch)):
                     raise ModelError(
                         f"{files.listing}: lm_head.weight differs from {embedding.name}, "

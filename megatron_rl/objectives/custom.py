@@ -18,7 +18,7 @@ from megatron_rl.config.schema import ObjectiveConfig
 from megatron_rl.data.schedule import Denominators
 from megatron_rl.errors import UserError
 from megatron_rl.objectives.inputs import LossInputs, PolicyLossOutputs
-from megatron_rl.objectives.policy import policy_loss
+from megatron_rl.objectives.policy_loss import policy_loss
 
 Objective = Callable[[LossInputs, ObjectiveConfig, Denominators], PolicyLossOutputs]
 

@@ -1,4 +1,4 @@
-"""The verifier of the arithmetic task (megatron_rl.data.arithmetic)."""
+"""The verifier of the arithmetic task (megatron_rl.data.arithmetic_task)."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from megatron_rl.data.sample import LOST, Group, Sample, Verdict
-from megatron_rl.rewards.judges import Answer, Failure, Judges
+from megatron_rl.rewards.judges import Failure, Judges, ResponseTask
 from megatron_rl.rewards.registry import call_verifier, get_verifier
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ def grade(groups: Sequence[Group], decode: Callable[[list[int]], str], judges: J
     it. Raises RewardError for a verifier that cannot be started.
     """
     samples = [sample for group in groups for sample in group.samples]
-    answers = [Answer(s.prompt, decode(s.response_ids.tolist())) for s in samples]
+    answers = [ResponseTask(s.prompt, decode(s.response_ids.tolist())) for s in samples]
     positions = defaultdict(list)
     for position, sample in enumerate(samples):
         positions[sample.prompt.verifier].append(position)
@@ -45,13 +45,13 @@ def grade(groups: Sequence[Group], decode: Callable[[list[int]], str], judges: J
     return [dataclasses.replace(group, samples=tuple(next(judged) for _ in group.samples)) for group in groups]
 
 
-def _judge_here(name: str, answers: Sequence[Answer]) -> list[Verdict | Failure]:
+def _judge_here(name: str, answers: Sequence[ResponseTask]) -> list[Verdict | Failure]:
     verifier = get_verifier(name)
     return [call_verifier(verifier, answer.prompt, answer.response) for answer in answers]
 
 
 def _settle(
-    verifier: str, samples: Sequence[Sample], answers: Sequence[Answer], results: Sequence[Verdict | Failure]
+    verifier: str, samples: Sequence[Sample], answers: Sequence[ResponseTask], results: Sequence[Verdict | Failure]
 ) -> list[Verdict]:
     lost = [
         f"prompt {sample.prompt.id!r} sample {sample.index}: {result.reason}; response {answer.response[:100]!r}"

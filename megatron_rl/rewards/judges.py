@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_rl.cores import usable_cores
 from megatron_rl.data.sample import Prompt, Verdict
+from megatron_rl.ranks.world import read_world
 from megatron_rl.rewards import keeper
 from megatron_rl.rewards.channel import Channel, ChannelError, ChannelTimeoutError
 from megatron_rl.rewards.registry import VERIFIERS, RewardError
-from megatron_rl.world import read_world
 
 if TYPE_CHECKING:  # workers import this package, and need no pydantic
     from megatron_rl.config.schema import Config, RewardConfig
@@ -42,14 +42,14 @@ _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @dataclass(frozen=True)
-class Answer:
+class ResponseTask:
     prompt: Prompt
     response: str
 
 
 @dataclass(frozen=True)
-class Reference:
-    """In place of an Answer: the prompt's reference answer is to be checked."""
+class ReferenceTask:
+    """In place of an ResponseTask: the prompt's reference answer is to be checked."""
 
     prompt: Prompt
 
@@ -96,7 +96,7 @@ class Judges:
         """Starts one worker. Raises RewardError if the verifier does not exist or its process does not start."""
         self._pool(verifier, 1)[0].wait_until_ready()
 
-    def judge(self, verifier: str, answers: Sequence[Answer]) -> list[Verdict | Failure]:
+    def judge(self, verifier: str, answers: Sequence[ResponseTask]) -> list[Verdict | Failure]:
         """Raises RewardError when the verifier does not exist or its process does not start."""
         return self._each(verifier, answers)
 
@@ -105,7 +105,7 @@ class Judges:
 
         Raises RewardError as `judge` does, and at once when the process of a user's verifier takes too long or ends.
         """
-        return self._each(verifier, [Reference(prompt) for prompt in prompts])
+        return self._each(verifier, [ReferenceTask(prompt) for prompt in prompts])
 
     def close(self) -> None:
         for worker in (worker for pool in self._pools.values() for worker in pool):
@@ -120,19 +120,21 @@ class Judges:
     ) -> None:
         self.close()
 
-    def _each(self, verifier: str, questions: Sequence[Answer] | Sequence[Reference]) -> list[Verdict | Failure]:
+    def _each(
+        self, verifier: str, questions: Sequence[ResponseTask] | Sequence[ReferenceTask]
+    ) -> list[Verdict | Failure]:
         pool = self._pool(verifier, min(self._workers, len(questions)))
         idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in pool:
             idle.put(worker)
 
-        def ask(question: Answer | Reference) -> Verdict | Failure:
+        def ask(question: ResponseTask | ReferenceTask) -> Verdict | Failure:
             worker = idle.get()
             try:
                 result = worker.ask(question, self._deadline)
             finally:
                 idle.put(worker)
-            if isinstance(question, Reference) and isinstance(result, Failure) and result.silent:
+            if isinstance(question, ReferenceTask) and isinstance(result, Failure) and result.silent:
                 _check_user(verifier, question.prompt, result)
             return result
 
@@ -220,7 +222,7 @@ class _Worker:
             self._process.kill()
             self._process.wait()
 
-    def ask(self, question: Answer | Reference, seconds: float) -> Verdict | Failure:
+    def ask(self, question: ResponseTask | ReferenceTask, seconds: float) -> Verdict | Failure:
         """`seconds` are for sending and receiving together, and begin once the verifier is imported."""
         self.wait_until_ready()
         number = next(self._numbers)

@@ -16,11 +16,12 @@ import numpy as np
 import pydantic
 from pydantic import BaseModel, Field, StrictFloat, StrictInt, StrictStr
 
-from megatron_rl.data.sample import FinishReason, VersionSpan
+from megatron_rl.data.sample import FinishReason
+from megatron_rl.data.trace import RoutingTrace, TraceError
+from megatron_rl.data.versions import VersionSpan
 from megatron_rl.data.vocabulary import unknown_token
 from megatron_rl.errors import UserError
-from megatron_rl.rollout.routes import SERVER_FLAG, RouteSpec, read_routes
-from megatron_rl.routing.trace import RoutingTrace, TraceError
+from megatron_rl.routing.wire import SERVER_FLAG, RouteSpec, read_routes
 
 ROUNDING = 1e-6
 """SGLang takes the log of a probability that fp32 may round to just above 1. Up to here that is taken for 0."""
@@ -54,7 +55,7 @@ class _Finish(BaseModel):
     matched: Any = None  # the token that ended a "stop"
 
 
-class _Span(BaseModel):
+class _TokenSpan(BaseModel):
     version: StrictStr
     start: StrictInt
     end: StrictInt
@@ -65,7 +66,7 @@ class _Meta(BaseModel):
     prompt_tokens: StrictInt
     completion_tokens: StrictInt
     output_token_logprobs: list[_Entry]
-    weight_versions: list[_Span]
+    weight_versions: list[_TokenSpan]
     num_retractions: StrictInt = 0
     routed_experts: StrictStr | None = None
 
@@ -181,7 +182,7 @@ class _Scored(BaseModel):
     input_token_logprobs: list[_Entry]
 
 
-def _spans(spans: Sequence[_Span], tokens: int, versions: Container[int], where: str) -> tuple[VersionSpan, ...]:
+def _spans(spans: Sequence[_TokenSpan], tokens: int, versions: Container[int], where: str) -> tuple[VersionSpan, ...]:
     """The spans must follow on one another and cover all tokens."""
     end = 0
     for number, span in enumerate(spans):

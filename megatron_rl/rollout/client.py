@@ -17,8 +17,8 @@ import orjson
 import tenacity
 
 from megatron_rl.rollout.answers import Completion, RolloutError, read_completion, read_score
-from megatron_rl.rollout.routes import RouteSpec
 from megatron_rl.rollout.transport import Connections
+from megatron_rl.routing.wire import RouteSpec
 
 MAX_TRIES = 8
 CONNECT_SECONDS = 10.0

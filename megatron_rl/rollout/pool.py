@@ -15,10 +15,10 @@ from typing import Self
 
 from megatron_rl.config.schema import EngineConfig, RolloutConfig
 from megatron_rl.cores import threads_per_process
+from megatron_rl.ranks.world import read_world
 from megatron_rl.rollout.answers import RolloutError
 from megatron_rl.rollout.client import SGLangClient, UnreachableError
 from megatron_rl.rollout.server import Server, ServerError, ServerOptions, free_ports
-from megatron_rl.world import read_world
 
 PROBE_SECONDS = 10.0  # for one question to a server that may not be up
 WAIT_SECONDS = 1.0

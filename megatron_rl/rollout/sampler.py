@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_rl.data.sample import Group, Prompt, Sample
 from megatron_rl.rollout.client import Completion, RolloutError, SGLangClient
-from megatron_rl.rollout.routes import RouteSpec
+from megatron_rl.routing.wire import RouteSpec
 
 MAX_ABORTS = 3
 """How often a request that the server aborted is sent."""

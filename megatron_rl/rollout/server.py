@@ -23,8 +23,8 @@ from megatron_rl.config.server_flags import SERVE_FLAGS, flag_value, flags_among
 from megatron_rl.config.servers import is_loopback
 from megatron_rl.cores import usable_cores
 from megatron_rl.errors import UserError
-from megatron_rl.rollout.routes import SERVER_FLAG
 from megatron_rl.rollout.sglang_launch import KEY_VARIABLE
+from megatron_rl.routing.wire import SERVER_FLAG
 
 LOG_TAIL_LINES = 30
 LOG_LINE_WIDTH = 300  # SGLang prints all its arguments in one line of 15,000 characters

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from megatron_rl.data.sample import Group, Prompt, Sample
 from megatron_rl.data.store import StoreError, read_groups, read_header
+from megatron_rl.data.trace import TraceError
 from megatron_rl.data.vocabulary import unknown_token
 from megatron_rl.errors import MissingFileError
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import SGLangClient
-from megatron_rl.rollout.routes import RouteSpec
 from megatron_rl.rollout.sampler import Sampling, rollout_groups
-from megatron_rl.routing.trace import TraceError
+from megatron_rl.routing.wire import RouteSpec
 
 
 def rollout_file(directory: Path, step: int, dp: int) -> Path:

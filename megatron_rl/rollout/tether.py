@@ -34,7 +34,7 @@ SHARED_MEMORY = ("sglang_", "sgl_", "psm_", "sem.mp-")
 PR_SET_PDEATHSIG = 1
 
 
-class Group:
+class ServerProcesses:
     """The processes of this one's process group but itself, and the shared memory that they have mapped."""
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class Group:
         return found
 
 
-def _kill_group_when_cut(group: Group) -> None:
+def _kill_group_when_cut(group: ServerProcesses) -> None:
     while os.read(sys.stdin.fileno(), 1):
         pass
     group.look()
@@ -98,7 +98,7 @@ def main() -> int:
     if os.getpgrp() != os.getpid():
         sys.exit("tether: not the leader of a process group; its end would be that of the caller's group")
     directory = _temporary_directory()
-    group = Group()
+    group = ServerProcesses()
     try:
         child = subprocess.Popen(
             sys.argv[1:],

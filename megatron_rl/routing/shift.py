@@ -16,8 +16,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.config.layout import Layout
+from megatron_rl.data.packing import PackedBatch, rank_rows
+from megatron_rl.ranks.place import Place
 from megatron_rl.routing.replay import Tap
 from megatron_rl.routing.slicing import ids_dtype
 
@@ -53,3 +57,25 @@ def router_logprobs(tap: Tap, scores: Tensor) -> Tensor:
 def router_distance(new: Tensor, old: Tensor) -> Tensor:
     """Returns d of one layer, [R]: the mean over experts of |new - old|, both [R, K] log-probs [2510.23027]."""
     return (new - old).abs().mean(-1)
+
+
+def packed_shift(
+    distances: Sequence[Tensor], batches: Sequence[PackedBatch], moe_layers: int, layout: Layout, place: Place
+) -> list[Tensor]:
+    """[T] fp32 for each micro-batch, in packed order, on every rank of the replica; collective over it.
+
+    `distances`, [rows] each, are sums over a rank's own layers (RouterShift); `moe_layers` counts the
+    layers of the whole model.
+    """
+    placed = []
+    for sums, batch in zip(distances, batches, strict=True):
+        rows = rank_rows(batch.cu_seqlens, cp=layout.cp, cp_rank=place.cp, tp=layout.tp, tp_rank=place.tp)
+        whole = torch.zeros(batch.tokens)
+        whole[torch.from_numpy(rows)] = sums.cpu()
+        placed.append(whole)
+    # Stages hold other layers of the same rows; tensor- and context-parallel ranks hold other rows, and 0 in these. So
+    # one sum does both.
+    everyone = torch.cat(placed)
+    dist.all_reduce(everyone, group=place.replica)
+    shift = everyone.div(moe_layers).neg().exp().to(distances[0].device)
+    return list(shift.split([batch.tokens for batch in batches]))

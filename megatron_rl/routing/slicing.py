@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.data.packing import pack_rows, rank_rows
-from megatron_rl.routing.trace import RoutingTrace
+from megatron_rl.data.trace import RoutingTrace
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,8 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, _new_process_group_helper, _world
 
-from megatron_rl.engine.device import backend
 from megatron_rl.errors import UserError
+from megatron_rl.ranks.place import backend
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import SGLangClient
 

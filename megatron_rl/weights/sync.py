@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from megatron_rl.config.schema import WeightsConfig
-from megatron_rl.engine.exchange import together
 from megatron_rl.engine.policy import Policy
+from megatron_rl.ranks.collectives import together
 from megatron_rl.rollout.source import Leader
 from megatron_rl.weights.collective import CollectiveRoute
-from megatron_rl.weights.disk import DiskRoute
+from megatron_rl.weights.directory import DiskRoute
 from megatron_rl.weights.verify import ask_servers, probe, sampled_sequences, trainer_logprobs, verify
 
 

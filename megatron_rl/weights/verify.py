@@ -17,9 +17,9 @@ import orjson
 
 from megatron_rl.data.packing import PackedBatch, pack
 from megatron_rl.data.sample import Prompt, Sample
-from megatron_rl.engine.exchange import broadcast_bytes
 from megatron_rl.engine.policy import Policy
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.ranks.collectives import broadcast_bytes
 from megatron_rl.rollout.client import SGLangClient
 from megatron_rl.rollout.sampler import Sampling, complete
 from megatron_rl.weights.collective import WeightSyncError
@@ -28,7 +28,7 @@ PROBE_SEQUENCES, PROBE_TOKENS = 4, 48
 
 
 @dataclass(frozen=True)
-class Answer:
+class SampledAnswer:
     """What a server sampled."""
 
     url: str
@@ -41,7 +41,7 @@ class Asked:
     """What the servers say of themselves after a sync."""
 
     scores: dict[str, list[list[float]]]  # by URL: for each sequence of the probe its log-probs of tokens 1..
-    answers: list[Answer]
+    answers: list[SampledAnswer]
     checksums: dict[str, str]  # by URL
     forms: dict[str, tuple[int, str]]  # by URL: tp_size and dtype, which change the checksum of equal weights
     are_exact: bool  # all of them compute in fp32 on a CPU: a GPU may round fp32 to TF32
@@ -96,11 +96,11 @@ async def ask_servers(clients: Sequence[SGLangClient], arch: Architecture, tempe
     sequences = probe(arch)
     prompts = [ids[: max(1, len(ids) // 2)] for ids in sequences]
 
-    async def sample(client: SGLangClient, prompt: list[int]) -> Answer:
+    async def sample(client: SGLangClient, prompt: list[int]) -> SampledAnswer:
         longest = max(1, len(sequences[0]) - len(prompt))
         sampling = Sampling(1, longest, temperature, 1, arch.vocab_size, frozenset({version}))
         completion = await complete(client, Prompt("probe", "", tuple(prompt), "", ""), 0, sampling)
-        return Answer(client.url, [*prompt, *completion.token_ids], list(completion.logprobs))
+        return SampledAnswer(client.url, [*prompt, *completion.token_ids], list(completion.logprobs))
 
     async def score(client: SGLangClient) -> list[list[float]]:
         return await asyncio.gather(*(client.score(ids) for ids in sequences))

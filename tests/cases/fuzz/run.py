@@ -13,11 +13,12 @@ from tiny_models import make_tokenizer
 
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config
-from megatron_rl.data.prompts import Fields, load_prompts
+from megatron_rl.data.prompts import Fields
 from megatron_rl.data.store import read_groups
 from megatron_rl.engine.checkpoint import read_manifest
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import read_architecture
+from megatron_rl.rewards.prompts import load_prompts
 from megatron_rl.rollout.answers import read_completion
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_rl.config.sources import ConfigError
 from megatron_rl.errors import UserError
-from megatron_rl.world import read_world
+from megatron_rl.ranks.world import read_world
 
 
 def all_gather_bytes(data: bytes, group: dist.ProcessGroup) -> list[bytes]:

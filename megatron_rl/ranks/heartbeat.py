@@ -23,8 +23,8 @@ from types import TracebackType
 import orjson
 import torch.distributed as dist
 
-from megatron_rl.engine.exchange import all_gather_bytes, broadcast_bytes
 from megatron_rl.errors import LostRankError, UserError
+from megatron_rl.ranks.collectives import all_gather_bytes, broadcast_bytes
 
 LEAVE_SECONDS = 5.0
 """How long a rank that is done waits for its watcher to say so too."""
@@ -87,7 +87,7 @@ class Heartbeat:
 
     def _start_watcher(self, settings: dict[str, object]) -> str:
         """Returns its first answer."""
-        command = [sys.executable, "-m", "megatron_rl.engine.watcher"]
+        command = [sys.executable, "-m", "megatron_rl.ranks.watcher"]
         # In a session of its own: what ends or stops the rank, by its process group, has to be told by it.
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True

@@ -16,12 +16,12 @@ from megatron.core import parallel_state
 
 from megatron_rl.config.layout import Layout
 from megatron_rl.data.packing import PackedBatch, rank_rows
-from megatron_rl.engine.exchange import all_gather_bytes
-from megatron_rl.engine.parallel import Place
+from megatron_rl.data.trace import RoutingTrace
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.ranks.collectives import all_gather_bytes
+from megatron_rl.ranks.place import Place
 from megatron_rl.routing.drift import RoutingStats
 from megatron_rl.routing.slicing import RankRoutes, RouteOwner, ids_dtype, slice_routes
-from megatron_rl.routing.trace import RoutingTrace
 
 
 class RouteExchange:
@@ -47,15 +47,14 @@ class RouteExchange:
         if not self._place.leads_replica:
             return {}
         held = dict(traces)
-        width = self._layout.cp * self._layout.tp  # from one leader's rank to the next
         for index in sorted(target):
             source, destination = home[index], target[index]
             if source == destination:
                 continue
             if self._place.dp == source:
-                _send(held.pop(index).to_bytes(), destination * width, self._place.control)
+                _send(held.pop(index).to_bytes(), self._layout.leader(destination), self._place.control)
             elif self._place.dp == destination:
-                data = _receive(source * width, self._place.control)
+                data = _receive(self._layout.leader(source), self._place.control)
                 held[index] = RoutingTrace.from_bytes(data)
                 self._bytes += len(data)
         self._seconds += time.perf_counter() - started

@@ -21,11 +21,11 @@ from torch import Tensor
 from megatron_rl.config.schema import AdvantageConfig, ObjectiveConfig
 from megatron_rl.data.packing import PackedBatch
 from megatron_rl.engine.distribute import MiniBatch, Outcome
-from megatron_rl.engine.exchange import all_gather_bytes
-from megatron_rl.engine.parallel import Place
 from megatron_rl.errors import UserError
 from megatron_rl.objectives.advantages import Moments, gae, group_advantages, token_rewards
 from megatron_rl.objectives.kl import ESTIMATORS, in_reward
+from megatron_rl.ranks.collectives import all_gather_bytes
+from megatron_rl.ranks.place import Place
 
 Doubles = npt.NDArray[np.float64]
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import datetime
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_rl.config.layout import Layout
-from megatron_rl.engine.device import backend
-from megatron_rl.world import read_world
+from megatron_rl.config.layout import Coordinates, Layout
+from megatron_rl.ranks.world import read_world
 
 # Here ranks wait for those that wait for servers and verifiers, which have deadlines of their own, one after another. A
 # rank that has died is noticed at once all the same: its connections close.
@@ -20,24 +19,13 @@ CONTROL_TIMEOUT = datetime.timedelta(days=2)
 
 
 @dataclass(frozen=True)
-class Place:
-    """This rank's coordinates. A replica is the tp * cp * pp ranks that hold one copy of the dense weights."""
+class Place(Coordinates):
+    """This rank's coordinates and gloo groups. A replica is the tp * cp * pp ranks that hold one copy of the dense
+    weights."""
 
     rank: int
-    tp: int
-    pp: int
-    cp: int
-    dp: int
-    ep: int
-    etp: int
-
-    control: dist.ProcessGroup  # gloo over the world, for lengths, samples and metrics
-    replica: dist.ProcessGroup  # gloo over this replica
-
-    @property
-    def leads_replica(self) -> bool:
-        """Whether this rank talks to the rollout servers for its data-parallel replica."""
-        return self.tp == self.pp == self.cp == 0
+    control: dist.ProcessGroup  # the world's, for lengths, samples and metrics
+    replica: dist.ProcessGroup  # this replica's, its leader first
 
     @property
     def speaks_for_stage(self) -> bool:
@@ -45,10 +33,14 @@ class Place:
         return self.tp == self.cp == 0
 
 
+def backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
 def start_process_groups(layout: Layout, device: torch.device, seed: int, timeout_seconds: float = 1800.0) -> Place:
     """Joins torchrun's world if need be, or makes one of this rank alone; makes Megatron-Core's groups. Collective.
 
-    Raises RuntimeError when the world's size is not the layout's.
+    Raises RuntimeError when the world's size or Megatron-Core's order of ranks is not the layout's.
     """
     timeout = datetime.timedelta(seconds=timeout_seconds)
     if not dist.is_initialized() and read_world().size > 1:
@@ -66,29 +58,29 @@ def start_process_groups(layout: Layout, device: torch.device, seed: int, timeou
         expert_tensor_parallel_size=layout.etp,
     )
     model_parallel_cuda_manual_seed(seed)
-    control, replica = _control_groups(layout)
-    return Place(
-        rank=dist.get_rank(),
-        tp=parallel_state.get_tensor_model_parallel_rank(),
-        pp=parallel_state.get_pipeline_model_parallel_rank(),
-        cp=parallel_state.get_context_parallel_rank(),
-        dp=parallel_state.get_data_parallel_rank(),
-        ep=parallel_state.get_expert_model_parallel_rank(),
-        etp=parallel_state.get_expert_tensor_parallel_rank(),
-        control=control,
-        replica=replica,
-    )
-
-
-def _control_groups(layout: Layout) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    # Megatron-Core's rank order: tp fastest, then cp, dp and pp.
-    ranks = torch.arange(layout.world_size).view(layout.pp, layout.dp, layout.cp * layout.tp)
+    at = _check_order(layout)
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     replicas = [
-        dist.new_group(ranks[:, dp].flatten().tolist(), backend="gloo", timeout=CONTROL_TIMEOUT)
-        for dp in range(layout.dp)
+        dist.new_group(layout.replica_ranks(dp), backend="gloo", timeout=CONTROL_TIMEOUT) for dp in range(layout.dp)
     ]
-    return control, replicas[parallel_state.get_data_parallel_rank()]
+    return Place(**asdict(at), rank=dist.get_rank(), control=control, replica=replicas[at.dp])
+
+
+def _check_order(layout: Layout) -> Coordinates:
+    """This rank's coordinates, which Megatron-Core's groups must agree with."""
+    found = Coordinates(
+        tp=parallel_state.get_tensor_model_parallel_rank(),
+        cp=parallel_state.get_context_parallel_rank(),
+        dp=parallel_state.get_data_parallel_rank(),
+        pp=parallel_state.get_pipeline_model_parallel_rank(),
+        etp=parallel_state.get_expert_tensor_parallel_rank(),
+        ep=parallel_state.get_expert_model_parallel_rank(),
+        edp=parallel_state.get_expert_data_parallel_rank(),
+    )
+    expected = layout.coordinates(dist.get_rank())
+    if found != expected:
+        raise RuntimeError(f"rank {dist.get_rank()}: Megatron-Core puts it at {found}, expected {expected}")
+    return found
 
 
 def stop_process_groups(*, leave_world: bool = True) -> None:

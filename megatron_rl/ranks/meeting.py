@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import tenacity
 
 from megatron_rl.errors import UserError
-from megatron_rl.world import World
+from megatron_rl.ranks.world import World
 
 if TYPE_CHECKING:
     from torch.distributed import Store

@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 from megatron_rl.config.load import C, ConfigError
 from megatron_rl.config.resolve import Files, Resolved, differing_files, local_files, model_dirs, resolve
 from megatron_rl.errors import UserError
-from megatron_rl.marks import Mark, leave_mark
-from megatron_rl.meeting import ANSWER_SECONDS, START_SECONDS, LaunchError, LostError, Meeting
-from megatron_rl.world import World, WorldError, read_world
+from megatron_rl.ranks.marks import Mark, leave_mark
+from megatron_rl.ranks.meeting import ANSWER_SECONDS, START_SECONDS, LaunchError, LostError, Meeting
+from megatron_rl.ranks.world import World, WorldError, read_world
 
 LISTED_KEYS = 5
 END_SECONDS = 120.0

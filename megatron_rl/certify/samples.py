@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_rl.data.sample import Prompt, Sample, VersionSpan
+from megatron_rl.data.sample import Prompt, Sample
+from megatron_rl.data.trace import RoutingTrace
+from megatron_rl.data.versions import VersionSpan
 from megatron_rl.models.architecture import Architecture
-from megatron_rl.routing.trace import RoutingTrace
 
 LENGTHS = (24, 17, 31, 24, 8, 40, 13, 31, 22, 9, 35, 16)
 """Of the samples, in tokens; unequal, so that they are packed, padded and cut at odd places."""

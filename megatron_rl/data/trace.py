@@ -20,7 +20,7 @@ import safetensors
 import safetensors.numpy
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_rl.data.sample import VersionSpan
+from megatron_rl.data.versions import VersionSpan
 from megatron_rl.errors import UserError
 
 FORMAT = 1
@@ -133,10 +133,6 @@ class RoutingTrace:
     @property
     def top_k(self) -> int:
         return int(self.experts.shape[2])
-
-    @property
-    def bytes_held(self) -> int:
-        return self.experts.nbytes + self.present.nbytes
 
     @property
     def checksum(self) -> str:

@@ -24,9 +24,9 @@ from typing import Self
 
 import numpy as np
 
-from megatron_rl.data.sample import VersionSpan
+from megatron_rl.data.trace import MISSING, RoutingTrace, TraceError
+from megatron_rl.data.versions import VersionSpan
 from megatron_rl.models.architecture import Architecture
-from megatron_rl.routing.trace import MISSING, RoutingTrace, TraceError
 
 SERVER_FLAG = "--enable-return-routed-experts"
 

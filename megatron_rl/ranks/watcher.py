@@ -1,6 +1,6 @@
-"""The process beside each rank that speaks for it (see megatron_rl.engine.heartbeat).
+"""The process beside each rank that speaks for it (see megatron_rl.ranks.heartbeat).
 
-    python -m megatron_rl.engine.watcher        started by a rank, which tells it all it needs on standard input
+    python -m megatron_rl.ranks.watcher        started by a rank, which tells it all it needs on standard input
 
 It is a process and not a thread, so nothing that the rank does can keep it from beating: a kernel of ten minutes, a
 torch.save, a call that holds the interpreter's lock. It reports its rank only if the kernel says that the rank is

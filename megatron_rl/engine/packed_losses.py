@@ -14,17 +14,17 @@ from torch import Tensor
 from megatron_rl.config.schema import ObjectiveConfig
 from megatron_rl.data.packing import PackedBatch
 from megatron_rl.data.schedule import Denominators
-from megatron_rl.engine.advantages import Estimate
 from megatron_rl.engine.distribute import MiniBatch
-from megatron_rl.engine.exchange import all_gather_bytes
-from megatron_rl.engine.parallel import Place
+from megatron_rl.engine.packed_advantages import Estimate
 from megatron_rl.lab.metrics import SFT, TRAINING, VALUE, sft_metrics, training_metrics, value_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.objectives.corrections import LEAVES_DENOMINATORS, kept_lengths
 from megatron_rl.objectives.custom import get_objective
 from megatron_rl.objectives.inputs import LossInputs
-from megatron_rl.objectives.policy import sft_loss
+from megatron_rl.objectives.policy_loss import sft_loss
 from megatron_rl.objectives.value import ValueInputs, value_loss
+from megatron_rl.ranks.collectives import all_gather_bytes
+from megatron_rl.ranks.place import Place
 
 
 class PolicyLoss:

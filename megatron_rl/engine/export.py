@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_rl.config.layout import Layout
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.binding import ModelRanks, bind
 from megatron_rl.models.family import FAMILIES
@@ -23,64 +23,10 @@ from megatron_rl.models.weight import Weight
 DESTINATION = 0
 
 
-@dataclass(frozen=True)
-class ExportGroups:
-    """This rank's process groups; torch's default group is the trainer's world."""
-
-    tp: dist.ProcessGroup
-    etp: dist.ProcessGroup  # tensor parallelism inside each expert
-    ep: dist.ProcessGroup
-    pp: dist.ProcessGroup
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Sizes of a layout, and where Megatron-Core's default rank order puts whom."""
-
-    world: int
-    tp: int
-    etp: int
-    ep: int
-    pp: int
-    vpp: int
-
-    @property
-    def stage_size(self) -> int:
-        """Ranks of one pipeline stage; tp is fastest among them, and for experts etp, then ep."""
-        return self.world // self.pp
-
-    def stage(self, rank: int) -> int:
-        return rank // self.stage_size
-
-    def ranks(self, rank: int) -> ModelRanks:
-        in_stage = rank % self.stage_size
-        return ModelRanks(
-            tp_rank=in_stage % self.tp,
-            tp_size=self.tp,
-            ep_rank=in_stage // self.etp % self.ep,
-            ep_size=self.ep,
-            etp_rank=in_stage % self.etp,
-            etp_size=self.etp,
-        )
-
-    def holders(self, weight: Weight, arch: Architecture) -> range:
-        """The ranks of the first replica that hold the weight's shards, in shard order."""
-        if isinstance(weight.at, int):
-            per_chunk = arch.num_layers // (self.pp * self.vpp)
-            stage = weight.at // per_chunk % self.pp
-        else:
-            stage = 0 if weight.at == "first" else self.pp - 1
-        first, size = stage * self.stage_size, self.tp
-        if weight.expert is not None:
-            first += self.etp * (weight.expert // (arch.num_experts // self.ep))
-            size = self.etp
-        return range(first, first + (size if weight.layout.split else 1))
-
-
 def export_stream(
     chunks: Sequence[nn.Module],
     arch: Architecture,
-    groups: ExportGroups,
+    layout: Layout,
     bucket_bytes: int,
     tensor_of: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter.data,
 ) -> Iterator[list[tuple[str, Tensor]]]:
@@ -91,23 +37,14 @@ def export_stream(
     of the family's list under every layout. Rank 0 holds at most two buckets' bytes, other ranks one; a
     bucket is larger than `bucket_bytes` only when a single weight is. Every rank must exhaust the stream.
 
-    Raises RuntimeError when ranks or stages are not placed as the layout says, or when ranks disagree on
-    dtype or bucket size, and ValueError for what `bind` refuses.
+    Raises RuntimeError when stages are not cut as the layout says, or when ranks disagree on dtype or bucket size,
+    and ValueError for what `bind` refuses.
     """
-    grid = Grid(
-        world=dist.get_world_size(),
-        tp=groups.tp.size(),
-        etp=groups.etp.size(),
-        ep=groups.ep.size(),
-        pp=groups.pp.size(),
-        vpp=len(chunks),
-    )
     rank = dist.get_rank()
-    _check_place(rank, grid, groups)
-    slots = {slot.weight.name: slot for slot in bind(chunks, arch, grid.ranks(rank))}
+    slots = {slot.weight.name: slot for slot in bind(chunks, arch, model_ranks(layout, rank))}
     weights = [weight for weight in FAMILIES[arch.family].weights(arch) if not weight.copy]
     for weight in weights:
-        if rank in grid.holders(weight, arch) and weight.name not in slots:
+        if rank in holders(layout, weight, arch) and weight.name not in slots:
             raise RuntimeError(f"rank {rank} should hold {weight.name}; expected Megatron-Core's even pipeline split")
     sample = tensor_of(next(iter(slots.values())).parameter)
 
@@ -123,7 +60,33 @@ def export_stream(
 
     buckets = _buckets(weights, bucket_bytes // sample.dtype.itemsize)
     _check_agreement(bucket_bytes, sample)
-    return (_gather([(w, grid.holders(w, arch)) for w in bucket], local, sample) for bucket in buckets)
+    return (_gather([(w, holders(layout, w, arch)) for w in bucket], local, sample) for bucket in buckets)
+
+
+def model_ranks(layout: Layout, rank: int) -> ModelRanks:
+    at = layout.coordinates(rank)
+    return ModelRanks(
+        tp_rank=at.tp,
+        tp_size=layout.tp,
+        ep_rank=at.ep,
+        ep_size=layout.ep,
+        etp_rank=at.etp,
+        etp_size=layout.etp,
+    )
+
+
+def holders(layout: Layout, weight: Weight, arch: Architecture) -> range:
+    """The ranks of the first replica that hold the weight's shards, in shard order."""
+    if isinstance(weight.at, int):
+        per_chunk = arch.num_layers // (layout.pp * layout.vpp)
+        stage = weight.at // per_chunk % layout.pp
+    else:
+        stage = 0 if weight.at == "first" else layout.pp - 1
+    first, size = stage * layout.stage_size, layout.tp
+    if weight.expert is not None:
+        first += layout.etp * (weight.expert // (arch.num_experts // layout.ep))
+        size = layout.etp
+    return range(first, first + (size if weight.sharding.split else 1))
 
 
 def _buckets(weights: Sequence[Weight], max_elements: int) -> list[list[Weight]]:
@@ -174,17 +137,6 @@ def _transfer(operations: list[dist.P2POp]) -> None:
     if operations:
         for work in dist.batch_isend_irecv(operations):
             work.wait()
-
-
-def _check_place(rank: int, grid: Grid, groups: ExportGroups) -> None:
-    found = (groups.tp.rank(), groups.etp.rank(), groups.ep.rank(), groups.pp.rank())
-    ranks = grid.ranks(rank)
-    expected = (ranks.tp_rank, ranks.etp_rank, ranks.ep_rank, grid.stage(rank))
-    if found != expected:
-        raise RuntimeError(
-            f"rank {rank} is number {found} of its (tp, etp, ep, pp) groups; "
-            f"Megatron-Core's default rank order puts it at {expected}"
-        )
 
 
 def _check_agreement(bucket_bytes: int, sample: Tensor) -> None:

@@ -1,0 +1,86 @@
+"""Prompts whose verifiers and reference answers have been checked."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+
+from megatron_rl.data.arithmetic_task import PREFIX
+from megatron_rl.data.chat import ChatFormat, Tokenizer
+from megatron_rl.data.files import DataError, some
+from megatron_rl.data.prompts import Fields, PromptDataset, source_records
+from megatron_rl.data.sample import Prompt
+from megatron_rl.rewards.judges import Judges
+from megatron_rl.rewards.references import check_references
+from megatron_rl.rewards.registry import VERIFIERS
+
+
+def load_prompts(
+    source: str,
+    fields: Fields,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    *,
+    vocab_size: int | None = None,
+    judges: Callable[[], Judges] = Judges,
+) -> PromptDataset:
+    """Reads and checks all of `source`: what find_files takes, or `arithmetic:SPEC`.
+
+    A record may carry its own id (else file name and line) and a built-in verifier. Raises DataError naming file, line
+    and field for a record that cannot be used, an id given twice, a prompt over `max_tokens`, a token beyond the
+    model's vocabulary of `vocab_size` (None leaves that unchecked), or a reference that its verifier cannot read.
+    `judges` makes the worker processes that try the references.
+    """
+    chat = ChatFormat(tokenizer, fields.chat_template, vocab_size)
+    verifier = fields.verifier or ("arithmetic" if source.startswith(PREFIX) else "math")
+    allowed = {*VERIFIERS, verifier}
+    prompts = []
+    where: dict[str, str] = {}
+    for record in source_records(source, fields, ("id", "verifier"), answer_text=lambda terms: str(sum(terms))):
+        text = chat.text(record, fields.prompt)
+        ids = chat.prompt_ids(record, fields.prompt, text)
+        if len(ids) > max_tokens:
+            raise record.error(
+                fields.prompt, f"prompt has {len(ids)} tokens, expected 1 to data.max_prompt_tokens = {max_tokens}"
+            )
+        prompt = Prompt(
+            id=record.text("id", default=record.id),
+            text=text,
+            token_ids=(),
+            answer=record.text(fields.answer),
+            verifier=record.text("verifier", default=verifier),
+        )
+        if prompt.verifier not in allowed:
+            raise record.error("verifier", _no_verifier(prompt.verifier))
+        if prompt.id in where:
+            raise record.error("id", f"{prompt.id!r} is also at {where[prompt.id]}; ids must differ")
+        where[prompt.id] = record.where
+        prompts.append(prompt)
+    if not prompts:
+        raise DataError(f"{source}: no prompts")
+    _check_references(prompts, where, fields.answer, judges)
+    return PromptDataset(prompts, chat.encode)
+
+
+def _no_verifier(name: str) -> str:
+    close = difflib.get_close_matches(name, VERIFIERS, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return (
+        f"a record may name {', '.join(VERIFIERS)} or what data.verifier is, found {name[:100]!r}{hint}; "
+        "only the configuration may choose code"
+    )
+
+
+def _check_references(
+    prompts: Sequence[Prompt], where: Mapping[str, str], field: str, judges: Callable[[], Judges]
+) -> None:
+    """Raises DataError for the first reference answer that its verifier cannot read; it names where others are."""
+    problems = check_references(prompts, judges)
+    bad = [prompt for prompt in prompts if (prompt.verifier, prompt.answer) in problems]
+    if bad:
+        first = bad[0]
+        more = f" (as at {some(where[prompt.id] for prompt in bad[1:])})" if bad[1:] else ""
+        raise DataError(
+            f"{where[first.id]}: {field}: verifier {first.verifier!r} cannot judge by this reference: "
+            f"{problems[first.verifier, first.answer]}{more}"
+        )
