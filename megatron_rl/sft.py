@@ -8,9 +8,9 @@ from megatron_rl.data.sample import Sample
 from megatron_rl.engine.distribute import TrainSample, distribute
 from megatron_rl.engine.manifest import State
 from megatron_rl.engine.packed_losses import SftLoss
+from megatron_rl.loop.trainer import Trainer, open_trainer
 from megatron_rl.models.check import load_tokenizer
 from megatron_rl.ranks.collectives import together
-from megatron_rl.trainer import Trainer, open_trainer
 
 
 def sft(config: SftConfig, resume: bool = False) -> None:
@@ -37,10 +37,8 @@ def sft(config: SftConfig, resume: bool = False) -> None:
             times = trainer.finish_step({}, last=step == config.steps)
             tokens_per_second = metrics["tokens"] / max(sum(times.values()), 1e-9)
             trainer.console.step(step, {"loss": metrics["loss"], "tokens/s": tokens_per_second}, times)
-            if trainer.checkpoint_due(step):
-                trainer.save(State(step=step, cursor=cursor.as_json()))
-            trainer.stop_if_asked(step)
-        trainer.export(trainer.policy, trainer.run.path / "model")
+            trainer.checkpoint(State(step=step, cursor=cursor.as_json()))
+        trainer.export_all()
 
 
 def _load(config: SftConfig, trainer: Trainer) -> list[Sample]:

@@ -14,38 +14,40 @@ from megatron_rl.config.schema import Config
 from megatron_rl.data.sample import Group
 from megatron_rl.engine.distribute import MiniBatch, TrainSample, distribute
 from megatron_rl.engine.packed_advantages import needs_forward_pass
-from megatron_rl.experience import measure_router_shift, prepare
+from megatron_rl.loop.experience import measure_router_shift, prepare
+from megatron_rl.loop.rollouts import RolloutBatch
+from megatron_rl.loop.run import Run, open_run
+from megatron_rl.loop.updates import apply, train_critic_again
 from megatron_rl.objectives.advantages import group_advantages
 from megatron_rl.rewards.shaping import is_lost
-from megatron_rl.session import Session, open_session
 
 
 def train(config: Config, resume: bool = False) -> None:
     """Runs `config.train.steps` steps; with `resume`, those that are left after the newest complete checkpoint. The
     trained model is then a Hugging Face directory, run_dir/model, and the critic run_dir/critic."""
-    with open_session(config, resume) as session:
-        session.sync_weights()
-        if session.owes_evaluation:  # before the first step, and where a run was stopped
-            session.evaluate()
-        session.trainer.console.timer.drain()  # the first weight sync is no step's
-        while session.step < config.train.steps:
-            groups = session.rollout()
-            mini_batches = schedule(session, with_advantages(groups, config))
-            updates = prepare(session, mini_batches)
+    with open_run(config, resume) as run:
+        trainer, progress = run.trainer, run.progress
+        run.publisher.publish(progress.step)
+        run.evaluator.evaluate(progress)  # before the first step, or owed by a run that was stopped
+        trainer.console.timer.drain()  # the first weight sync is no step's
+        while progress.step < progress.steps:
+            batch = run.rollouts.next(progress)
+            mini_batches = schedule(run, with_advantages(batch.groups, config))
+            updates = prepare(config, trainer, mini_batches, measures_noise=progress.due(config.routing.noise_floor))
             for update in updates:
-                measure_router_shift(session, update)
-                session.update(update)
-            session.finish_epochs(updates)
-            session.finish_step()
-            if session.owes_evaluation:
-                session.evaluate()
-            session.checkpoint()
-        session.export()
+                measure_router_shift(trainer, update)
+                apply(config, trainer, update, progress.step, batch.metrics)
+            train_critic_again(config, trainer, updates)
+            finish_step(run, batch)
+            run.evaluator.evaluate(progress)
+            trainer.checkpoint(progress.state)
+        trainer.export_all()
+        run.evaluator.check_made(progress)
 
 
 def with_advantages(groups: Sequence[Group], config: Config) -> list[TrainSample]:
     """Numbers the samples over all leaders, and gives each its advantage among those of its group that have a verdict;
-    0 for one without, and for all if that waits for a forward pass (experience.prepare)."""
+    0 for one without, and for all if that waits for a forward pass (loop.experience.prepare)."""
     samples = []
     for group in groups:
         rewards = {i: _reward(group, i) for i, sample in enumerate(group.samples) if not is_lost(sample)}
@@ -65,14 +67,31 @@ def _reward(group: Group, index: int) -> float:
     return verdict.reward
 
 
-def schedule(session: Session, samples: Sequence[TrainSample]) -> list[MiniBatch]:
-    config = session.config
-    with session.trainer.phase("schedule"):
+def schedule(run: Run, samples: Sequence[TrainSample]) -> list[MiniBatch]:
+    """Cuts all leaders' samples into this rank's packed micro-batches. Collective."""
+    config, trainer = run.config, run.trainer
+    with trainer.phase("schedule"):
         return distribute(
             samples,
-            session.trainer.place,
-            session.trainer.layout,
+            trainer.place,
+            trainer.layout,
             mini_batches=config.train.mini_batches,
             max_tokens=config.engine.max_tokens_per_micro_batch,
-            routes=session.route_exchange,
+            routes=run.routes,
         )
+
+
+def finish_step(run: Run, batch: RolloutBatch) -> None:
+    """Counts the step, publishes its weights, and shows it. Collective."""
+    progress, trainer = run.progress, run.trainer
+    progress.step += 1
+    progress.owes_evaluation = progress.due(run.config.eval.every)
+    published = run.publisher.publish(progress.step)
+    traces = run.routes.drain() if run.routes else {}
+    times = trainer.finish_step({**published, **traces}, last=progress.step == progress.steps)
+    shown = {
+        "reward": batch.metrics["rollout/reward/mean"],
+        "accuracy": batch.metrics["rollout/accuracy"],
+        "tokens/s": batch.metrics["rollout/tokens"] / max(sum(times.values()), 1e-9),
+    }
+    trainer.console.step(progress.step, shown, times)

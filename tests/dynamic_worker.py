@@ -10,6 +10,7 @@ replaced.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import zlib
@@ -82,12 +83,14 @@ if __name__ == "__main__":
     use_device("cpu")
     import torch.distributed as dist
 
-    from megatron_rl import session
     from megatron_rl.engine.checkpoint import checkpoints
+    from megatron_rl.loop import publisher, run, servers
     from megatron_rl.train import train
 
-    session._connect = lambda _c, trainer, *_: (None, MadeUp() if trainer.place.leads_replica else None)  # type: ignore
-    session.WeightSync = NoServers  # type: ignore[assignment,misc]
+    run.connect = lambda _, trainer: contextlib.nullcontext(  # type: ignore
+        servers.Servers(None, MadeUp() if trainer.place.leads_replica else None)
+    )
+    publisher.WeightSync = NoServers  # type: ignore[assignment,misc]
     dist.init_process_group("gloo")
     for overrides in sys.argv[2:]:
         keys = [word for word in overrides.split() if word != "--resume"]

@@ -163,7 +163,7 @@ def _slow_steps(seconds: float) -> None:
     """All optimizer steps after the first take so long, and say so."""
     import time
 
-    from megatron_rl.trainer import Trainer
+    from megatron_rl.loop.trainer import Trainer
 
     update = Trainer.update
     steps = []
@@ -181,10 +181,11 @@ def _slow_steps(seconds: float) -> None:
 def _made_up_rollouts(seconds: float) -> None:
     """No servers: answers are made up. With `seconds`, the second rollout takes so long, and says so."""
     import asyncio
+    import contextlib
 
     from dynamic_worker import MadeUp, NoServers
 
-    from megatron_rl import session
+    from megatron_rl.loop import publisher, run, servers
     from megatron_rl.rollout.background import BackgroundLoop
 
     class Leader(MadeUp):
@@ -197,8 +198,10 @@ def _made_up_rollouts(seconds: float) -> None:
                 self._loop.run(asyncio.sleep(seconds))
             return super().sample(prompts, sampling)
 
-    session._connect = lambda _c, trainer, *_: (None, Leader() if trainer.place.leads_replica else None)  # type: ignore[assignment]
-    session.WeightSync = NoServers  # type: ignore[assignment,misc]
+    run.connect = lambda _, trainer: contextlib.nullcontext(  # type: ignore
+        servers.Servers(None, Leader() if trainer.place.leads_replica else None)
+    )
+    publisher.WeightSync = NoServers  # type: ignore[assignment,misc]
 
 
 PATCHES = {"slow steps": _slow_steps, "made-up rollouts": _made_up_rollouts}

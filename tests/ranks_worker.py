@@ -111,10 +111,10 @@ def _answered(example: Example, setting: Setting, whole: bool) -> list[dict[str,
     import torch.distributed as dist
 
     from megatron_rl.engine.distribute import distribute
-    from megatron_rl.experience import prepare
     from megatron_rl.lab.metrics import explained_variance
+    from megatron_rl.loop.experience import prepare
+    from megatron_rl.loop.trainer import Trainer
     from megatron_rl.train import with_advantages
-    from megatron_rl.trainer import Trainer
 
     layout, place = setting.layout, setting.place
     config = example.config()
@@ -129,12 +129,16 @@ def _answered(example: Example, setting: Setting, whole: bool) -> list[dict[str,
     old, reference, values = (Table(example.tables[name], setting) for name in ("old", "reference", "old_values"))
     trainer = SimpleNamespace(
         place=place,
-        policy=SimpleNamespace(logprobs=old.with_entropy, is_last_stage=old.is_last_stage, device=torch.device("cpu")),
+        policy=SimpleNamespace(
+            logprobs=old.with_entropy,
+            is_last_stage=old.is_last_stage,
+            device=torch.device("cpu"),
+            arch=SimpleNamespace(num_experts=0),
+        ),
         reference=SimpleNamespace(logprobs=reference.with_entropy) if config.objective.kl.kind != "none" else None,
         critic=SimpleNamespace(values=values.of_all) if config.critic else None,
         phase=lambda name: contextlib.nullcontext(),
     )
-    session = SimpleNamespace(config=config, trainer=trainer, routing=lambda mini_batch: None)
 
     def step(mini_batch: Any, loss: Any, table: str, columns: bool) -> dict[str, Any]:
         """What Network.step does, without a network: the loss's gradient, and sums over ranks, never means."""
@@ -156,7 +160,7 @@ def _answered(example: Example, setting: Setting, whole: bool) -> list[dict[str,
         return {"loss": float(total), "gradient": gradient.tolist(), "metrics": metrics}
 
     answers = []
-    for update in prepare(session, mini_batches):  # type: ignore[arg-type]
+    for update in prepare(config, trainer, mini_batches, measures_noise=False):  # type: ignore[arg-type]
         answers.append({"policy": step(update.mini_batch, update.loss, "theta", True)})
         if update.value_loss is not None:
             answers[-1]["critic"] = step(update.mini_batch, update.value_loss, "values", False)
@@ -201,7 +205,7 @@ class Table:
 
 def main(port: int, store: Path) -> None:
     use_device("cpu")
-    import megatron_rl.experience
+    import megatron_rl.loop.experience
     import megatron_rl.train  # noqa: F401
 
     context = multiprocessing.get_context("fork")

@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 
+from megatron_rl.config.schema import EvalConfig
+from megatron_rl.data.prompts import PromptCursor
+from megatron_rl.loop.evaluator import Evaluator
+from megatron_rl.loop.progress import Progress
 from megatron_rl.rollout.background import BackgroundLoop
-from megatron_rl.session import Session
 from megatron_rl.stop import ECHO_SECONDS, SIGNALS, Clock, Interrupted, Signals
 
 
@@ -130,28 +133,18 @@ def test_time_is_up_before_a_step_that_would_end_too_late() -> None:
 @pytest.mark.parametrize("moment", ["before", "during", "never"])
 def test_an_evaluation_that_a_stop_prevents_is_owed(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the checkpoint says so, so that the resumed run makes it."""
-    session = object.__new__(Session)
-    saved: list[Any] = []
-    trainer = SimpleNamespace(stopping="SIGTERM" if moment == "before" else "", save=saved.append)
-    session.__dict__.update(
-        trainer=trainer, step=4, owes_evaluation=True, _cursor=SimpleNamespace(as_json=lambda: {"seed": 0})
-    )
+    trainer: Any = SimpleNamespace(watch=SimpleNamespace(stopping="SIGTERM" if moment == "before" else ""))
+    evaluator = Evaluator(EvalConfig(), trainer, None, None)
+    progress = Progress(4, 8, PromptCursor(0))
 
-    def evaluate() -> None:
+    def evaluate(step: int) -> None:
         assert moment != "before"
+        assert step == 4
         if moment == "during":
             raise Interrupted
 
-    monkeypatch.setattr(session, "_evaluate", evaluate)
-    session.evaluate()
-    session.save()
-    (state,) = saved
-    assert state.evaluated is (moment == "never")
-
-    trainer.begin = lambda: state
-    again = object.__new__(Session)
-    again.__dict__.update(trainer=trainer, owes_evaluation=True)
-    state.cursor["epoch"] = 0
-    again.begin()
-    assert again.step == 4
-    assert again.owes_evaluation is (moment != "never")
+    monkeypatch.setattr(evaluator, "_evaluate", evaluate)
+    evaluator.evaluate(progress)
+    assert progress.state.evaluated is (moment == "never")
+    again = Progress.of(progress.state, steps=8, seed=1)
+    assert again == progress

@@ -1,6 +1,6 @@
 """Where the time of each phase is logged: with the step, the evaluation or the checkpoint that it was spent on.
 
-The loop, the session and the trainer are real; what takes time in them moves a clock instead.
+The loop and its parts are real; what takes time in them moves a clock instead.
 """
 
 from __future__ import annotations
@@ -13,15 +13,21 @@ from typing import Any
 
 import pytest
 
-from megatron_rl import session as session_module
 from megatron_rl import train as train_module
-from megatron_rl import trainer as trainer_module
 from megatron_rl.config.schema import CheckpointConfig, Config, EvalConfig
+from megatron_rl.data.prompts import PromptCursor
 from megatron_rl.lab.console import Console
 from megatron_rl.lab.run import RunDir, read_metrics
-from megatron_rl.session import Session
+from megatron_rl.loop import evaluator as evaluator_module
+from megatron_rl.loop import trainer as trainer_module
+from megatron_rl.loop.evaluator import Evaluator
+from megatron_rl.loop.progress import Progress
+from megatron_rl.loop.publisher import Publisher
+from megatron_rl.loop.rollouts import RolloutBatch
+from megatron_rl.loop.run import Run
+from megatron_rl.loop.trainer import Trainer
+from megatron_rl.loop.watch import Watch
 from megatron_rl.stop import Clock
-from megatron_rl.trainer import Trainer
 
 ROLLOUT, SYNC, UPDATE, EVALUATION, CHECKPOINT = 1.0, 2.0, 4.0, 8.0, 16.0
 
@@ -60,50 +66,49 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     run.begin()
     console = Console(3, shows=False, clock=clock)
     layout: Any = SimpleNamespace()
-    trainer = Trainer(config, layout, place, networks, run, console, Clock(None, None), steps=3, resumes=False)  # type: ignore[arg-type]
-    session = object.__new__(Session)
-    session.__dict__.update(
-        trainer=trainer,
-        config=config,
-        step=0,
-        _pool=None,
-        _heldout=[None],
-        owes_evaluation=True,
-        _has_servers=True,
-        _leader=SimpleNamespace(sample=clock.takes(EVALUATION)),
-        route_exchange=None,
-        _weights=SimpleNamespace(push=clock.takes(SYNC, {})),
-        _cursor=SimpleNamespace(as_json=dict),
-        _judges=None,
-        _rollout_metrics={"rollout/reward/mean": 0.0, "rollout/accuracy": 0.0, "rollout/tokens": 70.0},
-    )
+    watch = object.__new__(Watch)
+    watch.__dict__.update(stopping="", checkpoint_due=False, _clock=Clock(None, None), _signals=SimpleNamespace())
+    trainer = Trainer(config, layout, place, networks, run, console, watch, steps=3, resumes=False)  # type: ignore[arg-type]
+    publisher = object.__new__(Publisher)
+    servers = SimpleNamespace(check=lambda: None)
+    publisher.__dict__.update(_trainer=trainer, _servers=servers, _sync=SimpleNamespace(push=clock.takes(SYNC, {})))
+    environment: Any = SimpleNamespace(sample=clock.takes(EVALUATION), judge=lambda groups: groups)
+    figures = {"rollout/reward/mean": 0.0, "rollout/accuracy": 0.0, "rollout/tokens": 70.0}
 
     def update(*_: object) -> dict[str, float]:
         with trainer.phase("update"):
             clock.now += UPDATE
         return {"loss": 0.0}
 
-    def rollout() -> list[object]:
+    def rollout(_: Progress) -> RolloutBatch:
         with trainer.phase("rollout"):
             clock.now += ROLLOUT
-        return []
+        return RolloutBatch([], figures)
 
     @contextlib.contextmanager
-    def open_session(*_: object) -> Iterator[Session]:
-        yield session
+    def open_run(*_: object) -> Iterator[Run]:
+        yield Run(
+            config=config,
+            trainer=trainer,
+            progress=Progress(0, 3, PromptCursor(0)),
+            rollouts=SimpleNamespace(next=rollout),  # type: ignore[arg-type]
+            publisher=publisher,
+            evaluator=Evaluator(config.eval, trainer, environment, [None]),  # type: ignore[arg-type]
+            routes=None,
+        )
 
     monkeypatch.setattr(trainer, "update", update)
     monkeypatch.setattr(trainer, "export", lambda *_: None)
-    monkeypatch.setattr(trainer, "_agree", lambda *_: None)  # nobody else is there
+    monkeypatch.setattr(watch, "agree", lambda *_: None)  # nobody else is there
+    monkeypatch.setattr(trainer, "writing", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(Evaluator, "check_made", lambda *_: None)
     monkeypatch.setattr(trainer_module, "save_checkpoint", clock.takes(CHECKPOINT))
-    monkeypatch.setattr(session, "rollout", rollout)
-    monkeypatch.setattr(session_module, "grade", lambda groups, *_: groups)
-    monkeypatch.setattr(session_module, "evaluation", lambda _: {"avg_at_k": 0.5})
-    monkeypatch.setattr(train_module, "open_session", open_session)
+    monkeypatch.setattr(evaluator_module, "evaluation", lambda _: {"avg_at_k": 0.5})
+    monkeypatch.setattr(train_module, "open_run", open_run)
     monkeypatch.setattr(train_module, "with_advantages", lambda *_: [])
     monkeypatch.setattr(train_module, "schedule", lambda *_: [SimpleNamespace(index=0)])
     updates = [SimpleNamespace(mini_batch=SimpleNamespace(index=0), loss=None, routing=None, value_loss=None)]
-    monkeypatch.setattr(train_module, "prepare", lambda *_: updates)
+    monkeypatch.setattr(train_module, "prepare", lambda *_, **__: updates)
     monkeypatch.setattr(train_module, "measure_router_shift", lambda *_: None)
     train_module.train(config)
     return config.run_dir

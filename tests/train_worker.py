@@ -29,8 +29,8 @@ if __name__ == "__main__":
     import torch.distributed as dist
 
     from megatron_rl.engine.network import Network
+    from megatron_rl.loop.trainer import Trainer
     from megatron_rl.train import train
-    from megatron_rl.trainer import Trainer
 
     export = Trainer.export
 

@@ -6,18 +6,17 @@ import contextlib
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import orjson
 import torch
 import torch.distributed as dist
 
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.load import ConfigError, check_companions, check_config, dump_config
 from megatron_rl.config.schema import Config, SftConfig
-from megatron_rl.disk import DiskError, explain
+from megatron_rl.disk import explain, writes
 from megatron_rl.engine.checkpoint import (
     Found,
     find_checkpoint,
@@ -31,21 +30,21 @@ from megatron_rl.engine.distribute import MiniBatch
 from megatron_rl.engine.manifest import CheckpointError, Identity, State
 from megatron_rl.engine.network import Network, UpdateResult
 from megatron_rl.engine.packed_losses import PolicyLoss, SftLoss, ValueLoss
-from megatron_rl.errors import UserError
 from megatron_rl.lab.console import Console
 from megatron_rl.lab.metrics import explained_variance
 from megatron_rl.lab.run import RunDir
 from megatron_rl.lab.sketch import MetricAccumulator
+from megatron_rl.loop.networks import Networks, build_networks, identify
+from megatron_rl.loop.watch import Watch
 from megatron_rl.models.architecture import read_architecture
 from megatron_rl.models.weights_io import save_weights
-from megatron_rl.networks import Networks, build_networks, identify
-from megatron_rl.ranks.collectives import all_gather_bytes, broadcast_bytes
+from megatron_rl.ranks.collectives import together
 from megatron_rl.ranks.heartbeat import Heartbeat
 from megatron_rl.ranks.place import Place, start_process_groups, stop_process_groups
 from megatron_rl.ranks.world import read_world
 from megatron_rl.routing.exchange import reduce_stats
 from megatron_rl.routing.modes import MiniBatchRouting
-from megatron_rl.stop import Clock, Interrupted, Signals, Stopped
+from megatron_rl.stop import Clock, Stopped
 
 MAX_SHARD_BYTES = 4 << 30
 
@@ -63,11 +62,12 @@ class Trainer:
         networks: Networks,
         run: RunDir,
         console: Console,
-        clock: Clock,
+        watch: Watch,
         *,
         steps: int,
         resumes: bool,
     ) -> None:
+        """`steps`: of the whole run."""
         self.config = config
         self.layout = layout
         self.place = place
@@ -77,16 +77,12 @@ class Trainer:
         self.reference = networks.reference
         self.run = run
         self.console = console
-        self.stopping = ""
-        """Why the run stops at the end of this step, as all ranks know; empty if it goes on."""
-        self._signals = Signals(tells=place.rank == 0)
-        self._clock = clock
+        self.watch = watch
         self._steps = steps
         self._resumes = resumes
         self._identity: Identity | None = None  # rank 0's
         self._found: Found | None = None
         self._saved_step = 0  # of the newest checkpoint
-        self._checkpoint_due = False
         self._held: tuple[int, int, int, dict[str, float]] | None = None
 
     def phase(self, name: str) -> AbstractContextManager[None]:
@@ -113,15 +109,15 @@ class Trainer:
         return {f"critic/{name}": value for name, value in metrics.items()}
 
     def step_critic(self, mini_batch: MiniBatch, loss: ValueLoss) -> UpdateResult:
-        """The same without the metrics of the loss."""
+        """One optimizer step of the critic, without the loss's metrics."""
         assert self.critic is not None
         with self.phase("critic update"):
             return self.critic.update(mini_batch.micro_batches, loss)
 
     def close(self) -> None:
-        """Writes what waits, and leaves signals to who had them before."""
+        """Writes the line that waits, and gives signals back."""
         self.flush()
-        self._signals.release()
+        self.watch.close()
 
     def check_skipped(self) -> None:
         """Raises NonFiniteGradientError when a network has skipped too many optimizer steps."""
@@ -148,7 +144,7 @@ class Trainer:
         self._held = (step, mini_batch, weight_version, dict(metrics))
 
     def add_to_line(self, more: Mapping[str, float]) -> None:
-        """To that of the last optimizer step."""
+        """Adds metrics to the line that waits."""
         if self._held is not None:
             self._held[3].update(more)
 
@@ -158,10 +154,7 @@ class Trainer:
         times = self.console.timer.drain()
         self.add_to_line({**more, **times})
         self.flush()
-        self._clock.step_done()
-        self._agree()
-        if last:
-            self.stopping = ""
+        self.watch.step_done(self.run.failure, last=last)
         return times
 
     def flush(self) -> None:
@@ -179,14 +172,18 @@ class Trainer:
         Raises CheckpointError, on every rank, for a checkpoint of another run, model, data or layout, and if no
         checkpoint is whole but there is something to lose. Collective.
         """
-        self._raise_everywhere(self._identify)
+        with together(self.place.control):
+            if self.place.rank == 0:
+                self._identity = identify(self.config, self.networks, self.run.id)
         if not self._resumes:
             return
         self._found = find_checkpoint(self.run.checkpoints, self.networks.trained, self._identity)
-        if self._found.directory is None:
-            self._raise_everywhere(self._check_step_0)
-        else:
+        if self._found.directory is not None:
             load_checkpoint(self._found.directory, self.networks.trained)
+            return
+        with together(self.place.control):
+            if self.place.rank == 0 and (refusal := self.run.refuses_step_0()):
+                raise CheckpointError("\n".join([refusal, *self._found.warnings]))
 
     @property
     def resumes_from(self) -> State | None:
@@ -197,19 +194,12 @@ class Trainer:
         """Begins or resumes the run, and returns `resumes_from`. The first call that writes into the run's files.
         Collective."""
         state = self.resumes_from
-        self._raise_everywhere(lambda: self._begin_run(state))
+        with together(self.place.control):
+            if self.place.rank == 0:
+                self._begin_run(state)
         self._saved_step = state.step if state else 0
-        self._signals.catch()
-        self._clock.begin()
+        self.watch.begin()
         return state
-
-    def _identify(self) -> None:
-        self._identity = identify(self.config, self.networks, self.run.id)
-
-    def _check_step_0(self) -> None:
-        assert self._found is not None
-        if refusal := self.run.refuses_step_0():
-            raise CheckpointError("\n".join([refusal, *self._found.warnings]))
 
     def _begin_run(self, state: State | None) -> None:
         assert self._identity is not None
@@ -219,92 +209,54 @@ class Trainer:
         for warning in self._found.warnings if self._found else ():
             logger.warning("%s", warning)
 
-    def _raise_everywhere(self, action: Callable[[], None]) -> None:
-        """Runs `action` on rank 0; if it raises a UserError, all ranks do. Collective."""
-        failure: UserError | None = None
-        if self.place.rank == 0:
-            try:
-                action()
-            except UserError as error:
-                failure = error
-            except OSError as error:
-                failure = UserError(str(error))
-        text = broadcast_bytes(str(failure or "").encode(), self.place.control).decode()
-        if text:
-            raise failure or UserError(text)
-
-    def _agree(self, failure: str = "") -> None:
-        """Tells all ranks which signals came, whether time is up or a checkpoint due, and what could not be written.
-
-        Raises DiskError, on every rank, if something could not. Collective.
-        """
-        leads = self.place.rank == 0
-        word = {
-            "failure": failure or self.run.failure,
-            "stop": self._signals.received or ("max_minutes" if leads and self._clock.time_up else ""),
-            "checkpoint": leads and self._clock.checkpoint_due,
-        }
-        words = [orjson.loads(part) for part in all_gather_bytes(orjson.dumps(word), self.place.control)]
-        if failures := [each["failure"] for each in words if each["failure"]]:
-            raise DiskError(failures[0])
-        self.stopping = self.stopping or next((each["stop"] for each in words if each["stop"]), "")
-        self._checkpoint_due = any(each["checkpoint"] for each in words)
-
     @contextlib.contextmanager
-    def writing(self, failure: str, path: Path) -> Iterator[None]:
-        """A write by some of the ranks, which all of them enter: if one fails, all raise DiskError, which begins with
-        `failure`. Collective."""
-        why = ""
-        try:
+    def writing(self, what: str, path: Path) -> Iterator[None]:
+        """A write below `path` by some of the ranks, which all of them enter: if one fails, all raise a UserError that
+        says that `what` was not written. Collective."""
+        with together(self.place.control), writes(what, path):
             yield
-        except OSError as error:
-            why = f"{failure}: {explain(error, path)}"
-        self._agree(why)
-
-    def wait(self) -> AbstractContextManager[None]:
-        """A wait of this rank that a signal ends with Interrupted; `check_interrupted` then tells the other ranks."""
-        return self._signals.interrupt()
 
     def check_interrupted(self) -> None:
-        """Raises Interrupted on every rank if the run is to stop. Collective."""
-        self._agree()
-        if self.stopping:
-            raise Interrupted
+        """Raises Interrupted, on every rank, if the run is to stop. Collective."""
+        self.watch.check_interrupted(self.run.failure)
 
-    def checkpoint_due(self, step: int) -> bool:
-        """Every so many steps or minutes, after the last step, and before the run stops."""
+    def checkpoint(self, state: State) -> None:
+        """Saves if that is due: every so many steps or minutes, after the last step, and before the run stops. Raises
+        Stopped, on every rank, if it does. Collective."""
         every = self.config.checkpoint.every
-        by_count = step == self._steps or (every > 0 and step % every == 0)
-        return by_count or self._checkpoint_due or bool(self.stopping)
+        by_count = state.step == self._steps or (every > 0 and state.step % every == 0)
+        if by_count or self.watch.checkpoint_due or self.watch.stopping:
+            self.save(state)
+        self.watch.stop_if_asked(state.step, self._steps)
 
     def save(self, state: State) -> None:
         """A resumable checkpoint, if there is none of this step yet; older ones than `checkpoint.keep` go.
 
-        Raises DiskError, on every rank, if one could not write.
+        Raises a UserError, on every rank, if one could not write.
         """
         if state.step <= self._saved_step:
             return
         with self.phase("checkpoint"):
-            with self.writing("metrics.jsonl was not written", self.run.path):
+            with self.writing("metrics.jsonl", self.run.path):
                 self.run.sync()  # the step's own line has to be on the disk before its checkpoint is
             save_checkpoint(self.run.checkpoints, self.networks.trained, self._identity, state)
-            with self.writing("an old checkpoint was not deleted", self.run.checkpoints):
+            with self.writing("the list of checkpoints", self.run.checkpoints):
                 if self.place.rank == 0:
                     prune(self.run.checkpoints, self.config.checkpoint.keep)
         self._saved_step = state.step
-        self._clock.saved()
+        self.watch.saved()
         self.run.log_checkpoint(state.step, self.console.timer.take("checkpoint"))
 
-    def stop_if_asked(self, step: int) -> None:
-        """Raises Stopped if the run is to end with this step, though there are more. `step` is saved, or 0."""
-        if self.stopping and step < self._steps:
-            saved = "its checkpoint is complete, and --resume goes on from it" if step else "nothing is lost"
-            raise Stopped(f"{self.stopping}: stopped after step {step} of {self._steps}; {saved}")
+    def export_all(self) -> None:
+        """Writes run_dir/model, and run_dir/critic if there is one. Collective."""
+        self.export(self.policy, self.run.path / "model")
+        if self.critic is not None:
+            self.export(self.critic, self.run.path / "critic")
 
     def export(self, network: Network, directory: Path, bucket_mib: int = 256) -> None:
         """Its weights as a Hugging Face directory, in place of the one that an earlier end of the run left there."""
         buckets = network.export(bucket_mib << 20)
-        with self.writing(f"the model in {directory} was not written", directory):
+        with self.writing(f"the model in {directory}", directory):
             try:
                 if self.place.rank == 0:
                     self._write_model(network, directory, (pair for bucket in buckets for pair in bucket))
@@ -325,7 +277,10 @@ class Trainer:
 def open_trainer(
     config: Config | SftConfig, *, steps: int, resume: bool, temperature: float = 1.0
 ) -> Iterator[Trainer]:
-    """Raises ConfigError: for contradictions before any process group starts, and for a run directory in use."""
+    """This rank's trainer, its networks restored if the run is resumed. Collective.
+
+    Raises ConfigError: for contradictions before any process group starts, and for a run directory in use.
+    """
     arch = read_architecture(config.model.path)
     layout = check_config(config, arch, read_world().size)
     if isinstance(config, Config):
@@ -342,7 +297,8 @@ def open_trainer(
         ):
             networks = build_networks(config, layout, place, device, temperature)
             with Console(steps, shows=place.rank == 0) as console:
-                trainer = Trainer(config, layout, place, networks, run, console, clock, steps=steps, resumes=resume)
+                watch = Watch(place.control, clock)
+                trainer = Trainer(config, layout, place, networks, run, console, watch, steps=steps, resumes=resume)
                 heartbeat.before_end = trainer.flush
                 trainer.restore()
                 try:
@@ -365,17 +321,14 @@ def _of_result(result: UpdateResult) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _open_run(config: Config | SftConfig, place: Place, resume: bool) -> Iterator[RunDir]:
-    """Opened by rank 0, whose failure is every rank's."""
-    failure = ""
+    """The run directory, which rank 0 takes. Raises ConfigError, on every rank, if it cannot."""
     run = RunDir.attach(config.run_dir)
-    if place.rank == 0:
-        try:
-            run = RunDir.open(config.run_dir, dump_config(config), resume)
-        except (OSError, UserError) as error:
-            failure = str(error)
-    failure = broadcast_bytes(failure.encode(), place.control).decode()
-    if failure:
-        raise ConfigError(failure)
+    with together(place.control):
+        if place.rank == 0:
+            try:
+                run = RunDir.open(config.run_dir, dump_config(config), resume)
+            except OSError as error:
+                raise ConfigError(f"run_dir {config.run_dir}: {explain(error, config.run_dir)}") from error
     try:
         yield run
     finally:

@@ -9,28 +9,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_rl.config.schema import Config
 from megatron_rl.engine.distribute import MiniBatch
 from megatron_rl.engine.packed_advantages import Doubles, gae_finish, group_finish, kl_penalties, needs_forward_pass
 from megatron_rl.engine.packed_losses import PolicyLoss, ValueLoss, without_rejected
+from megatron_rl.engine.policy import Policy
+from megatron_rl.loop.trainer import Trainer
+from megatron_rl.loop.updates import Update
 from megatron_rl.objectives.kl import in_reward
+from megatron_rl.routing.drift import RoutingStats
+from megatron_rl.routing.exchange import valid_rows
 from megatron_rl.routing.modes import MiniBatchRouting
-from megatron_rl.routing.shift import packed_shift
-from megatron_rl.session import Session
-
-
-@dataclass(frozen=True)
-class Update:
-    """One mini-batch, and what its optimizer steps are to do."""
-
-    mini_batch: MiniBatch
-    loss: PolicyLoss
-    routing: MiniBatchRouting | None
-    value_loss: ValueLoss | None
+from megatron_rl.routing.shift import RouterShift, packed_shift
 
 
 @dataclass(frozen=True)
 class _Passes:
-    """Of one mini-batch: [T] per micro-batch each, and [] off the last pipeline stage."""
+    """One mini-batch's forward passes: [T] for each micro-batch, and [] off the last pipeline stage."""
 
     routing: MiniBatchRouting | None
     old: list[Tensor] | None  # None: taken from the update's own forward pass
@@ -38,13 +33,14 @@ class _Passes:
     values: list[Tensor] | None
 
 
-def prepare(session: Session, mini_batches: Sequence[MiniBatch]) -> list[Update]:
-    """The updates of a step, in order."""
-    config, trainer = session.config, session.trainer
-    passes = [_passes(session, mini_batch) for mini_batch in mini_batches]
+def prepare(
+    config: Config, trainer: Trainer, mini_batches: Sequence[MiniBatch], *, measures_noise: bool
+) -> list[Update]:
+    """The updates of a step, in order. `measures_noise` repeats pi_old's pass, to see which routes rounding changes."""
+    passes = [_passes(config, trainer, mini_batch, measures_noise) for mini_batch in mini_batches]
     estimates = None
     if needs_forward_pass(config.objective):
-        penalties = _penalties(session, mini_batches, passes)
+        penalties = _penalties(config, trainer.policy, mini_batches, passes)
         if trainer.critic is None:
             assert penalties is not None
             finished = group_finish(mini_batches, penalties, config.objective.advantage, trainer.place)
@@ -73,14 +69,13 @@ def prepare(session: Session, mini_batches: Sequence[MiniBatch]) -> list[Update]
     return updates
 
 
-def _passes(session: Session, mini_batch: MiniBatch) -> _Passes:
+def _passes(config: Config, trainer: Trainer, mini_batch: MiniBatch, measures_noise: bool) -> _Passes:
     """The forward passes, packed as the update will be, so that the first mini-batch's ratios are exactly 1."""
-    trainer = session.trainer
     batches = mini_batch.micro_batches
-    routing = session.routing(mini_batch)
+    routing = _routing(config, trainer.policy, mini_batch)
     reference = values = None
     with trainer.phase("old log-probs"):
-        old = _old(session, mini_batch, routing)
+        old = _old(config, trainer.policy, mini_batch, routing, measures_noise)
     if trainer.reference is not None:
         with trainer.phase("reference log-probs"):
             reference = [logprobs for logprobs, _ in trainer.reference.logprobs(batches)]
@@ -90,51 +85,65 @@ def _passes(session: Session, mini_batch: MiniBatch) -> _Passes:
     return _Passes(routing, old, reference, values)
 
 
-def _old(session: Session, mini_batch: MiniBatch, routing: MiniBatchRouting | None) -> list[Tensor] | None:
-    """pi_old's log-probs. Without `recompute_old_logprobs` they are those of the update's own forward pass, or, where
-    there are several updates, mu's."""
-    config, policy = session.config, session.trainer.policy
+def _routing(config: Config, policy: Policy, mini_batch: MiniBatch) -> MiniBatchRouting | None:
+    """What the routers do in this mini-batch's passes; None for a dense model."""
+    arch = policy.arch
+    if not arch.num_experts:
+        return None
+    valid = [valid_rows(batch, policy.layout, policy.place, policy.device) for batch in mini_batch.micro_batches]
+    shifts = config.objective.router_shift is not None
+    return MiniBatchRouting(
+        config.routing,
+        policy.routers,
+        None if mini_batch.routes is None else [routes.to(policy.device) for routes in mini_batch.routes],
+        valid,
+        RoutingStats(arch.moe_layers, arch.num_experts, arch.experts_per_token, policy.device),
+        RouterShift([len(rows) for rows in valid], policy.device) if shifts else None,
+    )
+
+
+def _old(
+    config: Config, policy: Policy, mini_batch: MiniBatch, routing: MiniBatchRouting | None, measures_noise: bool
+) -> list[Tensor] | None:
+    """pi_old's log-probs. Without `recompute_old_logprobs` they are those of the update's own forward pass, or mu's if
+    there are several updates."""
     batches = mini_batch.micro_batches
     if not config.train.recompute_old_logprobs:
-        if config.train.mini_batches == 1:
-            return None
-        return _of_rollout(session, mini_batch)
-    routed = routing.old_pass() if routing else None
-    old = [logprobs for logprobs, _ in policy.logprobs(batches, routing=routed)]
-    if routing and session.due(config.routing.noise_floor):
+        return None if config.train.mini_batches == 1 else _of_rollout(policy, mini_batch)
+    old = [logprobs for logprobs, _ in policy.logprobs(batches, routing=routing.old_pass() if routing else None)]
+    if routing and measures_noise:
         policy.logprobs(batches, routing=routing.rerun_pass())
     return old
 
 
-def _of_rollout(session: Session, mini_batch: MiniBatch) -> list[Tensor]:
-    policy = session.trainer.policy
+def _of_rollout(policy: Policy, mini_batch: MiniBatch) -> list[Tensor]:
+    """mu's log-probs; [] off the last pipeline stage."""
     if not policy.is_last_stage:
         return []
     return [torch.as_tensor(batch.rollout_logprobs, device=policy.device) for batch in mini_batch.micro_batches]
 
 
 def _penalties(
-    session: Session, mini_batches: Sequence[MiniBatch], passes: Sequence[_Passes]
+    config: Config, policy: Policy, mini_batches: Sequence[MiniBatch], passes: Sequence[_Passes]
 ) -> list[list[Doubles]] | None:
-    """Of the KL in the reward; None where there is none. Where pi_old is not known yet, mu, which sampled, is taken."""
-    objective = session.config.objective
-    if not in_reward(objective):
+    """The KL in the reward; None if there is none. While pi_old is not known, mu, which sampled, stands for it."""
+    if not in_reward(config.objective):
         return None
     olds = [
-        _of_rollout(session, mini_batch) if each.old is None else each.old
+        _of_rollout(policy, mini_batch) if each.old is None else each.old
         for mini_batch, each in zip(mini_batches, passes, strict=True)
     ]
-    return [kl_penalties(objective, old, each.reference or []) for old, each in zip(olds, passes, strict=True)]
+    return [kl_penalties(config.objective, old, each.reference or []) for old, each in zip(olds, passes, strict=True)]
 
 
-def measure_router_shift(session: Session, update: Update) -> None:
-    """RSPO's factor of every token, right before its update, by one more forward pass; in the first mini-batch too,
-    where it comes out as exactly 1. Nothing for an objective without it."""
+def measure_router_shift(trainer: Trainer, update: Update) -> None:
+    """Gives the loss RSPO's factor of every token, by one more forward pass right before the update. It is exactly 1
+    in the first mini-batch. Does nothing for an objective without it."""
     routing, batches = update.routing, update.mini_batch.micro_batches
     if routing is None or routing.shift is None:
         return
-    policy, shift = session.trainer.policy, routing.shift
-    with session.trainer.phase("router shift"):
+    policy, shift = trainer.policy, routing.shift
+    with trainer.phase("router shift"):
         policy.logprobs(batches, routing=routing.shift_pass(shift))
         layers = len(policy.arch.moe_layers)
         update.loss.router_shift = packed_shift(shift.distances, batches, layers, policy.layout, policy.place)

@@ -15,7 +15,7 @@ from megatron_rl.rewards.prompts import load_prompts
 
 @dataclass(frozen=True)
 class RunPrompts:
-    """`train` is each data-parallel leader's, `heldout` rank 0's; None elsewhere, and if rollouts are replayed."""
+    """`train` is each data-parallel leader's, `heldout` rank 0's; None on other ranks, and if rollouts are replayed."""
 
     train: PromptDataset | None
     heldout: PromptDataset | None

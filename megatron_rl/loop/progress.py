@@ -1,0 +1,41 @@
+"""Where an RL run stands: what a checkpoint keeps besides the networks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_rl.data.prompts import PromptCursor
+from megatron_rl.engine.manifest import State
+
+
+@dataclass
+class Progress:
+    """The policy is weight version `step`."""
+
+    step: int
+    """Rollout steps that are done."""
+    steps: int
+    """Rollout steps of the whole run: train.steps."""
+    cursor: PromptCursor
+    owes_evaluation: bool = True
+    """Whether the evaluation that is due after `step` has not been made."""
+
+    @classmethod
+    def of(cls, state: State | None, steps: int, seed: int) -> Progress:
+        """The progress of a checkpoint, or that of a new run."""
+        if state is None:
+            return cls(0, steps, PromptCursor(seed))
+        return cls(state.step, steps, PromptCursor(**state.cursor), owes_evaluation=not state.evaluated)
+
+    @property
+    def state(self) -> State:
+        return State(
+            step=self.step,
+            cursor=self.cursor.as_json(),
+            weight_version=self.step,
+            evaluated=not self.owes_evaluation,
+        )
+
+    def due(self, every: int) -> bool:
+        """Whether something is due that happens after every so many steps, and after the last; 0 means only then."""
+        return self.step == self.steps or (every > 0 and self.step % every == 0)

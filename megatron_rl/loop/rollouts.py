@@ -1,0 +1,220 @@
+"""The rollout batch of each step, from live servers or from another run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import orjson
+
+from megatron_rl.config.schema import Config, DynamicSamplingConfig
+from megatron_rl.data.prompts import PromptDataset
+from megatron_rl.data.sample import Group
+from megatron_rl.data.store import write_groups
+from megatron_rl.errors import UserError
+from megatron_rl.lab.metrics import ROLLOUT, overlong_metrics, rollout_metrics
+from megatron_rl.lab.sketch import MetricAccumulator
+from megatron_rl.loop.environment import Environment
+from megatron_rl.loop.progress import Progress
+from megatron_rl.loop.trainer import Trainer
+from megatron_rl.ranks.collectives import all_gather_bytes, together
+from megatron_rl.rewards.shaping import filter_overlong, shape_rewards, without_lost
+from megatron_rl.rollout.dynamic import Search, Tally, check_verdicts
+from megatron_rl.rollout.source import Wanted, check_headers, rollout_file, saved_groups
+from megatron_rl.routing.wire import RouteSpec
+from megatron_rl.stop import Interrupted
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """What one step trains on."""
+
+    groups: list[Group]
+    """This leader's share, with shaped rewards; [] on ranks that lead no replica."""
+    metrics: dict[str, float]
+    """Metrics of all ranks' groups, under rollout/."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """This leader's groups of one step, with the verifiers' own verdicts."""
+
+    sampled: list[Group]
+    kept: list[Group]
+    """Groups to train on."""
+    figures: dict[str, float]
+    """How dynamic sampling chose them, the same on every rank."""
+
+
+class GroupSource(Protocol):
+    saves: bool
+    """Whether this rank writes the groups to the run's own rollouts."""
+
+    def draw(self, progress: Progress) -> Drawn:
+        """Draws the next step's groups and moves the cursor. Raises UserError and Interrupted on all ranks."""
+
+
+class Rollouts:
+    def __init__(self, config: Config, trainer: Trainer, source: GroupSource) -> None:
+        self._config = config
+        self._trainer = trainer
+        self._source = source
+
+    def next(self, progress: Progress) -> RolloutBatch:
+        """The rollout batch of the next step. Collective.
+
+        Raises UserError, on every rank and with a checkpoint of the steps before, if there is none, and Stopped if the
+        run is to stop: a resume then samples the groups of this step again.
+        """
+        drawn = self._draw(progress)
+        self._save(drawn.kept, progress.step)
+        config, trainer = self._config, self._trainer
+        longest = config.rollout.max_response_tokens
+        metrics = MetricAccumulator(ROLLOUT)
+        rollout_metrics(metrics, shape_rewards(drawn.sampled, config.reward, longest), progress.step)
+        overlong_metrics(metrics, drawn.sampled, drawn.kept, config.reward, longest)
+        figures = {f"dynamic_sampling/{name}": value for name, value in drawn.figures.items()}
+        figures |= trainer.reduce(metrics, holds_samples=trainer.place.leads_replica)
+        shaped = shape_rewards(without_lost(drawn.kept), config.reward, longest)
+        return RolloutBatch(
+            filter_overlong(shaped, config.reward), {f"rollout/{name}": value for name, value in figures.items()}
+        )
+
+    def _draw(self, progress: Progress) -> Drawn:
+        start = progress.cursor
+        try:
+            return self._source.draw(progress)
+        except (UserError, Interrupted) as error:
+            progress.cursor = start
+            self._trainer.save(progress.state)
+            if isinstance(error, Interrupted):
+                self._trainer.watch.stop_if_asked(progress.step, progress.steps)
+            raise
+
+    def _save(self, groups: Sequence[Group], step: int) -> None:
+        """Writes the groups with the verifiers' own verdicts: a run that replays them shapes them by its own rules."""
+        trainer = self._trainer
+        file = rollout_file(trainer.run.rollouts, step + 1, trainer.place.dp)
+        with trainer.writing(f"the rollout of step {step + 1}", file):
+            if self._source.saves:
+                write_groups(
+                    file,
+                    groups,
+                    weight_version=step,
+                    temperature=self._config.rollout.temperature,
+                    vocab_size=trainer.policy.arch.vocab_size,
+                )
+
+
+class SavedGroups:
+    """The groups that another run saved."""
+
+    saves = False
+
+    def __init__(self, config: Config, trainer: Trainer, routes: RouteSpec | None) -> None:
+        """`routes`: what each sample's routing trace must look like; None if traces are not needed."""
+        assert config.rollout.replay_from is not None
+        self._run_dir = config.rollout.replay_from
+        self._wanted = _wanted(config, trainer)
+        self._trainer = trainer
+        self._routes = routes
+
+    def draw(self, progress: Progress) -> Drawn:
+        place, dp = self._trainer.place, self._trainer.layout.dp
+        groups: list[Group] = []
+        with together(place.control):
+            if place.leads_replica:
+                step = progress.step + 1
+                groups = saved_groups(self._run_dir, step, place.dp, dp, wanted=self._wanted, needs_traces=self._routes)
+        return Drawn(groups, groups, {})
+
+
+class LiveGroups:
+    """Groups that the servers sample, some rounds of them under dynamic sampling."""
+
+    def __init__(
+        self,
+        config: Config,
+        trainer: Trainer,
+        environment: Environment,
+        prompts: PromptDataset | None,
+        routes: RouteSpec | None,
+    ) -> None:
+        """`prompts`: None on ranks that lead no replica. `routes`: as in SavedGroups."""
+        self.saves = prompts is not None
+        self._config = config.rollout
+        self._trainer = trainer
+        self._environment = environment
+        self._prompts = prompts
+        self._routes = routes
+
+    def draw(self, progress: Progress) -> Drawn:
+        if self._config.dynamic_sampling is None:
+            groups = self._sample(progress, self._config.prompts_per_step)
+            check_verdicts(self._all_tallies(groups))
+            return Drawn(groups, groups, {})
+        sampled, search = self._search(progress, self._config.dynamic_sampling)
+        return Drawn(sampled, search.keep(sampled), search.figures())
+
+    def _search(self, progress: Progress, config: DynamicSamplingConfig) -> tuple[list[Group], Search]:
+        """All groups that this leader sampled until all leaders together had enough mixed ones. Collective."""
+        search = Search(config, self._config.prompts_per_step)
+        groups: list[Group] = []
+        while count := search.next_count():
+            judged = self._sample(progress, count, first=len(search.tallies))
+            groups += judged
+            with self._trainer.phase("rollout"):
+                search = search.after(self._all_tallies(judged))
+            check_verdicts(search.tallies)
+        return groups, search
+
+    def _all_tallies(self, groups: Sequence[Group]) -> list[Tally]:
+        mine = orjson.dumps([dataclasses.astuple(Tally.of(group)) for group in groups])
+        parts = all_gather_bytes(mine, self._trainer.place.control)
+        return [Tally(*row) for part in parts for row in orjson.loads(part)]
+
+    def _sample(self, progress: Progress, count: int, first: int = 0) -> list[Group]:
+        """This leader's share of the next `count` prompts, sampled, judged and numbered from `first` on; [] on ranks
+        that lead no replica. Raises Interrupted, on every rank, if a signal came meanwhile. Collective."""
+        groups: list[Group] = []
+        with together(self._trainer.place.control), contextlib.suppress(Interrupted):
+            if self._prompts is not None:
+                groups = self._ask(self._prompts, progress, count, first)
+        self._trainer.check_interrupted()
+        return groups
+
+    def _ask(self, dataset: PromptDataset, progress: Progress, count: int, first: int) -> list[Group]:
+        trainer, config = self._trainer, self._config
+        prompts, progress.cursor = dataset.take(progress.cursor, count)
+        share = [(i, p) for i, p in enumerate(prompts, first) if i % trainer.layout.dp == trainer.place.dp]
+        with trainer.phase("rollout"):
+            groups = self._environment.sample(
+                share, samples=config.group_size, temperature=config.temperature, routes=self._routes
+            )
+        with trainer.phase("rewards"):
+            return self._environment.judge(groups)
+
+
+def check_saved(config: Config, trainer: Trainer) -> None:
+    """Checks on rank 0, if rollouts are replayed, that there are rollouts for the steps to come, and that they fit: the
+    first step's whole, the others as far as their headers tell. Raises as saved_groups does."""
+    path, state = config.rollout.replay_from, trainer.resumes_from
+    if path is not None and trainer.place.rank == 0:
+        wanted, first = _wanted(config, trainer), state.step + 1 if state else 1
+        for step in range(first, config.train.steps + 1):
+            check_headers(path, step, wanted)
+        if first <= config.train.steps:
+            saved_groups(path, first, 0, 1, wanted=wanted)
+
+
+def _wanted(config: Config, trainer: Trainer) -> Wanted:
+    return Wanted(
+        prompts=config.rollout.prompts_per_step,
+        group_size=config.rollout.group_size,
+        max_tokens=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+        temperature=config.rollout.temperature,
+        vocab_size=trainer.policy.arch.vocab_size,
+    )

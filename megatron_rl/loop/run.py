@@ -1,0 +1,89 @@
+"""The parts of an RL run on this rank, and how they are opened: files first, servers last."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from megatron_rl.config.schema import Config
+from megatron_rl.engine.device import resolve_device
+from megatron_rl.loop.environment import Environment
+from megatron_rl.loop.evaluator import Evaluator
+from megatron_rl.loop.progress import Progress
+from megatron_rl.loop.prompts import RunPrompts
+from megatron_rl.loop.publisher import Publisher
+from megatron_rl.loop.rollouts import GroupSource, LiveGroups, Rollouts, SavedGroups, check_saved
+from megatron_rl.loop.servers import connect, read_server_key
+from megatron_rl.loop.trainer import Trainer, open_trainer
+from megatron_rl.objectives.custom import get_objective
+from megatron_rl.ranks.collectives import together
+from megatron_rl.rewards import check_verifier
+from megatron_rl.routing.exchange import RouteExchange
+from megatron_rl.routing.wire import RouteSpec
+
+
+@dataclass(frozen=True)
+class Run:
+    config: Config
+    trainer: Trainer
+    progress: Progress
+    rollouts: Rollouts
+    publisher: Publisher
+    evaluator: Evaluator
+    routes: RouteExchange | None
+    """Takes the rollout's routing traces to the ranks that replay them; None if they are not needed."""
+
+
+def check_start(config: Config) -> None:
+    """Checks what else this rank needs before it joins the others: its device, the servers' key, own code. Raises
+    UserError."""
+    resolve_device(config.engine.device)
+    read_server_key(config)
+    get_objective(config.objective)
+    check_verifier(config)
+
+
+@contextlib.contextmanager
+def open_run(config: Config, resume: bool) -> Iterator[Run]:
+    """The run on this rank, its servers started if need be, resumed from the newest complete checkpoint if asked."""
+    temperature = config.rollout.temperature
+    with (
+        open_trainer(config, steps=config.train.steps, resume=resume, temperature=temperature) as trainer,
+        ExitStack() as stack,
+    ):
+        # Before servers are started, and before the run's files are touched.
+        with together(trainer.place.control):
+            prompts = RunPrompts.load(config, trainer.place, trainer.policy.arch.vocab_size)
+            check_saved(config, trainer)
+        stack.callback(prompts.judges.close)
+        yield _open_parts(config, trainer, prompts, stack)
+
+
+def _open_parts(config: Config, trainer: Trainer, prompts: RunPrompts, stack: ExitStack) -> Run:
+    """Starts or finds the servers, and begins the run. `stack` closes what is opened; servers that run elsewhere are
+    then of use to the next run, whatever ended this one. Collective."""
+    policy = trainer.policy
+    spec = RouteSpec.of(policy.arch) if config.routing.needs_rollout_routes else None
+    routes = RouteExchange(policy.arch, policy.routers.layers, trainer.place, trainer.layout) if spec else None
+    servers = environment = None
+    if config.rollout.replay_from is None:
+        servers = stack.enter_context(connect(config, trainer))
+    publisher = Publisher(config, trainer, servers)
+    stack.callback(publisher.close)
+    source: GroupSource
+    if servers is None:
+        source = SavedGroups(config, trainer, spec)
+    else:
+        environment = Environment(config.rollout, trainer, servers, publisher, prompts.tokenizer, prompts.judges)
+        source = LiveGroups(config, trainer, environment, prompts.train, spec)
+    return Run(
+        config=config,
+        trainer=trainer,
+        progress=Progress.of(trainer.begin(), config.train.steps, config.seed),
+        rollouts=Rollouts(config, trainer, source),
+        publisher=publisher,
+        evaluator=Evaluator(config.eval, trainer, environment, prompts.heldout),
+        routes=routes,
+    )

@@ -1,0 +1,69 @@
+"""This rank's connections to the rollout servers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import orjson
+
+from megatron_rl.config.schema import Config
+from megatron_rl.loop.trainer import Trainer
+from megatron_rl.ranks.collectives import broadcast_bytes
+from megatron_rl.rollout.pool import Pool, read_api_key
+from megatron_rl.rollout.source import Leader, first_server
+
+
+@dataclass(frozen=True)
+class Servers:
+    """`pool` is rank 0's, `leader` each data-parallel leader's; None on other ranks."""
+
+    pool: Pool | None
+    leader: Leader | None
+
+    def check(self) -> None:
+        """Raises ServerError, with the end of its log, if a server that this run started has died."""
+        if self.pool is not None:
+            self.pool.check_alive()
+
+
+@contextlib.contextmanager
+def connect(config: Config, trainer: Trainer) -> Iterator[Servers]:
+    """Starts or checks the servers, on rank 0, which tells the leaders where they are. Collective."""
+    place, rollout = trainer.place, config.rollout
+    api_key = read_server_key(config)
+    with ExitStack() as stack:
+        pool = None
+        if place.rank == 0:
+            pool = stack.enter_context(
+                Pool(
+                    rollout,
+                    config.engine,
+                    config.model.path,
+                    trainer.run.logs,
+                    config.seed,
+                    return_routed_experts=config.routing.needs_rollout_routes,
+                    api_key=api_key,
+                )
+            )
+        told = orjson.dumps([pool.urls, None if rollout.servers.urls else pool.api_key]) if pool else None
+        urls, random_key = orjson.loads(broadcast_bytes(told, place.control))
+        leader = None
+        if place.leads_replica:
+            leader = Leader(
+                urls,
+                api_key=random_key or api_key,
+                deadline=rollout.deadline,
+                first=first_server(place.dp, trainer.layout.dp, len(urls)),
+                check=pool.check_alive if pool else lambda: None,
+            )
+            stack.callback(leader.close)
+        yield Servers(pool, leader)
+
+
+def read_server_key(config: Config) -> str | None:
+    """The key of servers given by URL; None if they need none. Raises ServerError, which never shows it."""
+    name = config.rollout.servers.api_key_env
+    return read_api_key(name, "rollout.servers.api_key_env") if name else None
