@@ -36,7 +36,7 @@ def run_case(name: str, model: Path, directory: Path) -> str:
     shutil.copytree(model, place / "MODEL")
     environment = os.environ | {
         "PYTHON": sys.executable,
-        "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
+        "PYTHONPATH": f"{TESTS.parent}:{TESTS / 'support'}",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONWARNINGS": "ignore",
         "OMP_NUM_THREADS": "1",
@@ -83,7 +83,7 @@ def main(chosen: list[str]) -> int:
     unknown = sorted(set(chosen) - set(names()))
     if unknown:
         sys.exit(f"no such case: {', '.join(unknown)}; there are {', '.join(names())}")
-    sys.path.insert(0, str(TESTS))
+    sys.path.insert(0, str(TESTS / "support"))
     from tiny_models import make_tiny_model
 
     failed = []

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from config_files import ARCHITECTURE, RL, write
+from paths import ROOT
 
 from megatron_rl.config.load import ConfigError, check_config, load_config
 from megatron_rl.config.schema import (
@@ -28,7 +29,7 @@ from megatron_rl.config.schema import (
 )
 from megatron_rl.config.sources import PRESETS
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 FILES = sorted(PRESETS.glob("*.yaml"))
 # What the papers say, written a second time: a slip in a preset is a slip in every run that names it.
 PAPERS = {

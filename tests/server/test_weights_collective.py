@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from fault_proxy import Fault, FaultProxy
+from paths import ROOT, SUPPORT
 from safetensors.torch import load_file
 from tiny_models import make_tiny_model
 
@@ -121,7 +122,7 @@ with t.route(url) as route:
 def test_a_trainer_that_was_killed_in_a_sync_does_not_spoil_the_server(
     served: str, trained: Path, expected: str, at: str
 ) -> None:
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    paths = os.pathsep.join(map(str, [Path(__file__).parent, SUPPORT, ROOT]))
     trainer = subprocess.Popen(
         [sys.executable, "-c", KILLED, served, str(trained), at],
         stdout=subprocess.PIPE,

@@ -7,8 +7,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 CPU, CPU_PY312, NODEPS, TE_STUB = (
     ROOT / "requirements" / f"{n}.txt" for n in ("cpu", "cpu-py312", "cpu-nodeps", "te-stub")
 )

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from config_files import write
+from paths import ROOT, SUPPORT
 from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_model
 
@@ -22,7 +23,6 @@ from megatron_rl.ranks.world import WorldError, read_world
 from megatron_rl.rollout.server import free_ports
 
 HOST = socket.gethostname()
-ROOT = Path(__file__).parent.parent
 SECONDS = 30.0
 SFT = """\
 run_dir: {run}
@@ -153,7 +153,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Rank]]:
         cases[name] = [{"directory": str(template), "arguments": ["sft", file], "environment": environment}]
     asked = write(root / "cases.json", json.dumps(list(cases.values())))
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    worker = [sys.executable, str(Path(__file__).parent / "launch_worker.py"), str(asked), str(root / "answer.json")]
+    worker = [sys.executable, str(SUPPORT / "launch_worker.py"), str(asked), str(root / "answer.json")]
     subprocess.run(worker, check=True, env={**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     answers = json.loads((root / "answer.json").read_text())
     return {name: [Rank(**rank) for rank in ranks] for name, ranks in zip(cases, answers, strict=True)}

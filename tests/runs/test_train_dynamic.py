@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from paths import SUPPORT
 import dataclasses
 import subprocess
 from pathlib import Path
@@ -47,7 +48,7 @@ def write_prompts(file: Path, correct: list[int]) -> Path:
 
 
 def run_made_up(config: Path, ranks: int, runs: list[str]) -> None:
-    command = torchrun(ranks, str(Path(__file__).parent / "dynamic_worker.py"), str(config), *runs)
+    command = torchrun(ranks, str(SUPPORT / "dynamic_worker.py"), str(config), *runs)
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
 

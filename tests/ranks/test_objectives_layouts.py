@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from objective_reference import CORRECTIONS, FAMILY, TrainedSequence, kl_estimate, reference
+from paths import SUPPORT
 from rank_examples import Example, Response, generalised_advantages_of, group_advantages_of, tables, trained
 from ranks_worker import LAYOUTS, receive, send
 
@@ -27,7 +28,7 @@ from megatron_rl.data.schedule import SampleSize, ScheduleError, plan
 PATIENCE = 90.0
 """Seconds for an answer, the start of the ranks included; longer is a deadlock."""
 NAMES = sorted(set(FAMILY) - {"rspo"})
-"""RSPO's factor comes from routers, of which there are none here: tests/test_routing_shift.py has it on ranks."""
+"""RSPO's factor comes from routers, of which there are none here: tests/ranks/test_routing_shift.py has it on ranks."""
 REPLICAS = 4
 """The most that a layout has; every mini-batch has as many samples."""
 
@@ -57,7 +58,7 @@ class Ranks:
         return found
 
     def _start(self) -> None:
-        worker = Path(__file__).parent / "ranks_worker.py"
+        worker = SUPPORT / "ranks_worker.py"
         self._store.unlink(missing_ok=True)
         with socket.create_server(("localhost", 0)) as server, self._log.open("wb") as log:
             server.settimeout(PATIENCE)

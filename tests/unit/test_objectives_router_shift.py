@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from objective_reference import FAMILY, OBJECTIVES, pack, random_sequences
-from test_objectives_losses import one_response
+from test_objectives_policy_loss import one_response
 
 from megatron_rl.config.schema import ClipConfig, ObjectiveConfig
 from megatron_rl.data.schedule import Denominators

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from objective_reference import FAMILY
+from paths import SUPPORT
 from rl_runs import environment, torchrun
 from routing_worker import LENGTHS, drifted_samples
 from safetensors.torch import load_file
@@ -196,7 +197,7 @@ def test_every_layout_finds_the_references_shift(
     ranks: int,
     layouts: list[str],
 ) -> None:
-    worker = Path(__file__).parent / "shift_worker.py"
+    worker = SUPPORT / "shift_worker.py"
     command = torchrun(ranks, str(worker), *map(str, models), str(tmp_path), *layouts)
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

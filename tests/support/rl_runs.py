@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from paths import ROOT, SUPPORT
 from safetensors.torch import load_file
 from tiny_models import EOS, VOCAB_SIZE
 from transformers import AutoModelForCausalLM
@@ -112,13 +113,12 @@ def torchrun(ranks: int, *arguments: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """For ranks that import these tests' modules, and the package of the tree that the tests are in."""
-    tests = Path(__file__).parent
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{SUPPORT}"}
 
 
 def run_all(config: Path, ranks: int, runs: list[str]) -> None:
     """One world of `ranks`; each run a list of overrides in one string."""
-    command = torchrun(ranks, str(Path(__file__).parent / "train_worker.py"), str(config), *runs)
+    command = torchrun(ranks, str(SUPPORT / "train_worker.py"), str(config), *runs)
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-8000:]
 

@@ -15,14 +15,13 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from paths import ROOT
 
 from megatron_rl.config.schema import EngineConfig, RolloutConfig
 from megatron_rl.errors import UserError
 from megatron_rl.rollout import server as server_module
 from megatron_rl.rollout.pool import Pool
 from megatron_rl.rollout.server import PORTS, Server, ServerError, ServerOptions, free_ports, sglang_command
-
-ROOT = str(Path(__file__).parent.parent)
 
 
 def options(model: Path = Path("/models/tiny"), **changes: object) -> ServerOptions:
@@ -214,7 +213,7 @@ time.sleep(600)
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": ROOT, "RANK": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RANK": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"},
     )
     assert parent.stdout is not None
     lines = {parent.stdout.readline().strip(), parent.stdout.readline().strip()}
@@ -248,13 +247,13 @@ def test_files_of_the_working_directory_are_no_modules_of_the_tether(
     (tmp_path / "socket.py").write_text("raise SystemExit(3)\n")
     (tmp_path / "threading.py").write_text("raise SystemExit(3)\n")
     monkeypatch.chdir(tmp_path)
-    child = server_module._start([sys.executable, "-c", "raise SystemExit(7)"], {"PYTHONPATH": ROOT}, output=None)
+    child = server_module._start([sys.executable, "-c", "raise SystemExit(7)"], {"PYTHONPATH": str(ROOT)}, output=None)
     assert child.wait(20) == 7
 
 
 def test_the_tether_refuses_to_share_its_callers_process_group() -> None:
     command = [sys.executable, "-m", "megatron_rl.rollout.tether", "true"]
-    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, check=False)
+    ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=False)
     assert ended.returncode == 1
     assert b"not the leader of a process group" in ended.stderr
 
@@ -335,7 +334,7 @@ time.sleep(600)
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": ROOT, "KEY": KEY},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "KEY": KEY},
     )
     assert trainer.stdout is not None
     group = int(trainer.stdout.readline())
@@ -421,7 +420,7 @@ def test_serve_ends_its_server_when_interrupted(tiny_model_dir: Path) -> None:
         "cpu",
     ]
     serving = subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": ROOT}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
         wait_until(lambda: len(psutil.Process(serving.pid).children(recursive=True)) >= 2, 30)

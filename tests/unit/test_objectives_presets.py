@@ -21,7 +21,7 @@ from objective_reference import (
     reference,
     split,
 )
-from test_objectives_losses import loss_and_gradient, one_response, token_keys
+from test_objectives_policy_loss import loss_and_gradient, one_response, token_keys
 
 from megatron_rl.config.schema import ClipConfig, ObjectiveConfig
 from megatron_rl.data.schedule import Denominators

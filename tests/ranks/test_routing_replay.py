@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from paths import SUPPORT
 from rl_runs import environment, torchrun
 from routing_worker import drifted_samples
 from safetensors.torch import load_file
@@ -59,7 +60,7 @@ def reference(model: Path) -> dict[str, torch.Tensor]:
 
 
 def run(model: Path, layout: str, ranks: int, recompute: str, out: Path) -> dict[str, torch.Tensor]:
-    worker = Path(__file__).parent / "routing_worker.py"
+    worker = SUPPORT / "routing_worker.py"
     command = torchrun(ranks, str(worker), str(model), layout, recompute, str(out))
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from critic_samples import samples, weight_of
+from paths import SUPPORT
 from rl_runs import environment, torchrun
 from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_model
@@ -64,7 +65,7 @@ def by_expert(name: str, gradient: torch.Tensor) -> Iterator[tuple[str, torch.Te
 
 def run(ranks: int, model: Path, out: Path, layouts: list[str]) -> subprocess.CompletedProcess[str]:
     out.mkdir(exist_ok=True)
-    command = torchrun(ranks, str(Path(__file__).parent / "critic_worker.py"), str(model), str(out), *layouts)
+    command = torchrun(ranks, str(SUPPORT / "critic_worker.py"), str(model), str(out), *layouts)
     return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
 
 

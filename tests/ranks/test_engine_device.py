@@ -12,6 +12,7 @@ from typing import Literal
 import megatron.core
 import pytest
 import torch
+from paths import SUPPORT
 from rl_runs import environment, torchrun
 from tiny_models import make_tiny_model
 
@@ -30,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def step(model: Path, layout: str, left_out: str) -> subprocess.CompletedProcess[str]:
     ranks = {"tp=1": 1, "tp=2,ep=2,etp=2": 4}.get(layout, 2)
-    worker = str(Path(__file__).parent / "device_worker.py")
+    worker = str(SUPPORT / "device_worker.py")
     return subprocess.run(
         torchrun(ranks, worker, str(model), layout, left_out),
         env=environment(),
@@ -62,7 +63,7 @@ def test_together_they_suffice(model: Path, layout: str) -> None:
 @pytest.fixture(scope="module")
 def on_a_pretended_gpu(model: Path) -> dict[str, dict[str, list[str]]]:
     """By network, the weights and buffers on each device as its weights are about to be loaded."""
-    worker = str(Path(__file__).parent / "fake_cuda_worker.py")
+    worker = str(SUPPORT / "fake_cuda_worker.py")
     done = subprocess.run(
         [sys.executable, worker, str(model)], env=environment(), capture_output=True, text=True, check=False
     )

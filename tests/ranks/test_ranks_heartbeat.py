@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+from paths import SUPPORT
 from rl_runs import environment, torchrun, write_config
 
 from megatron_rl.errors import LostRankError
@@ -34,7 +35,7 @@ SCENARIOS = ("stop-0", "stop-1", "kill-0", "kill-1", "hold", "raise")
 def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What heartbeat_worker.py left of all scenarios."""
     out = tmp_path_factory.mktemp("heartbeat")
-    worker = Path(__file__).parent / "heartbeat_worker.py"
+    worker = SUPPORT / "heartbeat_worker.py"
     command = [sys.executable, str(worker), str(SECONDS), str(out), *SCENARIOS]
     worlds = subprocess.Popen(command, env=environment(), start_new_session=True)
     try:

@@ -1,5 +1,5 @@
 """te_worker.py MODEL TE_DIRECTORY OUT RANKS ...: trains under the layouts of RANKS with our layers and with Transformer
-Engine's over tests/te_stub; writes OUT/LAYOUT.pt for each, {provider: what it gave}.
+Engine's over tests/support/te_stub; writes OUT/LAYOUT.pt for each, {provider: what it gave}.
 
 The ranks are forked from one process, which pays for the imports.
 """

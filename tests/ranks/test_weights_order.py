@@ -6,11 +6,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from paths import SUPPORT
 from rl_runs import environment, torchrun
 
 
 @pytest.mark.distributed
 def test_every_leader_waits_for_the_servers(tmp_path: Path) -> None:
-    command = torchrun(2, str(Path(__file__).parent / "order_worker.py"), str(tmp_path / "pushed"))
+    command = torchrun(2, str(SUPPORT / "order_worker.py"), str(tmp_path / "pushed"))
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from megatron_rl.rollout.sglang_cpu import PACKAGES
 
-ROOT = str(Path(__file__).parent.parent)
 INSTALL = "import sys; from megatron_rl.rollout import sglang_cpu; sys.meta_path.append(sglang_cpu.Finder())\n"
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(package) for package in PACKAGES), reason="the real packages are installed"
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": ROOT, **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
         check=False,

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from paths import SUPPORT
 from rl_runs import environment, torchrun
 from tiny_models import VOCAB_SIZE, make_tiny_model, reference_logprobs
 
@@ -57,7 +58,7 @@ def fresh_checksum(untempered: Server) -> str:
 
 
 def work(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    worker = str(Path(__file__).parent / "sync_worker.py")
+    worker = str(SUPPORT / "sync_worker.py")
     return subprocess.run(
         torchrun(ranks, worker, *map(str, arguments)),
         env=environment(),

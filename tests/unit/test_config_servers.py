@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from config_files import ARCHITECTURE, RL, write
+from paths import ROOT
 
 from megatron_rl.config.load import ConfigError, check_config, load_config
 from megatron_rl.config.schema import Config
@@ -76,7 +77,7 @@ def test_other_flags_go_to_the_server(tmp_path: Path, flags: tuple[str, ...]) ->
 @pytest.mark.server
 def test_the_flags_are_those_of_sglang() -> None:
     """All are known there but `--tp`, itself an abbreviation; what begins one of them is listed."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "SGLANG_USE_CPU_ENGINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SGLANG_USE_CPU_ENGINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", OPTIONS_OF_SGLANG], env=environment, capture_output=True, text=True, check=True
     )

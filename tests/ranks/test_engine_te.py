@@ -1,4 +1,4 @@
-"""Layers of Transformer Engine against those of plain PyTorch, without a GPU: its real Python over tests/te_stub."""
+"""Layers of Transformer Engine against those of plain PyTorch, without a GPU: its real Python over support/te_stub."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from paths import SUPPORT
 from rl_runs import environment
 from te_worker import LAYOUTS
 from tiny_models import make_tiny_model
@@ -30,7 +31,7 @@ def answers(
     if not DIRECTORY.is_dir():
         pytest.skip(f"no Transformer Engine in {DIRECTORY}; make install puts it there")
     out = tmp_path_factory.mktemp("answers")
-    worker = str(Path(__file__).parent / "te_worker.py")
+    worker = str(SUPPORT / "te_worker.py")
     done = subprocess.run(
         [sys.executable, worker, str(model), str(DIRECTORY), str(out), *map(str, request.param)],
         env={**environment(), "TORCHDYNAMO_DISABLE": "1"},  # it would need a C++ compiler

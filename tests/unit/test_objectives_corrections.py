@@ -22,7 +22,7 @@ from objective_reference import (
     reference,
     split,
 )
-from test_objectives_losses import AGGREGATIONS, one_response, token_keys
+from test_objectives_policy_loss import AGGREGATIONS, one_response, token_keys
 
 from megatron_rl.config.schema import ClipConfig, CorrectionConfig, KLConfig
 from megatron_rl.data.schedule import Denominators

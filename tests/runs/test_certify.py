@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from paths import ROOT, SUPPORT
 import json
 import os
 import subprocess
@@ -22,7 +23,6 @@ from megatron_rl.rollout.server import free_ports
 TOKENS, MOE_LAYERS = sum(LENGTHS), 7
 # Rows of a rank, padding included, x its MoE layers x top-4 x one byte: the most that a rank holds.
 TRACE_BYTES = {"tp=1": 270 * 7 * 4, "tp=2": 137 * 7 * 4, "cp=2,ep=2": 142 * 7 * 4, "tp=2,pp=2,ep=2": 137 * 4 * 4}
-ROOT = str(Path(__file__).parent.parent)
 
 
 def certify(*options: str) -> tuple[int, list[dict[str, Any]]]:
@@ -94,9 +94,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_broken_replay_is_not_certified(model: Path, tmp_path: Path, mutation: str, error: str) -> None:
     spec, answer = tmp_path / "spec.json", tmp_path / "answer.json"
     spec.write_text(json.dumps(asdict(CertificateSpec(str(model), ["tp=1"], ["none"], "fp32", "cpu"))))
-    worker = [sys.executable, str(Path(__file__).parent / "certify_worker.py"), mutation, str(spec), str(answer)]
+    worker = [sys.executable, str(SUPPORT / "certify_worker.py"), mutation, str(spec), str(answer)]
     (port,) = free_ports(1)
-    environment = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(port)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": str(port)}
     done = subprocess.run(worker, env=environment, capture_output=True, text=True, check=False)
     if error:
         assert error in done.stderr
