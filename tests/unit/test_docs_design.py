@@ -1,0 +1,39 @@
+"""What docs/design.md says of the code is there."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+
+MAX_STEPS = 25
+STEP = re.compile(r"^(\d+)\. `([\w/]+\.py)` `([\w.]+)` ", re.MULTILINE)
+
+
+def way() -> list[tuple[str, str]]:
+    text = (ROOT / "docs" / "design.md").read_text()
+    section = text.split("## A prompt's way\n")[1].split("\n## ")[0]
+    steps = STEP.findall(section)
+    assert [int(number) for number, _, _ in steps] == list(range(1, len(steps) + 1))
+    assert len(steps) == len(re.findall(r"^\d+\.", section, re.MULTILINE))
+    return [(file, name) for _, file, name in steps]
+
+
+def test_a_prompts_way_is_short() -> None:
+    assert 20 <= len(way()) <= MAX_STEPS
+
+
+@pytest.mark.parametrize(("file", "name"), way())
+def test_each_step_of_a_prompts_way_is_there(file: str, name: str) -> None:
+    body: list[ast.stmt] = ast.parse((ROOT / "megatron_rl" / file).read_text()).body
+    for part in name.split("."):
+        found = [
+            node
+            for node in body
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name == part
+        ]
+        assert found, f"{file} has no {name}"
+        body = found[0].body
