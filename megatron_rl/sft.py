@@ -16,7 +16,7 @@ from megatron_rl.ranks.collectives import together
 def sft(config: SftConfig, resume: bool = False) -> None:
     """Runs `config.steps` optimizer steps and leaves the model as a Hugging Face directory in run_dir/model."""
     with open_trainer(config, steps=config.steps, resume=resume) as trainer:
-        with together(trainer.place.control):
+        with trainer.console.starting("data", config.data.train), together(trainer.place.control):
             samples = _load(config, trainer)
         state = trainer.begin()
         step = state.step if state else 0

@@ -27,7 +27,7 @@ def train(config: Config, resume: bool = False) -> None:
     trained model is then a Hugging Face directory, run_dir/model, and the critic run_dir/critic."""
     with open_run(config, resume) as run:
         trainer, progress = run.trainer, run.progress
-        run.publisher.publish(progress.step)
+        run.publisher.start(progress.step)
         run.evaluator.evaluate(progress)  # before the first step, or owed by a run that was stopped
         trainer.console.timer.drain()  # the first weight sync is no step's
         while progress.step < progress.steps:

@@ -113,6 +113,17 @@ class Console:
         finally:
             self._phase = outer
 
+    @contextmanager
+    def starting(self, part: str, what: str) -> Iterator[None]:
+        """Says that a part of the run begins to start, and how long that took; the time left counts from then on."""
+        self._say(f"{part}: {what}")
+        began = self._clock()
+        yield
+        now = self._clock()
+        self._say(f"{part}: ready after {now - began:.1f} s")
+        self._ends.clear()
+        self._ends.append(now)
+
     def step(self, step: int, figures: Mapping[str, float], times: Mapping[str, float]) -> None:
         """Shows the step just done, `step` of the total (from 1); `times` is what the timer drained."""
         self._step = step
@@ -131,9 +142,14 @@ class Console:
         self._line(f"after step {self._step}", f"held-out accuracy {accuracy:.3f}")
 
     def _line(self, *parts: str) -> None:
-        """Prints a plain line where nothing is drawn."""
-        if self._console is not None and self._live is None:
-            self._console.print("  ".join(parts), soft_wrap=True, markup=False, highlight=False)
+        """Prints a plain line, unless a progress bar shows the same."""
+        if self._live is None:
+            self._say("  ".join(parts))
+
+    def _say(self, text: str) -> None:
+        """Prints a plain line, above the progress bar if there is one."""
+        if self._console is not None:
+            self._console.print(text, soft_wrap=True, markup=False, highlight=False)
 
     def _draw(self) -> rich.console.Group:
         table = Table.grid(padding=(0, 2))

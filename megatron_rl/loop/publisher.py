@@ -21,6 +21,12 @@ class Publisher:
             directory, temperature = trainer.run.path / "weights", config.rollout.temperature
             self._sync = WeightSync(config.weights, trainer.policy, first, directory, temperature)
 
+    def start(self, version: int) -> None:
+        """Publishes the weights that the run begins or goes on with, and says so. Collective."""
+        if self._servers is not None:
+            with self._trainer.console.starting("weights", f"version {version} to all servers"):
+                self.publish(version)
+
     def publish(self, version: int) -> dict[str, float]:
         """Gives all servers the policy as weight version `version`; returns what is to be logged. Collective."""
         if self._servers is None or self._sync is None:

@@ -54,11 +54,24 @@ def open_run(config: Config, resume: bool) -> Iterator[Run]:
         ExitStack() as stack,
     ):
         # Before servers are started, and before the run's files are touched.
-        with together(trainer.place.control):
+        with trainer.console.starting("data", _data(config)), together(trainer.place.control):
             prompts = RunPrompts.load(config, trainer.place, trainer.policy.arch.vocab_size)
             check_saved(config, trainer)
         stack.callback(prompts.judges.close)
         yield _open_parts(config, trainer, prompts, stack)
+
+
+def _data(config: Config) -> str:
+    if config.rollout.replay_from is not None:
+        return f"saved rollouts of {config.rollout.replay_from}"
+    return " and ".join(filter(None, (config.data.train, config.data.heldout)))
+
+
+def _server_names(config: Config, trainer: Trainer) -> str:
+    servers = config.rollout.servers
+    if servers.urls:
+        return ", ".join(servers.urls)
+    return f"{servers.launch} of SGLang, with logs in {trainer.run.logs}"
 
 
 def _open_parts(config: Config, trainer: Trainer, prompts: RunPrompts, stack: ExitStack) -> Run:
@@ -69,7 +82,8 @@ def _open_parts(config: Config, trainer: Trainer, prompts: RunPrompts, stack: Ex
     routes = RouteExchange(policy.arch, policy.routers.layers, trainer.place, trainer.layout) if spec else None
     servers = environment = None
     if config.rollout.replay_from is None:
-        servers = stack.enter_context(connect(config, trainer))
+        with trainer.console.starting("servers", _server_names(config, trainer)):
+            servers = stack.enter_context(connect(config, trainer))
     publisher = Publisher(config, trainer, servers)
     stack.callback(publisher.close)
     source: GroupSource

@@ -292,19 +292,20 @@ def open_trainer(
     place = start_process_groups(layout, device, config.seed)
     try:
         with (
+            Console(steps, shows=place.rank == 0) as console,
             Heartbeat(place.control, config.engine.heartbeat) as heartbeat,
             _open_run(config, place, resume) as run,
         ):
-            networks = build_networks(config, layout, place, device, temperature)
-            with Console(steps, shows=place.rank == 0) as console:
-                watch = Watch(place.control, clock)
-                trainer = Trainer(config, layout, place, networks, run, console, watch, steps=steps, resumes=resume)
-                heartbeat.before_end = trainer.flush
-                trainer.restore()
-                try:
-                    yield trainer
-                finally:
-                    trainer.close()
+            with console.starting("engine", _describe(config, layout, device)):
+                networks = build_networks(config, layout, place, device, temperature)
+            watch = Watch(place.control, clock)
+            trainer = Trainer(config, layout, place, networks, run, console, watch, steps=steps, resumes=resume)
+            heartbeat.before_end = trainer.flush
+            trainer.restore()
+            try:
+                yield trainer
+            finally:
+                trainer.close()
     except Stopped as stopped:
         if place.rank == 0:
             print(stopped, file=sys.stderr, flush=True)
@@ -312,6 +313,11 @@ def open_trainer(
         raise
     finally:
         stop_process_groups(leave_world=joins_world)
+
+
+def _describe(config: Config | SftConfig, layout: Layout, device: torch.device) -> str:
+    degrees = ", ".join(f"{key}={getattr(layout, key)}" for key in ("tp", "pp", "cp", "ep", "dp"))
+    return f"{config.model.path} in {config.engine.dtype}, {layout.world_size} ranks on {device.type} ({degrees})"
 
 
 def _of_result(result: UpdateResult) -> dict[str, float]:

@@ -109,6 +109,25 @@ def test_without_a_terminal_one_plain_line_a_step(monkeypatch: pytest.MonkeyPatc
     assert "\x1b" not in out.getvalue()
 
 
+def test_a_start_says_what_is_loaded_and_how_long_it_took() -> None:
+    clock, out = Clock(), io.StringIO()
+    with Console(4, file=out, clock=clock) as console:
+        with console.starting("engine", "/models/[tiny] in fp32"):
+            clock.now += 75.0
+        clock.now += 2.0
+        a_step(console, 1)
+    lines = out.getvalue().splitlines()
+    assert lines[:2] == ["engine: /models/[tiny] in fp32", "engine: ready after 75.0 s"]
+    assert lines[2].endswith("left 0:00:06")  # the start is no step
+
+
+def test_a_start_that_fails_is_not_called_ready() -> None:
+    out = io.StringIO()
+    with Console(4, file=out) as console, pytest.raises(OSError), console.starting("data", "prompts"):  # noqa: PT011
+        raise OSError
+    assert out.getvalue() == "data: prompts\n"
+
+
 def test_long_plain_lines_are_not_wrapped() -> None:
     out = io.StringIO()
     with Console(4, file=out) as console:
