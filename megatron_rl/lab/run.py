@@ -79,6 +79,7 @@ class RunDir:
         self._config_yaml = config_yaml
         self._resumes = resumes
         self._began = False
+        self._made_here = False
         self._optimizer_steps = 0
         self._events: SummaryWriter | None = None
         self._hide_events_from: int | None = None
@@ -102,8 +103,10 @@ class RunDir:
         else:
             _check_empty(path)
         with writes(f"run_dir {path}", path):
+            is_new = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path, Owner.take(path), config_yaml, resumes=resume)
+            run._made_here = is_new
         try:
             if resume:  # once more: until now another process may have been at work
                 check_resumable(path, config_yaml)
@@ -193,7 +196,7 @@ class RunDir:
                 return
             owner.withdraw()
             if not self._resumes:
-                for directory in (self.logs, self.path):
+                for directory in (self.logs, *([self.path] if self._made_here else [])):
                     if directory.is_dir() and not any(directory.iterdir()):
                         directory.rmdir()
 

@@ -95,6 +95,16 @@ def test_create_takes_an_empty_directory(tmp_path: Path) -> None:
     assert (tmp_path / "config.yaml").exists()
 
 
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_start_that_fails_leaves_the_directory_as_it_was(tmp_path: Path, exists: bool) -> None:
+    path = tmp_path / "run"
+    if exists:
+        path.mkdir()
+    RunDir.open(path, changed(), resume=False).close()
+    assert path.exists() is exists
+    assert not exists or not any(path.iterdir())
+
+
 def test_create_refuses_a_directory_that_holds_anything(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"Resume the run that is in it, name another run_dir") as error:
