@@ -49,7 +49,7 @@ def train(
     _refuse_world_size(world_size)
 
     def check(loaded: Config) -> None:
-        from megatron_rl.loop.run import check_start
+        from megatron_rl.loop.parts import check_start
 
         check_start(loaded)
 

@@ -15,8 +15,8 @@ from megatron_rl.data.sample import Group
 from megatron_rl.engine.distribute import MiniBatch, TrainSample, distribute
 from megatron_rl.engine.packed_advantages import needs_forward_pass
 from megatron_rl.loop.experience import measure_router_shift, prepare
+from megatron_rl.loop.parts import Parts, open_parts
 from megatron_rl.loop.rollouts import RolloutBatch
-from megatron_rl.loop.run import Run, open_run
 from megatron_rl.loop.updates import apply, train_critic_again
 from megatron_rl.objectives.advantages import group_advantages
 from megatron_rl.rewards.shaping import is_lost
@@ -25,24 +25,24 @@ from megatron_rl.rewards.shaping import is_lost
 def train(config: Config, resume: bool = False) -> None:
     """Runs `config.train.steps` steps; with `resume`, those that are left after the newest complete checkpoint. The
     trained model is then a Hugging Face directory, run_dir/model, and the critic run_dir/critic."""
-    with open_run(config, resume) as run:
-        trainer, progress = run.trainer, run.progress
-        run.publisher.start(progress.step)
-        run.evaluator.evaluate(progress)  # before the first step, or owed by a run that was stopped
+    with open_parts(config, resume) as parts:
+        trainer, progress = parts.trainer, parts.progress
+        parts.publisher.start(progress.step)
+        parts.evaluator.evaluate(progress)  # before the first step, or owed by a run that was stopped
         trainer.console.timer.drain()  # the first weight sync is no step's
         while progress.step < progress.steps:
-            batch = run.rollouts.next(progress)
-            mini_batches = schedule(run, with_advantages(batch.groups, config))
+            batch = parts.rollouts.next(progress)
+            mini_batches = schedule(parts, with_advantages(batch.groups, config))
             updates = prepare(config, trainer, mini_batches, measures_noise=progress.due(config.routing.noise_floor))
             for update in updates:
                 measure_router_shift(trainer, update)
                 apply(config, trainer, update, progress.step, batch.metrics)
             train_critic_again(config, trainer, updates)
-            finish_step(run, batch)
-            run.evaluator.evaluate(progress)
+            finish_step(parts, batch)
+            parts.evaluator.evaluate(progress)
             trainer.checkpoint(progress.state)
         trainer.export_all()
-        run.evaluator.check_made(progress)
+        parts.evaluator.check_made(progress)
 
 
 def with_advantages(groups: Sequence[Group], config: Config) -> list[TrainSample]:
@@ -67,9 +67,9 @@ def _reward(group: Group, index: int) -> float:
     return verdict.reward
 
 
-def schedule(run: Run, samples: Sequence[TrainSample]) -> list[MiniBatch]:
+def schedule(parts: Parts, samples: Sequence[TrainSample]) -> list[MiniBatch]:
     """Cuts all leaders' samples into this rank's packed micro-batches. Collective."""
-    config, trainer = run.config, run.trainer
+    config, trainer = parts.config, parts.trainer
     with trainer.phase("schedule"):
         return distribute(
             samples,
@@ -77,17 +77,17 @@ def schedule(run: Run, samples: Sequence[TrainSample]) -> list[MiniBatch]:
             trainer.layout,
             mini_batches=config.train.mini_batches,
             max_tokens=config.engine.max_tokens_per_micro_batch,
-            routes=run.routes,
+            routes=parts.routes,
         )
 
 
-def finish_step(run: Run, batch: RolloutBatch) -> None:
+def finish_step(parts: Parts, batch: RolloutBatch) -> None:
     """Counts the step, publishes its weights, and shows it. Collective."""
-    progress, trainer = run.progress, run.trainer
+    progress, trainer = parts.progress, parts.trainer
     progress.step += 1
-    progress.owes_evaluation = progress.due(run.config.eval.every)
-    published = run.publisher.publish(progress.step)
-    traces = run.routes.drain() if run.routes else {}
+    progress.owes_evaluation = progress.due(parts.config.eval.every)
+    published = parts.publisher.publish(progress.step)
+    traces = parts.routes.drain() if parts.routes else {}
     times = trainer.finish_step({**published, **traces}, last=progress.step == progress.steps)
     shown = {
         "reward": batch.metrics["rollout/reward/mean"],

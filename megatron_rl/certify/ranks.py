@@ -19,8 +19,8 @@ from megatron_rl.config.schema import EngineConfig
 from megatron_rl.engine.device import use_device
 
 if TYPE_CHECKING:  # Megatron-Core is imported once the device is ready for it
+    from megatron_rl.certify.router_watch import ReplayCount
     from megatron_rl.certify.spoil import Spoiled
-    from megatron_rl.certify.watch import ReplayCount
     from megatron_rl.data.sample import Sample
     from megatron_rl.engine.policy import Policy
 
@@ -75,7 +75,7 @@ def _certify(policy: Policy, text: str) -> CertificateResult:
 
 def _prove(policy: Policy, samples: list[Sample], case: Spoiled) -> tuple[ReplayCount, ReplayCount | None, int]:
     """(verdict on the forward pass, verdict on the recomputation or None, bytes of routes on this rank)."""
-    from megatron_rl.certify.watch import Watch, judge, share_rows
+    from megatron_rl.certify.router_watch import RouterWatch, judge, share_rows
     from megatron_rl.engine.distribute import TrainSample, distribute
     from megatron_rl.routing.exchange import RouteExchange
 
@@ -89,7 +89,7 @@ def _prove(policy: Policy, samples: list[Sample], case: Spoiled) -> tuple[Replay
     recomputes = policy.engine.recompute == "full"
     routing = case.routing_pass(policy.routers, routes)
     masks = [torch.as_tensor(batch.loss_mask, device=policy.device) for batch in mini_batch.micro_batches]
-    watch = Watch(policy)
+    watch = RouterWatch(policy)
     with watch.on(recomputes):
         policy.gradients(mini_batch.micro_batches, lambda i, logprobs, _: -(logprobs * masks[i]).sum(), routing)
     rows = share_rows(watch.rows, place)

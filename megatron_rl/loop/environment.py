@@ -7,8 +7,8 @@ from typing import Any
 
 from megatron_rl.config.schema import RolloutConfig
 from megatron_rl.data.sample import Group, Prompt
+from megatron_rl.loop.connections import Servers
 from megatron_rl.loop.publisher import Publisher
-from megatron_rl.loop.servers import Servers
 from megatron_rl.loop.trainer import Trainer
 from megatron_rl.rewards import Judges, grade
 from megatron_rl.rollout.sampler import Sampling

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_rl.config.schema import Config
-from megatron_rl.loop.servers import Servers
+from megatron_rl.loop.connections import Servers
 from megatron_rl.loop.trainer import Trainer
 from megatron_rl.weights.sync import WeightSync
 

@@ -14,7 +14,7 @@ from tiny_models import VOCAB_SIZE, make_tiny_model, make_tokenizer
 from megatron_rl.data.prompts import Fields, load_sft_samples
 from megatron_rl.data.records import DataError
 from megatron_rl.data.vocabulary import unknown_token
-from megatron_rl.rewards.prompts import load_prompts
+from megatron_rl.rewards.checked_prompts import load_prompts
 
 UNKNOWN = f"token {VOCAB_SIZE} \\('<tool>'\\) is not in the model's vocabulary of {VOCAB_SIZE}"
 

@@ -84,11 +84,11 @@ if __name__ == "__main__":
     import torch.distributed as dist
 
     from megatron_rl.engine.checkpoint import checkpoints
-    from megatron_rl.loop import publisher, run, servers
+    from megatron_rl.loop import connections, parts, publisher
     from megatron_rl.train import train
 
-    run.connect = lambda _, trainer: contextlib.nullcontext(  # type: ignore
-        servers.Servers(None, MadeUp() if trainer.place.leads_replica else None)
+    parts.connect = lambda _, trainer: contextlib.nullcontext(  # type: ignore
+        connections.Servers(None, MadeUp() if trainer.place.leads_replica else None)
     )
     publisher.WeightSync = NoServers  # type: ignore[assignment,misc]
     dist.init_process_group("gloo")

@@ -185,7 +185,7 @@ def _made_up_rollouts(seconds: float) -> None:
 
     from dynamic_worker import MadeUp, NoServers
 
-    from megatron_rl.loop import publisher, run, servers
+    from megatron_rl.loop import connections, parts, publisher
     from megatron_rl.rollout.background import BackgroundLoop
 
     class Leader(MadeUp):
@@ -198,8 +198,8 @@ def _made_up_rollouts(seconds: float) -> None:
                 self._loop.run(asyncio.sleep(seconds))
             return super().sample(prompts, sampling)
 
-    run.connect = lambda _, trainer: contextlib.nullcontext(  # type: ignore
-        servers.Servers(None, Leader() if trainer.place.leads_replica else None)
+    parts.connect = lambda _, trainer: contextlib.nullcontext(  # type: ignore
+        connections.Servers(None, Leader() if trainer.place.leads_replica else None)
     )
     publisher.WeightSync = NoServers  # type: ignore[assignment,misc]
 

@@ -10,7 +10,7 @@ from tokenizers import processors
 
 from megatron_rl.data.files import DataError
 from megatron_rl.data.prompts import Fields, load_sft_samples
-from megatron_rl.rewards.prompts import load_prompts
+from megatron_rl.rewards.checked_prompts import load_prompts
 
 RL, SFT = Fields("prompt", "answer"), Fields("prompt", "response")
 CHAT = Fields("prompt", "answer", chat_template=True)

@@ -29,7 +29,7 @@ from megatron_rl.data.files import DataError
 from megatron_rl.data.numbers import Real
 from megatron_rl.data.prompts import Fields, data_digest, load_sft_samples
 from megatron_rl.data.records import read_records
-from megatron_rl.rewards.prompts import load_prompts
+from megatron_rl.rewards.checked_prompts import load_prompts
 
 Rows = list[dict[str, Any]]
 

@@ -21,10 +21,10 @@ from megatron_rl.lab.run import RunDir, read_metrics
 from megatron_rl.loop import evaluator as evaluator_module
 from megatron_rl.loop import trainer as trainer_module
 from megatron_rl.loop.evaluator import Evaluator
+from megatron_rl.loop.parts import Parts
 from megatron_rl.loop.progress import Progress
 from megatron_rl.loop.publisher import Publisher
 from megatron_rl.loop.rollouts import RolloutBatch
-from megatron_rl.loop.run import Run
 from megatron_rl.loop.trainer import Trainer
 from megatron_rl.loop.watch import Watch
 from megatron_rl.stop import Clock
@@ -86,8 +86,8 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return RolloutBatch([], figures)
 
     @contextlib.contextmanager
-    def open_run(*_: object) -> Iterator[Run]:
-        yield Run(
+    def open_parts(*_: object) -> Iterator[Parts]:
+        yield Parts(
             config=config,
             trainer=trainer,
             progress=Progress(0, 3, PromptCursor(0)),
@@ -104,7 +104,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(Evaluator, "check_made", lambda *_: None)
     monkeypatch.setattr(trainer_module, "save_checkpoint", clock.takes(CHECKPOINT))
     monkeypatch.setattr(evaluator_module, "evaluation", lambda _: {"avg_at_k": 0.5})
-    monkeypatch.setattr(train_module, "open_run", open_run)
+    monkeypatch.setattr(train_module, "open_parts", open_parts)
     monkeypatch.setattr(train_module, "with_advantages", lambda *_: [])
     monkeypatch.setattr(train_module, "schedule", lambda *_: [SimpleNamespace(index=0)])
     updates = [SimpleNamespace(mini_batch=SimpleNamespace(index=0), loss=None, routing=None, value_loss=None)]

@@ -6,7 +6,7 @@ from tiny_models import make_tokenizer
 
 from megatron_rl.data.prompts import Fields
 from megatron_rl.errors import UserError
-from megatron_rl.rewards.prompts import load_prompts
+from megatron_rl.rewards.checked_prompts import load_prompts
 
 for number, line in enumerate(Path("data.jsonl").read_text().splitlines(), start=1):
     Path("one.jsonl").write_text(line + "\n")

@@ -18,7 +18,7 @@ from megatron_rl.data.store import read_groups
 from megatron_rl.engine.checkpoint import read_manifest
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import read_architecture
-from megatron_rl.rewards.prompts import load_prompts
+from megatron_rl.rewards.checked_prompts import load_prompts
 from megatron_rl.rollout.answers import read_completion
 
 

@@ -6,7 +6,7 @@ from tiny_models import make_tokenizer
 from tokenizers import processors
 
 from megatron_rl.data.prompts import Fields, load_sft_samples
-from megatron_rl.rewards.prompts import load_prompts
+from megatron_rl.rewards.checked_prompts import load_prompts
 
 tokenizer = make_tokenizer()
 ends = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])

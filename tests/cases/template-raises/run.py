@@ -3,7 +3,7 @@
 from tiny_models import make_tokenizer
 
 from megatron_rl.data.prompts import Fields
-from megatron_rl.rewards.prompts import load_prompts
+from megatron_rl.rewards.checked_prompts import load_prompts
 
 ALTERNATE = """{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}
 {{ raise_exception('roles must alternate') }}{% endif %}{{ m['content'] }}{% endfor %}"""

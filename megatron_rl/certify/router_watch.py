@@ -43,7 +43,7 @@ class Call:
 
 
 @dataclass
-class Watch:
+class RouterWatch:
     """Hooks on embedding and routers during one run of the schedule."""
 
     policy: Policy

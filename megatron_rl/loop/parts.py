@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 from megatron_rl.config.schema import Config
 from megatron_rl.engine.device import resolve_device
+from megatron_rl.loop.connections import connect, read_server_key
 from megatron_rl.loop.environment import Environment
 from megatron_rl.loop.evaluator import Evaluator
 from megatron_rl.loop.progress import Progress
-from megatron_rl.loop.prompts import RunPrompts
 from megatron_rl.loop.publisher import Publisher
 from megatron_rl.loop.rollouts import GroupSource, LiveGroups, Rollouts, SavedGroups, check_saved
-from megatron_rl.loop.servers import connect, read_server_key
+from megatron_rl.loop.run_prompts import RunPrompts
 from megatron_rl.loop.trainer import Trainer, open_trainer
 from megatron_rl.objectives.custom import get_objective
 from megatron_rl.ranks.collectives import together
@@ -25,7 +25,7 @@ from megatron_rl.routing.wire import RouteSpec
 
 
 @dataclass(frozen=True)
-class Run:
+class Parts:
     config: Config
     trainer: Trainer
     progress: Progress
@@ -46,7 +46,7 @@ def check_start(config: Config) -> None:
 
 
 @contextlib.contextmanager
-def open_run(config: Config, resume: bool) -> Iterator[Run]:
+def open_parts(config: Config, resume: bool) -> Iterator[Parts]:
     """The run on this rank, its servers started if need be, resumed from the newest complete checkpoint if asked."""
     temperature = config.rollout.temperature
     with (
@@ -58,7 +58,7 @@ def open_run(config: Config, resume: bool) -> Iterator[Run]:
             prompts = RunPrompts.load(config, trainer.place, trainer.policy.arch.vocab_size)
             check_saved(config, trainer)
         stack.callback(prompts.judges.close)
-        yield _open_parts(config, trainer, prompts, stack)
+        yield _assemble(config, trainer, prompts, stack)
 
 
 def _data(config: Config) -> str:
@@ -74,7 +74,7 @@ def _server_names(config: Config, trainer: Trainer) -> str:
     return f"{servers.launch} of SGLang, with logs in {trainer.run.logs}"
 
 
-def _open_parts(config: Config, trainer: Trainer, prompts: RunPrompts, stack: ExitStack) -> Run:
+def _assemble(config: Config, trainer: Trainer, prompts: RunPrompts, stack: ExitStack) -> Parts:
     """Starts or finds the servers, and begins the run. `stack` closes what is opened; servers that run elsewhere are
     then of use to the next run, whatever ended this one. Collective."""
     policy = trainer.policy
@@ -92,7 +92,7 @@ def _open_parts(config: Config, trainer: Trainer, prompts: RunPrompts, stack: Ex
     else:
         environment = Environment(config.rollout, trainer, servers, publisher, prompts.tokenizer, prompts.judges)
         source = LiveGroups(config, trainer, environment, prompts.train, spec)
-    return Run(
+    return Parts(
         config=config,
         trainer=trainer,
         progress=Progress.of(trainer.begin(), config.train.steps, config.seed),

@@ -10,7 +10,7 @@ from megatron_rl.data.prompts import Fields, PromptDataset
 from megatron_rl.models.check import load_tokenizer
 from megatron_rl.ranks.place import Place
 from megatron_rl.rewards import Judges
-from megatron_rl.rewards.prompts import load_prompts
+from megatron_rl.rewards.checked_prompts import load_prompts
 
 
 @dataclass(frozen=True)
