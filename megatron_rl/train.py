@@ -23,8 +23,10 @@ from megatron_rl.rewards.shaping import is_lost
 
 
 def train(config: Config, resume: bool = False) -> None:
-    """Runs `config.train.steps` steps; with `resume`, those that are left after the newest complete checkpoint. The
-    trained model is then a Hugging Face directory, run_dir/model, and the critic run_dir/critic."""
+    """Runs `config.train.steps` steps; with `resume`, the steps that are left after the newest complete checkpoint.
+
+    Writes the trained model as a Hugging Face directory, run_dir/model, and the critic as run_dir/critic.
+    """
     with open_parts(config, resume) as parts:
         trainer, progress = parts.trainer, parts.progress
         parts.publisher.start(progress.step)
@@ -46,8 +48,11 @@ def train(config: Config, resume: bool = False) -> None:
 
 
 def with_advantages(groups: Sequence[Group], config: Config) -> list[TrainSample]:
-    """Numbers the samples over all leaders, and gives each its advantage among those of its group that have a verdict;
-    0 for one without, and for all if that waits for a forward pass (loop.experience.prepare)."""
+    """Numbers the samples over all leaders, and gives each its advantage among its group's samples with a verdict.
+
+    The advantage is 0 for a sample without a verdict, and for all if advantages need a forward pass
+    (loop.experience.prepare).
+    """
     samples = []
     for group in groups:
         rewards = {i: _reward(group, i) for i, sample in enumerate(group.samples) if not is_lost(sample)}

@@ -20,7 +20,7 @@ from megatron_rl.ranks.place import Place
 
 
 class Critic(Network):
-    """Collective as Network is. A directory without a value head gives one of zeros: every value is then 0."""
+    """Its methods are collective, as Network's are. A model without a value head gets one of zeros."""
 
     optim_section = "critic.optim"
     metrics_prefix = "critic/"
@@ -37,8 +37,10 @@ class Critic(Network):
         super().__init__(model_dir, layout, place, engine, device, optim, value_head=True)
 
     def values(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
-        """V [T] fp32 per micro-batch, at each position that of the state in which its label is chosen; [] off the last
-        stage."""
+        """Returns V, [T] fp32 per micro-batch: at each position the value of the state in which its label is chosen.
+
+        Returns [] if this is not the last pipeline stage.
+        """
         return [output[:, 0] for output in forward(self.stages, self.micro_batches(batches))]
 
     def update(self, batches: Sequence[PackedBatch], loss: Callable[[int, Tensor], Tensor]) -> UpdateResult:

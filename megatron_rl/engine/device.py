@@ -1,4 +1,4 @@
-"""Where the engine runs, and the layer that lets stock Megatron-Core run without a GPU.
+"""Chooses the device, and makes stock Megatron-Core run without a GPU.
 
 Megatron-Core calls torch.cuda directly in many places. Where there is no CUDA device, `use_device("cpu")` puts a
 stand-in behind each of those calls, process-wide and once. Each item below is one function that names what it stands
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def resolve_device(requested: str) -> torch.device:
-    """The device of this rank: `requested` is auto, cpu or cuda. Raises ConfigError if there is no GPU for it."""
+    """Returns this rank's device; `requested` is auto, cpu or cuda. Raises ConfigError if there is no GPU for it."""
     if requested == "cuda" and not torch.cuda.is_available():
         raise ConfigError("engine.device: cuda, but torch sees no CUDA device; use auto or cpu")
     if requested == "cpu" or not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""From each leader's own samples to the packed micro-batches of every rank.
+"""Turns each leader's own samples into the packed micro-batches of every rank.
 
 Leaders exchange sizes only; every rank then makes the same plan. Samples that the plan moves to another data-parallel
 replica travel between leaders, and each leader hands its replica what that replica trains on. Routing traces take the
@@ -36,7 +36,7 @@ class TrainSample:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is known of a packed sequence besides its tokens."""
+    """A packed sequence's sample number, group and reward."""
 
     index: int  # as TrainSample's
     group: int
@@ -46,7 +46,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class MiniBatch:
-    """What this rank trains on in one optimizer step."""
+    """This rank's part of what one optimizer step trains on."""
 
     index: int
     micro_batches: tuple[PackedBatch, ...]
@@ -64,7 +64,10 @@ def distribute(
     max_tokens: int,
     routes: RouteExchange | None = None,
 ) -> list[MiniBatch]:
-    """`mine` is what this leader fetched, and empty on other ranks; for `routes`, each has a trace. Collective."""
+    """Makes this rank's mini-batches from the samples that the leaders fetched. Collective.
+
+    `mine`: this leader's samples, each with a routing trace if there are `routes`; empty if this rank leads no replica.
+    """
     sizes, home = _exchange_sizes(mine, place)
     schedule = plan(
         sizes,
@@ -120,7 +123,7 @@ def _trace(sample: TrainSample) -> RoutingTrace:
 
 
 def _exchange_sizes(mine: Sequence[TrainSample], place: Place) -> tuple[list[SampleSize], list[int]]:
-    """All samples' sizes in global order, and the replica that holds each."""
+    """Returns all samples' sizes in global order, and the replica that holds each."""
     rows = [[s.index, s.group, len(s.sample.token_ids), s.sample.response_tokens, place.dp] for s in mine]
     everyone = [row for part in all_gather_bytes(orjson.dumps(rows), place.control) for row in orjson.loads(part)]
     everyone.sort()

@@ -14,7 +14,7 @@ KINDS = ("router", "expert", "attention", "embedding", "other")
 
 
 def kind_of(parameter_name: str, value_head: bool = False) -> str:
-    """One of KINDS; that of a critic's head is value_head."""
+    """Returns one of KINDS, or value_head for a critic's head."""
     if ".router." in parameter_name:
         return "router"
     if ".experts." in parameter_name:

@@ -59,8 +59,8 @@ class MicroBatch:
 def micro_batch(
     packed: PackedBatch, cp: int, cp_rank: int, device: torch.device, *, plan_attention: bool = True
 ) -> MicroBatch:
-    """`plan_attention`: for megatron_rl.engine.layers. With context parallelism the plan holds masks of a byte for each
-    query and key, which Transformer Engine never reads."""
+    """Cuts this rank's slice out of a packed micro-batch. `plan_attention` adds the plan that engine.layers needs: with
+    context parallelism it has masks of one byte per query and key, which Transformer Engine never reads."""
     mine = cp_index(packed.cu_seqlens, cp, cp_rank)
     gathered = np.concatenate([cp_index(packed.cu_seqlens, cp, rank) for rank in range(cp)])
 
@@ -89,7 +89,8 @@ def micro_batch(
 
 
 def attention_plan(cu_seqlens: npt.NDArray[np.integer], cp: int, cp_rank: int, device: torch.device) -> AttentionPlan:
-    """cu_seqlens [S + 1] of the whole batch. Sequences share a call when their lengths have the same power of two."""
+    """Plans attention by cu_seqlens, [S + 1], of the whole batch: sequences share a call if their lengths have the same
+    power of two."""
     mine = cp_index(cu_seqlens, cp, cp_rank)
     in_gathered = np.argsort(np.concatenate([cp_index(cu_seqlens, cp, rank) for rank in range(cp)]))
     starts, lengths = cu_seqlens[:-1], np.diff(cu_seqlens)

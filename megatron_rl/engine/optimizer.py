@@ -55,5 +55,5 @@ def build_optimizer(
 
 
 def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """Megatron-Core keeps one optimizer for dense and one for expert parameters."""
+    """Returns Megatron-Core's optimizers: one for dense parameters, one for experts."""
     return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]

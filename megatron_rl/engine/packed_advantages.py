@@ -36,7 +36,7 @@ class NotFiniteError(UserError):
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """Of one packed micro-batch, [T] float64 each, 0 outside the loss mask."""
+    """Advantages of one packed micro-batch and what they are made of: [T] float64 each, 0 outside the loss mask."""
 
     advantages: Doubles
     returns: Doubles
@@ -46,14 +46,15 @@ class Estimate:
 
 
 def needs_forward_pass(objective: ObjectiveConfig) -> bool:
-    """Whether advantages cannot be had from the rewards alone, and are made after the forward passes."""
+    """Tells whether advantages need more than rewards, and are made after the forward passes."""
     return objective.advantage.estimator == "gae" or in_reward(objective)
 
 
 def kl_penalties(
     objective: ObjectiveConfig, old_logprobs: Sequence[Tensor], reference_logprobs: Sequence[Tensor]
 ) -> list[Doubles]:
-    """beta KL(pi_old, pi_ref) [T] of each micro-batch, estimated by token; what stands outside the mask is not read."""
+    """beta KL(pi_old, pi_ref), [T] float64 for each micro-batch, estimated per token; values outside the loss mask are
+    meaningless."""
     assert objective.kl.beta is not None
     estimate = ESTIMATORS[objective.kl.kind]
     pairs = zip(old_logprobs, reference_logprobs, strict=True)
@@ -63,10 +64,10 @@ def kl_penalties(
 def group_finish(
     mini_batches: Sequence[MiniBatch], penalties: Sequence[Sequence[Doubles]], config: AdvantageConfig, place: Place
 ) -> list[MiniBatch]:
-    """The mini-batches with group advantages of each response's reward less the sum of its penalties. Collective.
+    """Returns the mini-batches with group advantages of each response's reward less its penalties. Collective.
 
-    penalties: [T] float64 per micro-batch of each mini-batch, those of kl_penalties; [] per mini-batch off the last
-    pipeline stage. Raises NotFiniteError.
+    penalties, as kl_penalties gives them: for each mini-batch [T] float64 per micro-batch, or [] if this is not the
+    last pipeline stage. Raises NotFiniteError.
     """
     rows: list[tuple[int, int, float]] = []
     for mini_batch, parts in zip(mini_batches, penalties, strict=True):
@@ -104,11 +105,11 @@ def gae_finish(
     config: AdvantageConfig,
     place: Place,
 ) -> tuple[list[MiniBatch], list[list[Estimate]]]:
-    """The mini-batches with generalised advantages, normalised over all tokens of the rollout batch, and the estimates
-    they are made of. Collective.
+    """Returns the mini-batches with generalised advantages, normalised over all tokens of the rollout batch, and their
+    estimates. Collective.
 
-    values: [T] fp32 per micro-batch of each mini-batch, the critic's before the first update; penalties: [T] float64 as
-    in group_finish, None without KL in the reward; both [] per mini-batch off the last pipeline stage. Raises
+    values: the critic's before the first update, for each mini-batch [T] fp32 per micro-batch. penalties: as in
+    group_finish; None without KL in the reward. Both are [] if this is not the last pipeline stage. Raises
     NotFiniteError.
     """
     estimates = []
@@ -154,12 +155,12 @@ def _estimate(
 
 
 def _gather(mine: Any, place: Place) -> list[Any]:
-    """By JSON of the standard library, which keeps what is not finite; orjson would make null of it."""
+    """Gathers numbers by the standard library's JSON, which keeps NaN and infinities; orjson turns them into null."""
     return [json.loads(part) for part in all_gather_bytes(json.dumps(mine).encode(), place.control)]
 
 
 def _check_finite(rewards: Mapping[int, float]) -> None:
-    """Verdicts are finite since they were given; here it is known whether what was added to them is."""
+    """Raises NotFiniteError. Rewards were finite when they were given, but a penalty may not be."""
     bad = sorted(index for index, reward in rewards.items() if not math.isfinite(reward))
     if bad:
         raise NotFiniteError(
@@ -171,7 +172,7 @@ def _check_finite(rewards: Mapping[int, float]) -> None:
 
 
 def _responses(packed: PackedBatch, outcomes: Sequence[Outcome]) -> Iterator[tuple[Outcome, npt.NDArray[np.int64]]]:
-    """Each sample's sequence with the positions of its masked-in tokens, which may be none."""
+    """Yields each sequence's outcome and the positions of its masked-in tokens, which may be none."""
     if packed.is_empty:
         return
     for outcome, start, end in zip(outcomes, packed.cu_seqlens[:-1], packed.cu_seqlens[1:], strict=True):
@@ -179,7 +180,7 @@ def _responses(packed: PackedBatch, outcomes: Sequence[Outcome]) -> Iterator[tup
 
 
 def _with_advantages(mini_batch: MiniBatch, advantages: Sequence[Doubles]) -> MiniBatch:
-    """Off the last stage, where no loss is computed, there are none, and the mini-batch stays as it is."""
+    """Puts advantages into the mini-batch. Without any, as on all stages but the last, it stays as it is."""
     if not advantages:
         return mini_batch
     replaced = tuple(

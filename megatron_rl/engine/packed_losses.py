@@ -28,7 +28,7 @@ from megatron_rl.ranks.place import Place
 
 
 class PolicyLoss:
-    """-J of a mini-batch, one micro-batch at a time; gathers the metrics of those it has seen."""
+    """Computes -J, one micro-batch of a mini-batch at a time, and gathers their metrics."""
 
     def __init__(
         self,
@@ -40,11 +40,11 @@ class PolicyLoss:
         reference_logprobs: Sequence[Tensor] | None = None,
         old_is_rollout: bool = False,
     ) -> None:
-        """old_logprobs: [T] per micro-batch, or None to take the update's own forward pass, detached; `old_is_rollout`:
-        they are mu's, which stands for pi_old [GSPO 2507.18071, section 5.4], so there is no mismatch to measure."""
+        """old_logprobs: [T] per micro-batch; None takes the update's own forward pass, detached. `old_is_rollout`: the
+        log-probs are mu's, which stands for pi_old [GSPO 2507.18071, section 5.4]; no mismatch is then measured."""
         self.metrics = MetricAccumulator(TRAINING, device)
         self.router_shift: Sequence[Tensor] | None = None
-        """[T] per micro-batch; known only right before the update, and set then if the objective has one."""
+        """[T] per micro-batch. Set right before the update, if the objective has one."""
         self._objective = objective
         self._loss = get_objective(objective)
         self._mini_batch = mini_batch
@@ -65,8 +65,8 @@ class PolicyLoss:
         return outputs.loss
 
 
-def _beside(tensor: Tensor, array: npt.NDArray[np.generic]) -> Tensor:
-    """The array on the tensor's device."""
+def _on_device_of(tensor: Tensor, array: npt.NDArray[np.generic]) -> Tensor:
+    """Returns the array as a tensor on the device of `tensor`."""
     return torch.as_tensor(array, device=tensor.device)
 
 
@@ -76,10 +76,10 @@ def _loss_inputs(
     return LossInputs(
         logprobs=logprobs,
         old_logprobs=old_logprobs,
-        rollout_logprobs=_beside(logprobs, packed.rollout_logprobs),
-        advantages=_beside(logprobs, packed.advantages),
-        loss_mask=_beside(logprobs, packed.loss_mask),
-        sequence_ids=_beside(logprobs, packed.sequence_ids),
+        rollout_logprobs=_on_device_of(logprobs, packed.rollout_logprobs),
+        advantages=_on_device_of(logprobs, packed.advantages),
+        loss_mask=_on_device_of(logprobs, packed.loss_mask),
+        sequence_ids=_on_device_of(logprobs, packed.sequence_ids),
         num_sequences=len(packed.cu_seqlens) - 1,
         reference_logprobs=reference_logprobs,
     )
@@ -88,8 +88,10 @@ def _loss_inputs(
 def without_rejected(
     mini_batch: MiniBatch, objective: ObjectiveConfig, old_logprobs: Sequence[Tensor], place: Place
 ) -> MiniBatch:
-    """The mini-batch with the denominators of what its correction keeps, over all replicas. Collective where the
-    correction rejects; old_logprobs are [T] per micro-batch, and [] off the last pipeline stage."""
+    """Returns the mini-batch with the denominators, over all replicas, of the tokens that its correction keeps.
+
+    old_logprobs: [T] per micro-batch; [] if this is not the last pipeline stage. Collective if the correction rejects.
+    """
     if not LEAVES_DENOMINATORS[objective.correction.kind]:
         return mini_batch
     tokens = sequences = 0
@@ -104,7 +106,7 @@ def without_rejected(
 
 
 class ValueLoss:
-    """The critic's loss of a mini-batch, one micro-batch at a time; gathers the metrics of those it has seen."""
+    """Computes the critic's loss, one micro-batch of a mini-batch at a time, and gathers their metrics."""
 
     def __init__(
         self,
@@ -114,8 +116,8 @@ class ValueLoss:
         estimates: Sequence[Estimate],
         device: torch.device,
     ) -> None:
-        """clip: eps of the value loss, None for no bound. old_values [T] fp32 and estimates are per micro-batch, from
-        before the first update; [] off the last pipeline stage."""
+        """clip: eps of the value loss; None disables it. old_values, [T] fp32, and estimates are per micro-batch, made
+        before the first update; [] if this is not the last pipeline stage."""
         self.metrics = MetricAccumulator(VALUE, device)
         self._clip = clip
         self._mini_batch = mini_batch
@@ -124,12 +126,12 @@ class ValueLoss:
 
     def __call__(self, index: int, values: Tensor) -> Tensor:
         estimate = self._estimates[index]
-        mask = _beside(values, self._mini_batch.micro_batches[index].loss_mask)
-        returns = _beside(values, estimate.returns).to(values)
+        mask = _on_device_of(values, self._mini_batch.micro_batches[index].loss_mask)
+        returns = _on_device_of(values, estimate.returns).to(values)
         outputs = value_loss(
             ValueInputs(values, self._old[index], returns, mask), self._clip, self._mini_batch.denominators
         )
-        kept, following = outputs.kept, _beside(values, estimate.rewards_to_go)
+        kept, following = outputs.kept, _on_device_of(values, estimate.rewards_to_go)
         value_metrics(self.metrics, values[kept], returns[kept], following[kept], outputs)
         return outputs.loss
 

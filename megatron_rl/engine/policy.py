@@ -22,7 +22,7 @@ TokenLoss = Callable[[int, Tensor, Tensor], Tensor]
 
 
 class Policy(Network):
-    """Collective as Network is."""
+    """Its methods are collective, as Network's are."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Policy(Network):
     def routing_pass(
         self, routes: Sequence[RankRoutes] | None = None, *, record: bool = False, observers: Sequence[Observer] = ()
     ) -> RoutingPass:
-        """For one call of logprobs, gradients or update: what its routers are to do."""
+        """Makes what tells the routers what to do in one call of logprobs, gradients or update."""
         return RoutingPass(self.routers, routes, record=record, observers=observers)
 
     def logprobs(
@@ -51,9 +51,10 @@ class Policy(Network):
         temperature: float | None = None,
         routing: RoutingPass | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
-        """Log-prob of each position's label and entropy, both [T] fp32, per micro-batch; [] off the last stage.
+        """Returns (log-prob of each position's label, entropy), [T] fp32 each, per micro-batch.
 
-        They are those of logits / `temperature`; None is the policy's own.
+        Returns [] if this is not the last pipeline stage. Logits are divided by `temperature`, which defaults to the
+        policy's own.
 
         The stages stay in training mode: there is no dropout, and the same code path as the update's forward
         pass makes the importance ratios of the first mini-batch exactly 1.

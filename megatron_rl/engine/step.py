@@ -27,8 +27,8 @@ LossFunction = Callable[[int, Tensor], Tensor]
 
 
 class _GatherContext(torch.autograd.Function):
-    """[T / cp, ...] of each context-parallel rank, concatenated. The loss that follows is computed on every rank alike,
-    so each rank takes its own slice of the gradient and nothing is summed."""
+    """Concatenates [T / cp, ...] of all context-parallel ranks. Every rank then computes the same loss, so in the backward
+    pass each takes its own slice of the gradient, and nothing is summed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -43,7 +43,7 @@ class _GatherContext(torch.autograd.Function):
 
 
 def _whole(output: Tensor, batch: MicroBatch) -> Tensor:
-    """The last stage's [T / cp, C] -> [T, C] in packed order."""
+    """Gathers the last stage's [T / cp, C] into [T, C], in packed order."""
     group = parallel_state.get_context_parallel_group()
     if group.size() > 1:
         output = _GatherContext.apply(output, group).index_select(0, batch.gather_order)
@@ -79,7 +79,7 @@ def forward_backward(
 
 
 def _tokens(batch: MicroBatch) -> int:
-    """Of this rank, padding included, that count in means over tokens."""
+    """Number of this rank's tokens, padding included, that means over tokens count."""
     return 0 if batch.packed.is_empty else batch.token_ids.numel()
 
 
@@ -87,7 +87,7 @@ def _tokens(batch: MicroBatch) -> int:
 def forward(
     stages: Sequence[torch.nn.Module], micro_batches: Sequence[MicroBatch], routing: RoutingPass | None = None
 ) -> list[Tensor]:
-    """The output [T, C] of each micro-batch on the last pipeline stage, [] on the others. Collective."""
+    """Returns each micro-batch's output [T, C] on the last pipeline stage, and [] on the others. Collective."""
 
     def collect(index: int, output: Tensor, non_loss_data: bool = True) -> Tensor:
         return _whole(output, micro_batches[index])

@@ -1,4 +1,4 @@
-"""From prompts to judged groups: the servers sample responses, and the verifiers judge them."""
+"""Turns prompts into judged groups: servers sample responses, and verifiers judge them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""What the updates of a step need of the policies before them: pi_old, pi_ref, the critic's values, and advantages that
-wait for these. Everything here is collective."""
+"""Prepares the updates of a step: log-probs of pi_old and pi_ref, the critic's values, and advantages that need these.
+
+Everything here is collective.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +88,7 @@ def _passes(config: Config, trainer: Trainer, mini_batch: MiniBatch, measures_no
 
 
 def _routing(config: Config, policy: Policy, mini_batch: MiniBatch) -> MiniBatchRouting | None:
-    """What the routers do in this mini-batch's passes; None for a dense model."""
+    """Makes the routing of this mini-batch's passes; None for a dense model."""
     arch = policy.arch
     if not arch.num_experts:
         return None
@@ -105,8 +107,8 @@ def _routing(config: Config, policy: Policy, mini_batch: MiniBatch) -> MiniBatch
 def _old(
     config: Config, policy: Policy, mini_batch: MiniBatch, routing: MiniBatchRouting | None, measures_noise: bool
 ) -> list[Tensor] | None:
-    """pi_old's log-probs. Without `recompute_old_logprobs` they are those of the update's own forward pass, or mu's if
-    there are several updates."""
+    """Returns pi_old's log-probs. Without `recompute_old_logprobs` they come from the update's own forward pass, and this
+    is None; with several updates they are mu's."""
     batches = mini_batch.micro_batches
     if not config.train.recompute_old_logprobs:
         return None if config.train.mini_batches == 1 else _of_rollout(policy, mini_batch)

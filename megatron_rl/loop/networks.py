@@ -21,7 +21,7 @@ from megatron_rl.ranks.place import Place
 
 @dataclass(frozen=True)
 class Networks:
-    """What a run holds on this rank, all under one layout."""
+    """A run's models on this rank, all under one layout."""
 
     policy: Policy
     critic: Critic | None

@@ -1,4 +1,4 @@
-"""Where an RL run stands: what a checkpoint keeps besides the networks."""
+"""The progress of an RL run: what a checkpoint keeps besides the networks."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ class Progress:
         )
 
     def due(self, every: int) -> bool:
-        """Whether something is due that happens after every so many steps, and after the last; 0 means only then."""
+        """Tells whether something is due that happens every so many steps, and after the last one; 0 means only then."""
         return self.step == self.steps or (every > 0 and self.step % every == 0)

@@ -1,4 +1,4 @@
-"""What RL and supervised fine-tuning share on each rank: the policy, the run directory, metrics and checkpoints."""
+"""The part of a run that RL and supervised fine-tuning share: networks, run directory, metrics and checkpoints."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Built by `open_trainer`. Its methods are collective but where they say otherwise."""
+    """Made by `open_trainer`. Its methods are collective unless they say otherwise."""
 
     def __init__(
         self,
@@ -254,7 +254,7 @@ class Trainer:
             self.export(self.critic, self.run.path / "critic")
 
     def export(self, network: Network, directory: Path, bucket_mib: int = 256) -> None:
-        """Its weights as a Hugging Face directory, in place of the one that an earlier end of the run left there."""
+        """Writes the network as a Hugging Face directory. One that an earlier end of the run left is replaced."""
         buckets = network.export(bucket_mib << 20)
         with self.writing(f"the model in {directory}", directory):
             try:

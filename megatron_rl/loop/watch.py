@@ -1,4 +1,4 @@
-"""What may end a run early or make a checkpoint due, as all ranks agree on it once a step."""
+"""Watches for what ends a run early or makes a checkpoint due; all ranks agree on it once a step."""
 
 from __future__ import annotations
 
