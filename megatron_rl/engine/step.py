@@ -27,8 +27,10 @@ LossFunction = Callable[[int, Tensor], Tensor]
 
 
 class _GatherContext(torch.autograd.Function):
-    """Concatenates [T / cp, ...] of all context-parallel ranks. Every rank then computes the same loss, so in the backward
-    pass each takes its own slice of the gradient, and nothing is summed."""
+    """Concatenates [T / cp, ...] of all context-parallel ranks.
+
+    Every rank then computes the same loss, so each takes its own slice of the gradient, and nothing is summed.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -107,8 +107,10 @@ def _routing(config: Config, policy: Policy, mini_batch: MiniBatch) -> MiniBatch
 def _old(
     config: Config, policy: Policy, mini_batch: MiniBatch, routing: MiniBatchRouting | None, measures_noise: bool
 ) -> list[Tensor] | None:
-    """Returns pi_old's log-probs. Without `recompute_old_logprobs` they come from the update's own forward pass, and this
-    is None; with several updates they are mu's."""
+    """Returns pi_old's log-probs.
+
+    Without `recompute_old_logprobs` they are mu's, or None if the only update takes them from its own forward pass.
+    """
     batches = mini_batch.micro_batches
     if not config.train.recompute_old_logprobs:
         return None if config.train.mini_batches == 1 else _of_rollout(policy, mini_batch)

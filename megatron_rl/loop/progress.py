@@ -37,5 +37,5 @@ class Progress:
         )
 
     def due(self, every: int) -> bool:
-        """Tells whether something is due that happens every so many steps, and after the last one; 0 means only then."""
+        """Tells whether what happens `every` so many steps is due. 0: only after the last one, when all is due."""
         return self.step == self.steps or (every > 0 and self.step % every == 0)
