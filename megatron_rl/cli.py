@@ -13,7 +13,7 @@ from megatron_rl.config.load import C, ConfigError, dump_config
 from megatron_rl.config.resolve import resolve
 from megatron_rl.config.schema import Config, Device, EngineDtype, Recompute, ServerDtype, SftConfig
 from megatron_rl.errors import UserError
-from megatron_rl.ranks.agreement import agree, end, explain_fault
+from megatron_rl.ranks.agreement import agree, end, explain_fault, tell
 from megatron_rl.ranks.world import read_world
 from megatron_rl.stop import Stopped
 
@@ -160,10 +160,11 @@ def _refuse_world_size(world_size: int | None) -> None:
 
 
 def _show(cls: type[C], path: Path, overrides: Sequence[str], world_size: int | None) -> None:
-    """All that can be said of a configuration without torch."""
+    """Prints all that can be said of a configuration without torch."""
     from megatron_rl.config.show import show_layout, show_schedule
 
     resolved = resolve(cls, path, overrides, world_size or read_world().size)
+    tell(resolved.notes)
     print(dump_config(resolved.config))
     show_layout(resolved.layout, resolved.arch, resolved.config.engine)
     show_schedule(resolved.config, resolved.layout)

@@ -7,19 +7,23 @@ any command; only a preset given as a file is relative to the file that names it
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from megatron_rl.config.idle import idle_keys
 from megatron_rl.config.layout import Layout, LayoutError, check_layout
 from megatron_rl.config.objective import check_objective
-from megatron_rl.config.schema import Config, Frozen, OptimConfig, SftConfig
+from megatron_rl.config.schema import Config, OptimConfig, SftConfig
+from megatron_rl.config.sections import Kinds, all_keys, sections, sections_of_kinds
 from megatron_rl.config.server_flags import TRAINERS_FLAGS, UNROUTED_FLAGS, check_server_flags, flags_among
 from megatron_rl.config.servers import exposed
 from megatron_rl.config.sources import ConfigError, Tree, nearest, read_sources, shown
+from megatron_rl.config.switches import GroupAdvantage
 from megatron_rl.config.yaml12 import write_yaml
 from megatron_rl.models.architecture import Architecture, read_architecture
 
@@ -30,21 +34,38 @@ MAX_PROBLEMS = 50
 LENGTH_KEYS = "data.max_prompt_tokens + rollout.max_response_tokens"
 
 
-def load_config(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
+def load_config(cls: type[C], path: Path, overrides: Sequence[str] = (), notes: list[str] | None = None) -> C:
     """The configuration with its presets merged in: `merged_presets` names them, `presets` is empty.
 
-    Raises ConfigError with all mistakes.
+    Keys of presets that do nothing under the file and the overrides are taken out. Appends to `notes` one line for each
+    of them, and for each section that another kind replaces. Raises ConfigError with all mistakes.
     """
     problems: list[str] = []
-    tree = read_sources(path, overrides, problems)
-    _add_sections(cls, tree.values)
+    kinds = sections_of_kinds(cls)
+    tree = read_sources(path, overrides, kinds, problems)
+    config = _validate(cls, tree, path, kinds, problems)
+    while idle := [each for each in idle_keys(config) if tree.is_lent(each.key, each.cause)]:
+        for each in idle:
+            cause = tree.origin(each.cause) or ""
+            tree.notes.append(f"{each}; dropped from {tree.origin(each.key)}, because of {cause}")
+            tree.drop(each.key)
+            tree.places[each.key] = cause  # which may make other keys idle
+        config = _validate(cls, tree, path, kinds, problems)
+    if notes is not None:
+        notes += tree.notes
+    return config
+
+
+def _validate(cls: type[C], tree: Tree, path: Path, kinds: Mapping[str, Kinds], problems: list[str]) -> C:
+    """Raises ConfigError with the problems, and with all that the tree's values add to them."""
+    _complete(cls, tree, kinds)
     try:
         # JSON's strict mode is what a file of plain values needs: "8" and true are no integers, 1 is a number, text is
         # a path and a list a tuple.
         config = cls.model_validate_json(json.dumps(tree.values), strict=True)
     except ValidationError as error:
-        known = sorted(_keys(cls))
-        problems += [_explain(mistake, tree, path, known) for mistake in error.errors()[: MAX_PROBLEMS + 1]]
+        known = sorted(all_keys(cls))
+        problems += [_explain(mistake, tree, path, kinds, known) for mistake in error.errors()[: MAX_PROBLEMS + 1]]
     raise_all(problems)
     return config
 
@@ -62,45 +83,78 @@ def dump_config(config: Config | SftConfig) -> str:
     return write_yaml(config.model_dump(mode="json"))
 
 
-def _sections(cls: type[Frozen], *, optional: bool = False) -> Iterator[tuple[str, type[Frozen]]]:
-    """Those that are always there; `optional`: and those that may be null."""
-    for name, info in cls.model_fields.items():
-        for annotation in (info.annotation, *(get_args(info.annotation) if optional else ())):
-            if isinstance(annotation, type) and issubclass(annotation, Frozen):
-                yield name, annotation
+def _complete(cls: type[C], tree: Tree, kinds: Mapping[str, Kinds]) -> None:
+    """Adds empty sections, so that what is missing in them is named by its own key, and the default kinds."""
+    for name, _ in sections(cls):
+        tree.values.setdefault(name, {})
+    for section, its in kinds.items():
+        values = tree.get(section)
+        if isinstance(values, dict):
+            values.setdefault(its.name, its.default)
 
 
-def _keys(cls: type[Frozen], prefix: str = "") -> Iterator[str]:
-    """All dotted keys, sections among them."""
-    yield from (prefix + name for name in cls.model_fields)
-    for name, section in _sections(cls, optional=True):
-        yield from _keys(section, f"{prefix}{name}.")
+# ---- mistakes --------------------------------------------------------------------------------------------------
 
 
-def _add_sections(cls: type[Frozen], values: dict[str, Any]) -> None:
-    """Sections that are left out become empty, so that what is missing in them is named by its own key."""
-    for name, _ in _sections(cls):
-        values.setdefault(name, {})
-
-
-def _explain(mistake: Any, tree: Tree, path: Path, known: Sequence[str]) -> str:
+def _explain(mistake: Any, tree: Tree, path: Path, kinds: Mapping[str, Kinds], known: Sequence[str]) -> str:
     """One line for one of pydantic's errors."""
-    key = ".".join(str(part) for part in mistake["loc"])
+    key, section = _dotted(mistake["loc"], kinds)
     kind, found = mistake["type"], mistake["input"]
+    if kind == "union_tag_invalid":
+        return _explain_kind(key, kinds[key], tree, path)
+    its = kinds.get(section)
+    now = tree.get(f"{section}.{its.name}") if its else ""
+    under = f" under {section}.{its.name} {now}" if its else ""
     if kind == "missing":
+        if its:
+            where = tree.place(f"{section}.{its.name}") or path
+            return f"{where}: {key}: not set, needed by {section}.{its.name} {now}"
         return f"{path}: {key}: not set, and it has no default"
     where = f"{tree.place(key) or path}: {key}"
     if kind == "extra_forbidden":
-        return f"{where}: no such key{nearest(key, known)}"
+        return f"{where}: {_explain_unknown(key, found, section, its, now, known)}"
     bound = "a value " if kind.startswith(("greater", "less")) else ""
     expected = {
         "string_type": "text; put it in quotes" if isinstance(found, int | float) else "text",
         "tuple_type": "a list",
         "model_type": "a section of keys",
+        "dict_type": "a section of keys",
     }.get(kind, bound + mistake["msg"].removeprefix("Input should be "))
     if kind.startswith("hidden"):  # it may be a secret in the wrong place
         return f"{where}: expected {expected}"
-    return f"{where}: found {shown(found)}, expected {expected}"
+    return f"{where}: found {shown(found)}, expected {expected}{under if kind == 'literal_error' else ''}"
+
+
+def _dotted(location: Sequence[str | int], kinds: Mapping[str, Kinds]) -> tuple[str, str]:
+    """The key, without the kinds that pydantic puts after their sections, and the last of these sections or ""."""
+    parts: list[str] = []
+    section = ""
+    for part in map(str, location):
+        around = ".".join(parts)
+        if around in kinds and around != section:
+            section = around
+        else:
+            parts.append(part)
+    return ".".join(parts), section
+
+
+def _explain_kind(section: str, its: Kinds, tree: Tree, path: Path) -> str:
+    key = f"{section}.{its.name}"
+    found = tree.get(key)
+    close = difflib.get_close_matches(found, its.members, n=1) if isinstance(found, str) else []
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return f"{tree.place(key) or path}: {key}: found {shown(found)}, expected one of {', '.join(its.members)}{hint}"
+
+
+def _explain_unknown(key: str, found: object, section: str, its: Kinds | None, now: str, known: Sequence[str]) -> str:
+    """What is wrong with a key that its section, or the kind `now` of it, does not have."""
+    if its is None:
+        return f"no such key{nearest(key, known)}"
+    if owners := its.having(key.rpartition(".")[2]):
+        belongs = f"belongs to {section}.{its.name} {' or '.join(owners)}, but that is {now}"
+        return f"found {shown(found)}; the key {belongs}. Drop the key, or change the {its.name}"
+    own = [f"{section}.{each}" for each in its.members[now].model_fields]
+    return f"no such key{nearest(key, own) or nearest(key, known)}"
 
 
 # ---- contradictions --------------------------------------------------------------------------------------------
@@ -112,7 +166,8 @@ def check_config(config: Config | SftConfig, arch: Architecture, world_size: int
         layout = Layout.resolve(config.parallel, world_size)
     except LayoutError as error:
         raise ConfigError(str(error)) from None
-    problems = [*check_layout(layout, arch, config.engine), *_check_optim(config.optim, "optim")]
+    problems = [*check_layout(layout, arch, config.engine), *(idle.mistake for idle in idle_keys(config))]
+    problems += _check_optim(config.optim, "optim")
     if isinstance(config, Config):
         if config.critic is not None:
             problems += _check_optim(config.critic.optim, "critic.optim")
@@ -136,9 +191,6 @@ def check_config(config: Config | SftConfig, arch: Architecture, world_size: int
 
 def _check_optim(optim: OptimConfig, section: str) -> Iterator[str]:
     if optim.schedule == "constant":
-        for key in ("decay_steps", "min_lr"):
-            if getattr(optim, key):
-                yield f"{section}.{key}: {getattr(optim, key)} does nothing under {section}.schedule constant"
         return
     if optim.decay_steps <= optim.warmup_steps:
         yield (
@@ -216,9 +268,9 @@ def _read(key: str, path: Path, value_head: bool = False) -> Architecture:
 
 def _check_group_size(config: Config) -> Iterator[str]:
     advantage = config.objective.advantage
-    if advantage.estimator != "group":
+    if not isinstance(advantage, GroupAdvantage) or config.rollout.group_size > 1:
         return
-    if config.rollout.group_size == 1 and (advantage.baseline, advantage.std) != ("none", "none"):
+    if (advantage.baseline, advantage.std) != ("none", "none"):
         yield (
             "rollout.group_size: 1 makes every advantage 0; use larger groups, or "
             "objective.advantage.baseline and std none"
@@ -238,25 +290,13 @@ def _check_rewards(config: Config) -> Iterator[str]:
 
 
 def _check_dynamic_sampling(config: Config) -> Iterator[str]:
-    rollout = config.rollout
-    if rollout.dynamic_sampling is None:
-        return
-    if rollout.replay_from is not None:
-        yield (
-            "rollout.dynamic_sampling: rollout.replay_from trains on the groups that were saved, whatever they are; "
-            "set it to null"
-        )
-    if rollout.group_size == 1:
+    if config.rollout.dynamic_sampling is not None and config.rollout.group_size == 1:
         yield "rollout.dynamic_sampling: a group of rollout.group_size 1 has no right and wrong answers; set it to null"
 
 
 def _check_servers(config: Config, arch: Architecture) -> Iterator[str]:
-    servers, weights = config.rollout.servers, config.weights
+    servers = config.rollout.servers
     if config.rollout.replay_from is not None:
-        if servers.urls:
-            yield "rollout.replay_from: saved rollouts need no servers; drop rollout.servers.urls"
-        if weights.verify:
-            yield f"weights.verify: {weights.verify}, but rollout.replay_from uses no servers; set it to 0"
         return
     if arch.num_experts and arch.dense_layers:
         # SGLang 0.5.23 passes mlp_only_layers over: those layers would have experts with random weights.
@@ -314,11 +354,7 @@ def _check_routing(config: Config, arch: Architecture) -> Iterator[str]:
 
 
 def _check_evaluation(config: Config) -> Iterator[str]:
-    evaluation, heldout = config.eval, config.data.heldout
-    if evaluation.every and heldout is None:
-        yield f"eval.every: {evaluation.every}, but data.heldout is not set: there is nothing to evaluate on"
-    if heldout is not None and config.rollout.replay_from is not None:
-        yield "data.heldout: rollout.replay_from uses no servers to evaluate with; set data.heldout to null"
+    evaluation = config.eval
     if evaluation.samples > 1 and evaluation.temperature == 0:
         yield (
             f"eval.samples: {evaluation.samples} greedy responses to a prompt are all the same; "

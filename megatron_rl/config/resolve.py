@@ -15,6 +15,7 @@ from typing import Generic
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.load import C, ConfigError, check_companions, check_config, load_config
 from megatron_rl.config.schema import Config, SftConfig
+from megatron_rl.config.switches import NoKL
 from megatron_rl.data.arithmetic_task import PREFIX
 from megatron_rl.models.architecture import Architecture, ModelError, read_architecture
 
@@ -31,11 +32,14 @@ class Resolved(Generic[C]):
     config: C
     arch: Architecture
     layout: Layout
+    notes: tuple[str, ...] = ()
+    """What the configuration leaves out of its presets and file, one line each."""
 
 
 def resolve(cls: type[C], path: Path, overrides: Sequence[str], world_size: int) -> Resolved[C]:
     """Raises ConfigError with all mistakes of the configuration, or those of the models' config.json."""
-    config = load_config(cls, path, overrides)
+    notes: list[str] = []
+    config = load_config(cls, path, overrides, notes)
     try:
         arch = read_architecture(config.model.path)
     except ModelError as error:
@@ -43,14 +47,14 @@ def resolve(cls: type[C], path: Path, overrides: Sequence[str], world_size: int)
     layout = check_config(config, arch, world_size)
     if isinstance(config, Config):
         check_companions(config, arch, layout)
-    return Resolved(config, arch, layout)
+    return Resolved(config, arch, layout, tuple(notes))
 
 
 def model_dirs(config: Config | SftConfig) -> Iterator[tuple[str, Path, bool]]:
     """(key, directory, whether it is a critic's) of every model that this run loads."""
     yield "model.path", config.model.path, False
     if isinstance(config, Config):
-        if config.model.reference is not None and config.objective.kl.kind != "none":
+        if config.model.reference is not None and not isinstance(config.objective.kl, NoKL):
             yield "model.reference", config.model.reference, False
         if config.critic is not None and config.critic.path is not None:
             yield "critic.path", config.critic.path, True

@@ -8,22 +8,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from megatron_rl.config.servers import VARIABLE, same_server, url_problem
-
-# Upper bounds are far above what anyone needs, and below what overflows or runs for ever: a value beyond them is a
-# slip of the keyboard, which should not cost a night.
-LARGEST_INT = 2**31 - 1
-Positive = Annotated[float, Field(gt=0, le=1e6)]
-PositiveInt = Annotated[int, Field(ge=1, le=LARGEST_INT)]
-NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST_INT)]
-LearningRate = Annotated[float, Field(gt=0, le=100)]
-AdamBeta = Annotated[float, Field(ge=0, lt=1)]
-Reward = Annotated[float, Field(ge=-1e6, le=1e6)]
-Seconds = Annotated[float, Field(gt=0, le=30 * 24 * 3600)]
-MebiBytes = Annotated[int, Field(ge=1, le=2**20)]
+from megatron_rl.config.switches import ObjectiveConfig
+from megatron_rl.config.values import (
+    AdamBeta,
+    Frozen,
+    LearningRate,
+    MebiBytes,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Reward,
+    Seconds,
+)
 
 
 def _check_urls(urls: tuple[str, ...]) -> tuple[str, ...]:
@@ -51,10 +51,6 @@ Device = Literal["auto", "cpu", "cuda"]
 EngineDtype = Literal["fp32", "bf16"]
 ServerDtype = Literal["auto", "fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
-
-
-class Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Frozen):
@@ -204,90 +200,6 @@ class RewardConfig(Frozen):
     overlong_filter: bool = False
     """DAPO's overlong filtering: a truncated response is masked out of the loss and its denominators; its reward still
     counts in its group. With overlong_cache too, the punishment is felt by the responses that end in the cache."""
-
-
-class ClipConfig(Frozen):
-    """What bounds the importance ratio w, and what is made of it."""
-
-    kind: Literal["min", "mask", "weight", "tapered", "soft-gate"] = "min"
-    """min: PPO [1707.06347]; mask: MiniRL [2512.01374]; weight: CISPO [2506.13585]; tapered: TOPR [2503.14286];
-    soft-gate: SAPO [2511.20347], which has temperatures in place of bounds."""
-    low: Annotated[float, Field(ge=0, lt=1)] | None = 0.2
-    """The band of w is 1 - low to 1 + high; null: no bound. With the geometric ratio it is that of log w_t, -low to
-    high, of each token."""
-    high: Annotated[float, Field(ge=0, le=1e6)] | None = 0.2
-    dual: Annotated[float, Field(gt=1, le=1e6)] | None = None
-    """Dual clip on negative advantages; off unless set."""
-    tau_positive: Positive | None = None
-    """Temperature of the soft gate where the advantage is positive."""
-    tau_negative: Positive | None = None
-    """And where it is not."""
-
-
-class AdvantageConfig(Frozen):
-    estimator: Literal["group", "gae"] = "group"
-    """group: from the rewards of a prompt's responses; gae: by token, from the critic's values [1506.02438]."""
-    baseline: Literal["mean", "leave-one-out", "none"] = "mean"
-    """What is subtracted: of the group's rewards, or of the tokens' advantages over the whole rollout batch (gae).
-    leave-one-out: the mean of the others' rewards, RLOO [2402.14740]."""
-    std: Literal["population", "sample", "none"] = "sample"
-    """What it is then divided by, over the same."""
-    gamma: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Discount of gae."""
-    gae_lambda: Annotated[float, Field(ge=0, le=1)] | None = None
-
-
-class KLConfig(Frozen):
-    """KL(policy, pi_ref), estimated from the sampled tokens, times beta."""
-
-    kind: Literal["none", "k1", "k2", "k3", "unbiased"] = "none"
-    """http://joschu.net/blog/kl-approx.html; k3 is GRPO's; unbiased: k3 times r (DeepSeek-V3.2)."""
-    place: Literal["loss", "reward"] = "loss"
-    """loss: of pi_theta, added to the loss, with a gradient; reward: of pi_old, taken off the reward, without one."""
-    beta: Positive | None = None
-
-
-class CorrectionConfig(Frozen):
-    """For the mismatch between trainer and rollout engine: what rho = pi_old/mu does to a token's term.
-
-    Under `denominator: rollout` it is omega = pi_theta/mu; the ratio holds it already, and the correction only bounds
-    it."""
-
-    kind: Literal["none", "tis", "mis", "icepop", "sequence-mask"] = "none"
-    """tis: times min(rho, high); mis: times rho within low to high, and else out of the loss and of its denominators;
-    icepop [2510.18855]: times rho within low to high, else 0; sequence-mask (DeepSeek-V3.2): 0 for a response with a
-    negative advantage and a mean log(mu/pi_theta) over delta."""
-    level: Literal["token", "sequence", "geometric"] = "token"
-    """Of rho: each token's, their product over the response, or its geometric mean."""
-    low: Positive | None = None
-    """null: no bound, as for high."""
-    high: Positive | None = None
-    delta: Annotated[float, Field(ge=0, le=1e6)] | None = None
-
-
-class ObjectiveConfig(Frozen):
-    """The switches of an objective; a preset sets them (megatron_rl/config/presets)."""
-
-    ratio: Literal["token", "sequence", "sequence-token", "sequence-product", "geometric"] = "token"
-    """token: PPO, GRPO [2402.03300]; sequence: GSPO [2507.18071]; sequence-token: GSPO-token; sequence-product: TOPR
-    [2503.14286]; geometric: GMPO [2507.20673]."""
-    denominator: Literal["old", "rollout"] = "old"
-    """Of the ratio: pi_old, recomputed by the trainer, or mu, the rollout engine's log-probs."""
-    clip: ClipConfig = ClipConfig()
-    aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant-length"] = (
-        "seq-mean-token-mean"
-    )
-    constant_length: PositiveInt | None = None
-    """Divisor of the constant-length aggregation (Dr.GRPO [2503.20783])."""
-    advantage: AdvantageConfig = AdvantageConfig()
-    correction: CorrectionConfig = CorrectionConfig()
-    kl: KLConfig = KLConfig()
-    router_shift: Annotated[float, Field(gt=0, le=1)] | None = None
-    """RSPO [2510.23027]: each token's ratio is multiplied, before the clip, by how little the routers have moved for it
-    since pi_old, and by no less than this. One more forward pass for each mini-batch. null: it is not."""
-    custom: str | None = None
-    """A loss of one's own, `package.module:function`, called in place of and as objectives.policy_loss.policy_loss is;
-    advantage, and the denominators under correction, are as without it."""
 
 
 class CriticConfig(Frozen):

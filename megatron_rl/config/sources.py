@@ -1,18 +1,19 @@
 """What a configuration is read from, merged into one tree of values: presets, a YAML file, dotted overrides. No torch.
 
-Every key keeps the place that set it last, for the errors. Mistakes are gathered, so that all are reported at once.
+Every key keeps the place and the preset that set it last. Mistakes are gathered, so that all are reported at once.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.config.sections import Kinds
 from megatron_rl.config.yaml12 import MAX_BYTES, MAX_DEPTH, YamlError, read_yaml
 from megatron_rl.errors import UserError
 
@@ -20,6 +21,15 @@ PRESETS = Path(str(resources.files("megatron_rl.config"))) / "presets"
 MAX_PRESETS = 64
 MAX_SHOWN = 120
 """Characters of a value in an error."""
+PRESET_KEYS = (
+    "objective",
+    "reward.correct",
+    "reward.wrong",
+    "reward.overlong_cache",
+    "reward.overlong_filter",
+    "rollout.dynamic_sampling",
+)
+"""Keys, with all below them, that a built-in preset sets back to their defaults if a preset before it has set them."""
 
 
 class ConfigError(UserError):
@@ -28,42 +38,103 @@ class ConfigError(UserError):
 
 @dataclass
 class Tree:
-    """Nested values, the place of each dotted key (`file:line`, or the override), and the presets that are in them."""
+    """Nested values, with the place (`file:line`, or the override) and the preset of each dotted key."""
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
+    lenders: dict[str, str] = field(default_factory=dict)
+    """The preset that set a key last; keys that the user's file or an override set have none."""
     presets: list[str] = field(default_factory=list)
+    """The presets that are in the values, in order."""
+    holds_built_in: bool = False
+    notes: list[str] = field(default_factory=list)
+    """What the user's layers take out of layers below them, one line each."""
 
     def merge(self, other: Tree) -> None:
-        """The other tree's values win. Nothing is shared with it."""
+        """Sets every key of the other tree. Nothing is shared with it."""
         _merge(self.values, other.values)
         self.places.update(other.places)
+        self.lenders = {key: name for key, name in self.lenders.items() if key not in other.places} | other.lenders
         self.presets += other.presets
+        self.holds_built_in |= other.holds_built_in
+        self.notes += other.notes
+
+    def overlay(self, layer: Tree, kinds: Mapping[str, Kinds]) -> None:
+        """Merges a later layer: another kind replaces its section, a built-in preset the objective below it."""
+        for key in PRESET_KEYS if layer.holds_built_in else ():
+            self.drop(key)
+        for section, its in kinds.items():
+            mine, theirs = self.get(section), layer.get(section)
+            if isinstance(mine, dict) and isinstance(theirs, dict) and its.name in theirs:
+                old, new = (str(each.get(its.name, its.default)) for each in (mine, theirs))
+                lost = [
+                    f"{key} {shown(mine[key])} ({self.origin(f'{section}.{key}')})" for key in mine if key != its.name
+                ]
+                if old == new:
+                    continue
+                if lost and not layer.presets:
+                    why = f"{its.name} {new} ({layer.place(f'{section}.{its.name}')}) replaces {old}"
+                    self.notes.append(f"{section}: {why}, with its {', '.join(lost)}")
+                self.drop(section)
+        self.merge(layer)
+
+    def get(self, key: str) -> Any:
+        """The value of a dotted key, or None."""
+        value: Any = self.values
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+    def drop(self, key: str) -> None:
+        """Removes a key and all below it."""
+        section, _, last = key.rpartition(".")
+        around = self.get(section) if section else self.values
+        if isinstance(around, dict):
+            around.pop(last, None)
+        for each in [*self._below(key)]:
+            del self.places[each]
+            self.lenders.pop(each, None)
 
     def place(self, key: str) -> str | None:
-        """Of the key, or of the nearest section around it."""
+        """The place of the key, or of the nearest section around it."""
         while key and key not in self.places:
             key = key.rpartition(".")[0]
         return self.places.get(key)
 
+    def origin(self, key: str) -> str | None:
+        """The preset that set the key, or else its place."""
+        return f"preset {self.lenders[key]}" if key in self.lenders else self.place(key)
 
-def read_sources(path: Path, overrides: Sequence[str], problems: list[str]) -> Tree:
+    def is_lent(self, key: str, cause: str) -> bool:
+        """Whether presets alone have set the key, and something else has set its cause."""
+        lenders = {self.lenders.get(each) for each in self._below(key)}
+        return bool(lenders) and None not in lenders and cause in self.places and self.lenders.get(cause) not in lenders
+
+    def _below(self, key: str) -> Iterator[str]:
+        return (each for each in self.places if each == key or each.startswith(f"{key}."))
+
+
+def read_sources(path: Path, overrides: Sequence[str], kinds: Mapping[str, Kinds], problems: list[str]) -> Tree:
     """Presets, then the file, then the overrides; later wins. In the result `merged_presets` stands for `presets`.
+
+    `kinds` has the sections that come in kinds: a layer that names another kind replaces the section.
 
     Appends to `problems` what can be said of one key; raises ConfigError for a file that cannot be read at all.
     """
     own, given = _read_file(path, problems), Tree()
     for text in overrides:
-        given.merge(_parse_override(text, problems))
+        given.merge(_parse_override(text, problems))  # one layer: their order does not matter to a kind
     # Presets named by an override replace the file's, and are found from the current directory.
     naming, directory = (given, Path()) if "presets" in given.values else (own, path.parent)
     tree = Tree()
     for name in _take_names(naming, "presets", problems):
-        tree.merge(_read_preset(name, directory, (path.resolve(),), naming.places["presets"], problems))
+        chain = (path.resolve(),)
+        tree.overlay(_read_preset(name, directory, chain, naming.places["presets"], kinds, problems), kinds)
     for layer in (own, given):
         layer.values.pop("presets", None)
-        layer.presets = _take_names(layer, "merged_presets", problems)
-        tree.merge(layer)
+        names = _take_names(layer, "merged_presets", problems)
+        tree.overlay(layer, kinds)
+        tree.presets += names
     tree.values["merged_presets"] = tree.presets
     return tree
 
@@ -137,7 +208,14 @@ def _take_names(tree: Tree, key: str, problems: list[str]) -> list[str]:
     return names
 
 
-def _read_preset(name: str, directory: Path, chain: tuple[Path, ...], place: str, problems: list[str]) -> Tree:
+def _read_preset(
+    name: str,
+    directory: Path,
+    chain: tuple[Path, ...],
+    place: str,
+    kinds: Mapping[str, Kinds],
+    problems: list[str],
+) -> Tree:
     """A preset with those that it names, below `chain`: the files that lead to it."""
     is_file = name.endswith((".yaml", ".yml"))
     known = sorted(file.stem for file in PRESETS.glob("*.yaml"))
@@ -151,9 +229,13 @@ def _read_preset(name: str, directory: Path, chain: tuple[Path, ...], place: str
         raise ConfigError(f"{place}: presets: {name!r} leads back to itself: {cycle}")
     own, tree = _read_file(path, problems), Tree()
     for inner in _take_names(own, "presets", problems):
-        tree.merge(_read_preset(inner, path.parent, (*chain, path.resolve()), own.places["presets"], problems))
-    own.presets = [*_take_names(own, "merged_presets", problems), str(path) if is_file else name]
-    tree.merge(own)
+        here = (*chain, path.resolve())
+        tree.overlay(_read_preset(inner, path.parent, here, own.places["presets"], kinds, problems), kinds)
+    shown_name = str(path) if is_file else name
+    own.presets = [*_take_names(own, "merged_presets", problems), shown_name]
+    own.lenders = dict.fromkeys(own.places, shown_name)
+    own.holds_built_in = not is_file
+    tree.overlay(own, kinds)
     if len(tree.presets) > MAX_PRESETS:  # each may name two, and each of those two: the work doubles with every file
         raise ConfigError(f"{place}: presets: {name!r} merges more than {MAX_PRESETS} presets; name fewer")
     return tree

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from megatron_rl.config.schema import AdvantageConfig, ObjectiveConfig
+from megatron_rl.config.switches import KL, AdvantageConfig, Gae, ObjectiveConfig
 from megatron_rl.data.packing import PackedBatch
 from megatron_rl.engine.distribute import MiniBatch, Outcome
 from megatron_rl.errors import UserError
@@ -47,7 +47,7 @@ class Estimate:
 
 def needs_forward_pass(objective: ObjectiveConfig) -> bool:
     """Tells whether advantages need more than rewards, and are made after the forward passes."""
-    return objective.advantage.estimator == "gae" or in_reward(objective)
+    return isinstance(objective.advantage, Gae) or in_reward(objective)
 
 
 def kl_penalties(
@@ -55,10 +55,11 @@ def kl_penalties(
 ) -> list[Doubles]:
     """beta KL(pi_old, pi_ref), [T] float64 for each micro-batch, estimated per token; values outside the loss mask are
     meaningless."""
-    assert objective.kl.beta is not None
-    estimate = ESTIMATORS[objective.kl.kind]
+    kl = objective.kl
+    assert isinstance(kl, KL)
+    estimate = ESTIMATORS[kl.kind]
     pairs = zip(old_logprobs, reference_logprobs, strict=True)
-    return [(objective.kl.beta * estimate((ref - old).double())).cpu().numpy() for old, ref in pairs]
+    return [(kl.beta * estimate((ref - old).double())).cpu().numpy() for old, ref in pairs]
 
 
 def group_finish(
@@ -112,6 +113,7 @@ def gae_finish(
     group_finish; None without KL in the reward. Both are [] if this is not the last pipeline stage. Raises
     NotFiniteError.
     """
+    assert isinstance(config, Gae)
     estimates = []
     for number, (mini_batch, parts) in enumerate(zip(mini_batches, values, strict=True)):
         taken = [None] * len(parts) if penalties is None else penalties[number]
@@ -142,10 +144,8 @@ def gae_finish(
 
 
 def _estimate(
-    packed: PackedBatch, outcomes: Sequence[Outcome], values: Doubles, penalty: Doubles | None, config: AdvantageConfig
+    packed: PackedBatch, outcomes: Sequence[Outcome], values: Doubles, penalty: Doubles | None, config: Gae
 ) -> Estimate:
-    assert config.gamma is not None
-    assert config.gae_lambda is not None
     advantages, returns, following = (np.zeros(packed.tokens) for _ in range(3))
     for outcome, at in _responses(packed, outcomes):
         rewards = token_rewards(outcome.reward, np.zeros(len(at)) if penalty is None else penalty[at])

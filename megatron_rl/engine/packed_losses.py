@@ -11,14 +11,14 @@ import orjson
 import torch
 from torch import Tensor
 
-from megatron_rl.config.schema import ObjectiveConfig
+from megatron_rl.config.switches import ObjectiveConfig
 from megatron_rl.data.packing import PackedBatch
 from megatron_rl.data.schedule import Denominators
 from megatron_rl.engine.distribute import MiniBatch
 from megatron_rl.engine.packed_advantages import Estimate
 from megatron_rl.lab.metrics import SFT, TRAINING, VALUE, sft_metrics, training_metrics, value_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
-from megatron_rl.objectives.corrections import LEAVES_DENOMINATORS, kept_lengths
+from megatron_rl.objectives.corrections import kept_lengths, leaves_denominators
 from megatron_rl.objectives.custom import get_objective
 from megatron_rl.objectives.inputs import LossInputs
 from megatron_rl.objectives.policy_loss import sft_loss
@@ -92,7 +92,7 @@ def without_rejected(
 
     old_logprobs: [T] per micro-batch; [] if this is not the last pipeline stage. Collective if the correction rejects.
     """
-    if not LEAVES_DENOMINATORS[objective.correction.kind]:
+    if not leaves_denominators(objective):
         return mini_batch
     tokens = sequences = 0
     for packed, old in zip(mini_batch.micro_batches, old_logprobs, strict=bool(old_logprobs)):

@@ -11,6 +11,8 @@ import orjson
 import yaml
 
 import megatron_rl
+from megatron_rl.config.schema import Config
+from megatron_rl.config.sections import sections_of_kinds
 from megatron_rl.disk import write_durably
 from megatron_rl.errors import MissingFileError, UserError
 from megatron_rl.lab import provenance
@@ -44,6 +46,8 @@ Of presets only the names are free: what they set is compared, key by key. A ser
 change mu, but a run outlives its servers; the mismatch metrics show the change.
 """
 
+KINDS = sections_of_kinds(Config)
+
 # In the order in which they are written: only a directory with a config.yaml can be resumed.
 RECORDS = ("versions.json", "git.json", "git.diff", "config.yaml")
 RUN_FILE = "run.json"
@@ -66,7 +70,9 @@ def check_resumable(path: Path, config_yaml: str) -> None:
     differing = [
         f"  {key}: {_shown(frozen.get(key, 'absent'))} in the run, {_shown(asked.get(key, 'absent'))} now"
         for key in sorted(frozen.keys() | asked.keys())
-        if frozen.get(key, "absent") != asked.get(key, "absent") and not _may_change(key)
+        if frozen.get(key, "absent") != asked.get(key, "absent")
+        and not _may_change(key)
+        and not _is_of_another_kind(key, asked)
     ]
     if differing:
         free = [key for key in MAY_CHANGE if any(_is_below(each, key) for each in asked)]
@@ -104,6 +110,17 @@ def _shown(value: Any) -> str:
 
 def _may_change(key: str) -> bool:
     return any(_is_below(key, free) for free in MAY_CHANGE)
+
+
+def _is_of_another_kind(key: str, asked: dict[str, Any]) -> bool:
+    """Whether the kind that is asked for does not read the key: runs of versions before kinds had all keys of all kinds
+    in their config.yaml."""
+    section, _, name = key.rpartition(".")
+    if section not in KINDS:
+        return False
+    its = KINDS[section]
+    member = its.members.get(asked.get(f"{section}.{its.name}", ""))
+    return member is not None and name not in member.model_fields
 
 
 def _is_below(key: str, section: str) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatron_rl.config.schema import AdvantageConfig
+from megatron_rl.config.switches import AdvantageConfig
 
 # Rewards nearer to each other than this, and than this times the largest, are equal: shaped rewards carry rounding
 # errors, those that cancel too, and dividing by the standard deviation would blow them up to +-1.

@@ -7,29 +7,42 @@ it had been masked out; its caller takes them from `kept_lengths`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megatron_rl.config.schema import CorrectionConfig, ObjectiveConfig
+from megatron_rl.config.switches import IcePop, Mis, NoCorrection, ObjectiveConfig, SequenceMask, Tis
 from megatron_rl.objectives.inputs import Correction, LossInputs
 from megatron_rl.objectives.ratios import Tokens
 
-LEAVES_DENOMINATORS = {"none": False, "tis": False, "mis": True, "icepop": False, "sequence-mask": False}
-"""By CorrectionConfig.kind: whether what it drops leaves |y_i| of the aggregation and the mini-batch's denominators."""
+Level = Literal["token", "sequence", "geometric"]
+Denominator = Literal["old", "rollout"]
 
 
 def correct(tokens: Tokens, config: ObjectiveConfig) -> Correction:
-    """Raises ValueError for sequence-mask without its delta."""
-    return CORRECTIONS[config.correction.kind](tokens, config)
+    """What the correction makes of each token's term."""
+    match config.correction:
+        case NoCorrection():
+            return Correction(torch.ones_like(tokens.old_logprobs))
+        case Tis() as tis:
+            return truncated(tokens, tis, config.denominator)
+        case Mis() | IcePop() as band:
+            return banded(tokens, band, config.denominator)
+        case SequenceMask() as mask:
+            return sequence_masked(tokens, mask)
 
 
-def log_mismatch(tokens: Tokens, config: ObjectiveConfig) -> Tensor:
-    """[M] log rho, or log omega where the ratio is against mu, at the level of the correction; detached."""
-    policy = tokens.old_logprobs if config.denominator == "old" else tokens.logprobs.detach()
+def leaves_denominators(config: ObjectiveConfig) -> bool:
+    """Whether what the correction drops leaves |y_i| of the aggregation and the mini-batch's denominators."""
+    return isinstance(config.correction, Mis)
+
+
+def log_mismatch(tokens: Tokens, denominator: Denominator, level: Level) -> Tensor:
+    """[M] log rho, or log omega if the ratio is against mu, at the level of the correction; detached."""
+    policy = tokens.old_logprobs if denominator == "old" else tokens.logprobs.detach()
     log_rho = policy - tokens.rollout_logprobs
-    match config.correction.level:
+    match level:
         case "token":
             return log_rho
         case "sequence":
@@ -38,50 +51,35 @@ def log_mismatch(tokens: Tokens, config: ObjectiveConfig) -> Tensor:
             return tokens.sequence_mean(log_rho)[tokens.sequence_ids]
 
 
-def uncorrected(tokens: Tokens, config: ObjectiveConfig) -> Correction:
-    return Correction(torch.ones_like(tokens.old_logprobs))
-
-
-def truncated(tokens: Tokens, config: ObjectiveConfig) -> Correction:
+def truncated(tokens: Tokens, tis: Tis, denominator: Denominator) -> Correction:
     """TIS: rho -> min(rho, high)."""
-    log_rho = log_mismatch(tokens, config)
-    _, high = _log_band(config.correction)
+    log_rho = log_mismatch(tokens, denominator, tis.level)
+    high = math.log(tis.high)
     bounded = log_rho.clamp(max=high)
     # omega is in the ratio already: it only has to be brought down, not applied a second time.
-    factor = bounded if config.denominator == "old" else bounded - log_rho
+    factor = bounded if denominator == "old" else bounded - log_rho
     return Correction(factor.exp(), truncated=log_rho > high)
 
 
-def banded(tokens: Tokens, config: ObjectiveConfig) -> Correction:
+def banded(tokens: Tokens, band: Mis | IcePop, denominator: Denominator) -> Correction:
     """MIS, and IcePop [2510.18855, equation 3]: rho where low <= rho <= high, else 0."""
-    log_rho = log_mismatch(tokens, config)
-    low, high = _log_band(config.correction)
+    log_rho = log_mismatch(tokens, denominator, band.level if isinstance(band, Mis) else "token")
+    low, high = -math.inf if band.low is None else math.log(band.low), math.log(band.high)
     masked = (log_rho < low) | (log_rho > high)
-    factor = log_rho.masked_fill(masked, 0.0) if config.denominator == "old" else torch.zeros_like(log_rho)
+    factor = log_rho.masked_fill(masked, 0.0) if denominator == "old" else torch.zeros_like(log_rho)
     return Correction(factor.exp().masked_fill(masked, 0.0), masked=masked)
 
 
-def sequence_masked(tokens: Tokens, config: ObjectiveConfig) -> Correction:
+def sequence_masked(tokens: Tokens, mask: SequenceMask) -> Correction:
     """DeepSeek-V3.2's off-policy sequence mask: 0 where A < 0 and the mean of log(mu/pi_theta) exceeds delta."""
-    if config.correction.delta is None:
-        raise ValueError("objective.correction.delta: not set, needed by correction.kind: sequence-mask")
     drift = tokens.sequence_mean(tokens.rollout_logprobs - tokens.logprobs.detach())[tokens.sequence_ids]
-    masked = (tokens.advantages < 0) & (drift > config.correction.delta)
+    masked = (tokens.advantages < 0) & (drift > mask.delta)
     return Correction((~masked).to(drift), masked=masked)
-
-
-CORRECTIONS: dict[str, Callable[[Tokens, ObjectiveConfig], Correction]] = {
-    "none": uncorrected,
-    "tis": truncated,
-    "mis": banded,
-    "icepop": banded,
-    "sequence-mask": sequence_masked,
-}
 
 
 def counted_lengths(tokens: Tokens, correction: Correction, config: ObjectiveConfig) -> Tensor:
     """[S] int64, |y_i| as the aggregation counts it: without what leaves the denominators."""
-    if correction.masked is None or not LEAVES_DENOMINATORS[config.correction.kind]:
+    if correction.masked is None or not leaves_denominators(config):
         return tokens.lengths
     return tokens.sequence_sum((~correction.masked).to(tokens.lengths))
 
@@ -91,8 +89,3 @@ def kept_lengths(inputs: LossInputs, config: ObjectiveConfig) -> Tensor:
     the sum of these and the number of those above 0."""
     tokens = Tokens.of(inputs)
     return counted_lengths(tokens, correct(tokens, config), config)
-
-
-def _log_band(config: CorrectionConfig) -> tuple[float, float]:
-    low = -math.inf if config.low is None else math.log(config.low)
-    return low, math.inf if config.high is None else math.log(config.high)

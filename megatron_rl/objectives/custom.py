@@ -14,7 +14,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from megatron_rl.config.schema import ObjectiveConfig
+from megatron_rl.config.switches import ObjectiveConfig
 from megatron_rl.data.schedule import Denominators
 from megatron_rl.errors import UserError
 from megatron_rl.objectives.inputs import LossInputs, PolicyLossOutputs

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from megatron_rl.config.schema import ObjectiveConfig
+from megatron_rl.config.switches import KL, NoKL, ObjectiveConfig, UnbiasedKL
 from megatron_rl.objectives.ratios import Tokens, token_log_ratio
 
 
@@ -35,27 +35,28 @@ def unbiased(log_ratio: Tensor, log_importance: Tensor) -> Tensor:
 
 
 ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
-"""By KLConfig.kind; unbiased needs the importance ratio too."""
+"""By kind of KL; UnbiasedKL needs the importance ratio too."""
 
 
 def kl_terms(tokens: Tokens, config: ObjectiveConfig, uncounted: Tensor | None = None) -> Tensor:
     """[M] beta times the estimate of KL(pi_theta, pi_ref) at each token, differentiable in log pi_theta: what is added
-    to the loss [2402.03300, equation 3]; 0 where `uncounted` [M] bool. Raises ValueError without pi_ref or beta."""
-    if tokens.reference_logprobs is None or config.kl.beta is None:
-        raise ValueError("objective.kl: a KL term needs reference_logprobs and beta")
+    to the loss [2402.03300, equation 3]; 0 where `uncounted` [M] bool. Raises ValueError without pi_ref or a kind."""
+    kl = config.kl
+    if tokens.reference_logprobs is None or isinstance(kl, NoKL):
+        raise ValueError("objective.kl: a KL term needs reference_logprobs and a kind other than none")
     log_ratio = tokens.reference_logprobs - tokens.logprobs
     log_importance = token_log_ratio(tokens, config.denominator)
     if uncounted is not None:  # before exp: the gradient of 0 times what overflows is NaN
         log_ratio = log_ratio.masked_fill(uncounted, 0.0)
         log_importance = log_importance.masked_fill(uncounted, 0.0)
-    if config.kl.kind == "unbiased":
-        return config.kl.beta * unbiased(log_ratio, log_importance)
-    return config.kl.beta * ESTIMATORS[config.kl.kind](log_ratio)
+    if isinstance(kl, UnbiasedKL):
+        return kl.beta * unbiased(log_ratio, log_importance)
+    return kl.beta * ESTIMATORS[kl.kind](log_ratio)
 
 
 def in_loss(config: ObjectiveConfig) -> bool:
-    return config.kl.kind != "none" and config.kl.place == "loss"
+    return not isinstance(config.kl, NoKL) and config.kl.place == "loss"
 
 
 def in_reward(config: ObjectiveConfig) -> bool:
-    return config.kl.kind != "none" and config.kl.place == "reward"
+    return isinstance(config.kl, KL) and config.kl.place == "reward"

@@ -6,12 +6,20 @@ w is the importance ratio, whichever was chosen; a surrogate is what each token 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from megatron_rl.config.schema import ClipConfig, ObjectiveConfig
+from megatron_rl.config.switches import (
+    BandClip,
+    ClipConfig,
+    MaskClip,
+    MinClip,
+    ObjectiveConfig,
+    SoftGate,
+    TaperedClip,
+    WeightClip,
+)
 from megatron_rl.data.schedule import Denominators
 from megatron_rl.objectives.inputs import Clipping
 from megatron_rl.objectives.ratios import RATIOS, Tokens, shifted, token_log_ratio
@@ -22,13 +30,23 @@ FLAT_GATE = 20.0
 
 
 def surrogate(log_weight: Tensor, tokens: Tokens, where: Clipping, config: ObjectiveConfig) -> Tensor:
-    """[M] from log w [M]; ValueError for a soft gate without temperatures."""
+    """[M] from log w [M]."""
     if config.ratio == "geometric":
         return geometric_surrogate(log_weight, tokens, where, config.clip)
-    return SURROGATES[config.clip.kind](log_weight, tokens, where, config.clip)
+    match config.clip:
+        case MinClip() as clip:
+            return clipped_surrogate(log_weight, tokens, where, clip)
+        case MaskClip():
+            return masked_surrogate(log_weight, tokens, where)
+        case WeightClip() as clip:
+            return weighted_surrogate(log_weight, tokens, clip)
+        case TaperedClip() as clip:
+            return tapered_surrogate(log_weight, tokens, clip)
+        case SoftGate() as gate:
+            return gated_surrogate(log_weight, tokens, gate)
 
 
-def clipped_surrogate(log_weight: Tensor, tokens: Tokens, where: Clipping, clip: ClipConfig) -> Tensor:
+def clipped_surrogate(log_weight: Tensor, tokens: Tokens, where: Clipping, clip: MinClip) -> Tensor:
     """min(w A, clip(w, 1 - low, 1 + high) A) [1707.06347, equation 7].
 
     With the dual clip [1912.09729, equation 5], not below dual * A where A < 0. Where a clip is active the
@@ -44,31 +62,29 @@ def clipped_surrogate(log_weight: Tensor, tokens: Tokens, where: Clipping, clip:
     return ratio * tokens.advantages
 
 
-def masked_surrogate(log_weight: Tensor, tokens: Tokens, where: Clipping, clip: ClipConfig) -> Tensor:
+def masked_surrogate(log_weight: Tensor, tokens: Tokens, where: Clipping) -> Tensor:
     """M sg[w] A log pi, M = 0 where the clip of r = pi_theta/pi_old is active: MiniRL [2512.01374]."""
     dropped = where.active_low | where.active_high
     weight = log_weight.detach().masked_fill(dropped, 0.0).exp().masked_fill(dropped, 0.0)
     return weight * tokens.advantages * tokens.logprobs
 
 
-def weighted_surrogate(log_weight: Tensor, tokens: Tokens, where: Clipping, clip: ClipConfig) -> Tensor:
+def weighted_surrogate(log_weight: Tensor, tokens: Tokens, clip: WeightClip) -> Tensor:
     """sg[clip(w, 1 - low, 1 + high)] A log pi: CISPO [2506.13585]. Every token keeps a gradient."""
     low, high = log_band(clip)
     return log_weight.detach().clamp(low, high).exp() * tokens.advantages * tokens.logprobs
 
 
-def tapered_surrogate(log_weight: Tensor, tokens: Tokens, where: Clipping, clip: ClipConfig) -> Tensor:
+def tapered_surrogate(log_weight: Tensor, tokens: Tokens, clip: TaperedClip) -> Tensor:
     """A log pi where A > 0, sg[clip(w, 1 - low, 1 + high)] A log pi elsewhere: TOPR [2503.14286]."""
     low, high = log_band(clip)
     weight = log_weight.detach().clamp(low, high).exp().masked_fill(tokens.advantages > 0, 1.0)
     return weight * tokens.advantages * tokens.logprobs
 
 
-def gated_surrogate(log_weight: Tensor, tokens: Tokens, where: Clipping, clip: ClipConfig) -> Tensor:
+def gated_surrogate(log_weight: Tensor, tokens: Tokens, gate: SoftGate) -> Tensor:
     """(4/tau) sigmoid(tau (w - 1)) A, tau by the sign of A: SAPO [2511.20347]."""
-    if clip.tau_positive is None or clip.tau_negative is None:
-        raise ValueError("objective.clip: tau_positive and tau_negative are not set, needed by kind: soft-gate")
-    tau = torch.full_like(log_weight, clip.tau_negative).masked_fill(tokens.advantages > 0, clip.tau_positive)
+    tau = torch.full_like(log_weight, gate.tau_negative).masked_fill(tokens.advantages > 0, gate.tau_positive)
     ratio = log_weight.clamp(max=FLAT_GATE).exp()
     return 4 / tau * torch.sigmoid(tau * (ratio - 1)) * tokens.advantages
 
@@ -81,41 +97,32 @@ def geometric_surrogate(log_weight: Tensor, tokens: Tokens, where: Clipping, cli
     return tokens.sequence_mean(bounded)[tokens.sequence_ids].exp() * tokens.advantages
 
 
-SURROGATES: dict[str, Callable[[Tensor, Tokens, Clipping, ClipConfig], Tensor]] = {
-    "min": clipped_surrogate,
-    "mask": masked_surrogate,
-    "weight": weighted_surrogate,
-    "tapered": tapered_surrogate,
-    "soft-gate": gated_surrogate,
-}
-"""By ClipConfig.kind."""
-
-
 def clipping(tokens: Tokens, config: ObjectiveConfig) -> Clipping:
     """Where the ratio, times the router shift if the objective has one, leaves its band. A mask is about staleness: it
     looks at pi_theta/pi_old whatever the ratio is taken against."""
     clip = config.clip
-    base = "old" if clip.kind == "mask" else config.denominator
+    dual = clip.dual if isinstance(clip, MinClip) else None
+    base = "old" if isinstance(clip, MaskClip) else config.denominator
     by_token = shifted(token_log_ratio(tokens, base).detach(), tokens, config.router_shift)
     log_ratio = RATIOS[config.ratio](by_token, tokens)
     low, high = log_band(clip, geometric=config.ratio == "geometric")
     below, above = log_ratio < low, log_ratio > high
-    acts_below, acts_above = _acting(tokens.advantages, clip.kind)
+    acts_below, acts_above = _acting(tokens.advantages, clip)
     return Clipping(
         below=below,
         above=above,
         active_low=below & acts_below,
         active_high=above & acts_above,
-        active_dual=None if clip.dual is None else (log_ratio > math.log(clip.dual)) & (tokens.advantages < 0),
+        active_dual=None if dual is None else (log_ratio > math.log(dual)) & (tokens.advantages < 0),
     )
 
 
-def _acting(advantages: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+def _acting(advantages: Tensor, clip: ClipConfig) -> tuple[Tensor, Tensor]:
     """[M] bool each, where a clip acts below and above its band: takes the gradient, or changes the weight."""
-    match kind:
-        case "weight":
+    match clip:
+        case WeightClip():
             return torch.ones_like(advantages, dtype=torch.bool), torch.ones_like(advantages, dtype=torch.bool)
-        case "tapered":
+        case TaperedClip():
             return advantages <= 0, advantages <= 0
         case _:
             return advantages < 0, advantages > 0
@@ -123,6 +130,8 @@ def _acting(advantages: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 def log_band(clip: ClipConfig, geometric: bool = False) -> tuple[float, float]:
     """Bounds of log w; infinite where there are none."""
+    if not isinstance(clip, BandClip):
+        return -math.inf, math.inf
     low = -math.inf if clip.low is None else -clip.low if geometric else math.log1p(-clip.low)
     high = math.inf if clip.high is None else clip.high if geometric else math.log1p(clip.high)
     return low, high

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megatron_rl.config.schema import ObjectiveConfig
+from megatron_rl.config.switches import ObjectiveConfig
 from megatron_rl.data.schedule import Denominators
-from megatron_rl.objectives.corrections import LEAVES_DENOMINATORS, correct, counted_lengths
+from megatron_rl.objectives.corrections import correct, counted_lengths, leaves_denominators
 from megatron_rl.objectives.inputs import Correction, LossInputs, LossOutputs, LossValues, PolicyLossOutputs
 from megatron_rl.objectives.kl import in_loss, kl_terms
 from megatron_rl.objectives.losses import clipping, surrogate, token_weights
@@ -39,7 +39,7 @@ def policy_loss(inputs: LossInputs, config: ObjectiveConfig, denominators: Denom
 
 def _uncounted(correction: Correction, config: ObjectiveConfig) -> Tensor | None:
     """The KL is of all tokens, whatever weight a correction gives them, but not of what left the denominators."""
-    return correction.masked if LEAVES_DENOMINATORS[config.correction.kind] else None
+    return correction.masked if leaves_denominators(config) else None
 
 
 def sft_loss(logprobs: Tensor, loss_mask: Tensor, denominators: Denominators) -> LossOutputs:

@@ -64,6 +64,7 @@ def agree(
         local_files(alone, 0)
         _check_models(alone)
         check(alone.config)
+        tell(alone.notes)
         yield alone.config
         return
     if not world.joined:
@@ -92,6 +93,7 @@ def agree(
     problem, fault = _problem_of(check, resolved.config)
     with _raising(fault):
         meeting.settle("ready", problem)
+    tell(resolved.notes if world.rank == 0 else ())
     try:
         yield resolved.config
     except ConfigError as error:
@@ -233,6 +235,12 @@ def explain_fault(error: Exception) -> None:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)
+
+
+def tell(notes: Sequence[str]) -> None:
+    """Prints what a configuration leaves out of its presets and file."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 def _who() -> str:

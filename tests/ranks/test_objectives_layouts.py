@@ -22,7 +22,7 @@ from paths import SUPPORT
 from rank_examples import Example, Response, generalised_advantages_of, group_advantages_of, tables, trained
 from ranks_worker import LAYOUTS, receive, send
 
-from megatron_rl.config.schema import AdvantageConfig, CorrectionConfig, KLConfig, ObjectiveConfig
+from megatron_rl.config.switches import KL, GroupAdvantage, NoCorrection, NoKL, ObjectiveConfig, UnbiasedKL
 from megatron_rl.data.schedule import SampleSize, ScheduleError, plan
 
 PATIENCE = 90.0
@@ -102,12 +102,13 @@ responses = st.builds(
     reward=st.sampled_from([0.0, 1.0, -1.0, 0.5]),
 )
 kls = st.one_of(
-    st.just(KLConfig()),
-    st.builds(KLConfig, kind=st.sampled_from(["k1", "k2", "k3", "unbiased"]), beta=st.just(0.3)),
-    st.builds(KLConfig, kind=st.sampled_from(["k1", "k2", "k3"]), place=st.just("reward"), beta=st.just(0.1)),
+    st.just(NoKL()),
+    st.builds(KL, kind=st.sampled_from(["k1", "k2", "k3"]), beta=st.just(0.3)),
+    st.builds(UnbiasedKL, beta=st.just(0.3)),
+    st.builds(KL, kind=st.sampled_from(["k1", "k2", "k3"]), place=st.just("reward"), beta=st.just(0.1)),
 )
 group_estimators = st.builds(
-    AdvantageConfig,
+    GroupAdvantage,
     baseline=st.sampled_from(["mean", "leave-one-out", "none"]),
     std=st.sampled_from(["population", "sample", "none"]),
 )
@@ -133,7 +134,7 @@ def objectives(draw: st.DrawFn, mini_batches: int) -> tuple[ObjectiveConfig, boo
     if mini_batches > 1 and (config.denominator == "old" or config.clip.kind == "mask"):
         recompute = True
     if config.correction.kind == "mis" and (config.denominator == "rollout" or not recompute):
-        config = config.model_copy(update={"correction": CorrectionConfig()})
+        config = config.model_copy(update={"correction": NoCorrection()})
     return config, recompute
 
 

@@ -134,7 +134,7 @@ def test_a_dry_run_tells_of_empty_micro_batches(directory: Path) -> None:
             ["train", "a.yaml", "parallel.tp=2"],
             "parallel: tp * cp * pp = 2 does not divide the world of 1 ranks; start ",
         ),
-        (["train", "a.yaml", "eval.every=1"], "eval.every: 1, but data.heldout is not set"),
+        (["train", "a.yaml", "eval.every=1"], "eval.every: 1 does nothing without data.heldout"),
         (["train", "a.yaml", "model.path=x"], "model.path: x/config.json does not exist; "),
         (["train", "a.yaml", "model.path=broken"], "model.path: broken/config.json: model_type is 'gpt2'; expected "),
         (["train", "a.yaml", "--world-size", "2"], "--world-size: only --dry-run plans for a world; "),

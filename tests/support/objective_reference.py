@@ -10,16 +10,27 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import yaml
+from pydantic import TypeAdapter
 
-from megatron_rl.config.schema import ClipConfig, CorrectionConfig, ObjectiveConfig
 from megatron_rl.config.sources import PRESETS
+from megatron_rl.config.switches import (
+    ClipConfig,
+    CorrectionConfig,
+    IcePop,
+    KLConfig,
+    MinClip,
+    Mis,
+    ObjectiveConfig,
+    SequenceMask,
+    Tis,
+)
 from megatron_rl.data.schedule import Denominators
 from megatron_rl.objectives.inputs import LossInputs
 
-GRPO = ObjectiveConfig(ratio="token", aggregation="seq-mean-token-mean", clip=ClipConfig(low=0.2, high=0.2))
-DAPO = ObjectiveConfig(ratio="token", aggregation="token-mean", clip=ClipConfig(low=0.2, high=0.28))
+GRPO = ObjectiveConfig(ratio="token", aggregation="seq-mean-token-mean", clip=MinClip(low=0.2, high=0.2))
+DAPO = ObjectiveConfig(ratio="token", aggregation="token-mean", clip=MinClip(low=0.2, high=0.28))
 # Clips of short sequences, wide enough to clip some and not all of them.
-GSPO = ObjectiveConfig(ratio="sequence", aggregation="seq-mean-token-mean", clip=ClipConfig(low=0.04, high=0.06))
+GSPO = ObjectiveConfig(ratio="sequence", aggregation="seq-mean-token-mean", clip=MinClip(low=0.04, high=0.06))
 GSPO_TOKEN = GSPO.model_copy(update={"ratio": "sequence-token"})
 OBJECTIVES = {"grpo": GRPO, "dapo": DAPO, "gspo": GSPO, "gspo-token": GSPO_TOKEN}
 FAMILY = {
@@ -28,15 +39,33 @@ FAMILY = {
 }
 """The presets as they are."""
 CORRECTIONS = [
-    CorrectionConfig(kind="tis", high=1.3),
-    CorrectionConfig(kind="tis", level="sequence", high=1.3),
-    CorrectionConfig(kind="mis", high=1.3),
-    CorrectionConfig(kind="mis", low=0.8, high=1.3),
-    CorrectionConfig(kind="mis", level="sequence", low=0.5, high=2.0),
-    CorrectionConfig(kind="mis", level="geometric", low=0.7, high=1.5),
-    CorrectionConfig(kind="icepop", low=0.8, high=1.3),
-    CorrectionConfig(kind="sequence-mask", delta=0.01),
+    Tis(high=1.3),
+    Tis(level="sequence", high=1.3),
+    Mis(high=1.3),
+    Mis(low=0.8, high=1.3),
+    Mis(level="sequence", low=0.5, high=2.0),
+    Mis(level="geometric", low=0.7, high=1.5),
+    IcePop(low=0.8, high=1.3),
+    SequenceMask(delta=0.01),
 ]
+
+LOW_FOR_ICEPOP = 1e-6
+
+
+def correction_of(kind: str, **keys: object) -> CorrectionConfig:
+    """A correction of any kind; that of icepop has a lower bound that nothing meets, unless `keys` has another."""
+    if kind == "icepop":
+        keys = {"low": LOW_FOR_ICEPOP, **keys}
+    return TypeAdapter(CorrectionConfig).validate_python({"kind": kind, **keys})
+
+
+def kl_of(kind: str, **keys: object) -> KLConfig:
+    return TypeAdapter(KLConfig).validate_python({"kind": kind, **keys})
+
+
+def clip_of(kind: str) -> ClipConfig:
+    """A clip with the band 0.8 to 1.2."""
+    return TypeAdapter(ClipConfig).validate_python({"kind": kind, "low": 0.2, "high": 0.2})
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,13 +191,14 @@ def surrogate_terms(
         old, mu = old - shift, mu - shift
     base = old if config.denominator == "old" else mu
     clip = config.clip
-    low = -math.inf if clip.low is None else 1 - clip.low
-    high = math.inf if clip.high is None else 1 + clip.high
+    below, above = (getattr(clip, bound, None) for bound in ("low", "high"))
+    low = -math.inf if below is None else 1 - below
+    high = math.inf if above is None else 1 + above
     if config.ratio == "geometric":
         bounded = [
-            min(x, math.inf if clip.high is None else clip.high)
+            min(x, math.inf if above is None else above)
             if a > 0
-            else max(x, -math.inf if clip.low is None else -clip.low)
+            else max(x, -math.inf if below is None else -below)
             if a < 0
             else x
             for x, a in zip(new - base, advantages, strict=True)
@@ -231,8 +261,8 @@ def correction_factors(sequence: TrainedSequence, config: ObjectiveConfig, stopp
             "token": rho,
             "sequence": np.full(len(rho), math.prod(rho)),
             "geometric": np.full(len(rho), _geometric_mean(rho)),
-        }[correction.level]
-    low, high = correction.low or 0.0, correction.high or math.inf
+        }[getattr(correction, "level", "token")]
+    low, high = getattr(correction, "low", None) or 0.0, getattr(correction, "high", math.inf)
     # Against mu the ratio holds rho = omega once already.
     held = np.ones(len(rho)) if config.denominator == "old" else rho
     inside = (low <= rho) & (rho <= high)

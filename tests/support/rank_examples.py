@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from megatron_rl.config.schema import ObjectiveConfig
+from megatron_rl.config.switches import ObjectiveConfig
 from megatron_rl.data.sample import Group, Prompt, Sample, Verdict
 
 

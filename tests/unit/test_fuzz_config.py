@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from megatron_rl.config.load import ConfigError, check_config, dump_config, load_config
 from megatron_rl.config.schema import Config
+from megatron_rl.config.sections import sections_of_kinds
 from megatron_rl.config.sources import PRESETS
 from megatron_rl.errors import UserError
 
@@ -70,7 +71,22 @@ def keys(cls: Any, prefix: str = "") -> list[str]:
     return found
 
 
-KEYS = keys(Config)
+KEYS = sorted(set(keys(Config)))
+KINDS = sections_of_kinds(Config)
+PRESET_NAMES = sorted(file.stem for file in PRESETS.glob("*.yaml"))
+VALUES: dict[str, list[Any]] = {
+    "low": [0.1, 0.3, None],
+    "high": [0.5, 2, None],
+    "dual": [3, None],
+    "level": ["token", "sequence", "geometric"],
+    "place": ["loss", "reward"],
+    "baseline": ["mean", "leave-one-out", "none"],
+    "std": ["sample", "none"],
+    "gamma": [1, 0.9],
+    "gae_lambda": [0, 1],
+    **{key: [0.1, 1] for key in ("tau_positive", "tau_negative", "delta", "beta")},
+}
+"""By key of a kind, values that at least one kind takes."""
 scalars = st.sampled_from(SCALARS)
 texts = st.one_of(scalars.map(lambda pair: pair[0]), st.sampled_from(ODD), st.text(max_size=20))
 names = st.one_of(st.sampled_from(KEYS), st.sampled_from(KEYS).map(lambda key: key + "x"), st.text(max_size=8))
@@ -88,6 +104,38 @@ overrides = st.lists(
     ).map("=".join),
     max_size=3,
 )
+
+
+@st.composite
+def kinds(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
+    """A section that comes in kinds: mostly whole, some without their kind, some with a key of another kind."""
+    section = draw(st.sampled_from(sorted(KINDS)))
+    its = KINDS[section]
+    kind = draw(st.sampled_from(sorted(its.members)))
+    names = [name for name in its.members[kind].model_fields if name != its.name]
+    others = sorted({name for member in its.members.values() for name in member.model_fields} - {*names, its.name})
+    if others and draw(st.integers(0, 5)) == 0:
+        names.append(draw(st.sampled_from(others)))
+    values = {name: draw(st.sampled_from(VALUES[name])) for name in names if draw(st.integers(0, 9))}
+    return section, ({its.name: kind} if draw(st.integers(0, 5)) else {}) | values
+
+
+@st.composite
+def layers_of_kinds(draw: st.DrawFn) -> tuple[str, list[str]]:
+    """Presets, and sections of kinds over them in the file and in the overrides."""
+    presets = draw(st.lists(st.sampled_from(PRESET_NAMES), max_size=2))
+    in_file = dict(draw(st.lists(kinds(), max_size=3)))
+    inner = {section.partition(".")[2]: values for section, values in in_file.items()}
+    text = RL + f"presets: {json.dumps(presets)}\nobjective: {json.dumps(inner)}\n"
+    overrides = []
+    for section, values in draw(st.lists(kinds(), max_size=2)):
+        if draw(st.booleans()):
+            overrides.append(f"{section}={json.dumps(values)}")
+        else:
+            overrides += [f"{section}.{name}={json.dumps(value)}" for name, value in values.items()]
+    return text, overrides
+
+
 trees = st.recursive(
     st.one_of(
         st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.integers(0, 9), st.floats(), st.text(max_size=8)
@@ -120,11 +168,14 @@ def overlaid(draw: st.DrawFn) -> str:
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[str, list[str]]:
-    """A third is mostly right, so that what is accepted is looked at too; a third has only one of the two at random."""
+    """A third is mostly right, so that what is accepted is looked at too; a third has only one of the two at random;
+    and some are layers of sections that come in kinds."""
     whole = st.sampled_from([BASE, RL])
     sensible = st.lists(st.sampled_from(SENSIBLE), max_size=4)
     anything = st.one_of(edited(), overlaid(), texts)
-    kind = draw(st.sampled_from("sseabo"))
+    kind = draw(st.sampled_from("sseabokk"))
+    if kind == "k":
+        return draw(layers_of_kinds())
     return draw(anything if kind in "eb" else whole), draw(overrides if kind in "ob" else sensible)
 
 
@@ -145,12 +196,21 @@ def check(directory: Path, text: str, given_overrides: list[str]) -> str:
         assert time.process_time() - started < 5.0
     dumped = write(directory / "b.yaml", dump_config(config))
     assert load_config(Config, dumped) == config
+    _check_kinds(config)
     _check_overrides(config, given_overrides)
     try:
         check_config(config, ARCHITECTURE, 8)
     except UserError:
         return "contradicts"
     return "accepted"
+
+
+def _check_kinds(config: Config) -> None:
+    """A section that comes in kinds has the keys of its own kind, and no others."""
+    values = config.model_dump(mode="json")["objective"]
+    for section, its in KINDS.items():
+        found = values[section.rpartition(".")[2]]
+        assert found.keys() == its.members[found[its.name]].model_fields.keys()
 
 
 def _check_overrides(config: Config, given_overrides: list[str]) -> None:

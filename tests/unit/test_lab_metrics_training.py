@@ -16,6 +16,7 @@ from objective_reference import (
     GSPO,
     OBJECTIVES,
     correction_factors,
+    correction_of,
     denominators,
     kept_denominators,
     pack,
@@ -25,7 +26,7 @@ from objective_reference import (
     split,
 )
 
-from megatron_rl.config.schema import ClipConfig, CorrectionConfig
+from megatron_rl.config.switches import MinClip
 from megatron_rl.data.schedule import Denominators
 from megatron_rl.lab.metrics import SFT, TRAINING, sft_metrics, training_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
@@ -77,7 +78,7 @@ def expected_metrics(sequences, config, loss):
     clipped = np.concatenate(
         [CLIPPED[config.ratio](np.exp(n - b) * k) for n, b, k in zip(new, judged, kept, strict=True)]
     )
-    low, high = config.clip.low, config.clip.high
+    low, high, dual = (getattr(config.clip, key, None) for key in ("low", "high", "dual"))
     if config.ratio == "geometric":
         low, high = 1 - math.exp(-low), math.exp(high) - 1
     below = clipped < (-math.inf if low is None else 1 - low)
@@ -93,8 +94,8 @@ def expected_metrics(sequences, config, loss):
         "clip/high/any": above,
         "clip/high/active": above & acts["high"],
     }
-    if config.clip.dual is not None:
-        masks["clip/dual"] = (clipped > config.clip.dual) & (token_advantage < 0)
+    if dual is not None:
+        masks["clip/dual"] = (clipped > dual) & (token_advantage < 0)
     masks |= expected_correction(present, config)
     ends = np.cumsum([len(o) for o in old])
     expected = {
@@ -139,7 +140,7 @@ def expected_correction(present, config):
     if config.correction.kind in ("mis", "icepop", "sequence-mask"):
         return {"correction/masked": np.isin(factors, [None, 0.0])}
     if config.correction.kind == "tis":
-        free = config.model_copy(update={"correction": config.correction.model_copy(update={"high": None})})
+        free = config.model_copy(update={"correction": config.correction.model_copy(update={"high": math.inf})})
         uncut = np.concatenate([correction_factors(s, free, s.logprobs[s.mask]) for s in present])
         return {"correction/truncated": factors < uncut * (1 - 1e-12)}
     return {}
@@ -218,7 +219,7 @@ def test_every_declared_metric_is_measured():
     sequences = random_sequences(8, [5, 3])
     report = {}
     for kind in ("tis", "icepop"):
-        update = {"clip": clip, "correction": CorrectionConfig(kind=kind, high=2.0), "router_shift": 0.9}
+        update = {"clip": clip, "correction": correction_of(kind, high=2.0), "router_shift": 0.9}
         report |= measure([sequences], GRPO.model_copy(update=update), sequences).finalize()
     report |= of_reference(sequences)[0]
     for name in TRAINING:
@@ -277,7 +278,7 @@ def test_ranks_micro_batches_and_order_do_not_matter(seed, lengths, name, ranks,
     st.sampled_from([torch.float32, torch.float64]),
 )
 def test_first_mini_batch_is_exact(seed, lengths, name, dtype):
-    config = OBJECTIVES[name].model_copy(update={"clip": ClipConfig(low=0.0, high=0.0)})
+    config = OBJECTIVES[name].model_copy(update={"clip": MinClip(low=0.0, high=0.0)})
     sequences = random_sequences(seed, lengths, drift=0.0)
     report = measure([sequences], config, sequences, dtype).finalize()
     for statistic in ("mean", "min", "max", "p1", "p50", "p99", "ess"):

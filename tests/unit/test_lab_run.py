@@ -203,6 +203,22 @@ def test_resume_refuses_another_configuration_and_names_every_key(tmp_path: Path
     assert (tmp_path / "config.yaml").read_text() == changed(), "a refused resume must change nothing"
 
 
+def test_a_run_that_has_the_keys_of_other_kinds_is_resumed(tmp_path: Path) -> None:
+    """As config.yaml was before a kind had keys of its own: nulls, and a level and a place that nothing read."""
+    clip = {"kind": "min", "low": "0.2", "high": "0.2"}
+    before = {
+        "clip": {**clip, "dual": None, "tau_positive": None},
+        "correction": {"kind": "none", "level": "token", "high": None},
+    }
+    now = {"clip": {**clip, "dual": None}, "correction": {"kind": "none"}}
+    start_and_end(tmp_path, changed(objective=before))
+    RunDir.open(tmp_path, changed(objective=now), resume=True).close()
+    now["clip"]["low"] = "0.1"
+    with pytest.raises(RunDirError, match="another configuration") as error:
+        RunDir.open(tmp_path, changed(objective=now), resume=True)
+    assert str(error.value).splitlines()[1:-1] == ["  objective.clip.low: 0.2 in the run, 0.1 now"]
+
+
 def test_keys_that_only_begin_like_a_free_one_are_compared(tmp_path: Path) -> None:
     start_and_end(tmp_path)
     with pytest.raises(RunDirError, match=r"evaluation\.every"):

@@ -5,14 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rl.config.schema import AdvantageConfig
+from megatron_rl.config.switches import GroupAdvantage
 from megatron_rl.objectives.advantages import all_equal, group_advantages
 
-POPULATION = AdvantageConfig(std="population")
-SAMPLE = AdvantageConfig(std="sample")
-MEAN_ONLY = AdvantageConfig(std="none")
-LEAVE_ONE_OUT = AdvantageConfig(baseline="leave-one-out", std="none")
-REWARDS_ALONE = AdvantageConfig(baseline="none", std="none")
+POPULATION = GroupAdvantage(std="population")
+SAMPLE = GroupAdvantage(std="sample")
+MEAN_ONLY = GroupAdvantage(std="none")
+LEAVE_ONE_OUT = GroupAdvantage(baseline="leave-one-out", std="none")
+REWARDS_ALONE = GroupAdvantage(baseline="none", std="none")
 
 
 def test_rewards_that_differ_by_rounding_are_equal_however_small_they_are():
@@ -44,7 +44,7 @@ def test_of_eight_so_many_are_correct(config, correct, right, wrong):
 
 
 @pytest.mark.parametrize(
-    "config", [POPULATION, SAMPLE, MEAN_ONLY, LEAVE_ONE_OUT, AdvantageConfig(baseline="none", std="sample")]
+    "config", [POPULATION, SAMPLE, MEAN_ONLY, LEAVE_ONE_OUT, GroupAdvantage(baseline="none", std="sample")]
 )
 @pytest.mark.parametrize("group", [[1.0], [0.0], [0.1] * 3, [-1.0] * 8, [0.1 + 0.2, 0.3]])
 def test_a_group_that_teaches_nothing_has_advantage_zero(config, group):
@@ -101,7 +101,7 @@ def test_leave_one_out_is_the_reward_less_the_mean_of_the_others(group):
 )
 def test_advantages_are_finite_whatever_the_group(group, baseline, std):
     """Of one, of equal rewards, of any size: there is no NaN."""
-    advantages = group_advantages(group, AdvantageConfig(baseline=baseline, std=std))
+    advantages = group_advantages(group, GroupAdvantage(baseline=baseline, std=std))
     assert advantages.shape == (len(group),)
     assert np.isfinite(advantages).all()
 

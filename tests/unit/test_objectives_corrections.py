@@ -15,8 +15,10 @@ from objective_reference import (
     DAPO,
     GRPO,
     OBJECTIVES,
+    correction_of,
     denominators,
     kept_denominators,
+    kl_of,
     pack,
     random_sequences,
     reference,
@@ -24,14 +26,14 @@ from objective_reference import (
 )
 from test_objectives_policy_loss import AGGREGATIONS, one_response, token_keys
 
-from megatron_rl.config.schema import ClipConfig, CorrectionConfig, KLConfig
+from megatron_rl.config.switches import IcePop, MinClip, Mis, NoCorrection, SequenceMask, Tis
 from megatron_rl.data.schedule import Denominators
-from megatron_rl.objectives.corrections import LEAVES_DENOMINATORS, kept_lengths
+from megatron_rl.objectives.corrections import kept_lengths, leaves_denominators
 from megatron_rl.objectives.policy_loss import policy_loss
 
 seeds = st.integers(0, 10**6)
 some_lengths = st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any)
-FREE = GRPO.model_copy(update={"clip": ClipConfig(low=None, high=None)})
+FREE = GRPO.model_copy(update={"clip": MinClip(low=None, high=None)})
 REWEIGHING = ("tis", "mis", "icepop")
 
 
@@ -96,21 +98,21 @@ def factors(correction, rho=(0.25, 8.0), advantage=1.0, denominator="old"):
 @pytest.mark.parametrize(
     ("correction", "expected"),
     [
-        (CorrectionConfig(), [1, 1]),
-        (CorrectionConfig(kind="tis", high=2.0), [0.25, 2]),
-        (CorrectionConfig(kind="tis", high=None), [0.25, 8]),
-        (CorrectionConfig(kind="tis", level="sequence", high=1.5), [1.5, 1.5]),
-        (CorrectionConfig(kind="tis", level="sequence", high=3.0), [2, 2]),
-        (CorrectionConfig(kind="mis", high=5.0), [0.25, 0]),
-        (CorrectionConfig(kind="mis", low=0.5, high=9.0), [0, 8]),
-        (CorrectionConfig(kind="mis", level="sequence", high=1.9), [0, 0]),
-        (CorrectionConfig(kind="mis", level="sequence", high=2.1), [2, 2]),
-        (CorrectionConfig(kind="mis", level="geometric", high=1.4), [0, 0]),
-        (CorrectionConfig(kind="mis", level="geometric", low=1.4, high=1.5), [math.sqrt(2)] * 2),
-        (CorrectionConfig(kind="icepop", low=0.5, high=5.0), [0, 0]),
-        (CorrectionConfig(kind="icepop", low=0.25, high=8.0), [0.25, 8]),  # the bounds are within
-        (CorrectionConfig(kind="mis", low=0.25, high=8.0), [0.25, 8]),
-        (CorrectionConfig(kind="icepop", low=0.2, high=5.0), [0.25, 0]),
+        (NoCorrection(), [1, 1]),
+        (Tis(high=2.0), [0.25, 2]),
+        (Tis(high=9.0), [0.25, 8]),
+        (Tis(level="sequence", high=1.5), [1.5, 1.5]),
+        (Tis(level="sequence", high=3.0), [2, 2]),
+        (Mis(high=5.0), [0.25, 0]),
+        (Mis(low=0.5, high=9.0), [0, 8]),
+        (Mis(level="sequence", high=1.9), [0, 0]),
+        (Mis(level="sequence", high=2.1), [2, 2]),
+        (Mis(level="geometric", high=1.4), [0, 0]),
+        (Mis(level="geometric", low=1.4, high=1.5), [math.sqrt(2)] * 2),
+        (IcePop(low=0.5, high=5.0), [0, 0]),
+        (IcePop(low=0.25, high=8.0), [0.25, 8]),  # the bounds are within
+        (Mis(low=0.25, high=8.0), [0.25, 8]),
+        (IcePop(low=0.2, high=5.0), [0.25, 0]),
     ],
 )
 def test_factors(correction, expected):
@@ -119,7 +121,7 @@ def test_factors(correction, expected):
     if found.masked is not None:
         assert found.masked.tolist() == [value == 0 for value in expected]
     if found.truncated is not None:
-        uncut = [0.25, 8] if correction.level == "token" else [2, 2]
+        uncut = [0.25, 8] if getattr(correction, "level", "token") == "token" else [2, 2]
         assert found.truncated.tolist() == [value < whole for value, whole in zip(expected, uncut, strict=True)]
 
 
@@ -136,7 +138,7 @@ def test_factors(correction, expected):
 )
 @pytest.mark.parametrize("denominator", ["old", "rollout"])
 def test_the_off_policy_sequence_mask(rho, advantage, delta, factor, denominator):
-    found = factors(CorrectionConfig(kind="sequence-mask", delta=delta), rho, advantage, denominator)
+    found = factors(SequenceMask(delta=delta), rho, advantage, denominator)
     assert found.factor.tolist() == [factor] * 2
     assert found.masked.tolist() == [factor == 0] * 2
 
@@ -146,7 +148,7 @@ def test_the_off_policy_sequence_mask(rho, advantage, delta, factor, denominator
 
 @pytest.mark.parametrize("kind", REWEIGHING)
 def test_a_ratio_against_mu_is_bounded_and_not_multiplied_again(kind):
-    wide = CorrectionConfig(kind=kind, high=1e6)
+    wide = correction_of(kind, high=1e6)
     sequences = random_sequences(7, [4, 6, 2], mismatch=0.5)
     bypassed = FREE.model_copy(update={"denominator": "rollout"})
     expected, wanted = loss_and_gradient(sequences, bypassed)
@@ -173,7 +175,7 @@ def test_the_factor_carries_no_gradient(seed, lengths, correction):
     config = corrected(FREE.model_copy(update={"aggregation": "seq-mean-token-sum"}), correction)
     outputs, gradient = loss_and_gradient(sequences, config)
     assert not outputs.values.correction.factor.requires_grad
-    _, wanted = loss_and_gradient(sequences, corrected(config, CorrectionConfig()))
+    _, wanted = loss_and_gradient(sequences, corrected(config, NoCorrection()))
     share = kept_denominators(sequences, config).sequences / denominators(sequences).sequences
     np.testing.assert_allclose(gradient * share, wanted * outputs.values.correction.factor.numpy(), atol=1e-12)
 
@@ -193,7 +195,7 @@ def test_what_is_dropped_keeps_or_leaves_the_denominators(correction, aggregatio
     advantages = inputs.advantages.clone()
     advantages[inputs.loss_mask] *= factor
     sizes = denominators(sequences)
-    if LEAVES_DENOMINATORS[correction.kind]:
+    if leaves_denominators(corrected(config, correction)):
         kept[inputs.loss_mask] = factor > 0
         lengths = [int(kept[inputs.sequence_ids == i].sum()) for i in range(len(sequences))]
         sizes = Denominators(sum(lengths), sum(length > 0 for length in lengths))
@@ -206,7 +208,9 @@ def test_what_is_dropped_keeps_or_leaves_the_denominators(correction, aggregatio
 
 
 def test_only_rejection_leaves_the_denominators():
-    assert [kind for kind, leaves in LEAVES_DENOMINATORS.items() if leaves] == ["mis"]
+    each = [NoCorrection(), *CORRECTIONS]
+    assert {c.kind for c in each if leaves_denominators(corrected(GRPO, c))} == {"mis"}
+    assert {c.kind for c in each if not leaves_denominators(corrected(GRPO, c))} >= {"none", "tis", "icepop"}
 
 
 # Edges
@@ -216,7 +220,7 @@ def test_only_rejection_leaves_the_denominators():
 @pytest.mark.parametrize("kind", ["mis", "icepop"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_batch_whose_tokens_are_all_rejected_gives_zero(name, kind, aggregation):
-    update = {"aggregation": aggregation, "constant_length": 9, "correction": CorrectionConfig(kind=kind, low=1e6)}
+    update = {"aggregation": aggregation, "constant_length": 9, "correction": correction_of(kind, low=1e6, high=1e6)}
     config = OBJECTIVES[name].model_copy(update=update)
     sequences = random_sequences(1, [3, 0, 4])
     outputs, gradient = loss_and_gradient(sequences, config)
@@ -240,7 +244,7 @@ def test_a_dropped_ratio_that_overflows_does_no_harm():
         rollout_logprobs=torch.tensor([0.0, 0.0]),
     )
     for kind in ("mis", "icepop"):
-        config = corrected(GRPO, CorrectionConfig(kind=kind, low=0.5, high=2.0))
+        config = corrected(GRPO, correction_of(kind, low=0.5, high=2.0))
         inputs = dataclasses.replace(inputs, logprobs=inputs.logprobs.detach().requires_grad_())
         loss = policy_loss(inputs, config, Denominators(1, 1)).loss
         loss.backward()
@@ -255,15 +259,10 @@ def test_the_kl_of_a_rejected_token_that_overflows_does_no_harm(kind):
         old_logprobs=torch.tensor([-500.0, 0.0]),
         reference_logprobs=torch.tensor([500.0, 0.0]),
     )
-    config = corrected(GRPO, CorrectionConfig(kind="mis", low=0.5, high=2.0))
-    config = config.model_copy(update={"kl": KLConfig(kind=kind, beta=0.1)})
+    config = corrected(GRPO, Mis(low=0.5, high=2.0))
+    config = config.model_copy(update={"kl": kl_of(kind, beta=0.1)})
     loss = policy_loss(inputs, config, Denominators(1, 1)).loss
     loss.backward()
     assert loss.item() == 1.0
     assert inputs.logprobs.grad[0] == 0
     assert inputs.logprobs.grad.isfinite().all()
-
-
-def test_a_sequence_mask_needs_its_delta():
-    with pytest.raises(ValueError, match=r"objective\.correction\.delta: not set"):
-        factors(CorrectionConfig(kind="sequence-mask"))

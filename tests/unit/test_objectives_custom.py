@@ -8,7 +8,7 @@ import pytest
 import torch
 from objective_reference import GRPO, denominators, pack, random_sequences
 
-from megatron_rl.config.schema import ObjectiveConfig
+from megatron_rl.config.switches import ObjectiveConfig
 from megatron_rl.objectives.custom import ObjectiveError, get_objective
 from megatron_rl.objectives.policy_loss import policy_loss
 

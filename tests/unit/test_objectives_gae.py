@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rl.config.schema import AdvantageConfig
+from megatron_rl.config.switches import Gae
 from megatron_rl.objectives.advantages import Moments, gae, token_rewards
 
 floats = st.floats(-3, 3, allow_nan=False).map(lambda x: round(x, 3))
@@ -60,7 +60,7 @@ def test_normalised_over_all_parts_together(std, freedom):
     moments = sum((Moments.of(part) for part in parts), Moments())
     everything = np.concatenate(parts)
     expected = (everything - everything.mean()) / everything.std(ddof=freedom)
-    config = AdvantageConfig(estimator="gae", std=std)
+    config = Gae(std=std, gamma=1.0, gae_lambda=1.0)
     found = np.concatenate([moments.normalise(part, config) for part in parts])
     np.testing.assert_allclose(found, expected, rtol=1e-10)
     for update, wanted in (
@@ -74,7 +74,7 @@ def test_normalised_over_all_parts_together(std, freedom):
 @pytest.mark.parametrize("values", [[], [2.0], [0.1, 0.1, 0.1], [0.0, 0.0]])
 def test_equal_advantages_are_normalised_to_zero_and_not_to_noise(values):
     values = np.array(values)
-    found = Moments.of(values).normalise(values, AdvantageConfig(estimator="gae"))
+    found = Moments.of(values).normalise(values, Gae(gamma=1.0, gae_lambda=1.0))
     assert found.tolist() == [0.0] * len(values)
 
 
@@ -84,7 +84,7 @@ def test_equal_advantages_are_zero_however_they_are_spread_over_ranks(value, tok
     """Sums of squares would leave rounding here, and divide by it."""
     parts = [np.full(n, value) for n in (tokens, 0, 2 * tokens, 5)]
     moments = sum((Moments.of(part) for part in parts), Moments())
-    assert not moments.normalise(parts[0], AdvantageConfig(estimator="gae")).any()
+    assert not moments.normalise(parts[0], Gae(gamma=1.0, gae_lambda=1.0)).any()
 
 
 @pytest.mark.parametrize("spread", [1e-3, 1e-6])
@@ -93,5 +93,5 @@ def test_a_small_spread_on_a_large_mean_is_the_same_over_any_ranks(spread):
     expected = (everything - everything.mean()) / everything.std(ddof=1)
     for cuts in ([], [20, 40], [1, 2, 59]):
         moments = sum((Moments.of(part) for part in np.split(everything, cuts)), Moments())
-        found = moments.normalise(everything, AdvantageConfig(estimator="gae"))
+        found = moments.normalise(everything, Gae(gamma=1.0, gae_lambda=1.0))
         np.testing.assert_allclose(found, expected, atol=1e-13 * 100 / spread)

@@ -13,14 +13,16 @@ from hypothesis import strategies as st
 from objective_reference import (
     DAPO,
     OBJECTIVES,
+    correction_of,
     denominators,
     kept_denominators,
+    kl_of,
     pack,
     random_sequences,
     reference,
 )
 
-from megatron_rl.config.schema import ClipConfig, CorrectionConfig, KLConfig
+from megatron_rl.config.switches import KL, MinClip, NoKL
 from megatron_rl.objectives.kl import k1, k2, k3, unbiased
 from megatron_rl.objectives.policy_loss import policy_loss
 
@@ -97,7 +99,7 @@ def holding(sequence, part):
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3", "unbiased"])
 def test_kl_in_the_loss_is_the_formula(kind, name, denominator):
     config = OBJECTIVES[name].model_copy(update={"denominator": denominator})
-    with_kl = config.model_copy(update={"kl": KLConfig(kind=kind, beta=0.3)})
+    with_kl = config.model_copy(update={"kl": kl_of(kind, beta=0.3)})
     sequences = random_sequences(4, [3, 0, 5, 1])
     inputs, references = with_reference(sequences)
     sequences = [holding(sequence, part) for sequence, part in zip(sequences, references, strict=True)]
@@ -117,7 +119,7 @@ def test_where_the_policy_is_its_reference_only_k1_has_a_gradient():
     config = DAPO.model_copy(update={"aggregation": "token-mean"})
     for kind in ("k1", "k2", "k3", "unbiased"):
         gradients = []
-        for kl in (KLConfig(), KLConfig(kind=kind, beta=1.0)):
+        for kl in (NoKL(), kl_of(kind, beta=1.0)):
             leaf = inputs.logprobs.detach().clone().requires_grad_()
             here = dataclasses.replace(inputs, logprobs=leaf, reference_logprobs=leaf.detach())
             policy_loss(here, config.model_copy(update={"kl": kl}), denominators(sequences)).loss.backward()
@@ -129,14 +131,14 @@ def test_where_the_policy_is_its_reference_only_k1_has_a_gradient():
 def test_what_a_correction_takes_out_of_the_denominators_has_no_kl_and_what_it_drops_has():
     sequences = random_sequences(4, [4, 4], mismatch=1.0)
     inputs, references = with_reference(sequences)
-    kl = KLConfig(kind="k3", beta=1.0)
+    kl = KL(kind="k3", beta=1.0)
     for kind, counts in (("mis", "kept"), ("icepop", "all")):
         config = DAPO.model_copy(
-            update={"kl": kl, "correction": CorrectionConfig(kind=kind, low=0.8, high=1.25), "clip": ClipConfig()}
+            update={"kl": kl, "correction": correction_of(kind, low=0.8, high=1.25), "clip": MinClip()}
         )
         whole = kept_denominators(sequences, config) if kind == "mis" else denominators(sequences)
         outputs = policy_loss(inputs, config, whole)
-        without = policy_loss(inputs, config.model_copy(update={"kl": KLConfig()}), whole)
+        without = policy_loss(inputs, config.model_copy(update={"kl": NoKL()}), whole)
         masked = outputs.values.correction.masked.numpy()
         assert 0 < masked.sum() < len(masked)
         q_over_p = np.exp(np.concatenate(references) - np.concatenate([s.logprobs[s.mask] for s in sequences]))
@@ -146,6 +148,6 @@ def test_what_a_correction_takes_out_of_the_denominators_has_no_kl_and_what_it_d
 
 def test_a_kl_needs_its_reference():
     sequences = random_sequences(4, [3])
-    config = DAPO.model_copy(update={"kl": KLConfig(kind="k3", beta=1.0)})
+    config = DAPO.model_copy(update={"kl": KL(kind="k3", beta=1.0)})
     with pytest.raises(ValueError, match="needs reference_logprobs"):
         policy_loss(pack(sequences), config, denominators(sequences))

@@ -16,7 +16,9 @@ from objective_reference import (
     FAMILY,
     GRPO,
     GSPO,
+    correction_of,
     kept_denominators,
+    kl_of,
     pack,
     random_sequences,
     reference,
@@ -25,7 +27,7 @@ from objective_reference import (
 from test_objectives_gae import by_the_paper
 from test_objectives_value import by_the_formula, inputs_of
 
-from megatron_rl.config.schema import AdvantageConfig, CorrectionConfig, KLConfig, ObjectiveConfig
+from megatron_rl.config.switches import Gae, GroupAdvantage, ObjectiveConfig
 from megatron_rl.data.packing import PackedBatch
 from megatron_rl.data.packing import pack as pack_samples
 from megatron_rl.data.sample import Group, Prompt, Sample, Verdict
@@ -68,7 +70,7 @@ def same_as_the_reference(config: ObjectiveConfig, *, parts: int = 1, by_token: 
 
 def group_advantages_are_the_specifications() -> None:
     for std, right, wrong in (("population", 2.6458, -0.3780), ("sample", 2.4749, -0.3536)):
-        config = AdvantageConfig(std=std)
+        config = GroupAdvantage(std=std)
         found = advantages.group_advantages([1.0] + [0.0] * 7, config)
         np.testing.assert_allclose(found, [right] + [wrong] * 7, atol=5e-5)
 
@@ -89,7 +91,7 @@ def each_group_has_its_own_advantages() -> None:
         for g, rs in enumerate(rewards)
         for made in [with_observations()]
     ]
-    objective = ObjectiveConfig(advantage=AdvantageConfig(std="none"))
+    objective = ObjectiveConfig(advantage=GroupAdvantage(std="none"))
     config: Any = SimpleNamespace(objective=objective, rollout=SimpleNamespace(group_size=4))
     samples = train.with_advantages(groups, config)
     wanted = [reward - np.mean(rs) for rs in rewards for reward in rs]
@@ -104,7 +106,7 @@ def with_observations() -> Sample:
 def observations_are_skipped() -> None:
     """The generalised advantages of a response with a tool's output in its middle are those of its own tokens alone."""
     packed = pack_samples([with_observations()], [0.0])
-    config = AdvantageConfig(estimator="gae", gamma=0.9, gae_lambda=0.8)
+    config = Gae(gamma=0.9, gae_lambda=0.8)
     values = np.arange(packed.tokens) / 7
     estimate = packed_advantages._estimate(packed, [Outcome(0, 0, 1.0)], values, None, config)
     at = [1, 2, 6]  # one before each token that was generated
@@ -237,16 +239,16 @@ def correction_beside_the_ratio(patch: pytest.MonkeyPatch) -> None:
     """min(omega, C) times a ratio that is omega already."""
     real = corrections.truncated
 
-    def beside(tokens: Any, config: Any) -> Correction:
-        factor = corrections.log_mismatch(tokens, config).clamp(max=math.log(config.correction.high)).exp()
-        return dataclasses.replace(real(tokens, config), factor=factor)
+    def beside(tokens: Any, tis: Any, denominator: Any) -> Correction:
+        factor = corrections.log_mismatch(tokens, denominator, tis.level).clamp(max=math.log(tis.high)).exp()
+        return dataclasses.replace(real(tokens, tis, denominator), factor=factor)
 
-    patch.setitem(corrections.CORRECTIONS, "tis", beside)
+    patch.setattr(corrections, "truncated", beside)
 
 
 def mismatch_upside_down(patch: pytest.MonkeyPatch) -> None:
     real = corrections.log_mismatch
-    patch.setattr(corrections, "log_mismatch", lambda tokens, config: -real(tokens, config))
+    patch.setattr(corrections, "log_mismatch", lambda *given: -real(*given))
 
 
 def kl_reversed(patch: pytest.MonkeyPatch) -> None:
@@ -354,11 +356,11 @@ class Smaller:
 
 
 def with_correction(config: ObjectiveConfig, **correction: Any) -> ObjectiveConfig:
-    return config.model_copy(update={"correction": CorrectionConfig(**correction)})
+    return config.model_copy(update={"correction": correction_of(**correction)})
 
 
 def with_kl(kind: str) -> ObjectiveConfig:
-    return GRPO.model_copy(update={"kl": KLConfig(kind=kind, beta=0.3)})
+    return GRPO.model_copy(update={"kl": kl_of(kind, beta=0.3)})
 
 
 BYPASSED = with_correction(GRPO.model_copy(update={"denominator": "rollout"}), kind="tis", high=1.3)

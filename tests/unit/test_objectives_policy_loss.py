@@ -21,7 +21,7 @@ from objective_reference import (
     split,
 )
 
-from megatron_rl.config.schema import ClipConfig, KLConfig, ObjectiveConfig
+from megatron_rl.config.switches import MinClip, ObjectiveConfig, UnbiasedKL
 from megatron_rl.data.schedule import Denominators
 from megatron_rl.objectives.inputs import LossInputs
 from megatron_rl.objectives.policy_loss import policy_loss, sft_loss
@@ -58,7 +58,7 @@ def one_response(ratios, advantage, dtype=torch.float64):
 
 
 def test_gspo_ratio_of_the_specification():
-    unclipped = GSPO.model_copy(update={"clip": ClipConfig(low=0.5, high=0.5)})
+    unclipped = GSPO.model_copy(update={"clip": MinClip(low=0.5, high=0.5)})
     outputs = policy_loss(one_response([1.10, 0.95, 1.30, 0.90], 1.0), unclipped, Denominators(4, 1))
     assert outputs.loss.item() == pytest.approx(-1.0515, abs=5e-5)
     assert outputs.values.log_sequence_ratio.exp().item() == pytest.approx(1.0515, abs=5e-5)
@@ -78,7 +78,7 @@ def test_gspo_ratio_of_the_specification():
     ],
 )
 def test_clip_by_sign_of_the_advantage(ratio, advantage, objective, slope):
-    config = DAPO.model_copy(update={"clip": ClipConfig(low=0.2, high=0.28, dual=3.0)})
+    config = DAPO.model_copy(update={"clip": MinClip(low=0.2, high=0.28, dual=3.0)})
     inputs = one_response([ratio], advantage)
     outputs = policy_loss(inputs, config, Denominators(1, 1))
     outputs.loss.backward()
@@ -209,7 +209,7 @@ def test_denominators_of_each_micro_batch_would_be_seen():
 @given(seeds, some_lengths)
 def test_token_mean_is_sequence_mean_only_at_equal_lengths(seed, lengths):
     sequences = random_sequences(seed, lengths)
-    free = DAPO.model_copy(update={"clip": ClipConfig(low=0.99, high=99.0)})  # so that every token has a gradient
+    free = DAPO.model_copy(update={"clip": MinClip(low=0.99, high=99.0)})  # so that every token has a gradient
     by_token, token_gradient = loss_and_gradient(sequences, free)
     by_sequence, sequence_gradient = loss_and_gradient(
         sequences, free.model_copy(update={"aggregation": "seq-mean-token-mean"})
@@ -246,7 +246,7 @@ def test_gspo_token_is_gspo_in_value_clip_and_gradient(seed, lengths, aggregatio
 def test_gspo_gradient_is_that_of_the_paper():
     # mean_i s_i A_i (1/|y_i|) sum_t grad log pi, here with a clip that never acts.
     sequences = random_sequences(5, [4, 2, 7])
-    config = GSPO.model_copy(update={"clip": ClipConfig(low=0.9, high=9.0)})
+    config = GSPO.model_copy(update={"clip": MinClip(low=0.9, high=9.0)})
     _, gradient = loss_and_gradient(sequences, config)
     expected = []
     for sequence in sequences:
@@ -262,7 +262,7 @@ def test_gspo_gradient_is_that_of_the_paper():
 @settings(deadline=None, max_examples=20)
 @given(seeds, some_lengths, st.sampled_from(list(OBJECTIVES)), st.sampled_from([torch.float32, torch.float64]))
 def test_first_mini_batch_is_exact(seed, lengths, name, dtype):
-    config = OBJECTIVES[name].model_copy(update={"clip": ClipConfig(low=0.0, high=0.0)})
+    config = OBJECTIVES[name].model_copy(update={"clip": MinClip(low=0.0, high=0.0)})
     sequences = random_sequences(seed, lengths, drift=0.0)
     outputs, gradient = loss_and_gradient(sequences, config, dtype)
     clipping = outputs.values.clipping
@@ -311,7 +311,7 @@ def test_the_gradient_flows_through_the_policy_alone():
 
 @pytest.mark.parametrize("config", [*FAMILY.values(), GRPO], ids=str)
 def test_nothing_but_the_policys_log_probs_gets_a_gradient(config):
-    kl = KLConfig(kind="unbiased", beta=0.1)
+    kl = UnbiasedKL(beta=0.1)
     inputs = pack(random_sequences(3, [4, 2, 5], mismatch=0.3))
     others = ("old_logprobs", "rollout_logprobs", "advantages", "reference_logprobs", "router_shift")
     attached = {name: getattr(inputs, name) for name in others}

@@ -23,7 +23,7 @@ from objective_reference import (
 )
 from test_objectives_policy_loss import loss_and_gradient, one_response, token_keys
 
-from megatron_rl.config.schema import ClipConfig, ObjectiveConfig
+from megatron_rl.config.switches import MinClip, ObjectiveConfig
 from megatron_rl.data.schedule import Denominators
 from megatron_rl.lab.metrics import TRAINING, training_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
@@ -109,7 +109,7 @@ def test_with_advantages_by_token_it_is_the_papers(name):
 def test_gspo_token_parts_from_gspo_where_the_advantage_varies_within_a_response(seed, lengths, by_token):
     """All tokens of a response have one ratio, so value and clip agree; but each advantage pushes its own token."""
     sequences = random_sequences(seed, lengths, by_token=by_token)
-    for clip in (ClipConfig(low=0.9, high=9.0), ClipConfig(low=0.05, high=0.05)):
+    for clip in (MinClip(low=0.9, high=9.0), MinClip(low=0.05, high=0.05)):
         (gspo, whole), (token, own) = (
             loss_and_gradient(sequences, FAMILY[name].model_copy(update={"clip": clip}))
             for name in ("gspo", "gspo_token")
@@ -139,7 +139,7 @@ def test_on_policy_without_mismatch_the_gradient_is_that_of_the_weighted_advanta
 @pytest.mark.parametrize("name", FAMILY)
 def test_on_the_first_mini_batch_nothing_is_clipped(name, dtype):
     clip = FAMILY[name].clip
-    narrow = {key: 0.0 for key in ("low", "high") if getattr(clip, key) is not None}
+    narrow = {key: 0.0 for key in ("low", "high") if getattr(clip, key, None) is not None}
     config = FAMILY[name].model_copy(update={"clip": clip.model_copy(update=narrow), "denominator": "old"})
     outputs, gradient = loss_and_gradient(random_sequences(3, [4, 0, 7], drift=0.0), config, dtype)
     clipping = outputs.values.clipping
@@ -153,7 +153,7 @@ def test_on_the_first_mini_batch_nothing_is_clipped(name, dtype):
 def test_the_first_mini_batch_of_any_batch_is_exact(seed, lengths, name, by_token, dtype):
     """Whatever the mismatch with mu: every ratio is 1 and every clip fraction 0 to the last bit."""
     clip = FAMILY[name].clip
-    narrow = {key: 0.0 for key in ("low", "high") if getattr(clip, key) is not None}
+    narrow = {key: 0.0 for key in ("low", "high") if getattr(clip, key, None) is not None}
     config = FAMILY[name].model_copy(update={"clip": clip.model_copy(update=narrow), "denominator": "old"})
     sequences = random_sequences(seed, lengths, drift=0.0, mismatch=0.7, by_token=by_token)
     inputs = pack(sequences, dtype, padding=2)
@@ -281,15 +281,9 @@ def test_advantages_of_zero_leave_no_gradient(name):
     assert not gradient.any()
 
 
-def test_a_soft_gate_needs_its_temperatures():
-    config = ObjectiveConfig(clip=ClipConfig(kind="soft-gate", tau_positive=1.0))
-    with pytest.raises(ValueError, match="tau_positive and tau_negative are not set"):
-        policy_loss(one_response([1.0], 1.0), config, Denominators(1, 1))
-
-
 def test_without_bounds_nothing_is_clipped():
     sequences = random_sequences(5, [4, 6], drift=2.0)
-    config = ObjectiveConfig(clip=ClipConfig(low=None, high=None))
+    config = ObjectiveConfig(clip=MinClip(low=None, high=None))
     outputs, _ = loss_and_gradient(sequences, config)
     expected = -np.mean([(np.exp(s.logprobs - s.old)[s.mask] * s.advantage).mean() for s in sequences])
     assert outputs.loss.item() == pytest.approx(expected)
@@ -319,7 +313,7 @@ def per_token(seed, n, drift=0.05):
 def test_gspo_token_with_an_advantage_of_each_token(seed):
     """[2507.18071, section 4.3]: one ratio for the response, and each token's own advantage and gradient."""
     inputs, new, old, advantages = per_token(seed, 7)
-    clip = ClipConfig(low=0.01, high=0.02)
+    clip = MinClip(low=0.01, high=0.02)
     outputs = policy_loss(inputs, FAMILY["gspo_token"].model_copy(update={"clip": clip}), Denominators(7, 1))
     outputs.loss.backward()
     s = math.exp((new - old).mean())

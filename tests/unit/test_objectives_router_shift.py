@@ -8,14 +8,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from objective_reference import FAMILY, OBJECTIVES, pack, random_sequences
+from objective_reference import FAMILY, OBJECTIVES, clip_of, pack, random_sequences
 from test_objectives_policy_loss import one_response
 
-from megatron_rl.config.schema import ClipConfig, ObjectiveConfig
+from megatron_rl.config.switches import MinClip, ObjectiveConfig
 from megatron_rl.data.schedule import Denominators
 from megatron_rl.objectives.policy_loss import policy_loss
 
-OPEN = ClipConfig(low=None, high=None)
+OPEN = MinClip(low=None, high=None)
 MEAN = Denominators(2, 1)
 
 
@@ -82,14 +82,10 @@ def test_rspo_holds_each_token_before_the_mean():
 @pytest.mark.parametrize("kind", ["mask", "weight", "tapered"])
 def test_a_weight_is_shifted_too(kind):
     inputs = with_shift([0.9], -1.0, [0.95])
-    policy_loss(
-        inputs, ObjectiveConfig(clip=ClipConfig(kind=kind), router_shift=0.5), Denominators(1, 1)
-    ).loss.backward()
+    policy_loss(inputs, ObjectiveConfig(clip=clip_of(kind), router_shift=0.5), Denominators(1, 1)).loss.backward()
     assert inputs.logprobs.grad.item() == pytest.approx(0.9 * 0.95)
     inputs = with_shift([0.9], -1.0, [0.8])  # 0.72, under the band
-    policy_loss(
-        inputs, ObjectiveConfig(clip=ClipConfig(kind=kind), router_shift=0.5), Denominators(1, 1)
-    ).loss.backward()
+    policy_loss(inputs, ObjectiveConfig(clip=clip_of(kind), router_shift=0.5), Denominators(1, 1)).loss.backward()
     assert inputs.logprobs.grad.item() == pytest.approx(0.0 if kind == "mask" else 0.8)
 
 

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_rl.config.schema import AdvantageConfig, Config, RewardConfig
+from megatron_rl.config.schema import Config, RewardConfig
+from megatron_rl.config.switches import GroupAdvantage
 from megatron_rl.data.packing import pack_all
 from megatron_rl.data.sample import LOST, Group, Prompt, Sample, Verdict
 from megatron_rl.data.schedule import Denominators
@@ -36,7 +37,7 @@ def group(*verdicts: Verdict, index: int = 0) -> Group:
     return Group(index, PROMPT, tuple(samples))
 
 
-def config(advantage: AdvantageConfig) -> Config:
+def config(advantage: GroupAdvantage) -> Config:
     sections = {"objective": {"advantage": advantage.model_dump()}, "model": {"path": "/m"}, "data": {"train": "/d"}}
     return Config.model_validate({"run_dir": "/r", "train": {"steps": 1}, **sections})
 
@@ -47,7 +48,7 @@ MIXED = group(RIGHT, LOST, WRONG, LOST, RIGHT)
 @pytest.mark.parametrize("baseline", ["mean", "leave-one-out", "none"])
 @pytest.mark.parametrize("std", ["population", "sample", "none"])
 def test_advantages_are_those_of_the_group_without_it(baseline: str, std: str) -> None:
-    advantage = AdvantageConfig.model_validate({"baseline": baseline, "std": std})
+    advantage = GroupAdvantage.model_validate({"baseline": baseline, "std": std})
     found = with_advantages([MIXED, group(LOST, LOST, index=1)], config(advantage))
     expected = group_advantages([1.0, 0.25, 1.0], advantage)
     assert [sample.index for sample in found] == [0, 1, 2, 3, 4, 8, 9]
@@ -59,7 +60,7 @@ def test_a_penalised_group_is_as_without_it(monkeypatch: pytest.MonkeyPatch) -> 
     """With KL in the reward, rewards are compared after the forward passes (engine.packed_advantages)."""
     monkeypatch.setattr(packed_advantages, "_gather", lambda mine, _: [mine])
     place = SimpleNamespace(speaks_for_stage=True)
-    advantage = AdvantageConfig(baseline="mean", std="none")
+    advantage = GroupAdvantage(baseline="mean", std="none")
     found = {}
     for name, groups in (("with", without_lost([MIXED])), ("without", [group(RIGHT, LOST, WRONG, LOST, RIGHT)])):
         samples = [s for s in groups[0].samples if name == "with" or s.verdict != LOST]

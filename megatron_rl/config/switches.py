@@ -1,0 +1,198 @@
+"""The section `objective`: its switches, and the keys that each kind of a switch reads. Imports without torch.
+
+`clip`, `correction` and `kl` name their kind by `kind`, `advantage` by `estimator`. A later layer that names another
+kind replaces the section; a layer that names the same kind, or none, sets single keys.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megatron_rl.config.values import Frozen, Positive, PositiveInt
+
+LowBound = Annotated[float, Field(ge=0, lt=1)]
+HighBound = Annotated[float, Field(ge=0, le=1e6)]
+
+# ---- clip: what bounds the importance ratio w, and what is made of it -------------------------------------------
+
+
+class MinClip(Frozen):
+    """PPO's min(w A, clip(w) A) [1707.06347]."""
+
+    kind: Literal["min"] = "min"
+    low: LowBound | None = 0.2
+    """The band of w is 1 - low to 1 + high. The geometric ratio has its own band: -low to high of each token's log w_t.
+    Defaults to 0.2; null disables."""
+    high: HighBound | None = 0.2
+    """Defaults to 0.2; null disables."""
+    dual: Annotated[float, Field(gt=1, le=1e6)] | None = None
+    """Dual clip: w A is at least dual * A if A is negative. Defaults to null, which disables it."""
+
+
+class MaskClip(Frozen):
+    """MiniRL's mask [2512.01374]: drops a token if pi_theta/pi_old leaves the band in the direction of A."""
+
+    kind: Literal["mask"] = "mask"
+    low: LowBound | None
+    high: HighBound | None
+
+
+class WeightClip(Frozen):
+    """CISPO [2506.13585]: the bounded w is a weight without a gradient."""
+
+    kind: Literal["weight"] = "weight"
+    low: LowBound | None = None
+    """Defaults to null: no bound."""
+    high: HighBound | None = None
+
+
+class TaperedClip(Frozen):
+    """TOPR [2503.14286]: weight 1 if A is positive, else the bounded w without a gradient."""
+
+    kind: Literal["tapered"] = "tapered"
+    low: LowBound | None = None
+    """Defaults to null: no bound."""
+    high: HighBound | None = None
+
+
+class SoftGate(Frozen):
+    """SAPO's sigmoid of w [2511.20347], which has temperatures in place of bounds."""
+
+    kind: Literal["soft-gate"] = "soft-gate"
+    tau_positive: Positive
+    """Temperature if A is positive."""
+    tau_negative: Positive
+    """Temperature if A is zero or negative."""
+
+
+BandClip = MinClip | MaskClip | WeightClip | TaperedClip
+ClipConfig = Annotated[BandClip | SoftGate, Field(discriminator="kind")]
+
+# ---- advantage --------------------------------------------------------------------------------------------------
+
+
+class GroupAdvantage(Frozen):
+    """From the rewards of a prompt's responses."""
+
+    estimator: Literal["group"] = "group"
+    baseline: Literal["mean", "leave-one-out", "none"] = "mean"
+    """Subtracted from each reward: the group's mean, or the mean of the other responses, RLOO [2402.14740]."""
+    std: Literal["population", "sample", "none"] = "sample"
+    """Standard deviation of the group's rewards, by which the difference is divided."""
+
+
+class Gae(Frozen):
+    """By token, from the critic's values [1506.02438]. Needs the section `critic`."""
+
+    estimator: Literal["gae"] = "gae"
+    baseline: Literal["mean", "none"] = "mean"
+    """Subtracted from each token's advantage: the mean over the rollout batch."""
+    std: Literal["population", "sample", "none"] = "sample"
+    """Standard deviation over the rollout batch, by which the difference is divided."""
+    gamma: Annotated[float, Field(gt=0, le=1)]
+    """Discount."""
+    gae_lambda: Annotated[float, Field(ge=0, le=1)]
+
+
+AdvantageConfig = Annotated[GroupAdvantage | Gae, Field(discriminator="estimator")]
+
+# ---- correction of the mismatch between trainer and rollout engine ----------------------------------------------
+# rho = pi_old/mu scales a token's term. Under `denominator: rollout` the ratio is omega = pi_theta/mu, which holds rho
+# already: the correction only bounds it.
+
+
+class NoCorrection(Frozen):
+    kind: Literal["none"] = "none"
+
+
+class Tis(Frozen):
+    """Truncated importance sampling: a token's term times min(rho, high)."""
+
+    kind: Literal["tis"] = "tis"
+    level: Literal["token", "sequence"] = "token"
+    """rho of each token, or the product over the response."""
+    high: Positive
+
+
+class Mis(Frozen):
+    """A token's term times rho within low to high; others leave the loss and its denominators."""
+
+    kind: Literal["mis"] = "mis"
+    level: Literal["token", "sequence", "geometric"] = "token"
+    """rho of each token, the product over the response, or its geometric mean."""
+    low: Positive | None = None
+    """Defaults to null: no bound."""
+    high: Positive
+
+
+class IcePop(Frozen):
+    """A token's term times rho within low to high, else 0 [2510.18855]."""
+
+    kind: Literal["icepop"] = "icepop"
+    low: Positive
+    high: Positive
+
+
+class SequenceMask(Frozen):
+    """DeepSeek-V3.2's mask: 0 for a response with A < 0 whose mean log(mu/pi_theta) is over delta."""
+
+    kind: Literal["sequence-mask"] = "sequence-mask"
+    delta: Annotated[float, Field(ge=0, le=1e6)]
+
+
+CorrectionConfig = Annotated[NoCorrection | Tis | Mis | IcePop | SequenceMask, Field(discriminator="kind")]
+
+# ---- kl: KL(policy, pi_ref), estimated from the sampled tokens, times beta --------------------------------------
+
+
+class NoKL(Frozen):
+    kind: Literal["none"] = "none"
+
+
+class KL(Frozen):
+    """http://joschu.net/blog/kl-approx.html; k3 is GRPO's."""
+
+    kind: Literal["k1", "k2", "k3"]
+    place: Literal["loss", "reward"] = "loss"
+    """loss: KL of pi_theta, added to the loss, with a gradient; reward: KL of pi_old, taken off the reward."""
+    beta: Positive
+
+
+class UnbiasedKL(Frozen):
+    """k3 times pi_theta/pi_old (DeepSeek-V3.2), a ratio that is 1 when rewards are made."""
+
+    kind: Literal["unbiased"] = "unbiased"
+    place: Literal["loss"] = "loss"
+    beta: Positive
+
+
+KLConfig = Annotated[NoKL | KL | UnbiasedKL, Field(discriminator="kind")]
+
+
+class ObjectiveConfig(Frozen):
+    """The switches of an objective; a preset sets them (megatron_rl/config/presets)."""
+
+    ratio: Literal["token", "sequence", "sequence-token", "sequence-product", "geometric"] = "token"
+    """token: PPO, GRPO [2402.03300]; sequence: GSPO [2507.18071]; sequence-token: GSPO-token; sequence-product: TOPR
+    [2503.14286]; geometric: GMPO [2507.20673]."""
+    denominator: Literal["old", "rollout"] = "old"
+    """pi_old, recomputed by the trainer, or mu, the rollout engine's log-probs."""
+    clip: ClipConfig = MinClip()
+    aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant-length"] = (
+        "seq-mean-token-mean"
+    )
+    constant_length: PositiveInt | None = None
+    """Tokens by which the constant-length aggregation divides (Dr.GRPO [2503.20783]). Defaults to null, which the other
+    aggregations need."""
+    advantage: AdvantageConfig = GroupAdvantage()
+    correction: CorrectionConfig = NoCorrection()
+    kl: KLConfig = NoKL()
+    router_shift: Annotated[float, Field(gt=0, le=1)] | None = None
+    """RSPO [2510.23027]: each token's ratio is multiplied, before the clip, by how little the routers have moved for it
+    since pi_old, and by no less than this. Costs one more forward pass for each mini-batch. Defaults to null, which
+    disables it."""
+    custom: str | None = None
+    """A loss of one's own, `package.module:function`, called in place of objectives.policy_loss.policy_loss, with the
+    same arguments. Advantages, and denominators under a correction, are as without it."""

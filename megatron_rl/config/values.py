@@ -1,0 +1,23 @@
+"""The base class of every section, and the bounded numbers that several sections hold. Imports without torch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+# Upper bounds are far above what anyone needs, and below what overflows or runs for ever: a value beyond them is a
+# slip of the keyboard, which should not cost a night.
+LARGEST_INT = 2**31 - 1
+Positive = Annotated[float, Field(gt=0, le=1e6)]
+PositiveInt = Annotated[int, Field(ge=1, le=LARGEST_INT)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST_INT)]
+LearningRate = Annotated[float, Field(gt=0, le=100)]
+AdamBeta = Annotated[float, Field(ge=0, lt=1)]
+Reward = Annotated[float, Field(ge=-1e6, le=1e6)]
+Seconds = Annotated[float, Field(gt=0, le=30 * 24 * 3600)]
+MebiBytes = Annotated[int, Field(ge=1, le=2**20)]
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
