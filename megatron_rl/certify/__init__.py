@@ -19,6 +19,7 @@ from megatron_rl.config.layout import Layout, check_layout, parse_layout
 from megatron_rl.config.schema import EngineConfig
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture, read_architecture
+from megatron_rl.models.random_model import make_random_model
 
 GRID = ("tp=1", "tp=2", "pp=2", "pp=2,vpp=2", "cp=2", "ep=2", "dp=2", "tp=2,ep=2,etp=2", "cp=2,ep=2", "tp=2,pp=2,ep=2")
 RECOMPUTE = ("none", "full", "selective")
@@ -42,7 +43,7 @@ def run(
     with tempfile.TemporaryDirectory(prefix="megatron-rl-certify-") as scratch:
         if model is None:
             model = Path(scratch) / "model"
-            make_model(model)
+            make_random_model(model, VOCABULARY)
         elif _read(model).vocab_size < VOCABULARY:
             model = _with_vocabulary(model, Path(scratch) / "model")
         by_world = _by_world(model, layouts, EngineConfig(dtype=dtype, device=device))  # type: ignore[arg-type]
@@ -75,38 +76,6 @@ def _by_world(model: Path, layouts: Sequence[str], engine: EngineConfig) -> dict
             raise CertifyError(f"--layout {text}: " + "; ".join(problems))
         by_world.setdefault(layout.world_size, []).append(text)
     return by_world
-
-
-def make_model(directory: Path) -> None:
-    """A random Qwen3-MoE: 8 layers, the first of them dense, 16 experts, top-4, grouped-query attention."""
-    import torch
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    config = Qwen3MoeConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        moe_intermediate_size=32,
-        num_hidden_layers=8,
-        mlp_only_layers=[0],
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_experts=16,
-        num_experts_per_tok=4,
-        norm_topk_prob=True,
-        tie_word_embeddings=False,
-        initializer_range=0.1,
-        max_position_embeddings=128,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        Qwen3MoeForCausalLM(config).float().save_pretrained(directory)
 
 
 def _with_vocabulary(model: Path, directory: Path) -> Path:

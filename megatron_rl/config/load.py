@@ -26,6 +26,7 @@ from megatron_rl.config.sources import ConfigError, Tree, nearest, read_sources,
 from megatron_rl.config.switches import GroupAdvantage
 from megatron_rl.config.yaml12 import write_yaml
 from megatron_rl.models.architecture import Architecture, read_architecture
+from megatron_rl.models.registry import server_caveats
 
 C = TypeVar("C", Config, SftConfig)
 
@@ -298,12 +299,8 @@ def _check_servers(config: Config, arch: Architecture) -> Iterator[str]:
     servers = config.rollout.servers
     if config.rollout.replay_from is not None:
         return
-    if arch.num_experts and arch.dense_layers:
-        # SGLang 0.5.23 passes mlp_only_layers over: those layers would have experts with random weights.
-        yield (
-            f"model.path: layers {list(arch.dense_layers)} are dense, but SGLang's {arch.family} has experts in every "
-            "layer; such a model trains on saved rollouts only (rollout.replay_from)"
-        )
+    for caveat in server_caveats(arch):
+        yield f"model.path: {caveat}; such a model trains on saved rollouts only (rollout.replay_from)"
     for flag in flags_among(servers.extra_flags, tuple(TRAINERS_FLAGS)):
         yield f"rollout.servers.extra_flags: {flag} is not for you to set; {TRAINERS_FLAGS[flag]}"
     if servers.urls:

@@ -17,7 +17,8 @@ from megatron_rl.config.load import C, ConfigError, check_companions, check_conf
 from megatron_rl.config.schema import Config, SftConfig
 from megatron_rl.config.switches import NoKL
 from megatron_rl.data.arithmetic_task import PREFIX
-from megatron_rl.models.architecture import Architecture, ModelError, read_architecture
+from megatron_rl.models.architecture import Architecture, read_architecture
+from megatron_rl.models.fields import ModelError
 
 # Read by every rank, small, and decisive: which tokens a text has, and what the weights mean.
 _MODEL_TEXTS = ("*.json", "merges.txt", "*.model", "chat_template*")

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from megatron_rl.config.layout import Layout
 from megatron_rl.models.architecture import Architecture
-from megatron_rl.models.binding import ModelRanks, bind
-from megatron_rl.models.family import FAMILIES
+from megatron_rl.models.binding import ModelRanks, WeightNames, bind
+from megatron_rl.models.registry import weights_of
+from megatron_rl.models.shards import assemble
 from megatron_rl.models.weight import Weight
 
 DESTINATION = 0
@@ -27,22 +28,24 @@ def export_stream(
     chunks: Sequence[nn.Module],
     arch: Architecture,
     layout: Layout,
+    names: WeightNames,
     bucket_bytes: int,
     tensor_of: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter.data,
 ) -> Iterator[list[tuple[str, Tensor]]]:
     """Buckets of (Hugging Face name, whole tensor) on rank 0, empty lists elsewhere. Collective.
 
-    `chunks` are the rank's virtual stages, unwrapped; `tensor_of` gives what is exported for a parameter:
-    itself, or its gradient, of the parameter's shape and of one dtype throughout. Names come in the order
-    of the family's list under every layout. Rank 0 holds at most two buckets' bytes, other ranks one; a
-    bucket is larger than `bucket_bytes` only when a single weight is. Every rank must exhaust the stream.
+    `chunks` are the rank's virtual stages, unwrapped, and `names` those of their layers; `tensor_of` gives what is
+    exported for a parameter: itself, or its gradient, of the parameter's shape and of one dtype throughout. Tensors
+    come in the order of the model's list of weights under every layout. Rank 0 holds at most two buckets' bytes, other
+    ranks one; a bucket is larger than `bucket_bytes` only when a single weight is. Every rank must exhaust the
+    stream.
 
     Raises RuntimeError when stages are not cut as the layout says, or when ranks disagree on dtype or bucket size,
     and ValueError for what `bind` refuses.
     """
     rank = dist.get_rank()
-    slots = {slot.weight.name: slot for slot in bind(chunks, arch, model_ranks(layout, rank))}
-    weights = [weight for weight in FAMILIES[arch.family].weights(arch) if not weight.copy]
+    slots = {slot.weight.name: slot for slot in bind(chunks, arch, model_ranks(layout, rank), names)}
+    weights = [weight for weight in weights_of(arch) if not weight.copy]
     for weight in weights:
         if rank in holders(layout, weight, arch) and weight.name not in slots:
             raise RuntimeError(f"rank {rank} should hold {weight.name}; expected Megatron-Core's even pipeline split")
@@ -116,7 +119,7 @@ def _gather(
     tensors: list[tuple[str, Tensor]] = []
     for weight, holders in bucket:
         shards = [local(weight) if holder == DESTINATION else next(received[holder]) for holder in holders]
-        tensors += weight.assemble(shards)
+        tensors += assemble(weight, shards)
     return tensors
 
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_rl.errors import UserError
 
-FORMAT: Literal[3] = 3
+FORMAT: Literal[4] = 4
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -75,7 +75,7 @@ class State(_StrictModel):
 
 
 class Manifest(_StrictModel):
-    format: Literal[3]
+    format: Literal[4]
     layout: dict[str, int | str]
     identity: Identity
     files: list[ShardFile]

@@ -5,7 +5,7 @@ The packing itself, and the order of context parallelism, are made in megatron_r
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,34 +14,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_rl.data.packing import PackedBatch, cp_index
-
-
-@dataclass(frozen=True)
-class AttentionBatch:
-    """Sequences of similar length, as rows of one padded attention call.
-
-    queries [B, S_q] indexes this rank's tokens, keys [B, S_k] the tokens gathered over context parallelism; mask
-    [B, 1, S_q, S_k] is True where a query may look, None where plain causality says it all.
-    """
-
-    queries: Tensor
-    keys: Tensor
-    mask: Tensor | None
-
-
-@dataclass(frozen=True)
-class AttentionPlan:
-    """The calls, and for each of this rank's tokens the row of their concatenated output: order [T]."""
-
-    batches: tuple[AttentionBatch, ...]
-    order: Tensor
-
-
-@dataclass
-class PackedSequences(PackedSeqParams):
-    """Megatron-Core's description of packed sequences, with the plan that our own attention needs; None for another."""
-
-    attention: AttentionPlan | None = field(default=None, kw_only=True)
+from megatron_rl.engine.layers.provider import LayerProvider
 
 
 @dataclass(frozen=True)
@@ -51,77 +24,24 @@ class MicroBatch:
     token_ids: Tensor
     position_ids: Tensor
     labels: Tensor
-    sequences: PackedSequences
+    sequences: PackedSeqParams
     packed: PackedBatch
     gather_order: Tensor  # [T]: where each token of the whole batch is in the concatenation over cp ranks
 
 
-def micro_batch(
-    packed: PackedBatch, cp: int, cp_rank: int, device: torch.device, *, plan_attention: bool = True
-) -> MicroBatch:
-    """Cuts this rank's slice out of a packed micro-batch. `plan_attention` adds the plan that engine.layers needs: with
-    context parallelism it has masks of one byte per query and key, which Transformer Engine never reads."""
+def micro_batch(packed: PackedBatch, cp: int, cp_rank: int, device: torch.device, layers: LayerProvider) -> MicroBatch:
+    """Cuts this rank's slice out of a packed batch; `layers` say what their attention is told of it."""
     mine = cp_index(packed.cu_seqlens, cp, cp_rank)
     gathered = np.concatenate([cp_index(packed.cu_seqlens, cp, rank) for rank in range(cp)])
 
     def tensor(array: npt.NDArray[np.generic]) -> Tensor:
         return torch.as_tensor(array[mine].astype(np.int64), device=device).unsqueeze(0)
 
-    cu_seqlens = torch.as_tensor(packed.cu_seqlens.astype(np.int32), device=device)
-    longest = int(np.diff(packed.cu_seqlens).max())
     return MicroBatch(
         token_ids=tensor(packed.token_ids),
         position_ids=tensor(packed.position_ids),
         labels=tensor(packed.labels),
-        sequences=PackedSequences(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            cu_seqlens_q_padded=cu_seqlens,
-            cu_seqlens_kv_padded=cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-            attention=attention_plan(packed.cu_seqlens, cp, cp_rank, device) if plan_attention else None,
-        ),
+        sequences=layers.packed_sequences(packed.cu_seqlens, cp, cp_rank, device),
         packed=packed,
         gather_order=torch.as_tensor(np.argsort(gathered), device=device),
     )
-
-
-def attention_plan(cu_seqlens: npt.NDArray[np.integer], cp: int, cp_rank: int, device: torch.device) -> AttentionPlan:
-    """Plans attention by cu_seqlens, [S + 1], of the whole batch: sequences share a call if their lengths have the same
-    power of two."""
-    mine = cp_index(cu_seqlens, cp, cp_rank)
-    in_gathered = np.argsort(np.concatenate([cp_index(cu_seqlens, cp, rank) for rank in range(cp)]))
-    starts, lengths = cu_seqlens[:-1], np.diff(cu_seqlens)
-    local_starts = starts // cp
-    classes = np.frexp(lengths)[1]
-    batches = []
-    slot_of = np.empty(len(mine), dtype=np.int64)
-    slots = 0
-    for length_class in np.unique(classes):
-        members = np.flatnonzero(classes == length_class)
-        q_rows = _padded_ranges(local_starts[members], lengths[members] // cp)
-        k_rows = _padded_ranges(starts[members], lengths[members])
-        mask = None
-        if cp > 1:
-            q_position = mine[q_rows.clip(0)] - starts[members][:, None]
-            k_position = np.arange(k_rows.shape[1])
-            mask = torch.as_tensor(k_position <= q_position[:, :, None], device=device).unsqueeze(1)
-        real = q_rows >= 0
-        slot_of[q_rows[real]] = slots + np.flatnonzero(real)
-        slots += real.size
-        batches.append(
-            AttentionBatch(
-                queries=torch.as_tensor(q_rows.clip(0), device=device),
-                keys=torch.as_tensor(in_gathered[k_rows.clip(0)], device=device),
-                mask=mask,
-            )
-        )
-    return AttentionPlan(tuple(batches), torch.as_tensor(slot_of, device=device))
-
-
-def _padded_ranges(starts: npt.NDArray[np.integer], lengths: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
-    """[B, max length]: start, start + 1, ... per row, then -1."""
-    steps = np.arange(lengths.max())
-    return np.where(steps < lengths[:, None], starts[:, None] + steps, -1).astype(np.int64)

@@ -22,9 +22,11 @@ from megatron_rl.config.schema import EngineConfig, OptimConfig
 from megatron_rl.data.packing import PackedBatch
 from megatron_rl.engine.export import export_stream, model_ranks
 from megatron_rl.engine.grad_norms import grad_norms
+from megatron_rl.engine.layers.choice import choose_layers
+from megatron_rl.engine.megatron_config import transformer_config
 from megatron_rl.engine.micro_batch import MicroBatch, micro_batch
-from megatron_rl.engine.model import build_stages, transformer_config, uses_transformer_engine
 from megatron_rl.engine.optimizer import build_optimizer, optimizer_parts
+from megatron_rl.engine.stages import build_stages
 from megatron_rl.engine.step import LossFunction, forward_backward
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture, read_architecture
@@ -77,12 +79,16 @@ class Network:
         self.engine = engine
         self.device = device
         self.skipped = 0  # optimizer steps, of the whole run
-        config = transformer_config(self.arch, engine, layout)
+        self.layers = choose_layers(engine)
+        config = transformer_config(self.arch, engine, layout, fused_kernels=self.layers.fused_kernels)
         config.finalize_model_grads_func = finalize_model_grads
-        # Megatron-Core and Transformer Engine make most weights where they belong, but norms and routers on the CPU.
-        self.models = [model.to(device) for model in build_stages(self.arch, engine, layout, config, temperature)]
+        stages = build_stages(self.arch, engine, layout, config, self.layers, temperature)
+        # Most weights are made where they belong, but norms and routers on the CPU.
+        self.models = [model.to(device) for model in stages]
         with together(place.control):  # one rank's share may be damaged, and another's not
-            self.unused_weights = load_weights(list(self.models), self.arch, model_dir, model_ranks(layout, place.rank))
+            self.unused_weights = load_weights(
+                list(self.models), self.arch, model_dir, model_ranks(layout, place.rank), self.layers.weight_names
+            )
         self.stages: list[Any] = list(self.models)
         if frozen:
             for model in self.models:
@@ -109,8 +115,7 @@ class Network:
         return sum(p.numel() for model in self.models for p in model.parameters())
 
     def micro_batches(self, batches: Sequence[PackedBatch]) -> list[MicroBatch]:
-        plan = not uses_transformer_engine(self.engine)
-        return [micro_batch(b, self.layout.cp, self.place.cp, self.device, plan_attention=plan) for b in batches]
+        return [micro_batch(b, self.layout.cp, self.place.cp, self.device, self.layers) for b in batches]
 
     def accumulate(
         self, batches: Sequence[PackedBatch], loss: LossFunction, routing: RoutingPass | None = None
@@ -153,4 +158,6 @@ class Network:
         self, bucket_bytes: int, tensor_of: Callable[[torch.nn.Parameter], Tensor] = lambda p: p.data
     ) -> Iterator[list[tuple[str, Tensor]]]:
         """Buckets of (Hugging Face name, whole tensor) on rank 0, empty lists elsewhere."""
-        return export_stream(list(self.models), self.arch, self.layout, bucket_bytes, tensor_of)
+        return export_stream(
+            list(self.models), self.arch, self.layout, self.layers.weight_names, bucket_bytes, tensor_of
+        )

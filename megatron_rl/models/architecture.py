@@ -1,34 +1,32 @@
 """The architecture of a model, read from its Hugging Face config.json. Importable without torch.
 
-Every field of config.json is understood here, or is in the list of fields known not to matter, or is an
-error: a field passed over in silence would be a model trained as something that it is not.
+An Architecture lists features: what the forward pass computes and how large it is. The engine reads these. Which fields
+of config.json say so is common to most decoders (read_decoder), or stands in the family's own file.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_rl.errors import MissingFileError, UserError
+from megatron_rl.models.fields import Fields, read_json_object
+from megatron_rl.models.registry import MODULES, find_family
 
-Family = Literal["qwen3_moe", "qwen3"]
-
-_CAUSAL_LM: dict[Family, str] = {"qwen3_moe": "Qwen3MoeForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-VALUE_MODEL: dict[Family, str] = {"qwen3_moe": "Qwen3MoeForTokenClassification", "qwen3": "Qwen3ForTokenClassification"}
-"""What transformers calls a model with one number per token in place of the logits."""
-
-# Neither the weights nor what the forward pass computes depends on these.
-_NO_MATTER = frozenset(
-    {
+# Neither the weights nor what the forward pass computes depends on these, or not with these values.
+_INERT: dict[str, tuple[Any, ...]] = dict.fromkeys(
+    (
+        "_attn_implementation",
         "_attn_implementation_autoset",
         "_name_or_path",
         "attn_implementation",
+        "auto_map",
         "bos_token_id",
         "chunk_size_feed_forward",
         "dtype",
         "eos_token_id",
+        "finetuning_task",
         "id2label",
         "label2id",
         "max_window_layers",  # only where use_sliding_window is true, which is an error
@@ -36,71 +34,69 @@ _NO_MATTER = frozenset(
         "output_hidden_states",
         "output_router_logits",
         "pad_token_id",
+        "prefix",
         "problem_type",
         "return_dict",
         "router_aux_loss_coef",  # the run's engine.aux_loss_coefficient decides
+        "sep_token_id",
         "sliding_window",  # as max_window_layers
+        "task_specific_params",
         "tokenizer_class",
         "torch_dtype",
+        "torchscript",
         "transformers_version",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_bfloat16",
         "use_cache",
-    }
-)
+        # How transformers before 5 generates, which it wrote into some files.
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "decoder_start_token_id",
+        "diversity_penalty",
+        "do_sample",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "exponential_decay_length_penalty",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "length_penalty",
+        "max_length",
+        "min_length",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "output_scores",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict_in_generate",
+        "suppress_tokens",
+        "temperature",
+        "tf_legacy_loss",
+        "top_k",
+        "top_p",
+        "typical_p",
+    ),
+    (),
+) | {
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (None,),
+    "is_decoder": (False, True),
+    "mlp_bias": (False,),
+    "pretraining_tp": (1,),
+    "pruned_heads": ({}, None),
+    "tie_encoder_decoder": (False,),
+}
 
-
-MAX_SHOWN = 200
-"""Characters of a value in an error."""
-MAX_LISTED = 10
-MAX_INTEGER = 10**9
-LARGEST_NUMBER = 1e38  # that of float32, in round figures
-# Lists as long as these are made of a model's layers and experts; today's largest have 126 and 512.
-MAX_LAYERS, MAX_EXPERTS = 1_000, 4_096
-
-
-class ModelError(UserError, ValueError):
-    """A model directory that cannot be read as what its config.json says; names the file and the field or tensor."""
-
-
-class MissingModelError(ModelError, MissingFileError):
-    """A model directory, or a file that belongs in it, that is not there."""
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a model directory. Raises ModelError for anything else, and for a key given twice.
-
-    Raises MissingModelError when there is no such file.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=lambda pairs: _once(path, pairs))
-    except (FileNotFoundError, NotADirectoryError):
-        raise MissingModelError(f"{path} does not exist; expected a Hugging Face model directory with it") from None
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
-    except ModelError:
-        raise
-    except RecursionError:
-        raise ModelError(f"{path} is not valid JSON: nested too deep") from None
-    except ValueError as error:  # also text that is not UTF-8, and integers of thousands of digits
-        raise ModelError(f"{path} is not valid JSON: {str(error)[:MAX_SHOWN]}") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} must hold a JSON object; found a {type(content).__name__}")
-    return content
-
-
-def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ModelError(f"{path}: {twice[:MAX_SHOWN]} is given twice; keep one")
-    return content
+MAX_LAYERS = 1_000  # lists as long as this are made of a model's layers; today's deepest has 126
 
 
 @dataclass(frozen=True)
 class Architecture:
     """What config.json says of a model; widths are those of the whole model, not of one rank."""
 
-    family: Family
+    model_type: str  # names the file that maps its weights; only megatron_rl.models asks
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -111,13 +107,15 @@ class Architecture:
     rms_norm_eps: float
     rope_theta: float
     max_position_embeddings: int
+    qk_norm: bool  # a norm over each query head and each key head, before the rotation
     tied_embeddings: bool
     initializer_range: float
-    num_experts: int = 0  # 0: no layer has experts, and the next three are 0 and False
+    num_experts: int = 0  # 0: no layer has experts, and what follows on experts does not count
     experts_per_token: int = 0
     expert_hidden_size: int = 0
-    norm_topk_prob: bool = False
     dense_layers: tuple[int, ...] = ()  # 0-based numbers of the layers without experts; empty if num_experts is 0
+    router_scores: Literal["softmax"] = "softmax"  # what the router's logits become
+    pre_softmax: bool = False  # over all experts, unnormalised over those chosen; else over the chosen ones alone
     value_head: bool = False  # a critic: one number per token in place of the logits
 
     @property
@@ -130,86 +128,36 @@ class Architecture:
 
 
 def read_architecture(model_dir: Path, value_head: bool = False) -> Architecture:
-    """The architecture in model_dir/config.json. With `value_head` it is that of a critic, of which the directory of a
-    language model lacks no more than the head.
+    """Reads the architecture in model_dir/config.json; with `value_head` it is a critic's, whose directory may be that
+    of a language model.
 
     Raises MissingModelError when there is no such file, and ModelError, naming file, field and value, for a
     field that is missing, unknown, or asks for what this project does not compute.
     """
     path = Path(model_dir) / "config.json"
-    content = read_json_object(path)
-    return _architecture(_Fields(path, content), value_head)
+    fields = Fields(path, read_json_object(path))
+    model_type = fields.left.pop("model_type", None)
+    if not isinstance(model_type, str) or model_type not in MODULES:
+        raise fields.error("model_type", model_type, " or ".join(MODULES))
+    family = find_family(model_type)
+    with_head = [[family.VALUE_MODEL]] if value_head else []
+    fields.must_be("architectures", [family.CAUSAL_LM], *with_head, None)
+    architecture = family.read(fields)
+    fields.end({**_INERT, **family.INERT})
+    return dataclasses.replace(architecture, value_head=value_head)
 
 
-class _Fields:
-    """The fields of one JSON object; each is taken once, and what is left at the end was not understood."""
+def read_decoder(fields: Fields, model_type: str, *, qk_norm: bool, derives_head_dim: bool) -> Architecture:
+    """Takes what every pre-norm decoder with grouped-query attention, rotary positions and SwiGLU has: all but experts.
 
-    def __init__(self, path: Path, content: dict[str, Any], prefix: str = "") -> None:
-        self.path = path
-        self.left = dict(content)
-        self.prefix = prefix
-
-    def error(self, name: str, found: object, expected: str) -> ModelError:
-        return ModelError(f"{self.path}: {self.prefix}{name} is {_shown(repr(found))}; expected {expected}")
-
-    def _take(self, name: str, default: Any) -> Any:
-        if name in self.left:
-            return self.left.pop(name)
-        if default is None:
-            raise ModelError(f"{self.path}: {self.prefix}{name} is missing, and it has no safe default; add it")
-        return default
-
-    def integer(self, name: str, default: int | None = None, largest: int = MAX_INTEGER) -> int:
-        value = self._take(name, default)
-        if type(value) is not int or value < 1:
-            raise self.error(name, value, "an integer of at least 1")
-        if value > largest:
-            raise self.error(name, value, f"an integer of at most {largest}")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self._take(name, default)
-        if type(value) not in (int, float) or not 0 < value < LARGEST_NUMBER:
-            raise self.error(name, value, f"a number above 0 and below {LARGEST_NUMBER:g}")
-        return float(value)
-
-    def boolean(self, name: str, default: bool | None = None) -> bool:
-        value = self._take(name, default)
-        if type(value) is not bool:
-            raise self.error(name, value, "true or false")
-        return value
-
-    def must_be(self, name: str, *allowed: Any) -> None:
-        """Takes a field that may be absent, and otherwise has one of these values."""
-        value = self.left.pop(name, allowed[0])
-        if not any(type(value) is type(choice) and value == choice for choice in allowed):
-            choices = " or ".join(json.dumps(choice) for choice in allowed)
-            raise self.error(name, value, f"{choices}; no other value is supported")
-
-    def end(self) -> None:
-        unknown = {name: value for name, value in self.left.items() if name not in _NO_MATTER}
-        if unknown:
-            fields = [f"{self.prefix}{name} = {json.dumps(value)}" for name, value in unknown.items()]
-            listed = ", ".join(map(_shown, fields[:MAX_LISTED]))
-            listed += f" and {len(fields) - MAX_LISTED} more" if len(fields) > MAX_LISTED else ""
-            raise ModelError(
-                f"{self.path}: not understood: {listed}; if it changes nothing in the model, remove it there"
-            )
-
-
-def _shown(text: str) -> str:
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
-
-
-def _architecture(fields: _Fields, value_head: bool) -> Architecture:
-    family = _family(fields, value_head)
+    `derives_head_dim`: whether a missing head_dim means hidden_size / num_attention_heads. Raises ModelError.
+    """
     fields.must_be("hidden_act", "silu")
     fields.must_be("attention_bias", False)
     fields.must_be("attention_dropout", 0.0, 0)
     fields.must_be("use_sliding_window", False)
     fields.must_be("is_encoder_decoder", False)
     fields.must_be("quantization_config", None)
-
     num_layers = fields.integer("num_hidden_layers", largest=MAX_LAYERS)
     layer_types = fields.left.pop("layer_types", None)
     if layer_types not in (None, ["full_attention"] * num_layers):
@@ -219,12 +167,11 @@ def _architecture(fields: _Fields, value_head: bool) -> Architecture:
     num_kv_heads = fields.integer("num_key_value_heads")
     if num_heads % num_kv_heads:
         raise fields.error("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads = {num_heads}")
-    # transformers and SGLang both derive head_dim so for qwen3_moe; for qwen3 its absence would mean 128.
-    derived = hidden_size // num_heads if family == "qwen3_moe" and hidden_size % num_heads == 0 else None
-
-    moe = _moe(fields, num_layers) if family == "qwen3_moe" else {}
-    architecture = Architecture(
-        family=family,
+    if fields.left.get("head_dim", 0) is None:
+        del fields.left["head_dim"]
+    derived = hidden_size // num_heads if derives_head_dim and hidden_size % num_heads == 0 else None
+    return Architecture(
+        model_type=model_type,
         num_layers=num_layers,
         hidden_size=hidden_size,
         num_heads=num_heads,
@@ -235,49 +182,13 @@ def _architecture(fields: _Fields, value_head: bool) -> Architecture:
         rms_norm_eps=fields.number("rms_norm_eps"),
         rope_theta=_rope_theta(fields),
         max_position_embeddings=fields.integer("max_position_embeddings"),
+        qk_norm=qk_norm,
         tied_embeddings=fields.boolean("tie_word_embeddings"),
         initializer_range=fields.number("initializer_range", 0.02),
-        value_head=value_head,
-        **moe,
     )
-    fields.end()
-    return architecture
 
 
-def _family(fields: _Fields, value_head: bool) -> Family:
-    model_type = fields.left.pop("model_type", None)
-    for family, causal_lm in _CAUSAL_LM.items():
-        if model_type == family:
-            with_head = [[VALUE_MODEL[family]]] if value_head else []
-            fields.must_be("architectures", [causal_lm], *with_head, None)
-            return family
-    raise fields.error("model_type", model_type, " or ".join(_CAUSAL_LM))
-
-
-def _moe(fields: _Fields, num_layers: int) -> dict[str, Any]:
-    # transformers 5 writes num_local_experts, earlier versions num_experts.
-    names = [name for name in ("num_experts", "num_local_experts") if name in fields.left]
-    counts = {fields.integer(name, largest=MAX_EXPERTS) for name in names or ["num_experts"]}
-    if len(counts) > 1:
-        raise fields.error("num_experts", sorted(counts), "the same number as num_local_experts")
-    num_experts = counts.pop()
-    experts_per_token = fields.integer("num_experts_per_tok")
-    if experts_per_token > num_experts:
-        raise fields.error("num_experts_per_tok", experts_per_token, f"at most num_experts = {num_experts}")
-    step = fields.integer("decoder_sparse_step", 1)
-    mlp_only = fields.left.pop("mlp_only_layers", None) or []
-    if not isinstance(mlp_only, list) or any(type(n) is not int or not 0 <= n < num_layers for n in mlp_only):
-        raise fields.error("mlp_only_layers", mlp_only, f"a list of layer numbers from 0 to {num_layers - 1}")
-    return {
-        "num_experts": num_experts,
-        "experts_per_token": experts_per_token,
-        "expert_hidden_size": fields.integer("moe_intermediate_size"),
-        "norm_topk_prob": fields.boolean("norm_topk_prob"),
-        "dense_layers": tuple(n for n in range(num_layers) if n in mlp_only or (n + 1) % step),
-    }
-
-
-def _rope_theta(fields: _Fields) -> float:
+def _rope_theta(fields: Fields) -> float:
     """transformers 5 writes rope_parameters; earlier versions write rope_theta and rope_scaling."""
     thetas = [fields.number("rope_theta")] if "rope_theta" in fields.left else []
     for name in ("rope_parameters", "rope_scaling"):
@@ -286,10 +197,11 @@ def _rope_theta(fields: _Fields) -> float:
             continue
         if not isinstance(content, dict):
             raise fields.error(name, content, "an object, or null")
-        rope = _Fields(fields.path, content, prefix=f"{name}.")
+        rope = Fields(fields.path, content, prefix=f"{name}.")
         rope.must_be("rope_type", "default")
         rope.must_be("type", "default")
         rope.must_be("partial_rotary_factor", 1.0, 1)
+        rope.must_be("attention_factor", None)
         if "rope_theta" in rope.left:
             thetas.append(rope.number("rope_theta"))
         rope.end()

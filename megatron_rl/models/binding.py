@@ -1,30 +1,27 @@
 """Which parameter of this rank's stages holds which weight.
 
-Megatron-Core numbers layers and experts within a stage, Transformer Engine names some parameters otherwise,
-and the experts of `megatron_rl.engine.layers` are stacked. All of that is undone here, and only here.
+Megatron-Core numbers layers within a stage, and some layers name parameters otherwise, stack experts or number them
+within a rank. All of that is undone here; what a layer's own names mean is told by WeightNames.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from megatron_rl.models.architecture import Architecture
-from megatron_rl.models.family import FAMILIES
+from megatron_rl.models.registry import weights_of
 from megatron_rl.models.weight import Weight
 
-# Transformer Engine fuses a norm into the linear layer that follows it.
-_TRANSFORMER_ENGINE = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
+WeightNames = Callable[[str, range], Iterable[tuple[str, int | None]]]
+"""(a parameter's name within its layer, global numbers of the rank's experts) -> the weights that it holds: each one's
+name within the layer, with its global expert number, and its row if the parameter stacks experts, else None."""
+
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_STACKED = re.compile(r"mlp\.experts\.weight([12])")
-_PER_EXPERT = re.compile(r"mlp\.experts\.linear_fc([12])\.weight(\d+)")
 
 
 @dataclass(frozen=True)
@@ -56,14 +53,14 @@ class Slot:
         return tensor if self.index is None else tensor[self.index]
 
 
-def bind(chunks: Sequence[nn.Module], arch: Architecture, ranks: ModelRanks) -> list[Slot]:
-    """A slot for each weight that this rank holds a shard of, in the order of the family's list.
+def bind(chunks: Sequence[nn.Module], arch: Architecture, ranks: ModelRanks, names: WeightNames) -> list[Slot]:
+    """Returns a slot for each weight that this rank holds a shard of, in the order of the model's list.
 
-    `chunks` are the rank's virtual stages, unwrapped. Raises ValueError for a parameter that holds no known
-    weight or has another shape than the architecture and layout ask for, for a weight held twice, and for a
-    weight of a held layer that no parameter holds.
+    `chunks` are the rank's virtual stages, unwrapped; `names` are those of their layers. Raises ValueError for a
+    parameter that holds no known weight or has another shape than the architecture and layout ask for, for a weight
+    held twice, and for a weight of a held layer that no parameter holds.
     """
-    weights = {weight.name: weight for weight in FAMILIES[arch.family].weights(arch)}
+    weights = {weight.name: weight for weight in weights_of(arch)}
     if arch.num_experts % ranks.ep_size:
         raise ValueError(f"{arch.num_experts} experts do not divide over {ranks.ep_size} expert-parallel ranks")
     local_experts = arch.num_experts // ranks.ep_size
@@ -71,10 +68,10 @@ def bind(chunks: Sequence[nn.Module], arch: Architecture, ranks: ModelRanks) -> 
     slots: dict[str, Slot] = {}
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
-            for canonical, index in _canonical(chunk, name, experts):
+            for canonical, index in _canonical(chunk, name, experts, names):
                 weight = weights.get(canonical)
                 if weight is None or (weight.expert is not None and weight.expert not in experts):
-                    raise ValueError(f"parameter {name} ({canonical}) is no weight of this rank's {arch.family}")
+                    raise ValueError(f"parameter {name} ({canonical}) is no weight of this rank's {arch.model_type}")
                 if canonical in slots:
                     raise ValueError(f"parameter {name}: {canonical} is held twice on this rank")
                 slots[canonical] = Slot(weight, parameter, index)
@@ -102,20 +99,13 @@ def _check_complete(weights: dict[str, Weight], slots: dict[str, Slot], arch: Ar
             raise ValueError(f"no parameter of this rank's stages holds {name} ({weight.sources[0].name})")
 
 
-def _canonical(chunk: nn.Module, name: str, experts: range) -> Iterator[tuple[str, int | None]]:
-    """The global name or names of a stage's parameter, each with its row when experts are stacked."""
+def _canonical(chunk: nn.Module, name: str, experts: range, names: WeightNames) -> Iterator[tuple[str, int | None]]:
+    """Yields the global name or names of a stage's parameter, each with its row if experts are stacked."""
     in_layer = _LAYER.fullmatch(name)
     if in_layer is None:
         yield name, None
         return
     module: Any = chunk.get_submodule(f"decoder.layers.{in_layer[1]}")
     layer = f"decoder.layers.{module.layer_number - 1}"  # layer_number is global and counts from 1
-    rest = _TRANSFORMER_ENGINE.get(in_layer[2], in_layer[2])
-    if stacked := _STACKED.fullmatch(rest):
-        for index, expert in enumerate(experts):
-            yield f"{layer}.mlp.experts.linear_fc{stacked[1]}.weight{expert}", index
-    elif per_expert := _PER_EXPERT.fullmatch(rest):
-        expert = experts.start + int(per_expert[2])
-        yield f"{layer}.mlp.experts.linear_fc{per_expert[1]}.weight{expert}", None
-    else:
-        yield f"{layer}.{rest}", None
+    for rest, row in names(in_layer[2], experts):
+        yield f"{layer}.{rest}", row

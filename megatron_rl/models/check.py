@@ -6,8 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.models.architecture import MissingModelError, ModelError, read_architecture, read_json_object
-from megatron_rl.models.family import FAMILIES
+from megatron_rl.models.architecture import read_architecture
+from megatron_rl.models.fields import MissingModelError, ModelError, read_json_object
+from megatron_rl.models.registry import weights_of
 from megatron_rl.models.weights_io import TensorFiles, check_names
 
 
@@ -27,7 +28,7 @@ def check_weights(directory: Path, value_head: bool = False, *, values: bool = F
     files.check_listing()
     check_names(files, arch)
     held = set(files.names)
-    for source in (source for weight in FAMILIES[arch.family].weights(arch) for source in weight.sources):
+    for source in (source for weight in weights_of(arch) for source in weight.sources):
         if source.name not in held:
             continue  # check_names has let pass what may be absent
         files.check(source)

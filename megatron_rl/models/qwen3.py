@@ -2,84 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
-from megatron_rl.models.architecture import Architecture
-from megatron_rl.models.weight import (
-    COLUMNS,
-    GATE_UP,
-    REPLICATED,
-    VOCABULARY,
-    Family,
-    Source,
-    Weight,
-    grouped_qkv,
-)
+from megatron_rl.models import blocks
+from megatron_rl.models.architecture import Architecture, read_decoder
+from megatron_rl.models.fields import Fields
+from megatron_rl.models.weight import Weight
+
+MODEL_TYPE = "qwen3"
+CAUSAL_LM = "Qwen3ForCausalLM"
+VALUE_MODEL = "Qwen3ForTokenClassification"
+INERT: dict[str, tuple[Any, ...]] = {}
+UNUSED = (r".*\.rotary_emb\.inv_freq",)
+
+
+def read(fields: Fields) -> Architecture:
+    # Without head_dim transformers takes 128, and SGLang hidden_size / num_attention_heads.
+    return read_decoder(fields, MODEL_TYPE, qk_norm=True, derives_head_dim=False)
 
 
 def weights(arch: Architecture) -> list[Weight]:
-    layers = [w for n in range(arch.num_layers) for w in (*attention(arch, n), *dense_mlp(arch, n))]
-    return [*embedding(arch), *layers, *head(arch)]
+    return blocks.decoder(arch)
 
 
-def embedding(arch: Architecture) -> Iterator[Weight]:
-    source = Source("model.embed_tokens.weight", (arch.vocab_size, arch.hidden_size))
-    yield Weight("embedding.word_embeddings.weight", (source,), VOCABULARY, at="first")
-
-
-def attention(arch: Architecture, layer: int) -> Iterator[Weight]:
-    """The attention of a layer and both its norms."""
-    mcore, hf = f"decoder.layers.{layer}", f"model.layers.{layer}"
-    hidden = arch.hidden_size
-    q_rows, kv_rows = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-
-    def norm(name: str, hf_name: str, width: int) -> Weight:
-        return Weight(f"{mcore}.{name}.weight", (Source(f"{hf}.{hf_name}.weight", (width,)),), REPLICATED, layer)
-
-    yield norm("input_layernorm", "input_layernorm", hidden)
-    yield Weight(
-        f"{mcore}.self_attention.linear_qkv.weight",
-        (
-            Source(f"{hf}.self_attn.q_proj.weight", (q_rows, hidden)),
-            Source(f"{hf}.self_attn.k_proj.weight", (kv_rows, hidden)),
-            Source(f"{hf}.self_attn.v_proj.weight", (kv_rows, hidden)),
-        ),
-        grouped_qkv(arch.num_kv_heads),
-        layer,
-    )
-    yield norm("self_attention.q_layernorm", "self_attn.q_norm", arch.head_dim)
-    yield norm("self_attention.k_layernorm", "self_attn.k_norm", arch.head_dim)
-    yield Weight(
-        f"{mcore}.self_attention.linear_proj.weight",
-        (Source(f"{hf}.self_attn.o_proj.weight", (hidden, q_rows)),),
-        COLUMNS,
-        layer,
-    )
-    yield norm("pre_mlp_layernorm", "post_attention_layernorm", hidden)
-
-
-def dense_mlp(arch: Architecture, layer: int) -> Iterator[Weight]:
-    mcore, hf = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}.mlp"
-    ffn, hidden = arch.ffn_hidden_size, arch.hidden_size
-    gate_up = tuple(Source(f"{hf}.{name}_proj.weight", (ffn, hidden)) for name in ("gate", "up"))
-    yield Weight(f"{mcore}.linear_fc1.weight", gate_up, GATE_UP, layer)
-    down = Source(f"{hf}.down_proj.weight", (hidden, ffn))
-    yield Weight(f"{mcore}.linear_fc2.weight", (down,), COLUMNS, layer)
-
-
-def head(arch: Architecture) -> Iterator[Weight]:
-    norm = Source("model.norm.weight", (arch.hidden_size,))
-    yield Weight("decoder.final_layernorm.weight", (norm,), REPLICATED, at="last")
-    if arch.value_head:
-        for name, shape in (("weight", (1, arch.hidden_size)), ("bias", (1,))):
-            source = Source(f"score.{name}", shape)
-            yield Weight(f"output_layer.{name}", (source,), REPLICATED, at="last", optional=True)
-        return
-    # With tied embeddings a last stage that is not also the first keeps a copy of the embedding under this
-    # name.
-    name = "model.embed_tokens.weight" if arch.tied_embeddings else "lm_head.weight"
-    source = Source(name, (arch.vocab_size, arch.hidden_size))
-    yield Weight("output_layer.weight", (source,), VOCABULARY, at="last", copy=arch.tied_embeddings)
-
-
-FAMILY = Family(weights, unused=(r".*\.rotary_emb\.inv_freq",))
+def server_caveats(arch: Architecture) -> tuple[str, ...]:
+    return ()

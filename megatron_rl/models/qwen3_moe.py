@@ -2,32 +2,69 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
-from megatron_rl.models import qwen3
-from megatron_rl.models.architecture import Architecture
-from megatron_rl.models.weight import COLUMNS, GATE_UP, REPLICATED, Family, Source, Weight
+from megatron_rl.models import blocks
+from megatron_rl.models.architecture import Architecture, read_decoder
+from megatron_rl.models.fields import Fields
+from megatron_rl.models.weight import Weight
+
+MODEL_TYPE = "qwen3_moe"
+CAUSAL_LM = "Qwen3MoeForCausalLM"
+VALUE_MODEL = "Qwen3MoeForTokenClassification"
+INERT: dict[str, tuple[Any, ...]] = {
+    # Qwen3-Coder's config.json has these.
+    "qkv_bias": (False,),
+    "shared_expert_intermediate_size": (0,),
+    "use_qk_norm": (True,),
+}
+UNUSED = (r".*\.rotary_emb\.inv_freq",)
+
+MAX_EXPERTS = 4_096  # lists as long as this are made of a model's experts; today's widest has 512
+
+
+def read(fields: Fields) -> Architecture:
+    # transformers and SGLang both derive head_dim so.
+    decoder = read_decoder(fields, MODEL_TYPE, qk_norm=True, derives_head_dim=True)
+    num_experts = _num_experts(fields)
+    experts_per_token = fields.integer("num_experts_per_tok")
+    if experts_per_token > num_experts:
+        raise fields.error("num_experts_per_tok", experts_per_token, f"at most num_experts = {num_experts}")
+    return dataclasses.replace(
+        decoder,
+        num_experts=num_experts,
+        experts_per_token=experts_per_token,
+        expert_hidden_size=fields.integer("moe_intermediate_size"),
+        dense_layers=_dense_layers(fields, decoder.num_layers),
+        # Softmax over the chosen scores is softmax over all, then normalised over the chosen.
+        pre_softmax=not fields.boolean("norm_topk_prob"),
+    )
+
+
+def _num_experts(fields: Fields) -> int:
+    # transformers 5 writes num_local_experts, earlier versions num_experts.
+    names = [name for name in ("num_experts", "num_local_experts") if name in fields.left]
+    counts = {fields.integer(name, largest=MAX_EXPERTS) for name in names or ["num_experts"]}
+    if len(counts) > 1:
+        raise fields.error("num_experts", sorted(counts), "the same number as num_local_experts")
+    return counts.pop()
+
+
+def _dense_layers(fields: Fields, num_layers: int) -> tuple[int, ...]:
+    step = fields.integer("decoder_sparse_step", 1)
+    mlp_only = fields.left.pop("mlp_only_layers", None) or []
+    if not isinstance(mlp_only, list) or any(type(n) is not int or not 0 <= n < num_layers for n in mlp_only):
+        raise fields.error("mlp_only_layers", mlp_only, f"a list of layer numbers from 0 to {num_layers - 1}")
+    return tuple(n for n in range(num_layers) if n in mlp_only or (n + 1) % step)
 
 
 def weights(arch: Architecture) -> list[Weight]:
-    found = list(qwen3.embedding(arch))
-    for layer in range(arch.num_layers):
-        found += qwen3.attention(arch, layer)
-        found += experts(arch, layer) if arch.is_moe(layer) else qwen3.dense_mlp(arch, layer)
-    return [*found, *qwen3.head(arch)]
+    return blocks.decoder(arch)
 
 
-def experts(arch: Architecture, layer: int) -> Iterator[Weight]:
-    mcore, hf = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}.mlp"
-    ffn, hidden = arch.expert_hidden_size, arch.hidden_size
-    gate = Source(f"{hf}.gate.weight", (arch.num_experts, hidden))
-    yield Weight(f"{mcore}.router.weight", (gate,), REPLICATED, layer)
-    for expert in range(arch.num_experts):
-        own = f"{hf}.experts.{expert}"
-        gate_up = tuple(Source(f"{own}.{name}_proj.weight", (ffn, hidden)) for name in ("gate", "up"))
-        yield Weight(f"{mcore}.experts.linear_fc1.weight{expert}", gate_up, GATE_UP, layer, expert)
-        down = Source(f"{own}.down_proj.weight", (hidden, ffn))
-        yield Weight(f"{mcore}.experts.linear_fc2.weight{expert}", (down,), COLUMNS, layer, expert)
-
-
-FAMILY = Family(weights, qwen3.FAMILY.unused)
+def server_caveats(arch: Architecture) -> Iterator[str]:
+    if arch.dense_layers:
+        # SGLang 0.5.23 passes mlp_only_layers over: those layers would have experts with random weights.
+        yield f"layers {list(arch.dense_layers)} are dense, but SGLang's {MODEL_TYPE} has experts in every layer"

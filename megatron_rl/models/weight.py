@@ -1,20 +1,15 @@
 """One logical weight: its tensors in Hugging Face's files, its name in Megatron-Core, and how ranks share it.
 
-A sharding answers one question: which stretch of which Hugging Face tensor lies where in rank r's shard of n.
-Loading copies along these pieces from files into shards, exporting copies along the same pieces from shards
-into whole tensors, so there is no second description to disagree with the first.
+A sharding answers one question: which stretch of which Hugging Face tensor lies where in rank r's shard of n. Values
+are copied along these pieces in shards.py. Importable without torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
-
-import torch
-from torch import Tensor
-
-from megatron_rl.models.architecture import Architecture
 
 Shape = tuple[int, ...]
 
@@ -105,37 +100,5 @@ class Weight:
         return tuple(shape), pieces
 
     def elements(self) -> int:
-        """Of the whole weight, without padding."""
-        return sum(torch.Size(source.shape).numel() for source in self.sources)
-
-    @torch.no_grad()
-    def fill(self, shard: Tensor, read: Callable[[Source, int, int, int], Tensor], rank: int, size: int) -> None:
-        """Writes rank's shard of `size`; read(source, dim, start, length) gives a stretch of a source."""
-        shape, pieces = self.cut(rank, size)
-        if tuple(shard.shape) != shape:
-            raise ValueError(f"{self.name}: the shard has shape {tuple(shard.shape)}; expected {shape}")
-        dim = self.sharding.dim
-        if sum(piece.length for piece in pieces) < shape[dim]:
-            shard.zero_()
-        for piece in pieces:
-            stretch = read(self.sources[piece.source], dim, piece.start, piece.length)
-            shard.narrow(dim, piece.offset, piece.length).copy_(stretch)
-
-    @torch.no_grad()
-    def assemble(self, shards: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, whole tensor) of each source, from the shards of all ranks."""
-        dim = self.sharding.dim
-        whole = [shards[0].new_empty(source.shape) for source in self.sources]
-        for rank, shard in enumerate(shards):
-            for piece in self.cut(rank, len(shards))[1]:
-                stretch = shard.narrow(dim, piece.offset, piece.length)
-                whole[piece.source].narrow(dim, piece.start, piece.length).copy_(stretch)
-        return zip((source.name for source in self.sources), whole, strict=True)
-
-
-@dataclass(frozen=True)
-class Family:
-    """What one family of models declares."""
-
-    weights: Callable[[Architecture], list[Weight]]  # in the order in which they are exported
-    unused: tuple[str, ...]  # regular expressions for names of tensors that a checkpoint may have in excess
+        """Counts the whole weight, without padding."""
+        return sum(math.prod(source.shape) for source in self.sources)

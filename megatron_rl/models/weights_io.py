@@ -21,16 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from megatron_rl.errors import FileInTheWayError
-from megatron_rl.models.architecture import (
-    VALUE_MODEL,
-    Architecture,
-    MissingModelError,
-    ModelError,
-    read_architecture,
-    read_json_object,
-)
-from megatron_rl.models.binding import ModelRanks, Slot, bind
-from megatron_rl.models.family import FAMILIES
+from megatron_rl.models.architecture import Architecture, read_architecture
+from megatron_rl.models.binding import ModelRanks, Slot, WeightNames, bind
+from megatron_rl.models.fields import MissingModelError, ModelError, read_json_object
+from megatron_rl.models.registry import family_of, weights_of
+from megatron_rl.models.shards import fill
 from megatron_rl.models.weight import Shape, Source
 
 _INDEX = "model.safetensors.index.json"
@@ -155,23 +150,25 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 @torch.no_grad()
 def load_weights(
-    chunks: Sequence[nn.Module], arch: Architecture, model_dir: Path, ranks: ModelRanks
+    chunks: Sequence[nn.Module], arch: Architecture, model_dir: Path, ranks: ModelRanks, names: WeightNames
 ) -> tuple[str, ...]:
     """Fills every parameter of this rank's stages (unwrapped GPTModels), once, in the parameter's own dtype.
+
+    `names` are those of the stages' layers.
 
     Returns the names of tensors in the files that the model does not use, all of them known to be harmless.
     Raises ModelError naming parameter, tensor or file: for a missing, unknown or
     misshapen tensor, and for all that `bind` refuses.
     """
     files = TensorFiles(model_dir)
-    slots = bind(chunks, arch, ranks)
+    slots = bind(chunks, arch, ranks, names)
     unused = check_names(files, arch)
     for slot in slots:
         shard = slot.of(slot.parameter.data)
         if slot.weight.optional and slot.weight.sources[0].name not in files.names:
             shard.zero_()
         else:
-            slot.weight.fill(shard, files.read, *ranks.share(slot.weight))
+            fill(slot.weight, shard, files.read, *ranks.share(slot.weight))
     if "lm_head.weight" in unused and not arch.value_head:
         _check_stray_head(files, slots, ranks)
     return unused
@@ -179,19 +176,18 @@ def load_weights(
 
 def check_names(files: TensorFiles, arch: Architecture) -> tuple[str, ...]:
     """All tensors of the model, not only this rank's, so that every rank gives the same answer."""
-    family = FAMILIES[arch.family]
-    weights = family.weights(arch)
+    weights = weights_of(arch)
     wanted = {source.name for weight in weights for source in weight.sources}
     needed = {source.name for weight in weights if not weight.optional for source in weight.sources}
     if missing := sorted(needed.difference(files.names)):
         raise ModelError(f"{files.listing}: {_some(missing)} missing; config.json asks for it")
     excess = sorted(set(files.names) - wanted)
     no_head = arch.tied_embeddings or arch.value_head
-    harmless = [*family.unused, r"lm_head\.weight"] if no_head else family.unused
+    harmless = [*family_of(arch).UNUSED, *([r"lm_head\.weight"] if no_head else [])]
     unknown = [name for name in excess if not any(re.fullmatch(pattern, name) for pattern in harmless)]
     if unknown:
         raise ModelError(
-            f"{files.listing}: {_some(unknown)} has no place in the {arch.family} model of config.json; "
+            f"{files.listing}: {_some(unknown)} has no place in the {arch.model_type} model of config.json; "
             "remove it from the files, or correct config.json"
         )
     return tuple(excess)
@@ -249,17 +245,19 @@ def _copy_companions(source_dir: Path, target: Path, dtype: torch.dtype, arch: A
     changed: dict[str, Any] = {"torch_dtype" if "torch_dtype" in config else "dtype": str(dtype).removeprefix("torch.")}
     if arch.value_head:
         labels = {"id2label": {"0": "value"}, "label2id": {"value": 0}}
-        changed |= {"architectures": [VALUE_MODEL[arch.family]], **labels}
+        changed |= {"architectures": [family_of(arch).VALUE_MODEL], **labels}
     if any(config.get(field) != value for field, value in changed.items()):
         (target / "config.json").write_text(json.dumps({**config, **changed}, indent=2) + "\n")
 
 
 def _checked(tensors: Iterable[tuple[str, Tensor]], arch: Architecture) -> Iterable[tuple[str, Tensor]]:
-    weights = FAMILIES[arch.family].weights(arch)
+    weights = weights_of(arch)
     awaited = {source.name: source.shape for weight in weights for source in weight.sources}
     for name, tensor in tensors:
         if name not in awaited:
-            raise ModelError(f"{name} was to be saved, but is no tensor of this {arch.family} model, or came before")
+            raise ModelError(
+                f"{name} was to be saved, but is no tensor of this {arch.model_type} model, or came before"
+            )
         if (shape := awaited.pop(name)) != tuple(tensor.shape):
             raise ModelError(f"{name} was to be saved with shape {tuple(tensor.shape)}; expected {shape}")
         yield name, tensor

@@ -109,7 +109,7 @@ def sglang_command(options: ServerOptions, has_gpu: bool) -> tuple[list[str], di
         if options.first_gpu:
             flags["--base-gpu-id"] = str(options.first_gpu)
         if options.return_routed_experts or SERVER_FLAG in options.extra_flags:
-            # On sm100 SGLang 0.5.23 takes experts for Qwen3-MoE that choose by themselves, and records no route.
+            # On sm100 SGLang 0.5.23 may take experts that choose by themselves, and records no route.
             flags["--moe-runner-backend"] = "triton"
     module = "megatron_rl.rollout.sglang_cpu" if on_cpu else "megatron_rl.rollout.sglang_launch"
     arguments = [part for pair in flags.items() for part in pair]

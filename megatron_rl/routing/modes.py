@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_rl.config.schema import RoutingConfig
 from megatron_rl.routing.drift import OLD_POLICY, RERUN, ROLLOUT_OLD, RoutingStats
 from megatron_rl.routing.replay import Observer, Routers, RoutingPass, Tap
+from megatron_rl.routing.scores import router_logits
 from megatron_rl.routing.shift import RouterShift
 from megatron_rl.routing.slicing import RankRoutes
 
@@ -80,7 +81,7 @@ class MiniBatchRouting:
 
     def _router(self, routes: Sequence[RankRoutes] | None) -> Observer:
         def observe(index: int, tap: Tap, scores: Tensor, live: Tensor, used: Tensor) -> None:
-            logits = scores.log() if tap.pre_softmax else scores
+            logits = router_logits(tap, scores)
             replayed = None if routes is None else routes[index].present
             self.stats.observe_router(tap.layer, logits, used, live, replayed, self._valid[index])
 

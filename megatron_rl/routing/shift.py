@@ -23,6 +23,7 @@ from megatron_rl.config.layout import Layout
 from megatron_rl.data.packing import PackedBatch, rank_rows
 from megatron_rl.ranks.place import Place
 from megatron_rl.routing.replay import Tap
+from megatron_rl.routing.scores import router_logprobs
 from megatron_rl.routing.slicing import ids_dtype
 
 
@@ -45,13 +46,6 @@ class RouterShift:
         """An Observer, for pi_theta."""
         ids, old = self._old.pop((micro_batch, tap.layer))
         self.distances[micro_batch] += router_distance(router_logprobs(tap, scores).gather(1, ids.long()), old)
-
-
-def router_logprobs(tap: Tap, scores: Tensor) -> Tensor:
-    """[R, experts] fp32, over all experts, of the scores that a router chooses by."""
-    scores = scores.float()
-    # A probability that underflowed is as good as the smallest: the difference of two logs of 0 would be NaN.
-    return scores.clamp(min=torch.finfo(scores.dtype).tiny).log() if tap.pre_softmax else scores.log_softmax(-1)
 
 
 def router_distance(new: Tensor, old: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_model
 from transformers import AutoModelForTokenClassification
 
-from megatron_rl.models.architecture import ModelError, read_architecture
+from megatron_rl.models.architecture import read_architecture
+from megatron_rl.models.fields import ModelError
 
 ONE_RANK = ["tp=1"]
 TWO_RANKS = ["tp=2", "pp=2", "pp=2,vpp=2", "cp=2", "ep=2", "dp=2"]

@@ -18,7 +18,8 @@ from tiny_models import make_tiny_model
 
 from megatron_rl.config.schema import Device, EngineConfig
 from megatron_rl.engine.device import CPU_LAYER, ON_EVERY_DEVICE
-from megatron_rl.engine.model import uses_transformer_engine
+from megatron_rl.engine.layers.choice import choose_layers
+from megatron_rl.engine.layers.transformer_engine import TransformerEngineLayers
 
 LAYOUTS = {"all_to_all": "ep=2", "uneven_collectives": "tp=2,ep=2,etp=2", "to_cuda": "pp=2"}
 """Where an item is needed only under some parallelism."""
@@ -96,4 +97,5 @@ def test_transformer_engine_is_taken_on_a_gpu_only(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    assert uses_transformer_engine(EngineConfig(device=device, layers=layers)) is found
+    chosen = choose_layers(EngineConfig(device=device, layers=layers))
+    assert isinstance(chosen, TransformerEngineLayers) is found

@@ -21,6 +21,7 @@ from models_reference import (
     hf_tensors,
     moe_architecture,
     stage_module,
+    weight_names,
 )
 from safetensors.torch import load_file
 from tiny_models import make_tiny_model
@@ -73,7 +74,7 @@ def test_every_layout_exports_the_checkpoint_and_what_does_not_fit_is_refused(wo
 def two_ranks(rank: int, world: int, port: int, models: Path) -> None:
     join(rank, world, port)
     for arch, layout in CASES[world]:
-        check_stand_ins(arch, layout, bucket_bytes=2000)
+        check_stand_ins(arch, layout, weight_names(), bucket_bytes=2000)
     check_mutations_are_seen(rank)
     check_one_dtype(rank)
     dist.destroy_process_group()
@@ -82,7 +83,7 @@ def two_ranks(rank: int, world: int, port: int, models: Path) -> None:
 def four_ranks(rank: int, world: int, port: int, models: Path) -> None:
     join(rank, world, port)
     for number, (arch, layout) in enumerate(CASES[world]):
-        check_stand_ins(arch, layout, bucket_bytes=10**9 if number == 1 else 2000)
+        check_stand_ins(arch, layout, weight_names(), bucket_bytes=10**9 if number == 1 else 2000)
     for layout in ("tp=2,pp=2,ep=2", "pp=2,vpp=2,ep=2", "tp=2,ep=2,etp=2,dp=2"):
         check_engine(models / "qwen3_moe", layout)
     check_engine(models / "qwen3", "tp=2,pp=2")
@@ -133,12 +134,12 @@ def check_stand_ins(arch: Architecture, layout_text: str, bucket_bytes: int) -> 
     layout, place = start(layout_text)
     hf = hf_tensors(arch)
     stages = build(hf, arch, layout, place)
-    buckets = list(export_stream(stages, arch, layout, bucket_bytes))
+    buckets = list(export_stream(stages, arch, layout, weight_names(), bucket_bytes))
     # Gradients go the same way.
     for stage in stages:
         for parameter in stage.parameters():
             parameter.main_grad = -2 * parameter.data.double()
-    gradients = flat(export_stream(stages, arch, layout, bucket_bytes, lambda p: p.main_grad))
+    gradients = flat(export_stream(stages, arch, layout, weight_names(), bucket_bytes, lambda p: p.main_grad))
 
     count = torch.tensor([len(buckets), -len(buckets)])
     dist.all_reduce(count, op=dist.ReduceOp.MAX)
@@ -179,16 +180,16 @@ def check_ranks_that_do_not_fit(rank: int) -> None:
     layout, place = start("tp=2,pp=2,ep=2")
     stages = build(hf_tensors(MOE), MOE, layout, place)
     with pytest.raises(RuntimeError, match=f"ranks disagree: .* on rank {rank}"):
-        export_stream(stages, MOE, layout, 2000 + rank // 3)
+        export_stream(stages, MOE, layout, weight_names(), 2000 + rank // 3)
     odd = torch.bfloat16 if rank == 1 else torch.float32
     with pytest.raises(RuntimeError, match=f"ranks disagree: .* on rank {rank}"):
-        export_stream(stages, MOE, layout, 2000, lambda p: p.data.to(odd))
+        export_stream(stages, MOE, layout, weight_names(), 2000, lambda p: p.data.to(odd))
 
     if place.pp == 1:  # one layer here, three on the first stage
         shares = {"tp": (place.tp, 2), "ep": (place.ep, 2)}
         uneven = stage_module(chunk_parameters(hf_tensors(MOE), MOE, [3], **shares), [3])
         with pytest.raises(RuntimeError, match=rf"rank {rank} should hold decoder\.layers\.2\."):
-            export_stream([uneven], MOE, layout, 2000)
+            export_stream([uneven], MOE, layout, weight_names(), 2000)
 
 
 def check_another_order(rank: int) -> None:
@@ -225,7 +226,7 @@ def check_one_dtype(rank: int) -> None:
     def mixed(parameter: nn.Parameter) -> Tensor:
         return parameter.data.double() if parameter.dim() == 3 else parameter.data
 
-    stream = export_stream(stages, MOE, layout, 10**9, mixed)
+    stream = export_stream(stages, MOE, layout, weight_names(), 10**9, mixed)
     if rank == 0:  # the other is a duplicate
         with pytest.raises(RuntimeError, match=r"torch\.float64 tensor of shape .* expected torch\.float32"):
             list(stream)

@@ -26,7 +26,8 @@ from megatron_rl.data.schedule import Denominators
 from megatron_rl.engine.distribute import MiniBatch
 from megatron_rl.engine.packed_losses import PolicyLoss
 from megatron_rl.routing.replay import Tap
-from megatron_rl.routing.shift import RouterShift, router_distance, router_logprobs
+from megatron_rl.routing.scores import router_logprobs
+from megatron_rl.routing.shift import RouterShift, router_distance
 
 MOE_LAYERS, EXPERTS, TOP_K = (0, 2, 3), 8, 2
 

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from tiny_models import make_tiny_model
 
-from megatron_rl.certify import CertifyError, make_model, run
+from megatron_rl.certify import VOCABULARY, CertifyError, run
 from megatron_rl.certify.result import CertificateResult, CertificateSpec
 from megatron_rl.certify.samples import LENGTHS, make_trace, token_of
 from megatron_rl.models.architecture import read_architecture
+from megatron_rl.models.random_model import make_random_model
 from megatron_rl.rollout.server import free_ports
 
 TOKENS, MOE_LAYERS = sum(LENGTHS), 7
@@ -77,7 +78,7 @@ def test_it_holds_everywhere(layouts: list[str], recompute: str) -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("certify") / "model"
-    make_model(path)
+    make_random_model(path, VOCABULARY)
     return path
 
 

@@ -222,7 +222,7 @@ def test_another_model_is_refused(server: ForkServer, setting: Path, tmp_path: P
     before = contents(run_dir)
     for change, words in (
         ({"num_layers": 2}, "of another model than model.path: num_layers 1, not 2"),
-        ({"norm_topk_prob": False}, "of another model than model.path: norm_topk_prob True, not False"),
+        ({"norm_topk_prob": False}, "of another model than model.path: pre_softmax False, not True"),
         ({"seed": 1}, "of another model than model.path: model.safetensors differ"),
     ):
         shutil.rmtree(model)

@@ -27,7 +27,7 @@ MODEL_FIELDS = {
     "norm_topk_prob": True,
 }
 ARCHITECTURE = Architecture(
-    family="qwen3_moe",
+    model_type="qwen3_moe",
     num_layers=8,
     hidden_size=64,
     num_heads=8,
@@ -38,12 +38,12 @@ ARCHITECTURE = Architecture(
     rms_norm_eps=1e-6,
     rope_theta=10000.0,
     max_position_embeddings=4096,
+    qk_norm=True,
     tied_embeddings=False,
     initializer_range=0.02,
     num_experts=16,
     experts_per_token=2,
     expert_hidden_size=48,
-    norm_topk_prob=True,
 )
 
 RL = """\

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.binding import WeightNames
 
 
 def moe_architecture(**changes: object) -> Architecture:
     values: dict = {
-        "family": "qwen3_moe",
+        "model_type": "qwen3_moe",
         "num_layers": 4,
         "hidden_size": 12,
         "num_heads": 4,
@@ -28,12 +29,12 @@ def moe_architecture(**changes: object) -> Architecture:
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "max_position_embeddings": 64,
+        "qk_norm": True,
         "tied_embeddings": False,
         "initializer_range": 0.02,
         "num_experts": 4,
         "experts_per_token": 2,
         "expert_hidden_size": 4,
-        "norm_topk_prob": True,
         "dense_layers": (1,),
     }
     return Architecture(**{**values, **changes})
@@ -44,10 +45,9 @@ def dense_architecture(**changes: object) -> Architecture:
         "num_experts": 0,
         "experts_per_token": 0,
         "expert_hidden_size": 0,
-        "norm_topk_prob": False,
         "dense_layers": (),
     }
-    return moe_architecture(family="qwen3", **{**none, **changes})
+    return moe_architecture(model_type="qwen3", **{**none, **changes})
 
 
 def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
@@ -170,6 +170,15 @@ def _layer(own, arch, layer, tp, ep, etp, transformer_engine) -> dict[str, Tenso
         found["mlp.experts.weight1"] = torch.stack([fc1 for fc1, _ in pairs])
         found["mlp.experts.weight2"] = torch.stack([fc2 for _, fc2 in pairs])
     return found
+
+
+def weight_names(transformer_engine: bool = False) -> WeightNames:
+    """What a layer's parameters are called by the provider that chunk_parameters imitates."""
+    from megatron_rl.engine.layers.plain_torch import TorchLayers
+    from megatron_rl.engine.layers.transformer_engine import TransformerEngineLayers
+
+    provider = TransformerEngineLayers() if transformer_engine else TorchLayers()
+    return provider.weight_names
 
 
 def stage_module(parameters: dict[str, Tensor], layers: Iterable[int]) -> nn.Module:

@@ -186,11 +186,12 @@ class Table:
 
     def of(self, packed: Any) -> Any:
         """[T, 1], as the last stage gives it: of this rank's slice, gathered over context parallelism."""
+        from megatron_rl.engine.layers.plain_torch import TorchLayers
         from megatron_rl.engine.micro_batch import micro_batch
         from megatron_rl.engine.step import _whole
 
         place, layout = self._setting.place, self._setting.layout
-        batch = micro_batch(packed, layout.cp, place.cp, self._leaf.device)
+        batch = micro_batch(packed, layout.cp, place.cp, self._leaf.device, TorchLayers())
         return _whole(self._leaf[batch.labels[0]][:, None], batch)
 
     def of_all(self, batches: Any) -> list[Any]:

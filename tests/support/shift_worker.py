@@ -35,7 +35,7 @@ def main(old: Path, new: Path, out: Path, layouts: list[str]) -> None:
     def load(policy: Policy, model: Path) -> None:
         place, layout = policy.place, policy.layout
         ranks = ModelRanks(place.tp, layout.tp, place.ep, layout.ep, place.etp, layout.etp)
-        load_weights([stage.module for stage in policy.stages], policy.arch, model, ranks)
+        load_weights([stage.module for stage in policy.stages], policy.arch, model, ranks, policy.layers.weight_names)
 
     def shift(policy: Policy, batch: MiniBatch, mode: str, to: Path) -> list[torch.Tensor]:
         arch, place, layout = policy.arch, policy.place, policy.layout

@@ -55,13 +55,14 @@ def largest(values: list[Any]) -> float:
 
 def answer(model: Path, layout: Any, place: Any, provider: str) -> dict[str, Any]:
     """Log-probs and entropies, gradients, two updates' norms, and the weights after them; how far ranks that hold the
-    same expert weights are then apart; and whether micro-batches carry masks."""
+    same expert weights are then apart; and whether micro-batches carry an attention plan."""
     import numpy as np
     import torch
 
     from megatron_rl.config.schema import EngineConfig, OptimConfig
     from megatron_rl.data.packing import pack
     from megatron_rl.data.sample import Prompt, Sample
+    from megatron_rl.engine.layers.attention_plan import PlannedSequences
     from megatron_rl.engine.policy import Policy
 
     rng = np.random.default_rng(place.dp)
@@ -88,7 +89,7 @@ def answer(model: Path, layout: Any, place: Any, provider: str) -> dict[str, Any
         "norms": [update.grad_norms for update in updates],
         "weights": {name: w.clone() for part in policy.export(1 << 28) for name, w in part},
         "copies_apart": copies_apart(policy),
-        "attention_plans": [batch.sequences.attention is not None for batch in policy.micro_batches(batches)],
+        "attention_plans": [isinstance(batch.sequences, PlannedSequences) for batch in policy.micro_batches(batches)],
     }
 
 

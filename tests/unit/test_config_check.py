@@ -327,7 +327,7 @@ def test_dense_layers_that_a_server_would_ignore(tmp_path: Path) -> None:
 )
 def test_a_model_without_experts_has_no_routes(tmp_path: Path, override: str, key: str) -> None:
     dense = dataclasses.replace(
-        ARCHITECTURE, family="qwen3", num_experts=0, experts_per_token=0, expert_hidden_size=0, norm_topk_prob=False
+        ARCHITECTURE, model_type="qwen3", num_experts=0, experts_per_token=0, expert_hidden_size=0
     )
     check_config(rl(tmp_path, ""), dense, 1)
     with pytest.raises(ConfigError) as caught:

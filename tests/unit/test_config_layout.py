@@ -16,9 +16,7 @@ from megatron_rl.config.layout import Layout, LayoutError, check_layout, parse_l
 from megatron_rl.config.schema import EngineConfig, ParallelConfig
 from megatron_rl.config.show import MAX_RANKS, rank_experts, show_layout, stage_layers
 
-DENSE = replace(
-    ARCHITECTURE, family="qwen3", num_experts=0, experts_per_token=0, expert_hidden_size=0, norm_topk_prob=False
-)
+DENSE = replace(ARCHITECTURE, model_type="qwen3", num_experts=0, experts_per_token=0, expert_hidden_size=0)
 degrees = st.builds(ParallelConfig, **dict.fromkeys(("tp", "pp", "cp", "ep", "etp"), st.integers(1, 6)))
 
 

@@ -75,7 +75,7 @@ def manifest(step: int) -> Manifest:
 
     shard = ShardFile(name="rank-00000.pt", bytes=len(SHARD), sha256=hashlib.sha256(SHARD).hexdigest())
     cursor = {"seed": 7, "epoch": 0, "position": step}
-    return Manifest(format=3, layout=LAYOUT, identity=IDENTITY, files=[shard], state=State(step=step, cursor=cursor))
+    return Manifest(format=4, layout=LAYOUT, identity=IDENTITY, files=[shard], state=State(step=step, cursor=cursor))
 
 
 METRICS = b"".join(orjson.dumps({"step": s, "mini_batch": m, "loss": s / 7}) + b"\n" for s in (1, 2, 3) for m in (0, 1))
@@ -275,7 +275,7 @@ def test_a_manifest_of_an_older_format_is_refused_and_not_passed_over(tmp_path: 
     directory = tmp_path / "step-000003"
     directory.mkdir()
     (directory / "manifest.json").write_bytes(orjson.dumps({"format": 2, "layout": {}, "files": [], "state": {}}))
-    with pytest.raises(CheckpointError, match="format 2, this version reads 3") as error:
+    with pytest.raises(CheckpointError, match="format 2, this version reads 4") as error:
         read_manifest(directory)
     assert not isinstance(error.value, DamagedError)
 

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from tiny_models import make_tiny_model
 from transformers import AutoModelForCausalLM
 
-from megatron_rl.models.architecture import ModelError, read_architecture
+from megatron_rl.models.architecture import read_architecture
 from megatron_rl.models.check import check_weights
+from megatron_rl.models.fields import ModelError
 from megatron_rl.models.weight import Source
 from megatron_rl.models.weights_io import TensorFiles
 
@@ -35,7 +36,6 @@ FIELDS = {  # of config.json, and what they are called here
     "vocab_size": "vocab_size",
     "moe_intermediate_size": "expert_hidden_size",
     "num_experts_per_tok": "experts_per_token",
-    "norm_topk_prob": "norm_topk_prob",
     "tie_word_embeddings": "tied_embeddings",
     "rms_norm_eps": "rms_norm_eps",
 }
@@ -151,9 +151,9 @@ def check(directory: Path) -> str:
         assert len(message) < 3000
         return "refused"
     config = json.loads((directory / "config.json").read_text())
-    assert {name: config[name] for name in FIELDS if name in config} == {
-        name: getattr(arch, ours) for name, ours in FIELDS.items() if name in config
-    }
+    given = {name: value for name, value in config.items() if name in FIELDS and (name, value) != ("head_dim", None)}
+    assert given == {name: getattr(arch, FIELDS[name]) for name in given}
+    assert config["norm_topk_prob"] is not arch.pre_softmax
     listed = json.loads((directory / INDEX).read_text())["weight_map"]
     files = TensorFiles(directory)
     assert set(listed) >= set(hf_shapes(arch))

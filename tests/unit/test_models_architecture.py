@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.models.architecture import Architecture, ModelError, read_architecture
+from megatron_rl.models.architecture import Architecture, read_architecture
+from megatron_rl.models.fields import ModelError
 
 # As published for Qwen3-30B-A3B (written by transformers 4.51).
 MOE: dict = {
@@ -73,7 +74,7 @@ def read(directory: Path, base: dict, **changes: object) -> Architecture:
 
 def test_qwen3_30b_a3b(tmp_path):
     assert read(tmp_path, MOE) == Architecture(
-        family="qwen3_moe",
+        model_type="qwen3_moe",
         num_layers=48,
         hidden_size=2048,
         num_heads=32,
@@ -84,19 +85,21 @@ def test_qwen3_30b_a3b(tmp_path):
         rms_norm_eps=1e-6,
         rope_theta=1e6,
         max_position_embeddings=40960,
+        qk_norm=True,
         tied_embeddings=False,
         initializer_range=0.02,
         num_experts=128,
         experts_per_token=8,
         expert_hidden_size=768,
-        norm_topk_prob=True,
         dense_layers=(),
+        router_scores="softmax",
+        pre_softmax=False,
     )
 
 
 def test_dense(tmp_path):
     arch = read(tmp_path, DENSE)
-    assert (arch.family, arch.tied_embeddings, arch.num_experts) == ("qwen3", True, 0)
+    assert (arch.model_type, arch.tied_embeddings, arch.num_experts) == ("qwen3", True, 0)
     assert not arch.is_moe(0)
 
 
@@ -183,12 +186,88 @@ def test_refused(tmp_path, change, message):
     assert str(tmp_path / "config.json") in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"qkv_bias": False, "shared_expert_intermediate_size": 0, "use_qk_norm": True},  # Qwen3-Coder
+        {"unsloth_fixed": True, "unsloth_version": "2025.5.1"},
+        {"auto_map": {"AutoConfig": "configuration.Config"}},
+        {"pretraining_tp": 1, "mlp_bias": False, "_attn_implementation": "sdpa"},
+        {"head_dim": None, "hidden_size": 4096},
+        {
+            "rope_theta": ABSENT,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "attention_factor": None},
+        },
+        # What transformers 4 writes with use_diff=False.
+        {
+            "torchscript": False,
+            "pruned_heads": {},
+            "is_decoder": False,
+            "add_cross_attention": False,
+            "cross_attention_hidden_size": None,
+            "tie_encoder_decoder": False,
+            "use_bfloat16": False,
+            "max_length": 20,
+            "temperature": 1.0,
+            "top_k": 50,
+            "task_specific_params": None,
+            "finetuning_task": None,
+        },
+    ],
+)
+def test_fields_that_change_nothing_are_accepted(tmp_path, fields):
+    hidden_size = fields.get("hidden_size", MOE["hidden_size"])
+    assert read(tmp_path, MOE, **fields) == read(tmp_path, MOE, hidden_size=hidden_size)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("qkv_bias", True),
+        ("shared_expert_intermediate_size", 768),
+        ("use_qk_norm", False),
+        ("mlp_bias", True),
+        ("pretraining_tp", 2),
+        ("pruned_heads", {"0": [1]}),
+        ("add_cross_attention", True),
+    ],
+)
+def test_such_a_field_with_another_value_is_refused(tmp_path, field, value):
+    with pytest.raises(ModelError, match=rf"{field} is .*; expected .*no other value is supported"):
+        read(tmp_path, MOE, **{field: value})
+
+
+def test_a_familys_own_fields_are_not_every_familys(tmp_path):
+    with pytest.raises(ModelError, match="not understood: shared_expert_intermediate_size = 0"):
+        read(tmp_path, DENSE, shared_expert_intermediate_size=0)
+
+
+def test_the_whole_of_a_configuration_that_transformers_5_writes_is_read(tmp_path):
+    from transformers import Qwen3Config, Qwen3MoeConfig
+
+    for base, config in ((MOE, Qwen3MoeConfig), (DENSE, Qwen3Config)):
+        before = read(tmp_path, base)
+        (tmp_path / "config.json").write_text(config.from_pretrained(tmp_path).to_json_string(use_diff=False))
+        assert read_architecture(tmp_path) == before
+
+
+def test_a_refusal_shows_the_short_parts_of_an_object(tmp_path):
+    kept = [f"model.layers.{layer}.mlp.gate" for layer in range(200)]
+    with pytest.raises(ModelError) as caught:
+        read(tmp_path, MOE, quantization_config={"modules_to_not_convert": kept, "quant_method": "fp8"})
+    assert "quantization_config is {'quant_method': 'fp8', 'modules_to" in str(caught.value)
+    assert len(str(caught.value).removeprefix(str(tmp_path))) < 250
+
+
 def test_a_dense_model_refuses_the_fields_of_experts_and_needs_head_dim(tmp_path):
     with pytest.raises(ValueError, match="not understood: num_experts = 8"):
         read(tmp_path, DENSE, num_experts=8)
     with pytest.raises(ValueError, match="head_dim is missing"):
         read(tmp_path, DENSE, head_dim=ABSENT)
+    with pytest.raises(ValueError, match="head_dim is missing"):
+        read(tmp_path, DENSE, head_dim=None)
     assert read(tmp_path, MOE, head_dim=ABSENT).head_dim == 64
+    assert read(tmp_path, MOE, head_dim=None).head_dim == 64
 
 
 def test_no_file_and_no_json(tmp_path):

@@ -17,6 +17,7 @@ from models_reference import (
     hf_tensors,
     moe_architecture,
     stage_module,
+    weight_names,
 )
 from torch import Tensor, nn
 
@@ -25,7 +26,8 @@ from megatron_rl.config.schema import ParallelConfig
 from megatron_rl.engine.export import holders, model_ranks
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.binding import ModelRanks, bind
-from megatron_rl.models.family import FAMILIES
+from megatron_rl.models.registry import family_of, weights_of
+from megatron_rl.models.shards import assemble, fill
 from megatron_rl.models.weight import COLUMNS, GATE_UP, VOCABULARY, Piece, grouped_qkv
 
 
@@ -47,8 +49,9 @@ def fill_rank(
         )
         expected.append(parameters)
         chunks.append(stage_module({n: torch.full_like(t, math.nan) for n, t in parameters.items()}, layers))
-    for slot in bind(chunks, arch, ranks):
-        slot.weight.fill(
+    for slot in bind(chunks, arch, ranks, weight_names(transformer_engine)):
+        fill(
+            slot.weight,
             slot.of(slot.parameter.data),
             lambda source, dim, start, length: hf[source.name].narrow(dim, start, length),
             *ranks.share(slot.weight),
@@ -102,13 +105,14 @@ def test_every_layout_holds_the_reference_and_gives_the_checkpoint_back(case, tr
     for rank in range(layout.world_size):
         chunks, expected = fill_rank(hf, arch, layout, rank, transformer_engine)
         assert differs(chunks, expected) == []
-        ranks.append({slot.weight.name: slot for slot in bind(chunks, arch, model_ranks(layout, rank))})
+        slots = bind(chunks, arch, model_ranks(layout, rank), weight_names(transformer_engine))
+        ranks.append({slot.weight.name: slot for slot in slots})
 
     exported: list[tuple[str, Tensor]] = []
-    for weight in FAMILIES[arch.family].weights(arch):
+    for weight in weights_of(arch):
         if not weight.copy:
             slots = [ranks[holder][weight.name] for holder in holders(layout, weight, arch)]
-            exported += weight.assemble([slot.of(slot.parameter.data) for slot in slots])
+            exported += assemble(weight, [slot.of(slot.parameter.data) for slot in slots])
     assert [name for name, _ in exported] == list(hf)
     assert all(torch.equal(tensor, hf[name]) for name, tensor in exported)
 
@@ -116,10 +120,11 @@ def test_every_layout_holds_the_reference_and_gives_the_checkpoint_back(case, tr
 @pytest.mark.parametrize("mutation", ["q and k", "gate and up", "two experts", "two layers' routers"])
 def test_a_swap_is_seen(monkeypatch, mutation):
     arch = moe_architecture(num_heads=2)  # q and k have the same shape
-    family = FAMILIES[arch.family]
+    family = family_of(arch)
+    original = family.weights
 
     def mutated(arch: Architecture) -> list:
-        weights = family.weights(arch)
+        weights = original(arch)
         names = {weight.name: i for i, weight in enumerate(weights)}
         layer = "decoder.layers.2"
         first, second = {
@@ -142,7 +147,7 @@ def test_a_swap_is_seen(monkeypatch, mutation):
 
     layout = Layout.resolve(ParallelConfig(), 1)
     assert differs(*fill_rank(hf_tensors(arch), arch, layout, 0, False)) == []
-    monkeypatch.setitem(FAMILIES, arch.family, dataclasses.replace(family, weights=mutated))
+    monkeypatch.setattr(family, "weights", mutated)
     assert differs(*fill_rank(hf_tensors(arch), arch, layout, 0, False)) != []
 
 
@@ -163,10 +168,7 @@ def test_pieces_by_hand():
 @pytest.mark.parametrize("arch", [moe_architecture(), dense_architecture(tied_embeddings=True)])
 def test_the_family_lists_the_checkpoint_in_order(arch):
     listed = [
-        (source.name, source.shape)
-        for weight in FAMILIES[arch.family].weights(arch)
-        if not weight.copy
-        for source in weight.sources
+        (source.name, source.shape) for weight in weights_of(arch) if not weight.copy for source in weight.sources
     ]
     assert listed == list(hf_shapes(arch).items())
 
@@ -177,14 +179,14 @@ def test_the_family_lists_the_checkpoint_in_order(arch):
 )
 def test_what_does_not_divide_is_named(name, size):
     arch = dense_architecture(ffn_hidden_size=10)
-    weights = {weight.name: weight for weight in FAMILIES["qwen3"].weights(arch)}
+    weights = {weight.name: weight for weight in weights_of(arch)}
     with pytest.raises(ValueError, match=rf"layers\.0\.{name}\.weight: .* {size} shards; choose"):
         weights[f"decoder.layers.0.{name}.weight"].cut(0, size)
 
 
 def test_experts_that_do_not_divide_are_named():
     with pytest.raises(ValueError, match="4 experts do not divide over 3"):
-        bind([], moe_architecture(), ModelRanks(ep_size=3))
+        bind([], moe_architecture(), ModelRanks(ep_size=3), weight_names())
 
 
 def bad_stages(change) -> list[nn.Module]:
@@ -222,7 +224,7 @@ def bad_stages(change) -> list[nn.Module]:
 )
 def test_a_stage_that_does_not_fit_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        bind(bad_stages(change), moe_architecture(), ModelRanks())
+        bind(bad_stages(change), moe_architecture(), ModelRanks(), weight_names())
 
 
 def test_another_ranks_expert_is_refused():
@@ -230,12 +232,12 @@ def test_another_ranks_expert_is_refused():
     parameters = chunk_parameters(hf_tensors(arch), arch, range(4), ep=(0, 2), transformer_engine=True)
     parameters["decoder.layers.0.mlp.experts.linear_fc1.weight2"] = torch.zeros(8, 12)
     with pytest.raises(ValueError, match=r"linear_fc1\.weight2 .* is no weight of this rank"):
-        bind([stage_module(parameters, range(4))], arch, ModelRanks(ep_size=2))
+        bind([stage_module(parameters, range(4))], arch, ModelRanks(ep_size=2), weight_names(True))
 
 
 def test_layers_are_numbered_by_layer_number_and_not_by_place():
     arch = moe_architecture(dense_layers=())
     stage = stage_module(chunk_parameters(hf_tensors(arch), arch, [2, 3]), [2, 3])
-    names = [slot.weight.name for slot in bind([stage], arch, ModelRanks())]
+    names = [slot.weight.name for slot in bind([stage], arch, ModelRanks(), weight_names())]
     assert names[0] == "decoder.layers.2.input_layernorm.weight"
     assert names[-1] == "output_layer.weight"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models_reference import TINY, chunk_parameters, hf_shapes, stage_module
+from models_reference import TINY, chunk_parameters, hf_shapes, stage_module, weight_names
 from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_model
 from torch import Tensor, nn
@@ -18,9 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rl.errors import UserError
 from megatron_rl.models import weights_io
-from megatron_rl.models.architecture import Architecture, ModelError, read_architecture
+from megatron_rl.models.architecture import Architecture, read_architecture
 from megatron_rl.models.binding import ModelRanks, bind
 from megatron_rl.models.check import check_files, check_model, check_weights
+from megatron_rl.models.fields import ModelError
+from megatron_rl.models.shards import assemble
 from megatron_rl.models.weight import Source
 from megatron_rl.models.weights_io import TensorFiles, load_weights, save_weights
 
@@ -69,8 +71,8 @@ def empty_stage(arch: Architecture, layers=None, dtype=torch.float32, **ranks) -
 
 def whole(stage: nn.Module, arch: Architecture) -> list[tuple[str, Tensor]]:
     """What an export of a single rank gives."""
-    slots = bind([stage], arch, ModelRanks())
-    return [pair for s in slots for pair in s.weight.assemble([s.of(s.parameter.data)])]
+    slots = bind([stage], arch, ModelRanks(), weight_names())
+    return [pair for s in slots for pair in assemble(s.weight, [s.of(s.parameter.data)])]
 
 
 def edit(directory: Path, change) -> None:
@@ -86,7 +88,7 @@ def edit(directory: Path, change) -> None:
 def test_loads_what_transformers_saved(tmp_path, sharded):
     directory, arch = make_sharded(tmp_path / "hf") if sharded else make(tmp_path / "hf", "qwen3_moe")
     stage = empty_stage(arch)
-    assert load_weights([stage], arch, directory, ModelRanks()) == ()
+    assert load_weights([stage], arch, directory, ModelRanks(), weight_names()) == ()
     expected = chunk_parameters(files_of(directory), arch, range(arch.num_layers))
     for name, parameter in stage.named_parameters():
         assert torch.equal(parameter, expected[name]), name
@@ -107,7 +109,7 @@ def test_a_rank_reads_only_its_share(moe, monkeypatch):
     shares = {"tp": (1, 2), "ep": (1, 2), "etp": (0, 2)}
     ranks = ModelRanks(tp_rank=1, tp_size=2, ep_rank=1, ep_size=2, etp_rank=0, etp_size=2)
     stages = [empty_stage(arch, [layer], **shares) for layer in (0, 3)]  # two virtual stages
-    load_weights(stages, arch, directory, ranks)
+    load_weights(stages, arch, directory, ranks, weight_names())
     tensors = files_of(directory)
     for stage, layers in zip(stages, ([0], [3]), strict=True):
         for name, tensor in chunk_parameters(tensors, arch, layers, **shares).items():
@@ -121,10 +123,10 @@ def test_values_are_cast_to_the_parameters_dtype(moe):
     directory, arch = moe
     edit(directory, lambda t: t.update({name: tensor.bfloat16() for name, tensor in t.items()}))
     stage = empty_stage(arch)
-    load_weights([stage], arch, directory, ModelRanks())
+    load_weights([stage], arch, directory, ModelRanks(), weight_names())
     assert {p.dtype for p in stage.parameters()} == {torch.float32}
     half = empty_stage(arch, dtype=torch.bfloat16)
-    load_weights([half], arch, directory, ModelRanks())
+    load_weights([half], arch, directory, ModelRanks(), weight_names())
     for name, parameter in half.named_parameters():
         assert parameter.dtype == torch.bfloat16
         assert torch.equal(parameter.float(), stage.get_parameter(name)), name
@@ -133,7 +135,7 @@ def test_values_are_cast_to_the_parameters_dtype(moe):
 def test_the_last_stage_of_a_tied_model_gets_the_embedding(tied):
     directory, arch = tied
     last = empty_stage(arch, [3], tp=(1, 2))
-    load_weights([last], arch, directory, ModelRanks(tp_rank=1, tp_size=2))
+    load_weights([last], arch, directory, ModelRanks(tp_rank=1, tp_size=2), weight_names())
     embedding = files_of(directory)["model.embed_tokens.weight"]
     assert torch.equal(last.output_layer.weight[:18], embedding[19:])
     assert torch.equal(last.output_layer.weight[18], torch.zeros(16))
@@ -169,7 +171,7 @@ def test_tensors_that_do_not_fit_are_named(moe, change, message):
     directory, arch = moe
     edit(directory, change)
     with pytest.raises(ValueError, match=message) as caught:
-        load_weights([empty_stage(arch)], arch, directory, ModelRanks())
+        load_weights([empty_stage(arch)], arch, directory, ModelRanks(), weight_names())
     assert "model.safetensors" in str(caught.value)
 
 
@@ -177,23 +179,23 @@ def test_known_unused_tensors_are_returned(moe):
     directory, arch = moe
     extra = "model.layers.0.self_attn.rotary_emb.inv_freq"
     edit(directory, lambda t: t.update({extra: torch.zeros(4)}))
-    assert load_weights([empty_stage(arch)], arch, directory, ModelRanks()) == (extra,)
+    assert load_weights([empty_stage(arch)], arch, directory, ModelRanks(), weight_names()) == (extra,)
 
 
 def test_a_stray_output_layer_must_be_the_tied_embedding(tied):
     directory, arch = tied
     edit(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
-    assert load_weights([empty_stage(arch)], arch, directory, ModelRanks()) == ("lm_head.weight",)
+    assert load_weights([empty_stage(arch)], arch, directory, ModelRanks(), weight_names()) == ("lm_head.weight",)
     edit(directory, lambda t: t["lm_head.weight"][36].add_(1))
     with pytest.raises(ValueError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
-        load_weights([empty_stage(arch)], arch, directory, ModelRanks())
+        load_weights([empty_stage(arch)], arch, directory, ModelRanks(), weight_names())
 
 
 def test_broken_directories(tmp_path):
     directory, arch = make_sharded(tmp_path / "hf")
 
     def load() -> None:
-        load_weights([empty_stage(arch)], arch, directory, ModelRanks())
+        load_weights([empty_stage(arch)], arch, directory, ModelRanks(), weight_names())
 
     single = directory / "model.safetensors"
     single.write_bytes(b"of an earlier save")
@@ -242,7 +244,7 @@ def test_tensor_files_lists_shapes_and_dtypes_and_reads_columns(moe):
 def test_a_saved_directory_is_the_same_model_to_transformers(model, tmp_path, max_shard_bytes):
     directory, arch = model
     stage = empty_stage(arch)
-    load_weights([stage], arch, directory, ModelRanks())
+    load_weights([stage], arch, directory, ModelRanks(), weight_names())
     saved = tmp_path / "steps" / "saved"
     save_weights(whole(stage, arch), saved, directory, max_shard_bytes, torch.float32)
 
@@ -366,7 +368,7 @@ def test_an_existing_directory_is_not_touched(moe, tmp_path):
 def refusal(directory: Path, arch: Architecture) -> str:
     """What check_weights and load_weights both say; the first sees it before anything is built."""
     with pytest.raises(ModelError) as loaded:
-        load_weights([empty_stage(arch)], arch, directory, ModelRanks())
+        load_weights([empty_stage(arch)], arch, directory, ModelRanks(), weight_names())
     with pytest.raises(ModelError) as checked:
         check_weights(directory, values=True)
     assert str(checked.value).split(": ")[0] == str(loaded.value).split(": ")[0]
@@ -395,7 +397,7 @@ def test_every_tensor_of_the_model_is_looked_at(moe):
         whole_file = (directory / "model.safetensors").read_bytes()
         edit(directory, lambda t, name=name: t[name].view(-1)[0].fill_(float("nan")))
         with pytest.raises(ModelError, match=rf"{name} holds NaN"):
-            load_weights([empty_stage(arch)], arch, directory, ModelRanks())
+            load_weights([empty_stage(arch)], arch, directory, ModelRanks(), weight_names())
         (directory / "model.safetensors").write_bytes(whole_file)
 
 

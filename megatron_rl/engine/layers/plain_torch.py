@@ -1,4 +1,4 @@
-"""Transformer layers in plain PyTorch, where Transformer Engine is not installed.
+"""Transformer layers in plain PyTorch, if Transformer Engine is not installed or not wanted.
 
 They fill the places that Megatron-Core's local modules leave empty: a norm under sequence parallelism, packed attention
 (THD) with context parallelism, and grouped experts. Linear layers, the router, the dispatcher and the transformer layer
@@ -11,8 +11,12 @@ width, E experts of this rank, F expert width on this expert-tensor-parallel ran
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -20,15 +24,23 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 from torch import Tensor
 
-from megatron_rl.engine.micro_batch import AttentionPlan
+from megatron_rl.engine.layers.attention_plan import PlannedSequences, attention_plan
+from megatron_rl.engine.layers.provider import sequence_bounds
+from megatron_rl.models.architecture import Architecture
 
 
 class RMSNorm(torch.nn.Module):
@@ -73,11 +85,11 @@ class PackedAttention(MegatronModule):
         value: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        packed_seq_params: Any,
+        packed_seq_params: PlannedSequences,
         **_: Any,
     ) -> Tensor:
         """query [T, N, D], key and value [T, G, D]; returns [T, N * D]."""
-        plan: AttentionPlan = packed_seq_params.attention
+        plan = packed_seq_params.attention
         if self.cp_group.size() > 1:
             key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
         outputs = []
@@ -141,8 +153,9 @@ def grouped_linear(x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
     return torch.cat([F.linear(block, w) for block, w in zip(blocks, weight.unbind(0), strict=True)])
 
 
-def layer_spec(moe: bool) -> ModuleSpec:
-    """One transformer layer, dense or with experts."""
+def layer_spec(arch: Architecture, layer: int) -> ModuleSpec:
+    """Describes transformer layer `layer` (0-based, global), dense or with experts."""
+    head_norm = RMSNorm if arch.qk_norm else IdentityOp
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.padding_causal},
@@ -150,8 +163,8 @@ def layer_spec(moe: bool) -> ModuleSpec:
             linear_qkv=ColumnParallelLinear,
             core_attention=PackedAttention,
             linear_proj=RowParallelLinear,
-            q_layernorm=RMSNorm,
-            k_layernorm=RMSNorm,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
         ),
     )
     dense = ModuleSpec(
@@ -165,7 +178,34 @@ def layer_spec(moe: bool) -> ModuleSpec:
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=experts if moe else dense,
+            mlp=experts if arch.is_moe(layer) else dense,
             mlp_bda=get_bias_dropout_add,
         ),
     )
+
+
+class TorchLayers:
+    """The LayerProvider of this file."""
+
+    fused_kernels = False
+
+    def block_spec(
+        self, arch: Architecture, config: TransformerConfig, vp_stage: int | None
+    ) -> TransformerBlockSubmodules:
+        first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+        numbers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
+        return TransformerBlockSubmodules(layer_specs=[layer_spec(arch, n) for n in numbers], layer_norm=RMSNorm)
+
+    def packed_sequences(
+        self, cu_seqlens: npt.NDArray[np.integer], cp: int, cp_rank: int, device: torch.device
+    ) -> PlannedSequences:
+        plan = attention_plan(cu_seqlens, cp, cp_rank, device)
+        return PlannedSequences(**sequence_bounds(cu_seqlens, device), attention=plan)
+
+    def weight_names(self, name: str, experts: range) -> Iterator[tuple[str, int | None]]:
+        stacked = re.fullmatch(r"mlp\.experts\.weight([12])", name)
+        if stacked is None:
+            yield name, None
+            return
+        for row, expert in enumerate(experts):
+            yield f"mlp.experts.linear_fc{stacked[1]}.weight{expert}", row

@@ -1,0 +1,83 @@
+"""How attention in plain PyTorch reads a packed micro-batch: which rows go into which padded call.
+
+The packing itself, and the order of context parallelism, are made in megatron_rl.data.packing, without torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megatron_rl.data.packing import cp_index
+
+
+@dataclass(frozen=True)
+class AttentionBatch:
+    """Sequences of similar length, as rows of one padded attention call.
+
+    queries [B, S_q] indexes this rank's tokens, keys [B, S_k] the tokens gathered over context parallelism; mask
+    [B, 1, S_q, S_k] is True where a query may look, None where plain causality says it all.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """The calls, and for each of this rank's tokens the row of their concatenated output: order [T]."""
+
+    batches: tuple[AttentionBatch, ...]
+    order: Tensor
+
+
+@dataclass
+class PlannedSequences(PackedSeqParams):
+    """Megatron-Core's description of packed sequences, with the plan. Under context parallelism the plan holds masks of
+    a byte for each query and key."""
+
+    attention: AttentionPlan = field(kw_only=True)
+
+
+def attention_plan(cu_seqlens: npt.NDArray[np.integer], cp: int, cp_rank: int, device: torch.device) -> AttentionPlan:
+    """cu_seqlens [S + 1] of the whole batch. Sequences share a call when their lengths have the same power of two."""
+    mine = cp_index(cu_seqlens, cp, cp_rank)
+    in_gathered = np.argsort(np.concatenate([cp_index(cu_seqlens, cp, rank) for rank in range(cp)]))
+    starts, lengths = cu_seqlens[:-1], np.diff(cu_seqlens)
+    local_starts = starts // cp
+    classes = np.frexp(lengths)[1]
+    batches = []
+    slot_of = np.empty(len(mine), dtype=np.int64)
+    slots = 0
+    for length_class in np.unique(classes):
+        members = np.flatnonzero(classes == length_class)
+        q_rows = _padded_ranges(local_starts[members], lengths[members] // cp)
+        k_rows = _padded_ranges(starts[members], lengths[members])
+        mask = None
+        if cp > 1:
+            q_position = mine[q_rows.clip(0)] - starts[members][:, None]
+            k_position = np.arange(k_rows.shape[1])
+            mask = torch.as_tensor(k_position <= q_position[:, :, None], device=device).unsqueeze(1)
+        real = q_rows >= 0
+        slot_of[q_rows[real]] = slots + np.flatnonzero(real)
+        slots += real.size
+        batches.append(
+            AttentionBatch(
+                queries=torch.as_tensor(q_rows.clip(0), device=device),
+                keys=torch.as_tensor(in_gathered[k_rows.clip(0)], device=device),
+                mask=mask,
+            )
+        )
+    return AttentionPlan(tuple(batches), torch.as_tensor(slot_of, device=device))
+
+
+def _padded_ranges(starts: npt.NDArray[np.integer], lengths: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    """[B, max length]: start, start + 1, ... per row, then -1."""
+    steps = np.arange(lengths.max())
+    return np.where(steps < lengths[:, None], starts[:, None] + steps, -1).astype(np.int64)

@@ -1,0 +1,113 @@
+"""Megatron-Core's configuration: one row for each feature of the architecture, the engine and the layout.
+
+Every field here means the same in Megatron-Core 0.16.1 to 0.19.x. What differs between these versions is met elsewhere:
+by ON_EVERY_DEVICE in device.py, by the marks of expert weights in stages.py, and by the order of a router's choice in
+routing/replay.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+
+from megatron_rl.config.layout import Layout
+from megatron_rl.config.schema import EngineConfig
+from megatron_rl.models.architecture import Architecture
+
+
+def transformer_config(
+    arch: Architecture, engine: EngineConfig, layout: Layout, *, fused_kernels: bool
+) -> TransformerConfig:
+    """`fused_kernels`: whether the layers have those of rotary embedding, activation, permutation and grouped GEMM."""
+    return TransformerConfig(
+        **_decoder(arch),
+        **_mixture(arch, engine, fused_kernels),
+        **_numbers(engine),
+        **_parallelism(layout),
+        **_recomputation(engine),
+        apply_rope_fusion=fused_kernels,
+        bias_activation_fusion=fused_kernels,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        # Weights come from the Hugging Face files.
+        perform_initialization=False,
+        # Losses and gradients are summed: the denominators are global and already in the loss.
+        calculate_per_token_loss=True,
+    )
+
+
+def _decoder(arch: Architecture) -> dict[str, Any]:
+    return {
+        "num_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "num_attention_heads": arch.num_heads,
+        "num_query_groups": arch.num_kv_heads,
+        "kv_channels": arch.head_dim,
+        "ffn_hidden_size": arch.ffn_hidden_size,
+        "layernorm_epsilon": arch.rms_norm_eps,
+        "qk_layernorm": arch.qk_norm,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+
+
+def _mixture(arch: Architecture, engine: EngineConfig, fused_kernels: bool) -> dict[str, Any]:
+    # Named for dense models too: the default dispatcher refuses packed sequences whether or not it is used.
+    dispatcher = {"moe_token_dispatcher_type": "alltoall"}
+    if not arch.num_experts:
+        return dispatcher
+    if engine.dispatcher == "deepep":
+        dispatcher = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"}
+    return {
+        "num_moe_experts": arch.num_experts,
+        "moe_router_topk": arch.experts_per_token,
+        "moe_ffn_hidden_size": arch.expert_hidden_size,
+        "moe_layer_freq": [int(arch.is_moe(layer)) for layer in range(arch.num_layers)],
+        "moe_router_score_function": arch.router_scores,
+        "moe_router_pre_softmax": arch.pre_softmax,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "aux_loss" if engine.aux_loss_coefficient else "none",
+        "moe_aux_loss_coeff": engine.aux_loss_coefficient,
+        "moe_grouped_gemm": fused_kernels,
+        "moe_permute_fusion": fused_kernels,
+        **dispatcher,
+    }
+
+
+def _numbers(engine: EngineConfig) -> dict[str, Any]:
+    dtype = torch.bfloat16 if engine.dtype == "bf16" else torch.float32
+    return {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": engine.dtype == "bf16"}
+
+
+def _parallelism(layout: Layout) -> dict[str, Any]:
+    return {
+        "tensor_model_parallel_size": layout.tp,
+        "sequence_parallel": layout.tp > 1,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
+        "context_parallel_size": layout.cp,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp,
+        # Packed micro-batches differ in length, but the interleaved schedule cannot exchange shapes when two stages
+        # are each other's predecessor and successor: there they are all made as long as the longest (step.py).
+        "variable_seq_lengths": layout.vpp == 1,
+        "overlap_p2p_comm": layout.vpp > 1,
+        "batch_p2p_comm": layout.vpp == 1,
+    }
+
+
+def _recomputation(engine: EngineConfig) -> dict[str, Any]:
+    match engine.recompute:
+        case "full":
+            return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        case "selective":
+            return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}

@@ -1,0 +1,64 @@
+"""The families of models that this project knows, by the model_type of their config.json. Importable without torch.
+
+Outside of megatron_rl.models nothing asks which family a model is of: an Architecture says what it computes, and the
+functions here give what its family's file declares.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+if TYPE_CHECKING:  # architecture.py looks families up here
+    from megatron_rl.models.architecture import Architecture
+    from megatron_rl.models.fields import Fields
+    from megatron_rl.models.weight import Weight
+
+MODULES = {
+    "qwen3_moe": "megatron_rl.models.qwen3_moe",
+    "qwen3": "megatron_rl.models.qwen3",
+}
+"""The file of each model_type."""
+
+
+class Family(Protocol):
+    """What a family's file declares. It does not import torch."""
+
+    MODEL_TYPE: str
+    CAUSAL_LM: str
+    """What transformers calls its language model."""
+    VALUE_MODEL: str
+    """What transformers calls a model with one number per token in place of the logits."""
+    INERT: Mapping[str, tuple[Any, ...]]
+    """Fields of config.json that change nothing, beside those of every model: with these values, or () for any."""
+    UNUSED: tuple[str, ...]
+    """Regular expressions for names of tensors that a checkpoint may have in excess."""
+
+    def read(self, fields: Fields, /) -> Architecture:
+        """Takes the model's fields from config.json. Raises ModelError."""
+
+    def weights(self, arch: Architecture, /) -> list[Weight]:
+        """Lists the model's weights, in the order in which they are exported."""
+
+    def server_caveats(self, arch: Architecture, /) -> Iterable[str]:
+        """Says what rollout servers compute otherwise than config.json asks; such a model cannot be served."""
+
+
+def find_family(model_type: str) -> Family:
+    """Raises KeyError for a model_type that is not in MODULES."""
+    return cast(Family, importlib.import_module(MODULES[model_type]))
+
+
+def family_of(arch: Architecture) -> Family:
+    return find_family(arch.model_type)
+
+
+def weights_of(arch: Architecture) -> list[Weight]:
+    """The model's weights, in the order in which they are exported."""
+    return family_of(arch).weights(arch)
+
+
+def server_caveats(arch: Architecture) -> Iterable[str]:
+    """What rollout servers compute otherwise than the model's config.json asks; empty if they serve it."""
+    return family_of(arch).server_caveats(arch)

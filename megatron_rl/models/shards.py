@@ -1,0 +1,39 @@
+"""Values of a weight: from files into a rank's shard, and from all shards into whole tensors.
+
+Both copy along the pieces of weight.py, so there is no second description to disagree with the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_rl.models.weight import Source, Weight
+
+
+@torch.no_grad()
+def fill(weight: Weight, shard: Tensor, read: Callable[[Source, int, int, int], Tensor], rank: int, size: int) -> None:
+    """Writes rank's shard of `size`; read(source, dim, start, length) gives a stretch of a source."""
+    shape, pieces = weight.cut(rank, size)
+    if tuple(shard.shape) != shape:
+        raise ValueError(f"{weight.name}: the shard has shape {tuple(shard.shape)}; expected {shape}")
+    dim = weight.sharding.dim
+    if sum(piece.length for piece in pieces) < shape[dim]:
+        shard.zero_()
+    for piece in pieces:
+        stretch = read(weight.sources[piece.source], dim, piece.start, piece.length)
+        shard.narrow(dim, piece.offset, piece.length).copy_(stretch)
+
+
+@torch.no_grad()
+def assemble(weight: Weight, shards: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Returns (Hugging Face name, whole tensor) of each source, from the shards of all ranks."""
+    dim = weight.sharding.dim
+    whole = [shards[0].new_empty(source.shape) for source in weight.sources]
+    for rank, shard in enumerate(shards):
+        for piece in weight.cut(rank, len(shards))[1]:
+            stretch = shard.narrow(dim, piece.offset, piece.length)
+            whole[piece.source].narrow(dim, piece.start, piece.length).copy_(stretch)
+    return zip((source.name for source in weight.sources), whole, strict=True)

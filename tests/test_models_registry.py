@@ -1,0 +1,87 @@
+"""Families of models stand in megatron_rl.models alone: what each file declares, and that no other room knows one."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import transformers
+from models_reference import dense_architecture, moe_architecture
+
+import megatron_rl
+from megatron_rl.models.registry import MODULES, find_family, server_caveats, weights_of
+
+PACKAGE = Path(megatron_rl.__file__).parent
+ELSEWHERE = [path for path in sorted(PACKAGE.rglob("*.py")) if PACKAGE / "models" not in path.parents]
+PREFIXES = {re.match("[a-z]+", model_type)[0] for model_type in MODULES}  # type: ignore[index]
+
+
+def mentions(source: str) -> Iterator[str]:
+    """Names of families anywhere in the text, and expressions that ask which family a model is of."""
+    for number, line in enumerate(source.splitlines(), start=1):
+        if any(prefix in line.lower() for prefix in PREFIXES):
+            yield f"{number}: {line.strip()}"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and node.attr in ("family", "model_type"):
+            yield f"{node.lineno}: {ast.unparse(node)}"
+        if isinstance(node, ast.alias) and node.name in ("family_of", "find_family", "MODULES"):
+            yield f"{node.lineno}: import of {node.name}"
+
+
+@pytest.mark.parametrize("path", ELSEWHERE, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_other_room_names_a_family(path: Path) -> None:
+    assert list(mentions(path.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "# as Qwen3-MoE has it",
+        "from megatron_rl.models import qwen3",
+        "from megatron_rl.models.registry import family_of",
+        "experts = arch.model_type == wanted",
+        "weights = FAMILIES[arch.family]",
+    ],
+)
+def test_a_mention_would_be_seen(source: str) -> None:
+    assert list(mentions(source))
+
+
+@pytest.mark.parametrize("model_type", MODULES)
+def test_a_familys_file_declares_what_is_asked_of_it(model_type: str) -> None:
+    family = find_family(model_type)
+    assert model_type == family.MODEL_TYPE
+    for name in (family.CAUSAL_LM, family.VALUE_MODEL):
+        assert getattr(transformers, name).config_class.model_type == model_type
+    assert all(isinstance(values, tuple) for values in family.INERT.values())
+    assert all(re.compile(pattern) for pattern in family.UNUSED)
+    assert all(callable(getattr(family, name)) for name in ("read", "weights", "server_caveats"))
+
+
+def test_families_are_read_without_torch() -> None:
+    code = "; ".join(
+        ["import sys", *(f"import {module}" for module in MODULES.values()), "sys.exit('torch' in sys.modules)"]
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_servers_compute_otherwise() -> None:
+    assert list(server_caveats(moe_architecture(dense_layers=()))) == []
+    assert list(server_caveats(dense_architecture())) == []
+    (caveat,) = server_caveats(moe_architecture(dense_layers=(1,)))
+    assert caveat.startswith("layers [1] are dense, but SGLang")
+
+
+def test_a_model_without_norms_on_its_heads_has_no_weights_for_them() -> None:
+    with_norms, without = (
+        {weight.name for weight in weights_of(dense_architecture(num_layers=1, qk_norm=qk_norm))}
+        for qk_norm in (True, False)
+    )
+    norms = {f"decoder.layers.0.self_attention.{head}_layernorm.weight" for head in "qk"}
+    assert with_norms - without == norms
+    assert without < with_norms
