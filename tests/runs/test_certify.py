@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from paths import ROOT, SUPPORT
 import json
 import os
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import ROOT, SUPPORT
 from tiny_models import make_tiny_model
 
 from megatron_rl.certify import CertifyError, make_model, run

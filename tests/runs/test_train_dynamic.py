@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from paths import SUPPORT
 import dataclasses
 import subprocess
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import orjson
 import pytest
 import torch
+from paths import SUPPORT
 from rl_runs import environment, run_all, torchrun, weights, write_config
 from tiny_models import make_tiny_model
 
