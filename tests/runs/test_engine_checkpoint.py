@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import Forks
 from rl_runs import environment, run_all, save_rollouts, torchrun, weights, write_config
 from tiny_models import make_tiny_model
 
@@ -21,7 +22,7 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def setting(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A configuration whose uninterrupted run is in `whole` beside it."""
     root = tmp_path_factory.mktemp("checkpoint")
     model = make_tiny_model(root / "model", num_layers=2)
@@ -29,7 +30,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = write_config(root / "config.yaml", model, root / "saved", preset="grpo")
     with config.open("a") as file:
         file.write("checkpoint: {every: 1, keep: 2}\n")
-    run_all(config, 2, [f"run_dir={root / 'whole'} train.steps={STEPS} optim.warmup_steps=5"])
+    run_all(forks, config, 2, [f"run_dir={root / 'whole'} train.steps={STEPS} optim.warmup_steps=5"])
     return config
 
 
@@ -50,7 +51,7 @@ def test_killed_and_resumed_equals_uninterrupted(setting: Path) -> None:
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.02)
-    time.sleep(random.uniform(0.0, 1.0))
+    time.sleep(random.Random(0).uniform(0.0, 1.0))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     done = len(read_metrics(run_dir / "metrics.jsonl"))
@@ -94,15 +95,11 @@ def test_torchrun_hands_a_signal_on_and_no_step_is_lost(setting: Path) -> None:
         assert torch.equal(weight, weights(run_dir)[name]), name
 
 
-def resume(setting: Path, run_dir: Path, ranks: int, *options: str) -> subprocess.CompletedProcess[str]:
-    command = torchrun(ranks, "-m", "megatron_rl", "train", str(setting), f"run_dir={run_dir}", *options, "--resume")
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-
-
 @pytest.mark.distributed
-def test_another_layout_is_refused(setting: Path, tmp_path: Path) -> None:
+def test_another_layout_is_refused(forks: Forks, setting: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "other"
     shutil.copytree(setting.parent / "whole", run_dir)
-    answer = resume(setting, run_dir, 2, "parallel.ep=2", "optim.warmup_steps=5")
-    assert answer.returncode != 0
+    options = (f"run_dir={run_dir}", "parallel.ep=2", "optim.warmup_steps=5", "--resume")
+    answer = forks.run("-m", "megatron_rl", "train", setting, *options, ranks=2)
+    assert answer.status == [2, 2]
     assert "parallel.ep" in answer.stderr

@@ -1,9 +1,9 @@
-"""torchrun ... critic_worker.py MODEL OUT LAYOUT ...: the critic's values and gradients under each layout, one after
-another; rank 0 writes OUT/LAYOUT.safetensors, and under the last layout the exported critic as OUT/critic."""
+"""The critic's values and gradients under each layout, one after another.
+
+Rank 0 writes OUT/LAYOUT.safetensors, and under the last layout the exported critic as OUT/critic."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,3 @@ def main(model: Path, out: Path, layouts: list[str]) -> None:
                 save_weights(exported, out / "critic", model, 1 << 30, torch.float32, value_head=True)
         parallel_state.destroy_model_parallel()
     stop_process_groups()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

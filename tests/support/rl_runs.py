@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from forks import Forks
 from paths import ROOT, SUPPORT
 from safetensors.torch import load_file
 from tiny_models import EOS, VOCAB_SIZE
@@ -116,11 +116,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{SUPPORT}"}
 
 
-def run_all(config: Path, ranks: int, runs: list[str]) -> None:
-    """One world of `ranks`; each run a list of overrides in one string."""
-    command = torchrun(ranks, str(SUPPORT / "train_worker.py"), str(config), *runs)
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-8000:]
+def run_all(forks: Forks, config: Path, ranks: int, runs: list[str]) -> None:
+    """Does `runs`, each a list of overrides in one string, one after another in a world of `ranks`."""
+    forks.world(ranks, "train_worker:main", config, runs)
 
 
 def losses(run_dir: Path) -> np.ndarray:

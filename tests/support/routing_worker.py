@@ -1,9 +1,8 @@
-"""torchrun ... routing_worker.py MODEL LAYOUT RECOMPUTE OUT: log-probs and gradients under drifted routes, and again
+"""Log-probs and gradients under drifted routes, and again
 under the routes of a forward pass of its own; rank 0 writes what it found as safetensors."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +77,3 @@ def main(model: Path, text: str, recompute: str, out: Path) -> None:
     if place.rank == 0:
         save_file({**{k: v.contiguous() for k, v in found.items()}, "bits": bits}, out)
     stop_process_groups()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4]))
