@@ -17,6 +17,7 @@ from rl_runs import environment, run_all, save_rollouts, torchrun, weights, writ
 from tiny_models import make_tiny_model
 
 from megatron_rl.lab.run import read_metrics
+from megatron_rl.stop import STATUS
 
 STEPS = 6
 
@@ -35,10 +36,12 @@ def setting(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(config: Path, *options: str) -> subprocess.Popen[bytes]:
+    """Two ranks of a real launcher; what they say on standard error goes into `said` beside the configuration."""
     command = torchrun(2, "-m", "megatron_rl", "train", str(config), *options)
-    return subprocess.Popen(
-        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    with config.with_name("said").open("wb") as said:
+        return subprocess.Popen(
+            command, env=environment(), stdout=subprocess.DEVNULL, stderr=said, start_new_session=True
+        )
 
 
 @pytest.mark.distributed
@@ -84,9 +87,10 @@ def test_torchrun_hands_a_signal_on_and_no_step_is_lost(setting: Path) -> None:
         assert process.poll() is None
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=120) != 0
+    assert process.wait(timeout=120) == STATUS
     step = read_metrics(run_dir / "metrics.jsonl")[-1]["step"]
     assert step < STEPS, "the run was over before it was stopped; the test shows nothing"
+    assert f"SIGTERM: stopped after step {step} of {STEPS}" in setting.with_name("said").read_text()
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [f"step-{step:06d}"]
 
     resumed = start(setting, *options, "--resume")

@@ -30,12 +30,15 @@ RUNS = {
     "model.reference=OTHER",
     "mu-for-old": "presets=gspo objective.denominator=rollout train.recompute_old_logprobs=false",
 }
+# Each objective where ranks could part: replicas share the moments of advantages, stages have critics and references of
+# their own. Its arithmetic in every layout is in tests/ranks/test_objectives_layouts.py, the critic's in
+# tests/ranks/test_engine_critic.py.
 LAYOUTS = {
-    "ppo": ["", "parallel.tp=2", "parallel.pp=2 parallel.vpp=2", "parallel.cp=2"],
-    "ppo-kl": ["parallel.pp=2", "parallel.ep=2"],
-    "kl-in-loss": ["parallel.tp=2", "parallel.cp=2"],
-    "kl-in-reward": ["", "parallel.pp=2 parallel.vpp=2"],
-    "mu-for-old": ["parallel.pp=2", "parallel.cp=2"],
+    "ppo": ["", "parallel.pp=2 parallel.vpp=2"],
+    "ppo-kl": ["parallel.ep=2"],
+    "kl-in-loss": ["parallel.cp=2"],
+    "kl-in-reward": [""],
+    "mu-for-old": ["parallel.pp=2"],
 }
 
 

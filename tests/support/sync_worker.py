@@ -1,4 +1,4 @@
-"""What ranks do in the tests of the weight sync, started by torchrun:
+"""What ranks do in the tests of the weight sync:
 
 sync_worker.py push MODEL URL LAYOUT ROUTE MUTATION TEMPERATURE     the model to the server at the URL
 sync_worker.py export MODEL DIRECTORY                   the model into a Hugging Face directory
