@@ -47,7 +47,7 @@ def stop_in_a_push(url: str, model: Path, at: str) -> None:
         time.sleep(600)
 
     if at == "in the broadcast":
-        torch.distributed.broadcast = stop  # type: ignore[assignment]
+        torch.distributed.broadcast = stop
     with route(url) as route_:
         if at == "between begin and end":
             route_._send = stop  # type: ignore[assignment,method-assign]

@@ -51,8 +51,8 @@ def main(model: Path, out: Path, layouts: list[str]) -> None:
         gradients = {name: g for part in critic.export(1 << 28, lambda p: p.main_grad) for name, g in part}  # type: ignore[attr-defined]
         exported = [pair for part in critic.export(1 << 28) for pair in part]
         if place.rank == 0:
-            values = {f"value/{index}": torch.tensor(row) for index, row in found.items()}
-            save_file({**values, **{k: v.contiguous() for k, v in gradients.items()}}, out / f"{text}.safetensors")
+            numbers = {f"value/{index}": torch.tensor(row) for index, row in found.items()}
+            save_file({**numbers, **{k: v.contiguous() for k, v in gradients.items()}}, out / f"{text}.safetensors")
             if text == layouts[-1]:
                 save_weights(exported, out / "critic", model, 1 << 30, torch.float32, value_head=True)
         parallel_state.destroy_model_parallel()

@@ -105,8 +105,8 @@ def check_stand_ins(arch: Architecture, layout_text: str, bucket_bytes: int) -> 
     # Gradients go the same way.
     for stage in stages:
         for parameter in stage.parameters():
-            parameter.main_grad = -2 * parameter.data.double()
-    gradients = flat(export_stream(stages, arch, layout, bucket_bytes, lambda p: p.main_grad))
+            parameter.main_grad = -2 * parameter.data.double()  # type: ignore[attr-defined]
+    gradients = flat(export_stream(stages, arch, layout, bucket_bytes, lambda p: p.main_grad))  # type: ignore[attr-defined]
 
     count = torch.tensor([len(buckets), -len(buckets)])
     dist.all_reduce(count, op=dist.ReduceOp.MAX)
@@ -153,8 +153,8 @@ def check_ranks_that_do_not_fit(rank: int) -> None:
         export_stream(stages, MOE, layout, 2000, lambda p: p.data.to(odd))
 
     if place.pp == 1:  # one layer here, three on the first stage
-        shares = {"tp": (place.tp, 2), "ep": (place.ep, 2)}
-        uneven = stage_module(chunk_parameters(hf_tensors(MOE), MOE, [3], **shares), [3])
+        shares = (place.tp, 2), (place.ep, 2)
+        uneven = stage_module(chunk_parameters(hf_tensors(MOE), MOE, [3], tp=shares[0], ep=shares[1]), [3])
         with pytest.raises(RuntimeError, match=rf"rank {rank} should hold decoder\.layers\.2\."):
             export_stream([uneven], MOE, layout, 2000)
 

@@ -247,7 +247,7 @@ def serve() -> None:
     running: set[int] = set()
     while True:
         if select.select([sys.stdin], [], [], 0.02)[0]:
-            name = sys.stdin.buffer.raw.readline().decode().strip()  # type: ignore[attr-defined]
+            name = sys.stdin.buffer.raw.readline().decode().strip()  # type: ignore[union-attr]
             if not name:
                 break
             job = pickle.loads(Path(name).read_bytes())

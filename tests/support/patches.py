@@ -12,7 +12,7 @@ def slow_steps(seconds: float) -> None:
     from megatron_rl.trainer import Trainer
 
     update = Trainer.update
-    steps = []
+    steps: list[int] = []
 
     def slow(*arguments: Any, **options: Any) -> Any:
         if steps:

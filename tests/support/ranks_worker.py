@@ -142,7 +142,7 @@ def _answered(example: Example, setting: Setting, whole: bool) -> list[dict[str,
         dist.all_reduce(gradient, group=place.control)
         total *= counted and place.cp == 0
         dist.all_reduce(total, group=place.control)
-        metrics = Trainer.reduce(trainer, loss.metrics, holds_samples=live.is_last_stage)
+        metrics = Trainer.reduce(trainer, loss.metrics, holds_samples=live.is_last_stage)  # type: ignore[arg-type]
         return {"loss": float(total), "gradient": gradient.tolist(), "metrics": metrics}
 
     answers = []

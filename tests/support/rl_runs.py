@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ def _group(reference: torch.nn.Module, rng: np.random.Generator, index: int, siz
     return Group(index, prompt, tuple(samples))
 
 
-def _drifted_trace(reference: torch.nn.Module, token_ids: list[int], rng: np.random.Generator) -> RoutingTrace:
+def _drifted_trace(reference: Any, token_ids: list[int], rng: np.random.Generator) -> RoutingTrace:
     routers = {n: m for n, m in enumerate(layer.mlp for layer in reference.model.layers) if hasattr(m, "gate")}
     chosen: list[torch.Tensor] = []
     hooks = [m.gate.register_forward_hook(lambda _m, _i, out: chosen.append(out[2])) for m in routers.values()]

@@ -70,7 +70,8 @@ def main(model: Path, text: str, recompute: str, out: Path) -> None:
     live = policy.logprobs(batch.micro_batches, routing=first)
     own = [RankRoutes(ids, torch.ones(len(ids), dtype=torch.bool)) for ids in first.live]
     again = policy.logprobs(batch.micro_batches, routing=policy.routing_pass(own))
-    same = all(torch.equal(a, b) for a, b in zip(live, again, strict=True) for a, b in zip(a, b, strict=True))
+    pairs = ((a, b) for one, other in zip(live, again, strict=True) for a, b in zip(one, other, strict=True))
+    same = all(torch.equal(a, b) for a, b in pairs)
     differs = any(not torch.equal(a, b) for (a, _), b in zip(live, seen, strict=False))
     bits = torch.tensor([same, differs or not live])
     torch.distributed.all_reduce(bits, op=torch.distributed.ReduceOp.MIN, group=place.control)

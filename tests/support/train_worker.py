@@ -28,10 +28,10 @@ def main(config_file: Path, runs: list[str]) -> None:
 
     export = Trainer.export
 
-    def export_both(trainer: Trainer, network: Network, directory: Path) -> None:
+    def export_both(trainer: Trainer, network: Network, directory: Path, bucket_mib: int = 256) -> None:
         if trainer.config.engine.dtype == "bf16" and trainer.layout.dp == trainer.layout.edp == 1:
             save_main_weights(trainer.policy, directory.with_name("main.safetensors"))
-        export(trainer, network, directory)
+        export(trainer, network, directory, bucket_mib)
 
     Trainer.export = export_both  # type: ignore[method-assign]
     for overrides in runs:
