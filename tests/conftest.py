@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forks import Forks
 from hypothesis import settings
 from tiny_models import make_tiny_model
 
@@ -16,6 +17,19 @@ from megatron_rl.rollout.server import Server, ServerOptions, free_ports
 # An example that takes long on a busy machine is no failure.
 settings.register_profile("megatron_rl", parent=settings.default, deadline=None)
 settings.load_profile("megatron_rl")
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Starts ranks and runs of the command line; pays once for what they import."""
+    with Forks(tmp_path_factory.mktemp("forks")) as forks:
+        yield forks
+
+
+@pytest.fixture
+def forked_ranks(forks: Forks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that parity and certify start are forked."""
+    monkeypatch.setattr("megatron_rl.ranks.launch.run_ranks", forks.run_ranks)
 
 
 @pytest.fixture(scope="session")

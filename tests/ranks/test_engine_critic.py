@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from critic_samples import samples, weight_of
-from paths import SUPPORT
-from rl_runs import environment, torchrun
+from forks import Forks
 from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_model
 from transformers import AutoModelForTokenClassification
@@ -64,12 +62,6 @@ def by_expert(name: str, gradient: torch.Tensor) -> Iterator[tuple[str, torch.Te
             yield f"{layer}.experts.{number}.{projection}_proj.weight", part
 
 
-def run(ranks: int, model: Path, out: Path, layouts: list[str]) -> subprocess.CompletedProcess[str]:
-    out.mkdir(exist_ok=True)
-    command = torchrun(ranks, str(SUPPORT / "critic_worker.py"), str(model), str(out), *layouts)
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("critic")
@@ -82,9 +74,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [(1, ONE_RANK), (2, TWO_RANKS), pytest.param(4, FOUR_RANKS, marks=pytest.mark.slow)],
     ids=["1 rank", "2 ranks", "4 ranks"],
 )
-def test_values_and_gradients_equal_transformers(model: Path, tmp_path: Path, ranks: int, layouts: list[str]) -> None:
-    done = run(ranks, model, tmp_path, layouts)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_values_and_gradients_equal_transformers(
+    forks: Forks, model: Path, tmp_path: Path, ranks: int, layouts: list[str]
+) -> None:
+    forks.world(ranks, "critic_worker:main", model, tmp_path, layouts)
     values, gradients = expected(model)
     for layout in layouts:
         found = load_file(tmp_path / f"{layout}.safetensors")
@@ -106,14 +99,13 @@ def test_values_and_gradients_equal_transformers(model: Path, tmp_path: Path, ra
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_language_model_makes_a_critic_whose_values_are_zero(tmp_path: Path, tied: bool) -> None:
+def test_a_language_model_makes_a_critic_whose_values_are_zero(forks: Forks, tmp_path: Path, tied: bool) -> None:
     language_model = make_tiny_model(tmp_path / "lm", tied=tied)
-    done = run(1, language_model, tmp_path / "out", ["tp=1"])
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = load_file(tmp_path / "out" / "tp=1.safetensors")
+    forks.world(1, "critic_worker:main", language_model, tmp_path, ["tp=1"])
+    found = load_file(tmp_path / "tp=1.safetensors")
     assert not any(found[name].any() for name in found if name.startswith("value/"))
     assert found["score.weight"].any()  # it can learn: the head's gradient is not zero
-    exported = AutoModelForTokenClassification.from_pretrained(tmp_path / "out" / "critic")
+    exported = AutoModelForTokenClassification.from_pretrained(tmp_path / "critic")
     assert exported.num_labels == 1
 
 

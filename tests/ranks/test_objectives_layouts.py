@@ -4,23 +4,19 @@ whatever batch and objective hypothesis draws, from samples to reduced metrics."
 from __future__ import annotations
 
 import dataclasses
-import os
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
 import pytest
+from forks import Forks, Run
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from objective_reference import CORRECTIONS, FAMILY, TrainedSequence, kl_estimate, reference
-from paths import SUPPORT
 from rank_examples import Example, Response, generalised_advantages_of, group_advantages_of, tables, trained
-from ranks_worker import LAYOUTS, receive, send
+from ranks_worker import LAYOUTS, WORLD, receive, send
 
 from megatron_rl.config.switches import KL, GroupAdvantage, NoCorrection, NoKL, ObjectiveConfig, UnbiasedKL
 from megatron_rl.data.schedule import SampleSize, ScheduleError, plan
@@ -36,15 +32,13 @@ REPLICAS = 4
 class Ranks:
     """Processes that answer examples; started again after one that they did not survive."""
 
-    def __init__(self, directory: Path) -> None:
-        self._log = directory / "ranks.log"
-        self._store = directory / "store"
-        self._process: subprocess.Popen[bytes] | None = None
+    def __init__(self, forks: Forks) -> None:
+        self._forks = forks
+        self._run: Run | None = None
         self._connection: socket.socket | None = None
 
     def ask(self, question: bytes) -> dict[str, list[dict[str, Any]]]:
-        if self._process is None:
-            self._start()
+        run = self._run or self._start()
         assert self._connection is not None
         try:
             send(self._connection, question)
@@ -53,41 +47,34 @@ class Ranks:
             answer = b""
         if not answer:
             self.stop()
-            raise AssertionError(f"the ranks failed:\n{self._log.read_text()[-4000:]}")
+            raise AssertionError(f"the ranks failed:\n{run.stderr[-4000:]}")
         found: dict[str, list[dict[str, Any]]] = orjson.loads(answer)
         return found
 
-    def _start(self) -> None:
-        worker = SUPPORT / "ranks_worker.py"
-        self._store.unlink(missing_ok=True)
-        with socket.create_server(("localhost", 0)) as server, self._log.open("wb") as log:
+    def _start(self) -> Run:
+        with socket.create_server(("localhost", 0)) as server:
             server.settimeout(PATIENCE)
-            command = [sys.executable, str(worker), str(server.getsockname()[1]), str(self._store)]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            self._run = run = self._forks.begin(WORLD, "ranks_worker:serve", server.getsockname()[1])
             try:
                 self._connection, _ = server.accept()
             except TimeoutError:
                 self.stop()
-                raise AssertionError(f"the ranks did not start:\n{self._log.read_text()[-4000:]}") from None
+                raise AssertionError(f"the ranks did not start:\n{run.stderr[-4000:]}") from None
             self._connection.settimeout(PATIENCE)
+        return run
 
     def stop(self) -> None:
-        """The ranks end when nobody asks; those that hang are killed by their parent."""
+        """The ranks end when nobody asks; those that hang are killed."""
         if self._connection is not None:
             self._connection.close()
-        if self._process is not None:
-            try:
-                self._process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                self._process.terminate()
-                self._process.wait()
-        self._process = self._connection = None
+        if self._run is not None:
+            self._forks.end(self._run)
+        self._run = self._connection = None
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    world = Ranks(tmp_path_factory.mktemp("ranks"))
+def ranks(forks: Forks) -> Iterator[Ranks]:
+    world = Ranks(forks)
     yield world
     world.stop()
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+from forks import Forks
 from paths import SUPPORT
 from rl_runs import environment, torchrun, write_config
 
@@ -32,17 +33,15 @@ SCENARIOS = ("stop-0", "stop-1", "kill-0", "kill-1", "hold", "raise")
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def played(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What heartbeat_worker.py left of all scenarios."""
     out = tmp_path_factory.mktemp("heartbeat")
-    worker = SUPPORT / "heartbeat_worker.py"
-    command = [sys.executable, str(worker), str(SECONDS), str(out), *SCENARIOS]
-    worlds = subprocess.Popen(command, env=environment(), start_new_session=True)
+    worlds = forks.start(SUPPORT / "heartbeat_worker.py", str(SECONDS), out, *SCENARIOS)
     try:
-        assert worlds.wait(timeout=240) == 0
+        assert forks.wait(worlds).returncode == 0, worlds.stderr
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(worlds.pid, signal.SIGKILL)
+            os.killpg(worlds.pids[0], signal.SIGKILL)
     return out
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from paths import SUPPORT
-from rl_runs import environment, torchrun
+from forks import Forks
 from routing_worker import drifted_samples
 from safetensors.torch import load_file
 from tiny_models import VOCAB_SIZE, make_tiny_model
@@ -59,14 +57,6 @@ def reference(model: Path) -> dict[str, torch.Tensor]:
     return dict(_file_tensors(whole))  # type: ignore[arg-type]
 
 
-def run(model: Path, layout: str, ranks: int, recompute: str, out: Path) -> dict[str, torch.Tensor]:
-    worker = SUPPORT / "routing_worker.py"
-    command = torchrun(ranks, str(worker), str(model), layout, recompute, str(out))
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return load_file(out)
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("layout", "ranks", "recompute"),
@@ -80,9 +70,16 @@ def run(model: Path, layout: str, ranks: int, recompute: str, out: Path) -> dict
     ],
 )
 def test_drifted_routes_give_the_references_gradients(
-    model: Path, reference: dict[str, torch.Tensor], tmp_path: Path, layout: str, ranks: int, recompute: str
+    forks: Forks,
+    model: Path,
+    reference: dict[str, torch.Tensor],
+    tmp_path: Path,
+    layout: str,
+    ranks: int,
+    recompute: str,
 ) -> None:
-    found = run(model, layout, ranks, recompute, tmp_path / "found.safetensors")
+    forks.world(ranks, "routing_worker:main", model, layout, recompute, tmp_path / "found.safetensors")
+    found = load_file(tmp_path / "found.safetensors")
     identical, drifted_differs = found.pop("bits").tolist()
     assert identical, "replaying a forward pass's own routes changed its log-probs"
     assert drifted_differs, "the drifted routes are the live ones: nothing is tested"

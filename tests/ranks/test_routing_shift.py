@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forks import Forks
 from objective_reference import FAMILY
-from paths import SUPPORT
-from rl_runs import environment, torchrun
 from routing_worker import LENGTHS, drifted_samples
 from safetensors.torch import load_file
 from shift_worker import MODES
@@ -192,16 +190,14 @@ def expected(models: tuple[Path, Path]) -> dict[tuple[str, int], np.ndarray]:
     ],
 )
 def test_every_layout_finds_the_references_shift(
+    forks: Forks,
     models: tuple[Path, Path],
     expected: dict[tuple[str, int], np.ndarray],
     tmp_path: Path,
     ranks: int,
     layouts: list[str],
 ) -> None:
-    worker = SUPPORT / "shift_worker.py"
-    command = torchrun(ranks, str(worker), *map(str, models), str(tmp_path), *layouts)
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    forks.world(ranks, "shift_worker:main", *models, tmp_path, layouts)
     seen = set()
     for file in sorted(tmp_path.glob("*.safetensors")):
         for key, values in load_file(file).items():

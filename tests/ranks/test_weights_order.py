@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
-from paths import SUPPORT
-from rl_runs import environment, torchrun
+from forks import Forks
 
 
 @pytest.mark.distributed
-def test_every_leader_waits_for_the_servers(tmp_path: Path) -> None:
-    command = torchrun(2, str(SUPPORT / "order_worker.py"), str(tmp_path / "pushed"))
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_every_leader_waits_for_the_servers(forks: Forks, tmp_path: Path) -> None:
+    forks.world(2, "order_worker:main", tmp_path / "pushed")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from paths import ROOT, SUPPORT
 import json
-import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import Forks
 from tiny_models import make_tiny_model
 
 from megatron_rl.certify import VOCABULARY, CertifyError, run
@@ -19,8 +19,8 @@ from megatron_rl.certify.result import CertificateResult, CertificateSpec
 from megatron_rl.certify.samples import LENGTHS, make_trace, token_of
 from megatron_rl.models.architecture import read_architecture
 from megatron_rl.models.random_model import make_random_model
-from megatron_rl.rollout.server import free_ports
 
+Check = Callable[[list[str], str], None]
 TOKENS, MOE_LAYERS = sum(LENGTHS), 7
 # Rows of a rank, padding included, x its MoE layers x top-4 x one byte: the most that a rank holds.
 TRACE_BYTES = {"tp=1": 270 * 7 * 4, "tp=2": 137 * 7 * 4, "cp=2,ep=2": 142 * 7 * 4, "tp=2,pp=2,ep=2": 137 * 4 * 4}
@@ -34,9 +34,20 @@ def certify(*options: str) -> tuple[int, list[dict[str, Any]]]:
     return done.returncode, lines
 
 
-def check(layouts: list[str], recompute: str) -> None:
-    options = [part for layout in layouts for part in ("--layout", layout)]
-    status, results = certify(*options, "--recompute", recompute)
+@pytest.fixture
+def check(forks: Forks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Check:
+    """Ranks are forked. Those of test_a_users_model_with_few_tokens are real ones."""
+    monkeypatch.setattr("megatron_rl.ranks.launch.run_ranks", forks.run_ranks)
+
+    def check(layouts: list[str], recompute: str) -> None:
+        status = run(None, layouts, [recompute], device="cpu", as_json=True)
+        lines = capsys.readouterr().out.splitlines()
+        check_results(layouts, recompute, status, [json.loads(line) for line in lines if line.startswith("{")])
+
+    return check
+
+
+def check_results(layouts: list[str], recompute: str, status: int, results: list[dict[str, Any]]) -> None:
     assert [r["layout"] for r in results] == layouts
     for result in results:
         assert result["passed"], result
@@ -55,7 +66,7 @@ def check(layouts: list[str], recompute: str) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("recompute", ["none", "full"])
-def test_it_holds_on_two_ranks(recompute: str) -> None:
+def test_it_holds_on_two_ranks(check: Check, recompute: str) -> None:
     check(["tp=2", "pp=2,vpp=2", "cp=2,ep=2"], recompute)
 
 
@@ -71,7 +82,7 @@ def test_it_holds_on_two_ranks(recompute: str) -> None:
     ],
     ids=["1 rank", "2 ranks", "4 ranks"],
 )
-def test_it_holds_everywhere(layouts: list[str], recompute: str) -> None:
+def test_it_holds_everywhere(check: Check, layouts: list[str], recompute: str) -> None:
     check(layouts, recompute)
 
 
@@ -92,13 +103,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("hook not called", "RoutingError: layer 1: its router ran for micro-batches []"),
     ],
 )
-def test_a_broken_replay_is_not_certified(model: Path, tmp_path: Path, mutation: str, error: str) -> None:
+def test_a_broken_replay_is_not_certified(forks: Forks, model: Path, tmp_path: Path, mutation: str, error: str) -> None:
     spec, answer = tmp_path / "spec.json", tmp_path / "answer.json"
     spec.write_text(json.dumps(asdict(CertificateSpec(str(model), ["tp=1"], ["none"], "fp32", "cpu"))))
-    worker = [sys.executable, str(SUPPORT / "certify_worker.py"), mutation, str(spec), str(answer)]
-    (port,) = free_ports(1)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": str(port)}
-    done = subprocess.run(worker, env=environment, capture_output=True, text=True, check=False)
+    done = forks.run(
+        *("-m", "megatron_rl.certify.ranks", spec, answer), before=[("certify_worker:break_replay", mutation)]
+    )
     if error:
         assert error in done.stderr
         return

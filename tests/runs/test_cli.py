@@ -18,12 +18,14 @@ import pytest
 import typer
 import yaml
 from config_files import RL, SFT, write, write_model
+from forks import Forks, Run
 
 from megatron_rl.cli import app
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config
 from megatron_rl.rollout.server import free_ports
 
+Command = Callable[..., Run]
 OPTIONS = {
     "train": {"config", "overrides", "--dry-run", "--resume", "--world-size"},
     "sft": {"config", "overrides", "--dry-run", "--resume", "--world-size"},
@@ -49,7 +51,7 @@ def environment(**more: str) -> dict[str, str]:
     return {**ours, "OMP_NUM_THREADS": "1", **more}
 
 
-def run(directory: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+def real(directory: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "megatron_rl", *arguments],
         cwd=directory,
@@ -57,6 +59,16 @@ def run(directory: Path, *arguments: str, **more: str) -> subprocess.CompletedPr
         capture_output=True,
         text=True,
     )
+
+
+@pytest.fixture
+def run(forks: Forks) -> Command:
+    """Runs a command in a directory; keywords are environment variables."""
+
+    def run(directory: Path, *arguments: str, **more: str) -> Run:
+        return forks.run("-m", "megatron_rl", *arguments, directory=directory, environment=more)
+
+    return run
 
 
 @pytest.fixture
@@ -85,7 +97,7 @@ def test_the_options_are_frozen() -> None:
 # ---- dry runs --------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_needs_no_torch(directory: Path) -> None:
+def test_a_dry_run_needs_no_torch(run: Command, directory: Path) -> None:
     command = ["train", "a.yaml", "optim.lr=1e-5", "parallel.ep=4", "--dry-run", "--world-size", "4"]
     done = subprocess.run(
         [sys.executable, "-c", BLOCK_TORCH, *command],
@@ -106,14 +118,14 @@ def test_a_dry_run_needs_no_torch(directory: Path) -> None:
 
 @pytest.mark.parametrize("command", [("train", "a.yaml"), ("sft", "sft.yaml")])
 def test_a_dry_run_takes_the_world_of_torchrun(directory: Path, command: tuple[str, str]) -> None:
-    done = run(directory, *command, "--dry-run", "parallel.pp=2", WORLD_SIZE="4")
+    done = real(directory, *command, "--dry-run", "parallel.pp=2", WORLD_SIZE="4")
     assert done.returncode == 0, done.stderr
     assert "4 ranks: tp=1, pp=2, vpp=1, cp=1, dp=2" in done.stdout
     assert "4-7" in done.stdout
     assert yaml.safe_load(done.stdout.partition("4 ranks")[0].rstrip())["parallel"]["pp"] == 2
 
 
-def test_a_dry_run_tells_of_empty_micro_batches(directory: Path) -> None:
+def test_a_dry_run_tells_of_empty_micro_batches(run: Command, directory: Path) -> None:
     sizes = ["batch_size=5", "data.max_tokens=60", "engine.max_tokens_per_micro_batch=100"]
     done = run(directory, "sft", "sft.yaml", *sizes, "--dry-run", "--world-size", "2")
     assert (
@@ -152,7 +164,7 @@ def test_a_dry_run_tells_of_empty_micro_batches(directory: Path) -> None:
         (["parity", "--model", "model", "--tokens", "a.yaml", "--layout", ""], "a.yaml:1: not JSON "),
     ],
 )
-def test_one_clear_error(directory: Path, arguments: list[str], error: str) -> None:
+def test_one_clear_error(run: Command, directory: Path, arguments: list[str], error: str) -> None:
     write(directory / "broken" / "config.json", '{"model_type": "gpt2"}')
     write(directory / "t.jsonl", "[1, 2, 3]\n")
     done = run(directory, *arguments)
@@ -175,7 +187,9 @@ def test_one_clear_error(directory: Path, arguments: list[str], error: str) -> N
         (["parity", "--model", "model", "--tokens", "a.yaml"], "Missing option '--layout'"),
     ],
 )
-def test_a_wrong_use_is_told_without_a_traceback(directory: Path, arguments: list[str], error: str) -> None:
+def test_a_wrong_use_is_told_without_a_traceback(
+    run: Command, directory: Path, arguments: list[str], error: str
+) -> None:
     done = run(directory, *arguments)
     assert done.returncode == 2
     assert error in done.stderr
@@ -183,7 +197,7 @@ def test_a_wrong_use_is_told_without_a_traceback(directory: Path, arguments: lis
 
 
 @pytest.mark.distributed
-def test_of_many_ranks_one_tells_the_error(directory: Path) -> None:
+def test_of_many_ranks_one_tells_the_error(run: Command, directory: Path) -> None:
     (port,) = free_ports(1)
     # torchrun's static rendezvous, which unpickles nothing, and not --standalone.
     address = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
@@ -199,7 +213,7 @@ def test_of_many_ranks_one_tells_the_error(directory: Path) -> None:
     assert done.stderr.count("error: override 'optim.lr=fast': optim.lr: found \"fast\"") == 1
 
 
-def test_an_error_that_only_one_rank_may_have_is_told_by_that_rank(directory: Path) -> None:
+def test_an_error_that_only_one_rank_may_have_is_told_by_that_rank(run: Command, directory: Path) -> None:
     world = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     done = run(directory, "parity", "--model", "model", "--tokens", "a.yaml", "--layout", "", **world)
     assert done.returncode == 2
@@ -215,7 +229,7 @@ def test_an_error_that_only_one_rank_may_have_is_told_by_that_rank(directory: Pa
     ],
 )
 def test_every_command_tells_a_damaged_model_alike(
-    tiny_model_dir: Path, tmp_path: Path, command: str, damage: Callable[[Path], object], told: str
+    run: Command, tiny_model_dir: Path, tmp_path: Path, command: str, damage: Callable[[Path], object], told: str
 ) -> None:
     model = shutil.copytree(tiny_model_dir, tmp_path / "model")
     damage(model)
@@ -245,7 +259,7 @@ def test_every_command_tells_a_damaged_model_alike(
 def test_parity_compares_every_layout(tiny_model_dir: Path, tmp_path: Path) -> None:
     write(tmp_path / "t.jsonl", "[1, 2, 3, 4, 5, 6, 7, 8]\n[9, 8, 7, 6]\n[3, 3, 3, 3, 3]\n[11, 12]\n")
     layouts = ["--layout", "ep=2", "--layout", "tp=2"]
-    done = run(tmp_path, "parity", "--model", str(tiny_model_dir), "--tokens", "t.jsonl", *layouts, "--json")
+    done = real(tmp_path, "parity", "--model", str(tiny_model_dir), "--tokens", "t.jsonl", *layouts, "--json")
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert [(answer["layout"], answer["tokens"], answer["passed"]) for answer in answers] == [
@@ -304,16 +318,15 @@ def ask(url: str, server: subprocess.Popen[bytes], seconds: float = 180.0) -> di
     ],
 )
 def test_serve_lets_nobody_in_without_a_key(
-    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+    run: Command, tiny_model_dir: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
-    monkeypatch.setenv("ODD", "secret-7\nand")
-    done = run(tmp_path, "serve", str(tiny_model_dir), "--device", "cpu", *options)
+    done = run(tmp_path, "serve", str(tiny_model_dir), "--device", "cpu", *options, ODD="secret-7\nand")
     assert done.returncode == 2
     assert f"error: {message}" in done.stderr
     assert "secret-7" not in done.stderr
 
 
-def test_parity_reads_its_key_before_anything_is_computed(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_parity_reads_its_key_before_anything_is_computed(run: Command, tiny_model_dir: Path, tmp_path: Path) -> None:
     write(tmp_path / "t.jsonl", "[1, 2]")
     files = ["--model", str(tiny_model_dir), "--tokens", "t.jsonl"]
     done = run(tmp_path, "parity", *files, "--layout", "tp=1", "--url", "http://127.0.0.1:1", "--api-key-env", "UNSET")

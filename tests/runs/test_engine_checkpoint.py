@@ -12,16 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import Forks
 from rl_runs import environment, run_all, save_rollouts, torchrun, weights, write_config
 from tiny_models import make_tiny_model
 
 from megatron_rl.lab.run import read_metrics
+from megatron_rl.stop import STATUS
 
 STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def setting(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A configuration whose uninterrupted run is in `whole` beside it."""
     root = tmp_path_factory.mktemp("checkpoint")
     model = make_tiny_model(root / "model", num_layers=2)
@@ -29,15 +31,17 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = write_config(root / "config.yaml", model, root / "saved", preset="grpo")
     with config.open("a") as file:
         file.write("checkpoint: {every: 1, keep: 2}\n")
-    run_all(config, 2, [f"run_dir={root / 'whole'} train.steps={STEPS} optim.warmup_steps=5"])
+    run_all(forks, config, 2, [f"run_dir={root / 'whole'} train.steps={STEPS} optim.warmup_steps=5"])
     return config
 
 
 def start(config: Path, *options: str) -> subprocess.Popen[bytes]:
+    """Two ranks of a real launcher; what they say on standard error goes into `said` beside the configuration."""
     command = torchrun(2, "-m", "megatron_rl", "train", str(config), *options)
-    return subprocess.Popen(
-        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    with config.with_name("said").open("wb") as said:
+        return subprocess.Popen(
+            command, env=environment(), stdout=subprocess.DEVNULL, stderr=said, start_new_session=True
+        )
 
 
 @pytest.mark.distributed
@@ -50,7 +54,7 @@ def test_killed_and_resumed_equals_uninterrupted(setting: Path) -> None:
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.02)
-    time.sleep(random.uniform(0.0, 1.0))
+    time.sleep(random.Random(0).uniform(0.0, 1.0))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     done = len(read_metrics(run_dir / "metrics.jsonl"))
@@ -83,9 +87,10 @@ def test_torchrun_hands_a_signal_on_and_no_step_is_lost(setting: Path) -> None:
         assert process.poll() is None
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(timeout=120) != 0
+    assert process.wait(timeout=120) == STATUS
     step = read_metrics(run_dir / "metrics.jsonl")[-1]["step"]
     assert step < STEPS, "the run was over before it was stopped; the test shows nothing"
+    assert f"SIGTERM: stopped after step {step} of {STEPS}" in setting.with_name("said").read_text()
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [f"step-{step:06d}"]
 
     resumed = start(setting, *options, "--resume")
@@ -94,15 +99,11 @@ def test_torchrun_hands_a_signal_on_and_no_step_is_lost(setting: Path) -> None:
         assert torch.equal(weight, weights(run_dir)[name]), name
 
 
-def resume(setting: Path, run_dir: Path, ranks: int, *options: str) -> subprocess.CompletedProcess[str]:
-    command = torchrun(ranks, "-m", "megatron_rl", "train", str(setting), f"run_dir={run_dir}", *options, "--resume")
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-
-
 @pytest.mark.distributed
-def test_another_layout_is_refused(setting: Path, tmp_path: Path) -> None:
+def test_another_layout_is_refused(forks: Forks, setting: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "other"
     shutil.copytree(setting.parent / "whole", run_dir)
-    answer = resume(setting, run_dir, 2, "parallel.ep=2", "optim.warmup_steps=5")
-    assert answer.returncode != 0
+    options = (f"run_dir={run_dir}", "parallel.ep=2", "optim.warmup_steps=5", "--resume")
+    answer = forks.run("-m", "megatron_rl", "train", setting, *options, ranks=2)
+    assert answer.status == [2, 2]
     assert "parallel.ep" in answer.stderr

@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from forks import Forks
+from rl_runs import environment
 from tiny_models import VOCAB_SIZE, make_tiny_model
+
+from megatron_rl import parity
+
+Compare = Callable[..., tuple[int, list[dict[str, Any]]]]
 
 ONE_RANK = ["tp=1"]
 TWO_RANKS = ["tp=2", "pp=2", "pp=2,vpp=2", "cp=2", "ep=2", "dp=2", "cp=2,ep=2"]
@@ -31,20 +39,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model") / "moe", num_layers=4, mlp_only_layers=(1,))
 
 
-def run(model: Path, tokens: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "megatron_rl", "parity", "--model", str(model), "--tokens", str(tokens)]
-    return subprocess.run([*command, "--device", "cpu", *options], capture_output=True, text=True, check=False)
+@pytest.fixture
+def compare(forks: Forks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Compare:
+    """(status, results) of a comparison whose ranks are forked. Those of the command are real ones elsewhere:
+    tests/runs/test_cli.py and tests/ranks/test_ranks_launch.py."""
+    monkeypatch.setattr("megatron_rl.ranks.launch.run_ranks", forks.run_ranks)
+
+    def run(model: Path, tokens: Path, layouts: list[str], **options: Any) -> tuple[int, list[dict[str, Any]]]:
+        capsys.readouterr()
+        status = parity.run(model, tokens, layouts, device="cpu", as_json=True, **options)
+        return status, [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+
+    return run
 
 
-def parity(model: Path, tokens: Path, layouts: list[str], *options: str) -> tuple[int, list[dict[str, object]]]:
-    done = run(model, tokens, "--json", *(f"--layout={layout}" for layout in layouts), *options)
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert lines, done.stderr[-3000:]
-    return done.returncode, lines
-
-
-def check(model: Path, tokens: Path, layouts: list[str], *options: str) -> None:
-    status, results = parity(model, tokens, layouts, *options)
+def check(compare: Compare, model: Path, tokens: Path, layouts: list[str], recompute: str = "none") -> None:
+    status, results = compare(model, tokens, layouts, recompute=recompute)
     assert [r["layout"] for r in results] == layouts
     for result in results:
         assert result["logprob_max_abs_diff"] <= 2e-5, result
@@ -55,49 +65,57 @@ def check(model: Path, tokens: Path, layouts: list[str], *options: str) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("layouts", [ONE_RANK, TWO_RANKS, FOUR_RANKS], ids=["1 rank", "2 ranks", "4 ranks"])
-def test_log_probs_and_gradients_equal_transformers(model: Path, tokens: Path, layouts: list[str]) -> None:
-    check(model, tokens, layouts)
+def test_log_probs_and_gradients_equal_transformers(
+    compare: Compare, model: Path, tokens: Path, layouts: list[str]
+) -> None:
+    check(compare, model, tokens, layouts)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("recompute", ["full", pytest.param("selective", marks=pytest.mark.slow)])
-def test_recompute_changes_nothing(model: Path, tokens: Path, recompute: str) -> None:
-    check(model, tokens, ["tp=2", "pp=2,vpp=2", "cp=2,ep=2"], "--recompute", recompute)
+def test_recompute_changes_nothing(compare: Compare, model: Path, tokens: Path, recompute: str) -> None:
+    check(compare, model, tokens, ["tp=2", "pp=2,vpp=2", "cp=2,ep=2"], recompute)
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 @pytest.mark.parametrize("layouts", [ONE_RANK, TWO_RANKS, FOUR_RANKS], ids=["1 rank", "2 ranks", "4 ranks"])
-def test_recompute_changes_nothing_anywhere(model: Path, tokens: Path, layouts: list[str], recompute: str) -> None:
-    check(model, tokens, layouts, "--recompute", recompute)
+def test_recompute_changes_nothing_anywhere(
+    compare: Compare, model: Path, tokens: Path, layouts: list[str], recompute: str
+) -> None:
+    check(compare, model, tokens, layouts, recompute)
 
 
 @pytest.mark.distributed
-def test_tied_embeddings(tmp_path: Path, tokens: Path) -> None:
+def test_tied_embeddings(compare: Compare, tmp_path: Path, tokens: Path) -> None:
     tied = make_tiny_model(tmp_path / "tied", num_layers=4, mlp_only_layers=(1,), tied=True)
-    check(tied, tokens, ["tp=2", "pp=2", "pp=2,vpp=2", "dp=2"])
+    check(compare, tied, tokens, ["tp=2", "pp=2", "pp=2,vpp=2", "dp=2"])
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
 @pytest.mark.parametrize("layouts", [ONE_RANK, TWO_RANKS, FOUR_RANKS], ids=["1 rank", "2 ranks", "4 ranks"])
-def test_tied_embeddings_anywhere(tmp_path: Path, tokens: Path, layouts: list[str], recompute: str) -> None:
+def test_tied_embeddings_anywhere(
+    compare: Compare, tmp_path: Path, tokens: Path, layouts: list[str], recompute: str
+) -> None:
     tied = make_tiny_model(tmp_path / "tied", num_layers=4, mlp_only_layers=(1,), tied=True)
-    check(tied, tokens, layouts, "--recompute", recompute)
+    check(compare, tied, tokens, layouts, recompute)
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_dense_model_and_unnormalised_routes(tmp_path: Path, tokens: Path) -> None:
-    check(make_tiny_model(tmp_path / "dense", family="qwen3", num_layers=4), tokens, ["tp=2", "pp=2", "cp=2"])
+def test_dense_model_and_unnormalised_routes(compare: Compare, tmp_path: Path, tokens: Path) -> None:
+    check(compare, make_tiny_model(tmp_path / "dense", family="qwen3", num_layers=4), tokens, ["tp=2", "pp=2", "cp=2"])
     raw = make_tiny_model(tmp_path / "raw", num_layers=2, norm_topk_prob=False)
-    check(raw, tokens, ["tp=2", "ep=2"])
+    check(compare, raw, tokens, ["tp=2", "ep=2"])
 
 
 @pytest.mark.distributed
-def test_a_model_with_two_experts_swapped_fails(model: Path, tokens: Path, tmp_path: Path) -> None:
+def test_a_model_with_two_experts_swapped_fails(
+    compare: Compare, model: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The mutation: transformers reads one model, the engine another whose layer 0 has experts 2 and 5 exchanged."""
     import shutil
 
@@ -110,47 +128,36 @@ def test_a_model_with_two_experts_swapped_fails(model: Path, tokens: Path, tmp_p
         a, b = (f"model.layers.0.mlp.experts.{e}.{part}.weight" for e in (2, 5))
         weights[a], weights[b] = weights[b].clone(), weights[a].clone()
     save_file(weights, swapped / "model.safetensors", metadata={"format": "pt"})
-    reference = subprocess.run(
-        [sys.executable, "-c", _SWAPPED_REFERENCE, str(model), str(swapped), str(tokens)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert reference.returncode == 1, reference.stderr[-2000:]
-    result = json.loads(reference.stdout.splitlines()[-1])
+    plain = parity.write_reference
+    monkeypatch.setattr(parity, "write_reference", lambda _, *rest: plain(model, *rest))
+    status, (result,) = compare(swapped, tokens, ["tp=1"])
+    assert status == 1
     assert not result["passed"]
     assert result["logprob_max_abs_diff"] > 1e-3
-
-
-_SWAPPED_REFERENCE = """
-import sys
-from pathlib import Path
-from megatron_rl import parity
-plain = parity.write_reference
-model, swapped, tokens = map(Path, sys.argv[1:])
-parity.write_reference = lambda _, *rest: plain(model, *rest)
-sys.exit(parity.run(swapped, tokens, ["tp=1"], as_json=True, device="cpu"))
-"""
 
 
 # ---- against a live server -------------------------------------------------------------------------------------
 
 
 @pytest.mark.server
-def test_a_server_with_the_same_weights_passes(served: str, tiny_model_dir: Path, tokens: Path) -> None:
+def test_a_server_with_the_same_weights_passes(
+    compare: Compare, served: str, tiny_model_dir: Path, tokens: Path
+) -> None:
     sequences = [json.loads(line) for line in tokens.read_text().splitlines()]
     assert any(VOCAB_SIZE - 1 in ids[1:] for ids in sequences)  # SGLang reports it under another id
-    status, (engine, server) = parity(tiny_model_dir, tokens, ["tp=1"], "--url", served)
+    status, (engine, server) = compare(tiny_model_dir, tokens, ["tp=1"], url=served)
     assert status == 0
     assert (engine["layout"], engine["passed"]) == ("tp=1", True)
     assert (server["server"], server["tokens"], server["passed"]) == (served, 235, True)
-    assert 0 < server["logprob_max_abs_diff"] <= server["logprob_bound"] == 2e-5  # type: ignore[operator]
+    assert 0 < server["logprob_max_abs_diff"] <= server["logprob_bound"] == 2e-5
 
 
 @pytest.mark.server
 def test_a_server_with_other_weights_fails(served: str, tmp_path: Path, tokens: Path) -> None:
     other = make_tiny_model(tmp_path / "other", seed=1)
-    done = run(other, tokens, "--layout", "tp=1", "--url", served)
+    command = [sys.executable, "-m", "megatron_rl", "parity", "--model", str(other), "--tokens", str(tokens)]
+    command += ["--device", "cpu", "--layout", "tp=1", "--url", served]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr[-3000:]
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in done.stdout.splitlines()]
     (engine,) = (row for row in rows if row[0] == "tp=1")
@@ -166,7 +173,6 @@ def test_a_server_is_asked_before_ranks_are_started(
     from http.server import BaseHTTPRequestHandler, HTTPServer
     from threading import Thread
 
-    from megatron_rl import parity
     from megatron_rl.rollout.answers import RolloutError
 
     monkeypatch.setattr(parity, "_run_ranks", None)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import Forks
 from rl_runs import MINI_BATCHES, STEPS, losses, run_all, save_rollouts, weights, write_config
 from tiny_models import make_tiny_model
 
@@ -22,16 +23,15 @@ LAYERS = ("layer_00", "layer_02", "layer_03")
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def setting(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(configuration, directory of one rank's runs, by mode)."""
     root = tmp_path_factory.mktemp("modes")
     model = make_tiny_model(root / "model", num_layers=4, mlp_only_layers=(1,))
     save_rollouts(model, root / "saved", traces=True)
     config = write_config(root / "config.yaml", model, root / "saved")
     runs = [f"run_dir={root / 'one' / mode} {keys}" for mode, keys in MODES.items()]
-    runs.append(f"run_dir={root / 'one' / 'recompute'} {MODES['r3']} engine.recompute=full")
     runs.append(f"run_dir={root / 'one' / 'balanced'} {MODES['r3']} engine.aux_loss_coefficient=0.1")
-    run_all(config, 1, runs)
+    run_all(forks, config, 1, runs)
     return config, root / "one"
 
 
@@ -133,54 +133,71 @@ def assert_same(run_dir: Path, reference: Path) -> None:
             assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=0.02), (run_dir.name, key)
 
 
-def test_what_traces_cost_is_logged_where_they_travel(setting: tuple[Path, Path], tmp_path: Path) -> None:
-    config, one = setting
-    run_all(config, 2, [f"run_dir={tmp_path / 'two'} {MODES['r3']} parallel.tp=2"])
-    for line in lines(tmp_path / "two"):
+def name(layout: str) -> str:
+    return layout.replace(" ", ",") or "dp"
+
+
+# What is replayed in each layout, row by row, is in tests/runs/test_certify.py.
+TWO_RANKS = [("r3", "tp=2"), ("r2", "pp=2 vpp=2"), ("r3", "pp=2 vpp=2"), ("r3", "cp=2 ep=2")]
+
+
+@pytest.fixture(scope="module")
+def together(forks: Forks, setting: tuple[Path, Path]) -> Path:
+    """The directory of TWO_RANKS."""
+    directory = setting[1].with_name("two")
+    run_layouts(forks, setting[0], directory, 2, TWO_RANKS)
+    return directory
+
+
+def run_layouts(forks: Forks, config: Path, directory: Path, ranks: int, wanted: list[tuple[str, str]]) -> None:
+    runs = []
+    for mode, layout in wanted:
+        degrees = " ".join(f"parallel.{degree}" for degree in layout.split())
+        runs.append(f"run_dir={directory / mode / name(layout)} {MODES[mode]} {degrees}")
+    run_all(forks, config, ranks, runs)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("mode", "layout"), TWO_RANKS)
+def test_layouts_change_nothing(setting: tuple[Path, Path], together: Path, mode: str, layout: str) -> None:
+    assert_same(together / mode / name(layout), setting[1] / mode)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("ranks", "layouts"), [(2, ["pp=2", "ep=2", ""]), (4, ["tp=2 ep=2 etp=2", "tp=2 pp=2 ep=2", "ep=2"])]
+)
+def test_more_layouts_change_nothing(
+    forks: Forks, setting: tuple[Path, Path], tmp_path: Path, ranks: int, layouts: list[str]
+) -> None:
+    wanted = [(mode, layout) for layout in layouts for mode in ("r2", "r3")]
+    run_layouts(forks, setting[0], tmp_path, ranks, wanted)
+    for mode, layout in wanted:
+        assert_same(tmp_path / mode / name(layout), setting[1] / mode)
+
+
+@pytest.mark.distributed
+def test_what_traces_cost_is_logged_where_they_travel(setting: tuple[Path, Path], together: Path) -> None:
+    one, two = setting[1], together / "r3" / name("tp=2")
+    for line in lines(two):
         if line["mini_batch"] == MINI_BATCHES - 1:
             # Half of the rows go to the second rank: 3 layers x top-2, and one byte that says whether there is a route.
-            rows = sum(each["tokens"] for each in lines(tmp_path / "two") if each["step"] == line["step"])
+            rows = sum(each["tokens"] for each in lines(two) if each["step"] == line["step"])
             assert rows / 2 * 7 < line["trace/bytes_moved"] < rows * 7
             assert line["trace/seconds"] > 0
     assert all(line.get("trace/bytes_moved", 0) == 0 for line in lines(one / "r3"))
     assert not any("trace/bytes_moved" in line for line in lines(one / "r2"))
 
 
-def test_recompute_changes_nothing(setting: tuple[Path, Path]) -> None:
-    assert_same(setting[1] / "recompute", setting[1] / "r3")
-
-
-def name(layout: str) -> str:
-    return layout.replace(" ", ",") or "dp"
-
-
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("ranks", "layouts"),
-    [
-        (2, ["tp=2", "pp=2 vpp=2", "cp=2 ep=2"]),
-        pytest.param(2, ["pp=2", "ep=2", ""], marks=pytest.mark.slow),
-        pytest.param(4, ["tp=2 ep=2 etp=2", "tp=2 pp=2 ep=2", "ep=2"], marks=pytest.mark.slow),
-    ],
-)
-def test_layouts_change_nothing(setting: tuple[Path, Path], tmp_path: Path, ranks: int, layouts: list[str]) -> None:
-    config, reference = setting
-    wanted = [(mode, layout) for layout in layouts for mode in ("r2", "r3")]
-    runs = []
-    for mode, layout in wanted:
-        degrees = " ".join(f"parallel.{degree}" for degree in layout.split())
-        runs.append(f"run_dir={tmp_path / mode / name(layout)} {MODES[mode]} {degrees}")
-    run_all(config, ranks, runs)
-    for mode, layout in wanted:
-        assert_same(tmp_path / mode / name(layout), reference / mode)
-
-
-@pytest.mark.distributed
-def test_a_stage_without_routers(tmp_path: Path) -> None:
+def test_a_stage_without_routers(forks: Forks, tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "model", num_layers=2, mlp_only_layers=(1,))
     save_rollouts(model, tmp_path / "saved", traces=True)
     config = write_config(tmp_path / "config.yaml", model, tmp_path / "saved")
-    run_all(config, 1, [f"run_dir={tmp_path / 'one' / mode} {MODES[mode]}" for mode in ("r2", "r3")])
-    run_all(config, 2, [f"run_dir={tmp_path / 'two' / mode} {MODES[mode]} parallel.pp=2" for mode in ("r2", "r3")])
+    run_all(forks, config, 1, [f"run_dir={tmp_path / 'one' / mode} {MODES[mode]}" for mode in ("r2", "r3")])
+    run_all(
+        forks, config, 2, [f"run_dir={tmp_path / 'two' / mode} {MODES[mode]} parallel.pp=2" for mode in ("r2", "r3")]
+    )
     for mode in ("r2", "r3"):
         assert_same(tmp_path / "two" / mode, tmp_path / "one" / mode)

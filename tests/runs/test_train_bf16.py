@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import Forks
 from rl_runs import MINI_BATCHES, run_all, save_rollouts, weights, write_config
 from safetensors.torch import load_file
 from tiny_models import make_tiny_model
@@ -22,14 +23,14 @@ STD = 0.06
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def setting(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The configuration; the run in fp32 is in `fp32` beside it, and that in bf16 on one rank in `bf16`."""
     root = tmp_path_factory.mktemp("bf16")
     model = make_tiny_model(root / "model", std=STD)
     save_rollouts(model, root / "saved", steps=STEPS)
     config = write_config(root / "config.yaml", model, root / "saved", preset="grpo")
     options = f"train.steps={STEPS} {OPTIONS}"
-    run_all(config, 1, [f"run_dir={root / dtype} engine.dtype={dtype} {options}" for dtype in ("fp32", "bf16")])
+    run_all(forks, config, 1, [f"run_dir={root / dtype} engine.dtype={dtype} {options}" for dtype in ("fp32", "bf16")])
     return config
 
 
@@ -79,9 +80,9 @@ def test_on_one_rank(setting: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_under_tensor_and_pipeline_parallelism(setting: Path) -> None:
+def test_under_tensor_and_pipeline_parallelism(forks: Forks, setting: Path) -> None:
     layouts = {"tp": "parallel.tp=2 parallel.etp=2", "pp": "parallel.pp=2"}
     options = f"engine.dtype=bf16 train.steps={STEPS} {OPTIONS}"
-    run_all(setting, 2, [f"run_dir={setting.with_name(name)} {layouts[name]} {options}" for name in layouts])
+    run_all(forks, setting, 2, [f"run_dir={setting.with_name(name)} {layouts[name]} {options}" for name in layouts])
     for name in layouts:
         check(setting, name)

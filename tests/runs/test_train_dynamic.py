@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from paths import SUPPORT
 import dataclasses
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import orjson
 import pytest
 import torch
-from rl_runs import environment, run_all, torchrun, weights, write_config
+from forks import Forks
+from rl_runs import run_all, weights, write_config
 from tiny_models import make_tiny_model
 
 from megatron_rl.config.schema import RewardConfig
@@ -47,14 +46,12 @@ def write_prompts(file: Path, correct: list[int]) -> Path:
     return file
 
 
-def run_made_up(config: Path, ranks: int, runs: list[str]) -> None:
-    command = torchrun(ranks, str(SUPPORT / "dynamic_worker.py"), str(config), *runs)
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+def run_made_up(forks: Forks, config: Path, ranks: int, runs: list[str]) -> None:
+    forks.world(ranks, "dynamic_worker:main", config, runs)
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With config.yaml, and run directory `live` of one rank."""
     root = tmp_path_factory.mktemp("dynamic")
     model = make_tiny_model(root / "model", num_layers=2)
@@ -72,7 +69,7 @@ routing: {replay: r3}
     text = text.replace("max_response_tokens: 32", f"max_response_tokens: {LONGEST}")
     text = text.replace("{steps: 3, mini_batches: 4}", f"{{steps: {STEPS}, mini_batches: {MINI_BATCHES}}}")
     path.write_text(text)
-    run_made_up(path, 1, [f"run_dir={root / 'live'} {LIVE}"])
+    run_made_up(forks, path, 1, [f"run_dir={root / 'live'} {LIVE}"])
     return root
 
 
@@ -128,8 +125,9 @@ def test_the_file_has_the_verifiers_own_rewards(root: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_leaders_that_keep_none_or_more_than_others_do_not_matter(root: Path) -> None:
+def test_leaders_that_keep_none_or_more_than_others_do_not_matter(forks: Forks, root: Path) -> None:
     run_made_up(
+        forks,
         root / "config.yaml",
         2,
         [f"run_dir={root / 'two-leaders'} {LIVE}", f"run_dir={root / 'tp'} {LIVE} parallel.tp=2"],
@@ -144,8 +142,8 @@ def test_leaders_that_keep_none_or_more_than_others_do_not_matter(root: Path) ->
                 assert found[name] == pytest.approx(expected[name], rel=1e-12), name
 
 
-def test_a_replay_trains_alike_and_punishes_once(root: Path) -> None:
-    run_all(root / "config.yaml", 1, [f"run_dir={root / 'replay'} rollout.replay_from={root / 'live'} {SHAPED}"])
+def test_a_replay_trains_alike_and_punishes_once(forks: Forks, root: Path) -> None:
+    run_all(forks, root / "config.yaml", 1, [f"run_dir={root / 'replay'} rollout.replay_from={root / 'live'} {SHAPED}"])
     assert_same_training(root / "replay", root / "live")
     for step, line in enumerate(first_lines(root / "replay"), start=1):
         samples = [s for g in saved(root / "live", step) for s in g.samples]
@@ -158,10 +156,10 @@ def test_a_replay_trains_alike_and_punishes_once(root: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_prompts_without_mixed_groups_end_the_run_on_every_rank(root: Path) -> None:
+def test_prompts_without_mixed_groups_end_the_run_on_every_rank(forks: Forks, root: Path) -> None:
     prompts = write_prompts(root / "dead.jsonl", TAKEN[0] + [0, 0, 4] * 20)
     options = f"run_dir={root / 'dead'} {LIVE} rollout.dynamic_sampling.max_refills=3 data.train={prompts}"
-    run_made_up(root / "config.yaml", 2, [options, f"--resume {options} train.steps=1"])
+    run_made_up(forks, root / "config.yaml", 2, [options, f"--resume {options} train.steps=1"])
     told = [(root / "dead" / f"error-{rank}").read_text() for rank in range(2)]
     assert told[0] == told[1]
     assert told[0].startswith("rollout.dynamic_sampling: 0 of the 4 groups of a step have right and wrong answers")
@@ -179,7 +177,7 @@ def test_prompts_without_mixed_groups_end_the_run_on_every_rank(root: Path) -> N
 
 
 @pytest.mark.distributed
-def test_a_filtered_response_is_in_no_denominator(root: Path) -> None:
+def test_a_filtered_response_is_in_no_denominator(forks: Forks, root: Path) -> None:
     """As if the file had it masked out, and rewards that are shaped already: those of masked-out responses count in
     their groups. The first mini-batch has nothing else, and its step is a step of nothing."""
     for step in range(1, STEPS + 1):
@@ -191,8 +189,8 @@ def test_a_filtered_response_is_in_no_denominator(root: Path) -> None:
     filtered = f"{unfiltered} reward.overlong_filter=true"
     by_hand = f"rollout.replay_from={root / 'masked'}"
     runs = {"filtered": filtered, "by-hand": by_hand, "unfiltered": unfiltered}
-    run_all(root / "config.yaml", 1, [f"run_dir={root / name} {run}" for name, run in runs.items()])
-    run_all(root / "config.yaml", 2, [f"run_dir={root / 'filtered-2'} {filtered}"])
+    run_all(forks, root / "config.yaml", 1, [f"run_dir={root / name} {run}" for name, run in runs.items()])
+    run_all(forks, root / "config.yaml", 2, [f"run_dir={root / 'filtered-2'} {filtered}"])
     assert_same_training(root / "filtered", root / "by-hand")
     assert_same_training(root / "filtered-2", root / "by-hand")
     trained = weights(root / "unfiltered")
@@ -224,11 +222,11 @@ def _masked(group: Group) -> Group:
 
 
 @pytest.mark.distributed
-def test_lost_verdicts_are_left_out_and_a_step_of_nothing_else_ends_the_run(root: Path) -> None:
+def test_lost_verdicts_are_left_out_and_a_step_of_nothing_else_ends_the_run(forks: Forks, root: Path) -> None:
     prompts = write_prompts(root / "lost.jsonl", [2] * 16)
     common = f"rollout.replay_from=null rollout.dynamic_sampling=null data.train={prompts}"
     some, later = (f"run_dir={root / name} {common} data.verifier=verifier_examples:" for name in ("some", "later"))
-    run_made_up(root / "config.yaml", 2, [f"{some}loses_some", f"{later}loses_all_later"])
+    run_made_up(forks, root / "config.yaml", 2, [f"{some}loses_some", f"{later}loses_all_later"])
     for step, line in enumerate(first_lines(root / "some"), start=1):
         samples = [s for g in saved(root / "some", step) for s in g.samples]
         lost = [s for s in samples if s.verdict and s.verdict.lost]
@@ -238,7 +236,7 @@ def test_lost_verdicts_are_left_out_and_a_step_of_nothing_else_ends_the_run(root
         trained = [m for m in read_metrics(root / "some" / "metrics.jsonl") if m["step"] == step]
         assert sum(m["sequences"] for m in trained) == 12
         assert sum(m["tokens"] for m in trained) == sum(s.response_tokens for s in samples if s not in lost)
-    run_all(root / "config.yaml", 1, [f"run_dir={root / 'again'} rollout.replay_from={root / 'some'}"])
+    run_all(forks, root / "config.yaml", 1, [f"run_dir={root / 'again'} rollout.replay_from={root / 'some'}"])
     assert_same_training(root / "again", root / "some")
     told = [(root / "later" / f"error-{rank}").read_text() for rank in range(2)]
     assert told[0] == told[1]

@@ -7,15 +7,15 @@ stages have one slot too many.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rl_runs import environment, run_all, save_rollouts, torchrun, weights, write_config
+from forks import Forks
+from rl_runs import run_all, save_rollouts, weights, write_config
 from tiny_models import make_tiny_model
 
+from megatron_rl import parity
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config
@@ -43,13 +43,13 @@ MORE = [("r3", "cp=2 ep=2"), ("rspo", ""), ("rspo", "tp=2 ep=4"), ("ppo-kl", "pp
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def setting(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The configuration; RUNS on one rank, where no micro-batch is empty, lie beside it."""
     root = tmp_path_factory.mktemp("empty")
     model = make_tiny_model(root / "model", num_layers=4, mlp_only_layers=(1,))
     save_rollouts(model, root / "saved", steps=STEPS, prompts=PROMPTS, group=GROUP, traces=True)
     config = write_config(root / "config.yaml", model, root / "saved")
-    run_all(config, 1, [f"run_dir={root / name} {SIZES} {keys}" for name, keys in RUNS.items()])
+    run_all(forks, config, 1, [f"run_dir={root / name} {SIZES} {keys}" for name, keys in RUNS.items()])
     return config
 
 
@@ -81,7 +81,9 @@ def has_empty(config: Path, ranks: int, overrides: str) -> bool:
     [(2, TWO_RANKS), (4, FOUR_RANKS), pytest.param(4, MORE, marks=pytest.mark.slow)],
     ids=["2 ranks", "4 ranks", "more layouts"],
 )
-def test_an_empty_micro_batch_changes_no_number(setting: Path, ranks: int, layouts: list[tuple[str, str]]) -> None:
+def test_an_empty_micro_batch_changes_no_number(
+    forks: Forks, setting: Path, ranks: int, layouts: list[tuple[str, str]]
+) -> None:
     directories, runs = [], []
     for name, layout in layouts:
         directory = setting.parent / f"{name} {ranks} ranks {layout}".replace(" ", "-")
@@ -90,7 +92,7 @@ def test_an_empty_micro_batch_changes_no_number(setting: Path, ranks: int, layou
         assert has_empty(setting, ranks, run)
         directories.append((directory, setting.parent / name))
         runs.append(run)
-    run_all(setting, ranks, runs)
+    run_all(forks, setting, ranks, runs)
     for found, expected in directories:
         assert_same(found, expected)
 
@@ -107,7 +109,7 @@ def test_the_runs_learn_something(setting: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_supervised_fine_tuning_on_samples_that_do_not_divide(setting: Path, tmp_path: Path) -> None:
+def test_supervised_fine_tuning_on_samples_that_do_not_divide(forks: Forks, setting: Path, tmp_path: Path) -> None:
     """Five samples of 60 tokens, two replicas, a budget of 100."""
     data, config = tmp_path / "data.jsonl", tmp_path / "sft.yaml"
     data.write_text("\n".join(json.dumps({"prompt": f"{i}+", "response": "1" * 57}) for i in range(5)))
@@ -117,8 +119,8 @@ def test_supervised_fine_tuning_on_samples_that_do_not_divide(setting: Path, tmp
         f"data: {{train: {data}, max_tokens: 60}}\nsteps: 1\nbatch_size: 5\n"
     )
     for ranks in (1, 2):
-        command = torchrun(ranks, "-m", "megatron_rl", "sft", str(config), f"run_dir={tmp_path / str(ranks)}")
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+        command = ("-m", "megatron_rl", "sft", str(config), f"run_dir={tmp_path / str(ranks)}")
+        done = forks.run(*command, ranks=ranks)
         assert done.returncode == 0, done.stderr[-3000:]
     (alone,), (together,) = (lines(tmp_path / str(ranks)) for ranks in (1, 2))
     assert alone.keys() == together.keys()
@@ -130,12 +132,13 @@ def test_supervised_fine_tuning_on_samples_that_do_not_divide(setting: Path, tmp
 
 
 @pytest.mark.distributed
-def test_parity_on_fewer_sequences_than_replicas(setting: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("forked_ranks")
+def test_parity_on_fewer_sequences_than_replicas(
+    setting: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tokens = tmp_path / "three.jsonl"
     tokens.write_text("[5,6,7,8,9,10]\n" * 3)
-    command = [sys.executable, "-m", "megatron_rl", "parity", "--model", str(setting.parent / "model"), "--json"]
-    options = ["--tokens", str(tokens), "--device", "cpu", "--layout", "dp=2", "--layout", "pp=2,vpp=2"]
-    done = subprocess.run([*command, *options], env=environment(), capture_output=True, text=True, check=False)
-    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert [result["passed"] for result in results] == [True, True], done.stderr[-3000:]
-    assert done.returncode == 0
+    status = parity.run(setting.parent / "model", tokens, ["dp=2", "pp=2,vpp=2"], device="cpu", as_json=True)
+    results = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [result["passed"] for result in results] == [True, True]
+    assert status == 0

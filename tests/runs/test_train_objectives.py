@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from rl_runs import MINI_BATCHES, environment, run_all, save_rollouts, write_config
+from forks import Forks
+from rl_runs import MINI_BATCHES, run_all, save_rollouts, write_config
 from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_model
 
@@ -31,24 +30,27 @@ RUNS = {
     "model.reference=OTHER",
     "mu-for-old": "presets=gspo objective.denominator=rollout train.recompute_old_logprobs=false",
 }
+# Each objective where ranks could part: replicas share the moments of advantages, stages have critics and references of
+# their own. Its arithmetic in every layout is in tests/ranks/test_objectives_layouts.py, the critic's in
+# tests/ranks/test_engine_critic.py.
 LAYOUTS = {
-    "ppo": ["", "parallel.tp=2", "parallel.pp=2 parallel.vpp=2", "parallel.cp=2"],
-    "ppo-kl": ["parallel.pp=2", "parallel.ep=2"],
-    "kl-in-loss": ["parallel.tp=2", "parallel.cp=2"],
-    "kl-in-reward": ["", "parallel.pp=2 parallel.vpp=2"],
-    "mu-for-old": ["parallel.pp=2", "parallel.cp=2"],
+    "ppo": ["", "parallel.pp=2 parallel.vpp=2"],
+    "ppo-kl": ["parallel.ep=2"],
+    "kl-in-loss": ["parallel.cp=2"],
+    "kl-in-reward": [""],
+    "mu-for-old": ["parallel.pp=2"],
 }
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def setting(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The configuration; RUNS on one rank lie beside it."""
     root = tmp_path_factory.mktemp("objectives")
     model = make_tiny_model(root / "model", num_layers=4, mlp_only_layers=(1,))
     make_tiny_model(root / "other", num_layers=4, mlp_only_layers=(1,), seed=1)
     save_rollouts(model, root / "saved", steps=STEPS)
     config = write_config(root / "config.yaml", model, root / "saved")
-    run_all(config, 1, [overrides(config, name, root / name) for name in RUNS])
+    run_all(forks, config, 1, [overrides(config, name, root / name) for name in RUNS])
     return config
 
 
@@ -76,13 +78,13 @@ def assert_same(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_layouts_do_not_matter(setting: Path) -> None:
+def test_layouts_do_not_matter(forks: Forks, setting: Path) -> None:
     directories, runs = [], []
     for name, layouts in LAYOUTS.items():
         for layout in layouts:
             directories.append((setting.parent / f"{name}-{layout}".replace(" ", "-"), setting.parent / name))
             runs.append(overrides(setting, name, directories[-1][0], layout))
-    run_all(setting, 2, runs)
+    run_all(forks, setting, 2, runs)
     for found, expected in directories:
         assert_same(found, expected)
 
@@ -134,9 +136,9 @@ def test_advantages_of_the_first_step_are_those_of_a_critic_of_zeros(setting: Pa
     )
 
 
-def test_a_kl_is_measured_and_moves_the_policy(setting: Path) -> None:
+def test_a_kl_is_measured_and_moves_the_policy(forks: Forks, setting: Path) -> None:
     plain = setting.parent / "plain"
-    run_all(setting, 1, [f"run_dir={plain} train.steps={STEPS} presets=grpo"])
+    run_all(forks, setting, 1, [f"run_dir={plain} train.steps={STEPS} presets=grpo"])
     first = lines(plain)[0]
     assert not any("reference" in name for name in first)
     for name in ("kl-in-loss", "kl-in-reward"):
@@ -184,11 +186,11 @@ def test_mu_stands_for_pi_old(setting: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(setting: Path) -> None:
+def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(forks: Forks, setting: Path) -> None:
     directory = setting.parent / "skipped"
     faulty = "objective.custom=faulty_objectives:not_finite_in_the_second_mini_batch"
     custom = f"presets=grpo {faulty} engine.max_tokens_per_micro_batch=4096"
-    run_all(setting, 2, [f"run_dir={directory} train.steps=1 {custom}"])
+    run_all(forks, setting, 2, [f"run_dir={directory} train.steps=1 {custom}"])
     first, second, third, fourth = lines(directory)
     assert [line["skipped"] for line in (first, second, third, fourth)] == [0, 1, 0, 0]
     assert second["grad_norm"] is None  # JSON has no NaN
@@ -199,20 +201,22 @@ def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(setting: Path
     assert all(weight.isfinite().all() for weight in weights.values())
 
 
-def test_too_many_skipped_steps_end_the_run(setting: Path) -> None:
+def test_too_many_skipped_steps_end_the_run(forks: Forks, setting: Path) -> None:
     directory = setting.parent / "never"
-    command = [sys.executable, "-m", "megatron_rl", "train", str(setting), f"run_dir={directory}", "presets=grpo"]
+    command = ["-m", "megatron_rl", "train", str(setting), f"run_dir={directory}", "presets=grpo"]
     command += [f"train.steps={STEPS}", "objective.custom=faulty_objectives:never_finite", "optim.max_skipped=1"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    done = forks.run(*command)
     assert done.returncode == 2
     assert "optim.max_skipped: 2 optimizer steps of this run had a gradient that was not finite, and 1" in done.stderr
     assert "Traceback" not in done.stderr
     assert [line["skipped"] for line in lines(directory)] == [1, 1]  # the last line is not lost
 
 
-def test_a_critic_that_skips_too_many_steps_is_named_and_its_later_epochs_are_counted(setting: Path) -> None:
+def test_a_critic_that_skips_too_many_steps_is_named_and_its_later_epochs_are_counted(
+    forks: Forks, setting: Path
+) -> None:
     directory = setting.parent / "critic-skips"
-    command = [sys.executable, "-m", "megatron_rl", "train", str(setting), f"run_dir={directory}", "presets=ppo"]
+    command = ["-m", "megatron_rl", "train", str(setting), f"run_dir={directory}", "presets=ppo"]
     # Returns beyond fp32; normalised advantages are not.
     beyond = setting.parent / "beyond"
     for step in range(1, STEPS + 1):
@@ -228,7 +232,7 @@ def test_a_critic_that_skips_too_many_steps_is_named_and_its_later_epochs_are_co
         "critic.epochs=2",
         "critic.optim.max_skipped=5",
     ]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    done = forks.run(*command)
     assert done.returncode == 2
     assert "critic.optim.max_skipped: 6 optimizer steps of this run had a gradient that was not finite" in done.stderr
     assert "Look at critic/loss and critic/grad_norm in the last lines" in done.stderr
@@ -243,25 +247,25 @@ def _rewarded_beyond_fp32(sample: Sample) -> Sample:
 
 
 @pytest.mark.parametrize("name", ["ppo-kl", "kl-in-reward"])
-def test_a_kl_penalty_that_is_not_finite_is_one_error(setting: Path, tmp_path: Path, name: str) -> None:
+def test_a_kl_penalty_that_is_not_finite_is_one_error(forks: Forks, setting: Path, tmp_path: Path, name: str) -> None:
     reference = shutil.copytree(setting.parent / "other", tmp_path / "reference")
     broken = load_file(reference / "model.safetensors")
     broken["model.norm.weight"][:] = 3e38  # finite, so it loads; its logits are not
     save_file(broken, reference / "model.safetensors", metadata={"format": "pt"})
-    command = [sys.executable, "-m", "megatron_rl", "train", str(setting)]
+    command = ["-m", "megatron_rl", "train", str(setting)]
     command += [*overrides(setting, name, tmp_path / "run").split(), f"model.reference={reference}"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    done = forks.run(*command)
     assert done.returncode == 2
     assert "sample 0 of this step, and 31 more: the critic's value of a token, or the log-prob of" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_resumed_run_goes_on_with_its_critic(setting: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_goes_on_with_its_critic(forks: Forks, setting: Path, tmp_path: Path) -> None:
     common = [a for a in overrides(setting, "ppo", tmp_path / "halted").split() if not a.startswith("train.steps")]
 
     def start(steps: int, *more: str) -> None:
-        command = [sys.executable, "-m", "megatron_rl", "train", str(setting), *common, f"train.steps={steps}", *more]
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+        command = ["-m", "megatron_rl", "train", str(setting), *common, f"train.steps={steps}", *more]
+        done = forks.run(*command)
         assert done.returncode == 0, done.stderr[-3000:]
 
     start(1)
@@ -274,9 +278,9 @@ def test_a_resumed_run_goes_on_with_its_critic(setting: Path, tmp_path: Path) ->
 
 
 @pytest.mark.distributed
-def test_a_critic_in_bf16_learns_as_in_fp32(setting: Path) -> None:
+def test_a_critic_in_bf16_learns_as_in_fp32(forks: Forks, setting: Path) -> None:
     directory = setting.parent / "ppo-bf16"
-    run_all(setting, 2, [overrides(setting, "ppo", directory, "engine.dtype=bf16 parallel.tp=2")])
+    run_all(forks, setting, 2, [overrides(setting, "ppo", directory, "engine.dtype=bf16 parallel.tp=2")])
     for line, fp32 in zip(lines(directory), lines(setting.parent / "ppo"), strict=True):
         assert line["critic/loss"] == pytest.approx(fp32["critic/loss"], rel=0.03)
         assert line["critic/value/mean"] == pytest.approx(fp32["critic/value/mean"], abs=5e-3)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from forks import Forks
 from rl_runs import run_all, write_config
 from tiny_models import make_tiny_model
 
@@ -17,7 +18,7 @@ STEPS = 2
 
 @pytest.mark.server
 @pytest.mark.distributed
-def test_routes_of_a_live_server_are_replayed(tmp_path: Path) -> None:
+def test_routes_of_a_live_server_are_replayed(forks: Forks, tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "model", num_layers=2)
     config = write_config(tmp_path / "config.yaml", model, tmp_path / "unused")
     options = (
@@ -30,7 +31,7 @@ def test_routes_of_a_live_server_are_replayed(tmp_path: Path) -> None:
         "weights.verify=1",
     )
     # Two leaders, each with the traces of its own share.
-    run_all(config, 2, [f"run_dir={tmp_path / 'run'} {' '.join(options)}"])
+    run_all(forks, config, 2, [f"run_dir={tmp_path / 'run'} {' '.join(options)}"])
 
     files = sorted((tmp_path / "run" / "rollouts").glob("*.jsonl"))
     assert len(files) == STEPS * 2

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from forks import Forks, Run
 from paths import SUPPORT
-from rl_runs import environment, torchrun
 from tiny_models import VOCAB_SIZE, make_tiny_model, reference_logprobs
 
 from megatron_rl.rollout.client import SGLangClient
@@ -28,10 +27,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(forks: Forks, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The trained model as one rank writes it into a directory."""
     directory = tmp_path_factory.mktemp("exported") / "model"
-    done = work(1, "export", trained, directory)
+    done = forks.run(SUPPORT / "sync_worker.py", "export", trained, directory)
     assert done.returncode == 0, done.stderr[-9000:]
     return directory
 
@@ -57,28 +56,18 @@ def fresh_checksum(untempered: Server) -> str:
     return str(ask(untempered, lambda c: c.weights_checksum()))
 
 
-def work(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    worker = str(SUPPORT / "sync_worker.py")
-    return subprocess.run(
-        torchrun(ranks, worker, *map(str, arguments)),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-    )
-
-
 def push(
+    forks: Forks,
     trained: Path,
     server: Server,
     layout: str,
     route: str = "collective",
     mutation: str = "none",
     temperature: float = 1.0,
-) -> subprocess.CompletedProcess[str]:
+) -> Run:
     ranks = 4 if layout.count("=2") > 1 and "cp" not in layout else 2
-    return work(ranks, "push", trained, server.url, layout, route, mutation, temperature)
+    arguments = ("push", trained, server.url, layout, route, mutation, str(temperature))
+    return forks.run(SUPPORT / "sync_worker.py", *arguments, ranks=ranks, together=True)
 
 
 def ask(server: Server, question: Callable[[SGLangClient], Any]) -> Any:
@@ -101,9 +90,9 @@ def old_weights(tiny_model_dir: Path, tiny_server: Server, fresh_checksum: str) 
     [("tp=2", "collective", 0.5), ("pp=2", "disk", 1.0), ("tp=2,pp=2,ep=2", "collective", 1.7)],
 )
 def test_a_sync_arrives(
-    trained: Path, tiny_server: Server, fresh_checksum: str, layout: str, route: str, temperature: float
+    forks: Forks, trained: Path, tiny_server: Server, fresh_checksum: str, layout: str, route: str, temperature: float
 ) -> None:
-    done = push(trained, tiny_server, layout, route, temperature=temperature)
+    done = push(forks, trained, tiny_server, layout, route, temperature=temperature)
     assert done.returncode == 0, done.stderr[-9000:]
     assert ask(tiny_server, lambda c: c.weights_checksum()) == fresh_checksum
     served = ask(tiny_server, lambda c: c.score(TOKENS))
@@ -112,23 +101,27 @@ def test_a_sync_arrives(
 
 
 @pytest.mark.parametrize("mutation", ["swap", "skip"])
-def test_a_faulty_sync_is_found(trained: Path, tiny_server: Server, fresh_checksum: str, mutation: str) -> None:
-    done = push(trained, tiny_server, "ep=2", mutation=mutation)
+def test_a_faulty_sync_is_found(
+    forks: Forks, trained: Path, tiny_server: Server, fresh_checksum: str, mutation: str
+) -> None:
+    done = push(forks, trained, tiny_server, "ep=2", mutation=mutation)
     assert done.returncode != 0
     assert "log-probs of the probe differ from the trainer's" in done.stderr
     assert ask(tiny_server, lambda c: c.weights_checksum()) != fresh_checksum
 
 
-def test_weights_of_another_shape_of_model_are_found(tiny_server: Server, tmp_path: Path) -> None:
+def test_weights_of_another_shape_of_model_are_found(forks: Forks, tiny_server: Server, tmp_path: Path) -> None:
     """SGLang passes over the names that it does not know, and says that all is well."""
     deeper = make_tiny_model(tmp_path / "deeper", num_layers=3, seed=1)
-    done = push(deeper, tiny_server, "tp=2")
+    done = push(forks, deeper, tiny_server, "tp=2")
     assert done.returncode != 0
     assert f"{tiny_server.url}: log-probs of the probe differ from the trainer's" in done.stderr
     assert "does it serve a model of another shape than model.path?" in done.stderr
 
 
-def test_a_server_that_reports_other_log_probs_than_it_samples_from_is_found(trained: Path, untempered: Server) -> None:
-    done = push(trained, untempered, "tp=2", route="disk", temperature=0.5)
+def test_a_server_that_reports_other_log_probs_than_it_samples_from_is_found(
+    forks: Forks, trained: Path, untempered: Server
+) -> None:
+    done = push(forks, trained, untempered, "tp=2", route="disk", temperature=0.5)
     assert done.returncode != 0
     assert f"{untempered.url}: log-probs of what it sampled at rollout.temperature 0.5 differ from" in done.stderr

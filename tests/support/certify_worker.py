@@ -1,15 +1,9 @@
-"""certify_worker.py MUTATION SPEC ANSWER: the certificate on one rank, with the replay itself broken."""
+"""Breaks the replay that the certificate is about."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from pathlib import Path
 from typing import Any
 
-from megatron_rl.certify.ranks import worker
-from megatron_rl.certify.result import CertificateSpec
 from megatron_rl.engine.device import use_device
 
 
@@ -39,9 +33,3 @@ def break_replay(mutation: str) -> None:
         Tap.get_replay_topk = lambda self, scores, topk, a=None, b=None, compute=None: compute(scores, topk)  # type: ignore[assignment,method-assign,misc]
     elif mutation != "none":
         raise ValueError(mutation)
-
-
-if __name__ == "__main__":
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    break_replay(sys.argv[1])
-    worker(CertificateSpec(**json.loads(Path(sys.argv[2]).read_text())), Path(sys.argv[3]))

@@ -58,6 +58,16 @@ model: {path: model}
 data: {train: examples.jsonl}
 steps: 3
 """
+# Layouts of several kinds of parallelism at once.
+LAYOUTS = (
+    "tp=2,cp=2,pp=2,dp=2,ep=4,etp=2",
+    "tp=4,ep=2,dp=2",
+    "pp=4,ep=2,dp=4",
+    "cp=2,etp=2,ep=2",
+    "pp=2,vpp=2",
+    "pp=2,vpp=4,tp=2",
+    "pp=4,vpp=2",
+)
 
 
 def write(path: Path, text: str) -> Path:

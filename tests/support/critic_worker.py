@@ -1,9 +1,9 @@
-"""torchrun ... critic_worker.py MODEL OUT LAYOUT ...: the critic's values and gradients under each layout, one after
-another; rank 0 writes OUT/LAYOUT.safetensors, and under the last layout the exported critic as OUT/critic."""
+"""The critic's values and gradients under each layout, one after another.
+
+Rank 0 writes OUT/LAYOUT.safetensors, and under the last layout the exported critic as OUT/critic."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -51,13 +51,9 @@ def main(model: Path, out: Path, layouts: list[str]) -> None:
         gradients = {name: g for part in critic.export(1 << 28, lambda p: p.main_grad) for name, g in part}  # type: ignore[attr-defined]
         exported = [pair for part in critic.export(1 << 28) for pair in part]
         if place.rank == 0:
-            values = {f"value/{index}": torch.tensor(row) for index, row in found.items()}
-            save_file({**values, **{k: v.contiguous() for k, v in gradients.items()}}, out / f"{text}.safetensors")
+            numbers = {f"value/{index}": torch.tensor(row) for index, row in found.items()}
+            save_file({**numbers, **{k: v.contiguous() for k, v in gradients.items()}}, out / f"{text}.safetensors")
             if text == layouts[-1]:
                 save_weights(exported, out / "critic", model, 1 << 30, torch.float32, value_head=True)
         parallel_state.destroy_model_parallel()
     stop_process_groups()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

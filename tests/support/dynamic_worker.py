@@ -1,7 +1,6 @@
 """RL runs, one after another in one world of ranks, whose answers are made up instead of sampled by a server.
 
-torchrun ... dynamic_worker.py CONFIG "key=value key=value" ...    (one run for each list of overrides;
-    with --resume among them it goes on from its last checkpoint)
+Each run is a list of overrides; with --resume among them it goes on from its last checkpoint.
 
 How many of a prompt's responses are right stands at the end of its text; a run that finds too few mixed groups leaves
 what each rank was told, and the checkpoints that there are then, in run_dir/error-RANK. Nothing else of the session is
@@ -12,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +23,6 @@ from megatron_rl.config.schema import Config
 from megatron_rl.data.sample import Group, Prompt, Sample
 from megatron_rl.data.trace import RoutingTrace
 from megatron_rl.data.versions import VersionSpan
-from megatron_rl.engine.device import use_device
 from megatron_rl.rollout.dynamic import StepError
 from megatron_rl.rollout.sampler import Sampling
 
@@ -79,25 +76,28 @@ class NoServers:
         pass
 
 
-if __name__ == "__main__":
-    use_device("cpu")
+def replace_servers(leader: type[MadeUp] = MadeUp) -> None:
+    """Runs of this process ask a `leader` for answers, and push weights to nobody."""
+    from megatron_rl.loop import connections, parts, publisher
+
+    parts.connect = lambda _, trainer: contextlib.nullcontext(  # type: ignore
+        connections.Servers(None, leader() if trainer.place.leads_replica else None)
+    )
+    publisher.WeightSync = NoServers  # type: ignore[assignment,misc]
+
+
+def main(config_file: Path, runs: list[str]) -> None:
     import torch.distributed as dist
 
     from megatron_rl.engine.checkpoint import checkpoints
-    from megatron_rl.loop import connections, parts, publisher
     from megatron_rl.train import train
 
-    parts.connect = lambda _, trainer: contextlib.nullcontext(  # type: ignore
-        connections.Servers(None, MadeUp() if trainer.place.leads_replica else None)
-    )
-    publisher.WeightSync = NoServers  # type: ignore[assignment,misc]
-    dist.init_process_group("gloo")
-    for overrides in sys.argv[2:]:
+    replace_servers()
+    for overrides in runs:
         keys = [word for word in overrides.split() if word != "--resume"]
-        config = load_config(Config, Path(sys.argv[1]), keys)
+        config = load_config(Config, config_file, keys)
         try:
             train(config, resume=len(keys) < len(overrides.split()))
         except StepError as error:
             saved = [path.name for path in checkpoints(config.run_dir / "checkpoints")]
             (config.run_dir / f"error-{dist.get_rank()}").write_text(f"{error}\nsaved: {saved}")
-    dist.destroy_process_group()

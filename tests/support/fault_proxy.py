@@ -73,7 +73,9 @@ class FaultProxy:
             status, content = fault.status, b'{"error": {"message": "made up by the proxy"}}'
             kind = "application/json"
         else:
-            passed = {name: headers[name] for name in ("content-type", "authorization") if name in headers}
+            passed: dict[str, str] = {
+                name: headers[name] for name in ("content-type", "authorization") if name in headers
+            }
             answer = await self._http.request(method, path, content=body, headers=passed)
             status, content = answer.status_code, _changed(answer.content, fault)
             kind = answer.headers.get("Content-Type", "text/plain")

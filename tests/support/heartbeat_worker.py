@@ -79,7 +79,8 @@ def play(pids: list[int], out: Path, scenario: str) -> None:
     time.sleep(0.5)
     if victim:
         os.kill(pids[int(victim)], signal.SIGSTOP if fault == "stop" else signal.SIGKILL)
-    start, ends = time.monotonic(), {}
+    start = time.monotonic()
+    ends: dict[int, list[float]] = {}
     while len(ends) < len(RANKS):
         for rank in set(RANKS) - ends.keys():
             pid, status = os.waitpid(pids[rank], os.WNOHANG)

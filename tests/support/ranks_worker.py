@@ -1,32 +1,23 @@
-"""python ranks_worker.py PORT STORE: four gloo ranks that meet at the file STORE, take one example after another from
-PORT and answer it.
+"""Four ranks that take one example after another from a port and answer it.
 
 A question is JSON (rank_examples.Example), an answer what every layout makes of it: of each mini-batch the losses, the
 gradients by token and the metrics. The policies are tables from token to log-prob, and every token of an example has an
 id of its own: looking up a rank's labels stands for the forward pass, and the table's gradient, summed over ranks, for
 the parameters'. All between is the trainer's own: with_advantages, distribute, the context-parallel slices and their
 gather, prepare, the losses, and Trainer.reduce.
-
-The four are forked from one process, which pays for the imports, and not four times.
 """
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import multiprocessing.connection
 import socket
 import struct
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 from rank_examples import Example
-
-from megatron_rl.engine.device import use_device
 
 LAYOUTS = ("dp=4", "dp=2,cp=2", "cp=4", "tp=2,pp=2")
 WORLD = 4
@@ -52,7 +43,7 @@ def receive(connection: socket.socket) -> bytes:
     return exactly(struct.unpack("<Q", header)[0]) if header else b""
 
 
-def serve(rank: int, port: int, store: Path) -> None:
+def serve(port: int) -> None:
     import orjson
     import torch
     import torch.distributed as dist
@@ -62,8 +53,7 @@ def serve(rank: int, port: int, store: Path) -> None:
     from megatron_rl.ranks.collectives import broadcast_bytes
     from megatron_rl.ranks.place import Place, start_process_groups, stop_process_groups
 
-    device = torch.device("cpu")
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    device, rank = torch.device("cpu"), dist.get_rank()
     settings = {}
     for text in LAYOUTS:
         layout = Layout.resolve(*parse_layout(text))
@@ -156,7 +146,7 @@ def _answered(example: Example, setting: Setting, whole: bool) -> list[dict[str,
         dist.all_reduce(gradient, group=place.control)
         total *= counted and place.cp == 0
         dist.all_reduce(total, group=place.control)
-        metrics = Trainer.reduce(trainer, loss.metrics, holds_samples=live.is_last_stage)
+        metrics = Trainer.reduce(trainer, loss.metrics, holds_samples=live.is_last_stage)  # type: ignore[arg-type]
         return {"loss": float(total), "gradient": gradient.tolist(), "metrics": metrics}
 
     answers = []
@@ -202,24 +192,3 @@ class Table:
 
     def gradient(self) -> Any:
         return self._leaf.new_zeros(len(self._leaf)) if self._leaf.grad is None else self._leaf.grad
-
-
-def main(port: int, store: Path) -> None:
-    use_device("cpu")
-    import megatron_rl.loop.experience
-    import megatron_rl.train  # noqa: F401
-
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=serve, args=(rank, port, store)) for rank in range(WORLD)]
-    for rank in ranks:
-        rank.start()
-    multiprocessing.connection.wait([rank.sentinel for rank in ranks])
-    for rank in ranks:
-        # The first has gone: because all is done, or because it failed, and then the others wait for it.
-        rank.join(timeout=5)
-        rank.kill()
-    sys.exit(max(abs(rank.exitcode or 0) for rank in ranks))
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from forks import Forks
 from paths import ROOT, SUPPORT
 from safetensors.torch import load_file
 from tiny_models import EOS, VOCAB_SIZE
@@ -61,7 +62,7 @@ def _group(reference: torch.nn.Module, rng: np.random.Generator, index: int, siz
     return Group(index, prompt, tuple(samples))
 
 
-def _drifted_trace(reference: torch.nn.Module, token_ids: list[int], rng: np.random.Generator) -> RoutingTrace:
+def _drifted_trace(reference: Any, token_ids: list[int], rng: np.random.Generator) -> RoutingTrace:
     routers = {n: m for n, m in enumerate(layer.mlp for layer in reference.model.layers) if hasattr(m, "gate")}
     chosen: list[torch.Tensor] = []
     hooks = [m.gate.register_forward_hook(lambda _m, _i, out: chosen.append(out[2])) for m in routers.values()]
@@ -116,11 +117,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{SUPPORT}"}
 
 
-def run_all(config: Path, ranks: int, runs: list[str]) -> None:
-    """One world of `ranks`; each run a list of overrides in one string."""
-    command = torchrun(ranks, str(SUPPORT / "train_worker.py"), str(config), *runs)
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-8000:]
+def run_all(forks: Forks, config: Path, ranks: int, runs: list[str]) -> None:
+    """Does `runs`, each a list of overrides in one string, one after another in a world of `ranks`."""
+    forks.world(ranks, "train_worker:main", config, runs)
 
 
 def losses(run_dir: Path) -> np.ndarray:

@@ -1,9 +1,8 @@
-"""torchrun ... routing_worker.py MODEL LAYOUT RECOMPUTE OUT: log-probs and gradients under drifted routes, and again
+"""Log-probs and gradients under drifted routes, and again
 under the routes of a forward pass of its own; rank 0 writes what it found as safetensors."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -71,14 +70,11 @@ def main(model: Path, text: str, recompute: str, out: Path) -> None:
     live = policy.logprobs(batch.micro_batches, routing=first)
     own = [RankRoutes(ids, torch.ones(len(ids), dtype=torch.bool)) for ids in first.live]
     again = policy.logprobs(batch.micro_batches, routing=policy.routing_pass(own))
-    same = all(torch.equal(a, b) for a, b in zip(live, again, strict=True) for a, b in zip(a, b, strict=True))
+    pairs = ((a, b) for one, other in zip(live, again, strict=True) for a, b in zip(one, other, strict=True))
+    same = all(torch.equal(a, b) for a, b in pairs)
     differs = any(not torch.equal(a, b) for (a, _), b in zip(live, seen, strict=False))
     bits = torch.tensor([same, differs or not live])
     torch.distributed.all_reduce(bits, op=torch.distributed.ReduceOp.MIN, group=place.control)
     if place.rank == 0:
         save_file({**{k: v.contiguous() for k, v in found.items()}, "bits": bits}, out)
     stop_process_groups()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4]))

@@ -1,10 +1,9 @@
-"""torchrun ... shift_worker.py OLD NEW OUT LAYOUT ...: the router shift from the model OLD to the model NEW, in every
+"""The router shift from the model OLD to the model NEW, in every
 routing mode and layout, one after another. Each rank writes what it found of its replica's samples, as safetensors in
 OUT: [tokens] for MODE/LAYOUT/SAMPLE, and under same/... the shift from OLD to OLD."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from routing_worker import drifted_samples
@@ -79,7 +78,3 @@ def main(old: Path, new: Path, out: Path, layouts: list[str]) -> None:
     save_file(found, out / f"rank-{place.rank}.safetensors")
     dist.barrier()
     stop_process_groups()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])

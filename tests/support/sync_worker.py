@@ -1,4 +1,4 @@
-"""What ranks do in the tests of the weight sync, started by torchrun:
+"""What ranks do in the tests of the weight sync:
 
 sync_worker.py push MODEL URL LAYOUT ROUTE MUTATION TEMPERATURE     the model to the server at the URL
 sync_worker.py export MODEL DIRECTORY                   the model into a Hugging Face directory
@@ -70,7 +70,10 @@ def export(model: str, directory: str) -> None:
 
 
 if __name__ == "__main__":
-    {"push": push, "export": export}[sys.argv[1]](*sys.argv[2:])
+    if sys.argv[1] == "push":
+        push(*sys.argv[2:])
+    else:
+        export(*sys.argv[2:])
     from megatron_rl.ranks.place import stop_process_groups
 
     stop_process_groups()

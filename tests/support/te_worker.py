@@ -34,7 +34,7 @@ def train(rank: int, ranks: int, model: Path, out: Path) -> None:
     for text in LAYOUTS[ranks]:
         layout = Layout.resolve(*parse_layout(text))
         place = start_process_groups(layout, torch.device("cpu"), seed=0)
-        answers = {provider: answer(model, layout, place, provider) for provider in ("torch", "te")}
+        answers: dict[str, Any] = {provider: answer(model, layout, place, provider) for provider in ("torch", "te")}
         theirs, ours = (answers[provider].pop("logprobs") for provider in ("torch", "te"))
         answers["logprobs_apart"] = largest([(a - b).abs().max() for a, b in zip(ours, theirs, strict=True)])
         if rank == 0:
@@ -76,10 +76,10 @@ def answer(model: Path, layout: Any, place: Any, provider: str) -> dict[str, Any
     def loss(index: int, logprobs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
         return -(logprobs * masks[index]).sum()
 
-    engine = EngineConfig(device="cpu", dtype="fp32", layers=provider)
+    engine = EngineConfig(device="cpu", dtype="fp32", layers=provider)  # type: ignore[arg-type]
     policy = Policy(model, layout, place, engine, torch.device("cpu"), None)
     policy.gradients(batches, loss)
-    gradients = {name: g.clone() for part in policy.export(1 << 28, lambda p: p.main_grad) for name, g in part}
+    gradients = {name: g.clone() for part in policy.export(1 << 28, lambda p: p.main_grad) for name, g in part}  # type: ignore[attr-defined]
     policy = Policy(model, layout, place, engine, torch.device("cpu"), OptimConfig(lr=1e-3, eps=1e-4, clip_grad=10.0))
     logprobs = [value for pair in policy.logprobs(batches) for value in pair]
     updates = [policy.update(batches, loss) for _ in range(2)]
@@ -130,4 +130,5 @@ def main(model: Path, directory: Path, out: Path, worlds: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:4]), worlds=[int(ranks) for ranks in sys.argv[4:]])
+    model, directory, out = map(Path, sys.argv[1:4])
+    main(model, directory, out, [int(ranks) for ranks in sys.argv[4:]])

@@ -1,18 +1,15 @@
-"""Runs several trainings one after another in one world of ranks, so that each does not pay for start-up.
+"""Several trainings, one after another, in one world of ranks.
 
-torchrun ... train_worker.py CONFIG "key=value key=value" "key=value" ...    (one run for each list of overrides)
-
-A bf16 run under a layout without data parallelism leaves its optimizer's fp32 weights in run_dir/main.safetensors.
+Each run is a list of overrides. A bf16 run under a layout without data parallelism leaves its optimizer's fp32 weights
+in run_dir/main.safetensors.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config
-from megatron_rl.engine.device import use_device
 
 
 def save_main_weights(policy, file: Path) -> None:  # type: ignore[no-untyped-def]
@@ -24,23 +21,18 @@ def save_main_weights(policy, file: Path) -> None:  # type: ignore[no-untyped-de
         save_file({name: tensor.contiguous() for bucket in buckets for name, tensor in bucket}, file)
 
 
-if __name__ == "__main__":
-    use_device("cpu")
-    import torch.distributed as dist
-
+def main(config_file: Path, runs: list[str]) -> None:
     from megatron_rl.engine.network import Network
     from megatron_rl.loop.trainer import Trainer
     from megatron_rl.train import train
 
     export = Trainer.export
 
-    def export_both(trainer: Trainer, network: Network, directory: Path) -> None:
+    def export_both(trainer: Trainer, network: Network, directory: Path, bucket_mib: int = 256) -> None:
         if trainer.config.engine.dtype == "bf16" and trainer.layout.dp == trainer.layout.edp == 1:
             save_main_weights(trainer.policy, directory.with_name("main.safetensors"))
-        export(trainer, network, directory)
+        export(trainer, network, directory, bucket_mib)
 
     Trainer.export = export_both  # type: ignore[method-assign]
-    dist.init_process_group("gloo")
-    for overrides in sys.argv[2:]:
-        train(load_config(Config, Path(sys.argv[1]), overrides.split()))
-    dist.destroy_process_group()
+    for overrides in runs:
+        train(load_config(Config, config_file, overrides.split()))

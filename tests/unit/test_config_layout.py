@@ -1,20 +1,17 @@
-"""Layouts: the degrees, what a model allows, and who holds what, against Megatron-Core's own answer."""
+"""Layouts: the degrees, what a model allows, and who holds what."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
-from config_files import ARCHITECTURE
+from config_files import ARCHITECTURE, LAYOUTS
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rl.config.layout import Layout, LayoutError, check_layout, parse_layout, world_size_of
 from megatron_rl.config.schema import EngineConfig, ParallelConfig
-from megatron_rl.config.show import MAX_RANKS, rank_experts, show_layout, stage_layers
+from megatron_rl.config.show import MAX_RANKS, rank_experts, show_layout
 
 DENSE = replace(ARCHITECTURE, model_type="qwen3", num_experts=0, experts_per_token=0, expert_hidden_size=0)
 degrees = st.builds(ParallelConfig, **dict.fromkeys(("tp", "pp", "cp", "ep", "etp"), st.integers(1, 6)))
@@ -162,78 +159,7 @@ def test_a_balance_loss_needs_experts() -> None:
 # ---- who holds what --------------------------------------------------------------------------------------------
 
 
-# In a process of its own: the engine's CPU layer has to be in place before megatron.core is imported here.
-ASK_MEGATRON = """
-import dataclasses, json, sys
-from megatron_rl.config.layout import Layout, parse_layout
-from megatron_rl.engine.device import use_device
-use_device("cpu")
-import torch
-from megatron.core.parallel_state import RankGenerator
-from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.transformer_block import get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-
-def groups(layout):
-    order = "tp-cp-ep-dp-pp"
-    dense = RankGenerator(layout.tp, 1, layout.dp, layout.pp, layout.cp, order)
-    expert = RankGenerator(layout.etp, layout.ep, layout.edp, layout.pp, 1, order)
-    of_expert = {"etp": "tp", "ep": "ep", "edp": "dp"}
-    return {axis: dense.get_ranks(axis) for axis in ("tp", "cp", "dp", "pp")} | {
-        name: expert.get_ranks(axis) for name, axis in of_expert.items()
-    }
-
-def layers(layout, num_layers):
-    config = TransformerConfig(
-        num_layers=num_layers, hidden_size=64, num_attention_heads=8, pipeline_dtype=torch.float32,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
-    )
-    stages = range(layout.vpp) if layout.vpp > 1 else [None]
-    parts = lambda pp: [
-        (get_transformer_layer_offset(config, vp_stage=v, pp_rank=pp), get_num_layers_to_build(config, v, pp))
-        for v in stages
-    ]
-    return [[list(range(first, first + count)) for first, count in parts(pp)] for pp in range(layout.pp)]
-
-resolved = [Layout.resolve(*parse_layout(text)) for text in sys.argv[2:]]
-print(json.dumps([[groups(layout), layers(layout, int(sys.argv[1]))] for layout in resolved]))
-"""
-LAYOUTS = (
-    "tp=2,cp=2,pp=2,dp=2,ep=4,etp=2",
-    "tp=4,ep=2,dp=2",
-    "pp=4,ep=2,dp=4",
-    "cp=2,etp=2,ep=2",
-    "pp=2,vpp=2",
-    "pp=2,vpp=4,tp=2",
-    "pp=4,vpp=2",
-)
-
-
-@pytest.fixture(scope="module")
-def megatron_core() -> dict[str, tuple[dict[str, list[list[int]]], list[list[list[int]]]]]:
-    """Its (groups by axis, layers by stage and virtual stage) of each of LAYOUTS."""
-    command = [sys.executable, "-W", "ignore", "-c", ASK_MEGATRON, str(ARCHITECTURE.num_layers), *LAYOUTS]
-    answer = subprocess.run(command, check=True, capture_output=True, text=True)
-    return dict(zip(LAYOUTS, json.loads(answer.stdout.splitlines()[-1]), strict=True))
-
-
-@pytest.mark.parametrize("text", LAYOUTS)
-def test_coordinates_are_megatron_cores(text: str, megatron_core) -> None:  # type: ignore[no-untyped-def]
-    groups, _ = megatron_core[text]
-    layout = resolve(text)
-    for axis, of_axis in groups.items():
-        assert len(of_axis) * getattr(layout, axis) == layout.world_size
-        for group in of_axis:
-            assert [getattr(layout.coordinates(rank), axis) for rank in group] == list(range(len(group)))
-
-
-@pytest.mark.parametrize("text", LAYOUTS)
-def test_layers_are_megatron_cores(text: str, megatron_core) -> None:  # type: ignore[no-untyped-def]
-    _, layers = megatron_core[text]
-    layout = resolve(text)
-    for pp in range(layout.pp):
-        assert [list(part) for part in stage_layers(layout, ARCHITECTURE, pp)] == layers[pp]
+# Against Megatron-Core's own answer: tests/ranks/test_config_layout_megatron.py.
 
 
 @pytest.mark.parametrize("text", LAYOUTS)

@@ -1,12 +1,10 @@
-"""The mergeable accumulator: quantiles against NumPy's, merging, and an all-reduce over real ranks."""
+"""The mergeable accumulator: quantiles against NumPy's, and merging. On ranks: ranks/test_lab_sketch_ranks.py."""
 
 import math
-import multiprocessing
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -138,30 +136,3 @@ def test_order_and_partition_do_not_matter(values, parts, random):
     for name, value in whole.items():
         scale = 1e-3 if name == "value/std" else 1e-6  # the std of equal numbers near 1e6 is their rounding
         assert report[name] == pytest.approx(value, rel=1e-9, abs=scale)
-
-
-def reduce_on_rank(rank, store, results):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    metrics = MetricAccumulator(KINDS)
-    if rank == 1:  # rank 0 stands for an earlier pipeline stage
-        for name in KINDS:
-            metrics.add(name, torch.tensor([-1.0, 0.5, 2.0]))
-    dist.all_reduce(metrics.sums)
-    dist.all_reduce(metrics.maxima, op=dist.ReduceOp.MAX)
-    results.put((rank, metrics.finalize()))
-    dist.destroy_process_group()
-
-
-@pytest.mark.distributed
-@pytest.mark.timeout(120)
-def test_an_all_reduce_gives_every_rank_the_whole(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    ranks = [context.Process(target=reduce_on_rank, args=(r, tmp_path / "store", results)) for r in range(2)]
-    for rank in ranks:
-        rank.start()
-    reports = dict(results.get(timeout=100) for _ in ranks)
-    for rank in ranks:
-        rank.join()
-        assert rank.exitcode == 0
-    assert reports[0] == reports[1] == accumulate(torch.tensor([-1.0, 0.5, 2.0])).finalize()

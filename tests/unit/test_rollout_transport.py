@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import cProfile
+from collections.abc import Callable
 
 import httpx
 import pytest
@@ -48,3 +50,28 @@ def test_a_cancelled_request_leaves_no_connection_that_serves_no_more(turns: int
         server.close()
 
     asyncio.run(run())
+
+
+async def calls_of_each(requests: int, transport: httpx.AsyncBaseTransport) -> float:
+    """How many functions are called for each of so many requests at a time."""
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with httpx.AsyncClient(transport=transport, base_url=f"http://127.0.0.1:{port}", timeout=None) as http:
+        profile = cProfile.Profile()
+        profile.enable()
+        await asyncio.gather(*(http.get("/") for _ in range(requests)))
+        profile.disable()
+    server.close()
+    return sum(entry.callcount for entry in profile.getstats()) / requests
+
+
+def test_a_request_costs_no_more_among_many_than_among_few() -> None:
+    """httpx's own pool walks over all its connections whenever a request starts or ends."""
+
+    def growth(transport: Callable[[], httpx.AsyncBaseTransport]) -> float:
+        few, many = (asyncio.run(calls_of_each(requests, transport())) for requests in (10, 150))
+        return many / few
+
+    everything = httpx.Limits(max_connections=None)
+    assert growth(lambda: httpx.AsyncHTTPTransport(limits=everything)) > 3  # what is counted shows the difference
+    assert growth(Connections) < 1.5

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
 from pathlib import Path
 
 import pytest
-from rl_runs import environment, torchrun
-from tiny_models import VOCAB_SIZE, make_tiny_model, make_tokenizer
+from tiny_models import VOCAB_SIZE, make_tokenizer
 
 from megatron_rl.data.prompts import Fields, load_sft_samples
 from megatron_rl.data.records import DataError
@@ -66,24 +63,3 @@ def test_an_end_token_that_the_model_lacks_is_refused(tmp_path, tokenizer):
     path = write(tmp_path / "data.jsonl", {"prompt": "1+1=", "response": "2"})
     with pytest.raises(DataError, match=rf"end-of-sequence token \(eos_token\): token {VOCAB_SIZE} is not in"):
         load_sft_samples(path, Fields("prompt", "response"), tokenizer, 16, vocab_size=VOCAB_SIZE)
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_fine_tuning_ends_before_its_first_step(tmp_path, tokenizer, ranks):
-    """Under tensor parallelism such an id was trained on, with an infinite loss."""
-    model = make_tiny_model(tmp_path / "model")
-    tokenizer.save_pretrained(model)
-    data = write(tmp_path / "data.jsonl", {"prompt": "1+1=", "response": "2<tool>"})
-    config = tmp_path / "sft.yaml"
-    config.write_text(
-        f"run_dir: {tmp_path / 'run'}\nmodel: {{path: {model}}}\nparallel: {{tp: {ranks}}}\n"
-        f"engine: {{device: cpu, dtype: fp32}}\ndata: {{train: {data}, max_tokens: 64}}\nsteps: 2\nbatch_size: 4\n"
-    )
-    command = torchrun(ranks, "-m", "megatron_rl", "sft", str(config))
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    unknown = UNKNOWN.replace("\\", "")
-    who = "" if ranks == 1 else f"rank 0 on host {socket.gethostname()}: "
-    assert f"error: {who}{data}:1: response: {unknown}" in done.stderr
-    assert done.returncode == 2
-    assert not (tmp_path / "run" / "metrics.jsonl").exists() or not (tmp_path / "run" / "metrics.jsonl").read_bytes()

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -14,6 +11,7 @@ from threading import Thread
 
 import pytest
 from config_files import write
+from forks import Forks, Run
 
 from megatron_rl.parity import _compare_server
 from megatron_rl.rollout.answers import RolloutError
@@ -45,7 +43,7 @@ def server() -> Iterator[str]:
         listening.shutdown()
 
 
-def train(directory: Path, url: str, model: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def train(forks: Forks, directory: Path, url: str, model: Path, *options: str, **variables: str) -> Run:
     write(
         directory / "a.yaml",
         f"""
@@ -60,29 +58,22 @@ rollout:
 train: {{steps: 1}}
 """,
     )
-    others = {name: value for name, value in os.environ.items() if name != VARIABLE}
     one_rank = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
-    return subprocess.run(
-        [sys.executable, "-m", "megatron_rl", "train", "a.yaml", *options],
-        cwd=directory,
-        env={**others, **one_rank, "OMP_NUM_THREADS": "1", **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ("-m", "megatron_rl", "train", "a.yaml", *options)
+    return forks.run(*command, directory=directory, environment={**one_rank, **variables})
 
 
 def test_the_servers_are_sent_the_key_and_nothing_else_has_it(
-    server: str, tiny_model_dir: Path, tmp_path: Path
+    forks: Forks, server: str, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    done = train(tmp_path, server, tiny_model_dir, **{VARIABLE: KEY})
+    done = train(forks, tmp_path, server, tiny_model_dir, **{VARIABLE: KEY})
     assert f"error: {server}/model_info: status 418" in done.stderr, done.stderr[-3000:]
     assert Refuses.keys == [f"Bearer {KEY}"]
     written = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
     assert not [file for file in written if KEY.encode() in file.read_bytes()]
     assert KEY not in done.stdout + done.stderr
 
-    shown = train(tmp_path, server, tiny_model_dir, "--dry-run", **{VARIABLE: KEY})
+    shown = train(forks, tmp_path, server, tiny_model_dir, "--dry-run", **{VARIABLE: KEY})
     assert shown.returncode == 0
     assert f"api_key_env: {VARIABLE}" in shown.stdout
     assert KEY not in shown.stdout + shown.stderr
@@ -90,9 +81,9 @@ def test_the_servers_are_sent_the_key_and_nothing_else_has_it(
 
 @pytest.mark.parametrize("variables", [{}, {VARIABLE: ""}])
 def test_a_variable_that_is_not_set_is_named_before_a_run_is_made(
-    tiny_model_dir: Path, tmp_path: Path, variables: dict[str, str]
+    forks: Forks, tiny_model_dir: Path, tmp_path: Path, variables: dict[str, str]
 ) -> None:
-    done = train(tmp_path, "http://127.0.0.1:1", tiny_model_dir, **variables)
+    done = train(forks, tmp_path, "http://127.0.0.1:1", tiny_model_dir, **variables)
     assert done.returncode == 2
     assert f"error: rollout.servers.api_key_env: the environment variable {VARIABLE} is not set" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,116 @@
+"""The command that starts a server, and what is refused before it is started."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+from server_options import options
+
+from megatron_rl.config.schema import EngineConfig, RolloutConfig
+from megatron_rl.rollout import server as server_module
+from megatron_rl.rollout.pool import Pool
+from megatron_rl.rollout.server import PORTS, Server, ServerError, free_ports, sglang_command
+
+
+def flags(command: list[str]) -> dict[str, str]:
+    return {a: b for a, b in zip(command, [*command[1:], ""], strict=True) if a.startswith("--")}
+
+
+def test_a_gpu_gets_the_stock_server_and_none_of_the_cpus_flags() -> None:
+    command, environment = sglang_command(
+        options(device="auto", dtype="bf16", tp=4, first_gpu=8, extra_flags=("--ep-size", "4")), has_gpu=True
+    )
+    assert command[1:4] == ["-P", "-m", "megatron_rl.rollout.sglang_launch"]
+    assert command[-2:] == ["--ep-size", "4"]
+    found = flags(command)
+    assert (found["--dtype"], found["--tp"], found["--base-gpu-id"]) == ("bfloat16", "4", "8")
+    assert not found.keys() & {"--device", "--attention-backend", "--sleep-on-idle", "--api-key"}
+    assert environment.keys() == {"HF_HUB_OFFLINE", "TORCHINDUCTOR_CACHE_DIR", "GLOO_SOCKET_IFNAME"}
+
+
+@pytest.mark.parametrize(("device", "has_gpu"), [("auto", False), ("cpu", True), ("cpu", False)])
+def test_a_cpu_gets_the_cpu_layer(device: str, has_gpu: bool) -> None:
+    command, environment = sglang_command(options(device=device, dtype="fp32", tp=2, threads=8), has_gpu)
+    assert command[1:4] == ["-P", "-m", "megatron_rl.rollout.sglang_cpu"]
+    found = flags(command)
+    assert (found["--device"], found["--attention-backend"]) == ("cpu", "torch_native")
+    assert found["--dtype"] == "float32"
+    assert "--base-gpu-id" not in found
+    assert environment["SGLANG_USE_CPU_ENGINE"] == environment["TORCHDYNAMO_DISABLE"] == "1"
+    assert environment["CUDA_VISIBLE_DEVICES"] == ""
+    assert environment["OMP_NUM_THREADS"] == "4"
+    assert environment["SGLANG_CPU_OMP_THREADS_BIND"] == "0-3|4-7"
+
+
+def test_fewer_cores_than_ranks_are_one_thread_each() -> None:
+    _, environment = sglang_command(options(tp=4, threads=2), has_gpu=False)
+    assert environment["OMP_NUM_THREADS"] == "1"
+
+
+def test_the_command_carries_seed_and_sizes() -> None:
+    command, _ = sglang_command(options(seed=7, max_total_tokens=99, max_running_requests=11), has_gpu=False)
+    found = flags(command)
+    names = ("--random-seed", "--max-total-tokens", "--max-running-requests", "--model-path")
+    assert [found[name] for name in names] == ["7", "99", "11", "/models/tiny"]
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_routes_are_returned_only_where_they_are_wanted(has_gpu: bool) -> None:
+    for wanted in (False, True):
+        command, _ = sglang_command(options(device="auto", return_routed_experts=wanted), has_gpu)
+        assert ("--enable-return-routed-experts" in command) is wanted
+
+
+def test_a_pool_starts_servers_that_return_routes_only_where_they_are_wanted(tmp_path: Path) -> None:
+    for wanted in (False, True):
+        pool = Pool(RolloutConfig(), EngineConfig(), tmp_path, tmp_path, 0, return_routed_experts=wanted)
+        assert pool._options(0, 1).return_routed_experts is wanted
+
+
+@pytest.mark.parametrize(("device", "gpus", "kernels"), [("auto", 1, False), ("cuda", 1, True), ("auto", 0, False)])
+def test_sglang_without_kernels_is_refused_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, gpus: int, kernels: bool
+) -> None:
+    monkeypatch.setattr(server_module, "_gpus", lambda: gpus)
+    found = {"sglang": True, "sgl_kernel": kernels}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: found[name] or None)
+    started = []
+    monkeypatch.setattr(server_module, "_start", lambda command, *_: started.append(command))
+    if gpus and not kernels:
+        with pytest.raises(ServerError, match=r"without its GPU kernels .* set engine.device to cpu"):
+            Server(options(device=device), tmp_path / "log")
+        return
+    Server(options(device=device), tmp_path / "log")
+    assert len(started) == 1
+
+
+@pytest.mark.parametrize(("gpus", "extra", "fits"), [(4, (), False), (6, (), True), (1, ("--base-gpu-id=0",), True)])
+def test_a_server_without_gpus_of_its_own_is_refused(gpus: int, extra: tuple[str, ...], fits: bool) -> None:
+    wanted = options(device="cuda", first_gpu=4, tp=2, extra_flags=extra)
+    if fits:
+        server_module._check_gpus(wanted, gpus)
+        return
+    with pytest.raises(ServerError, match=r"needs GPUs 4 to 5 .* this machine has 4.* weights\.route: disk"):
+        server_module._check_gpus(wanted, gpus)
+
+
+def test_free_ports_differ_and_are_free() -> None:
+    ports = free_ports(20)
+    assert len(set(ports)) == 20
+    for port in ports:
+        assert port in PORTS
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", port))
+
+
+def test_a_port_in_use_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = sorted(free_ports(2))
+    monkeypatch.setattr(server_module, "PORTS", range(first, second + 1, second - first))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", first))
+        s.listen()
+        assert free_ports(1) == [second]
+        with pytest.raises(ServerError, match="fewer than 2 free ports"):
+            free_ports(2)
