@@ -81,7 +81,7 @@ def replace_servers(leader: type[MadeUp] = MadeUp) -> None:
     from megatron_rl.loop import connections, parts, publisher
 
     parts.connect = lambda _, trainer: contextlib.nullcontext(  # type: ignore
-        connections.Servers(None, leader() if trainer.place.leads_replica else None)
+        connections.Servers(None, leader() if trainer.place.leads_replica else None)  # type: ignore[arg-type]
     )
     publisher.WeightSync = NoServers  # type: ignore[assignment,misc]
 
