@@ -20,6 +20,7 @@ from ranks_worker import LAYOUTS, WORLD, receive, send
 
 from megatron_rl.config.switches import KL, GroupAdvantage, NoCorrection, NoKL, ObjectiveConfig, UnbiasedKL
 from megatron_rl.data.schedule import SampleSize, ScheduleError, plan
+from megatron_rl.objectives.kl import in_reward
 
 PATIENCE = 90.0
 """Seconds for an answer, the start of the ranks included; longer is a deadlock."""
@@ -252,7 +253,7 @@ def assert_is_the_critics_formula(answer: list[dict[str, Any]], drawn: Example) 
     def nothing(response: Any) -> np.ndarray:
         return np.zeros(len(response.ids))
 
-    if drawn.config().critic is None or drawn.config().objective.kl.place == "reward":
+    if drawn.config().critic is None or in_reward(drawn.config().objective):
         return
     _, returns = generalised_advantages_of(drawn, nothing)
     for found, targets, step in zip(answer, returns, trained(drawn), strict=True):
