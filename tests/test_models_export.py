@@ -74,7 +74,7 @@ def test_every_layout_exports_the_checkpoint_and_what_does_not_fit_is_refused(wo
 def two_ranks(rank: int, world: int, port: int, models: Path) -> None:
     join(rank, world, port)
     for arch, layout in CASES[world]:
-        check_stand_ins(arch, layout, weight_names(), bucket_bytes=2000)
+        check_stand_ins(arch, layout, bucket_bytes=2000)
     check_mutations_are_seen(rank)
     check_one_dtype(rank)
     dist.destroy_process_group()
@@ -83,7 +83,7 @@ def two_ranks(rank: int, world: int, port: int, models: Path) -> None:
 def four_ranks(rank: int, world: int, port: int, models: Path) -> None:
     join(rank, world, port)
     for number, (arch, layout) in enumerate(CASES[world]):
-        check_stand_ins(arch, layout, weight_names(), bucket_bytes=10**9 if number == 1 else 2000)
+        check_stand_ins(arch, layout, bucket_bytes=10**9 if number == 1 else 2000)
     for layout in ("tp=2,pp=2,ep=2", "pp=2,vpp=2,ep=2", "tp=2,ep=2,etp=2,dp=2"):
         check_engine(models / "qwen3_moe", layout)
     check_engine(models / "qwen3", "tp=2,pp=2")
