@@ -293,6 +293,7 @@ def _fork(job: Job, rank: int) -> int:
     status = 70
     try:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, ending in ((1, ".out"), (2, ".err")):
             os.dup2(os.open(job.log.with_suffix(ending), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
