@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-import write_keys
+from tools import write_keys
 
 
 class Base(BaseModel):
