@@ -17,7 +17,7 @@ TE_STUB := requirements/te-stub.txt
 STAMP := $(VENV)/.installed-$(VERSION)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: install demo test test-all lint format clean
+.PHONY: install demo test test-fast test-all lint format clean
 
 install: $(STAMP)
 
@@ -36,7 +36,7 @@ $(STAMP): $(FROZEN) $(NODEPS) $(TE_STUB) pyproject.toml setup.py
 	@touch $@
 
 # Several processes share the cores; default OpenMP threads would slow each other a hundredfold.
-demo test test-all: export OMP_NUM_THREADS := 1
+demo test test-fast test-all: export OMP_NUM_THREADS := 1
 
 demo: install
 	$(BIN)/python examples/demo/run.py --preset $(PRESET)
@@ -44,6 +44,10 @@ demo: install
 # Ranks that wait for each other can wait for ever: no test may take longer than this many seconds.
 test: install
 	$(BIN)/python -m pytest --timeout 300 -m "not slow and not gpu"
+
+# Without ranks, servers or runs.
+test-fast: install
+	$(BIN)/python -m pytest --timeout 300 -m "not slow and not gpu" tests/unit
 
 test-all: install
 	$(BIN)/python -m pytest --timeout 1800
