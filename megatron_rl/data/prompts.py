@@ -135,8 +135,8 @@ def source_records(
 ) -> Iterator[Record]:
     """Records of a path that find_files accepts, or of `arithmetic:SPEC`.
 
-    `answer_text` makes fields.answer from the terms of an arithmetic problem. `optional` names further fields, kept if a
-    record has them.
+    `answer_text` makes fields.answer from the terms of an arithmetic problem. `optional` names further fields to keep
+    if a record has them.
     """
     if not source.startswith(arithmetic_task.PREFIX):
         yield from read_records(Path(source), {fields.prompt, fields.answer, *optional})
