@@ -1,4 +1,4 @@
-"""The command line as a user runs it: options, dry runs without torch, and one `error:` for what can be mended."""
+"""The command line as a user runs it: options, dry runs without torch, and one `error:` for what the user can fix."""
 
 from __future__ import annotations
 
