@@ -45,7 +45,7 @@ demo: install
 test: install
 	$(BIN)/python -m pytest --timeout 300 -m "not slow and not gpu"
 
-# What starts no ranks, servers or runs.
+# Without ranks, servers or runs.
 test-fast: install
 	$(BIN)/python -m pytest --timeout 300 -m "not slow and not gpu" tests/unit
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,6 @@ from megatron_rl.ranks.world import read_world
 from megatron_rl.stop import Stopped
 
 app = typer.Typer(
-    help="Reinforcement learning of mixture-of-experts language models on Megatron-Core and SGLang.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -31,7 +31,32 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved conf
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint.")]
 WorldSize = Annotated[int | None, typer.Option(min=1, help="Ranks that --dry-run plans for; else torchrun's, or 1.")]
 KeyVariable = Annotated[str | None, typer.Option(metavar="NAME", help="Environment variable with the server's key.")]
+VERSIONED = ("megatron_rl", "megatron-core", "torch", "transformers", "sglang")
+"""Distributions that --version names."""
+
+
+def _print_versions(asked: bool) -> None:
+    """Prints a line for each package, read from its metadata: nothing is imported."""
+    if not asked:
+        return
+    for name in VERSIONED:
+        try:
+            print(name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            print(name, "not installed")
+    raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option("--version", callback=_print_versions, is_eager=True, help="Print the versions in use, and stop."),
+]
 Model = Annotated[Path, typer.Option(exists=True, file_okay=False, help="Hugging Face model directory")]
+
+
+@app.callback()
+def options(version: Version = False) -> None:
+    """Reinforcement learning of mixture-of-experts language models on Megatron-Core and SGLang."""
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""How many cores this process may use. More OpenMP threads than cores, over all processes, slow each a hundredfold."""
+"""Counts cores. If all processes together have more OpenMP threads than cores, each may run a hundred times slower."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 def usable_cores() -> int:
-    """Those that the scheduler grants, which in a container are fewer than the machine's."""
+    """Cores that the scheduler grants this process; in a container, fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Files that survive a crash, and plain words for why one could not be written. Importable without torch."""
+"""Writes files that survive a crash, and says in plain words why one could not be written. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from megatron_rl.errors import UserError
 
 
 class DiskError(UserError):
-    """A file that could not be written: says which, why, and how much space is left there."""
+    """Names the file that could not be written, the reason, and the space left on its disk."""
 
 
 @contextlib.contextmanager
 def writes(what: str, path: Path) -> Iterator[None]:
-    """Turns an OSError into a DiskError that says that `what` was not written below `path`."""
+    """Turns an OSError of the body into a DiskError: `what` was not written below `path`."""
     try:
         yield
     except OSError as error:
@@ -50,7 +50,7 @@ def size(count: float) -> str:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Puts `data` in place of the file at once; it is on the disk when this returns."""
+    """Replaces the file's content by `data` atomically; returns once it is on the disk."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
         file.write(data)
@@ -66,7 +66,7 @@ def sync_directory(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems have no such thing
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync a directory
             raise
     finally:
         os.close(descriptor)

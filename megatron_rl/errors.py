@@ -1,4 +1,4 @@
-"""The bases of all errors that a user can fix: the command line prints them without a traceback, with status 2."""
+"""Base classes of errors that the user can fix. The command line prints them without a traceback."""
 
 
 class UserError(Exception):
@@ -9,17 +9,17 @@ class UserError(Exception):
 
 
 class LostRankError(UserError):
-    """Another rank was stopped, was killed or lost its host: nothing is wrong with this one."""
+    """Another rank was stopped, was killed or lost its host; this rank is healthy."""
 
-    status = 69  # sysexits.h's EX_UNAVAILABLE
+    status = 69  # EX_UNAVAILABLE of sysexits.h
 
 
 class MissingFileError(UserError, FileNotFoundError):
-    """A file or directory that the user named, or that one of those should hold, and that is not there.
+    """A file or directory is missing that the user named, or that a directory of the user's should hold.
 
-    A FileNotFoundError of another class comes from a library: it is a fault of the program and keeps its traceback.
+    Any other FileNotFoundError comes from a library: it is a fault of the program and keeps its traceback.
     """
 
 
 class FileInTheWayError(UserError, FileExistsError):
-    """A file or directory that would have to be overwritten."""
+    """A file or directory is in the way and will not be overwritten."""

@@ -1,8 +1,8 @@
-"""`megatron-rl parity`: the engine's log-probs and gradients against transformers', and against a live server's.
+"""`megatron-rl parity`: compares the engine's log-probs and gradients with transformers and with a live server.
 
-The reference is computed once, in the calling process, in fp32, and written to a temporary directory. The engine runs
-on ranks of its own, started per world size; rank 0 compares. The loss is the mean negative log-prob of all tokens but
-the first of each sequence.
+The calling process computes the reference once, in fp32, and writes it to a temporary directory. The engine runs on
+ranks started for each world size, and rank 0 compares. The loss is the mean negative log-prob of all tokens except the
+first of each sequence.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import read_architecture
 
 BOUNDS = {"fp32": (2e-5, 1e-4), "bf16": (0.1, 0.2)}
-"""Largest |log-prob difference| and relative gradient difference that pass, by dtype."""
+"""Largest |log-prob difference| and largest relative gradient difference that pass, by dtype."""
 
 
 @dataclass(frozen=True)
 class ParitySpec:
-    """What the ranks are told, as JSON."""
+    """The task of the ranks, handed over as JSON."""
 
     model: str
     reference: str  # directory with logprobs.npy and gradients.safetensors
@@ -57,7 +57,7 @@ class ParityResult:
 
 @dataclass(frozen=True)
 class ServerResult:
-    """Of a live server's log-probs; it has no gradients to compare."""
+    """Comparison of a live server's log-probs. A server has no gradients."""
 
     server: str
     tokens: int
@@ -66,11 +66,11 @@ class ServerResult:
 
 
 class ParityError(UserError):
-    """Tokens or a layout that cannot be compared."""
+    """The tokens or the layout cannot be compared."""
 
 
 def read_tokens(path: Path, vocab_size: int) -> list[list[int]]:
-    """One JSON list of ids a line, each of at least two. Raises ParityError naming the line."""
+    """Reads one JSON list of at least two token ids from each line. Raises ParityError, which names the line."""
     sequences = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
@@ -102,9 +102,9 @@ def run(
     max_tokens: int | None = None,
     api_key: str | None = None,
 ) -> int:
-    """Prints one result per layout, and one for the server at `url`; returns 0 when all pass, else 1.
+    """Prints one result per layout and one for the server at `url`; returns 0 if all pass, else 1.
 
-    Raises ParityError for unusable input, and RolloutError for a server that does not answer as it should.
+    Raises ParityError for unusable input, and RolloutError if the server's answer is unusable.
     """
     if url is not None and (problem := url_problem(url)):
         raise ParityError(f"--url: found {url!r}, expected {problem}")
@@ -124,7 +124,7 @@ def run(
 
     with tempfile.TemporaryDirectory(prefix="megatron-rl-parity-") as scratch:
         logprobs = write_reference(model, sequences, Path(scratch))
-        # Before the ranks are started: a wrong URL need not wait for them.
+        # Ask the server before the ranks are started, so that a wrong URL is reported at once.
         served = _compare_server(url, api_key, sequences, logprobs, dtype) if url else None
         results: dict[str, ParityResult] = {}
         for world, same_world in sorted(by_world.items()):
@@ -136,7 +136,7 @@ def run(
 
 
 def write_reference(model: Path, sequences: Sequence[Sequence[int]], directory: Path) -> list[list[float]]:
-    """transformers' fp32 log-probs and gradients into `directory`; returns the log-probs of tokens 1.. of each."""
+    """Writes fp32 log-probs and gradients of transformers; returns each sequence's log-probs of tokens 1 and later."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
@@ -161,7 +161,7 @@ def write_reference(model: Path, sequences: Sequence[Sequence[int]], directory: 
 
 
 def _file_tensors(reference: object) -> Iterator[tuple[str, object]]:
-    """The gradients under the names that the weights have in files: save_pretrained knows them, so it is asked."""
+    """Gradients under the names that save_pretrained gives the weights in files."""
     import torch
     from safetensors.torch import load_file
 
@@ -318,7 +318,7 @@ def _as_sample(index: int, ids: list[int]) -> Sample:
 
 
 def _relative(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:
-    """Largest difference as a share of the tensor's largest value; any value where zeros are due counts as itself."""
+    """Largest difference divided by the largest expected value; the difference itself if zeros are expected."""
     scale = float(np.abs(expected).max())
     return float(np.abs(found - expected).max()) / (scale or 1.0)
 

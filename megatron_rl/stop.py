@@ -1,7 +1,7 @@
-"""Why a run ends before its last step though nothing is wrong: a signal, or its time is up. No torch.
+"""Stops a run before its last step: at a signal, or when its time is up. Imports no torch.
 
-torchrun hands SIGTERM and SIGINT on to its ranks and kills them 30 seconds later; SIGUSR1 too if
-TORCHELASTIC_SIGNALS_TO_HANDLE names it. Slurm sends what `--signal` asks for some time before its limit.
+torchrun passes SIGTERM and SIGINT on to its ranks, and kills them 30 seconds later. It passes SIGUSR1 on if
+TORCHELASTIC_SIGNALS_TO_HANDLE names it. Slurm sends the signal of its `--signal` option some time before its limit.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 from megatron_rl.errors import UserError
 
 STATUS = 75
-"""Exit status of a run that was stopped: sysexits.h's EX_TEMPFAIL, to be tried again."""
+"""Exit status of a run that was stopped and can be resumed: EX_TEMPFAIL of sysexits.h."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ECHO_SECONDS = 5.0
-"""A launcher may hand a signal on that the process has had already; so soon after the first it is no second one."""
+"""A launcher may pass on a signal that the process already has. Within this time a repeated signal is not counted."""
 
 
 class Stopped(UserError):
-    """A run that was stopped, with all its steps in a checkpoint."""
+    """Ends a run early. All its finished steps are in a checkpoint."""
 
     status = STATUS
 
@@ -35,7 +35,7 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """Notes the first signal, for the loop to ask after each step; a second one ends the process at once."""
+    """Notes the first signal; the loop looks after each step. A second signal ends the process at once."""
 
     def __init__(self, tells: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self.received = ""
@@ -47,9 +47,9 @@ class Signals:
         self._before: dict[signal.Signals, Any] = {}
 
     def catch(self) -> None:
-        """From here on until `release`; a signal that the process was started to ignore stays ignored.
+        """Catches signals until `release`. A signal that the process was started to ignore stays ignored.
 
-        Only the main thread can catch signals: called in another one this does nothing.
+        Does nothing outside the main thread, which alone can catch signals.
         """
         if threading.current_thread() is not threading.main_thread():
             return
@@ -64,7 +64,7 @@ class Signals:
 
     @contextlib.contextmanager
     def interrupt(self) -> Iterator[None]:
-        """A wait whose result may be dropped. Raises Interrupted at a signal, and if there was one."""
+        """Raises Interrupted in the body if a signal comes or has come. Use it for waits whose result may be lost."""
         self._raises = True
         try:
             if self.received:
@@ -81,7 +81,7 @@ class Signals:
             return
         self.received, self._first = signal.Signals(number).name, self._clock()
         if self._tells:
-            # Not print: the signal may have come in the middle of one.
+            # Not print: the signal may have interrupted a print.
             os.write(2, self._notice().encode())
         if self._raises:
             raise Interrupted
@@ -94,7 +94,7 @@ class Signals:
 
 
 class Clock:
-    """Rank 0's watch: whether a checkpoint is due, and whether the run's time is up."""
+    """Tells rank 0 whether a checkpoint is due, and whether the run's time is up."""
 
     def __init__(
         self,
@@ -108,10 +108,10 @@ class Clock:
         self._start = self._saved = self._step = clock()
         self._longest = 0.0
         self.time_up = False
-        """Whether one more step, if it takes as long as the longest so far, would end after the limit."""
+        """Whether another step as long as the longest so far would end after the limit."""
 
     def begin(self) -> None:
-        """The first step begins."""
+        """Starts the time of the first step."""
         self._saved = self._step = self._clock()
 
     def saved(self) -> None:

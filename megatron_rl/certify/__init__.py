@@ -1,7 +1,7 @@
-"""`megatron-rl certify`: proof, on the real model and in each layout, that routers replay exactly their own rows.
+"""`megatron-rl certify`: proves, on the real model and in each layout, that routers replay exactly their own rows.
 
-The grid's layouts run on ranks of their own, started per world size. watch.py says what is proven there; the negative
-cases of spoil.py show that the proof can fail: each spoils the replay in one way and must be caught.
+Layouts run on ranks started for each world size. watch.py proves the replay. spoil.py shows that the proof can fail:
+each of its negative cases spoils the replay in one way and must be caught.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from megatron_rl.models.random_model import make_random_model
 GRID = ("tp=1", "tp=2", "pp=2", "pp=2,vpp=2", "cp=2", "ep=2", "dp=2", "tp=2,ep=2,etp=2", "cp=2,ep=2", "tp=2,pp=2,ep=2")
 RECOMPUTE = ("none", "full", "selective")
 VOCABULARY = 512
-"""Every token of the certified batch has an id of its own."""
+"""Size of the vocabulary: every token of the certified batch has its own id."""
 
 
 class CertifyError(UserError):
-    """A model or layout that cannot be certified."""
+    """The model or the layout cannot be certified."""
 
 
 def run(
@@ -39,7 +39,7 @@ def run(
     device: str = "auto",
     as_json: bool = False,
 ) -> int:
-    """Prints one result per layout and recomputation; returns 0 when all pass, else 1. Raises CertifyError."""
+    """Prints one result per layout and recomputation; returns 0 if all pass, else 1. Raises CertifyError."""
     with tempfile.TemporaryDirectory(prefix="megatron-rl-certify-") as scratch:
         if model is None:
             model = Path(scratch) / "model"
@@ -57,7 +57,7 @@ def run(
 
 
 def _read(model: Path) -> Architecture:
-    """Raises ModelError for a directory that the ranks could not load."""
+    """Reads the model's architecture. Raises ModelError if the ranks could not load the directory."""
     from megatron_rl.models.check import check_weights
 
     check_weights(model, values=True)
@@ -79,7 +79,7 @@ def _by_world(model: Path, layouts: Sequence[str], engine: EngineConfig) -> dict
 
 
 def _with_vocabulary(model: Path, directory: Path) -> Path:
-    """The model with random embeddings of VOCABULARY tokens; routers and all other weights are its own."""
+    """Writes a copy of the model with random embeddings of VOCABULARY tokens; all other weights are unchanged."""
     import torch
     from safetensors.torch import load_file, save_file
 

@@ -1,4 +1,4 @@
-"""The certificate on the ranks of one world: each layout with each recomputation, and the negative cases."""
+"""Certifies on the ranks of one world: each layout with each recomputation, and the negative cases."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_rl.config.layout import Layout, parse_layout
 from megatron_rl.config.schema import EngineConfig
 from megatron_rl.engine.device import use_device
 
-if TYPE_CHECKING:  # Megatron-Core is imported once the device is ready for it
+if TYPE_CHECKING:  # Megatron-Core may only be imported once the device is ready
     from megatron_rl.certify.router_watch import ReplayCount
     from megatron_rl.certify.spoil import Spoiled
     from megatron_rl.data.sample import Sample
@@ -80,7 +80,7 @@ def _prove(policy: Policy, samples: list[Sample], case: Spoiled) -> tuple[Replay
     from megatron_rl.routing.exchange import RouteExchange
 
     place, layout = policy.place, policy.layout
-    # All samples begin on one leader, so that those of other replicas have to move.
+    # All samples begin on one leader, so that samples of other replicas must move.
     mine = case.samples(samples) if place.leads_replica and place.dp == 0 else []
     numbered = [TrainSample(i, i, sample, 1.0) for i, sample in enumerate(mine)]
     exchange = RouteExchange(policy.arch, policy.routers.layers, place, layout)

@@ -1,4 +1,4 @@
-"""What the ranks are told, and what they answer."""
+"""The task of the ranks, and their results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class CertificateSpec:
-    """What the ranks are told, as JSON."""
+    """The task of the ranks, handed over as JSON."""
 
     model: str
     layouts: list[str]
@@ -21,12 +21,12 @@ class CertificateResult:
     layout: str
     recompute: str
     dtype: str
-    replayed_rows: int  # (sample, position, layer) that used exactly their own trace, in the forward pass
-    live_rows: int  # without a route, padding apart; they routed live
-    recomputed_rows: int  # that used their trace again in the backward pass
-    trace_bytes: int  # the most that a rank holds
-    problems: list[str]  # empty if all is proven
-    caught: dict[str, bool]  # negative cases
+    replayed_rows: int  # rows (sample, position, layer) that used exactly their own trace in the forward pass
+    live_rows: int  # rows without a route, which routed live; padding not counted
+    recomputed_rows: int  # rows that used their trace again in the backward pass
+    trace_bytes: int  # on the rank that holds most
+    problems: list[str]  # empty if everything is proven
+    caught: dict[str, bool]  # by negative case
 
     @property
     def passed(self) -> bool:

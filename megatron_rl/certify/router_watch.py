@@ -1,8 +1,8 @@
-"""What the routers of a layout really did, and whether it is what the traces say.
+"""Observes what the routers of a layout did, and compares it with the traces.
 
-Nothing of the replay's own code is trusted. The rows that leave the embedding tell by their token's id which (sample,
-position) each of them is, and rows keep their order through the stages; hooks on the routers read the routing map that
-the experts get, in the forward pass and again where the backward pass recomputes.
+The replay's own code is not trusted. Each row that leaves the embedding shows by its token's id which (sample,
+position) it is, and rows keep their order through the stages. Hooks on the routers read the routing map that the
+experts get, in the forward pass and again if the backward pass recomputes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Sets = npt.NDArray[np.bool_]  # [rows, experts]
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One router call: the experts that each row got, and those that its live scores choose."""
+    """One router call: the experts that each row got, and the experts that its live scores choose."""
 
     layer: int
     micro_batch: int
@@ -44,7 +44,7 @@ class Call:
 
 @dataclass
 class RouterWatch:
-    """Hooks on embedding and routers during one run of the schedule."""
+    """Hooks embedding and routers during one run of the schedule."""
 
     policy: Policy
     rows: list[list[int]] = field(default_factory=list)  # per micro-batch, the token id of each row; first stages only
@@ -80,7 +80,7 @@ class RouterWatch:
     def _routed(
         self, router: TopKRouter, args: tuple[Tensor, ...], out: tuple[Tensor, Tensor], recomputes: bool
     ) -> None:
-        # Recomputed activations are thrown away by a forward pass without gradients first.
+        # If activations are recomputed, a forward pass without gradients comes first, and its activations are dropped.
         again = recomputes and torch.is_grad_enabled()
         layer = router.layer_number - 1
         with torch.no_grad():
@@ -96,7 +96,7 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _embedded_ids(model: GPTModel) -> dict[bytes, int]:
-    """From the bytes of an embedded token to its id."""
+    """Token ids by the bytes of their embedding."""
     shard = model.embedding.word_embeddings.weight.detach()
     group = parallel_state.get_tensor_model_parallel_group()
     parts = [torch.empty_like(shard) for _ in range(group.size())]
@@ -113,13 +113,13 @@ def _embedded_ids(model: GPTModel) -> dict[bytes, int]:
 
 @dataclass(frozen=True)
 class ReplayCount:
-    """Over all ranks of all replicas; rows are (sample, position, layer)."""
+    """Counts over all ranks of all replicas; rows are (sample, position, layer)."""
 
     replayed: int  # rows that used exactly their own trace
     live: int  # rows without a route, which used their live choice
     expected_replayed: int
     expected_live: int
-    strange: int  # router rows that are neither, and no padding
+    strange: int  # router rows that are neither replayed nor live, without padding
 
     @property
     def holds(self) -> bool:
@@ -127,10 +127,13 @@ class ReplayCount:
 
 
 def judge(calls: Sequence[Call], rows: Sequence[Sequence[int]], samples: Sequence[Sample], place: Place) -> ReplayCount:
-    """`rows`: the token of each row, by micro-batch, of the first stage with this rank's tp and cp. Collective."""
+    """Counts the router rows of this rank's calls. Collective.
+
+    `rows` are the token of each row, by micro-batch, on the first stage with this rank's tp and cp.
+    """
     traces = [trace_of(sample) for sample in samples]
     columns = {layer: column for column, layer in enumerate(traces[0].layers)}
-    seen: dict[str, list[int]] = {}  # (token, layer) -> rows that used its trace, its live choice, neither
+    seen: dict[str, list[int]] = {}  # (token, layer) -> number of rows that used its trace, its live choice, or neither
     for call in calls:
         for row, token_id in enumerate(rows[call.micro_batch]):
             token = token_of(token_id)
@@ -150,8 +153,10 @@ def judge(calls: Sequence[Call], rows: Sequence[Sequence[int]], samples: Sequenc
 
 
 def _count(totals: dict[str, list[int]], traces: Sequence[RoutingTrace], layers: int) -> ReplayCount:
-    """Padding repeats its sequence and routes live, so a token may be there more than once; but only one row may be
-    its own, and exactly one."""
+    """Adds up the rows of all tokens and layers.
+
+    Padding repeats its sequence and routes live, so a token may have several rows. Exactly one may use its own trace.
+    """
     present = sum(int(trace.present.sum()) for trace in traces) * layers
     live = sum(LENGTHS) * layers - present
     replayed = sum(counts[0] == 1 for counts in totals.values())
@@ -161,7 +166,7 @@ def _count(totals: dict[str, list[int]], traces: Sequence[RoutingTrace], layers:
 
 
 def share_rows(rows: list[list[int]], place: Place) -> list[list[int]]:
-    """The rows that the first stage saw, on every stage: the pipeline hands them on rank by rank. Collective."""
+    """Returns the first stage's rows on every stage; the pipeline passes them on rank by rank. Collective."""
     mine = orjson.dumps([place.tp, place.cp, place.dp, place.pp, rows])
     for part in all_gather_bytes(mine, place.control):
         tp, cp, dp, pp, found = orjson.loads(part)

@@ -1,6 +1,6 @@
-"""The batch that is certified: every token has an id of its own, and every row of every trace experts of its own.
+"""Makes the certified batch: every token has its own id, and every row of every trace has its own experts.
 
-The experts are drawn from (sample, position, layer), so that a row, a layer or a sample too far shows.
+The experts are drawn from (sample, position, layer), so an offset by one row, layer or sample is found.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from megatron_rl.data.versions import VersionSpan
 from megatron_rl.models.architecture import Architecture
 
 LENGTHS = (24, 17, 31, 24, 8, 40, 13, 31, 22, 9, 35, 16)
-"""Of the samples, in tokens; unequal, so that they are packed, padded and cut at odd places."""
+"""Lengths of the samples in tokens. They are unequal, so that packing, padding and cutting fall on odd places."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """Which row of which trace a token's id stands for."""
+    """The row of a trace that a token's id stands for."""
 
     sample: int
     position: int
@@ -37,7 +37,7 @@ def token_of(token_id: int) -> Token:
 
 
 def make_samples(arch: Architecture) -> list[Sample]:
-    """Traces end one row early, as a rollout engine's do; some have rows missing inside, and one has none at all."""
+    """Samples whose traces end one row early, as a rollout engine's do. Some lack rows inside; one sample has none."""
     samples = []
     for number, length in enumerate(LENGTHS):
         ids = range(first_id(number), first_id(number) + length)

@@ -1,4 +1,4 @@
-"""The negative cases: each spoils the replay in one way that has happened to somebody, and must be caught."""
+"""Negative cases: each spoils the replay in one way that has happened in practice, and must be caught."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ Samples = list[Sample]
 
 @dataclass(frozen=True)
 class Spoiled:
-    """What is done to the leaders' samples, to this rank's routes, or to the pass."""
+    """A change of the leaders' samples, of this rank's routes, or of the pass."""
 
     samples: Callable[[Samples], Samples] = lambda samples: samples
     routes: Callable[[RankRoutes], RankRoutes] = lambda routes: routes
     routing_pass: type[RoutingPass] = RoutingPass
-    backward: bool = False  # shows in the backward pass only
+    backward: bool = False  # visible in the backward pass only
 
 
 class LiveBackward(RoutingPass):
-    """Replays in the forward pass and forgets to when activations are recomputed."""
+    """Replays in the forward pass, but not when activations are recomputed."""
 
     def route(self, tap: Tap, scores: Tensor, live_scores: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
         recomputing = self._forward is None
@@ -40,7 +40,7 @@ class LiveBackward(RoutingPass):
 
 
 def cases(policy: Policy) -> dict[str, Spoiled]:
-    """Those that the layout and the engine can show."""
+    """The negative cases that the layout and the engine can show, by name."""
     found = {
         "shifted by one row": Spoiled(samples=lambda s: _with_traces(s, [_shifted(trace_of(x)) for x in s])),
         "two layers swapped": Spoiled(samples=lambda s: _with_traces(s, [_swapped(trace_of(x)) for x in s])),
@@ -72,7 +72,7 @@ def _swapped(trace: RoutingTrace) -> RoutingTrace:
 
 
 def _exchanged(samples: Samples) -> Samples:
-    """Two samples of one length have each other's."""
+    """Exchanges the traces of two samples of equal length."""
     lengths = [len(s.token_ids) for s in samples]
     first = next(i for i, n in enumerate(lengths) if n in lengths[i + 1 :])
     second = lengths.index(lengths[first], first + 1)
@@ -87,7 +87,7 @@ def _halves_swapped(routes: RankRoutes) -> RankRoutes:
 
 
 def refuses_fusion(policy: Policy) -> bool:
-    """Whether the fused router, which never asks for a replay, is refused before it runs."""
+    """Whether the fused router, which cannot replay, is refused before it runs."""
     stages = policy.models
     config = stages[0].config
     config.moe_router_fusion = True

@@ -1,10 +1,11 @@
-"""Chains of one-digit additions with checkable answers: a task that a small model learns in minutes.
+"""Makes chains of one-digit additions with checkable answers: a task that a small model learns in minutes.
 
     prompt    3+5+2+9=
     response  3+5=8,8+2=10,10+9=19#19         each addition, then the answer after '#'
 
-Nine terms make prompts of 18 characters and responses of 49 to 65; the number of terms sets the length. Whether a
-problem is held out is decided by a hash of its terms: the two splits share none, whatever their seeds and counts.
+Nine terms make prompts of 18 characters and responses of 49 to 65 characters; the number of terms sets the length. A
+hash of its terms decides whether a problem is held out. So the two splits share no problem, whatever their seeds and
+counts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from megatron_rl.data.files import DataError
 PREFIX = "arithmetic:"
 ALPHABET = "0123456789+,=#"
 SPLITS = ("train", "heldout")
-HELD_OUT_SHARE = 8  # one problem in so many
+HELD_OUT_SHARE = 8  # one problem in eight
 LIMITS = {"terms": (2, 1000), "count": (1, 10_000_000)}
 
 _WHOLE = re.compile("[0-9]{1,18}")
@@ -38,7 +39,7 @@ class ArithmeticTask:
 
     @classmethod
     def parse(cls, spec: str) -> ArithmeticTask:
-        """`arithmetic:terms=9,split=train,count=20000,seed=0`; what is left out has its default. Raises DataError."""
+        """Reads `arithmetic:terms=9,split=train,count=20000,seed=0`; every part is optional. Raises DataError."""
         shown = spec if len(spec) <= 200 else f"{spec[:200]}..."
         types = {field.name: type(field.default) for field in fields(cls)}
         values: dict[str, int | str] = {}
@@ -62,9 +63,9 @@ class ArithmeticTask:
         return task
 
     def problems(self) -> list[tuple[int, ...]]:
-        """The terms, 1 to 9, of `count` different problems of the split. A smaller count gives the first of them.
+        """Terms, 1 to 9, of `count` different problems of the split. A smaller count gives the first of the same list.
 
-        Raises DataError where the split has fewer.
+        Raises DataError if the split has fewer problems.
         """
         rng = np.random.default_rng([self.seed, self.terms, SPLITS.index(self.split)])
         found: dict[tuple[int, ...], None] = {}

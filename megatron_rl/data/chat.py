@@ -1,4 +1,4 @@
-"""Prompts and responses as the model reads them: token ids, with the tokenizer's special tokens and chat template."""
+"""Turns prompts and responses into token ids, with the tokenizer's special tokens and chat template."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_rl.data.vocabulary import unknown_token
 
 
 class Tokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer."""
+    """The part of a Hugging Face tokenizer that this project uses."""
 
     @property
     def bos_token_id(self) -> Any: ...
@@ -35,11 +35,13 @@ class Tokenizer(Protocol):
 
 
 class ChatFormat:
-    """A prompt as it stands, or as messages in the tokenizer's chat template."""
+    """Encodes a prompt as plain text, or as messages in the tokenizer's chat template."""
 
     def __init__(self, tokenizer: Tokenizer, chat_template: bool, vocab_size: int | None = None) -> None:
-        """`vocab_size`: rows of the model's embedding; None leaves ids unchecked. Raises DataError if there is no chat
-        template to use, or more than one."""
+        """`vocab_size` is the number of rows of the model's embedding; None leaves ids unchecked.
+
+        Raises DataError if a chat template is asked for and the tokenizer has none, or more than one.
+        """
         template = tokenizer.chat_template
         if chat_template and not template:
             raise DataError("data.chat_template: true, but the model's tokenizer has no chat template")
@@ -53,10 +55,10 @@ class ChatFormat:
         self._vocab_size = vocab_size
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a rendered prompt: [n]. A chat template writes the tokenizer's special tokens itself.
+        """Token ids [n] of a rendered prompt. A chat template writes the tokenizer's special tokens itself.
 
-        An end-of-sequence token that the tokenizer appends is left off: the response goes on where the prompt stops. So
-        is a token for the beginning that the text has already, as one does that a chat template has made.
+        Drops an end-of-sequence token that the tokenizer appends, because the response continues the prompt. Drops a
+        beginning-of-sequence token if the text already has one, as the text of a chat template may.
         """
         bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         if self._chat:
@@ -67,7 +69,7 @@ class ChatFormat:
         return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
     def text(self, record: Record, name: str) -> str:
-        """The field as rendered text. Raises DataError for one that is blank, or is no prompt."""
+        """The field as rendered text. Raises DataError if it is blank or not a prompt."""
         value = record.field(name)
         if isinstance(value, str):
             last = value
@@ -83,8 +85,11 @@ class ChatFormat:
         return self._render(record, name, value) if self._chat else value
 
     def prompt_ids(self, record: Record, name: str, text: str) -> list[int]:
-        """Of rendered `text`: [n]. Raises DataError for a prompt without tokens, one that has ended, or one with
-        characters that the tokenizer or tokens that the model does not know."""
+        """Token ids [n] of the rendered `text`.
+
+        Raises DataError if the prompt has no tokens, ends with an end-of-sequence token, or has characters or tokens
+        that the tokenizer or the model does not know.
+        """
         ids = self._known(record, name, lambda: self.encode(text))
         eos = self._tokenizer.eos_token_id
         if not ids or set(ids) == {self._tokenizer.bos_token_id}:
@@ -99,8 +104,10 @@ class ChatFormat:
         return ids
 
     def response_ids(self, record: Record, name: str) -> list[int]:
-        """The field as a response, with one end-of-sequence token at its end: [n]. Raises DataError for one that is
-        empty, or ends before its end."""
+        """Token ids [n] of the field as a response, with one end-of-sequence token at its end.
+
+        Raises DataError if the response is empty, or has an end-of-sequence token before its end.
+        """
         text = record.text(name)
         ids = self._known(record, name, lambda: self._tokenizer.encode(text, add_special_tokens=False))
         eos = self._tokenizer.eos_token_id
@@ -120,16 +127,18 @@ class ChatFormat:
             return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"the tokenizer's chat template is no template: line {error.lineno}: {error}") from None
-        except Exception as error:  # a template is a program; it raises what it likes
+        except Exception as error:  # a template is a program, which may raise anything
             raise record.error(name, f"the chat template refuses it: {error or type(error).__name__}") from None
 
     def _known(self, record: Record, name: str, encode: Any) -> list[int]:
-        """Refuses characters that the tokenizer has no token for, and tokens that the model lacks. A tokenizer that
-        works on bytes knows all characters, and may name the token for the unknown only because it has to: one that
-        also begins or ends a text."""
+        """Raises DataError for characters without a token, and for tokens that the model lacks.
+
+        A tokenizer of bytes knows all characters. Some must still name an unknown token, and reuse the token that
+        begins or ends a text; such a token is no sign of an unknown character.
+        """
         try:
             ids = encode()
-        except Exception as error:  # of the tokenizers library: it has no type of its own
+        except Exception as error:  # the tokenizers library has no exception type of its own
             raise record.error(name, f"the tokenizer refuses it: {error}") from None
         unknown = self._tokenizer.unk_token_id
         if unknown in ids and unknown not in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):

@@ -1,7 +1,7 @@
-"""The files of a data set, in the order in which they are read.
+"""Finds the files of a data set, in reading order.
 
 A source is one file, a directory with the files of one split, or a directory written by `save_to_disk` of Hugging Face
-`datasets`. What could be read in two ways is refused.
+`datasets`. A source that could be read in two ways is refused.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SUFFIXES: dict[str, Kind] = {
     ".jsonlines": "json",
 }
 EXPECTED = "expected JSONL, Parquet, or a data set's directory"
-NESTED_LEVELS = 3  # how deep below a directory its splits are looked for
+NESTED_LEVELS = 3  # depth of the search for splits below a directory
 SHOWN = 8  # names in one error
 
 # Hugging Face's name for one shard of a split: train-00000-of-00004.parquet. Older ones end with a hash.
@@ -41,7 +41,7 @@ _SPLIT = re.compile(
 _PACKED = re.compile(r"\.(gz|zst|bz2|xz|zip|lz4)$")
 _UNFINISHED = re.compile(r"\.(incomplete|partial|part|tmp|temp|crdownload|download|aria2)$")
 
-# First bytes of a file, and what a file that begins with them is.
+# First bytes of a file, and the kind of file that begins with them.
 _CONTENT = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the data; fetch the data with `git lfs pull`"),
     (b"PAR1", "holds Parquet data; name it *.parquet"),
@@ -56,19 +56,19 @@ _OWN: dict[Kind, bytes] = {"json": b"", "parquet": b"PAR1", "arrow": b"ARROW1"}
 
 
 class DataError(UserError):
-    """A data set or record that cannot be used; names the file, the line or row, and the field."""
+    """The data set or a record cannot be used. Names the file, the line or row, and the field."""
 
 
 @dataclass(frozen=True)
 class DataFiles:
-    """All files of one data set, of one kind, in their order."""
+    """Files of one data set, all of one kind, in reading order."""
 
     kind: Kind
     paths: tuple[Path, ...]
-    saved: bool = False  # by save_to_disk: rows are counted over all files
+    saved: bool = False  # written by save_to_disk: rows are counted over all files
 
     def digest(self) -> str:
-        """sha256 of the files' bytes, in their order: what decides the records. Names and places do not count."""
+        """sha256 of the files' bytes in reading order. Names and directories of files do not count."""
         whole = hashlib.sha256(self.kind.encode())
         for path in self.paths:
             try:
@@ -80,8 +80,11 @@ class DataFiles:
 
 
 def find_files(path: Path) -> DataFiles:
-    """Raises DataError for a path without data, or whose data could be read in two ways: several splits or formats,
-    missing or repeated shards, unfinished downloads."""
+    """Files of the data set at `source`.
+
+    Raises DataError if there is no data, or if it could be read in two ways: several splits or formats, missing or
+    repeated shards, unfinished downloads.
+    """
     try:
         if path.is_dir():
             return _directory(path)
@@ -95,7 +98,7 @@ def find_files(path: Path) -> DataFiles:
 
 
 def check_content(path: Path, kind: Kind) -> None:
-    """Raises DataError for a file that is empty, or begins like a file of another kind."""
+    """Raises DataError if the file is empty or begins like a file of another kind."""
     try:
         with path.open("rb") as file:
             start = file.read(64)
@@ -139,8 +142,10 @@ def _directory(path: Path) -> DataFiles:
 
 
 def _saved(path: Path) -> DataFiles:
-    """What `save_to_disk` has written. Its format, such as numpy or a choice of columns, says how `datasets` hands rows
-    out, and not what they are."""
+    """Files that `save_to_disk` wrote.
+
+    The saved format, such as numpy or a choice of columns, only says how `datasets` returns rows, so it is ignored.
+    """
     state_file = path / "state.json"
     try:
         state = orjson.loads(state_file.read_bytes())
@@ -161,7 +166,7 @@ def _saved(path: Path) -> DataFiles:
 
 
 def _data_files(path: Path) -> list[Path]:
-    """Files of data, by name. Raises DataError for one that is not there as it was meant to be."""
+    """Data files of the directory, sorted by name. Raises DataError for a packed or unfinished file."""
     files = []
     for file in sorted(path.iterdir()):
         if not _is_data(file) or file.is_dir():
@@ -177,8 +182,10 @@ def _data_files(path: Path) -> list[Path]:
 
 
 def _is_data(file: Path) -> bool:
-    """Whether its suffix is one of a data set's, packed and unfinished files among them. A name that begins with '.' or
-    '_' is none of the data, as for Spark and Arrow."""
+    """Whether the name has a suffix of data, which packed and unfinished files may have too.
+
+    Names that begin with '.' or '_' are not data, as for Spark and Arrow.
+    """
     whole = _PACKED.sub("", _UNFINISHED.sub("", file.name))
     return Path(whole).suffix.lower() in SUFFIXES and not file.name.startswith((".", "_"))
 
@@ -195,7 +202,7 @@ def _has_data(folder: Path) -> bool:
 
 
 def _check_one_split(path: Path, files: Sequence[Path]) -> None:
-    """Raises DataError for files of several splits, and for a split with a shard that is missing or there twice."""
+    """Raises DataError if the files belong to several splits, or if a shard is missing or repeated."""
     shards = [_SHARD.fullmatch(file.stem) for file in files]
     names = {
         (shard["base"] if shard else "", *sorted(set(_split_words(file))))

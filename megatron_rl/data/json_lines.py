@@ -1,4 +1,4 @@
-"""JSON lines, strictly: what JSON does not allow, or allows two readings of, is refused with its line."""
+"""Reads JSON lines strictly: a line that JSON does not allow, or that has two readings, is an error with its number."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ _BLANK = b" \t\r\n"
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers, from 1, and objects. Numbers that are not whole keep their digits (Real). Blank lines, a byte order
-    mark and the CR of CRLF are skipped. Raises DataError naming the line."""
+    """Yields line numbers, from 1, and objects. Numbers that are not whole keep their digits (Real).
+
+    Skips blank lines, a byte order mark and the CR of CRLF. Raises DataError, which names the line.
+    """
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -30,9 +32,9 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def parse_json(text: str) -> Any:
-    """Raises ValueError, and RecursionError for what is nested too deep."""
+    """Raises ValueError for text that is not strict JSON, and RecursionError if it is nested too deep."""
     value = _DECODER.decode(text)
-    if "\\ud" in text.lower():  # the only way to write half of a surrogate pair, which no text can hold
+    if "\\ud" in text.lower():  # half of a surrogate pair, which text cannot hold, can only be written so
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
@@ -81,7 +83,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _whole(digits: str) -> int:
     try:
         return int(digits)
-    except ValueError:  # Python's limit for the time that the conversion takes
+    except ValueError:  # too many digits: Python limits the time of the conversion
         raise ValueError(f"a number of {len(digits)} digits; give it as text") from None
 
 

@@ -1,4 +1,4 @@
-"""Numbers of a data set as text: what a verifier gets of an answer that is a number.
+"""Writes numbers of a data set as text, which is how a verifier gets a numeric answer.
 
 | source                          | text                                                                            |
 | ------------------------------- | ------------------------------------------------------------------------------- |
@@ -17,7 +17,7 @@ import numpy as np
 
 
 class Real(float):
-    """A number with the text that stands for it."""
+    """A number that keeps the text it was written as."""
 
     text: str
 
@@ -28,7 +28,7 @@ class Real(float):
 
 
 def from_float(value: float, bits: int) -> Real:
-    """`bits`: 16, 32 or 64, of the column's type. Infinities and NaN are `inf`, `-inf` and `nan`."""
+    """Text of a float of 16, 32 or 64 `bits`. Infinities and NaN are `inf`, `-inf` and `nan`."""
     exact = np.dtype(f"f{bits // 8}").type(value)
     return Real(np.format_float_positional(exact, unique=True, trim="-"))
 

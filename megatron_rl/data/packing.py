@@ -1,12 +1,12 @@
-"""Packing a micro-batch's samples into one row (THD), and the order of context parallelism. NumPy, no torch.
+"""Packs a micro-batch's samples into one row (THD), and orders tokens for context parallelism. NumPy, no torch.
 
-Nothing is padded to the longest. Under context parallelism each sequence is lengthened to a multiple of 2 * cp; under
-sequence parallelism the last one until the row divides among the ranks. Padding repeats its sequence from the start:
-nothing real attends to it, for it comes later; it is in no loss mask; and it visits many experts, where one token
-repeated would send all of it to the same few.
+Sequences are not padded to the longest. Under context parallelism each sequence is padded to a multiple of 2 * cp.
+Under sequence parallelism the last sequence is padded until the row divides among the ranks. Padding repeats its
+sequence from the start. Real tokens come earlier, so they do not attend to it, and it is outside every loss mask.
+Repeated sequences visit many experts; a single repeated token would load only a few.
 
-An empty micro-batch is a row of padding alone, of one sequence: its replica has to take part in the pipeline schedule
-and the all-to-alls, but nothing that is measured or trained on may change.
+An empty micro-batch is a row of padding, one sequence long. It lets its replica take part in the pipeline schedule and
+the all-to-alls without changing any loss or metric.
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ T = TypeVar("T", bound=np.generic)
 class PackedBatch:
     """One micro-batch of S sequences in T positions, padding included. Every array but cu_seqlens is [T].
 
-    An empty one has S = 1: a sequence of padding.
+    An empty micro-batch has S = 1: a sequence of padding.
 
-    What concerns a token stands where it is predicted, one position before its own: labels, loss_mask, rollout_logprobs
-    and advantages at position t are those of token t + 1.
+    Position t holds the label, loss mask, rollout log-prob and advantage of token t + 1, which it predicts.
     """
 
     token_ids: Ints
@@ -45,7 +44,7 @@ class PackedBatch:
     advantages: Floats
     sequence_ids: Ints
     valid: Bools  # False on padding
-    cu_seqlens: Ints  # [S + 1], of the lengthened sequences
+    cu_seqlens: Ints  # [S + 1], of the padded sequences
 
     @property
     def tokens(self) -> int:
@@ -53,7 +52,7 @@ class PackedBatch:
 
     @property
     def is_empty(self) -> bool:
-        """Whether it has no samples, and counts in nothing."""
+        """Whether it has no samples, so that no loss or metric counts it."""
         return not self.valid.any()
 
 
@@ -66,11 +65,11 @@ def pack(
     total: int | None = None,
     filler: npt.NDArray[np.integer] | None = None,
 ) -> PackedBatch:
-    """The samples in their order, each with one advantage for its whole response.
+    """Packs the samples in their order, each with one advantage for its whole response.
 
-    `total` lengthens the row to so many positions, which must divide among the ranks. Without samples the row is empty,
-    and repeats the tokens of `filler`, or token 0. Raises ValueError for a sample whose first token is in the loss
-    mask: nothing predicts it.
+    `total` pads the row to that many positions, which must divide among the ranks. Without samples the row is empty and
+    repeats the tokens of `filler`, or token 0. Raises ValueError if the first token of a sample is in the loss mask,
+    because nothing predicts it.
     """
     if not samples:
         return _pack_empty(np.zeros(1, dtype=np.int64) if filler is None else filler, cp=cp, tp=tp, total=total)
@@ -118,10 +117,9 @@ def _pack_empty(filler: npt.NDArray[np.integer], *, cp: int, tp: int, total: int
 def pack_rows(
     rows: Sequence[npt.NDArray[T]], cu_seqlens: npt.NDArray[np.integer], *, repeat: bool = False
 ) -> npt.NDArray[T]:
-    """Each sequence's [n, ...] in its place of the row: [cu_seqlens[-1], ...]. What is left of a place stays zero, or
-    repeats the sequence.
+    """Writes each sequence's [n, ...] into the row [cu_seqlens[-1], ...]. Padding stays zero, or repeats the sequence.
 
-    Tokens and all that goes by token, routing traces too, are laid down here and nowhere else.
+    All values by token, routing traces included, are laid out here and nowhere else.
     """
     row = np.zeros((int(cu_seqlens[-1]), *rows[0].shape[1:]), dtype=rows[0].dtype)
     for part, start, end in zip(rows, cu_seqlens[:-1], cu_seqlens[1:], strict=True):
@@ -136,10 +134,9 @@ def pack_rows(
 def pack_all(
     micro_batches: Sequence[Sequence[tuple[Sample, float]]], *, cp: int, tp: int, equal: bool
 ) -> tuple[PackedBatch, ...]:
-    """Each micro-batch's (sample, advantage) pairs packed; `equal` makes all rows as long as the longest.
+    """Packs each micro-batch's (sample, advantage) pairs; `equal` makes all rows as long as the longest.
 
-    Empty ones repeat the first sample that there is: its tokens visit many experts, as a long row of one token would
-    not.
+    Empty micro-batches repeat the first sample, because its tokens visit many experts and one repeated token would not.
     """
     total = None
     if equal:
@@ -153,7 +150,7 @@ def pack_all(
 
 
 def padded_lengths(lengths: Sequence[int], *, cp: int, tp: int, total: int | None = None) -> list[int]:
-    """Length of each sequence in the row. Raises ValueError when `total` is too small or does not divide."""
+    """Length of each sequence in the row. Raises ValueError if `total` is too small or does not divide."""
     multiple = 2 * cp if cp > 1 else 1
     padded = [-(-n // multiple) * multiple for n in lengths]
     # Each context-parallel rank's tokens divide among the tensor-parallel ranks.
@@ -166,13 +163,13 @@ def padded_lengths(lengths: Sequence[int], *, cp: int, tp: int, total: int | Non
 
 
 def cp_index(cu_seqlens: npt.NDArray[np.integer], cp: int, rank: int) -> Ints:
-    """Positions of the row that a context-parallel rank holds, in its order: [T / cp].
+    """Positions [T / cp] of the row that a context-parallel rank holds, in its order.
 
-    Each sequence is cut into 2 * cp chunks; rank r holds chunks r and 2 * cp - 1 - r, so that causal attention costs
-    every rank the same. This is Megatron-Core's and Transformer Engine's order for packed sequences, and the only place
-    where it is made. Under sequence parallelism each tensor-parallel rank holds one of tp equal runs of this order.
+    Each sequence is cut into 2 * cp chunks. Rank r holds chunks r and 2 * cp - 1 - r, so causal attention costs every
+    rank the same. Megatron-Core and Transformer Engine use this order for packed sequences; only this function makes
+    it. Under sequence parallelism each tensor-parallel rank holds one of tp equal runs of this order.
 
-    Raises ValueError for a sequence that does not divide.
+    Raises ValueError if a sequence does not divide.
     """
     if cp == 1:
         return np.arange(cu_seqlens[-1], dtype=np.int64)
@@ -187,5 +184,5 @@ def cp_index(cu_seqlens: npt.NDArray[np.integer], cp: int, rank: int) -> Ints:
 
 
 def rank_rows(cu_seqlens: npt.NDArray[np.integer], *, cp: int, cp_rank: int, tp: int, tp_rank: int) -> Ints:
-    """Positions of the row whose tokens pass through a rank's routers, in their order: [T / (cp * tp)]."""
+    """Positions [T / (cp * tp)] of the row whose tokens pass through a rank's routers, in their order."""
     return np.split(cp_index(cu_seqlens, cp, cp_rank), tp)[tp_rank]

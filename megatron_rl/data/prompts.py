@@ -1,4 +1,4 @@
-"""Prompts and supervised examples, from a data set on disk or the arithmetic task, in an order that can be resumed."""
+"""Loads prompts and supervised examples from a data set or the arithmetic task, in an order that can be resumed."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from megatron_rl.data.vocabulary import unknown_token
 
 @dataclass(frozen=True)
 class PromptCursor:
-    """Where a run stands in a data set: which epoch, and how many prompts of it have been taken."""
+    """Position of a run in a data set: the epoch, and the number of prompts taken in it."""
 
     seed: int
     epoch: int = 0
     position: int = 0
 
     def as_json(self) -> dict[str, int]:
-        """`PromptCursor(**cursor.as_json())` is the same cursor."""
+        """Fields for JSON; `PromptCursor(**cursor.as_json())` equals the cursor."""
         return asdict(self)
 
 
 class PromptDataset:
-    """Prompts in an order that is shuffled anew each epoch, by the cursor's seed.
+    """Prompts in an order that the cursor's seed shuffles again in each epoch.
 
-    Token ids are made when a prompt is taken: kept for a whole data set, they would be ten times its text.
+    A prompt is tokenized when it is taken: the token ids of a whole data set take ten times the memory of its text.
     """
 
     def __init__(self, prompts: Sequence[Prompt], encode: Callable[[str], list[int]]) -> None:
-        """`prompts` without their token ids."""
+        """`prompts` are without token ids."""
         self._prompts = prompts
         self._encode = encode
 
@@ -51,15 +51,15 @@ class PromptDataset:
         return dataclasses.replace(prompt, token_ids=tuple(self._encode(prompt.text)))
 
     def take(self, cursor: PromptCursor, count: int) -> tuple[list[Prompt], PromptCursor]:
-        """The next `count` prompts, over the ends of epochs, and the cursor after them."""
+        """The next `count` prompts, into the next epoch if need be, and the cursor after them."""
         indexes, cursor = take_indexes(len(self), cursor, count)
         return [self[i] for i in indexes], cursor
 
 
 def take_indexes(size: int, cursor: PromptCursor, count: int) -> tuple[list[int], PromptCursor]:
-    """The next `count` indexes of a data set of `size`, and the cursor after them.
+    """The next `count` indexes of a data set of `size` records, and the cursor after them.
 
-    Raises DataError for a cursor that does not fit the data set.
+    Raises DataError if the cursor does not fit the data set.
     """
     if not 0 <= cursor.position < size:
         raise DataError(
@@ -80,19 +80,21 @@ def take_indexes(size: int, cursor: PromptCursor, count: int) -> tuple[list[int]
 
 @dataclass(frozen=True)
 class Fields:
-    """Where in a record things are."""
+    """Names of a record's fields."""
 
     prompt: str
-    answer: str  # or the response, of a supervised example
-    verifier: str | None = None  # of a record without a field of that name; None: what suits the source
+    answer: str  # the response, in a supervised example
+    verifier: str | None = None  # for records without a field `verifier`; None: the source's default
     chat_template: bool = False
 
 
 def load_sft_samples(
     source: str, fields: Fields, tokenizer: Tokenizer, max_tokens: int, *, vocab_size: int | None = None
 ) -> list[Sample]:
-    """Each record's prompt, with its response and one end-of-sequence token in the loss mask. Raises DataError as
-    load_prompts does."""
+    """Samples of a prompt and its response; the loss mask covers the response and one end-of-sequence token.
+
+    Raises DataError as load_prompts does.
+    """
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no end-of-sequence token (eos_token); a response would never end")
     outside = None if vocab_size is None else unknown_token([tokenizer.eos_token_id], vocab_size)
@@ -118,10 +120,9 @@ def load_sft_samples(
 
 
 def data_digest(source: str) -> str:
-    """sha256 of what decides the records of `source` and their order: the bytes of its files, or the arithmetic task
-    with its defaults. Raises DataError.
+    """sha256 of the bytes of the source's files, or of the arithmetic task with its defaults. Raises DataError.
 
-    A run that goes on compares it with the digest that it began with.
+    A resumed run compares it with the digest that the run began with.
     """
     if not source.startswith(arithmetic_task.PREFIX):
         return f"sha256:{find_files(Path(source)).digest()}"
@@ -132,10 +133,10 @@ def data_digest(source: str) -> str:
 def source_records(
     source: str, fields: Fields, optional: Sequence[str], answer_text: Callable[[Sequence[int]], str]
 ) -> Iterator[Record]:
-    """The records of what find_files takes, or of `arithmetic:SPEC`.
+    """Records of a path that find_files accepts, or of `arithmetic:SPEC`.
 
-    `answer_text` gives fields.answer for the terms of an arithmetic problem. `optional` names other fields that are
-    kept if a record has them.
+    `answer_text` makes fields.answer from the terms of an arithmetic problem. `optional` names further fields to keep
+    if a record has them.
     """
     if not source.startswith(arithmetic_task.PREFIX):
         yield from read_records(Path(source), {fields.prompt, fields.answer, *optional})

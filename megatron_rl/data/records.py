@@ -1,4 +1,4 @@
-"""The records of a data set one after the other, each with the place that errors name."""
+"""Reads the records of a data set one by one, each with the place that errors name."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from megatron_rl.data.json_lines import read_json_lines
 from megatron_rl.data.numbers import number_text
 from megatron_rl.data.tables import read_tables
 
-# What errors call a value. Another is called by its Python type.
+# Names of types in errors. Other types keep their Python name.
 _KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
 
 @dataclass(frozen=True)
 class Record:
-    """Field values, where they stand (for errors), and an id made of the file's name and the line or row."""
+    """Field values, their place (for errors), and an id made of the file's name and the line or row."""
 
     where: str
     id: str
     values: Mapping[str, Any]
-    names: Collection[str] = ()  # of all fields in the source, where `values` has only some
+    names: Collection[str] = ()  # all fields of the source, if `values` has only some
 
     def field(self, name: str) -> Any:
-        """Raises DataError where the field is missing or null, with the name nearest to it."""
+        """Raises DataError if the field is missing or null; the error suggests the most similar name."""
         value = self.values.get(name)
         if value is None and name in self.values:
             raise self.error(name, "is null")
@@ -39,13 +39,13 @@ class Record:
         return value
 
     def text(self, name: str, default: str | None = None) -> str:
-        """A string, or a number as megatron_rl.data.numbers writes it. Raises DataError for anything else."""
+        """The field's string, or its number as data.numbers writes it. Raises DataError for anything else."""
         value = default if default is not None and self.values.get(name) is None else self.field(name)
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise self.error(name, f"expected text or a number, found {kind_of(value)}")
         try:
             text = value if isinstance(value, str) else number_text(value)
-        except ValueError:  # a whole number beyond the digits that Python writes
+        except ValueError:  # a whole number with more digits than Python writes
             raise self.error(name, "has too many digits; give it as text") from None
         if isinstance(value, float) and text.strip("-") in ("inf", "nan"):
             raise self.error(name, f"expected text or a finite number, found {text}")
@@ -60,11 +60,11 @@ def kind_of(value: object) -> str:
 
 
 def read_records(path: Path, fields: Collection[str] | None = None) -> Iterator[Record]:
-    """The records of a file or directory (see megatron_rl.data.files).
+    """Yields the records of a file or directory (see megatron_rl.data.files).
 
-    Of Parquet and Arrow only the columns in `fields` are read. Defaults to all.
+    From Parquet and Arrow only the columns in `fields` are read. Defaults to all.
 
-    Raises DataError for what is not there, not readable, holds several splits, or has no rows.
+    Raises DataError if the source is missing, unreadable, has several splits, or has no rows.
     """
     files = find_files(path)
     if files.kind == "json":
@@ -74,7 +74,7 @@ def read_records(path: Path, fields: Collection[str] | None = None) -> Iterator[
         return
     rows = 0
     for file, row, values, names in read_tables(files.paths, files.kind, fields):
-        # Of a data set that was saved in parts, rows are counted as `datasets` counts them: over all parts.
+        # If a data set was saved in parts, rows are counted over all parts, as `datasets` does.
         place, number = (path, rows) if files.saved else (file, row)
         yield Record(f"{place}: row {number}", f"{place.name}:{number}", values, names)
         rows += 1

@@ -1,7 +1,7 @@
-"""Prompts, samples and groups: what flows from the rollout to the schedule. Plain NumPy, no torch.
+"""Prompts, samples and groups: the data that flows from the rollout to the schedule. Plain NumPy, no torch.
 
-A Sample is built by append only: `Sample.start(prompt, index)`, then `extend(...)` once per span of tokens. Every
-span's fields are checked against each other when it is appended, not at training time.
+A Sample is only appended to: `Sample.start(prompt, index)`, then `extend(...)` once per span of tokens. The fields of a
+span are checked against each other when it is appended, not at training time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from megatron_rl.data.versions import VersionSpan
 
-if TYPE_CHECKING:  # verifiers' workers import this module, and need neither pydantic nor safetensors
+if TYPE_CHECKING:  # workers of verifiers import this module without pydantic and safetensors
     from megatron_rl.data.trace import RoutingTrace
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -23,7 +23,7 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question and what is needed to judge an answer to it."""
+    """One question, its reference answer, and the verifier that judges responses."""
 
     id: str  # unique in its data set; names the prompt in files and errors
     text: str
@@ -34,11 +34,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a verifier says of one response. `correct` is accuracy; `reward` may be shaped."""
+    """A verifier's judgement of one response. `correct` is for accuracy; `reward` may be shaped."""
 
     reward: float
     correct: bool
-    lost: bool = False  # the verifier failed: the sample has no reward, and nothing may be learnt from it
+    lost: bool = False  # the verifier failed: the sample has no reward and is not trained on
 
 
 LOST = Verdict(0.0, False, lost=True)
@@ -53,15 +53,15 @@ class Sample:
     """
 
     prompt: Prompt
-    index: int  # position in its group
+    index: int  # position of the sample in its group
     token_ids: npt.NDArray[np.int32]
     loss_mask: npt.NDArray[np.bool_]
     rollout_logprobs: npt.NDArray[np.float32]
     versions: tuple[VersionSpan, ...] = ()
     finish_reason: FinishReason | None = None
     verdict: Verdict | None = None
-    response: str | None = None  # its text, as it was graded; for people who read saved rollouts
-    trace: RoutingTrace | None = None  # of the engine that sampled; covers the first trace.rows tokens
+    response: str | None = None  # the graded text; for people who read saved rollouts
+    trace: RoutingTrace | None = None  # routes of the engine that sampled; covers the first trace.rows tokens
 
     @classmethod
     def start(cls, prompt: Prompt, index: int) -> Sample:
@@ -75,9 +75,9 @@ class Sample:
         )
 
     def extend(self, token_ids: list[int], logprobs: list[float] | None, weight_version: int) -> Sample:
-        """Appends a span. `logprobs` is None for tokens the policy did not generate (tool output).
+        """Appends a span. `logprobs` is None for tokens that the policy did not generate (tool output).
 
-        Raises ValueError when the lengths differ or a log-prob is not finite or is positive.
+        Raises ValueError if the lengths differ, or if a log-prob is positive or not finite.
         """
         where = f"prompt {self.prompt.id!r} sample {self.index}"
         if logprobs is not None:
@@ -99,7 +99,7 @@ class Sample:
         )
 
     def with_trace(self, trace: RoutingTrace) -> Sample:
-        """Raises ValueError for a trace of more rows than there are tokens."""
+        """The sample with a routing trace. Raises ValueError if the trace has more rows than the sample has tokens."""
         if trace.rows > len(self.token_ids):
             raise ValueError(
                 f"prompt {self.prompt.id!r} sample {self.index}: a routing trace of {trace.rows} rows for "
@@ -113,14 +113,14 @@ class Sample:
 
     @property
     def response_tokens(self) -> int:
-        """|y|: masked-in tokens, the length every formula means."""
+        """|y|: number of masked-in tokens, the response length in every formula."""
         return int(self.loss_mask.sum())
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """All samples of one prompt. Groups may differ in size."""
+    """The samples of one prompt. Groups may differ in size."""
 
-    index: int  # position of the prompt in the rollout batch, global over data-parallel ranks
+    index: int  # position of the prompt in the rollout batch of all data-parallel ranks
     prompt: Prompt
     samples: tuple[Sample, ...] = field(default=())

@@ -1,8 +1,7 @@
-"""The global plan of one rollout batch: which sample is trained on in which optimizer step, on which data-parallel
-replica and in which micro-batch. Pure Python, the same on every rank.
+"""Plans one rollout batch: the optimizer step, data-parallel replica and micro-batch of each sample.
 
-What an optimizer step trains on depends on the groups alone. The layout only decides how that work is cut up, so
-losses, gradients and metrics do not change with it.
+Pure Python, with the same result on every rank. The groups alone decide what an optimizer step trains on. The layout
+only decides how the work is divided, so losses, gradients and metrics do not change with it.
 """
 
 from __future__ import annotations
@@ -13,20 +12,23 @@ from dataclasses import dataclass, field
 from megatron_rl.errors import UserError
 
 ATTENTION_COST = 1e-4
-"""Cost of a token's attention to another, in units of its cost elsewhere: about that of a 4096-wide model."""
+"""Cost of one token's attention to one other, relative to the token's other cost; about right for a width of 4096."""
 
 MAX_BEST_FILL = 512
-"""Samples of a mini-batch that are packed by best fill too: it takes milliseconds then, and minutes for ten thousand,
-of which first-fit decreasing leaves no room to speak of."""
+"""Most samples of a mini-batch for which best fill is tried too.
+
+Best fill takes milliseconds for this many samples, and minutes for ten thousand. With so many, first-fit decreasing
+leaves hardly any room unused.
+"""
 
 
 class ScheduleError(UserError):
-    """A batch that cannot be cut up as the configuration asks."""
+    """The batch cannot be divided as the configuration asks."""
 
 
 @dataclass(frozen=True)
 class SampleSize:
-    """All that the plan needs to know of a sample."""
+    """The part of a sample that the plan needs."""
 
     index: int  # global, group-major
     group: int
@@ -40,16 +42,16 @@ class SampleSize:
 
 @dataclass(frozen=True)
 class Denominators:
-    """Of one global mini-batch, over all its micro-batches and data-parallel replicas.
+    """Denominators of one global mini-batch, over all its micro-batches and data-parallel replicas.
 
-    They are what makes the gradient independent of how the mini-batch is cut up. Both may be 0, where all is masked
-    out. Raises ValueError for numbers that no mini-batch has.
+    They make the gradient independent of how the mini-batch is divided. Both are 0 if every token is masked out. Raises
+    ValueError for numbers that no mini-batch can have.
     """
 
     tokens: int
     """Masked-in tokens."""
     sequences: int
-    """Sequences with a masked-in token: one that is masked out leaves numerator and denominator."""
+    """Sequences with a masked-in token. A masked-out sequence is in neither numerator nor denominator."""
 
     def __post_init__(self) -> None:
         if self.tokens < self.sequences or self.sequences < 0:
@@ -58,7 +60,7 @@ class Denominators:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One optimizer step. micro_batches[dp][k] is a tuple of sample indexes; every replica has as many micro-batches.
+    """One optimizer step. micro_batches[dp][k] holds sample indexes; all replicas have equally many micro-batches.
 
     A micro-batch may be empty: its replica takes part in the schedule and the all-to-alls, and adds nothing.
     """
@@ -75,7 +77,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class _Budget:
-    """Of a micro-batch."""
+    """Token budget of a micro-batch."""
 
     tokens: int
     align: int
@@ -90,7 +92,7 @@ class _Budget:
         return len(samples) <= 1 or self.total(samples) <= self.tokens
 
     def fewest(self, samples: Sequence[SampleSize]) -> int:
-        """A lower bound of the micro-batches that hold the samples."""
+        """Lower bound of the number of micro-batches that hold the samples."""
         sizes = [self.tokens_of(sample) for sample in samples]
         long = sum(size > self.tokens for size in sizes)
         halves = sum(size > self.tokens / 2 for size in sizes)
@@ -107,7 +109,7 @@ class _Bins:
     loads: list[int] = field(default_factory=list)
 
     def add(self, sample: SampleSize, limit: int | None = None) -> bool:
-        """Whether there is room, in at most `limit` micro-batches; the sample is then added."""
+        """Adds the sample if at most `limit` micro-batches have room for it; returns whether it did."""
         tokens, budget = self.budget.tokens_of(sample), self.budget.tokens
         part = next((k for k, load in enumerate(self.loads) if load + tokens <= budget), len(self.parts))
         if part == len(self.parts):
@@ -130,16 +132,15 @@ def plan(
     align: int = 1,
     home: Sequence[int] | None = None,
 ) -> Schedule:
-    """Groups go to mini-batches in equal consecutive blocks; within one, samples to replicas by balanced cost.
+    """Deals groups to mini-batches in equal consecutive blocks, and a mini-batch's samples to replicas by cost.
 
-    Each replica makes as many micro-batches as any: the fewest that are found for all of them together, some of which
-    may be empty.
+    All replicas make equally many micro-batches, as few as are found; some may be empty.
 
-    max_tokens: budget of a micro-batch, each sample counted as its length rounded up to `align`; a longer sample gets a
-    micro-batch of its own. micro_batch_multiple: what the number of micro-batches must divide by. home: the replica
-    that holds each of `sizes`, kept where balance allows.
+    max_tokens: budget of a micro-batch. A sample counts as its length rounded up to `align`; a sample above the budget
+    gets its own micro-batch. micro_batch_multiple: divides the number of micro-batches. home: the replica that holds
+    each of `sizes`; a sample stays there if the balance allows it.
 
-    Raises ScheduleError when groups do not divide into mini-batches; ValueError when an index is there twice.
+    Raises ScheduleError if groups do not divide into mini-batches, and ValueError if an index occurs twice.
     """
     if len({size.index for size in sizes}) < len(sizes):
         raise ValueError("two samples have the same index; a group was fetched twice, or numbered wrongly")
@@ -172,7 +173,7 @@ def _step(
     count = _count(replicas, multiple)
     if count > _round_up(-(-budget.fewest(members) // dp), multiple):
         together = _first_fit(members, budget)
-        if len(members) <= MAX_BEST_FILL:  # neither is always the better
+        if len(members) <= MAX_BEST_FILL:  # neither method is always better
             together = min(together, _best_fill(members, budget), key=lambda bins: len(bins.parts))
         fewest = _round_up(-(-len(together.parts) // dp), multiple)
         if fewest < count:
@@ -184,8 +185,11 @@ def _step(
 def _balance(
     members: Sequence[SampleSize], dp: int, budget: _Budget, homes: Mapping[int, int], limit: int | None = None
 ) -> list[_Bins] | None:
-    """Longest first, to the least loaded replica, or to the sample's home while that would exceed its fair share by no
-    more than half the sample. None if this takes more than `limit` micro-batches a replica."""
+    """Gives samples to replicas, longest first; None if a replica would need more than `limit` micro-batches.
+
+    A sample goes to its home if that exceeds the home's fair share by at most half the sample, else to the least loaded
+    replica.
+    """
     share = sum(s.cost for s in members) / dp
     replicas = [_Bins(budget) for _ in range(dp)]
     loads = [0.0] * dp
@@ -202,7 +206,7 @@ def _balance(
 
 
 def _deal(together: _Bins, dp: int, count: int) -> list[_Bins]:
-    """Whole micro-batches to replicas, the costliest first to the least loaded that has fewer than `count`."""
+    """Gives whole micro-batches to replicas, costliest first: to the least loaded that has fewer than `count`."""
     replicas = [_Bins(together.budget) for _ in range(dp)]
     loads = [0.0] * dp
     costs = [sum(sample.cost for sample in part) for part in together.parts]
@@ -214,7 +218,7 @@ def _deal(together: _Bins, dp: int, count: int) -> list[_Bins]:
 
 
 def _count(replicas: Sequence[_Bins], multiple: int) -> int:
-    """Replicas are in lockstep through their schedules and all-to-alls: all make as many as the fullest needs."""
+    """Number of micro-batches per replica: what the fullest needs, since schedules and all-to-alls run in lockstep."""
     return _round_up(max(len(replica.parts) for replica in replicas), multiple)
 
 
@@ -223,7 +227,7 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def _cut(replica: _Bins, count: int) -> tuple[tuple[int, ...], ...]:
-    """Its `count` micro-batches, the fullest first, so that those that meet in an all-to-all are alike."""
+    """A replica's `count` micro-batches, fullest first, so that similar ones meet in an all-to-all."""
     budget = replica.budget
     parts = _evenly([sample for part in replica.parts for sample in part], count, budget)
     if not all(map(budget.holds, parts)):
@@ -238,7 +242,7 @@ def _cut(replica: _Bins, count: int) -> tuple[tuple[int, ...], ...]:
 
 
 def _evenly(samples: Sequence[SampleSize], count: int, budget: _Budget) -> list[list[SampleSize]]:
-    """Longest first to the emptiest of `count`; one may exceed the budget."""
+    """Fills `count` micro-batches, longest sample first into the emptiest; one may exceed the budget."""
     parts: list[list[SampleSize]] = [[] for _ in range(count)]
     loads = [0] * count
     for sample in _longest_first(samples):
@@ -249,7 +253,7 @@ def _evenly(samples: Sequence[SampleSize], count: int, budget: _Budget) -> list[
 
 
 def _first_fit(samples: Sequence[SampleSize], budget: _Budget) -> _Bins:
-    """First-fit decreasing: about as few micro-batches as hold the samples."""
+    """Fills micro-batches by first-fit decreasing: nearly as few as can hold the samples."""
     bins = _Bins(budget)
     for sample in _longest_first(samples):
         bins.add(sample)
@@ -257,7 +261,7 @@ def _first_fit(samples: Sequence[SampleSize], budget: _Budget) -> _Bins:
 
 
 def _best_fill(samples: Sequence[SampleSize], budget: _Budget) -> _Bins:
-    """One micro-batch after another: the longest sample that is left, and of the others what fills it up best."""
+    """Fills one micro-batch at a time: the longest remaining sample, and the others that fill it best."""
     bins = _Bins(budget)
     left = _longest_first(samples)[::-1]
     while left:

@@ -1,13 +1,13 @@
-"""Rollouts on disk and between ranks, exact to the last bit and never pickled.
+"""Stores rollouts on disk and sends them between ranks, exact to the last bit and never pickled.
 
-On disk they are JSON lines that people can read, but for the routing traces. A float32 log-prob is written as the
-shortest decimal of its float64 value, which reads back to the same float32. The text of a response is for people: what
-is trained on are its token ids.
+On disk rollouts are JSON lines that people can read, except the routing traces. A float32 log-prob is written as the
+shortest decimal of its float64 value, which reads back to the same float32. The text of a response is for people; the
+token ids are trained on.
 
-Each line ends in its `checksum`: BLAKE2b, 16 bytes in hex, of the line before's checksum and of this line up to
-`,"checksum"`. So a line that was changed, moved, repeated or left out is refused, wherever it came from.
+Each line ends with its `checksum`: BLAKE2b, 16 bytes in hex, of the previous line's checksum and of this line up to
+`,"checksum"`. So a line that was changed, moved, repeated or left out is refused.
 
-Between ranks samples are safetensors, at nine bytes a token.
+Between ranks samples are safetensors, at nine bytes per token.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from megatron_rl.errors import UserError
 LOWEST = float(np.finfo(np.float32).min)
 PROBE_BYTES = 1 << 16
 PAYS = 0.8
-"""A trace is compressed when its first PROBE_BYTES shrink to less than this: up to some 64 experts."""
+"""A trace is compressed if its first PROBE_BYTES shrink to less than this share: up to about 64 experts."""
 
 TRACE_BYTES, TRACE_BYTES_PER_TOKEN = 1 << 20, 1 << 15
-"""A trace holds no more: some 256 MoE layers of 64 experts a token, two bytes each."""
+"""Bound of a trace: about 256 MoE layers with 64 experts per token, two bytes each."""
 
 _SEAL = re.compile(rb'(.*),"checksum":"([0-9a-f]{32})"\}\n', re.DOTALL)
 
@@ -46,7 +46,7 @@ _TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
 class StoreError(UserError):
-    """A rollout file that is not one; names file, line and field."""
+    """A rollout file cannot be read. Names the file, the line and the field."""
 
 
 class _Record(BaseModel):
@@ -54,15 +54,15 @@ class _Record(BaseModel):
 
 
 class Header(_Record):
-    """What a file says of the run that wrote it."""
+    """Facts in a file about the run that wrote it."""
 
     format: Literal[2]
     weight_version: _Count
     groups: _Count
     temperature: float | None = None
-    """Of the log-probs; None: not known."""
+    """Temperature of the log-probs; None if unknown."""
     vocab_size: _Count | None = None
-    """Of the model that sampled; None: not known."""
+    """Vocabulary size of the model that sampled; None if unknown."""
 
 
 class _PromptRecord(_Record):
@@ -74,7 +74,7 @@ class _PromptRecord(_Record):
 
 
 def _write_trace(trace: RoutingTrace) -> str:
-    """base64 of the trace's bytes, behind `raw:` or `zlib:`."""
+    """base64 of the trace's bytes, after `raw:` or `zlib:`."""
     data = trace.to_bytes()
     probe = data[:PROBE_BYTES]
     if len(zlib.compress(probe, level=1)) < PAYS * len(probe):
@@ -83,7 +83,7 @@ def _write_trace(trace: RoutingTrace) -> str:
 
 
 def _read_trace(written: object, info: ValidationInfo) -> object:
-    """Raises ValueError. What is no text is left for pydantic to refuse."""
+    """Reads what _write_trace wrote; raises ValueError. A value that is not text is returned for pydantic to refuse."""
     if not isinstance(written, str):
         return written
     form, _, text = written.partition(":")
@@ -98,7 +98,7 @@ def _read_trace(written: object, info: ValidationInfo) -> object:
 
 
 def _decompress(data: bytes, tokens: int) -> bytes:
-    """Raises ValueError for data that grow beyond what so many tokens' experts can be, before they fill the memory."""
+    """Decompresses a trace; raises ValueError as soon as it exceeds the largest trace of that many tokens."""
     most = TRACE_BYTES + TRACE_BYTES_PER_TOKEN * tokens
     stream = zlib.decompressobj()
     found = stream.decompress(data, most + 1)
@@ -119,7 +119,7 @@ class _SampleRecord(_Record):
     versions: list[tuple[_Count, _Count, _Count]]  # version, start, end
     finish_reason: FinishReason | None
     verdict: tuple[float, bool] | tuple[float, bool, Literal["lost"]] | None  # reward, correct
-    response: str | None = None  # for people; token_ids count
+    response: str | None = None  # for people; token_ids are trained on
     trace: Annotated[RoutingTrace | None, BeforeValidator(_read_trace)] = None
 
     @model_validator(mode="after")
@@ -164,7 +164,7 @@ def write_groups(
     temperature: float | None = None,
     vocab_size: int | None = None,
 ) -> None:
-    """A header line, then one group a line. The file appears whole or not at all."""
+    """Writes a header line, then one group per line. The file appears whole or not at all."""
     header = Header(
         format=2,
         weight_version=weight_version,
@@ -184,7 +184,7 @@ def write_groups(
 
 
 def read_groups(path: Path) -> list[Group]:
-    """Raises StoreError naming file, line and field, FileNotFoundError when there is no file."""
+    """Raises StoreError, which names file, line and field, and FileNotFoundError if there is no file."""
     groups = []
     with path.open("rb") as file:
         header, checksum = _read_header(path, file)
@@ -199,14 +199,17 @@ def read_groups(path: Path) -> list[Group]:
 
 
 def read_header(path: Path) -> Header:
-    """The first line alone. Raises as read_groups does."""
+    """Reads the first line only. Raises as read_groups does."""
     with path.open("rb") as file:
         return _read_header(path, file)[0]
 
 
 def encode_samples(samples: Sequence[Sample]) -> bytes:
-    """For other ranks of the trainer. `decode_samples` gives back the same, without the routing traces: they are many
-    times as large, so they travel by themselves, and each rank gets its own slice only (routing/exchange.py)."""
+    """Encodes samples for other ranks of the trainer; `decode_samples` reverses it.
+
+    Routing traces are left out. They are many times as large, so each rank gets only its own slice of them
+    (routing/exchange.py).
+    """
 
     def column(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
         return np.concatenate([np.empty(0, dtype), *arrays])
@@ -238,7 +241,7 @@ def _checksum(before: bytes, body: bytes) -> bytes:
 
 
 def _write_line(file: BinaryIO, record: dict[str, Any], before: bytes) -> bytes:
-    """Returns the line's checksum. `before`: that of the line before."""
+    """Writes a line and returns its checksum; `before` is the checksum of the previous line."""
     body = orjson.dumps(record)[:-1]
     checksum = _checksum(before, body)
     file.write(body + b',"checksum":"' + checksum + b'"}\n')
@@ -246,7 +249,7 @@ def _write_line(file: BinaryIO, record: dict[str, Any], before: bytes) -> bytes:
 
 
 def _unsealed(path: Path, number: int, line: bytes, before: bytes) -> tuple[bytes, bytes]:
-    """The record as it was before its checksum was added, and the checksum. Raises StoreError."""
+    """The record without its checksum, and the checksum. Raises StoreError."""
     found = _SEAL.fullmatch(line)
     if found is None:
         raise StoreError(f"{path}:{number}: the line does not end in its checksum; it is cut off, or was changed")
@@ -310,7 +313,7 @@ def _prompt(record: dict[str, Any]) -> Prompt:
 
 
 def _sample_record(sample: Sample) -> dict[str, Any]:
-    """All but the arrays and the trace."""
+    """The sample's fields, without the arrays and the trace."""
     verdict = sample.verdict
     return {
         "sample": sample.index,

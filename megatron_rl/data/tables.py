@@ -1,6 +1,6 @@
-"""Rows of Parquet and Arrow files, read by pyarrow: only the columns that are asked for, a batch at a time.
+"""Reads rows of Parquet and Arrow files with pyarrow: only the needed columns, one batch at a time.
 
-Features that Hugging Face `datasets` notes in a file, such as images and audio, are not decoded.
+Features that Hugging Face `datasets` records in a file, such as images and audio, are not decoded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_rl.data.json_lines import parse_json
 from megatron_rl.data.numbers import from_decimal, from_float
 
 BATCH_ROWS = 1024
-_JSON = "arrow.json"  # the type of Json features
+_JSON = "arrow.json"  # the extension type of Json features
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 Row = dict[str, Any]
@@ -27,9 +27,10 @@ Row = dict[str, Any]
 def read_tables(
     paths: Sequence[Path], kind: Kind, fields: Collection[str] | None
 ) -> Iterator[tuple[Path, int, Row, list[str]]]:
-    """(file, row in it from 0, values, names of all its columns). Values are of the columns in `fields`; None: of all.
+    """Yields file, row in the file from 0, values by column, and the names of all columns of the file.
 
-    Raises DataError naming the file for one that is damaged or cut off, and for files whose columns differ.
+    Values are of the columns in `fields`; None reads all columns. Raises DataError, which names the file, if a file is
+    damaged or cut off, or if the columns of the files differ.
     """
     types: dict[str, str | None] = {}
     for path in paths:
@@ -47,7 +48,7 @@ def read_tables(
 
 @contextmanager
 def _errors(path: Path, kind: Kind) -> Iterator[None]:
-    """pyarrow raises many kinds of error for damaged bytes, and some for values that Python cannot hold."""
+    """Turns pyarrow's errors into DataError: many kinds for damaged bytes, some for values that Python cannot hold."""
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, OverflowError, LookupError, TypeError, RecursionError) as error:
@@ -84,7 +85,7 @@ def _open(
 
 
 def _columns(path: Path, schema: pa.Schema, fields: Collection[str] | None) -> list[str]:
-    """Those to read. Where none is wanted, the first is read: without a column a batch has no number of rows."""
+    """Columns to read. If none is wanted, the first is read: a batch without columns has no row count."""
     columns = [name for name in schema.names if _wanted(name, fields)] or schema.names[:1]
     if len(set(columns)) < len(columns):
         twice = next(name for name in columns if columns.count(name) > 1)
@@ -107,7 +108,7 @@ def _check_alike(first: Path, types: dict[str, str | None], path: Path, found: d
 
 
 def _type(column: pa.DataType) -> str | None:
-    """What errors and the comparison of files call it; None for a column of nulls, which goes with any other."""
+    """Name of a column's type in errors and in the comparison of files; None for a column of nulls, which fits any."""
     if pa.types.is_null(column):
         return None
     if pa.types.is_dictionary(column):
@@ -122,7 +123,7 @@ def _type(column: pa.DataType) -> str | None:
 def _rows(batch: pa.RecordBatch) -> Iterator[Row]:
     for start in range(0, batch.num_rows, BATCH_ROWS):
         part = batch.slice(start, BATCH_ROWS)
-        part.validate(full=True)  # offsets within the data, text in UTF-8: pyarrow trusts what it has read
+        part.validate(full=True)  # offsets within the data, text in UTF-8: pyarrow does not check what it reads
         columns = {name: _values(array) for name, array in zip(part.schema.names, part.columns, strict=True)}
         for row in range(part.num_rows):
             yield {name: values[row] for name, values in columns.items()}
@@ -146,7 +147,7 @@ def _values(array: pa.Array) -> list[Any]:
 
 
 def _nested(scalar: pa.Scalar) -> Any:
-    """The value of a list or struct that has JSON text within, as the messages of a chat may."""
+    """The value of a list or struct with JSON text inside, such as the messages of a chat."""
     if not scalar.is_valid:
         return None
     if pa.types.is_struct(scalar.type):

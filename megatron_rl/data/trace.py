@@ -1,7 +1,7 @@
-"""The experts that each token visited, as a value: made where tokens were routed, checked once, replayed elsewhere.
+"""The experts that each token visited: recorded where tokens were routed, checked once, replayed elsewhere.
 
-Plain NumPy, no torch. Row t is the forward pass of token t. A rollout engine never runs one for the last token that it
-samples, so a sample of n tokens has n - 1 rows; no row is made up for it.
+Plain NumPy, no torch. Row t is the forward pass of token t. A rollout engine runs no forward pass for the last token
+that it samples, so a sample of n tokens has n - 1 rows. No row is invented for the last token.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from megatron_rl.errors import UserError
 
 FORMAT = 1
 MISSING = -1
-"""Stands for every expert id of a row whose route is not known, where ids come from outside."""
+"""In ids from outside, stands for every expert of a row whose route is unknown."""
 
 Source = Literal["rollout", "trainer"]
 Bools = npt.NDArray[np.bool_]
 
 
 class TraceError(UserError, ValueError):
-    """Expert ids that are no routing trace; names row and layer, what was found and expected."""
+    """Expert ids do not form a routing trace. Names the row, the layer, what was found and what was expected."""
 
 
 _Number = Annotated[int, Field(ge=0, le=2**53)]
 
 
 class _Header(BaseModel):
-    """What to_bytes writes besides the arrays."""
+    """The part of to_bytes that is not an array."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -54,12 +54,12 @@ class _Header(BaseModel):
 
 @dataclass(frozen=True, eq=False)
 class RoutingTrace:
-    """Which experts the tokens of one sample went to.
+    """The experts that the tokens of one sample went to.
 
-    experts [rows, layers, top_k] uint8 up to 256 experts, else uint16, zeros in rows that are not present;
-    present [rows] bool, False where no route is known: such a row routes live, and is counted.
+    experts [rows, layers, top_k] is uint8 up to 256 experts, else uint16; zeros in rows that are not present.
+    present [rows] is False for a row whose route is unknown. Such a row routes live, and is counted.
 
-    Raises TraceError when shapes, dtypes, layers or versions do not fit together; `from_ids` checks the ids too.
+    Raises TraceError if shapes, dtypes, layers or versions do not fit together; `from_ids` also checks the ids.
     """
 
     layers: tuple[int, ...]  # global 0-based numbers of the MoE layers, ascending
@@ -67,7 +67,7 @@ class RoutingTrace:
     source: Source
     experts: npt.NDArray[np.unsignedinteger]
     present: Bools
-    versions: tuple[VersionSpan, ...]  # over the rows: the weights under which each was routed
+    versions: tuple[VersionSpan, ...]  # weight versions under which the rows were routed
 
     def __post_init__(self) -> None:
         dtype, shape = experts_dtype(self.num_experts), self.experts.shape
@@ -99,9 +99,9 @@ class RoutingTrace:
         source: Source,
         versions: Sequence[VersionSpan],
     ) -> RoutingTrace:
-        """ids [rows, layers, top_k], any integer dtype; -1 throughout a row says that its route is not known.
+        """A trace from ids [rows, layers, top_k] of any integer dtype. A row of -1 alone has an unknown route.
 
-        Raises TraceError for an id out of range, an expert twice in a row and layer, and a row that is missing in part.
+        Raises TraceError if an id is out of range, an expert occurs twice in a row and layer, or a row is partly -1.
         """
         ids = np.asarray(ids)
         if ids.dtype.kind not in "iu" or ids.ndim != 3:
@@ -136,14 +136,14 @@ class RoutingTrace:
 
     @property
     def checksum(self) -> str:
-        """Of all that it says; the same on every machine."""
+        """Digest of the whole trace; equal on every machine."""
         digest = hashlib.blake2b(orjson.dumps(self._header()), digest_size=16)
         digest.update(np.ascontiguousarray(self.experts, dtype=self.experts.dtype.newbyteorder("<")).tobytes())
         digest.update(np.ascontiguousarray(self.present).tobytes())
         return digest.hexdigest()
 
     def append(self, other: RoutingTrace) -> RoutingTrace:
-        """The rows of `other` after these. Raises TraceError unless both are of the same routers and source."""
+        """A trace with the rows of `other` appended. Raises TraceError if routers or sources differ."""
         for name in ("layers", "num_experts", "source", "top_k"):
             found, expected = getattr(other, name), getattr(self, name)
             if found != expected:
@@ -157,14 +157,14 @@ class RoutingTrace:
         )
 
     def append_missing(self, rows: int, version: int) -> RoutingTrace:
-        """Rows without a route after these: tokens whose forward pass under `version` nobody recorded."""
+        """A trace with unknown rows appended: tokens whose forward pass under `version` was not recorded."""
         missing = np.zeros((rows, len(self.layers), self.top_k), dtype=self.experts.dtype)
         absent = np.zeros(rows, dtype=np.bool_)
         spans = (VersionSpan(version, 0, rows),)
         return self.append(dataclasses.replace(self, experts=missing, present=absent, versions=spans))
 
     def to_bytes(self) -> bytes:
-        """Safetensors, with what is no array as JSON in an array of its own."""
+        """Safetensors bytes. The fields that are not arrays are JSON in an array of their own."""
         header = {"format": FORMAT, "checksum": self.checksum, **self._header()}
         return safetensors.numpy.save(
             {
@@ -176,7 +176,7 @@ class RoutingTrace:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> RoutingTrace:
-        """What `to_bytes` wrote; its arrays cannot be written to. Raises TraceError for anything else."""
+        """Reads the bytes of `to_bytes` into read-only arrays. Raises TraceError for any other bytes."""
         try:
             arrays = safetensors.numpy.load(data)
             header = _Header.model_validate_json(arrays["header"].tobytes())
@@ -217,7 +217,7 @@ def experts_dtype(num_experts: int) -> np.dtype[np.unsignedinteger]:
 
 
 def _twice(experts: npt.NDArray[np.unsignedinteger]) -> Bools:
-    """[rows, layers]: whether an expert is named twice. Ten times as fast as sorting so many short rows."""
+    """[rows, layers]: whether an expert is named twice. It is ten times as fast as sorting the short rows."""
     columns = np.ascontiguousarray(np.moveaxis(experts, -1, 0))
     found = np.zeros(columns.shape[1:], dtype=np.bool_)
     for a, b in itertools.combinations(columns, 2):
@@ -233,7 +233,7 @@ def _refuse(ids: npt.NDArray[np.integer], bad: Bools, layers: Sequence[int], exp
 
 
 def _merged(spans: Sequence[VersionSpan]) -> tuple[VersionSpan, ...]:
-    """Neighbours of the same version as one."""
+    """Merges neighbouring spans of the same version."""
     merged: list[VersionSpan] = []
     for span in spans:
         if merged and merged[-1].version == span.version:

@@ -1,4 +1,4 @@
-"""Which weights generated which tokens."""
+"""The weight versions that generated a sample's tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether token ids are the model's: asked once of each, where it enters the program."""
+"""Checks each token id once, where it enters the program: the model's embedding must have a row for it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable
 def unknown_token(
     token_ids: Iterable[int], vocab_size: int, text_of: Callable[[int], object] | None = None
 ) -> str | None:
-    """What is wrong with the first id that has no row in the model's embedding; None if all have one.
+    """A message about the first id without a row in the model's embedding; None if all ids have a row.
 
-    text_of: the token's text, for the message. Under tensor parallelism an id too large is no error of PyTorch's: it
-    reads another token's logit and the loss is infinite.
+    `text_of` gives the token's text for the message. Under tensor parallelism PyTorch does not notice an id that is too
+    large: it reads another token's logit, and the loss is infinite.
     """
     token = next((token for token in token_ids if not 0 <= token < vocab_size), None)
     if token is None:

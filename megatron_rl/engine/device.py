@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from megatron_rl.config.sources import ConfigError
+from megatron_rl.ranks.known_warnings import ON_CPU, hide_known_warnings
 from megatron_rl.ranks.world import read_world
 
 CPU = torch.device("cpu")
@@ -51,6 +52,7 @@ def use_device(requested: str, leave_out: Collection[str] = ()) -> torch.device:
     elif not getattr(torch.cuda, "_megatron_rl_cpu_layer", False):
         items = CPU_LAYER | items
         torch.cuda._megatron_rl_cpu_layer = True  # type: ignore[attr-defined]
+        hide_known_warnings(ON_CPU)
     for name, item in items.items():
         if name not in leave_out:
             item()

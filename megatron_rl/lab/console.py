@@ -1,7 +1,7 @@
-"""The live console of a run, and the timer of its phases.
+"""Shows a run on the console and times its phases.
 
-On a terminal: a progress bar over rollout steps with the time left, the latest figures, and the time of each
-phase. Elsewhere (a log file, CI): one plain line per step.
+A terminal shows a progress bar over rollout steps with the time left, the latest figures, and the time of each phase. A
+log file gets one plain line per step.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from rich.table import Table
 from rich.text import Text
 
 PREFIX = "time/"
-_PACE_STEPS = 20  # the time left is reckoned at the mean pace of so many latest steps
+_PACE_STEPS = 20  # the time left follows from the mean pace of the latest steps
 
 
 class PhaseTimer:
-    """Seconds per phase, summed until they are drained. Works on every rank.
+    """Sums the seconds of each phase until they are drained. Works on every rank.
 
-    Times are the host's, by a monotonic clock: work that CUDA still has queued counts in the phase that waits
-    for it. A phase inside another counts in both.
+    It reads the host's monotonic clock, so work that CUDA has queued counts in the phase that waits for it. A phase
+    inside another counts in both.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -44,20 +44,20 @@ class PhaseTimer:
             self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - start
 
     def take(self, name: str) -> dict[str, float]:
-        """{"time/<name>": seconds} of one phase, which the next drain then leaves out."""
+        """Returns {"time/<name>": seconds} of one phase, and removes it from the next drain."""
         return {PREFIX + name: self._seconds.pop(name)}
 
     def drain(self) -> dict[str, float]:
-        """{"time/<phase>": seconds} since the last drain, in the order in which the phases first ended."""
+        """Returns {"time/<phase>": seconds} since the last drain, in the order in which the phases first ended."""
         drained = {PREFIX + name: seconds for name, seconds in self._seconds.items()}
         self._seconds.clear()
         return drained
 
 
 class Console:
-    """Shows a run on rank 0; off rank 0 (`shows=False`) it times phases and prints nothing.
+    """Shows a run on rank 0. On other ranks (`shows=False`) it times phases and prints nothing.
 
-    Use it as a context manager, so that an error leaves the terminal whole.
+    Use it as a context manager, so that an error leaves the terminal usable.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Console:
         self._times: dict[str, float] = {}
         self._phase = ""
         out = file or sys.stdout
-        # Asked of the file itself: rich takes a log file for a terminal where the environment forces colours.
+        # Ask the file itself: if the environment forces colours, rich takes a log file for a terminal.
         self._console = rich.console.Console(file=out, force_terminal=out.isatty()) if shows else None
         self._live: Live | None = None
         self._progress = Progress(
@@ -105,7 +105,7 @@ class Console:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Times the phase in `timer` and shows that it runs."""
+        """Times the phase by `timer`, and shows its name while it runs."""
         outer, self._phase = self._phase, name
         try:
             with self.timer.phase(name):
@@ -125,7 +125,7 @@ class Console:
         self._ends.append(now)
 
     def step(self, step: int, figures: Mapping[str, float], times: Mapping[str, float]) -> None:
-        """Shows the step just done, `step` of the total (from 1); `times` is what the timer drained."""
+        """Shows the finished step, numbered from 1; `times` are what the timer drained."""
         self._step = step
         self._ends.append(self._clock())
         self._figures |= {
@@ -163,7 +163,7 @@ class Console:
         return [f"{name} {figure}" for name, figure in self._figures.items()]
 
     def _left(self) -> str:
-        """Time left as h:mm:ss; "-" before there is a pace to reckon with."""
+        """Time left as h:mm:ss; "-" before the first step has ended."""
         if len(self._ends) < 2:
             return "-"
         pace = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)

@@ -1,8 +1,7 @@
-"""What is measured: of every optimizer step while it trains, and of every rollout before it does.
+"""Defines the metrics of optimizer steps and of rollouts, and adds values to them.
 
-All are sums over tokens, sequences, samples or groups, so none depends on how these are cut into
-micro-batches and ranks. Use one accumulator per optimizer step; the caller tags its report with the
-mini-batch.
+All metrics are sums over tokens, sequences, samples or groups, so they do not depend on how these are divided into
+micro-batches and ranks. Use one accumulator per optimizer step; the caller tags its report with the mini-batch.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ TRAINING: dict[str, Kind] = {
     "sequences": Kind.SUM,
     "entropy": Kind.TAIL,
     "advantage": Kind.TAIL,  # by sequence
-    # pi_old, pi_theta and mu, by token but for the sequence ratio.
+    # Ratios between pi_old, pi_theta and mu. All are by token, except the sequence ratio.
     "ratio": Kind.RATIO,  # r = pi_theta / pi_old
     "rho": Kind.RATIO,  # pi_old / mu
     "omega": Kind.RATIO,  # pi_theta / mu
@@ -41,8 +40,8 @@ TRAINING: dict[str, Kind] = {
     "abs_log_sequence_ratio": Kind.TAIL,  # choose GSPO's clip from its quantiles
     **{f"rho/beyond_{tau}": Kind.MEAN for tau in BEYOND},
     "abs_logprob_gap": Kind.TAIL,  # |log pi_old - log mu|
-    "log_perplexity_gap": Kind.TAIL,  # log perplexity under pi_old less that under mu, by sequence
-    # A KL is a mean only: the tails of its terms are those of rho and of the ratio.
+    "log_perplexity_gap": Kind.TAIL,  # log perplexity under pi_old minus log perplexity under mu, by sequence
+    # A KL is a mean only, because rho and the ratio show the tails of its terms.
     **{
         f"kl/{pair}/{estimate}": Kind.MEAN
         for pair in ("rollout_old", "old_policy", "policy_reference")
@@ -55,7 +54,7 @@ TRAINING: dict[str, Kind] = {
         for kind in ("active", "any")
         for unit in ("token", "sequence")
     },
-    "router_shift": Kind.TAIL,  # before its floor; objectives with one only
+    "router_shift": Kind.TAIL,  # before its floor; only for objectives with a router shift
     "router_shift/floored": Kind.MEAN,  # fraction of tokens that the floor raised
     "clip/dual/token": Kind.MEAN,
     "clip/dual/sequence": Kind.MEAN,
@@ -65,9 +64,9 @@ TRAINING: dict[str, Kind] = {
 VALUE: dict[str, Kind] = {
     "loss": Kind.SUM,
     "value": Kind.TAIL,
-    "return": Kind.TAIL,  # what the critic is trained towards: A + V_old, by token
+    "return": Kind.TAIL,  # target of the critic: A + V_old, by token
     "residual": Kind.TAIL,  # return - value
-    "outcome": Kind.TAIL,  # the discounted rewards that really followed
+    "outcome": Kind.TAIL,  # the discounted rewards that followed
     "outcome_residual": Kind.TAIL,
     "clipped": Kind.MEAN,
 }
@@ -77,11 +76,11 @@ SFT: dict[str, Kind] = {"loss": Kind.SUM, "tokens": Kind.SUM, "nll": Kind.TAIL, 
 ROLLOUT: dict[str, Kind] = {
     "prompts": Kind.SUM,
     "samples": Kind.SUM,
-    "tokens": Kind.SUM,  # generated ones
+    "tokens": Kind.SUM,  # generated tokens
     "reward": Kind.TAIL,
     "accuracy": Kind.MEAN,
-    "lost_verdicts": Kind.SUM,  # samples without a verdict: they are in no other metric of rewards
-    # Fractions of groups. Dead: all rewards equal, so that a group's baseline leaves advantages of 0.
+    "lost_verdicts": Kind.SUM,  # samples without a verdict, which no other metric of rewards counts
+    # Fractions of groups. In a dead group all rewards are equal, so a baseline of the group leaves advantages of 0.
     "group/dead": Kind.MEAN,
     "group/dead/all_correct": Kind.MEAN,
     "group/dead/all_wrong": Kind.MEAN,
@@ -89,7 +88,7 @@ ROLLOUT: dict[str, Kind] = {
     "response_length/correct": Kind.TAIL,
     "response_length/wrong": Kind.TAIL,
     "truncated": Kind.MEAN,
-    "overlong_punishment": Kind.TAIL,  # what was added to the reward
+    "overlong_punishment": Kind.TAIL,  # the number added to the reward
     "overlong_filtered": Kind.MEAN,  # fraction of the samples trained on
     "staleness": Kind.TAIL,  # weight versions behind, by generated token
 }
@@ -103,8 +102,10 @@ def training_metrics(
     *,
     mismatch: bool = True,
 ) -> None:
-    """Adds one micro-batch to an accumulator of TRAINING; entropy [T] as in `inputs`, over the full
-    vocabulary. Without `mismatch`, where mu stands for pi_old, nothing is said of the two."""
+    """Adds one micro-batch to an accumulator of TRAINING; entropy [T] is over the full vocabulary.
+
+    Pass `mismatch` False if mu stands for pi_old; then the two are not compared.
+    """
     tokens = Tokens.of(inputs)
     present = tokens.lengths > 0
     logprobs, old, rollout = (
@@ -138,7 +139,7 @@ def training_metrics(
 
 
 def _add_kl(metrics: MetricAccumulator, name: str, log_ratio: Tensor) -> None:
-    """KL(p, q) of samples from p, log_ratio = log q - log p."""
+    """Adds estimates of KL(p, q) from samples of p, with log_ratio = log q - log p."""
     metrics.add(f"{name}/k1", k1(log_ratio))
     metrics.add(f"{name}/k3", k3(log_ratio))
 
@@ -163,7 +164,7 @@ def _add_fractions(metrics: MetricAccumulator, values: LossValues, tokens: Token
 def value_metrics(
     metrics: MetricAccumulator, values: Tensor, returns: Tensor, outcomes: Tensor, outputs: ValueLossOutputs
 ) -> None:
-    """Adds one micro-batch to an accumulator of VALUE; values, returns and outcomes [M] are of the masked-in tokens."""
+    """Adds one micro-batch to an accumulator of VALUE; values, returns and outcomes are [M], for masked-in tokens."""
     values = values.detach().double()
     metrics.add("loss", outputs.loss)
     metrics.add("value", values)
@@ -175,12 +176,14 @@ def value_metrics(
 
 
 def explained_variance(report: Mapping[str, float]) -> dict[str, float]:
-    """1 - Var(R - V) / Var(R) of a report of VALUE: for the returns that the critic is trained towards, and for the
-    outcomes, which no value of its own has entered. Nothing where all R are equal."""
+    """1 - Var(R - V) / Var(R) from a report of VALUE; no entry if all R are equal.
+
+    R are the returns, which are the critic's targets, and the outcomes, which contain none of the critic's values.
+    """
     explained = {}
     for name, target, residual in (("", "return", "residual"), ("/outcome", "outcome", "outcome_residual")):
         low, high, spread = (report.get(f"{target}/{what}", 0.0) for what in ("min", "max", "std"))
-        # The std of equal numbers is rounding: 1e-8 of them, and not 0.
+        # The std of equal numbers is not 0 but rounding, about 1e-8 of their size.
         if high - low > 1e-6 * max(abs(low), abs(high)):
             explained[f"explained_variance{name}"] = 1 - (report[f"{residual}/std"] / spread) ** 2
     return explained
@@ -195,9 +198,9 @@ def sft_metrics(metrics: MetricAccumulator, logprobs: Tensor, loss_mask: Tensor,
 
 
 def rollout_metrics(metrics: MetricAccumulator, groups: Sequence[Group], weight_version: int) -> None:
-    """Adds judged groups to an accumulator of ROLLOUT. `weight_version` is the trainer's now.
+    """Adds judged groups to an accumulator of ROLLOUT. `weight_version` is the trainer's current version.
 
-    Raises ValueError for a sample without a verdict.
+    Raises ValueError if a sample has no verdict.
     """
     metrics.add("prompts", torch.tensor(len(groups)))
     for group in groups:
@@ -229,8 +232,10 @@ def rollout_metrics(metrics: MetricAccumulator, groups: Sequence[Group], weight_
 def overlong_metrics(
     metrics: MetricAccumulator, sampled: Sequence[Group], kept: Sequence[Group], reward: RewardConfig, longest: int
 ) -> None:
-    """Adds what `reward` makes of long responses: the punishments of all that were sampled, the fraction filtered of
-    those that are trained on. Nothing where it is off. `longest`: rollout.max_response_tokens."""
+    """Adds the punishments of all sampled responses, and the filtered fraction of the `kept` ones, if these are on.
+
+    `longest` is rollout.max_response_tokens.
+    """
     if reward.overlong_cache is not None:
         lengths = [sample.response_tokens for group in sampled for sample in group.samples]
         punishments = [overlong_punishment(length, longest, reward.overlong_cache) for length in lengths]
@@ -247,7 +252,7 @@ def _verdict(sample: Sample) -> Verdict:
 
 
 def _staleness(sample: Sample, weight_version: int) -> np.ndarray:
-    """[|y|] weight versions between the one that generated each token and the trainer's."""
+    """[|y|]: how many weight versions each token's version is behind the trainer's."""
     return np.concatenate(
         [
             np.full(int(sample.loss_mask[span.start : span.end].sum()), weight_version - span.version)

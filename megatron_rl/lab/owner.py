@@ -1,13 +1,13 @@
-"""The owner of a run directory: the one process that may write to it.
+"""Owns a run directory: only the owner process may write to it.
 
-`owner-N.json` names the N-th owner: host, process, and since when. The owner touches its file every BEAT_SECONDS.
-Another start takes over from an owner that has ended: one that said so, one whose process is gone from this machine, or
-one of another machine whose file has not been touched for SILENT_SECONDS.
+`owner-N.json` names the N-th owner: host, process, and start time. The owner touches its file every BEAT_SECONDS. A new
+start takes over from an owner that has ended. An owner has ended if it said so, if its process is gone from this
+machine, or if it is on another machine and did not touch its file for SILENT_SECONDS.
 
-A taker creates the file of the next number, which only one of several can do; the highest number is the owner, and only
-an owner deletes lower ones. So there is no moment without an owner, and no two takers win. This needs nothing of the
-file system but that a file is created once, which NFS can do; locks do not work on all of them. Ages are differences of
-times that the file system gave, so the clocks of two machines need not agree.
+To take over, a process creates the file of the next number, which only one of several can do. The highest number is the
+owner, and only an owner deletes lower ones. So there is always exactly one owner. The file system must only create a
+file exclusively, which NFS can do; locks do not work on every file system. Ages are differences of times from the file
+system, so the clocks of two machines need not agree.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from megatron_rl.errors import UserError
 
 BEAT_SECONDS = 15.0
 SILENT_SECONDS = 180.0
-"""A network file system may show a file's time a minute late."""
+"""Seconds without a touch after which an owner has ended. A network file system may show a time a minute late."""
 WATCH_SECONDS = 1.0
 _FILE = re.compile(r"owner-(\d{6})\.json")
-# Two readings of one process's start may differ by the rounding of the machine's boot time.
+# Two readings of the start of one process may differ, because the machine's boot time is rounded.
 _SAME_START_SECONDS = 2.0
 
 
 class OwnerError(UserError):
-    """A run directory that another process writes to."""
+    """Another process writes to the run directory."""
 
 
 class Owner:
@@ -49,16 +49,16 @@ class Owner:
         self._replaces = replaces
         self._ended = threading.Event()
         self.lost = ""
-        """Why this process may no longer write; empty if it may."""
+        """Reason why this process may no longer write; empty if it may."""
         self._thread = threading.Thread(target=self._beat, name="run-owner", daemon=True)
         self._thread.start()
 
     @classmethod
     def take(cls, directory: Path, *, sleep: Callable[[float], None] = time.sleep) -> Self:
-        """Makes this process the owner of an existing directory. Waits if it cannot tell whether a silent owner on
-        another machine has ended, at most SILENT_SECONDS.
+        """Makes this process the owner of an existing directory.
 
-        Raises OwnerError if the owner is alive, and OSError if the directory cannot be written.
+        If a silent owner is on another machine, waits up to SILENT_SECONDS to see whether it has ended. Raises
+        OwnerError if the owner is alive, and OSError if the directory cannot be written.
         """
         mine = directory / f".owner-{uuid.uuid4().hex}"
         try:
@@ -70,10 +70,10 @@ class Owner:
                 number = _number(owners[-1]) + 1 if owners else 1
                 file = directory / f"owner-{number:06d}.json"
                 if not _create(file, mine):
-                    continue  # another taker was faster: look at it
+                    continue  # another process was faster: look at its file
                 if _owners(directory)[-1] == file:
                     return cls(file, owners)
-                file.unlink()  # what I saw was old already
+                file.unlink()  # a newer owner exists
         finally:
             mine.unlink(missing_ok=True)
 
@@ -84,7 +84,7 @@ class Owner:
         self._replaces = []
 
     def release(self) -> None:
-        """Says that this owner has ended, so that the next start need not wait."""
+        """Records that this owner has ended, so that the next start need not wait."""
         self._stop()
         if not self.lost:
             said = self._file.with_name(f".{self._file.name}")
@@ -95,12 +95,12 @@ class Owner:
                 said.unlink(missing_ok=True)
 
     def withdraw(self) -> None:
-        """Leaves the directory with the owner that it had before, as if this one had never been."""
+        """Returns the directory to its earlier owner, as if this owner had never existed."""
         self._stop()
         self._file.unlink(missing_ok=True)
 
     def check(self) -> None:
-        """Raises OwnerError if another process has taken the directory, as it may after a long standstill."""
+        """Raises OwnerError if another process has taken the directory, which can happen after a long standstill."""
         owners = _owners(self._file.parent)
         if not owners or owners[-1] != self._file:
             taker = _who(_read(owners[-1])) if owners else "nobody: its owner file was deleted"
@@ -125,7 +125,7 @@ class Owner:
 
 
 def _create(file: Path, content: Path) -> bool:
-    """Creates the file, whole; False if it is there already."""
+    """Creates the file with its content; returns False if it exists already."""
     try:
         os.link(content, file)
     except FileExistsError:
@@ -133,7 +133,7 @@ def _create(file: Path, content: Path) -> bool:
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
             raise
-        try:  # a file system without links: only for a moment is the file not whole
+        try:  # a file system without links: the file is incomplete for a moment
             with file.open("xb") as stream:
                 stream.write(content.read_bytes())
         except FileExistsError:
@@ -142,7 +142,7 @@ def _create(file: Path, content: Path) -> bool:
 
 
 def _wait_for_end(file: Path, mine: Path, sleep: Callable[[float], None]) -> None:
-    """Returns once the owner has ended. Raises OwnerError at its first sign of life."""
+    """Waits until the owner has ended. Raises OwnerError at its first sign of life."""
     try:
         seen = file.stat().st_mtime
     except FileNotFoundError:
@@ -192,7 +192,7 @@ def _who(owner: dict[str, Any]) -> str:
 
 
 def _runs(owner: dict[str, Any]) -> bool:
-    """Whether the process still runs on this machine; another one may have its number by now."""
+    """Whether the process still runs on this machine. A new process with the same number does not count."""
     try:
         process = psutil.Process(owner["pid"])
         same = abs(process.create_time() - owner["started"]) < _SAME_START_SECONDS
@@ -213,7 +213,7 @@ def _myself() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """Names the machine since its last boot and, on Linux, the container: where a process number means something."""
+    """Name of the machine since its last boot and, on Linux, of the container: process numbers are unique within it."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -233,7 +233,7 @@ def _number(file: Path) -> int:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Returns what the file says; {} if it is damaged or gone, and its age alone then counts."""
+    """Returns the content of the file; {} if it is damaged or gone. Then only its age counts."""
     try:
         content = orjson.loads(file.read_bytes())
     except (OSError, orjson.JSONDecodeError):

@@ -1,4 +1,4 @@
-"""What a run was made with: the versions of its software and the state of its checkout."""
+"""Records the versions of a run's software and the state of its checkout."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DISTRIBUTIONS = (
 
 
 def versions() -> dict[str, str | int | None]:
-    """Versions by distribution name, None where it is not installed; with the platform and the core count."""
+    """Versions by distribution name, None if it is not installed; with the platform and the core count."""
     found: dict[str, str | int | None] = {"python": platform.python_version()}
     for name in _DISTRIBUTIONS:
         try:
@@ -33,7 +33,7 @@ def versions() -> dict[str, str | int | None]:
 
 @dataclass(frozen=True)
 class GitState:
-    """`diff` is that of tracked files against the commit; untracked files are named, not kept."""
+    """`diff` compares tracked files with the commit. Untracked files are named; their content is not kept."""
 
     commit: str
     diff: str
@@ -45,9 +45,9 @@ class GitState:
 
 
 def git_state(tracked_file: Path) -> GitState | None:
-    """State of the checkout that tracks `tracked_file`; None where none does, or git is not installed.
+    """State of the checkout that tracks `tracked_file`; None if git does not track it or is not installed.
 
-    A file that git does not track (a package installed below somebody else's checkout) has no commit to name.
+    A package installed below another project's checkout is not tracked there, so it has no commit.
     """
     here = tracked_file.resolve().parent
     if _git(here, "ls-files", "--error-unmatch", "--", tracked_file.name) is None:
@@ -64,7 +64,7 @@ def git_state(tracked_file: Path) -> GitState | None:
 
 
 def _git(directory: Path, *arguments: str) -> str | None:
-    """Output of a git command, or None where it fails."""
+    """Output of a git command, or None if it fails."""
     try:
         done = subprocess.run(
             ["git", "--no-optional-locks", *arguments],

@@ -1,19 +1,19 @@
-"""The run directory: everything a run leaves behind, in one place.
+"""The run directory, which holds everything that a run leaves behind.
 
-    owner-N.json       the process that writes here now, or that did last (lab/owner.py)
+    owner-N.json       the process that writes here, or that wrote last (lab/owner.py)
     run.json           the run's id, which each of its checkpoints carries
     config.yaml        the frozen, resolved configuration
     versions.json      python, torch, megatron-core, transformers, sglang, megatron_rl, platform, cores
     git.json           commit, dirty flag, untracked files; git.diff holds the changes (only from a git checkout)
-    history/N/         what an earlier start left and a resume took out: those four records if they differ, lines and
-                       rollouts of steps after the checkpoint, damaged checkpoints
+    history/N/         files that a resume moved here: the four records above if they differ, lines and rollouts of
+                       steps after the checkpoint, damaged checkpoints
     metrics.jsonl      one line per optimizer step: step, mini_batch, weight_version, time, then the metrics
     eval.jsonl         one line per evaluation on held-out prompts: step, weight_version, time, then the metrics
     checkpoints.jsonl  one line per checkpoint: step, time, and the seconds that it took
     tensorboard/       the figures of metrics.jsonl and eval.jsonl as events, over optimizer steps
     rollouts/  checkpoints/  logs/
 
-Rank 0 opens the directory and writes it; the other ranks attach to it for its paths.
+Rank 0 opens and writes the directory; the other ranks attach to it for its paths.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TAGS = ("step", "mini_batch", "weight_version", "time")
-# What a start leaves that ended before its run began: it does not stand in the way of the next one.
+# Files that a start may leave if it ended before its run began. They do not block the next start.
 _LEFTOVERS = re.compile(
     r"owner-\d+\.json|\..*|logs|rollouts|checkpoints|" + "|".join(map(re.escape, (RUN_FILE, *RECORDS[:-1])))
 )
@@ -60,13 +60,13 @@ _ROLLOUTS = re.compile(r"step-(\d+)-.*")
 class RunDir:
     """Paths of a run directory and the writer of its metrics.
 
-    A step is the number of a rollout step. Off rank 0 (`attach`) every log call does nothing.
+    `step` is the number of a rollout step. On ranks other than 0 (`attach`) log calls do nothing.
     """
 
     def __init__(self, path: Path, owner: Owner | None, config_yaml: str = "", *, resumes: bool = False) -> None:
         self.path = path
         self.id = ""
-        """The run's id, the same after each resume; known to its owner once the run has begun or is to be resumed."""
+        """The run's id, kept by a resume. Rank 0 knows it after `begin`, or after `open` with `resume`."""
         self.rollouts = path / "rollouts"
         self.checkpoints = path / "checkpoints"
         self.logs = path / "logs"
@@ -74,7 +74,7 @@ class RunDir:
         self.eval_file = path / "eval.jsonl"
         self.checkpoints_file = path / "checkpoints.jsonl"
         self.failure = ""
-        """Why the first line that was not written was not, in words for the user."""
+        """Why the first failed write failed, in words for the user; empty if all writes succeeded."""
         self._owner = owner
         self._config_yaml = config_yaml
         self._resumes = resumes
@@ -91,12 +91,12 @@ class RunDir:
 
     @classmethod
     def open(cls, path: Path, config_yaml: str, resume: bool) -> RunDir:
-        """Takes a new or empty directory, or with `resume` the run that is there. For rank 0 only.
+        """Takes a new or empty directory, or with `resume` the run that is in it. Only rank 0 calls it.
 
-        Nothing of a run is written or changed before `begin`; `close` without it leaves the directory as it was.
+        No file of the run changes before `begin`; `close` without `begin` leaves the directory as it was.
         Raises FileInTheWayError if the directory is not empty and `resume` is False, MissingFileError if there is
         nothing to resume, RunDirError if the configuration differs in more than MAY_CHANGE, OwnerError if another
-        process writes there, and DiskError if this one cannot.
+        process writes there, and DiskError if this process cannot write.
         """
         if resume:
             check_resumable(path, config_yaml)
@@ -108,7 +108,7 @@ class RunDir:
             run = cls(path, Owner.take(path), config_yaml, resumes=resume)
             run._made_here = is_new
         try:
-            if resume:  # once more: until now another process may have been at work
+            if resume:  # check again: another process may have written until now
                 check_resumable(path, config_yaml)
                 run.id = read_run_id(path)
                 for file in run._files:
@@ -122,15 +122,15 @@ class RunDir:
 
     @classmethod
     def attach(cls, path: Path) -> RunDir:
-        """The directory for the other ranks, once rank 0 has opened it: its paths; nothing is written."""
+        """Gives the other ranks the paths of the directory that rank 0 has opened; it writes nothing."""
         return cls(path, None)
 
     def begin(self, last_step: int = -1, damaged: Sequence[Path] = ()) -> None:
-        """Makes the directory this start's. For the owner only; nothing can be logged before.
+        """Prepares the directory for this start. Only its owner calls it, before anything is logged.
 
-        On resume the run goes on after `last_step` (-1: without a checkpoint). What is later moves to history/, so
-        that the files equal those of a run that was never interrupted, as do the `damaged` checkpoints. The lines of
-        `last_step` itself stay, so a step's lines must be logged before its checkpoint is made.
+        A resumed run continues after `last_step` (-1: without a checkpoint). Later lines and rollouts move to history/,
+        so that the files equal the files of an uninterrupted run. The `damaged` checkpoints move there too. The lines
+        of `last_step` itself stay, so a step's lines must be logged before its checkpoint is made.
         """
         assert self._owner is not None
         history = History(self.path)
@@ -177,7 +177,7 @@ class RunDir:
             self._append(self.checkpoints_file, {"step": step}, metrics)
 
     def sync(self) -> None:
-        """Waits until all lines are on the disk: a checkpoint must not outlive the lines before it. Raises OSError."""
+        """Waits until all lines are on the disk, so that no checkpoint outlives the lines before it. Raises OSError."""
         if self._owner is None:
             return
         for file in self._files:
@@ -185,7 +185,7 @@ class RunDir:
                 os.fsync(stream.fileno())
 
     def close(self) -> None:
-        """Closes the events and gives the directory up. After it nothing can be logged."""
+        """Closes the events and releases the directory. Nothing can be logged afterwards."""
         self._close_events()
         if self._owner is None:
             return
@@ -218,12 +218,12 @@ class RunDir:
         for checkpoint in damaged:
             history.take(checkpoint, "checkpoints")
         sync_directory(self.checkpoints)
-        # Of what the interrupted run had plotted, TensorBoard hides all from the next optimizer step on.
+        # TensorBoard hides the interrupted run's events from the next optimizer step on.
         self._hide_events_from = self._optimizer_steps + 1
 
     @contextlib.contextmanager
     def _noting(self, what: str, path: Path) -> Iterator[None]:
-        """Notes a write that fails in `failure`: all ranks have to hear of it before this one may end."""
+        """Records a failed write in `failure` instead of raising: all ranks must hear of it before this rank ends."""
         try:
             yield
         except OSError as error:
@@ -275,16 +275,16 @@ class RunDir:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics.jsonl or eval.jsonl, null where a metric was not finite.
+    """Lines of a metrics.jsonl or eval.jsonl; a metric that was not finite is None.
 
-    A last line without its end is left out: its run broke off there, or is writing it now.
-    Raises RunDirError that names the file and the line that is not a JSON object with a step.
+    Omits a last line without a line end: the run was interrupted there, or is writing it. Raises RunDirError, which
+    names the file and the line, if a line is not a JSON object with a step.
     """
     return [record for record, _ in _lines(path)]
 
 
 def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each whole line's record, with the offset in bytes at which the line ends."""
+    """Yields the record of each complete line, and the byte offset at which the line ends."""
     end = 0
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
@@ -316,7 +316,7 @@ def _cut(file: Path, last_step: int, history: History) -> int:
 
 
 def _check_empty(path: Path) -> None:
-    """Raises FileInTheWayError if there is anything but what a start leaves that failed before its run began."""
+    """Raises FileInTheWayError unless the directory holds only what a start leaves that ended before its run began."""
     if not path.exists():
         return
     if not path.is_dir() or any(not _is_leftover(entry) for entry in path.iterdir()):

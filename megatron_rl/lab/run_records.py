@@ -1,4 +1,4 @@
-"""The records of a start: the frozen configuration, software versions, the checkout; and what may differ on resume."""
+"""Writes the records of a start (configuration, versions, checkout), and checks what a resume may change."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ MAY_CHANGE = (
     "critic.optim.max_skipped",
     "weights",
 )
-"""Keys, with all below them, that may differ on resume: how long a run goes, where and how fast, and what ends it.
+"""Keys, with all keys below them, that may differ on resume: how long a run goes, where, how fast, and what ends it.
 
-Of presets only the names are free: what they set is compared, key by key. A server's dtype and flags do
-change mu, but a run outlives its servers; the mismatch metrics show the change.
+The names of presets may differ, but the keys that they set are compared. A server's dtype and flags change mu, but a
+run outlives its servers; the mismatch metrics show the change.
 """
 
 KINDS = sections_of_kinds(Config)
 
-# In the order in which they are written: only a directory with a config.yaml can be resumed.
+# In the order of writing. config.yaml is last, because a directory with a config.yaml can be resumed.
 RECORDS = ("versions.json", "git.json", "git.diff", "config.yaml")
 RUN_FILE = "run.json"
 
 
 class RunDirError(UserError):
-    """A configuration that does not fit the run, or a file of the run that cannot be read."""
+    """The configuration does not fit the run, or a file of the run cannot be read."""
 
 
 def check_resumable(path: Path, config_yaml: str) -> None:
@@ -85,8 +85,7 @@ def check_resumable(path: Path, config_yaml: str) -> None:
 
 
 def _read_frozen(file: Path) -> dict[str, Any]:
-    """Returns the configuration by dotted key. All values are text, as in the one that it is compared with: what a
-    damaged file could hold beside text is never made."""
+    """Returns the configuration by dotted key. All values are text, so a damaged file cannot create other objects."""
     mend = "restore the file; history/ may have an earlier one"
     try:
         tree = yaml.load(file.read_text(encoding="utf-8"), yaml.BaseLoader)
@@ -141,14 +140,14 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def name_run(path: Path) -> str:
-    """Returns a new run's id, and writes it into its directory. Every checkpoint of the run carries it."""
+    """Makes a new run's id, writes it into the directory, and returns it. Every checkpoint of the run carries it."""
     name = uuid.uuid4().hex
     write_durably(path / RUN_FILE, _json({"id": name}))
     return name
 
 
 def read_run_id(path: Path) -> str:
-    """Raises RunDirError if the directory does not say which run is in it."""
+    """Reads the id of the run in the directory. Raises RunDirError if it is missing or damaged."""
     file = path / RUN_FILE
     try:
         content = orjson.loads(file.read_bytes())
@@ -169,7 +168,7 @@ def read_run_id(path: Path) -> str:
 
 
 class History:
-    """history/N of this start: where it moves what it takes out of the run's files. Made when first needed."""
+    """history/N, into which this start moves what it removes from the run's files. Created when first needed."""
 
     def __init__(self, path: Path) -> None:
         taken = [int(each.name) for each in path.glob("history/*") if each.name.isdecimal()]
@@ -187,7 +186,7 @@ class History:
 
 
 def write_records(path: Path, config_yaml: str, history: History) -> None:
-    """Writes what this start was made with; what an earlier start wrote moves to history/ if it differs."""
+    """Writes the records of this start. Records of an earlier start move to history/ if they differ."""
     new = {"versions.json": _json(provenance.versions()), "config.yaml": config_yaml.encode()}
     git = provenance.git_state(Path(megatron_rl.__file__))
     if git is not None:

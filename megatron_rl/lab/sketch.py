@@ -1,12 +1,10 @@
-"""Sums, means and tails of values that are spread over micro-batches and ranks, merged without loss.
+"""Merges sums, means and tails of values that are spread over micro-batches and ranks, without loss.
 
-The state is one vector to be summed and one to be maximised over ranks, so an ordinary all-reduce merges it,
-and its shape follows from the names of the metrics alone, so ranks that hold no values take part with an
-untouched one.
+The state is one vector to sum over ranks and one to maximise, so an ordinary all-reduce merges it. Its shape depends on
+the names of the metrics only, so ranks without values take part with an empty state.
 
-Quantiles come from counts on a fixed grid of bins that grow geometrically away from zero on both sides, the
-idea of DDSketch [1908.10693]. Each bin keeps its count and its sum, and stands for its mean: where values are
-few, quantiles are exact.
+Quantiles come from counts on a fixed grid of bins that grow geometrically away from zero on both sides, as in DDSketch
+[1908.10693]. Each bin keeps its count and its sum, and stands for its mean, so quantiles of few values are exact.
 """
 
 from __future__ import annotations
@@ -20,11 +18,11 @@ import torch
 from torch import Tensor
 
 GROWTH = 1.01
-"""A quantile is within 1% of the exact one (inverted CDF: a value of the data), relative to it ..."""
+"""A quantile is within 1% of the exact one, which is a value of the data (inverted CDF) ..."""
 SMALLEST = 1e-7
-"""... or, nearer to zero than this, within twice this."""
+"""... or within twice this bound, if the exact quantile is closer to zero than this bound."""
 LARGEST = 1e7
-"""Farther from zero than this all values share a bin."""
+"""All values farther from zero than this share a bin."""
 SIDE = math.ceil(math.log(LARGEST / SMALLEST) / math.log(GROWTH))
 BINS = 2 * SIDE + 1
 
@@ -32,36 +30,36 @@ QUANTILES = {"p1": 0.01, "p50": 0.5, "p99": 0.99}
 
 
 class Kind(Enum):
-    """What is kept of a metric, and so what is reported."""
+    """Statistics that are kept of a metric and reported."""
 
     SUM = "sum"
     MEAN = "mean"
-    """Of numbers, or of truth values: a fraction."""
+    """Mean of numbers; of truth values, the fraction that is true."""
     TAIL = "tail"
     """Mean, std, min, max and QUANTILES."""
     RATIO = "ratio"
-    """As TAIL, of exp(value), with chi2 = E[w^2] - 1 and ess = E[w]^2 / E[w^2] of these weights w. Ratios are
-    given as their logs, so that quantiles near 1 are sharp: within 1e-6 where |w - 1| < 1e-4."""
+    """TAIL of w = exp(value), with chi2 = E[w^2] - 1 and ess = E[w]^2 / E[w^2]. Ratios are added as logs, so that
+    quantiles near 1 are precise: within 1e-6 if |w - 1| < 1e-4."""
 
     @property
     def size(self) -> int:
         return {Kind.SUM: 1, Kind.MEAN: 2}.get(self, TAIL_SIZE)
 
 
-# A tail's state: count and sum of each bin, then these.
+# The state of a tail is the count and sum of each bin, then these.
 TOTAL, SQUARES, NOT_FINITE = 2 * BINS, 2 * BINS + 1, 2 * BINS + 2
 TAIL_SIZE = 2 * BINS + 3
 
 
 def bin_of(values: Tensor) -> Tensor:
-    """Bin 0 .. BINS - 1 of finite float64 values."""
+    """Bin numbers, 0 to BINS - 1, of finite float64 values."""
     steps = (values.abs() / SMALLEST).log() / math.log(GROWTH)
     return (SIDE + values.sign() * steps.ceil().clamp(0, SIDE)).long()
 
 
 @dataclass(frozen=True)
 class MetricSlot:
-    """Where a metric's state is: sums[start : start + kind.size], maxima[extremes : extremes + 2]."""
+    """Place of a metric's state: sums[start : start + kind.size], maxima[extremes : extremes + 2]."""
 
     kind: Kind
     start: int
@@ -71,9 +69,8 @@ class MetricSlot:
 class MetricAccumulator:
     """The metrics of one optimizer step or one rollout, by name.
 
-    To merge ranks that hold different samples, all-reduce `sums` with SUM and `maxima` with MAX, both
-    float64, in place; ranks that hold the same samples (tensor and context parallelism) would count them
-    twice.
+    To merge ranks with different samples, all-reduce `sums` with SUM and `maxima` with MAX, both float64, in place.
+    Do not merge ranks with the same samples (tensor and context parallelism): they would count twice.
     """
 
     def __init__(self, kinds: Mapping[str, Kind], device: torch.device | str = "cpu") -> None:
@@ -88,7 +85,7 @@ class MetricAccumulator:
 
     @torch.no_grad()
     def add(self, name: str, values: Tensor) -> None:
-        """Values of any shape and dtype; KeyError for a name that was not declared."""
+        """Adds values of any shape and dtype. Raises KeyError if the name was not declared."""
         slot = self._slots[name]
         values = values.detach().flatten().to(self.sums)
         if not len(values):
@@ -119,18 +116,16 @@ class MetricAccumulator:
         extremes.copy_(torch.maximum(extremes, torch.stack([-lowest, highest])))
 
     def merge(self, other: MetricAccumulator) -> None:
-        """Takes in another's values; what the all-reduce does, within one process."""
+        """Adds the values of another accumulator, as the all-reduce does between processes."""
         if list(other._slots.items()) != list(self._slots.items()):
             raise ValueError("metrics: cannot merge accumulators of different metrics")
         self.sums += other.sums.to(self.sums)
         self.maxima.copy_(torch.maximum(self.maxima, other.maxima.to(self.maxima)))
 
     def finalize(self) -> dict[str, float]:
-        """Numbers by name; a tail gives `name/mean`, `name/p99`, ... A mean or tail without values is left
-        out.
+        """Numbers by name; a tail gives `name/mean`, `name/p99`, ... A mean or tail without values is omitted.
 
-        Non-finite values are left out of a tail and counted under `name/not_finite`, which is there only if
-        there are any.
+        A tail omits values that are not finite and counts them under `name/not_finite`, if there are any.
         """
         sums, maxima = self.sums.cpu(), self.maxima.cpu()
         report: dict[str, float] = {}
@@ -162,7 +157,7 @@ def tail_statistics(state: Tensor, lowest: float, highest: float, kind: Kind) ->
     for statistic, fraction in QUANTILES.items():
         rank = max(math.ceil(fraction * count), 1)
         found = int(torch.searchsorted(cumulative, torch.tensor(float(rank), dtype=torch.float64)))
-        # The mean of equal values can round to outside of them.
+        # The mean of equal values can round to a number outside of their range.
         points[statistic] = min(max(float(sums[found] / counts[found]), lowest), highest)
     mean, square = total / count, squares / count
     if kind is Kind.RATIO:

@@ -1,7 +1,8 @@
-"""How ranks agree on a run before there are process groups, and how they end together if one of them cannot start.
+"""Lets ranks agree on a run before process groups exist, and ends all of them if one cannot start.
 
-Every rank reads the configuration and looks for the files that it will use. Rank 0's findings go to all; each rank
-compares its own with them, and tells rank 0 what it lacks. If one rank lacks something, its node tells it, and all end.
+Every rank reads the configuration and looks for the files that it will use. Rank 0 sends its findings to all ranks.
+Each rank compares its own findings and reports differences to rank 0. If a rank lacks something, its node prints what,
+and all ranks end.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from megatron_rl.ranks.world import World, WorldError, read_world
 
 LISTED_KEYS = 5
 END_SECONDS = 120.0
-"""How long the other ranks wait for rank 0 to tell why a run has ended: it ends its servers first."""
+"""Seconds that the other ranks wait for rank 0 to say why a run has ended. Rank 0 ends its servers first."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What every rank has to have in common with rank 0."""
+    """What must be equal on every rank and rank 0."""
 
     command: str
     resume: bool
@@ -52,11 +53,10 @@ def agree(
     resume: bool,
     check: Callable[[C], None],
 ) -> Iterator[C]:
-    """Gives the body the configuration, once every rank has the same and all the files that it needs, and has passed
-    `check`, which raises UserError.
+    """Gives the body the configuration once all ranks have the same one, have their files, and have passed `check`.
 
-    Raises ConfigError on a rank that is alone. Of several, every rank raises LaunchError when one of them cannot
-    start, and for a ConfigError of the body, which all ranks find alike: rank 0 tells it.
+    `check` raises UserError. A single rank raises ConfigError. Several ranks all raise LaunchError if one of them
+    cannot start, or if the body raises ConfigError. All ranks find the same ConfigError, so only rank 0 prints it.
     """
     world = read_world()
     if world.size == 1:
@@ -69,7 +69,7 @@ def agree(
         return
     if not world.joined:
         raise WorldError(f"WORLD_SIZE is {world.size}, but RANK is not set; torchrun sets both")
-    # Rank 0 opens the meeting first, as others may be waiting for it; they come when they know what to say.
+    # Rank 0 opens the meeting first, because others may be waiting. The others join once they have findings.
     meeting = _meet(world, "") if world.rank == 0 else None
     resolved: Resolved[C] | None = None
     facts, problem = None, ""
@@ -86,7 +86,7 @@ def agree(
     with _raising(fault):
         _settle_run(meeting, facts, problem, resolved.config.run_dir if resolved else Path())
     assert resolved is not None
-    # Slower, so only once all have come so far. The ranks of a node see the same files.
+    # Slow, so it follows the quick checks. Ranks of a node see the same files: one of them is enough.
     problem, fault = _problem_of(_check_models, resolved) if world.local_rank == 0 else ("", None)
     with _raising(fault):
         meeting.settle("models", problem)
@@ -101,7 +101,7 @@ def agree(
 
 
 def _meet(world: World, problem: str) -> Meeting:
-    """Raises UserError, with this rank's own problem if it has one, when there is no meeting."""
+    """Raises UserError if the meeting cannot be reached; if this rank has a problem, the error is that problem."""
     try:
         return Meeting(world, 2 * ANSWER_SECONDS if problem else START_SECONDS)
     except LostError as error:
@@ -111,8 +111,10 @@ def _meet(world: World, problem: str) -> Meeting:
 
 
 def _settle_run(meeting: Meeting, facts: Facts | None, problem: str, run_dir: Path) -> None:
-    """Raises LaunchError on every rank when one has a problem, or another run than rank 0; `facts` are None for one
-    that has a problem."""
+    """Raises LaunchError on every rank if a rank has a problem or differs from rank 0.
+
+    A rank that has a problem passes None as `facts`.
+    """
     with contextlib.ExitStack() as stack:
         if meeting.world.rank == 0:
             if facts is not None:
@@ -130,7 +132,7 @@ def _settle_run(meeting: Meeting, facts: Facts | None, problem: str, run_dir: Pa
 
 
 def _problem_of(check: Callable[[T], None], what: T) -> tuple[str, Exception | None]:
-    """The problem that `check(what)` finds, "" for none, and the exception if it is a fault of the program."""
+    """Runs `check(what)`; returns its problem ("" for none), and the exception if it is a fault of the program."""
     try:
         check(what)
     except UserError as error:
@@ -146,7 +148,7 @@ def _named(fault: Exception) -> str:
 
 @contextlib.contextmanager
 def _raising(fault: Exception | None) -> Iterator[None]:
-    """Ends a rank that has a fault, with its traceback, once the LaunchError that it is for the others is told."""
+    """Ends a rank that has a fault of the program, with its traceback, after the others have heard of it."""
     try:
         yield
     except LaunchError as error:
@@ -169,7 +171,7 @@ def _check_models(resolved: Resolved[C]) -> None:
 
 
 def _compare(mine: Facts, content: dict[str, Any] | None, run_dir: Path) -> str:
-    """What this rank does not have in common with rank 0, whose facts are `content`; "" for nothing."""
+    """Differences between this rank and rank 0, whose facts are `content`; "" if there are none."""
     if content is None:  # rank 0 cannot start, and says so itself
         return ""
     theirs = Facts(**{**content, "mark": None})
@@ -217,7 +219,7 @@ def _shown(value: Any) -> str:
 
 
 def end(error: UserError) -> int:
-    """Prints what this rank has to say of the error; returns the exit status."""
+    """Prints this rank's part of the error; returns the exit status."""
     if isinstance(error, LaunchError):
         if error.text:
             _print(error.text)

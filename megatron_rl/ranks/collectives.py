@@ -1,4 +1,4 @@
-"""Bytes between ranks over gloo, without pickle."""
+"""Exchanges bytes between ranks over gloo, without pickle."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_rl.ranks.world import read_world
 
 
 def all_gather_bytes(data: bytes, group: dist.ProcessGroup) -> list[bytes]:
-    """Every rank's bytes, in group order."""
+    """Every rank's bytes, in the order of the group. Collective."""
     mine = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
     dist.all_gather(sizes, torch.tensor([len(data)]), group=group)
@@ -27,7 +27,7 @@ def all_gather_bytes(data: bytes, group: dist.ProcessGroup) -> list[bytes]:
 
 
 def broadcast_bytes(data: bytes | None, group: dist.ProcessGroup, source: int = 0) -> bytes:
-    """The bytes of the group's rank number `source`; `data` is ignored elsewhere."""
+    """Returns the `data` of rank `source` of the group on every rank. Collective."""
     source = dist.get_global_rank(group, source)
     size = torch.tensor([len(data or b"")])
     dist.broadcast(size, source, group=group)
@@ -40,10 +40,10 @@ def broadcast_bytes(data: bytes | None, group: dist.ProcessGroup, source: int = 
 
 @contextlib.contextmanager
 def together(group: dist.ProcessGroup) -> Iterator[None]:
-    """For a body without collectives that may fail on some ranks only: a rank's UserError is every rank's.
+    """Shares a UserError of the body on one rank with all ranks. The body must contain no collectives.
 
-    Raises ConfigError, the same on all ranks, that names each rank and host with an error of its own; alone, the error
-    itself. Collective.
+    Raises the same ConfigError on all ranks; it names each rank and host that failed. A single rank raises its own
+    error. Collective.
     """
     mine = ""
     try:

@@ -1,10 +1,10 @@
-"""Ends a run, by name of the rank, when a rank is stopped, is killed or loses its host.
+"""Ends a run when a rank is stopped, is killed or loses its host, and names that rank.
 
-gloo and NCCL do not notice such a rank for half an hour, the control plane for two days (engine.parallel). So each rank
-starts a watcher (engine.watcher), a small process that beats for it; rank 0's hears all of them. When a rank is lost,
-every other rank says which and why on standard error, writes what it holds, and ends with LostRankError.status within
-seconds. A collective cannot be interrupted, so that is os._exit; a rank that cannot do even that is killed by its
-watcher. Servers that rank 0 launched end with it (rollout.tether).
+gloo and NCCL notice such a rank only after half an hour, and control groups only after two days (ranks.place). So each
+rank starts a watcher (ranks.watcher), a small process that sends a heartbeat; rank 0's watcher receives all of them.
+When a rank is lost, every other rank prints which and why, writes what it holds, and ends with LostRankError.status
+within seconds. A collective cannot be interrupted, so the rank ends by os._exit. A rank that hangs even then is killed
+by its watcher. Servers that rank 0 launched end with rank 0 (rollout.tether).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from megatron_rl.errors import LostRankError, UserError
 from megatron_rl.ranks.collectives import all_gather_bytes, broadcast_bytes
 
 LEAVE_SECONDS = 5.0
-"""How long a rank that is done waits for its watcher to say so too."""
+"""Seconds that a finished rank waits for its watcher to finish."""
 NOTICE_SECONDS = 2.0
-"""How long a rank whose collective failed waits to hear which rank was lost."""
+"""Seconds that a rank waits to hear which rank was lost after its collective failed."""
 
 
 class HeartbeatError(UserError):
@@ -39,17 +39,17 @@ class HeartbeatError(UserError):
 class Heartbeat:
     """Watches the ranks of a world while its context lasts.
 
-    A rank that leaves with an exception is expected to end; the others then have watcher.ERROR_SECONDS to end too.
+    If a rank leaves with an exception, the others have watcher.ERROR_SECONDS to end too.
     """
 
     def __init__(self, control: dist.ProcessGroup, seconds: float | None) -> None:
-        """Starts the watchers; collective over `control`, the whole world. Nothing is watched in a world of one rank.
+        """Starts the watchers, unless the world has one rank. Collective over `control`, which spans the world.
 
-        `seconds` without a sign of life count as a loss; null disables. Raises HeartbeatError on every rank if one
+        A rank is lost after `seconds` without a heartbeat; None disables. Raises HeartbeatError on every rank if one
         cannot be watched.
         """
         self.before_end: Callable[[], None] = lambda: None
-        """Called before a loss ends this rank, in another thread than the main one, which may hang."""
+        """Called before a loss ends this rank. It runs outside the main thread, which may hang."""
         self._rank = control.rank()
         self._process: subprocess.Popen[bytes] | None = None
         self._leaving = threading.Event()
@@ -70,7 +70,7 @@ class Heartbeat:
             self._thread.start()
 
     def _start(self, control: dist.ProcessGroup, seconds: float) -> str:
-        """Returns what went wrong, or nothing."""
+        """Returns what went wrong, "" if nothing did."""
         name = f"rank {self._rank} on host {socket.gethostname()} (pid {os.getpid()})"
         members = [each.decode() for each in all_gather_bytes(name.encode(), control)]
         settings = {"rank": self._rank, "seconds": seconds, "members": members}
@@ -86,9 +86,9 @@ class Heartbeat:
         return "" if answer == "ready" else answer.removeprefix("failed ") or "lost its watcher as it started"
 
     def _start_watcher(self, settings: dict[str, object]) -> str:
-        """Returns its first answer."""
+        """Returns the first answer of the new watcher."""
         command = [sys.executable, "-m", "megatron_rl.ranks.watcher"]
-        # In a session of its own: what ends or stops the rank, by its process group, has to be told by it.
+        # A session of its own: a signal to the rank's process group must not reach the watcher, which reports it.
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
         )
@@ -130,9 +130,9 @@ class Heartbeat:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Raises LostRankError in place of the error of a collective that failed because a rank was lost."""
+        """Raises LostRankError instead of the error of a collective that failed because a rank was lost."""
         self._leaving.set()
-        # A thread that held the last reference to a process group as the interpreter ends would abort the process.
+        # If this thread held the last reference to a process group at exit, the interpreter would abort.
         self.before_end = lambda: None
         if self._process is None:
             return
@@ -153,15 +153,16 @@ def _message(why: str) -> str:
 
 
 def _hub_host() -> str:
-    """Returns where all ranks reach rank 0's machine."""
+    """Returns the address at which all ranks reach rank 0's machine."""
     on_one_machine = os.environ.get("WORLD_SIZE") == os.environ.get("LOCAL_WORLD_SIZE")
     return "127.0.0.1" if on_one_machine else os.environ.get("MASTER_ADDR", "127.0.0.1")
 
 
 def _listening_host(host: str) -> str:
-    """Returns the address that rank 0's watcher listens on: `host` if others reach it there, else all interfaces.
+    """Returns the address that rank 0's watcher listens on: `host` if other ranks reach it there, else all interfaces.
 
-    Many machines resolve their own name to 127.0.1.1, and a cluster may give a service's address.
+    Other ranks may not reach `host`: many machines resolve their own name to 127.0.1.1, and a cluster may give the
+    address of a service.
     """
     try:
         family, *_, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]

@@ -3,10 +3,10 @@
     python -m megatron_rl.ranks.launch RANKS -m MODULE [ARGUMENT]...
     python -m megatron_rl.ranks.launch RANKS SCRIPT [ARGUMENT]...
 
-For the tools that start ranks of their own (parity, certify), the examples and the tests. torchrun's c10d rendezvous
-listens on all interfaces and unpickles what anyone writes to its store. Here the store listens on 127.0.0.1, on a
-socket that is bound once, so no other process can take its port. gloo and NCCL use the loopback interface. Ranks join
-as they join torchrun's agent. Runs on several machines, or with servers on other machines, are started by torchrun.
+parity, certify, the examples and the tests use it. torchrun's c10d rendezvous listens on all interfaces and unpickles
+what anyone writes to its store. Here the store listens on 127.0.0.1, on a socket that is bound once, so no other
+process can take its port. gloo and NCCL use the loopback interface. Ranks join the store as if torchrun had made it.
+Use torchrun for runs on several machines, and for servers on other machines.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ END_SECONDS = 10.0
 
 
 def run_ranks(module: str, arguments: Sequence[str], ranks: int) -> int:
-    """Runs `python -m module arguments` on `ranks` local ranks; returns the exit status, as `launch` does."""
+    """Runs `python -m module arguments` on `ranks` local ranks; returns the exit status of `launch`."""
     return launch(["-m", module, *arguments], ranks)
 
 
@@ -46,7 +46,7 @@ def launch(command: Sequence[str], ranks: int) -> int:
     """
     listener = socket.create_server((HOST, 0), backlog=4 * ranks)
     port = listener.getsockname()[1]
-    # It serves until this function returns.
+    # The store serves until this function returns.
     store = dist.TCPStore(HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
     environment = _environment(ranks, port)
     started: list[subprocess.Popen[bytes]] = []
@@ -54,7 +54,7 @@ def launch(command: Sequence[str], ranks: int) -> int:
         try:
             for rank in range(ranks):
                 own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                # In sessions of their own: a terminal's Ctrl-C reaches them once, through this process.
+                # A session each: Ctrl-C in a terminal reaches a rank once, through this process.
                 started.append(subprocess.Popen([sys.executable, *command], env=own, start_new_session=True))
             return _wait(started)
         finally:
@@ -90,7 +90,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
 
 @contextlib.contextmanager
 def _passed_on(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """SIGINT and SIGTERM to this process go to the ranks instead. Only a main thread can arrange that."""
+    """Passes SIGINT and SIGTERM on to the ranks while the body runs. Does nothing outside the main thread."""
 
     def send(number: int, frame: object) -> None:
         for rank in ranks:
@@ -108,7 +108,7 @@ def _passed_on(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
 
 
 def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ends what still runs; SIGKILL for what SIGTERM does not end in time."""
+    """Ends the ranks that still run by SIGTERM, and after END_SECONDS by SIGKILL."""
     deadline = time.monotonic() + END_SECONDS
     for rank in ranks:
         rank.terminate()

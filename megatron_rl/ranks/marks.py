@@ -1,4 +1,4 @@
-"""A file that rank 0 leaves where the run directory will be: ranks that see it write into the same place."""
+"""A file that rank 0 writes near the future run directory. A rank that sees the file shares the directory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import tenacity
 from megatron_rl.config.load import ConfigError
 
 SEEN_SECONDS = 10.0
-"""A network file system may show a new file a moment later."""
+"""Seconds to look for the mark: a network file system may show a new file late."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Mark:
     name: str
 
     def is_seen_from(self, run_dir: Path) -> bool:
-        """Whether another rank's view of its run directory is of the same place."""
+        """Whether this rank's `run_dir` is the directory of the mark's rank."""
         above = [run_dir.absolute(), *run_dir.absolute().parents]
         if self.levels >= len(above):
             return False
@@ -42,7 +42,7 @@ class Mark:
 
 @contextlib.contextmanager
 def leave_mark(run_dir: Path) -> Iterator[Mark]:
-    """The mark stays for the body's time. Raises ConfigError when the run directory could not be written."""
+    """Keeps the mark while the body runs. Raises ConfigError if the run directory cannot be written."""
     above = [run_dir.absolute(), *run_dir.absolute().parents]
     try:
         levels, directory = next((n, path) for n, path in enumerate(above) if path.exists())

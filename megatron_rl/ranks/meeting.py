@@ -1,4 +1,4 @@
-"""Messages between ranks before there are process groups, through the launcher's TCPStore, and reports to rank 0."""
+"""Sends messages and reports between ranks before process groups exist, through the launcher's TCPStore."""
 
 from __future__ import annotations
 
@@ -25,21 +25,20 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 START_SECONDS = 600.0
-"""How long a rank that can start waits for the others."""
+"""Seconds that a rank that can start waits for the others."""
 ANSWER_SECONDS = 10.0
-"""How long rank 0 waits for the others once one of them has failed; a rank that has failed waits twice as long."""
+"""Seconds that rank 0 waits for the other ranks once one has failed. A failed rank waits twice as long."""
 
 
 class LostError(UserError):
-    """Rank 0, which keeps the messages or answers them, cannot be reached."""
+    """Rank 0 or the store of messages cannot be reached."""
 
 
 class LaunchError(UserError):
-    """A run that cannot start, or that every rank ends for one reason. Call `told` when its text has been printed."""
+    """The run cannot start, or every rank ends for the same reason. Call `told` after its text has been printed."""
 
     def __init__(self, text: str, tellers: Sequence[int], meeting: Meeting, seconds: float = ANSWER_SECONDS) -> None:
-        """`text` is what this rank tells, "" for nothing; `tellers` are the ranks that tell something, within
-        `seconds`."""
+        """`text` is what this rank prints, "" for nothing; `tellers` are the ranks that print, within `seconds`."""
         super().__init__(text)
         self.text = text
         self._tellers = tellers
@@ -47,21 +46,21 @@ class LaunchError(UserError):
         self._seconds = seconds
 
     def told(self) -> None:
-        """Returns when all is told: a launcher ends all ranks of a node as soon as one has ended."""
+        """Waits until every teller has printed: a launcher ends all ranks of a node as soon as one has ended."""
         meeting = self._meeting
-        with contextlib.suppress(LostError, TimeoutError):  # whoever is gone by now has told what it had to tell
+        with contextlib.suppress(LostError, TimeoutError):  # a rank that is gone has printed already
             if meeting.world.rank in self._tellers:
                 meeting.post(f"told/{meeting.world.rank}", True)
             for rank in self._tellers:
                 meeting.read(f"told/{rank}", self._seconds)
             meeting.arrive("end", True)
-            if meeting.world.rank == 0:  # it may be the one that keeps the messages
+            if meeting.world.rank == 0:  # its process may hold the messages
                 meeting.arrivals("end", ANSWER_SECONDS, until=lambda _: False)
 
 
 @dataclass(frozen=True)
 class Report:
-    """Whether, and why, a rank cannot start."""
+    """A rank's problem, if it cannot start."""
 
     rank: int
     node: str
@@ -74,10 +73,10 @@ class Report:
 
 
 class Meeting:
-    """This rank's connection to the messages. Without a launcher's store rank 0 keeps them, while this object lives."""
+    """This rank's connection to the store of messages. If no launcher made a store, rank 0's object holds it."""
 
     def __init__(self, world: World, seconds: float) -> None:
-        """Raises LostError when the messages cannot be reached within `seconds`, or this rank is there already."""
+        """Raises LostError if the store cannot be reached within `seconds`, or if this rank has already joined."""
         self.world = world
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         keeps = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -86,7 +85,7 @@ class Meeting:
         try:
             if not keeps:
                 _await_listener(address, port, seconds)
-            from torch.distributed import PrefixStore, TCPStore  # slow, so only once there is someone to talk to
+            from torch.distributed import PrefixStore, TCPStore  # slow to import, so only if there are other ranks
 
             # Several stores of one process may share a port: torch makes its own there for the process groups.
             store = _interruptibly(
@@ -124,7 +123,7 @@ class Meeting:
             raise self._lost() from None
 
     def arrive(self, name: str, value: Any) -> None:
-        """Hands `value` to rank 0's `arrivals`. Raises LostError."""
+        """Sends `value` to rank 0, which reads it by `arrivals`. Raises LostError."""
         try:
             number = self._store.add(f"{name}/count", 1)
         except RuntimeError:
@@ -132,8 +131,11 @@ class Meeting:
         self.post(f"{name}/{number}", value)
 
     def arrivals(self, name: str, seconds: float, until: Callable[[Any], bool]) -> list[Any]:
-        """Rank 0: what all ranks hand in, in the order in which they come, and what has come after `seconds`, or
-        ANSWER_SECONDS after one for which `until` is true."""
+        """Returns the values that ranks sent by `arrive`, in order of arrival. Call it on rank 0.
+
+        It waits for all ranks, but at most `seconds`, and at most ANSWER_SECONDS after a value for which `until` is
+        true.
+        """
         deadline = time.monotonic() + seconds
         values: list[Any] = []
         while len(values) < self.world.size:
@@ -146,7 +148,7 @@ class Meeting:
         return values
 
     def settle(self, name: str, problem: str) -> None:
-        """All ranks call it with what they lack, "" for nothing. Raises LaunchError on all when one lacks something."""
+        """Collects each rank's `problem`, "" for none. Raises LaunchError on all ranks if one has a problem."""
         world = self.world
         mine = Report(world.rank, world.node, world.host, problem)
         self.arrive(name, asdict(mine))
@@ -168,10 +170,10 @@ class Meeting:
 
 
 def verdict(reports: Mapping[int, Report], size: int) -> dict[int, str]:
-    """What each rank is to tell; empty if all `size` ranks can start.
+    """Text that each rank prints; empty if all `size` ranks can start.
 
-    A node tells each of its problems once, and a node without one tells why it ends. The rank is named unless every
-    rank has found the same.
+    A node prints each of its problems once. A node without a problem prints why it ends. The text names the rank
+    unless every rank has found the same problem.
     """
     missing = [rank for rank in range(size) if rank not in reports]
     failing = [reports[rank] for rank in sorted(reports) if reports[rank].problem]
@@ -195,7 +197,7 @@ def verdict(reports: Mapping[int, Report], size: int) -> dict[int, str]:
 
 
 def _await_listener(address: str, port: int, seconds: float) -> None:
-    """Returns when something listens there: torch's own attempts end in pages of its stack. Raises OSError."""
+    """Waits until something listens there; torch's own failed attempts print pages of stack. Raises OSError."""
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_delay(seconds),
         wait=tenacity.wait_fixed(0.2),
@@ -206,8 +208,10 @@ def _await_listener(address: str, port: int, seconds: float) -> None:
 
 
 def _interruptibly(call: Callable[[], T], seconds: float) -> T:
-    """What `call` returns or raises, from another thread: torch waits without a look at signals, and may try a name's
-    addresses for `seconds` each. Raises TimeoutError."""
+    """Runs `call` in another thread and returns its result. Raises TimeoutError after `seconds`.
+
+    torch ignores signals while it waits, and may try each address of a name for `seconds`.
+    """
     done: SimpleQueue[tuple[T | None, Exception | None]] = SimpleQueue()
 
     def run() -> None:

@@ -13,23 +13,25 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_rl.config.layout import Coordinates, Layout
 from megatron_rl.ranks.world import read_world
 
-# Here ranks wait for those that wait for servers and verifiers, which have deadlines of their own, one after another. A
-# rank that has died is noticed at once all the same: its connections close.
+# In these groups ranks wait for leaders, which wait for servers and verifiers with deadlines of their own. A rank that
+# died is still noticed at once, because its connections close.
 CONTROL_TIMEOUT = datetime.timedelta(days=2)
 
 
 @dataclass(frozen=True)
 class Place(Coordinates):
-    """This rank's coordinates and gloo groups. A replica is the tp * cp * pp ranks that hold one copy of the dense
-    weights."""
+    """This rank's coordinates and gloo groups.
+
+    A replica is the tp * cp * pp ranks that hold one copy of the dense weights.
+    """
 
     rank: int
-    control: dist.ProcessGroup  # the world's, for lengths, samples and metrics
-    replica: dist.ProcessGroup  # this replica's, its leader first
+    control: dist.ProcessGroup  # all ranks; for lengths, samples and metrics
+    replica: dist.ProcessGroup  # this rank's replica, its leader first
 
     @property
     def speaks_for_stage(self) -> bool:
-        """Whether this rank tells others of its stage's samples: tensor- and context-parallel ranks hold the same."""
+        """Whether this rank reports for its stage. Tensor- and context-parallel ranks hold the same samples."""
         return self.tp == self.cp == 0
 
 
@@ -38,9 +40,9 @@ def backend(device: torch.device) -> str:
 
 
 def start_process_groups(layout: Layout, device: torch.device, seed: int, timeout_seconds: float = 1800.0) -> Place:
-    """Joins torchrun's world if need be, or makes one of this rank alone; makes Megatron-Core's groups. Collective.
+    """Joins torchrun's world, or makes a world of this rank alone; then makes Megatron-Core's groups. Collective.
 
-    Raises RuntimeError when the world's size or Megatron-Core's order of ranks is not the layout's.
+    Raises RuntimeError if the size of the world or Megatron-Core's order of ranks differs from the layout.
     """
     timeout = datetime.timedelta(seconds=timeout_seconds)
     if not dist.is_initialized() and read_world().size > 1:
@@ -67,7 +69,7 @@ def start_process_groups(layout: Layout, device: torch.device, seed: int, timeou
 
 
 def _check_order(layout: Layout) -> Coordinates:
-    """This rank's coordinates, which Megatron-Core's groups must agree with."""
+    """This rank's coordinates in Megatron-Core's groups. Raises RuntimeError if the layout says otherwise."""
     found = Coordinates(
         tp=parallel_state.get_tensor_model_parallel_rank(),
         cp=parallel_state.get_context_parallel_rank(),
@@ -84,7 +86,7 @@ def _check_order(layout: Layout) -> Coordinates:
 
 
 def stop_process_groups(*, leave_world: bool = True) -> None:
-    """Undoes start_process_groups; the default group stays when the caller had made it."""
+    """Undoes start_process_groups. With `leave_world` False the default group stays, for a caller that made it."""
     parallel_state.destroy_model_parallel()
     if leave_world and dist.is_initialized():
         dist.destroy_process_group()

@@ -1,15 +1,15 @@
-"""The process beside each rank that speaks for it (see megatron_rl.ranks.heartbeat).
+"""The process that sends heartbeats for a rank (see megatron_rl.ranks.heartbeat).
 
-    python -m megatron_rl.ranks.watcher        started by a rank, which tells it all it needs on standard input
+    python -m megatron_rl.ranks.watcher        started by a rank, which sends the settings on standard input
 
-It is a process and not a thread, so nothing that the rank does can keep it from beating: a kernel of ten minutes, a
-torch.save, a call that holds the interpreter's lock. It reports its rank only if the kernel says that the rank is
-stopped or has ended. It imports the standard library alone and takes 21 MiB.
+It is a process, not a thread, so a busy rank cannot delay it: a kernel of ten minutes, a torch.save, a call that holds
+the interpreter's lock. It reports its rank only if the kernel says that the rank is stopped or has ended. It imports
+only the standard library and takes 21 MiB.
 
-The watcher of rank 0, the hub, listens; the others connect with their number and a secret of the run. Each sends one
-short line every eighth of the limit, at most every 10 s, and the hub answers with one. A hub of 1,024 ranks takes 0.7%
-of a core and 27 MiB. Silence is counted only while the counting process itself runs, so a machine that was suspended
-wakes without an alarm.
+The watcher of rank 0, the hub, listens. The others connect with their number and a secret of the run. Each sends one
+short line every eighth of the limit, at least every 10 s, and the hub answers with one line. A hub of 1,024 ranks takes
+0.7% of a core and 27 MiB. Silence counts only while the counting process runs, so a machine that was suspended wakes
+without an alarm.
 
     rank to watcher     settings as JSON; then `leaving` (an error is on its way up) or `done`; its end is end of file
     watcher to rank     `listening PORT` (hub), `ready`, `failed WHY`; then `lost SECONDS WHY` or `over`
@@ -32,10 +32,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 END_SECONDS = 10.0
-"""Seconds that a rank has to end once it is told of a loss, before it is killed."""
+"""Seconds in which a rank must end after it is told of a loss; then it is killed."""
 ERROR_SECONDS = 15.0
-"""Seconds that the other ranks have to end by themselves once one has ended with an error: they may have one too. Well
-below the 30 after which torchrun kills them, so that the reason is told."""
+"""Seconds in which the other ranks may end by themselves after one ended with an error: they may have the same error.
+
+It is well below the 30 seconds after which torchrun kills them, so that the reason is printed.
+"""
 LINGER_SECONDS = 2.0
 HELLO_SECONDS = 10.0
 CONNECT_SECONDS = 30.0
@@ -45,9 +47,9 @@ LONGEST_LINE = 4096
 @dataclass(frozen=True)
 class Settings:
     rank: int
-    seconds: float  # of silence that are a loss
+    seconds: float  # without a heartbeat until a rank is lost
     host: str
-    port: int  # of the hub; 0 for the hub itself
+    port: int  # where the hub listens; 0 for the hub itself
     token: str
     members: list[str]  # each rank's name in messages
 
@@ -57,7 +59,7 @@ class Settings:
 
 
 class Watcher:
-    """What the hub and the others share: their own rank."""
+    """Follows its own rank: the part that the hub and the other watchers share."""
 
     def __init__(self, settings: Settings, rank_lines: asyncio.StreamReader) -> None:
         self.settings = settings
@@ -73,13 +75,13 @@ class Watcher:
         self.rank_is_gone.set()
 
     def state(self) -> str:
-        """The kernel's letter for the rank's state; T or t: stopped, by a signal or a debugger."""
+        """Letter of the rank's state in the kernel; T or t if a signal or a debugger has stopped it."""
         with contextlib.suppress(OSError, IndexError):
             return Path(f"/proc/{self._rank_pid}/stat").read_text().rpartition(")")[2].split()[0]
         return "X"
 
     async def end_rank(self, seconds: str, why: str) -> None:
-        """Tells the rank of a loss; kills it if it does not end. A rank that is leaving ends by itself."""
+        """Tells the rank of a loss and kills it if it does not end in time. A rank that is leaving ends by itself."""
         tell(f"lost {seconds} {why}")
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.rank_is_gone.wait(), float(seconds) + END_SECONDS)
@@ -88,7 +90,7 @@ class Watcher:
 
 
 class Hub(Watcher):
-    """Hears all ranks, and tells all of them of the first that is lost."""
+    """Receives the heartbeats of all ranks, and tells all of them which was lost first."""
 
     def __init__(self, settings: Settings, rank_lines: asyncio.StreamReader) -> None:
         super().__init__(settings, rank_lines)
@@ -120,7 +122,7 @@ class Hub(Watcher):
                 self._tell_all(f"lost {seconds} {why}")
                 await self.end_rank(seconds, why)
             following.cancel()
-        # Beats that nobody reads any more would reset the connections, and what was just told be lost with them.
+        # Unread beats would reset the connections, and the message just sent would be lost.
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._all_have_left(), LINGER_SECONDS)
         for peer in self._peers:
@@ -175,7 +177,7 @@ class Hub(Watcher):
             if rank is not None:
                 await self._listen_to(rank, reader, writer)
         except (OSError, TimeoutError, ValueError):
-            pass  # a stranger, or a connection that broke: its rank connects again, or is missed
+            pass  # a stranger, or a broken connection: its rank connects again, or is missed
         finally:
             self._peers.discard(writer)
             writer.close()
@@ -202,7 +204,7 @@ class Hub(Watcher):
 
 
 class Spoke(Watcher):
-    """Beats for its rank, and misses the hub when it falls silent."""
+    """Sends heartbeats to the hub, and reports a loss if the hub falls silent."""
 
     def __init__(self, settings: Settings, rank_lines: asyncio.StreamReader) -> None:
         super().__init__(settings, rank_lines)
@@ -277,8 +279,7 @@ class Spoke(Watcher):
 
 
 async def ticks(interval: float) -> AsyncIterator[float]:
-    """Yields the seconds since the last tick, no more than two intervals: while this process did not run, nothing can
-    be said of the others."""
+    """Yields the seconds since the last tick, at most two intervals: a pause of this process is not counted."""
     clock = asyncio.get_running_loop().time
     last = clock()
     while True:
@@ -289,7 +290,7 @@ async def ticks(interval: float) -> AsyncIterator[float]:
 
 
 def tell(line: str) -> None:
-    """To the rank, which may be gone."""
+    """Sends a line to the rank, which may be gone."""
     with contextlib.suppress(OSError):
         os.write(sys.stdout.fileno(), f"{line}\n".encode())
 
@@ -302,7 +303,9 @@ def _allow_open_files(ranks: int) -> None:
 
 async def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # they are the rank's; this process ends with its standard input
+        signal.signal(
+            number, signal.SIG_IGN
+        )  # signals are for the rank; this process ends when its standard input closes
     rank_lines = asyncio.StreamReader(limit=1 << 24)
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(rank_lines), sys.stdin)

@@ -1,4 +1,4 @@
-"""The world that this process was started into, as the launcher's environment variables give it. No torch."""
+"""Reads the world of ranks from the launcher's environment variables. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ MAX_RANKS = 1_000_000
 
 
 class WorldError(UserError):
-    """Environment variables of the launcher that are malformed or contradict one another."""
+    """The launcher's environment variables are malformed or contradict one another."""
 
 
 @dataclass(frozen=True)
 class World:
-    """Where this rank stands among the processes that were started together."""
+    """This rank's number and host among the processes that were started together."""
 
     rank: int
     size: int
@@ -26,21 +26,21 @@ class World:
     local_size: int
     """Ranks on this machine."""
     joined: bool
-    """Whether a launcher gave this process a rank; without one it is a world of its own."""
+    """Whether a launcher gave this process a rank. Without a launcher the world has one rank."""
     node: str
-    """Ranks of the same node have the same files and are ended together."""
+    """Name of the node. Its ranks see the same files and are ended together."""
     host: str
 
     @property
     def me(self) -> str:
-        """Names this rank and its host, for errors."""
+        """The rank and its host, for error messages."""
         return f"rank {self.rank} on host {self.host}"
 
 
 def read_world(environment: Mapping[str, str] = os.environ) -> World:
-    """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, and for several ranks MASTER_ADDR and MASTER_PORT.
+    """Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, and for several ranks MASTER_ADDR and MASTER_PORT.
 
-    Raises WorldError that names the variable, its value and what was expected.
+    Raises WorldError, which names the variable, its value and what was expected.
     """
     joined = "RANK" in environment
     size = _number(environment, "WORLD_SIZE", 1, 1, MAX_RANKS)
@@ -66,7 +66,7 @@ def _number(environment: Mapping[str, str], name: str, default: int | None, low:
         if default is None:
             raise WorldError(f"{name} is not set, but WORLD_SIZE is above 1; {_ADVICE}")
         return default
-    # isdecimal alone takes other scripts' digits, and int() takes spaces, signs and underscores.
+    # isdecimal accepts digits of other scripts, and int() accepts spaces, signs and underscores.
     if not (text.isascii() and text.isdecimal() and len(text) <= 9 and low <= int(text) <= high):
         raise WorldError(
             f"the environment variable {name} is {text[:40]!r}; expected an integer from {low} to {high}{why}; "

@@ -1,4 +1,4 @@
-"""Verifiers, functions (prompt, response text) -> Verdict, and the judging of a rollout's groups."""
+"""Judges a rollout's groups by verifiers, which are functions (prompt, response text) -> Verdict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages between a trainer and a worker: JSON over a socket, each with its length, and none awaited for ever."""
+"""Exchanges messages between a trainer and a worker: JSON over a socket, each after its length, with a time limit."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 import orjson
 
 MAX_BYTES = 64 << 20
-"""Of one message. A longer one is not from the other end of the protocol."""
+"""Bytes of one message. A longer message does not come from the other end of the protocol."""
 
 
 class ChannelError(Exception):
-    """The other end is closed, silent, or says what is no message."""
+    """The other end is closed, silent, or sends something that is not a message."""
 
 
 class ChannelTimeoutError(ChannelError):
-    """The other end is silent."""
+    """The other end did not answer in time."""
 
 
 class Channel:
-    """One end. Not for several threads at once."""
+    """One end of the socket. Only one thread may use it at a time."""
 
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
@@ -38,7 +38,7 @@ class Channel:
             raise ChannelError("its connection is closed") from None
 
     def receive(self, seconds: float | None = None) -> dict[str, Any]:
-        """`seconds` is the time for all of the message; None waits. Raises ChannelError."""
+        """Waits at most `seconds` for the whole message; None waits without limit. Raises ChannelError."""
         deadline = None if seconds is None else time.monotonic() + seconds
         try:
             length = int.from_bytes(self._read(8, deadline), "little")

@@ -1,4 +1,4 @@
-"""Prompts whose verifiers and reference answers have been checked."""
+"""Loads prompts and checks their verifiers and reference answers."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ def load_prompts(
     vocab_size: int | None = None,
     judges: Callable[[], Judges] = Judges,
 ) -> PromptDataset:
-    """Reads and checks all of `source`: what find_files takes, or `arithmetic:SPEC`.
+    """Reads and checks the whole `source`: a path that find_files accepts, or `arithmetic:SPEC`.
 
-    A record may carry its own id (else file name and line) and a built-in verifier. Raises DataError naming file, line
-    and field for a record that cannot be used, an id given twice, a prompt over `max_tokens`, a token beyond the
-    model's vocabulary of `vocab_size` (None leaves that unchecked), or a reference that its verifier cannot read.
-    `judges` makes the worker processes that try the references.
+    A record may name its own id and a built-in verifier; the id defaults to file name and line. `judges` makes the
+    worker processes that try the references.
+
+    Raises DataError, which names file, line and field, if a record cannot be used, an id occurs twice, a prompt is
+    longer than `max_tokens`, a token is outside the model's vocabulary of `vocab_size` (None disables the check), or a
+    verifier cannot read its reference.
     """
     chat = ChatFormat(tokenizer, fields.chat_template, vocab_size)
     verifier = fields.verifier or ("arithmetic" if source.startswith(PREFIX) else "math")
@@ -74,7 +76,7 @@ def _no_verifier(name: str) -> str:
 def _check_references(
     prompts: Sequence[Prompt], where: Mapping[str, str], field: str, judges: Callable[[], Judges]
 ) -> None:
-    """Raises DataError for the first reference answer that its verifier cannot read; it names where others are."""
+    """Raises DataError for the first reference answer that its verifier cannot read, and names the lines of others."""
     problems = check_references(prompts, judges)
     bad = [prompt for prompt in prompts if (prompt.verifier, prompt.answer) in problems]
     if bad:

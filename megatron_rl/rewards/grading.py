@@ -1,4 +1,4 @@
-"""The judging of a rollout's groups."""
+"""Judges the groups of a rollout."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from megatron_rl.rewards.registry import call_verifier, get_verifier
 
 logger = logging.getLogger(__name__)
 
-# Compares two strings. All others may be slow, hang or crash, and run in processes of their own.
+# This verifier compares two strings. All others may be slow, hang or crash, so they run in processes of their own.
 _QUICK = ("arithmetic",)
 
 
 def grade(groups: Sequence[Group], decode: Callable[[list[int]], str], judges: Judges | None = None) -> list[Group]:
-    """The groups with every sample's verdict, and its text as it was judged. `decode` turns response ids into text,
-    special tokens left out.
+    """The groups with a verdict and the judged text on every sample. `decode` turns response ids into text, without
+    special tokens.
 
-    The verdict is LOST for an answer on which the verifier fails, gives a reward that is not finite, or takes too long,
-    or whose worker ends; a warning names some. Without `judges`, workers are started for this call and stopped after
-    it. Raises RewardError for a verifier that cannot be started.
+    The verdict is LOST if the verifier fails, gives a reward that is not finite, takes too long, or ends its worker; a
+    warning names some of these samples. Without `judges`, workers are started for this call and stopped after it.
+    Raises RewardError if a verifier cannot be started.
     """
     samples = [sample for group in groups for sample in group.samples]
     answers = [ResponseTask(s.prompt, decode(s.response_ids.tolist())) for s in samples]

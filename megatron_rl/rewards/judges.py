@@ -1,9 +1,8 @@
-"""Worker processes that run verifiers, so that one which hangs, crashes or fills the memory costs its answer, and not
-the run.
+"""Runs verifiers in worker processes, so that a hang, a crash or a full memory costs one answer and not the run.
 
-A worker is killed when an answer takes too long: nothing less ends a long computation in C. Each runs under a keeper
-(keeper.py), which ends it with all its descendants, also when this process is killed. It sees few environment
-variables, and no secrets.
+A worker is killed if an answer takes too long, because nothing else ends a long computation in C. Each worker runs
+under a keeper (keeper.py), which ends it with all its descendants, even if this process is killed. A worker sees few
+environment variables, and no secrets.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from megatron_rl.rewards import keeper
 from megatron_rl.rewards.channel import Channel, ChannelError, ChannelTimeoutError
 from megatron_rl.rewards.registry import VERIFIERS, RewardError
 
-if TYPE_CHECKING:  # workers import this package, and need no pydantic
+if TYPE_CHECKING:  # workers import this package without pydantic
     from megatron_rl.config.schema import Config, RewardConfig
 
 START_SECONDS = 120.0
@@ -49,28 +48,28 @@ class ResponseTask:
 
 @dataclass(frozen=True)
 class ReferenceTask:
-    """In place of an ResponseTask: the prompt's reference answer is to be checked."""
+    """A task to check the prompt's reference answer, where a ResponseTask judges a response."""
 
     prompt: Prompt
 
 
 @dataclass(frozen=True)
 class Failure:
-    """No verdict: the verifier raised, or its process took too long or ended."""
+    """There is no verdict: the verifier raised, or its process took too long or ended."""
 
     reason: str
-    silent: bool = False  # its process took too long or ended
+    silent: bool = False  # the process took too long or ended
 
 
 def default_workers() -> int:
-    """Cores that this trainer rank may use, but not over 16. Raises WorldError."""
+    """Number of cores that this trainer rank may use, at most 16. Raises WorldError."""
     return max(1, min(_MOST_WORKERS, usable_cores() // read_world().local_size))
 
 
 class Judges:
-    """Up to `workers` processes for each verifier, started when there is something to judge, until `close`.
+    """Up to `workers` processes for each verifier, from the first task until `close`.
 
-    A context manager. It serves one thread at a time.
+    Use it as a context manager, from one thread at a time.
     """
 
     def __init__(
@@ -80,8 +79,8 @@ class Judges:
         memory_mib: int | None = None,
         environment: Sequence[str] = (),
     ) -> None:
-        """`workers` defaults to default_workers(); `deadline`: seconds for one answer; `memory_mib`: of each worker,
-        unbounded if None; `environment`: names of the variables that workers see beside the usual ones."""
+        """`workers` defaults to default_workers(). `deadline` is in seconds per answer. `memory_mib` bounds each
+        worker; None disables. `environment` names variables that workers see in addition to the usual ones."""
         self._workers = workers or default_workers()
         self._deadline = deadline
         self._memory_mib = memory_mib or 0
@@ -97,13 +96,13 @@ class Judges:
         self._pool(verifier, 1)[0].wait_until_ready()
 
     def judge(self, verifier: str, answers: Sequence[ResponseTask]) -> list[Verdict | Failure]:
-        """Raises RewardError when the verifier does not exist or its process does not start."""
+        """A Verdict or a Failure for each response. Raises RewardError if a verifier or its process cannot start."""
         return self._each(verifier, answers)
 
     def check(self, verifier: str, prompts: Sequence[Prompt]) -> list[Verdict | Failure]:
         """CHECKED, UNCHECKED or a Failure for each prompt's reference answer.
 
-        Raises RewardError as `judge` does, and at once when the process of a user's verifier takes too long or ends.
+        Raises RewardError as `judge` does, and at once if the process of a user's verifier takes too long or ends.
         """
         return self._each(verifier, [ReferenceTask(prompt) for prompt in prompts])
 
@@ -139,7 +138,7 @@ class Judges:
             return result
 
         with ThreadPoolExecutor(len(pool) or 1) as threads:
-            return list(threads.map(ask, questions))  # the first that raises cancels those that have not begun
+            return list(threads.map(ask, questions))  # the first exception cancels the tasks that have not begun
 
     def _pool(self, verifier: str, workers: int) -> list[_Worker]:
         pool = self._pools.setdefault(verifier, [])
@@ -149,7 +148,7 @@ class Judges:
 
 
 def _check_user(verifier: str, prompt: Prompt, failure: Failure) -> None:
-    """Raises RewardError for a user's verifier: what ends one check may end them all, each after reward.timeout."""
+    """Raises RewardError for a user's verifier, whose other checks may fail too, each after reward.timeout."""
     if verifier not in VERIFIERS:
         raise RewardError(
             f"verifier {verifier!r}: its check_answer has not answered for the reference {prompt.answer[:100]!r} of "
@@ -159,9 +158,9 @@ def _check_user(verifier: str, prompt: Prompt, failure: Failure) -> None:
 
 
 def check_verifier(config: Config) -> None:
-    """Starts a worker of data.verifier, if it is a user's own. Raises RewardError naming the key if it does not start.
+    """Starts a worker of data.verifier as a test, if the verifier is the user's own and rollouts are not replayed.
 
-    A replayed run judges nothing.
+    Raises RewardError, which names the key, if the worker does not start.
     """
     name = config.data.verifier
     if name is None or name in VERIFIERS or config.rollout.replay_from is not None:
@@ -174,18 +173,18 @@ def check_verifier(config: Config) -> None:
 
 
 def worker_environment(allowed: Sequence[str] = ()) -> dict[str, str]:
-    """The variables that a worker sees: an allow-list, since keys and tokens have any name."""
+    """The variables that a worker sees. It is an allow-list, because keys and tokens may have any name."""
     named = {name: value for name, value in os.environ.items() if name in _ENVIRONMENT or name.startswith("LC_")}
     chosen = {name: os.environ[name] for name in allowed if name in os.environ}
-    # The GPUs are the trainer's and the servers'.
+    # The GPUs belong to the trainer and the servers.
     gpus = {} if _GPUS in allowed else {_GPUS: ""}
-    # A user's verifier is found wherever this process finds it.
+    # Workers find a user's verifier where this process finds it.
     path = {"PYTHONPATH": os.pathsep.join(directory or os.getcwd() for directory in sys.path)}
     return {**named, **dict.fromkeys(_THREADS, "1"), **gpus, **chosen, **path}
 
 
 class _Worker:
-    """One process with one verifier, started again after it was killed or ended."""
+    """One process with one verifier. It is started again after it was killed or has ended."""
 
     def __init__(self, verifier: str, memory_mib: int, environment: dict[str, str]) -> None:
         self._verifier = verifier
@@ -198,15 +197,15 @@ class _Worker:
         ours, theirs = socket.socketpair()
         self._channel = Channel(ours)
         descriptor = theirs.fileno()
-        # -P: else a queue.py where the trainer was started would stand in for Python's own.
+        # Without -P a queue.py in the working directory would replace Python's own module.
         worker = [sys.executable, "-P", "-m", "megatron_rl.rewards.worker"]
         arguments = [self._verifier, str(descriptor), str(self._memory_mib)]
         self._process = subprocess.Popen(
             [sys.executable, "-ISs", str(Path(keeper.__file__)), str(descriptor), *worker, *arguments],
-            stdin=subprocess.PIPE,  # nothing is written to it: that it closes tells the keeper that we have ended
+            stdin=subprocess.PIPE,  # never written to; the keeper sees it close when this process ends
             pass_fds=[descriptor],
             env=self._environment,
-            start_new_session=True,  # Ctrl-C is the trainer's
+            start_new_session=True,  # Ctrl-C must reach the trainer only
         )
         theirs.close()
         self._ready = False
@@ -218,12 +217,12 @@ class _Worker:
             self._process.stdin.close()
         try:
             self._process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:  # somebody has stopped the keeper; the worker dies with it
+        except subprocess.TimeoutExpired:  # something has stopped the keeper; the worker dies with it
             self._process.kill()
             self._process.wait()
 
     def ask(self, question: ResponseTask | ReferenceTask, seconds: float) -> Verdict | Failure:
-        """`seconds` are for sending and receiving together, and begin once the verifier is imported."""
+        """Sends a task and returns the answer, within `seconds` that begin once the verifier is imported."""
         self.wait_until_ready()
         number = next(self._numbers)
         deadline = time.monotonic() + seconds

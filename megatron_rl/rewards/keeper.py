@@ -1,14 +1,13 @@
-"""Runs one command and ends it with all its descendants: when it ends, and when the trainer is gone.
+"""Runs one command, and kills all its descendants when it ends or when the trainer is gone.
 
     python keeper.py DESCRIPTOR COMMAND [ARGUMENT]...
 
-DESCRIPTOR is handed on to the command.
+DESCRIPTOR is passed on to the command.
 
-Standard input is a pipe whose other end the trainer holds open: the kernel closes it however the trainer ends, kill -9
-included. Descendants that have left the process group or lost their parent are found too, because this process adopts
-them (PR_SET_CHILD_SUBREAPER); one that is stopped is killed as well. It imports the standard library alone, so that it
-starts at once. rollout/tether.py does the same by the process group, which suffices for a server: a server starts no
-code of a user's.
+Standard input is a pipe whose other end the trainer holds open. The kernel closes it whenever the trainer ends, even by
+kill -9. Descendants that left the process group or lost their parent are found too, because this process adopts them
+(PR_SET_CHILD_SUBREAPER). Stopped descendants are killed as well. It imports only the standard library, so it starts at
+once. rollout/tether.py uses the process group instead, which is enough for a server, as a server runs no user code.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ def children(pid: int) -> list[int]:
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
-            # After the command's name, which may hold anything: state, parent.
+            # State and parent follow the command's name, which may hold any characters.
             if int(file.read().rpartition(b")")[2].split()[1]) == pid:
                 found.append(int(name))
     return found
 
 
 def kill_descendants() -> None:
-    """Kills children until none is left: those of a killed child become this process's own."""
+    """Kills children until none is left; the children of a killed child become children of this process."""
     while found := children(os.getpid()):
         for pid in found:
             with contextlib.suppress(ProcessLookupError):

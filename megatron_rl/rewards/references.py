@@ -1,4 +1,4 @@
-"""Reference answers, tried when a data set is loaded: one that cannot be read would lose all its prompt's verdicts."""
+"""Tries reference answers when a data set is loaded: an unreadable one would lose all verdicts of its prompt."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from megatron_rl.data.sample import Prompt
 from megatron_rl.rewards.judges import Failure, Judges
 from megatron_rl.rewards.registry import UNCHECKED, VERIFIERS
 
-# Every built-in verifier can read one of these. Most data sets have no others, and then no process is started.
+# Every built-in verifier can read such a number. If a data set has no other references, no process is started.
 _NUMBER = re.compile(r"-?\d{1,100}(\.\d{1,100})?", re.ASCII)
 
 
 def check_references(prompts: Sequence[Prompt], judges: Callable[[], Judges] = Judges) -> dict[tuple[str, str], str]:
-    """Why a (verifier, reference answer) of these prompts cannot be judged by; those that can are left out.
+    """Problems by (verifier, reference answer) of these prompts; pairs without a problem are left out.
 
-    Verifiers check in worker processes, of a pool that `judges` makes: to read a reference may never end, and a user's
-    verifier is imported there only. A built-in verifier that takes too long over a reference says nothing against it.
-    Raises RewardError, naming the verifier, if a user's does, or if one does not start.
+    Verifiers run in worker processes, of a pool that `judges` makes: reading a reference may never end, and a user's
+    verifier is imported only there. If a built-in verifier takes too long, the reference passes. Raises RewardError,
+    which names the verifier, if a user's verifier takes too long or if a verifier does not start.
     """
     asked: defaultdict[str, dict[str, Prompt]] = defaultdict(dict)
     for prompt in prompts:
@@ -35,7 +35,7 @@ def check_references(prompts: Sequence[Prompt], judges: Callable[[], Judges] = J
 
 
 def _ask(pool: Judges, verifier: str, prompts: Sequence[Prompt]) -> list[tuple[str, str]]:
-    """(reference answer, problem) of one verifier. The first answer tells whether there is a check at all."""
+    """Yields (reference answer, problem) of one verifier. The first result shows whether the verifier has a check."""
     results = pool.check(verifier, prompts[:1])
     if results[0] != UNCHECKED:
         results += pool.check(verifier, prompts[1:])

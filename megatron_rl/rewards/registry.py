@@ -1,4 +1,4 @@
-"""Verifiers by name, and the call of one. They are imported when first asked for: math-verify brings sympy."""
+"""Finds verifiers by name and calls them. A verifier is imported when first used: math-verify imports sympy."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ VERIFIERS = {
 
 
 CHECKED, UNCHECKED = Verdict(1.0, True), Verdict(0.0, False)
-"""What stands for the verdict where a reference answer is checked."""
+"""Results of the check of a reference answer, in place of a verdict."""
 
 
 class RewardError(UserError):
-    """A verifier that does not exist, fails, or gives a reward that cannot be used; names verifier and prompt."""
+    """A verifier does not exist, fails, or gives a reward that cannot be used. Names the verifier and the prompt."""
 
 
 def get_verifier(name: str) -> Verifier:
-    """One of VERIFIERS, or a user's own as `package.module:function`. Raises RewardError when there is none."""
+    """One of VERIFIERS, or a user's own as `package.module:function`. Raises RewardError if it does not exist."""
     module, colon, function = VERIFIERS.get(name, name).partition(":")
     if not colon:
         close = difflib.get_close_matches(name, VERIFIERS, n=1)
@@ -43,18 +43,20 @@ def get_verifier(name: str) -> Verifier:
 
 
 def check_answer(name: str, answer: str) -> str | None:
-    """None if the verifier of that name can judge by the reference answer, else why it cannot.
+    """None if the verifier of that name can judge by the reference answer, else the reason.
 
-    It asks the verifier's own `check_answer(answer) -> str | None`, an attribute of the function; one without it takes
-    every answer. Raises RewardError when there is no such verifier.
+    Calls the attribute `check_answer(answer) -> str | None` of the verifier's function. A verifier without it accepts
+    every answer. Raises RewardError if there is no such verifier.
     """
     check = getattr(get_verifier(name), "check_answer", None)
     return None if check is None else check(answer)
 
 
 def call_check(verifier: Verifier, answer: str) -> Verdict:
-    """CHECKED, or UNCHECKED for a verifier without a check. Raises what the check raises, and ValueError with what is
-    wrong with the reference answer."""
+    """CHECKED, or UNCHECKED if the verifier has no check.
+
+    Raises what the check raises, and ValueError with the problem if the reference answer has one.
+    """
     check = getattr(verifier, "check_answer", None)
     if check is None:
         return UNCHECKED
@@ -65,7 +67,10 @@ def call_check(verifier: Verifier, answer: str) -> Verdict:
 
 
 def call_verifier(verifier: Verifier, prompt: Prompt, response: str) -> Verdict:
-    """Its verdict, as plain Python numbers. Raises what the verifier raises, and ValueError for what is no verdict."""
+    """Calls the verifier; the verdict holds plain Python numbers.
+
+    Raises what the verifier raises, and ValueError if the result is not a usable verdict.
+    """
     verdict = verifier(prompt, response)
     if not isinstance(verdict, Verdict):
         raise ValueError(f"expected a Verdict, got {type(verdict).__name__}")

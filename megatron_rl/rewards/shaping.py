@@ -1,7 +1,7 @@
-"""From a verifier's verdict to the reward that is trained on: DAPO's rewards and overlong rules [2503.14476].
+"""Turns verdicts into the rewards that are trained on: DAPO's rewards and overlong rules [2503.14476].
 
-Pure functions of judged groups. Rollouts are saved with the verifiers' own verdicts and shaped after that, as they are
-when they are replayed: so shaping happens once, and a replay may shape otherwise.
+These are pure functions of judged groups. Rollouts are saved with the verifiers' own verdicts and shaped afterwards, in
+a replay too. So shaping happens once, and a replay may use other rules.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from megatron_rl.data.sample import Group, Sample, Verdict
 def overlong_punishment(tokens: int, longest: int, cache: int) -> float:
     """Equation 13, in [-1, 0], for a response of `tokens` = |y|; L_max = `longest` > L_cache = `cache` > 0.
 
-    0 while |y| <= L_max - L_cache; then ((L_max - L_cache) - |y|)/L_cache; -1 beyond L_max.
+    0 for |y| <= L_max - L_cache, then ((L_max - L_cache) - |y|)/L_cache, and -1 beyond L_max.
     """
     return min(max((longest - cache - tokens) / cache, -1.0), 0.0)
 
 
 def shape_rewards(groups: Sequence[Group], reward: RewardConfig, longest: int) -> list[Group]:
-    """The groups with `reward.correct` or `reward.wrong` in place of the verifier's own, and the soft overlong
-    punishment added. `longest`: rollout.max_response_tokens. `correct` stays as the verifier said.
+    """Replaces rewards by `reward.correct` and `reward.wrong`, if set, and adds the soft overlong punishment.
 
-    Raises ValueError naming a sample without a verdict.
+    `longest` is rollout.max_response_tokens. The verdict's `correct` does not change. Raises ValueError, which names
+    the sample, if a sample has no verdict.
     """
 
     def shape(sample: Sample) -> Sample:
@@ -46,17 +46,21 @@ def shape_rewards(groups: Sequence[Group], reward: RewardConfig, longest: int) -
 
 
 def filter_overlong(groups: Sequence[Group], reward: RewardConfig) -> list[Group]:
-    """With `reward.overlong_filter`, the groups with every truncated response masked out: it has no token in the loss,
-    nor in a denominator. Its reward still counts in its group's mean and std, which are of all responses."""
+    """Masks out every truncated response if `reward.overlong_filter` is on: no loss, no denominator counts its tokens.
+
+    Its reward still counts in the mean and std of its group.
+    """
     if not reward.overlong_filter:
         return list(groups)
     return _with_samples(groups, lambda sample: _masked_out(sample) if is_truncated(sample) else sample)
 
 
 def without_lost(groups: Sequence[Group]) -> list[Group]:
-    """The groups with every sample whose verdict was lost masked out: it has no token in the loss, nor in a
-    denominator. It stays in its place, so that mini-batches stay as planned; with_advantages and group_finish leave it
-    out of its group's mean and std."""
+    """Masks out every sample whose verdict was lost: no loss and no denominator counts its tokens.
+
+    The sample keeps its place, so mini-batches stay as planned. with_advantages and group_finish leave it out of the
+    mean and std of its group.
+    """
     return _with_samples(groups, lambda sample: _masked_out(sample) if is_lost(sample) else sample)
 
 
@@ -66,7 +70,7 @@ def is_lost(sample: Sample) -> bool:
 
 
 def is_truncated(sample: Sample) -> bool:
-    """Whether the response ended because it was as long as it may be."""
+    """Whether the response ended because it reached the length limit."""
     return sample.finish_reason == "length"
 
 
@@ -74,7 +78,7 @@ def _masked_out(sample: Sample) -> Sample:
     return dataclasses.replace(
         sample,
         loss_mask=np.zeros_like(sample.loss_mask),
-        rollout_logprobs=np.zeros_like(sample.rollout_logprobs),  # as everywhere outside of the mask
+        rollout_logprobs=np.zeros_like(sample.rollout_logprobs),  # zero outside the mask, as in every sample
     )
 
 

@@ -2,8 +2,8 @@
 
     python -m megatron_rl.rewards.worker VERIFIER DESCRIPTOR MEMORY_MIB
 
-It imports the verifier before it says that it is ready. DESCRIPTOR is its end of the protocol's socket; MEMORY_MIB
-bounds its address space, and 0 does not. What the verifier prints goes to standard error.
+It imports the verifier before it reports that it is ready. DESCRIPTOR is its end of the protocol's socket. MEMORY_MIB
+bounds its address space; 0 disables. The verifier's prints go to standard error.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from megatron_rl.rewards.channel import Channel, ChannelError
 from megatron_rl.rewards.registry import RewardError, Verifier, call_check, call_verifier, get_verifier
 
 PR_SET_PDEATHSIG = 1
-_REASON = 500  # characters of an exception that are told
+_REASON = 500  # most characters of an exception in a report
 
 
 def serve(name: str, channel: Channel) -> None:
-    """Says that it is ready, then answers each message, until the other end closes."""
+    """Reports that it is ready, then answers messages until the other end closes."""
     try:
         verifier = get_verifier(name)
     except RewardError as error:
@@ -51,7 +51,7 @@ def _reply(verifier: Verifier, message: dict[str, Any]) -> dict[str, Any]:
             verdict = call_verifier(verifier, prompt, message["response"])
         else:
             verdict = call_check(verifier, prompt.answer)
-    except BaseException as error:  # SystemExit too: it is one answer's, and not the run's
+    except BaseException as error:  # SystemExit too: it costs this answer only
         return {"error": _said(error)}
     return {"reward": verdict.reward, "correct": verdict.correct}
 

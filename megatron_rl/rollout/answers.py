@@ -1,8 +1,8 @@
-"""What a server answers to /generate, checked field by field before anything is trained on it. Pure functions.
+"""Checks a server's answer to /generate field by field before anything is trained on it. Pure functions.
 
-SGLang's conventions, seen on 0.5.23: output_ids ends with the end-of-sequence token where one was sampled, and its
-log-prob is among the others, while `text` leaves it out. Log-probs are those of logits / temperature. Weight versions
-are strings, ours the decimal number; their spans count output tokens. A log-prob that is not a number arrives as null.
+SGLang's conventions, seen on 0.5.23: if an end-of-sequence token was sampled, output_ids ends with it and the log-probs
+include it, but `text` omits it. Log-probs are of logits / temperature. Weight versions are strings; ours are decimal
+numbers, and their spans count output tokens. A log-prob that is not a number arrives as null.
 """
 
 from __future__ import annotations
@@ -24,30 +24,32 @@ from megatron_rl.errors import UserError
 from megatron_rl.routing.wire import SERVER_FLAG, RouteSpec, read_routes
 
 ROUNDING = 1e-6
-"""SGLang takes the log of a probability that fp32 may round to just above 1. Up to here that is taken for 0."""
+"""Largest log-prob that counts as 0: SGLang takes the log of a probability that fp32 may round to just above 1."""
 
 VERSION = re.compile("0|[1-9][0-9]{0,17}")
 
-# The trainer keeps log-probs in fp32: a lower one would become -inf.
+# The trainer keeps log-probs in fp32, in which a lower one would become -inf.
 _LogProb = Annotated[StrictFloat, Field(ge=float(np.finfo(np.float32).min), le=ROUNDING, allow_inf_nan=False)]
 # (log-prob, token id, text or null)
 _Entry = tuple[_LogProb, StrictInt, Any]
 
 
 class RolloutError(UserError):
-    """A server's answer that cannot be used; names server, request, field, what was found and expected."""
+    """A server's answer cannot be used. Names server, request and field, what was found and what was expected."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One checked answer. The end-of-sequence token, where one was sampled, is the last of token_ids."""
+    """One checked answer. If an end-of-sequence token was sampled, it is the last of token_ids."""
 
     token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]  # of the sampled tokens, at the sampling temperature
+    logprobs: tuple[float, ...]  # by sampled token, at the sampling temperature
     finish_reason: FinishReason
     versions: tuple[VersionSpan, ...]  # over token_ids
     text: str
-    trace: RoutingTrace | None = None  # of prompt and completion but the last token; None: not asked for, or aborted
+    trace: RoutingTrace | None = (
+        None  # of prompt and completion, without the last token; None: not asked for, or aborted
+    )
 
 
 class _Finish(BaseModel):
@@ -96,10 +98,10 @@ def read_completion(
     versions: Container[int],
     routes: RouteSpec | None = None,
 ) -> Completion:
-    """`where` names server and request in errors; `versions` are the weight versions that the trainer has published;
-    `routes` is given where they were asked for.
+    """Reads and checks one answer.
 
-    Raises RolloutError. An aborted answer may be empty, and without routes; no other may.
+    `where` names server and request in errors. `versions` are the weight versions that the trainer has published. Pass
+    `routes` if the request asked for routes. Raises RolloutError. Only an aborted answer may be empty or lack routes.
     """
     checked: _Answer = _parse(_Answer, answer, where)
     ids, meta = checked.output_ids, checked.meta_info
@@ -131,20 +133,20 @@ def read_completion(
 def _check_end(
     reason: _Finish, meta: _Meta, ids: Sequence[int], prompt_tokens: int, max_new_tokens: int, where: str
 ) -> None:
-    """That the response is an answer to the whole prompt, and ended as it says."""
+    """Raises RolloutError unless the response answers the whole prompt and ended as it claims."""
     if meta.prompt_tokens != prompt_tokens:
         raise _bad(where, "prompt_tokens", str(meta.prompt_tokens), f"{prompt_tokens}, as sent")
     if meta.completion_tokens != len(ids):
         raise _bad(where, "completion_tokens", str(meta.completion_tokens), f"{len(ids)}, as in output_ids")
     if reason.type == "length" and len(ids) != max_new_tokens:
-        # Cut off by the server, which would pass for a response that ended: no reward looks at its length then.
+        # The server cut the response off. It would look like a finished one, and no reward would check its length.
         expected = (
             f"{max_new_tokens}, as asked for; is the server's context or its KV cache (max_total_tokens) smaller?"
         )
         raise _bad(where, "finish_reason", f"length after {len(ids)} tokens", expected)
     if reason.type == "stop" and (type(reason.matched) is not int or ids[-1] != reason.matched):
-        # No stop strings are sent, and SGLang gives one when logits are not numbers. Without the matched token as the
-        # last one nothing would teach the policy to stop.
+        # We send no stop strings, but SGLang reports one if logits are not numbers. The last token must be the matched
+        # one, or nothing would teach the policy to stop.
         expected = f"{ids[-1]}, the last of output_ids"
         raise _bad(where, "finish_reason.matched", f"{reason.matched!r:.80}", expected)
 
@@ -165,13 +167,13 @@ def _trace(
 
 
 def read_score(answer: Any, *, where: str, token_ids: Sequence[int]) -> list[float]:
-    """Log-probs of tokens 1.. of the prompt `token_ids`; the first has none. Raises RolloutError."""
+    """Log-probs of tokens 1 and later of the prompt `token_ids`; the first token has none. Raises RolloutError."""
     meta = _parse(_Score, answer, where).meta_info
     if meta.prompt_tokens != len(token_ids):
         raise _bad(where, "prompt_tokens", str(meta.prompt_tokens), f"{len(token_ids)}, as sent")
     entries = meta.input_token_logprobs
     found = [token for _, token, _ in entries]
-    # SGLang reports the vocabulary's last id as 0 here; the log-prob is the right token's.
+    # SGLang reports the vocabulary's last id as 0 here, but the log-prob belongs to the right token.
     if len(found) != len(token_ids) or any(f not in (t, 0) for f, t in zip(found, token_ids, strict=True)):
         raise _bad(where, "input_token_logprobs", f"ids {found[:8]}...", f"{list(token_ids)[:8]}..., as sent")
     scored = _parse(_Scored, {"input_token_logprobs": entries[1:]}, where)
@@ -183,7 +185,7 @@ class _Scored(BaseModel):
 
 
 def _spans(spans: Sequence[_TokenSpan], tokens: int, versions: Container[int], where: str) -> tuple[VersionSpan, ...]:
-    """The spans must follow on one another and cover all tokens."""
+    """Reads the spans; they must be consecutive and cover all tokens."""
     end = 0
     for number, span in enumerate(spans):
         field = f"weight_versions.{number}"

@@ -1,5 +1,7 @@
-"""An event loop on a thread of its own, so that the synchronous trainer can keep connections open between calls and
-wait for servers while it broadcasts to them."""
+"""Runs an event loop in a thread of its own.
+
+The synchronous trainer can then keep connections open between calls, and wait for servers while it broadcasts to them.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,12 @@ class BackgroundLoop:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Waits for the coroutine; what interrupts the wait cancels it."""
+        """Waits for the coroutine and returns its result; an interrupted wait cancels it."""
         answer = self.start(coroutine)
         try:
             return answer.result()
         finally:
-            answer.cancel()  # nothing, if it is done
+            answer.cancel()  # does nothing if it is done
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -1,8 +1,8 @@
-"""SGLang's HTTP API as the trainer speaks it: every call has a deadline, every answer is checked.
+"""The client of SGLang's HTTP API. Every call has a deadline, and every answer is checked.
 
-What can heal is tried again within the deadline: a refused or broken connection, and 502, 503, 504. Nothing else is:
-any other status, or an answer that does not hold together, raises RolloutError at once. Weight updates are tried again
-only if the server cannot have seen them, as a second one would wait for a broadcast that has already been made.
+A refused or broken connection and the statuses 502, 503 and 504 are retried within the deadline. Any other status, and
+an answer that contradicts itself, raises RolloutError at once. Weight updates are retried only if the server cannot
+have seen them, because a second update would wait for a broadcast that is already over.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HEALING_STATUS = frozenset({502, 503, 504})
 
 
 class _Healing(Exception):
-    """A failure worth another try. `reached`: the server may have seen the request."""
+    """A failure that a retry may fix. `reached`: the server may have seen the request."""
 
     def __init__(self, what: str, reached: bool) -> None:
         super().__init__(what)
@@ -34,11 +34,11 @@ class _Healing(Exception):
 
 
 class UnreachableError(RolloutError):
-    """A server that could not be asked, or gave no answer, however often that was tried."""
+    """The server could not be reached or gave no answer, after all retries."""
 
 
 class SGLangClient:
-    """One server. Use as an async context manager, or call `close`; all calls from one event loop."""
+    """Client of one server. Use it as an async context manager, or call `close`. Make all calls from one event loop."""
 
     def __init__(
         self,
@@ -49,8 +49,8 @@ class SGLangClient:
         max_tries: int | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        """deadline: seconds for one call, all tries together, of which there are `max_tries`; None: MAX_TRIES. `check`
-        is called before another try and raises when there is no use in one, as when the server's process has died."""
+        """`deadline` is in seconds for one call, all its tries included. `max_tries` defaults to MAX_TRIES. `check` is
+        called before each retry; it raises if a retry is useless, for example if the server's process has died."""
         self.url = url.rstrip("/")
         self.deadline = deadline
         self._max_tries = max_tries
@@ -88,25 +88,25 @@ class SGLangClient:
         seed: int | None = None,
         routes: RouteSpec | None = None,
     ) -> Completion:
-        """Samples from the whole distribution at logits / temperature (0: greedy; the log-probs are then untempered and
-        say nothing of mu). `versions` are the weight versions that the trainer has published. Raises RolloutError.
+        """Samples from the whole distribution of logits / temperature. Raises RolloutError.
 
-        `seed`, in [0, 2**63), counts only where the server runs with --enable-deterministic-inference, which SGLang has
-        for GPUs; there, requests of one prompt without different seeds would all sample the same response.
+        Temperature 0 is greedy; then the log-probs are untempered and are not mu. `versions` are the weight versions
+        that the trainer has published.
 
-        With `routes` the server is asked for the experts that each token visited, and must have been started so.
+        `seed`, in [0, 2**63), counts only if the server runs with --enable-deterministic-inference, which SGLang has on
+        GPUs. There, requests of one prompt with equal seeds all sample the same response.
+
+        `routes` asks for the experts that each token visited; the server must have been started to return them.
         """
         outside = [i for i in token_ids if not 0 <= i < vocab_size]
-        if (
-            outside or not token_ids
-        ):  # the scheduler, and with it the server, dies of an id that it has no embedding for
+        if outside or not token_ids:  # an id without an embedding ends the scheduler, and with it the server
             raise RolloutError(f"{self.url}: input_ids: found {outside[:3]}; expected: ids in [0, {vocab_size})")
         sampling: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
             "sampling_seed": seed,
             "skip_special_tokens": True,
-            # mu must be the distribution at logits / temperature, whatever the server's or the model's defaults are.
+            # mu must be the distribution of logits / temperature, whatever the defaults of the server or the model.
             "top_p": 1.0,
             "top_k": -1,
             "min_p": 0.0,
@@ -129,11 +129,11 @@ class SGLangClient:
         )
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
-        """Untempered log-probs of tokens 1.. given those before. Raises RolloutError."""
+        """Untempered log-probs of tokens 1 and later, given the tokens before them. Raises RolloutError."""
         sampling = {"max_new_tokens": 0, "temperature": 0.0}
         answer = await self._call(
             "/generate",
-            # From position 0: of tokens in the prefix cache SGLang computes no log-probs unless asked to.
+            # From position 0: SGLang omits log-probs of tokens in the prefix cache unless asked for them.
             {
                 "input_ids": list(token_ids),
                 "sampling_params": sampling,
@@ -159,7 +159,7 @@ class SGLangClient:
         await self._call("/end_weight_update", {}, once=True)
 
     async def abandon_weight_update(self) -> None:
-        """Ends the update that another trainer began and did not end, if there is one."""
+        """Ends an update that another trainer began and did not finish, if there is one."""
         try:
             await self.end_weight_update()
         except RolloutError as error:
@@ -176,7 +176,7 @@ class SGLangClient:
         group_name: str,
         backend: str,
     ) -> None:
-        """Answers once all `world_size` ranks have joined."""
+        """Returns once all `world_size` ranks have joined."""
         body = {
             "master_address": master_address,
             "master_port": master_port,
@@ -201,7 +201,7 @@ class SGLangClient:
         flush_cache: bool,
         weight_version: int | None,
     ) -> None:
-        """Answers once the weights have been broadcast and loaded."""
+        """Returns once the weights have been broadcast and loaded."""
         body = {
             "names": list(names),
             "dtypes": list(dtypes),
@@ -218,11 +218,11 @@ class SGLangClient:
         await self._call("/update_weights_from_disk", body)
 
     async def update_weight_version(self, version: int) -> None:
-        """Changes the number alone; requests in flight go on."""
+        """Changes only the number; requests in flight continue."""
         await self._call("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
 
     async def weights_checksum(self) -> str:
-        """One hash over all parameters of all the server's ranks."""
+        """One hash over all parameters of all ranks of the server."""
         answer = await self._call("/weights_checker", {"action": "checksum"})
         try:
             return str(answer["per_engine_checksum"])
@@ -232,11 +232,11 @@ class SGLangClient:
     # ---- state
 
     async def health(self) -> None:
-        """Returns when the server has shown that it can generate; takes a second. Raises RolloutError."""
+        """Returns once the server has generated a token, after about a second. Raises RolloutError."""
         await self._send("GET", "/health", None, once=False)
 
     async def server_info(self) -> dict[str, Any]:
-        """What the server was started with, such as tp_size."""
+        """The server's settings, such as tp_size."""
         return await self._call("/server_info", None)
 
     async def model_info(self) -> dict[str, Any]:
@@ -244,7 +244,7 @@ class SGLangClient:
         return await self._call("/model_info", None)
 
     async def flush_cache(self) -> None:
-        """Refused, with RolloutError, while requests are in flight."""
+        """Empties the prefix cache. Raises RolloutError while requests are in flight."""
         await self._send("POST", "/flush_cache", {}, once=False)
 
     # ---- transport
@@ -254,7 +254,7 @@ class SGLangClient:
         return f"{self.url}: request {meta.get('id', '?') if isinstance(meta, dict) else '?'}"
 
     async def _call(self, path: str, body: Mapping[str, Any] | None, *, once: bool = False) -> Any:
-        """GET without a body, else POST; the answer's JSON. `once`: not to be repeated."""
+        """Sends GET without a body, else POST, and returns the answer's JSON. `once` allows no retry after a send."""
         answered = await self._send("GET" if body is None else "POST", path, body, once)
         kind = answered.headers.get("Content-Type", "none")
         if kind.partition(";")[0].strip().lower() != "application/json":
@@ -313,5 +313,5 @@ class SGLangClient:
         return answer
 
     def _told(self, text: str) -> str:
-        """What a server says, without the key: it may repeat what it was sent."""
+        """The server's message without the key, which it may have repeated."""
         return text.replace(self._api_key, "***") if self._api_key else text

@@ -1,8 +1,8 @@
-"""DAPO's dynamic sampling [2503.14476, section 3.2]: which groups are trained on, and how many prompts to ask next.
+"""DAPO's dynamic sampling [2503.14476, section 3.2]: chooses the groups to train on and the number of prompts to ask.
 
-Pure functions of what every rank knows of every group, so all ranks decide alike, and how the prompts were shared among
-data-parallel leaders decides nothing. A group counts by its accuracy: shaped rewards differ in a group that is all
-right, too.
+These are pure functions of facts that every rank knows about every group. So all ranks decide alike, and the split of
+prompts among data-parallel leaders has no influence. A group counts by its accuracy, because shaped rewards also differ
+in a group whose answers are all right.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from megatron_rl.data.sample import Group
 
 
 class StepError(ConfigError):
-    """A rollout that cannot be trained on; the same on every rank. The run ends, after a checkpoint."""
+    """The rollout cannot be trained on. Every rank raises it, and the run ends after a checkpoint."""
 
 
 class DynamicSamplingError(StepError):
-    """Too few groups with right and wrong answers."""
+    """Too few groups have both right and wrong answers."""
 
 
 class LostVerdictsError(StepError):
@@ -32,11 +32,11 @@ class LostVerdictsError(StepError):
 
 @dataclass(frozen=True)
 class Tally:
-    """What the ranks tell each other of a judged group."""
+    """Facts about a judged group that ranks exchange."""
 
-    index: int  # of its prompt in the order that the cursor gave them out in this step, from 0
+    index: int  # of its prompt, from 0, in the order of the cursor in this step
     correct: int
-    samples: int  # that have a verdict
+    samples: int  # with a verdict
 
     @classmethod
     def of(cls, group: Group) -> Self:
@@ -45,12 +45,12 @@ class Tally:
 
     @property
     def mixed(self) -> bool:
-        """Some answers are right and some wrong."""
+        """Whether some answers are right and some are wrong."""
         return 0 < self.correct < self.samples
 
 
 def check_verdicts(tallies: Sequence[Tally]) -> None:
-    """Raises LostVerdictsError when no sample of these groups has a verdict: there is nothing to learn from."""
+    """Raises LostVerdictsError if no sample of these groups has a verdict, so that there is nothing to learn from."""
     if tallies and not any(tally.samples for tally in tallies):
         raise LostVerdictsError(
             f"data.verifier: none of the responses to {len(tallies)} prompts has a verdict; warnings above say why. "
@@ -65,12 +65,12 @@ class Search:
     config: DynamicSamplingConfig
     wanted: int
     rounds: int = 0
-    tallies: tuple[Tally, ...] = ()  # of all prompts so far, by index
+    tallies: tuple[Tally, ...] = ()  # of all prompts so far, sorted by index
 
     def next_count(self) -> int:
-        """Prompts to ask in the next round; 0 when there are groups enough.
+        """Number of prompts to ask in the next round; 0 if there are enough groups.
 
-        Raises DynamicSamplingError when there are not, and no refill is left.
+        Raises DynamicSamplingError if there are too few groups and no refill is left.
         """
         missing = self.wanted - len(self._mixed)
         if missing <= 0:
@@ -81,9 +81,9 @@ class Search:
         return math.ceil(round(missing * self.config.oversample, 6))
 
     def after(self, tallies: Sequence[Tally]) -> Search:
-        """With one more round, whose tallies may come in any order.
+        """The search after one more round, whose tallies may be in any order.
 
-        Raises ValueError when one is missing or there twice.
+        Raises ValueError if a tally is missing or occurs twice.
         """
         everything = (*self.tallies, *sorted(tallies, key=lambda tally: tally.index))
         if [tally.index for tally in everything] != list(range(len(everything))):
@@ -91,13 +91,15 @@ class Search:
         return dataclasses.replace(self, rounds=self.rounds + 1, tallies=everything)
 
     def keep(self, groups: Sequence[Group]) -> list[Group]:
-        """Those of `groups` that are among the first `wanted` mixed ones, numbered 0 to wanted - 1 over all leaders."""
+        """Keeps the `groups` among the first `wanted` mixed ones, numbered 0 to wanted - 1 over all leaders."""
         places = {tally.index: place for place, tally in enumerate(self._mixed[: self.wanted])}
         return [dataclasses.replace(group, index=places[group.index]) for group in groups if group.index in places]
 
     def figures(self) -> dict[str, float]:
-        """prompts = kept + surplus + all_correct + all_wrong + groups without a verdict; surplus are mixed groups
-        beyond those wanted."""
+        """Metrics of the search. Surplus groups are mixed but not needed.
+
+        prompts = kept + surplus + all_correct + all_wrong + groups without a verdict.
+        """
         kept = min(self.wanted, len(self._mixed))
         return {
             "prompts": float(len(self.tallies)),

@@ -1,4 +1,4 @@
-"""Held-out evaluation: avg@k and pass@k."""
+"""Computes avg@k and pass@k of a held-out evaluation."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from megatron_rl.data.sample import Group
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Probability that one of k samples drawn from `samples`, of which `correct` are right, is right: the unbiased
-    estimator 1 - C(n - c, k) / C(n, k) of [2107.03374, equation 1]."""
+    """Unbiased estimate of the probability that one of k samples is right: 1 - C(n - c, k) / C(n, k).
+
+    n is `samples` and c is `correct` [2107.03374, equation 1].
+    """
     if not 1 <= k <= samples:
         raise ValueError(f"k = {k} of {samples} samples")
     if samples - correct < k:
@@ -20,9 +22,10 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 def evaluation(groups: Sequence[Group]) -> dict[str, float]:
-    """Of judged groups of k samples each: avg_at_k, pass_at_j for powers of two up to k, lengths and truncation.
+    """avg_at_k, pass_at_j for powers of two up to k, lengths and truncation, from judged groups of k samples each.
 
-    A sample whose verdict was lost counts as wrong, so that k is the same for all; `lost_verdicts` tells how many."""
+    A sample whose verdict was lost counts as wrong, so that k is the same for all; `lost_verdicts` counts these.
+    """
     samples = [sample for group in groups for sample in group.samples]
     verdicts = [sample.verdict for sample in samples if sample.verdict]
     correct = [sum(s.verdict.correct for s in group.samples if s.verdict) for group in groups]

@@ -1,4 +1,4 @@
-"""The rollout servers of a run: those given by URL, or servers of our own, started and watched here."""
+"""The rollout servers of a run: servers given by URL, or servers that the trainer starts and watches."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from megatron_rl.rollout.answers import RolloutError
 from megatron_rl.rollout.client import SGLangClient, UnreachableError
 from megatron_rl.rollout.server import Server, ServerError, ServerOptions, free_ports
 
-PROBE_SECONDS = 10.0  # for one question to a server that may not be up
+PROBE_SECONDS = 10.0  # for one request to a server that may not run yet
 WAIT_SECONDS = 1.0
 
 
 class Pool:
-    """Lives on the trainer's rank 0. Entering starts what has to be started and waits until all answer."""
+    """Servers of the run, held by rank 0. Entering the context starts the launched ones and waits until all answer."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Pool:
         return_routed_experts: bool = False,
         api_key: str | None = None,
     ) -> None:
-        """`api_key`: of the servers given by URL; those started here get a random one."""
+        """`api_key` is for servers given by URL; servers started here get a random key."""
         self._rollout = rollout
         self._engine = engine
         self._model = model
@@ -93,7 +93,7 @@ class Pool:
         self.close()
 
     def check_alive(self) -> None:
-        """Raises ServerError, with the end of its log, when a server of ours has died."""
+        """Raises ServerError, with the end of its log, if a server that the trainer started has died."""
         for server in self._servers:
             server.check_alive()
 
@@ -104,7 +104,7 @@ class Pool:
 
 
 def read_api_key(name: str, option: str) -> str:
-    """The key in the environment variable `name`, which `option` gives. Raises ServerError, which never shows it."""
+    """The key in the environment variable `name`, which `option` gave. Raises ServerError, which hides the key."""
     key = os.environ.get(name, "").strip()
     if not key:
         raise ServerError(f"{option}: the environment variable {name} is not set; set it to the servers' key")
@@ -120,8 +120,10 @@ def read_api_key(name: str, option: str) -> str:
 async def wait_for_servers(
     urls: Sequence[str], api_key: str | None, timeout_seconds: float, model_type: str, say: Callable[[str], None]
 ) -> None:
-    """Returns once all servers answer for a model of this type. Raises ServerError when one does not in time, and
-    RolloutError at once when one answers otherwise."""
+    """Waits until all servers answer for a model of this type.
+
+    Raises ServerError if a server does not answer in time, and RolloutError at once if it serves another type.
+    """
     await asyncio.gather(*(_wait_for(url, api_key, timeout_seconds, model_type, say) for url in urls))
 
 
@@ -155,11 +157,11 @@ def _say(text: str) -> None:
 
 
 def local_ranks() -> int:
-    """Ranks of the trainer on this machine: they have the first GPUs, servers of ours those after."""
+    """Number of trainer ranks on this machine. They use the first GPUs; launched servers use the next ones."""
     return read_world().local_size
 
 
 def own_host() -> str:
-    """Where all leaders reach the servers of rank 0's machine: torchrun's master, if some are on other machines."""
+    """Address at which all leaders reach rank 0's servers: torchrun's master if some leaders are on other machines."""
     on_one_machine = read_world().size == local_ranks()
     return "127.0.0.1" if on_one_machine else os.environ["MASTER_ADDR"]

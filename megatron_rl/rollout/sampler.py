@@ -1,8 +1,8 @@
-"""From prompts to groups of samples: one request per sample, spread over the servers.
+"""Samples groups for prompts: one request per sample, spread over the servers.
 
-A group stays on one server, whose prefix cache then computes the prompt once. What is sampled depends on how the
-server batches what arrives when, so a rollout is reproduced from its saved file, not from a seed. The exception is a
-GPU server with --enable-deterministic-inference: each request carries a seed of its own, which SGLang then honours.
+A group stays on one server, whose prefix cache then computes the prompt once. The samples depend on how the server
+batches requests, so a rollout is reproduced from its saved file, not from a seed. The exception is a GPU server with
+--enable-deterministic-inference, which uses the seed that each request carries.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from megatron_rl.rollout.client import Completion, RolloutError, SGLangClient
 from megatron_rl.routing.wire import RouteSpec
 
 MAX_ABORTS = 3
-"""How often a request that the server aborted is sent."""
+"""Most times that a request is sent if the server aborts it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How responses are sampled, and what their answers are checked against."""
+    """How responses are sampled, and what the answers are checked against."""
 
     samples: int  # per prompt
     max_response_tokens: int
@@ -31,12 +31,12 @@ class Sampling:
     concurrency: int
     vocab_size: int
     versions: frozenset[int]  # weight versions that the servers may hold
-    seed: int = 0  # with it, the versions and a sample's place in the batch make the request's seed
+    seed: int = 0  # a request's seed follows from it, the versions and the sample's position in the batch
     routes: RouteSpec | None = None  # ask for the experts that each token visited
 
 
 class _Spread:
-    """Bounds the requests in flight, and gives each group to the server that has the fewest responses to come."""
+    """Bounds the requests in flight, and gives each group to the server with the fewest pending responses."""
 
     def __init__(self, clients: Sequence[SGLangClient], sampling: Sampling) -> None:
         self._sampling = sampling
@@ -45,7 +45,7 @@ class _Spread:
         self._slots = asyncio.Semaphore(sampling.concurrency)
 
     async def generate(self, group: int, prompt: Prompt, seed: int) -> Completion:
-        """Raises RolloutError when no complete answer could be had."""
+        """Returns a complete answer. Raises RolloutError if there is none."""
         async with self._slots:
             client = self._home(group)
             completion = await complete(client, prompt, seed, self._sampling)
@@ -53,7 +53,7 @@ class _Spread:
             return completion
 
     def _home(self, group: int) -> SGLangClient:
-        """Chosen when the group's first request goes out, so that a slow server is given fewer groups."""
+        """The group's server, chosen when its first request is sent, so that a slow server gets fewer groups."""
         if group not in self._homes:
             client = min(self._to_come, key=self._to_come.__getitem__)
             self._to_come[client] += self._sampling.samples
@@ -62,7 +62,7 @@ class _Spread:
 
 
 async def complete(client: SGLangClient, prompt: Prompt, seed: int, sampling: Sampling) -> Completion:
-    """A response that ended by itself or at its longest; an aborted one is sampled anew, within one deadline."""
+    """A response that ended by itself or at the length limit. An aborted one is sampled again, within one deadline."""
     where = f"{client.url}: prompt {prompt.id!r}"
     try:
         async with asyncio.timeout(client.deadline):
@@ -86,9 +86,9 @@ async def complete(client: SGLangClient, prompt: Prompt, seed: int, sampling: Sa
 async def rollout_groups(
     clients: Sequence[SGLangClient], prompts: Sequence[tuple[int, Prompt]], sampling: Sampling
 ) -> list[Group]:
-    """A group for each (index in the rollout batch, prompt), in their order.
+    """Samples a group for each (index in the rollout batch, prompt), in this order.
 
-    Raises RolloutError, naming the server and the request, as soon as one sample cannot be had; the rest is cancelled.
+    Raises RolloutError, which names the server and the request, as soon as one sample fails, and cancels the rest.
     """
     spread = _Spread(clients, sampling)
 
@@ -111,13 +111,13 @@ async def rollout_groups(
 
 
 def request_seed(sampling: Sampling, group: int, number: int) -> int:
-    """In [0, 2**63); another one for each sample, group and weight version."""
+    """A seed in [0, 2**63), different for each sample, group and weight version."""
     words = np.random.SeedSequence([sampling.seed, max(sampling.versions), group, number])
     return int(words.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def as_sample(prompt: Prompt, index: int, completion: Completion) -> Sample:
-    """One span of the sample for each weight version that generated it, and its routing trace if there is one."""
+    """The sample of an answer, with a span for each weight version and the routing trace, if there is one."""
     sample = Sample.start(prompt, index)
     for span in completion.versions:
         sample = sample.extend(

@@ -1,4 +1,4 @@
-"""Stock SGLang servers: the command that starts one on each kind of device, and a server that we supervise."""
+"""Starts stock SGLang servers: the command for each kind of device, and a supervised server."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LOG_LINE_WIDTH = 300  # SGLang prints all its arguments in one line of 15,000 ch
 PORTS = range(20000, 32000)  # below Linux's ephemeral ports, which any outgoing connection may take
 STOP_SECONDS = 30.0
 
-# Those of the trainer's ranks would make the server join, or wait for, the trainer's own process group.
+# With these variables of the trainer's ranks, the server would join the trainer's process group, or wait for it.
 TORCHRUN_VARIABLES = (
     "RANK",
     "LOCAL_RANK",
@@ -51,12 +51,12 @@ TORCHRUN_VARIABLES = (
 
 
 class ServerError(UserError):
-    """A server that did not start, or died; carries the end of its log."""
+    """A server did not start, or has died. Shows the end of its log."""
 
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """What a server is started with; see ServersConfig."""
+    """Settings of a server; see ServersConfig."""
 
     model: Path
     host: str = "127.0.0.1"
@@ -69,15 +69,17 @@ class ServerOptions:
     max_running_requests: int = 256
     threads: int | None = None  # cores of a server on a CPU, over all its ranks; None: all
     seed: int = 0
-    return_routed_experts: bool = False  # answer with the experts that each token visited, where asked
+    return_routed_experts: bool = False  # return the experts that each token visited, if a request asks
     extra_flags: tuple[str, ...] = ()
-    api_key: str | None = field(default=None, repr=False)  # asked of everyone; None: anyone may do anything
+    api_key: str | None = field(default=None, repr=False)  # required of every client; None: no key is required
 
 
 def sglang_command(options: ServerOptions, has_gpu: bool) -> tuple[list[str], dict[str, str]]:
-    """(argv, additional environment). On a GPU it is stock SGLang with stock flags, through
-    megatron_rl.rollout.sglang_launch; on a CPU its CPU engine in plain PyTorch, through
-    megatron_rl.rollout.sglang_cpu."""
+    """Returns argv and additional environment variables.
+
+    On a GPU the command is stock SGLang with stock flags, through rollout.sglang_launch. On a CPU it is SGLang's CPU
+    engine in plain PyTorch, through rollout.sglang_cpu.
+    """
     on_cpu = _on_cpu(options, has_gpu)
     flags = {
         "--model-path": str(options.model),
@@ -89,11 +91,11 @@ def sglang_command(options: ServerOptions, has_gpu: bool) -> tuple[list[str], di
         "--max-running-requests": str(options.max_running_requests),
         "--random-seed": str(options.seed),
         "--grammar-backend": "none",
-        "--log-level-http": "warning",  # else a line of log for every request
+        "--log-level-http": "warning",  # otherwise every request is logged
     }
     environment = {
-        "HF_HUB_OFFLINE": "1",  # the model is a directory; SGLang would ask the hub about it
-        # Outlives the server's own TMPDIR, which is where torch would put it.
+        "HF_HUB_OFFLINE": "1",  # SGLang would ask the hub although the model is a directory
+        # By default torch uses TMPDIR, which is removed with the server.
         "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR")
         or f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}",
     }
@@ -102,7 +104,7 @@ def sglang_command(options: ServerOptions, has_gpu: bool) -> tuple[list[str], di
     if is_loopback(options.host) and sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     if on_cpu:
-        # Without the attention backend SGLang takes AMX kernels, which are not installed, where the CPU has AMX.
+        # If the CPU has AMX, SGLang would choose AMX kernels for attention, which are not installed.
         flags |= {"--device": "cpu", "--attention-backend": "torch_native"}
         environment |= _cpu_environment(options)
     else:
@@ -113,11 +115,11 @@ def sglang_command(options: ServerOptions, has_gpu: bool) -> tuple[list[str], di
             flags["--moe-runner-backend"] = "triton"
     module = "megatron_rl.rollout.sglang_cpu" if on_cpu else "megatron_rl.rollout.sglang_launch"
     arguments = [part for pair in flags.items() for part in pair]
-    # An idle scheduler polls: on a CPU it would take a core from the trainer.
+    # An idle scheduler polls; on a CPU it would take a core from the trainer.
     switches = ["--sleep-on-idle"] if on_cpu else []
     if options.return_routed_experts:
         switches.append(SERVER_FLAG)
-    # -P: modules are never those of the directory in which the trainer was started.
+    # -P: never import modules from the directory in which the trainer was started.
     return [sys.executable, "-P", "-m", module, *arguments, *switches, *options.extra_flags], environment
 
 
@@ -143,7 +145,7 @@ def _cpu_environment(options: ServerOptions) -> dict[str, str]:
 def serve(options: ServerOptions) -> int:
     """Runs a server in the foreground until it ends or is interrupted; returns its exit status.
 
-    Raises ServerError for flags that it must not be given, and for one that other machines would reach without a key.
+    Raises ServerError for forbidden flags, and if other machines would reach the server without a key.
     """
     for flag in flags_among(options.extra_flags, tuple(SERVE_FLAGS)):
         raise ServerError(f"serve: {flag} cannot be given: {SERVE_FLAGS[flag]}")
@@ -165,7 +167,7 @@ def serve(options: ServerOptions) -> int:
 
 
 class Server:
-    """A server of our own: started, watched, and ended with all its processes, also when the trainer is killed."""
+    """A launched server. It ends with all its processes, even if the trainer is killed."""
 
     def __init__(self, options: ServerOptions, log: Path) -> None:
         """Starts the server and returns before it answers. Its output is appended to `log`."""
@@ -188,7 +190,7 @@ class Server:
         return self._process.poll() is None
 
     def wait_ready(self, timeout_seconds: float) -> None:
-        """Raises ServerError when the server dies, or does not answer in time."""
+        """Waits until the server answers. Raises ServerError if it dies or does not answer in time."""
         deadline = time.monotonic() + timeout_seconds
         while time.monotonic() < deadline:
             self.check_alive()
@@ -201,12 +203,12 @@ class Server:
         raise ServerError(self._explain(f"did not answer within {timeout_seconds:g} s"))
 
     def check_alive(self) -> None:
-        """Raises ServerError when the server has died."""
+        """Raises ServerError if the server has died."""
         if not self.is_alive():
             raise ServerError(self._explain(f"ended with status {self._process.returncode}"))
 
     def stop(self) -> None:
-        """Ends all the server's processes. It keeps nothing that a gentle end would save."""
+        """Kills all processes of the server; it has nothing to save."""
         _kill(self._process)
 
     def _explain(self, what: str) -> str:
@@ -216,8 +218,10 @@ class Server:
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports on which nothing listens now. Another process could still take one before the server does;
-    the server then ends, and its log says so."""
+    """Different ports on which nothing listens.
+
+    Another process may still take a port before the server does; then the server ends, and its log says so.
+    """
     found: list[int] = []
     for port in random.SystemRandom().sample(PORTS, len(PORTS)):
         with socket.socket() as probe:
@@ -245,13 +249,13 @@ def _start(command: list[str], environment: dict[str, str], output: BinaryIO | N
 
 
 def _kill(server: subprocess.Popen[bytes]) -> None:
-    """Cuts the tether, which kills the server's process group and cleans up after it; waits until none of it runs."""
+    """Closes the tether, which kills the server's process group and cleans up; waits until no process runs."""
     deadline = time.monotonic() + STOP_SECONDS
     if server.stdin is not None:
         server.stdin.close()
     with contextlib.suppress(subprocess.TimeoutExpired):
         server.wait(STOP_SECONDS / 2)
-    # Whatever is left of it: somebody may have killed the tether.
+    # Kill the rest of the group too, because the tether itself may have been killed.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)
     server.wait()
@@ -260,7 +264,7 @@ def _kill(server: subprocess.Popen[bytes]) -> None:
 
 
 def _runs(group: int) -> bool:
-    """Whether a process of the group is left that is more than a zombie: those are init's to reap, and it may not."""
+    """Whether a process of the group runs. Zombies do not count: init should reap them, and may not."""
     for process in psutil.process_iter(["status"]):
         with contextlib.suppress(ProcessLookupError):
             if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
@@ -275,7 +279,7 @@ def _gpus() -> int:
 
 
 def _check_gpus(options: ServerOptions, gpus: int) -> None:
-    """SGLang would fail minutes later, with `invalid device ordinal` deep in its log."""
+    """Raises ServerError if GPUs are missing. SGLang would log `invalid device ordinal` minutes later."""
     end = options.first_gpu + options.tp
     if 0 < gpus < end and flag_value(options.extra_flags, "--base-gpu-id") is None:
         raise ServerError(

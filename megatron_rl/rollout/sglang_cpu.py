@@ -1,15 +1,15 @@
-"""SGLang's server on a machine without a GPU: sglang_launch behind the stand-ins that SGLang needs there.
+"""Runs SGLang's server on a machine without a GPU: sglang_launch, with stand-ins for GPU packages.
 
     python -m megatron_rl.rollout.sglang_cpu --model-path DIR --device cpu ...
 
-`megatron_rl.rollout.server` writes that command, for the CPU only; importing this module from elsewhere does nothing.
-SGLang's scheduler and detokenizer are spawned, and a spawned process runs its parent's main module again under the name
-`__mp_main__`: so the stand-ins reach them too, before they import SGLang.
+`megatron_rl.rollout.server` writes this command, for the CPU only. Importing this module elsewhere does nothing.
+SGLang's scheduler and detokenizer are spawned. A spawned process runs its parent's main module again under the name
+`__mp_main__`, so it has the stand-ins too before it imports SGLang.
 
-SGLang imports GPU packages that its CPU path does not use. A stand-in serves such an import only where the real package
-is missing, lets names resolve, and raises when one of them is called; the few names that must do something while
-modules are being defined are listed below. A wrong result cannot come of it: what is not here cannot run.
-tests/test_rollout_logprobs.py holds the server to transformers' numbers.
+SGLang imports GPU packages that its CPU path does not use. A stand-in serves such an import only if the real package is
+missing. Its names resolve, and raise if they are called; the few names that must work while modules are defined are
+listed below. A stand-in cannot cause a wrong result, because nothing in it runs. tests/server/test_rollout_logprobs.py
+compares the server's numbers with transformers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_rl.rollout.sglang_launch import launch
 
 
 class Missing:
-    """A name of a GPU package. Its attributes resolve; calling it, or launching it as a kernel, raises."""
+    """A name in a GPU package. Its attributes resolve; a call or a kernel launch raises."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -36,14 +36,14 @@ class Missing:
         return Missing(f"{self._name}.{attribute}")
 
     def __getitem__(self, grid: object) -> Missing:
-        return self  # kernel[grid](...) is how triton launches
+        return self  # triton launches by kernel[grid](...)
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
         raise NotImplementedError(f"{self._name} was called, but there is no GPU and no stand-in for it on the CPU")
 
 
 class StandIn(types.ModuleType):
-    """A module of a missing GPU package, with `given` as the names that do something."""
+    """A module of a missing GPU package; `given` are the names that work."""
 
     def __init__(self, name: str, version: str, given: Mapping[str, object]) -> None:
         super().__init__(name)
@@ -57,14 +57,14 @@ class StandIn(types.ModuleType):
 
 
 def jit(function: Callable[..., object] | None = None, **options: object) -> Any:
-    """`@triton.jit` and `@triton.jit(...)`."""
+    """Stands in for `@triton.jit` and `@triton.jit(...)`."""
     if function is None:
         return jit
     return Missing(f"triton kernel {getattr(function, '__name__', function)}")
 
 
 def decorator_factory(*args: object, **kwargs: object) -> Any:
-    """`@triton.autotune(...)` and `@triton.heuristics(...)`, above a kernel."""
+    """Stands in for `@triton.autotune(...)` and `@triton.heuristics(...)` above a kernel."""
     return lambda kernel: kernel
 
 
@@ -72,25 +72,25 @@ TRITON: dict[str, object] = {
     "jit": jit,
     "autotune": decorator_factory,
     "heuristics": decorator_factory,
-    "Config": dict,  # the configurations that autotune is given
+    "Config": dict,  # the configurations passed to autotune
     "cdiv": lambda a, b: -(a // -b),
     "next_power_of_2": lambda n: 1 << (n - 1).bit_length(),
 }
 
-# Package -> (version, {module: names that do something}).
+# Package -> (version, {module: names that work}).
 PACKAGES: dict[str, tuple[str, dict[str, dict[str, object]]]] = {
-    # Kernels compiled for CUDA. Layers take `forward_native`, in plain PyTorch, on the CPU.
+    # Kernels compiled for CUDA. On the CPU layers use `forward_native`, in plain PyTorch.
     "sgl_kernel": ("0.0.0", {}),
-    # Image transforms, imported for multimodal models. It must stay missing in the environment: it replaces torch.
+    # Image transforms, imported for multimodal models. The package is not installed, because it would replace torch.
     "torchvision": ("0.0.0", {}),
-    # Kernels are defined where some 400 modules are imported. 3.0 had no `triton.knobs`, and SGLang knows that.
+    # About 400 modules define kernels when they are imported. SGLang knows that 3.0 has no `triton.knobs`.
     "triton": ("3.0.0", {"triton": TRITON, "triton.language": {"constexpr": lambda value: value}}),
 }
 ABSENT = ("triton.knobs",)
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Last on sys.meta_path, so that an installed package comes first."""
+    """Imports the stand-ins. It is last on sys.meta_path, so an installed package comes first."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
@@ -107,8 +107,10 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def register_hooks() -> None:
-    """Through SGLang's own registry: host buffers are not registered with CUDA (`--enable-return-routed-experts`), and
-    sequences attend together."""
+    """Replaces functions through SGLang's own registry.
+
+    Host buffers are not registered with CUDA (`--enable-return-routed-experts`), and sequences attend together.
+    """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from megatron_rl.rollout import sglang_cpu_attention

@@ -1,7 +1,8 @@
-"""Attention over SGLang's KV cache for many short sequences at once, on a CPU.
+"""Computes attention over SGLang's KV cache for many short sequences at once, on a CPU.
 
-SGLang's `torch_native` backend attends one sequence after another. With hundreds of requests of a small model that loop
-is most of a decoding step; here they are padded to the longest and attended together, by the same PyTorch function.
+SGLang's `torch_native` backend attends one sequence after another. With hundreds of requests of a small model this loop
+takes most of a decoding step. Here sequences are padded to the longest and attended together, by the same PyTorch
+function.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-MAX_SCORES = 1 << 22  # of one call, per head, padding included: bounds its memory
+MAX_SCORES = 1 << 22  # per call and head, padding included; bounds the memory
 
 
 def extend(
@@ -31,8 +32,10 @@ def extend(
     encoder_lens: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """Takes the place of TorchNativeAttnBackend._run_sdpa_forward_extend: causal attention of each sequence's new
-    tokens to all of it, into `output`, (tokens, heads, head_dim). What else that function can do is left to it."""
+    """Replaces TorchNativeAttnBackend._run_sdpa_forward_extend for causal attention; calls it in other cases.
+
+    Each sequence's new tokens attend to the whole sequence. Writes into `output`, (tokens, heads, head_dim).
+    """
     if encoder_lens is not None or not options["causal"] or options["sliding_window_size"] is not None:
         lengths = (seq_lens, extend_prefix_lens, extend_seq_lens, encoder_lens)
         return original(backend, query, output, k_cache, v_cache, req_to_token, req_pool_indices, *lengths, **options)
@@ -54,7 +57,7 @@ def decode(
     encoder_lens: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """Takes the place of TorchNativeAttnBackend._run_sdpa_forward_decode: one new token a sequence."""
+    """Replaces TorchNativeAttnBackend._run_sdpa_forward_decode: one new token per sequence."""
     if encoder_lens is not None or options["sliding_window_size"] is not None:
         tables = (req_to_token, req_pool_indices, seq_lens, encoder_lens)
         return original(backend, query, output, k_cache, v_cache, *tables, **options)
@@ -74,8 +77,11 @@ def _attend(
     q_lens: Tensor,
     scaling: float | None,
 ) -> None:
-    """`query` and `output`: (sum of q_lens, heads, head_dim), sequence after sequence; `caches`: keys and values,
-    (slots, KV heads, head_dim); `req_to_token[rows[i], :kv_lens[i]]` are the slots of sequence i."""
+    """Attends all sequences and writes into `output`.
+
+    `query` and `output` are (sum of q_lens, heads, head_dim), sequence after sequence. `caches` are keys and values,
+    (slots, KV heads, head_dim). `req_to_token[rows[i], :kv_lens[i]]` are the slots of sequence i.
+    """
     first = 0
     for part in _parts(q_lens.tolist(), kv_lens.tolist()):
         q_len, kv_len = q_lens[part], kv_lens[part]
@@ -84,7 +90,7 @@ def _attend(
         last = first + int(q_len.sum())
         padded = query.new_zeros(*there.shape, *query.shape[1:])
         padded[there] = query[first:last]
-        # A position beyond a sequence's end has some slot of another; the mask leaves it out.
+        # A position beyond the end of a sequence has a slot of another sequence; the mask excludes it.
         slots = req_to_token[rows[part], : len(kv_at)].clamp(0, len(caches[0]) - 1)
         keys, values = (cache[slots].transpose(1, 2).to(query.dtype) for cache in caches)
         seen = kv_at <= ((kv_len - q_len)[:, None] + q_at)[:, :, None]
@@ -96,7 +102,7 @@ def _attend(
 
 
 def _parts(q_lens: list[int], kv_lens: list[int]) -> Iterator[slice]:
-    """Runs of sequences whose padded scores stay within MAX_SCORES; of one sequence at least."""
+    """Runs of consecutive sequences, at least one each, whose padded scores stay within MAX_SCORES."""
     start = longest_q = longest_kv = 0
     for i, (q, kv) in enumerate(zip(q_lens, kv_lens, strict=True)):
         wider_q, wider_kv = max(longest_q, q), max(longest_kv, kv)

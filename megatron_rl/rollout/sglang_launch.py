@@ -1,13 +1,13 @@
-"""Stock `sglang.launch_server`, let in by a key that stands neither in its arguments nor in its log.
+"""Starts stock `sglang.launch_server` with a key that is neither in its arguments nor in its log.
 
     python -m megatron_rl.rollout.sglang_launch --model-path DIR ...
 
-`megatron_rl.rollout.server` writes that command. SGLang takes a key as an argument only, which everyone on the machine
-can read, and prints all its settings at its start. Here the key comes in an environment variable, which is gone before
-SGLang starts its processes, and is set where SGLang would have put the argument, as text that does not print itself.
-Linux still shows the environment that this process and its tether were started with in /proc/PID/environ, to processes
-of the same user and to root: the key is kept from other users, and from nobody who runs code as this one.
-SGLang's processes are spawned, and import this module again as `__mp_main__`: then nothing happens.
+`megatron_rl.rollout.server` writes this command. SGLang takes a key only as an argument, which everyone on the machine
+can read, and it prints all its settings at start-up. Here the key comes in an environment variable, which is removed
+before SGLang starts its processes. It is set where SGLang would store the argument, as text that does not print itself.
+Linux still shows the environment at the start of this process and its tether in /proc/PID/environ, to root and to
+processes of the same user. So the key is hidden from other users only. SGLang's processes are spawned and import this
+module again as `__mp_main__`, which does nothing.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any
 
 KEY_VARIABLE = "MEGATRON_RL_SERVER_KEY"
 
-# With these SGLang starts several process groups, or one over several machines.
+# With these flags SGLang starts several process groups, or one over several machines.
 SEVERAL = ("--dp", "--data-parallel", "--nnodes", "--node-rank", "--dist-init")
 
 
 class Secret(str):
-    """Text that shows in no log: those print settings as `repr` gives them."""
+    """Text that no log shows, because logs print the `repr` of settings."""
 
     __slots__ = ()
 
@@ -43,7 +43,7 @@ def launch(arguments: Sequence[str]) -> None:
     if key is not None:
         _give(key)
     if not any(argument.startswith(SEVERAL) for argument in arguments):
-        # Its ranks would otherwise meet at a port that is open on all of the machine's addresses.
+        # By default its ranks meet at a port that is open on all addresses of the machine.
         os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{tempfile.gettempdir()}/rendezvous"
     runpy.run_module("sglang.launch_server", run_name="__main__")
 
@@ -51,7 +51,7 @@ def launch(arguments: Sequence[str]) -> None:
 def _give(key: str) -> None:
     from sglang.srt import server_args
 
-    from megatron_rl.rollout.sglang_launch import Secret as Importable  # this module's own name is __main__
+    from megatron_rl.rollout.sglang_launch import Secret as Importable  # the running module is named __main__
 
     prepare = server_args.prepare_server_args
 

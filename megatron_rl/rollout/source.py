@@ -1,4 +1,4 @@
-"""Where a leader's groups come from: live servers, or the saved rollouts of another run."""
+"""Gets a leader's groups from live servers, or from the saved rollouts of another run."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def rollout_file(directory: Path, step: int, dp: int) -> Path:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the run that replays saved rollouts trains on in each step."""
+    """What a run that replays saved rollouts trains on in each step."""
 
     prompts: int  # rollout.prompts_per_step
     group_size: int
-    max_tokens: int  # of prompt and response
+    max_tokens: int  # prompt and response together
     temperature: float
     vocab_size: int
 
@@ -38,8 +38,8 @@ def saved_groups(
 ) -> list[Group]:
     """Every `of`-th group of a saved step, whatever layout wrote it.
 
-    With `needs_traces` each sample must have a routing trace of this model. Raises MissingFileError for no file, and
-    StoreError for a bad one, one that is not what is `wanted`, or a sample without its trace.
+    With `needs_traces` each sample must have a routing trace of this model. Raises MissingFileError if there is no
+    file. Raises StoreError if a file is damaged or does not match `wanted`, or if a sample lacks its trace.
     """
     check_headers(run_dir, step, wanted)
     by_file = {file: read_groups(file) for file in _files(run_dir, step)}
@@ -57,7 +57,7 @@ def saved_groups(
 
 
 def check_headers(run_dir: Path, step: int, wanted: Wanted) -> None:
-    """What a step's first lines tell of it. Raises as saved_groups does."""
+    """Checks the header lines of a step's files. Raises as saved_groups does."""
     headers = {file: read_header(file) for file in _files(run_dir, step)}
     for file, header in headers.items():
         if header.weight_version != step - 1:
@@ -90,7 +90,7 @@ def _files(run_dir: Path, step: int) -> list[Path]:
 
 
 def _check_sizes(by_file: Mapping[Path, Sequence[Group]], wanted: Wanted) -> None:
-    """Groups 0 to prompts - 1, each once and whole."""
+    """Raises StoreError unless groups 0 to prompts - 1 are there, each once and complete."""
     first_of: dict[int, Path] = {}
     for file, groups in by_file.items():
         for group in groups:
@@ -104,7 +104,7 @@ def _check_sizes(by_file: Mapping[Path, Sequence[Group]], wanted: Wanted) -> Non
 
 
 def _refuse_size(by_file: Mapping[Path, Sequence[Group]], wanted: str) -> None:
-    """Raises StoreError with what is there: one line, however many files."""
+    """Raises StoreError, which lists what is there in one line, however many files there are."""
     sizes = Counter(len(group.samples) for groups in by_file.values() for group in groups)
     found = " and ".join(f"{count} groups of {size} samples" for size, count in sorted(sizes.items())) or "no groups"
     others = f" and {len(by_file) - 1} files more of its step" if len(by_file) > 1 else ""
@@ -144,7 +144,7 @@ def _check_traces(file: Path, groups: Sequence[Group], routes: RouteSpec) -> Non
 
 
 def first_server(dp: int, leaders: int, servers: int) -> int:
-    """Where leader number `dp` of `leaders` begins to hand out its groups, so that all of them together reach all."""
+    """The server at which leader `dp` of `leaders` begins to deal its groups, so that all servers get groups."""
     return dp * servers // leaders
 
 
@@ -160,15 +160,15 @@ class Leader:
         first: int = 0,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        """Groups go to the servers in turn from number `first` on: leaders that all began with the same one would leave
-        others idle. `check` raises when a server of ours has died: Pool.check_alive, on the rank that has the pool."""
+        """Groups go to the servers in turn, from number `first` on; if all leaders began with the same server, others
+        would stay idle. `check` raises if a launched server has died: Pool.check_alive, on the rank with the pool."""
         self.loop = BackgroundLoop()
         self.clients = [
             SGLangClient(url, api_key=api_key, deadline=deadline, check=check) for url in (*urls[first:], *urls[:first])
         ]
 
     def sample(self, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling) -> list[Group]:
-        """Raises RolloutError, and what `check` raises."""
+        """Samples the groups. Raises RolloutError, and what `check` raises."""
         return self.loop.run(rollout_groups(self.clients, prompts, sampling))
 
     def close(self) -> None:

@@ -1,14 +1,14 @@
-"""Runs a command and ends it, with all its descendants, when the process that started it is gone.
+"""Runs a command, and ends it with all its descendants when the process that started it is gone.
 
     python -m megatron_rl.rollout.tether COMMAND [ARGUMENT]...
 
-Standard input is the tether: a pipe whose other end the parent holds open. The kernel closes it however the parent
-ends, kill -9 included, and at any time, while the server is still importing too. PR_SET_PDEATHSIG alone would not do:
-it fires when the parent's starting thread ends, and SGLang's own use of it leaves a gap at start-up. What is killed is
-the process group, so the caller starts this process as the leader of a new one.
+Standard input is the tether: a pipe whose other end the parent holds open. The kernel closes it whenever the parent
+ends, even by kill -9 and even while the server is importing. PR_SET_PDEATHSIG alone is not enough: it fires when the
+parent's starting thread ends, and SGLang's own use of it leaves a gap at start-up. The whole process group is killed,
+so the caller must start this process as the leader of a new group.
 
-The command gets a TMPDIR of its own, and what is left of it and of the shared memory that it used is removed: a server
-that is killed does not clean up.
+The command gets its own TMPDIR. Its files and its shared memory are removed at the end, because a killed server does
+not clean up.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from pathlib import Path
 LOOK_SECONDS = 10.0
 KILL_SECONDS = 10.0
 SOCKET_PATH = 100
-"""SGLang makes sockets in TMPDIR; Linux takes paths of up to 107 bytes for them."""
+"""Longest TMPDIR in bytes: SGLang makes sockets in it, and Linux limits their paths to 107 bytes."""
 SHARED_MEMORY = ("sglang_", "sgl_", "psm_", "sem.mp-")
-"""Beginnings of the names that SGLang and Python's multiprocessing give. NCCL removes its own."""
+"""Prefixes of shared memory of SGLang and Python's multiprocessing. NCCL removes its own."""
 PR_SET_PDEATHSIG = 1
 
 
 class ServerProcesses:
-    """The processes of this one's process group but itself, and the shared memory that they have mapped."""
+    """The other processes of this process group, and the shared memory that they have mapped."""
 
     def __init__(self) -> None:
         self._shared: set[str] = set()
 
     def look(self) -> None:
-        """Remembers what is mapped now; afterwards nobody can say whose it was."""
+        """Records the memory that is mapped now; after the end of a process its owner cannot be found."""
         for pid in self._members():
             with contextlib.suppress(OSError):
                 for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
@@ -81,7 +81,7 @@ def _kill_group_when_cut(group: ServerProcesses) -> None:
 
 
 def _end_with_tether() -> None:
-    """In the command's process: should somebody kill the tether, it ends too."""
+    """Makes the command's process end if the tether is killed. Called in that process."""
     with contextlib.suppress(OSError, AttributeError):  # Linux only
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -1,13 +1,13 @@
-"""What is measured of routing, layer by layer: how routers choose, and how two choices for the same tokens differ.
+"""Measures routing by layer: how routers choose, and how two choices for the same tokens differ.
 
     set_mismatch   1[E != E']                 R3's published 10% [2510.11370]
     expert_change  1 - |E n E'| / K           GSPO's published 10% [2507.18071, section 5.3]
     top1_change    1[the first experts differ]
     token_layers   layers in which a token's sets differ
 
-All are sums over rows, so none depends on how rows are cut into micro-batches and ranks. Shapes: R rows (tokens of a
-rank, padding included), K experts of a row in descending order of score. Each router calls in here in every
-micro-batch, so nothing waits for the device before `finalize`.
+All metrics are sums over rows, so they do not depend on how rows are divided into micro-batches and ranks. Shapes: R
+rows (tokens of a rank, padding included), K experts of a row in descending order of score. Each router calls this
+module in every micro-batch, so nothing waits for the device before `finalize`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ ROLLOUT_OLD = "rollout_old"
 OLD_POLICY = "old_policy"
 """(pi_old, pi_theta): before and after updates."""
 RERUN = "rerun"
-"""pi_old twice: what differs when nothing was changed."""
+"""Two passes of pi_old: differences without any change of weights."""
 PAIRS = (*(f"{pair}/{kind}" for pair in (ROLLOUT_OLD, OLD_POLICY) for kind in ("effective", "live")), RERUN)
-"""effective: the experts used; live: those that the router would have chosen."""
+"""effective: the experts used; live: the experts that the router would have chosen."""
 
 ROUTER = ("entropy", "margin", "live_overlap", "fallback")
 DRIFT = ("set_mismatch", "expert_change", "top1_change")
@@ -32,10 +32,10 @@ MEANS = (*ROUTER, *(f"{measure}/{pair}" for measure in DRIFT for pair in PAIRS))
 
 
 class RoutingStats:
-    """Sums of one optimizer step. Those of several ranks and micro-batches add up: see `sums`."""
+    """Sums of one optimizer step. Sums of several ranks and micro-batches add up: see `sums`."""
 
     def __init__(self, layers: Sequence[int], num_experts: int, top_k: int, device: torch.device) -> None:
-        """`layers`: global numbers of all the model's MoE layers, the same on every rank."""
+        """`layers` are the global numbers of all MoE layers of the model, equal on every rank."""
         self._layers = tuple(layers)
         self._place = {layer: place for place, layer in enumerate(layers)}
         self._top_k = top_k
@@ -48,10 +48,12 @@ class RoutingStats:
     def observe_router(
         self, layer: int, logits: Tensor, used: Tensor, live: Tensor, replayed: Tensor | None, valid: Tensor
     ) -> None:
-        """logits [R, experts]; used, live [R, K] ids; valid [R] bool, False on padding. replayed [R] bool says which
-        rows had a route to replay; None where nothing is replayed."""
+        """Adds a router's choices. logits [R, experts]; used, live [R, K] ids; valid [R] bool, False on padding.
+
+        replayed [R] bool is True for rows with a route to replay; None if nothing is replayed.
+        """
         logits = logits.float()
-        # entr(0) is 0: a probability that underflowed has -inf for its log.
+        # entr(0) is 0, while the log of a probability that underflowed is -inf.
         self._add("entropy", layer, torch.special.entr(logits.softmax(-1)).sum(-1), valid)
         if self._top_k < logits.shape[1]:
             best = logits.topk(self._top_k + 1, dim=-1).values
@@ -59,19 +61,21 @@ class RoutingStats:
         if replayed is not None:
             self._add("live_overlap", layer, common(used, live) / self._top_k, valid & replayed)
             self._add("fallback", layer, ~replayed, valid)
-        # Not bincount, nor used[valid]: their shapes follow from the data.
+        # Not bincount or used[valid], whose shapes depend on the data.
         ids = used.long().masked_fill(~valid[:, None], 0).flatten()
         self._load[self._place[layer]].index_add_(0, ids, valid.to(self._load).repeat_interleave(self._top_k))
 
     def expect(self, pair: str, micro_batch: int, valid: Tensor) -> None:
-        """Says that the routers' choices will be compared, for rows where `valid`, [R] bool. On every stage of a
-        pipeline, those without routers too. Raises ValueError for a pair that is not in PAIRS."""
+        """Announces a comparison of the routers' choices, for rows in which `valid` [R] is True.
+
+        Call it on every stage of a pipeline, even without routers. Raises ValueError if the pair is not in PAIRS.
+        """
         if pair not in PAIRS:
             raise ValueError(f"pair: found {pair!r}; expected one of {', '.join(PAIRS)}")
         self._differing[pair, micro_batch] = (valid.long() * 0, valid)
 
     def compare(self, pair: str, micro_batch: int, layer: int, a: Tensor, b: Tensor) -> None:
-        """a, b [R, K]: two choices for the rows that were expected."""
+        """Compares two choices a, b [R, K] for the rows that `expect` announced."""
         differing, valid = self._differing[pair, micro_batch]
         shared = common(a, b)
         differs = shared < self._top_k
@@ -85,23 +89,25 @@ class RoutingStats:
         cell += torch.stack([values.double().masked_fill(~valid, 0).sum(), valid.sum().double()])
 
     def differing(self) -> Iterator[Tensor]:
-        """Per pair and micro-batch, [R]: this rank's layers in which each row differs. To be summed in place over the
-        pipeline's stages, which hold the same rows, before `count_tokens`."""
+        """[R] for each pair and micro-batch: number of this rank's layers in which each row differs.
+
+        Sum it in place over the pipeline's stages, which hold the same rows, before `count_tokens`.
+        """
         for key in sorted(self._differing):
             yield self._differing[key][0]
 
     def count_tokens(self) -> None:
-        """Takes `differing` into the sums; on one stage of a pipeline only."""
+        """Adds `differing` to the sums. Call it on one stage of a pipeline only."""
         for (pair, _), (layers, valid) in self._differing.items():
             found = (layers.sum(), (layers > 0).sum(), valid.sum())
             self._tokens[PAIRS.index(pair)] += torch.stack(found).double()
 
     def sums(self) -> tuple[Tensor, ...]:
-        """To be summed over ranks in place."""
+        """Tensors to sum over ranks in place."""
         return self._means, self._load, self._tokens
 
     def finalize(self) -> dict[str, float]:
-        """Per layer, and over layers their mean and their extremes; nothing for what had no rows."""
+        """Metrics per layer, with their mean and extremes over layers. Omits metrics without rows."""
         report: dict[str, float] = {}
         means = self._means.cpu()
         for name, (sums, rows) in zip(MEANS, means, strict=True):
@@ -126,5 +132,5 @@ class RoutingStats:
 
 
 def common(a: Tensor, b: Tensor) -> Tensor:
-    """[R, K] twice -> [R]: how many experts both have."""
+    """[R]: number of experts in both a and b, [R, K] each."""
     return (a[:, :, None] == b[:, None, :]).any(-1).sum(-1)

@@ -1,7 +1,7 @@
-"""Routing traces on their way from the leaders that fetched them to the ranks whose routers replay them.
+"""Moves routing traces from the leaders that fetched them to the ranks whose routers replay them.
 
-Tokens go to a whole replica; traces are far larger, so each rank is sent its own rows and layers only, one micro-batch
-after another, and a sample's trace changes leaders only when the sample does.
+Tokens go to a whole replica. Traces are far larger, so each rank gets only its own rows and layers, one micro-batch
+after another. A trace moves to another leader only with its sample.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from megatron_rl.routing.slicing import RankRoutes, RouteOwner, ids_dtype, slice
 
 
 class RouteExchange:
-    """Each data-parallel leader has the traces of its samples; every rank gets its slice of those it trains on."""
+    """Gives every rank its slice of the traces that it trains on. Each leader holds the traces of its own samples."""
 
     def __init__(self, arch: Architecture, layers: Sequence[int], place: Place, layout: Layout) -> None:
-        """`layers`: global numbers of this rank's MoE layers. Collective."""
+        """`layers` are the global numbers of this rank's MoE layers. Collective."""
         self._arch = arch
         self._place = place
         self._layout = layout
@@ -41,8 +41,10 @@ class RouteExchange:
     def migrate(
         self, traces: Mapping[int, RoutingTrace], home: Sequence[int], target: Mapping[int, int]
     ) -> dict[int, RoutingTrace]:
-        """This leader's traces after the samples have moved, by sample: sample i goes from data-parallel replica
-        `home[i]` to `target[i]`. Collective over the leaders; {} elsewhere."""
+        """Moves the trace of sample i from replica `home[i]` to replica `target[i]`; returns this leader's traces.
+
+        Collective over the data-parallel leaders; {} on other ranks.
+        """
         started = time.perf_counter()
         if not self._place.leads_replica:
             return {}
@@ -80,8 +82,10 @@ class RouteExchange:
         return routes
 
     def drain(self) -> dict[str, float]:
-        """What the traces have cost since the last call: bytes that ranks received, all together, and the seconds of
-        the slowest. Collective over the world."""
+        """Cost of the traces since the last call: bytes that all ranks received, and seconds of the slowest rank.
+
+        Collective over the world.
+        """
         received, seconds = torch.tensor(float(self._bytes)), torch.tensor(self._seconds)
         dist.all_reduce(received, group=self._place.control)
         dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=self._place.control)
@@ -111,13 +115,13 @@ class RouteExchange:
 
 
 def valid_rows(batch: PackedBatch, layout: Layout, place: Place, device: torch.device) -> torch.Tensor:
-    """[rows] bool: which of this rank's router rows are tokens, and not padding."""
+    """[rows] bool: True for router rows of this rank that are tokens, False for padding."""
     rows = rank_rows(batch.cu_seqlens, cp=layout.cp, cp_rank=place.cp, tp=layout.tp, tp_rank=place.tp)
     return torch.as_tensor(batch.valid[rows], device=device)
 
 
 def reduce_stats(stats: RoutingStats, place: Place) -> RoutingStats:
-    """The sums of all ranks; each has rows and layers of its own, under sequence parallelism too. Collective."""
+    """Sums over all ranks; each has its own rows and layers, also under sequence parallelism. Collective."""
     for layers in stats.differing():
         dist.all_reduce(layers, group=parallel_state.get_pipeline_model_parallel_group())
     if place.pp == 0:
@@ -130,7 +134,7 @@ def reduce_stats(stats: RoutingStats, place: Place) -> RoutingStats:
 
 
 def _as_bytes(routes: RankRoutes) -> list[torch.Tensor]:
-    """Views of what there is to send; a stage without MoE layers has no experts."""
+    """Byte views of the arrays to send; a stage without MoE layers has no experts."""
     return [t.view(-1).view(torch.uint8) for t in (routes.experts, routes.present) if t.numel()]
 
 

@@ -1,7 +1,7 @@
-"""The three modes of a run: live routing, R2 and R3, and what is measured of each. One object for one mini-batch.
+"""The three routing modes of a run (live routing, R2 and R3) and their metrics. One object serves one mini-batch.
 
-R2 replays in every update what the trainer's own old-log-prob pass chose [GSPO 2507.18071, section 5.3]; R3 replays
-what the rollout engine chose, in that pass and in every update [2510.11370].
+In every update R2 replays the choices of the trainer's own old-log-prob pass [GSPO 2507.18071, section 5.3]. R3 replays
+the choices of the rollout engine, in the old-log-prob pass and in every update [2510.11370].
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class MiniBatchRouting:
         stats: RoutingStats,
         shift: RouterShift | None = None,
     ) -> None:
-        """`rollout`: the rollout engine's routes, one for each micro-batch; `valid`, [rows] bool each, is False on
-        padding; `shift`: None where the objective does not ask for it."""
+        """`rollout` are the rollout engine's routes, one for each micro-batch. `valid`, [rows] bool each, is False on
+        padding. `shift` is None if the objective does not use it."""
         self.stats = stats
         self.shift = shift
         self._config = config
@@ -42,7 +42,7 @@ class MiniBatchRouting:
         self._old: RoutingPass | None = None
 
     def old_pass(self) -> RoutingPass:
-        """For the pass that computes pi_old's log-probs."""
+        """Routing of the pass that computes pi_old's log-probs."""
         observers = [] if self._rollout is None else [self._against_rollout()]
         if self.shift is not None:
             observers.append(self.shift.keep)
@@ -50,28 +50,28 @@ class MiniBatchRouting:
         return self._old
 
     def rerun_pass(self) -> RoutingPass:
-        """For a second one, which should choose the same."""
+        """Routing of a second pass of pi_old, which should choose the same experts."""
         return RoutingPass(self._routers, self._of_rollout(), observers=[self._against_first()])
 
     def shift_pass(self, shift: RouterShift) -> RoutingPass:
-        """For a forward pass under the weights and the routes of the update to come, which completes `shift`."""
+        """Routing of a forward pass with the weights and the routes of the next update; it completes `shift`."""
         return RoutingPass(self._routers, self._routes(), observers=[shift.compare])
 
     def update_pass(self) -> RoutingPass:
-        """For the forward and backward passes of the update."""
+        """Routing of the forward and backward passes of the update."""
         routes = self._routes()
         observers: list[Observer] = [self._router(routes)]
         if self._old is not None:
             observers.append(self._against_old(self._old))
         elif self._rollout is not None:
-            observers.append(self._against_rollout())  # pi_theta is pi_old: there is one mini-batch
+            observers.append(self._against_rollout())  # there is one mini-batch, so pi_theta is pi_old
         return RoutingPass(self._routers, routes, observers=observers)
 
     def _of_rollout(self) -> Sequence[RankRoutes] | None:
         return self._rollout if self._config.replay == "r3" else None
 
     def _routes(self) -> Sequence[RankRoutes] | None:
-        """What the update replays."""
+        """Routes that the update replays; None if it routes live."""
         if self._config.replay != "r2":
             return self._of_rollout()
         if not self._routers.taps:  # a stage without experts
@@ -100,7 +100,7 @@ class MiniBatchRouting:
         return observe
 
     def _against_old(self, old: RoutingPass) -> Observer:
-        # Rows without a route to replay are counted as fallback, and would drown what the replay does.
+        # Rows without a route are counted as fallback; here they would hide the effect of the replay.
         routes = self._of_rollout()
         self._expect(OLD_POLICY, self._valid if routes is None else self._routed(routes))
         effective = old.live if routes is None else [each.experts for each in routes]

@@ -1,9 +1,9 @@
-"""Recording and replaying the experts that routers choose, on Megatron-Core's RouterReplay.
+"""Records and replays the experts that routers choose, through Megatron-Core's RouterReplay.
 
 Each router of this rank gets a Tap in place of Megatron-Core's own RouterReplay object, bound by virtual stage and
-global layer number. A RoutingPass is one run of the pipeline schedule: it tells every tap which rows to use, one
-micro-batch after another, and on leaving asserts that each router ran exactly once for each of them, and once more
-where the backward pass recomputes activations. Outside a pass routers route live.
+global layer number. A RoutingPass is one run of the pipeline schedule. It tells every tap which rows to use, one
+micro-batch after another. At its end it asserts that each router ran exactly once for each micro-batch, and once more
+if the backward pass recomputes activations. Outside a pass routers route live.
 
 Only the selection is replayed. The scores are gathered at the replayed ids before they are normalised, so gradients
 reach the router.
@@ -28,21 +28,21 @@ TopK = Callable[..., tuple[Tensor, Tensor]]
 
 
 class RoutingError(RuntimeError):
-    """Routers and routes do not fit together; names layer and micro-batch."""
+    """Routers and routes do not fit together. Names the layer and the micro-batch."""
 
 
 class Observer(Protocol):
-    """Sees each router call of the forward pass, never those of recomputation."""
+    """Sees each router call of the forward pass, and no call of recomputation."""
 
     def __call__(self, micro_batch: int, tap: Tap, scores: Tensor, live: Tensor, used: Tensor, /) -> None: ...
 
 
 class Tap(RouterReplay):
-    """One router's hook. `column` is its place among this rank's MoE layers, in the order of their global numbers."""
+    """The hook of one router. `column` is the position of its layer among this rank's MoE layers, by global number."""
 
     def __init__(self, stage: int, layer: int, column: int, num_experts: int, pre_softmax: bool) -> None:
         super().__init__()
-        # Megatron-Core's list of all instances pairs by order of construction, and keeps dead models alive.
+        # Megatron-Core's list of all instances pairs by construction order and keeps old models alive.
         RouterReplay.global_router_replay_instances.remove(self)
         self.stage = stage
         self.layer = layer
@@ -59,7 +59,7 @@ class Tap(RouterReplay):
         group_topk: int | None = None,
         default_compute_topk: TopK | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """scores [rows, experts] -> (scores at the ids, ids), both [rows, topk], by falling score."""
+        """scores [rows, experts] -> (scores at the ids, ids), both [rows, topk], in descending order of score."""
         assert default_compute_topk is not None
         _, ids = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
         ids = _by_falling_score(scores.detach(), ids)
@@ -68,10 +68,11 @@ class Tap(RouterReplay):
 
 
 def _by_falling_score(scores: Tensor, ids: Tensor) -> Tensor:
-    """ids [rows, topk] in one order, whatever order they come in; equal scores by falling id.
+    """Sorts ids [rows, topk] by descending score; equal scores by descending id.
 
-    Megatron-Core 0.19 leaves them unsorted without gradients. The first expert would then differ between passes over
-    the same tokens, and so would the probabilities' last bits, as they are normalised by a sum in that order.
+    Megatron-Core 0.19 leaves ids unsorted in passes without gradients. Then the first expert would differ between
+    passes over the same tokens. The last bits of the probabilities would differ too, because a sum in this order
+    normalises them.
     """
     ids = ids.sort(dim=1, descending=True).values
     return ids.gather(1, scores.gather(1, ids).argsort(dim=1, descending=True, stable=True))
@@ -81,11 +82,11 @@ class Routers:
     """The taps on this rank's routers."""
 
     def __init__(self, stages: Sequence[torch.nn.Module]) -> None:
-        """Raises UserError for a router whose choice cannot be replaced."""
+        """Puts a tap on each router. Raises UserError if a router's choice cannot be replaced."""
         self.taps: list[Tap] = []
         for number, stage in enumerate(stages):
             for name, router in stage.named_modules():
-                # Multi-token prediction has routers of its own; nothing is replayed there.
+                # Multi-token prediction has its own routers, which are not replayed.
                 if isinstance(router, TopKRouter) and "mtp" not in name.split("."):
                     self._tap(number, router)
         self.layers = tuple(tap.layer for tap in self.taps)
@@ -112,7 +113,7 @@ class Routers:
 
 
 class RoutingPass:
-    """What the routers do in one run of the schedule: route live, or replay `routes`, one for each micro-batch."""
+    """One run of the schedule, in which routers route live or replay `routes`, one for each micro-batch."""
 
     def __init__(
         self,
@@ -122,21 +123,23 @@ class RoutingPass:
         record: bool = False,
         observers: Sequence[Observer] = (),
     ) -> None:
-        """With `record`, `live` holds afterwards, for each micro-batch, [rows, own layers, top_k]: what the routers
-        would have chosen by themselves. Where nothing is replayed it is also what they used."""
+        """With `record`, `live` then holds [rows, own layers, top_k] for each micro-batch: the routers' own choices. If
+        nothing is replayed, routers use these choices."""
         self.live: list[Tensor] = []
         self._routers = routers
         self._routes = routes
         self._record = record
         self._observers = observers
         self._forward: tuple[int, int] | None = None  # stage and micro-batch
-        self._to_recompute: dict[int, deque[int]] = {}  # per column, the micro-batches whose backward pass is to come
+        self._to_recompute: dict[
+            int, deque[int]
+        ] = {}  # per column, the micro-batches whose backward pass is still to run
 
     @contextlib.contextmanager
     def schedule(self, micro_batches: int, recomputes: bool) -> Iterator[None]:
-        """Around one run of the schedule. `recomputes`: its backward pass runs the routers again.
+        """Wraps one run of the schedule. `recomputes`: its backward pass runs the routers again.
 
-        Raises RoutingError when a router has not run as often as it had to.
+        Raises RoutingError if a router has not run as often as it should.
         """
         if self._routes is not None and len(self._routes) != micro_batches:
             raise RoutingError(f"routes of {len(self._routes)} micro-batches for a schedule of {micro_batches}")
@@ -163,7 +166,7 @@ class RoutingPass:
 
     @contextlib.contextmanager
     def micro_batch(self, stage: int, index: int) -> Iterator[None]:
-        """Around the forward pass of a virtual stage. A router that runs outside of it recomputes."""
+        """Wraps the forward pass of a virtual stage. A router that runs outside of it is recomputing."""
         self._forward = (stage, index)
         try:
             yield
@@ -186,7 +189,7 @@ class RoutingPass:
     def _micro_batch_of(self, tap: Tap) -> int:
         due = self._to_recompute[tap.column]
         if self._forward is None:
-            # The pipeline schedule runs the backward passes of a stage in the order of its forward passes.
+            # The pipeline schedule runs a stage's backward passes in the order of its forward passes.
             if not due:
                 raise RoutingError(
                     f"layer {tap.layer}: its router ran outside a forward pass with nothing to recompute"
@@ -200,7 +203,7 @@ class RoutingPass:
         return index
 
     def _replayed(self, tap: Tap, index: int, live: Tensor) -> Tensor:
-        """The routes' ids, and the live ones in rows without a route."""
+        """Ids of the routes; in rows without a route, the live ids."""
         assert self._routes is not None
         routes = self._routes[index]
         if routes.experts.shape != (live.shape[0], len(self._routers.taps), live.shape[1]):

@@ -1,14 +1,14 @@
-"""The router shift of RSPO [2510.23027]: how little the routers have moved, for each token, from pi_old to pi_theta.
+"""Computes the router shift of RSPO [2510.23027]: how little the routers have moved from pi_old to pi_theta, by token.
 
     gamma = exp(-Delta), Delta the mean over the model's MoE layers of
     d = (1/K) sum over k of |log p_theta(e_k) - log p_old(e_k)|
 
-e_1 .. e_K are the experts that pi_old used, replayed ones under R3; p is the router's softmax over all experts. gamma
-is exactly 1 if no router has moved. Both means are geometric, so all that ranks have to add up is d. Shapes: R rows
-(tokens of a rank, padding included), K experts, T packed positions.
+e_1 .. e_K are the experts that pi_old used (the replayed ones under R3); p is the router's softmax over all experts.
+gamma is exactly 1 if no router has moved. Both means are geometric, so ranks only add up d. Shapes: R rows (tokens of a
+rank, padding included), K experts, T packed positions.
 
-Two forward passes observe it, each in `keep` and in `compare`: that of pi_old's log-probs, and one right before the
-update, with the update's weights, packing and routes.
+Two forward passes are observed. `keep` observes the pass of pi_old's log-probs. `compare` observes a pass right before
+the update, with the update's weights, packing and routes.
 """
 
 from __future__ import annotations
@@ -28,22 +28,24 @@ from megatron_rl.routing.slicing import ids_dtype
 
 
 class RouterShift:
-    """Of one mini-batch, on one rank: its rows and its own MoE layers."""
+    """Router shift of one mini-batch on one rank: of its rows and its own MoE layers."""
 
     def __init__(self, rows: Sequence[int], device: torch.device) -> None:
-        """`rows`: R of each micro-batch."""
+        """`rows` are the R of each micro-batch."""
         self.distances = [torch.zeros(count, device=device) for count in rows]
-        """[R] fp32 each, after the second pass: d summed over this rank's layers; a pipeline stage may have none."""
+        """[R] fp32 each: d summed over this rank's layers, after the second pass. A stage may have no MoE layers."""
         self._old: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def keep(self, micro_batch: int, tap: Tap, scores: Tensor, live: Tensor, used: Tensor) -> None:
-        """An Observer, for pi_old. Holds K ids and K log-probs for each row and layer until they are compared: with 256
-        experts or fewer, 5 bytes each."""
+        """Observer of pi_old's pass. Stores K ids and K log-probs for each row and layer until they are compared.
+
+        With at most 256 experts an id and its log-prob take 5 bytes.
+        """
         ids = used.to(ids_dtype(tap.num_experts))
         self._old[micro_batch, tap.layer] = ids, router_logprobs(tap, scores).gather(1, used)
 
     def compare(self, micro_batch: int, tap: Tap, scores: Tensor, live: Tensor, used: Tensor) -> None:
-        """An Observer, for pi_theta."""
+        """Observer of pi_theta's pass."""
         ids, old = self._old.pop((micro_batch, tap.layer))
         self.distances[micro_batch] += router_distance(router_logprobs(tap, scores).gather(1, ids.long()), old)
 
@@ -67,7 +69,7 @@ def packed_shift(
         whole = torch.zeros(batch.tokens)
         whole[torch.from_numpy(rows)] = sums.cpu()
         placed.append(whole)
-    # Stages hold other layers of the same rows; tensor- and context-parallel ranks hold other rows, and 0 in these. So
+    # Stages hold different layers of the same rows. Tensor- and context-parallel ranks hold other rows, and 0 here. So
     # one sum does both.
     everyone = torch.cat(placed)
     dist.all_reduce(everyone, group=place.replica)

@@ -1,4 +1,4 @@
-"""What each rank holds of the routing traces: its rows and its layers, packed as the tokens are."""
+"""Cuts out each rank's part of the routing traces: its rows and its layers, packed like the tokens."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from megatron_rl.data.trace import RoutingTrace
 class RankRoutes:
     """Experts of one micro-batch's rows and layers on one rank.
 
-    experts [rows, own layers, top_k] uint8 up to 256 experts, else int16; present [rows] bool, False where no route is
-    known. Rows are in the order in which the rank's routers see them: rank_rows of the packed batch.
+    experts [rows, own layers, top_k] is uint8 up to 256 experts, else int16. present [rows] bool is False if the route
+    is unknown. Rows are in the order in which the rank's routers see them: rank_rows of the packed batch.
     """
 
     experts: Tensor
@@ -35,7 +35,7 @@ class RankRoutes:
 
 @dataclass(frozen=True)
 class RouteOwner:
-    """Where a rank stands, as far as its slice of the traces goes; layers are global numbers, ascending."""
+    """The coordinates of a rank that decide its slice of the traces. Layers are global numbers, ascending."""
 
     tp: int
     cp: int
@@ -49,8 +49,10 @@ def ids_dtype(num_experts: int) -> torch.dtype:
 def pack_traces(
     traces: Sequence[RoutingTrace], cu_seqlens: npt.NDArray[np.integer]
 ) -> tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.bool_]]:
-    """(experts [T, layers, top_k], present [T]) of a micro-batch's samples. Absent: rows that a trace lacks, and
-    padding."""
+    """(experts [T, layers, top_k], present [T]) of a micro-batch's samples.
+
+    `present` is False for rows that a trace lacks, and for padding.
+    """
     experts = pack_rows([trace.experts for trace in traces], cu_seqlens)
     return experts, pack_rows([trace.present for trace in traces], cu_seqlens)
 
@@ -58,7 +60,7 @@ def pack_traces(
 def slice_routes(
     traces: Sequence[RoutingTrace], cu_seqlens: npt.NDArray[np.integer], owner: RouteOwner, *, tp: int, cp: int
 ) -> RankRoutes:
-    """What `owner` holds of one micro-batch's traces."""
+    """The slice of `owner` of one micro-batch's traces."""
     experts, present = pack_traces(traces, cu_seqlens)
     rows = rank_rows(cu_seqlens, cp=cp, cp_rank=owner.cp, tp=tp, tp_rank=owner.tp)
     columns = [traces[0].layers.index(layer) for layer in owner.layers]

@@ -1,18 +1,18 @@
-"""The routes in a server's answer: SGLang's `routed_experts`, decoded and checked. Pure functions.
+"""Decodes and checks the routes in a server's answer, SGLang's `routed_experts`. Pure functions.
 
-What SGLang 0.5.23 gives, from its source and from live servers: base64 of little-endian int32, C order
-[rows, all transformer layers, top_k]. It keeps the ids in a host buffer, one line to a slot of the KV cache, and
-gathers the slots of a request when that finishes: rows = prompt + completion - 1, also for an aborted request that had
-begun. One that is aborted while it waits has no such field.
+SGLang 0.5.23 (by its source and by live servers) sends base64 of little-endian int32, in C order
+[rows, all transformer layers, top_k]. It keeps the ids in a host buffer, one line per slot of the KV cache, and gathers
+the slots of a request at its end: rows = prompt + completion - 1. An aborted request that had begun has these rows too.
+A request that is aborted while it waits lacks the field.
 
-- A prefix-cache hit has all its rows: they are those of the request that computed the prefix.
-- A line that nothing was written to is zeros, in every layer. That is the only sign of a missing route; with top-1
-  routing it cannot be told from expert 0. In layers without experts there are zeros always.
-- KV that comes from elsewhere (a hierarchical cache, another server's prefill) brings no ids: the line is then what its
-  slot held before. Nothing shows it, so config.load refuses such servers.
-- The ids are logical: they are taken before redundant and moved experts are numbered. Nobody has tried it here, so
-  config.load refuses the flags for those too.
-- After a retraction the rows are computed, and recorded, anew, under the weights of then.
+- A prefix-cache hit has all its rows, from the request that computed the prefix.
+- A line that was never written is zeros in every layer. That is the only sign of a missing route, and with top-1
+  routing it looks like expert 0. Layers without experts always have zeros.
+- KV from elsewhere (a hierarchical cache, another server's prefill) has no ids; the line then keeps the slot's earlier
+  ids. Nothing shows this, so config.load refuses such servers.
+- The ids are logical: they are recorded before redundant and moved experts are numbered. This is untested here, so
+  config.load refuses the flags for such experts too.
+- After a retraction the rows are computed and recorded again, under the weights at that time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SERVER_FLAG = "--enable-return-routed-experts"
 
 @dataclass(frozen=True)
 class RouteSpec:
-    """What a server's routes must look like for this model."""
+    """The form that a server's routes must have for this model."""
 
     num_layers: int  # with and without experts
     moe_layers: tuple[int, ...]
@@ -46,7 +46,7 @@ class RouteSpec:
         return cls(arch.num_layers, layers, arch.experts_per_token, arch.num_experts)
 
     def check(self, trace: RoutingTrace) -> None:
-        """Raises TraceError for a trace of another model's routers."""
+        """Raises TraceError if the trace is from another model's routers."""
         found = (trace.layers, trace.top_k, trace.num_experts)
         expected = (self.moe_layers, self.top_k, self.num_experts)
         for name, one, other in zip(("layers", "top_k", "num_experts"), found, expected, strict=True):
@@ -57,13 +57,11 @@ class RouteSpec:
 def read_routes(
     encoded: str, spec: RouteSpec, *, prompt: int, versions: Sequence[VersionSpan], retracted: bool
 ) -> RoutingTrace:
-    """The trace of `prompt` tokens and the completion that `versions` span, of which there is at least one.
+    """The trace of `prompt` tokens and of the completion, whose `versions` are at least one span. Raises TraceError.
 
-    A row is the forward pass from which the next token was sampled, so it has that token's version; the prompt's rows
-    have that of the first. Of a request that was `retracted` only the rows of its last version are known to be those
-    that were live: what came before may have been computed again since.
-
-    Raises TraceError.
+    A row is the forward pass from which the next token was sampled, so it has that token's version. The prompt's rows
+    have the version of the first token. If a request was `retracted`, only rows of its last version are known to be the
+    routes that were used; earlier rows may have been computed again since.
     """
     rows = prompt + versions[-1].end - 1
     spans = [VersionSpan(v.version, prompt - 1 + v.start, prompt - 1 + v.end) for v in versions]
@@ -72,7 +70,7 @@ def read_routes(
     if spec.top_k > 1:
         unwritten = ~ids.any(axis=(1, 2))
         if unwritten.all():
-            # Some of SGLang's expert kernels choose the experts themselves, past the place where ids are taken.
+            # Some of SGLang's expert kernels choose the experts themselves, after the ids were recorded.
             raise TraceError(f"found no route in any of {rows} rows; expected some: the server's experts record none")
         ids[unwritten] = MISSING
     if retracted:

@@ -1,7 +1,7 @@
-"""Weights to rollout servers by broadcast: gloo from a CPU, NCCL from a GPU.
+"""Sends weights to rollout servers by broadcast: gloo from a CPU, NCCL from a GPU.
 
-Rank 0 of the trainer and all tensor-parallel ranks of all servers form one process group; rank 0 is its rank 0. A
-bucket is one flat byte tensor (SGLang's "flattened_bucket").
+Rank 0 of the trainer and all tensor-parallel ranks of all servers form one process group, in which the trainer is rank
+0. A bucket is one flat byte tensor (SGLang's "flattened_bucket").
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ T = TypeVar("T")
 
 
 class WeightSyncError(UserError):
-    """A server that refused weights, or did not answer in time."""
+    """A server refused weights, or did not answer in time."""
 
 
 class CollectiveRoute:
-    """Lives on the trainer's rank 0 only."""
+    """Sends weights by broadcast. Only the trainer's rank 0 has this object."""
 
     def __init__(
         self,
@@ -55,11 +55,11 @@ class CollectiveRoute:
         self._name = f"megatron_rl_weights_{secrets.token_hex(4)}"
         self._group: dist.ProcessGroup | None = None
         self._is_broken = False
-        self._sockets: dict[str, str] = {}  # of the group; see _open_sockets
+        self._sockets: dict[str, str] = {}  # sockets of the group; see _open_sockets
 
     def push(self, buckets: Iterable[list[tuple[str, Tensor]]], version: int) -> int:
         """Sends the buckets as weight version `version`; returns the bytes sent. Raises WeightSyncError."""
-        self._is_broken = True  # until all has gone well
+        self._is_broken = True  # until every step has succeeded
         if self._group is None:
             self._group = self._join()
         wait_for(self._ask("begin_weight_update"), self._timeout, self._urls)
@@ -71,8 +71,11 @@ class CollectiveRoute:
         return sent
 
     def close(self) -> None:
-        """Never raises. After a failed push a server, or a thread of ours, may still be in a broadcast: gloo's sockets
-        are then cut, which wakes both; NCCL's close when this process ends."""
+        """Leaves the group. Never raises.
+
+        After a failed push a server, or a thread of this process, may still be in a broadcast. Then gloo's sockets are
+        shut down, which wakes both. NCCL's sockets close when this process ends.
+        """
         if self._group is None or self._is_broken:
             _cut(self._sockets)
             return
@@ -90,7 +93,7 @@ class CollectiveRoute:
             shapes=[list(t.shape) for _, t in bucket],
             group_name=self._name,
             load_format="flattened_bucket",
-            # Cached prefixes belong to the old weights; the version holds once the last bucket is in.
+            # Cached prefixes belong to the old weights. The new version holds once the last bucket is loaded.
             flush_cache=version is not None,
             weight_version=version,
         )
@@ -98,8 +101,8 @@ class CollectiveRoute:
         return flat.numel()
 
     def _join(self) -> dist.ProcessGroup:
-        """Rank 0 of a new group; the servers' ranks follow in the order of the clients."""
-        # A trainer that was killed in a sync left its session open.
+        """Joins a new group as rank 0; the servers' ranks follow in the order of the clients."""
+        # A trainer that was killed during a sync has left its session open.
         wait_for(self._ask("abandon_weight_update"), self._timeout, self._urls)
         infos = wait_for(self._ask("server_info"), self._timeout, self._urls)
         tp_sizes = [info["tp_size"] for info in infos]
@@ -124,7 +127,7 @@ class CollectiveRoute:
 
         def join() -> dist.ProcessGroup:
             before = _open_sockets()
-            # torch has no public way to make a group outside the default world; SGLang's side does the same.
+            # torch has no public function for a group outside the default world; SGLang does the same on its side.
             group, _ = _new_process_group_helper(
                 world,
                 0,
@@ -142,13 +145,16 @@ class CollectiveRoute:
         return group
 
     def _together(self, ours: Callable[[], T], answers: Sequence[Future[Any]]) -> T:
-        """Our side of a collective, while the servers do theirs. Raises WeightSyncError as soon as one refuses: the
-        collective itself would only time out. Ours then goes on in its thread, which ends with the process."""
+        """Runs the trainer's side of a collective while the servers run theirs.
+
+        Raises WeightSyncError as soon as a server refuses; the collective itself would only time out. The trainer's
+        side then continues in its thread, which ends with the process.
+        """
         result: Future[T] = Future()
 
         def run() -> None:
             try:
-                if self._device.type == "cuda":  # the current device is each thread's own
+                if self._device.type == "cuda":  # each thread has its own current device
                     torch.cuda.set_device(self._device)
                 result.set_result(ours())
             except BaseException as error:
@@ -157,7 +163,7 @@ class CollectiveRoute:
         threading.Thread(target=run, name="weight-sync", daemon=True).start()
         try:
             wait_for([*answers, result], self._timeout, [*self._urls, "the trainer's own rank"])
-        except RuntimeError as error:  # torch's errors of a collective
+        except RuntimeError as error:  # the error of a collective in torch
             text = " ".join(str(error).split())
             raise WeightSyncError(
                 f"weight sync: the process group with {', '.join(self._urls)} failed: "
@@ -170,8 +176,10 @@ class CollectiveRoute:
 
 
 def wait_for(answers: Sequence[Future[T]], timeout_seconds: float, who: Sequence[str]) -> list[T]:
-    """Raises WeightSyncError as soon as a server refuses, and when one of `who`, in the order of the answers, gives
-    none in time."""
+    """Waits for all answers; `who` names the servers in the same order.
+
+    Raises WeightSyncError as soon as a server refuses, and if a server does not answer in time.
+    """
     done, waiting = concurrent.futures.wait(answers, timeout_seconds, concurrent.futures.FIRST_EXCEPTION)
     for answer in done:
         if isinstance(error := answer.exception(), UserError):
@@ -185,7 +193,7 @@ def wait_for(answers: Sequence[Future[T]], timeout_seconds: float, who: Sequence
 
 
 def _open_sockets() -> dict[str, str]:
-    """File descriptor -> which socket it is, of this process's; empty where there is no /proc."""
+    """This process's sockets: file descriptor -> name of the socket; empty if there is no /proc."""
     found = {}
     for entry in Path("/proc/self/fd").glob("*"):
         with contextlib.suppress(OSError):
@@ -194,7 +202,7 @@ def _open_sockets() -> dict[str, str]:
 
 
 def _cut(sockets: Mapping[str, str]) -> None:
-    """Shuts down those that are still what they were, and connected: gloo ends the process over one that listens."""
+    """Shuts down sockets that are unchanged and connected; gloo would end the process over a listening one."""
     for number, _ in sockets.items() & _open_sockets().items():
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(number))) as connected:
             connected.getpeername()
@@ -202,7 +210,7 @@ def _cut(sockets: Mapping[str, str]) -> None:
 
 
 def _listen(addresses: Sequence[str], world: int, timeout: datetime.timedelta) -> dist.TCPStore:
-    """Where the group's ranks find each other; listens on no more of this machine's addresses than servers use."""
+    """Address at which the group's ranks meet. It listens only on the address of this machine that the servers use."""
     where = addresses[0] if len(set(addresses)) == 1 else "0.0.0.0"
     family = socket.AF_INET6 if ":" in where else socket.AF_INET
     with socket.create_server((where, 0), family=family) as listening:
@@ -221,7 +229,7 @@ def _listen(addresses: Sequence[str], world: int, timeout: datetime.timedelta) -
 def _mark_last(
     buckets: Iterable[list[tuple[str, Tensor]]],
 ) -> Iterator[tuple[list[tuple[str, Tensor]], bool]]:
-    """Each non-empty bucket, and whether it is the last."""
+    """Yields each non-empty bucket, and whether it is the last."""
     iterator = (bucket for bucket in buckets if bucket)
     current = next(iterator, None)
     while current is not None:

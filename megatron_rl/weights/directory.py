@@ -1,4 +1,4 @@
-"""Weights to rollout servers through a directory that both sides see."""
+"""Sends weights to rollout servers through a directory that both sides see."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ MAX_SHARD_BYTES = 4 << 30
 
 
 class DiskRoute:
-    """Lives on the trainer's rank 0 only. Keeps the newest two versions: a server may still be reading the last."""
+    """Sends weights through files. Only the trainer's rank 0 has this object.
+
+    It keeps the newest two versions, because a server may still read the previous one.
+    """
 
     def __init__(
         self,
@@ -40,13 +43,13 @@ class DiskRoute:
     def push(self, buckets: Iterable[list[tuple[str, Tensor]]], version: int) -> int:
         """Writes the buckets as weight version `version` and has all servers load it; returns the bytes written.
 
-        Raises WeightSyncError when a server refuses them or does not answer in time, DiskError when a file cannot be
+        Raises WeightSyncError if a server refuses them or does not answer in time, and DiskError if a file cannot be
         written.
         """
         target = self._directory / f"version-{version:06d}"
         tensors = (pair for bucket in buckets for pair in bucket)
         with writes(f"weight version {version}", target):
-            shutil.rmtree(target, ignore_errors=True)  # of a run that was resumed
+            shutil.rmtree(target, ignore_errors=True)  # left by the run before it was resumed
             self._directory.mkdir(parents=True, exist_ok=True)
             save_weights(tensors, target, self._source_dir, MAX_SHARD_BYTES, self._dtype)
         answers = [
@@ -54,11 +57,11 @@ class DiskRoute:
             for client in self._clients
         ]
         wait_for(answers, self._timeout, [client.url for client in self._clients])
-        # By number, and none after this one: a run that was resumed from an older step writes it again.
+        # Sort by number, and skip later versions: a run that was resumed from an older step writes them again.
         kept = {f"version-{number:06d}" for number in (version - 1, version)}
         for other in self._directory.glob("version-*"):
             if other.name not in kept:
-                shutil.rmtree(other, ignore_errors=True)  # the sync is done; the next one tries again
+                shutil.rmtree(other, ignore_errors=True)  # the sync is done; the next sync tries again
         return sum(file.stat().st_size for file in target.glob("*.safetensors"))
 
     def close(self) -> None: ...

@@ -1,4 +1,4 @@
-"""Weight sync: the policy to all rollout servers, by one of two routes; the first is verified, more if asked."""
+"""Sends the policy's weights to all rollout servers, by broadcast or by disk. The first sync is always verified."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from megatron_rl.weights.verify import ask_servers, probe, sampled_sequences, tr
 
 
 class WeightSync:
-    """On every rank; `leader` is rank 0's connections and None elsewhere."""
+    """Every rank has one. `leader` holds rank 0's connections, and is None on other ranks."""
 
     def __init__(
         self, config: WeightsConfig, policy: Policy, leader: Leader | None, directory: Path, temperature: float
     ) -> None:
-        """`temperature`: at which the run's responses are sampled."""
+        """`temperature` is the sampling temperature of the run's responses."""
         self._config = config
         self._temperature = temperature
         self._policy = policy
@@ -35,21 +35,21 @@ class WeightSync:
             self._route = DiskRoute(leader.clients, leader.loop, directory, policy.model_dir, dtype, config.timeout)
 
     def push(self, version: int) -> dict[str, float]:
-        """All servers then hold weight version `version`; returns what is to be logged. Collective.
+        """Brings all servers to weight version `version`; returns metrics to log. Collective.
 
-        Raises WeightSyncError when a server fails, or a verification does.
+        Raises WeightSyncError if a server or a verification fails.
         """
         buckets = self._policy.export(self._config.bucket_mib << 20)
         report: dict[str, float] = {}
-        # Together: other leaders would ask servers that rank 0 is still giving the weights to.
+        # All ranks leave together, or other leaders would send requests while rank 0 still sends weights.
         with together(self._policy.place.control):
             try:
                 if self._route is not None:
                     report["weights/bytes"] = float(self._route.push(buckets, version))
             finally:
-                for _ in buckets:  # the ranks gather until all is sent
+                for _ in buckets:  # the other ranks gather until every bucket is sent
                     pass
-        # The first always: SGLang takes weights of another shape of model without a word.
+        # Always verify the first sync: SGLang accepts weights of a model with other shapes without an error.
         if self._syncs == 0 or (self._config.verify and self._syncs % self._config.verify == 0):
             report |= self._verify(version)
         self._syncs += 1
@@ -84,6 +84,5 @@ class WeightSync:
 
 
 def bound_of(config: WeightsConfig, exact: bool) -> float:
-    """weights.verify_bound, or what honest rounding stays below. `exact`: trainer and servers compute in fp32 on a
-    CPU."""
+    """weights.verify_bound, or by default a bound on rounding. `exact`: trainer and servers use fp32 on a CPU."""
     return config.verify_bound or (1e-5 if exact else 0.1)

@@ -1,9 +1,9 @@
-"""Proof that a sync arrived: the servers' log-probs of fixed tokens, and of tokens that they sample, against the
-trainer's, and equal checksums of servers that hold the weights alike.
+"""Verifies a sync: compares log-probs of servers and trainer, and the checksums of servers.
 
-The two comparisons find different faults. Fixed tokens are scored untempered, so they show the weights alone; sampled
-tokens have the log-probs that importance ratios are made of, at the run's temperature, which a server can be set to
-report otherwise.
+Log-probs are compared on fixed tokens and on tokens that the servers sample. The two find different faults. Fixed
+tokens are scored untempered, so they show the weights alone. Sampled tokens have the log-probs of importance ratios, at
+the run's temperature, which a misconfigured server may report differently. Checksums must be equal between servers that
+store the weights in the same form.
 """
 
 from __future__ import annotations
@@ -29,28 +29,30 @@ PROBE_SEQUENCES, PROBE_TOKENS = 4, 48
 
 @dataclass(frozen=True)
 class SampledAnswer:
-    """What a server sampled."""
+    """Tokens that a server sampled, with their log-probs."""
 
     url: str
-    token_ids: list[int]  # prompt and response
-    logprobs: list[float]  # of the response's tokens
+    token_ids: list[int]  # of prompt and response
+    logprobs: list[float]  # of the response
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What the servers say of themselves after a sync."""
+    """Answers of the servers after a sync."""
 
-    scores: dict[str, list[list[float]]]  # by URL: for each sequence of the probe its log-probs of tokens 1..
+    scores: dict[str, list[list[float]]]  # by URL: log-probs of tokens 1 and later of each sequence of the probe
     answers: list[SampledAnswer]
     checksums: dict[str, str]  # by URL
     forms: dict[str, tuple[int, str]]  # by URL: tp_size and dtype, which change the checksum of equal weights
-    are_exact: bool  # all of them compute in fp32 on a CPU: a GPU may round fp32 to TF32
+    are_exact: bool  # all servers compute in fp32 on a CPU; a GPU may round fp32 to TF32
 
 
 @dataclass(frozen=True)
 class Verification:
-    """Over all servers: largest and mean |log-prob difference| on the probe, and largest mean one of a server on what
-    it sampled, in nats; see _gaps."""
+    """Largest and mean |log-prob difference| on the probe over all servers, and a server's largest mean on its samples.
+
+    In nats; see _gaps.
+    """
 
     max_abs_diff: float
     mean_abs_diff: float
@@ -58,7 +60,7 @@ class Verification:
 
 
 def probe(arch: Architecture) -> list[list[int]]:
-    """The same random token ids in every run: they visit many experts, and no policy is certain of them."""
+    """Random token ids, equal in every run. They visit many experts, and no policy is certain of them."""
     tokens = min(PROBE_TOKENS, arch.max_position_embeddings)
     return np.random.default_rng(0).integers(0, arch.vocab_size, (PROBE_SEQUENCES, tokens)).tolist()
 
@@ -72,10 +74,9 @@ def pack_probe(sequences: Sequence[list[int]], policy: Policy) -> PackedBatch:
 
 
 def trainer_logprobs(policy: Policy, sequences: Sequence[list[int]], temperature: float) -> list[np.ndarray] | None:
-    """The policy's log-probs of each sequence's tokens 1.. at this temperature, on rank 0; None elsewhere.
-    Collective."""
+    """The policy's log-probs of tokens 1 and later of each sequence on rank 0; None on other ranks. Collective."""
     batch = pack_probe(sequences, policy)
-    # As many micro-batches as an interleaved pipeline needs; all are the same.
+    # An interleaved pipeline needs several micro-batches; all are equal here.
     batches = [batch] * (policy.layout.pp if policy.layout.vpp > 1 else 1)
     answers = policy.logprobs(batches, temperature=temperature)
     flat = answers[0][0].cpu().numpy()[batch.loss_mask].astype(np.float32).tobytes() if answers else None
@@ -87,12 +88,12 @@ def trainer_logprobs(policy: Policy, sequences: Sequence[list[int]], temperature
 
 
 def _from_last_stage(data: bytes | None, policy: Policy) -> bytes:
-    """The last stage's bytes on all ranks of the replica."""
+    """Returns the last stage's bytes on all ranks of the replica."""
     return broadcast_bytes(data, policy.place.replica, source=policy.place.replica.size() - 1)
 
 
 async def ask_servers(clients: Sequence[SGLangClient], arch: Architecture, temperature: float, version: int) -> Asked:
-    """Raises RolloutError."""
+    """Asks all servers for scores, samples and checksums. Raises RolloutError."""
     sequences = probe(arch)
     prompts = [ids[: max(1, len(ids) // 2)] for ids in sequences]
 
@@ -105,7 +106,7 @@ async def ask_servers(clients: Sequence[SGLangClient], arch: Architecture, tempe
     async def score(client: SGLangClient) -> list[list[float]]:
         return await asyncio.gather(*(client.score(ids) for ids in sequences))
 
-    # Each server answers once at least, and one alone as often as there are prompts.
+    # Each server answers at least once, and a single server answers all prompts.
     turns = range(max(len(clients), len(prompts)))
     answers = await asyncio.gather(*(sample(clients[n % len(clients)], prompts[n % len(prompts)]) for n in turns))
     scores = await asyncio.gather(*(score(client) for client in clients))
@@ -122,7 +123,7 @@ async def ask_servers(clients: Sequence[SGLangClient], arch: Architecture, tempe
 
 
 def sampled_sequences(asked: Asked | None, policy: Policy) -> list[list[int]]:
-    """The answers' tokens, which rank 0 has, on all ranks. Collective."""
+    """Returns the tokens of rank 0's answers on all ranks. Collective."""
     mine = None if asked is None else orjson.dumps([answer.token_ids for answer in asked.answers])
     sequences: list[list[int]] = orjson.loads(broadcast_bytes(mine, policy.place.control))
     return sequences
@@ -131,9 +132,9 @@ def sampled_sequences(asked: Asked | None, policy: Policy) -> list[list[int]]:
 def verify(
     asked: Asked, expected: Sequence[np.ndarray], sampled: Sequence[np.ndarray], bound: float, temperature: float
 ) -> Verification:
-    """`expected` and `sampled` are the trainer's log-probs of the probe and of the answers' whole sequences.
+    """Compares the servers with the trainer's log-probs of the probe (`expected`) and of whole answers (`sampled`).
 
-    Raises WeightSyncError naming the server whose log-probs or checksum differ.
+    Raises WeightSyncError, which names the server whose log-probs or checksum differ.
     """
     differences = []
     for url, scores in asked.scores.items():
@@ -157,7 +158,7 @@ def verify(
             for answer, logprobs in zip(asked.answers, sampled, strict=True)
             if answer.url == url
         ]
-        # The mean: what a server does to its log-probs moves them all, while rounding to bf16 can send one token to
+        # Use the mean: a server's fault moves all its log-probs, while rounding to bf16 can send one token to
         # other experts. Rounding of logits counts 1 / temperature times.
         mean = float(np.concatenate([_gaps(served, ours) for served, ours in pairs]).mean())
         if not mean <= bound / min(1.0, temperature):
@@ -174,6 +175,5 @@ def verify(
 
 
 def _gaps(served: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """|difference|, relative where |log p| > 1: a token that is all but impossible has a log-prob of many nats, and
-    rounding grows with it."""
+    """|difference|, divided by |log p| if that is above 1: rounding grows with the log-prob of an unlikely token."""
     return np.abs(served - expected) / np.maximum(1.0, np.abs(expected))

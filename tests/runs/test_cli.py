@@ -1,7 +1,8 @@
-"""The command line as a user runs it: options, dry runs without torch, and one `error:` for what can be mended."""
+"""The command line as a user runs it: options, dry runs without torch, and one `error:` for what the user can fix."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -43,6 +44,7 @@ OPTIONS = {
         "--json",
     },
 }
+GROUP_OPTIONS = {"--version"}
 BLOCK_TORCH = "import sys; sys.modules['torch'] = None; from megatron_rl.cli import main; main()"
 
 
@@ -92,6 +94,37 @@ def test_the_options_are_frozen() -> None:
             option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
         }
     assert found == OPTIONS
+    assert {option for parameter in group.params for option in parameter.opts} == GROUP_OPTIONS
+
+
+def test_the_versions_are_told_without_torch(directory: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCK_TORCH, "--version"],
+        cwd=directory,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert list(lines) == ["megatron_rl", "megatron-core", "torch", "transformers", "sglang"]
+    for name in ("megatron_rl", "megatron-core", "torch", "transformers"):
+        assert lines[name] == importlib.metadata.version(name)
+
+
+def test_a_package_that_is_absent_is_told_as_absent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def version(name: str) -> str:
+        if name == "sglang":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.2.3"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(SystemExit) as ended:
+        app(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == ["transformers 1.2.3", "sglang not installed"]
 
 
 # ---- dry runs --------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The verifier of mathematical answers, on math-verify's LaTeX parser. docs/verifiers.md says what it accepts.
 
-extract.py finds the final answer in a response, notation.py spells it one way, units.py takes its unit off, read.py
-makes values of it, and compare.py compares values. Only read.py uses sympy's parser, and no text is evaluated as code.
+extract.py finds the final answer in a response, notation.py normalizes its spelling, units.py splits off its unit,
+read.py turns it into values, and compare.py compares values. Only read.py uses sympy's parser. No text is evaluated as
+code.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ EXPECTED = "expected a number, expression, equation, interval, set, tuple or a w
 
 
 def verify_math(prompt: Prompt, response: str) -> Verdict:
-    """Verdict of the final answer in `response`: reward 1 if it is what `prompt.answer` says, else 0.
+    """Judges the final answer in `response`: reward 1 if it equals `prompt.answer`, else 0.
 
-    It has no time limit of its own: megatron_rl.rewards.judges ends a comparison that takes too long. Raises ValueError
-    for a reference that cannot be read.
+    There is no time limit here: megatron_rl.rewards.judges ends a comparison that takes too long. Raises ValueError if
+    the reference cannot be read.
     """
     reference = _read_reference(prompt.answer)
     if not reference:
@@ -29,7 +30,7 @@ def verify_math(prompt: Prompt, response: str) -> Verdict:
 
 
 def check_math_answer(answer: str) -> str | None:
-    """None, or why `verify_math` cannot read the reference answer."""
+    """None if `verify_math` can read the reference answer, else the reason."""
     return None if _read_reference(answer) else f"{answer[:100]!r} cannot be read; {EXPECTED}"
 
 
@@ -37,6 +38,6 @@ verify_math.check_answer = check_math_answer  # type: ignore[attr-defined]
 
 
 def _read_reference(answer: str) -> list:
-    """A reference is an answer, or a solution that ends in one box."""
+    """Reads a reference, which is an answer or a solution that ends in one box."""
     boxed = final_answer(answer) if "\\boxed" in answer or "\\fbox" in answer else answer
     return read_reference(boxed) if boxed else []

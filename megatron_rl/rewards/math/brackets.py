@@ -1,22 +1,22 @@
-"""Text with brackets: what stands outside of them, and where they close."""
+"""Finds where brackets close and which text is outside of them."""
 
 from __future__ import annotations
 
 import re
 
 DEEPEST = 12
-"""Brackets within each other. The time that math-verify's parser takes may grow with their power."""
+"""Deepest nesting of brackets. The time of math-verify's parser may grow exponentially with it."""
 
 
 def unwrapped(text: str) -> str:
-    """Without the braces of LaTeX around all of it."""
+    """The text without LaTeX braces around the whole of it."""
     while len(text) > 1 and text[0] == "{" and text[-1] == "}" and closes_at_end(text):
         text = text[1:-1].strip()
     return text
 
 
 def depths_of(text: str) -> list[int]:
-    """Of brackets of any kind, before each character. A half-open interval's differ, so kinds are not told apart."""
+    """Depth of brackets before each character. All kinds count alike: the two ends of a half-open interval differ."""
     depths = []
     depth = 0
     for character in text:
@@ -30,7 +30,7 @@ def depths_of(text: str) -> list[int]:
 
 
 def balanced(text: str) -> bool:
-    """Whether every bracket is closed, and not too many are within each other."""
+    """Whether every bracket is closed and the nesting is not too deep."""
     depths = depths_of(text)
     return depths[-1] == 0 and min(depths) == 0 and max(depths) <= DEEPEST
 

@@ -1,4 +1,4 @@
-"""Whether an answer is what the reference says. Numbers are compared exactly; decimals are the one exception."""
+"""Compares an answer with the reference. Numbers are compared exactly; decimals are the one exception."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_rl.rewards.math.values import (
 )
 
 FEWEST_DIGITS = 6
-"""A decimal of so many significant digits may stand for a number that it is rounded or cut from."""
+"""Significant digits from which a decimal may stand for a number that it is rounded or cut from."""
 _PRECISION = 60  # decimal digits
 _MOST_BITS = 100_000  # of a number that is computed exactly
 _LARGEST_FACTORIAL = 5_000
@@ -42,7 +42,7 @@ _FEWEST_POINTS = 3
 
 
 class TooLargeError(ArithmeticError):
-    """A number that would take too long to compute."""
+    """The number would take too long to compute."""
 
 
 def right(reference: Sequence[Value], answer: Sequence[Value]) -> bool:
@@ -51,7 +51,7 @@ def right(reference: Sequence[Value], answer: Sequence[Value]) -> bool:
 
 
 def _equal_or_not(reference: Value, answer: Value) -> bool:
-    """What sympy cannot compute is not equal."""
+    """Whether the two are equal; False if sympy cannot compute it."""
     try:
         return _equal(reference, answer)
     except (ArithmeticError, AttributeError, LookupError, NotImplementedError, RecursionError, TypeError, ValueError):
@@ -118,7 +118,7 @@ def _equal_several(reference: Several, answer: Several) -> bool:
 
 
 def _by_name(items: Sequence[Value]) -> Sequence[Value]:
-    """y = 3, x = 2 is (2, 3)."""
+    """The items sorted by name if all of them are named: y = 3, x = 2 counts as (2, 3)."""
     named = [item for item in items if isinstance(item, Named)]
     if len(named) < len(items):
         return items
@@ -146,7 +146,10 @@ def _equal_sets(reference: list[Value], answer: list[Value]) -> bool:
 
 
 def _equal_chain(reference: Value, answer: Chain) -> bool:
-    """One part is the reference, and none contradicts it: another is equal, or near as far as its digits go."""
+    """Whether one part equals the reference and no part contradicts it.
+
+    The other parts must be equal, or agree as far as their digits go.
+    """
     return any(_equal_or_not(reference, part) for part in answer.parts) and all(
         _equal_or_not(reference, part) or _equal_or_not(_unfinished(reference), part) or _is_near(reference, part)
         for part in answer.parts
@@ -154,7 +157,7 @@ def _equal_chain(reference: Value, answer: Chain) -> bool:
 
 
 def _unfinished(value: Value) -> Value:
-    """The same, of which an answer may leave something to compute."""
+    """The same value, marked so that an answer may leave something to compute."""
     return Quantity(value.value, False, unit=value.unit) if isinstance(value, Quantity) else value
 
 
@@ -211,7 +214,7 @@ def _solved(left: Quantity, relation: str, other: Quantity) -> sympy.Set:
 
 
 def _equal_half_planes(reference: Inequality, answer: Inequality) -> bool:
-    """In several variables: one relation each, whose sides differ by a positive factor."""
+    """Whether two inequalities in several variables, of one relation each, differ by a positive factor only."""
     if len(reference.relations) != 1 or len(answer.relations) != 1:
         return False
     (one, first), (two, second) = (_below_zero(each) for each in (reference, answer))
@@ -239,7 +242,7 @@ def _equation(value: Value) -> Equation:
 
 
 def _equal_equations(reference: Equation, answer: Equation) -> bool:
-    """They have the same solutions if one is the other times a number. x = 2 and y = 2 are different."""
+    """Whether one equation is the other times a number. x = 2 and y = 2 are different."""
     one, two = (_computed(each.left.value) - _computed(each.right.value) for each in (reference, answer))
     if one.free_symbols != two.free_symbols or not one.free_symbols:
         return False
@@ -268,12 +271,12 @@ def _equal_quantities(reference: Quantity, answer: Quantity) -> bool:
 
 
 def _is_number(value: Quantity) -> bool:
-    """A single number that is written out, so nothing is left to compute."""
+    """Whether it is a single number with nothing left to compute."""
     return value.finished and not value.value.free_symbols and isinstance(value.value, sympy.Rational)
 
 
 def _scales(reference: Unit | None, answer: Unit | None, value: sympy.Expr) -> list[tuple[sympy.Expr, sympy.Expr]]:
-    """Factors of the two numbers under which they may be compared."""
+    """Pairs of factors by which the two numbers may be multiplied before they are compared."""
     one = Integer(1)
     if reference is None and answer is None:
         return [(one, one)]
@@ -286,7 +289,7 @@ def _scales(reference: Unit | None, answer: Unit | None, value: sympy.Expr) -> l
     assert answer is not None
     if not answer.is_ratio:
         return [(one, one)]
-    # 50% for 50, but not 0.5% for 0.5, which is likelier a probability.
+    # 50% for 50, but not 0.5% for 0.5, which is more likely a probability.
     return [(one, answer.factor), *([(one, one)] if abs(sympy.N(value)) > 1 else [])]
 
 
@@ -307,7 +310,7 @@ def _equal_numbers(one: sympy.Expr, two: sympy.Expr) -> bool:
 
 
 def _is_rounded(reference: Quantity, answer: Quantity) -> bool:
-    """Whether the one with fewer digits is the other, rounded or cut off at its last digit."""
+    """Whether the number with fewer digits is the other number, rounded or cut off at its last digit."""
     decimals = [each for each in (reference, answer) if each.last_place is not None]
     if not decimals:
         return False
@@ -343,7 +346,7 @@ def _same_function(one: sympy.Expr, two: sympy.Expr) -> bool:
 
 
 def _computed(value: sympy.Expr) -> sympy.Expr:
-    """The value, computed from the leaves up. Raises TooLargeError before a power or factorial that is too large."""
+    """Computes the value from the leaves up. Raises TooLargeError before a power or factorial that is too large."""
     if not value.args:
         return value
     if isinstance(value, sympy.Sum | sympy.Product | sympy.Integral | sympy.Limit | sympy.Derivative):

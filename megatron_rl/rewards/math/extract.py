@@ -1,7 +1,7 @@
-r"""The final answer of a response, as text.
+r"""Finds the final answer of a response, as text.
 
-In this order: the content of the last \boxed or <answer>, what follows the last "answer is", "answer:" or "####", or an
-expression that ends the response. What stands in <think>, or is crossed out, is no answer.
+The answer is the content of the last \boxed or <answer>; else the text after the last "answer is", "answer:" or "####";
+else an expression that ends the response. Text in <think> and text that is crossed out is not an answer.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 LONGEST = 4000
-"""Characters. A longer answer is none: nobody reads it."""
+"""Most characters of an answer. A longer text does not count as one."""
 
 _CROSSED_OUT = re.compile(r"~~.*?~~|<(?P<tag>s|del|strike)>.*?</(?P=tag)>|<!--.*?-->", re.DOTALL | re.IGNORECASE)
 _CROSSING = re.compile(r"\\(?:cancel|bcancel|xcancel|sout|st)\s*(?=\{)")
@@ -30,7 +30,7 @@ _AFTER_LEADING = re.compile(r"\s*(?:[,;(]|because\b|since\b|as\b|which\b|where\b
 _HEDGE = re.compile(r"(?:\bor|\bnot|\beither|\bnor|n't)\s*\$?$", re.IGNORECASE)
 _TRAILING_WORDS = 2
 _LEFT = re.compile(r"\s+(?:(?:are|is|were|was)\s+)?(?:left|remaining|remain|altogether|total|in total|in all)$")
-# A response that is nothing but an answer: three words at most, and words only or an expression from its beginning on.
+# A response that is only an answer: at most three words, or an expression from its first character on.
 _ALONE = re.compile(r"(?=\S+(?:\s+\S+){0,2}\s*$)(?:[^\d$]*$|[-+−(\[{\\$€£\d.√π]|\w\s*[=<>])")
 
 
@@ -42,7 +42,7 @@ class _Span:
 
 
 def final_answer(response: str) -> str | None:
-    """None if there is no answer: no box, tag or marker, and the response does not end in an expression."""
+    """The answer; None if there is no box, tag or marker and the response does not end with an expression."""
     text = _without_crossed_out(_after_thinking(response))
     found: str | None = None
     boxes, tags = _boxes(text), [_Span(m.start(), m.end(), m[1]) for m in _TAG.finditer(text)]
@@ -54,7 +54,7 @@ def final_answer(response: str) -> str | None:
     if boxes:
         found = _joined(text, boxes)
     elif _BOX.search(text):
-        return None  # a box that is never closed
+        return None  # the box is never closed
     return found if found and found.strip() and len(found) <= LONGEST else None
 
 
@@ -75,7 +75,7 @@ def _without_crossed_out(text: str) -> str:
 
 
 def _boxes(text: str) -> list[_Span]:
-    """Outermost boxes that are closed, in order."""
+    """The outermost boxes that are closed, in order."""
     found = []
     position = 0
     closings = _closings(text)
@@ -97,12 +97,12 @@ def _boxes(text: str) -> list[_Span]:
 
 
 def unboxed(text: str) -> str:
-    """The text without boxes inside of it, their content kept."""
+    """The text with each box in it replaced by its content."""
     return _BOX.sub("", text)
 
 
 def _closings(text: str) -> dict[int, int]:
-    """Where each brace that is closed opens and closes. Escaped ones are text."""
+    """Positions at which each closed brace opens and closes. Escaped braces are text."""
     closings: dict[int, int] = {}
     opened: list[int] = []
     for match in re.finditer(r"\\.|[{}]", text, re.DOTALL):
@@ -114,7 +114,7 @@ def _closings(text: str) -> dict[int, int]:
 
 
 def _joined(text: str, boxes: list[_Span]) -> str:
-    """The last box that is not empty, with those before it that nothing but a comma, "and" or "or" separates."""
+    """The last box that is not empty, joined with boxes before it if only commas, "and" or "or" are between."""
     filled = [box for box in boxes if box.text.strip()]
     if not filled:
         return ""

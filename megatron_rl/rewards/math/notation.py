@@ -1,6 +1,6 @@
-r"""One spelling for the many ways to write the same mathematics: Unicode, LaTeX's synonyms, and plain text.
+r"""Gives one spelling to the many ways of writing the same mathematics: Unicode, LaTeX's synonyms, and plain text.
 
-`spell` gives LaTeX without delimiters, sizes and spaces that mean nothing: "½" and "\dfrac12" become \frac{1}{2}.
+`spell` returns LaTeX without meaningless delimiters, sizes and spaces: "½" and "\dfrac12" become \frac{1}{2}.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ _RULES = [
 
 
 def spell(text: str) -> str:
-    """The text in one spelling. It stays what it was when it is spelt again."""
+    """The text in the one spelling. Spelling the result again does not change it."""
     text = "".join(map(_character, _vulgar(text)))
     text = _RAISED.sub(lambda m: "^{" + _plain(m[0]) + "}", text)
     text = _LOWERED.sub(lambda m: "_{" + _plain(m[0]) + "}", text)
@@ -122,7 +122,7 @@ def _braced(text: str) -> str:
 
 
 def _vulgar(text: str) -> str:
-    r"""Fractions that are one character, as \frac."""
+    r"""Writes fractions of one character, such as ½, as \frac."""
 
     def fraction(character: str) -> str:
         top, slash, bottom = unicodedata.normalize("NFKC", character).partition("⁄")
@@ -152,7 +152,7 @@ def _plain(raised: str) -> str:
 
 
 def _parenthesised(text: str, before: str) -> str:
-    """Braces in place of the parentheses that follow `before`."""
+    """Replaces the parentheses after `before` by braces."""
     for match in reversed(list(re.finditer(before + r"(?=\()", text))):
         end = _matching(text, match.end())
         if end is not None:
@@ -170,7 +170,7 @@ def _matching(text: str, start: int) -> int | None:
 
 
 def _trimmed(text: str) -> str:
-    """Without the marks around an answer: dollars of LaTeX, Markdown's emphasis, and the full stop."""
+    """The answer without the marks around it: LaTeX's dollars, Markdown's emphasis, and the full stop."""
     before = None
     while text != before:
         before = text

@@ -1,4 +1,4 @@
-"""From the text of an answer to its readings, as values. math-verify parses expressions; nothing is computed here."""
+"""Turns the text of an answer into readings, as values. math-verify parses expressions; nothing is computed here."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from megatron_rl.rewards.math.values import (
     Word,
 )
 
-# It warns that its time limit is off. The limit works by signals, so only in a main thread, and not in one long call of
-# C, such as a tower of powers; Judges ends the process instead.
+# math-verify warns that its time limit is off. The limit uses signals, so it works only in a main thread, and it cannot
+# end one long call of C, such as a tower of powers. Judges ends the process instead.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 _LATEX = math_verify.LatexExtractionConfig(
@@ -39,7 +39,7 @@ _LATEX = math_verify.LatexExtractionConfig(
 )
 
 LONGEST_LEAF = 1000
-"""Characters of one expression, number or word."""
+"""Most characters of one expression, number or word."""
 
 _DECIMAL = r"(?:\d+(?:\.\d*)?|\.\d+)"
 _NUMBER = re.compile(
@@ -94,12 +94,12 @@ _COMMANDS = re.compile(r"\\[a-zA-Z]+|\\.")
 
 
 def read(text: str) -> list[Value]:
-    """The readings of an answer, the likeliest first; [] if it cannot be read."""
+    """The readings of an answer, most likely first; [] if it cannot be read."""
     return _read(spell(text), 0)
 
 
 def read_reference(text: str) -> list[Value]:
-    """The readings of a reference: without those by which 5m would be five metres, so that 5 were right."""
+    """The readings of a reference, without readings in which 5m is five metres: they would make 5 right."""
     return [value for value in read(text) if not (isinstance(value, Quantity) and value.certainty == "possible")]
 
 
@@ -127,7 +127,7 @@ def _read(text: str, depth: int) -> list[Value]:
 
 
 def _structures(text: str, depth: int) -> list[Value]:
-    """Lists, unions, relations, and what stands in brackets."""
+    """Readings as lists, unions, relations, or brackets."""
     if not (text.startswith(r"\{") and r"\mid" in text):
         for kind, parts in _lists(text):
             return _several(kind, parts, depth)
@@ -168,7 +168,7 @@ def _several(kind: Kind, parts: Sequence[str], depth: int) -> list[Value]:
 
 
 def _as_region(readings: Sequence[Value]) -> Value:
-    """The interval among the readings of "(1, 2)"; else the first."""
+    """The reading of "(1, 2)" that is an interval; if there is none, the first reading."""
     return next((value for value in readings if isinstance(value, Interval)), readings[0])
 
 
@@ -239,7 +239,7 @@ def _name(text: str) -> str:
 
 
 def _quantities(text: str) -> list[Value]:
-    """A number or an expression, with its unit if it has one."""
+    """Readings as a number or an expression, with its unit if it has one."""
     text = unwrapped(text.strip())
     if not text or len(text) > LONGEST_LEAF:
         return []
@@ -261,14 +261,14 @@ def _quantities(text: str) -> list[Value]:
 
 
 def _one_each(texts: Sequence[str]) -> tuple[Quantity, ...]:
-    """The first reading of each; () if one is no quantity."""
+    """The first reading of each text; () if one of them is not a quantity."""
     found = [next(iter(_quantities(text)), None) for text in texts]
     quantities = tuple(one for one in found if isinstance(one, Quantity))
     return quantities if len(quantities) == len(texts) else ()
 
 
 def _number(text: str) -> Quantity | None:
-    """A number as it is written, exactly."""
+    """The exact value of a written number."""
     plain = re.sub("[ ,']", "", text) if _THOUSANDS.fullmatch(text) else text
     if match := _NUMBER.fullmatch(plain):
         return _decimal(match["sign"], match["digits"], int(match["e"] or match["power"] or 0))
@@ -307,7 +307,7 @@ def _mixed(match: re.Match[str]) -> Rational | None:
 
 
 def _expression(text: str) -> Quantity | None:
-    """What math-verify's parser makes of it, with exact numbers in place of floating point."""
+    """The expression that math-verify's parser returns, with exact numbers instead of floating point."""
     text = re.sub(r"\\text\s*\{\s*(\w)\s*\}", r" \1 ", text)
     if "\\text" in text or (":" in text and not re.fullmatch(r"\s*\d+\s*:\s*\d+\s*", text)):
         return None
@@ -317,7 +317,7 @@ def _expression(text: str) -> Quantity | None:
         return None
     latex = _MIXED.sub(_mixed_as_sum, text)
     latex = re.sub(rf"(?<![\w.]){_DECIMAL}(?![\w.])", _as_fraction, latex)
-    # Without a sign between them, the parser adds a number to what follows it.
+    # The parser adds a number to the term after it if there is no sign between them.
     latex = re.sub(r"(?<![_\w])(\d+)\s*(?=\(|\\frac|\{\\frac)", r"\1 \\cdot ", latex)
     latex = re.sub(r"(?<=[)}])\s*(?=\d)", r" \\cdot ", latex) if re.search(r"\)\s*\d", latex) else latex
     try:
@@ -335,7 +335,7 @@ def _expression(text: str) -> Quantity | None:
 
 
 def _is_bomb(text: str) -> bool:
-    """What the parser itself would compute for ever. Other large numbers are never computed (compare.py)."""
+    """Whether the parser itself would compute for ever. Other large numbers are never computed (compare.py)."""
     binomial = re.search(r"\\binom|\\choose|C\s*\(", text)
     return bool(re.search(r"\d{1000}", text)) or bool(binomial and re.search(r"\d{5}|\^|!", text))
 
@@ -354,13 +354,13 @@ def _as_fraction(match: re.Match[str]) -> str:
 
 
 def _with_constants(value: sympy.Basic) -> sympy.Basic:
-    """The parser takes i, and e in \\text, for variables."""
+    """Replaces i, and e in \\text, by the constants. The parser takes them for variables."""
     constants = {symbol: I if symbol.name == "i" else sympy.E for symbol in value.free_symbols if symbol.name in "ie"}
     return value.xreplace(constants) if constants else value
 
 
 def _is_finished(value: sympy.Basic) -> bool:
-    """False for a number that is left to be computed. A power, a factorial and a fraction of such may be left."""
+    """Whether nothing is left to compute. A power, a factorial, and a fraction of these count as finished."""
     if value.free_symbols or isinstance(value, sympy.MatrixBase):
         return True
     if isinstance(value, sympy.Number):
@@ -380,7 +380,7 @@ def _is_finished_integer_power(value: sympy.Basic) -> bool:
 
 
 def _words(text: str) -> list[Value]:
-    """Words are compared as they are; so is what has digits and no LaTeX, such as "3:30 pm"."""
+    """Reading as a word, which is compared as text. Text with digits and no LaTeX, such as "3:30 pm", is a word too."""
     words = _plain_words(text)
     if not words or len(words) > LONGEST_LEAF or "\\" in words or not re.search(r"\w", words):
         return []

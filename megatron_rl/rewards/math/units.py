@@ -1,4 +1,4 @@
-"""Units after a number. Known ones are converted; other words, as in "18 apples", are not judged."""
+"""Units after a number. Known units are converted; other words, as in "18 apples", are not judged."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _ONE = sympy.Integer(1)
 
 @dataclass(frozen=True)
 class Unit:
-    """`factor` is the size in the base unit of the dimension; powers of base dimensions, as (("length", 2),)."""
+    """`factor` is the size in base units; `powers` are of base dimensions, such as (("length", 2),)."""
 
     dimension: tuple[tuple[str, int], ...]
     factor: sympy.Expr = _ONE
 
     @property
     def is_ratio(self) -> bool:
-        """Percent and degrees are numbers too: 50% is 0.5."""
+        """Whether the unit is percent or degrees, which are numbers too: 50% is 0.5."""
         return self.dimension in ((("ratio", 1),), (("angle", 1),))
 
 
@@ -79,7 +79,7 @@ _UNITS = {
 _SPELT = {"mph": "mile per hour", "kph": "km per hour", "kmh": "km per hour", "sqft": "square ft", "cc": "cubic cm"}
 CURRENCY = "$€£¥₹"
 
-# Words that make a sentence of it: "5 is wrong" is not 5 of something.
+# Words that make the text a sentence: "5 is wrong" is not 5 of something.
 _SENTENCE = """
     not no is isn are be was if else or and but nor maybe perhaps wrong false incorrect right wait then than so to mod
     modulo plus minus times divided over choose since because where when either actually instead except about more less
@@ -100,11 +100,11 @@ _POWERS = {"square": 2, "sq": 2, "sq.": 2, "squared": 2, "cubic": 3, "cu": 3, "c
 
 
 Certainty = Literal["sure", "likely", "possible"]
-"""Of a unit: 5 \\text{m}; 5 m; and 5m, which may as well be five times the variable m."""
+"""Certainty of a unit: 5 \\text{m}; 5 m; and 5m, which may also be five times the variable m."""
 
 
 def split_unit(text: str) -> Iterator[tuple[str, Unit | None, Certainty]]:
-    """The ways to take a unit off the spelt `text`: value, unit, certainty. None is the unit of other words."""
+    """The ways to split a unit off the spelt `text`: value, unit, certainty. For unknown words the unit is None."""
     sign = "-" if text.startswith("-") else ""
     body = text[len(sign) :].lstrip()
     if body[:1] and body[0] in CURRENCY:
@@ -130,7 +130,7 @@ def split_unit(text: str) -> Iterator[tuple[str, Unit | None, Certainty]]:
 
 
 def parse_unit(phrase: str) -> Unit | None:
-    """None if a part of it is no known unit."""
+    """The unit of the text; None if a part of it is not a known unit."""
     dimension: dict[str, int] = {}
     factor: sympy.Expr = _ONE
     phrase = _SPELT.get(phrase.lower(), phrase)

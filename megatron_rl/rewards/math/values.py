@@ -1,4 +1,4 @@
-"""What an answer can be. A text may have several readings: "1,234" is a number, or two."""
+"""The values that an answer can have. A text may have several readings: "1,234" is one number, or two."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Quantity:
     """A number or an expression with symbols, not evaluated."""
 
     value: sympy.Expr
-    finished: bool = True  # False if something is left to compute, as in 2 + 3
-    last_place: int | None = None  # power of ten of the last digit that is written; None: exact
-    digits: int = 0  # significant digits that are written
+    finished: bool = True  # False if there is something left to compute, as in 2 + 3
+    last_place: int | None = None  # power of ten of the last written digit; None: exact
+    digits: int = 0  # number of significant digits written
     unit: Unit | None = None
     certainty: Certainty | None = None  # of the unit
 
@@ -68,7 +68,7 @@ class Equation:
 
 @dataclass(frozen=True)
 class Chain:
-    """Quantities that are said to be equal, as in 1/2 = 0.5."""
+    """Quantities that the text calls equal, as in 1/2 = 0.5."""
 
     parts: tuple[Quantity, ...]
 
@@ -83,7 +83,7 @@ class Named:
 
 @dataclass(frozen=True)
 class Word:
-    """Compared letter by letter; lower case."""
+    """Text in lower case, compared letter by letter."""
 
     text: str
 

@@ -1,0 +1,52 @@
+"""Hides the start-up warnings of Megatron-Core and torch that say nothing to a user of this program.
+
+Each rank would print them, and bury what the run itself has to say. A warning is hidden only if its text and the module
+that gives it are in the list below, with the reason. Every other warning still shows. `python -W default` shows all.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class KnownWarning:
+    """`module` and `text` are regular expressions; `text` matches from the start of the message."""
+
+    category: type[Warning]
+    module: str
+    text: str
+
+
+MEGATRON = r"megatron\.core\."
+
+EVERYWHERE = (
+    # Printed while Megatron-Core is imported. Apex is not used, and `engine.layers` decides about Transformer Engine:
+    # `te` without it is an error, and versions.json records whether it is installed.
+    KnownWarning(UserWarning, MEGATRON, "Transformer Engine and Apex are not installed"),
+    KnownWarning(UserWarning, MEGATRON, "Apex is not installed. Falling back to Torch Norm"),
+    # Megatron-Core deprecates the default of its own option; no CUDA graphs are captured here.
+    KnownWarning(UserWarning, MEGATRON + "transformer.transformer_config", "full scope is deprecated"),
+    # Its optimizer asks every parameter for a gradient, views included, and expects None from those.
+    KnownWarning(UserWarning, MEGATRON + "optimizer", r"The \.grad attribute of a Tensor that is not a leaf"),
+    # Megatron-Core calls two collectives by the names that torch deprecates; they still work.
+    KnownWarning(
+        FutureWarning,
+        r"torch\.distributed\.",
+        r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
+    ),
+)
+ON_CPU = (
+    # Concerns the order of kernels on a GPU. There the advice may be worth taking, so it still shows.
+    KnownWarning(UserWarning, MEGATRON + "tensor_parallel.layers", "When using sequence parallelism it is recommended"),
+)
+
+
+def hide_known_warnings(known: tuple[KnownWarning, ...] = EVERYWHERE) -> None:
+    """Does nothing if Python was started with -W or PYTHONWARNINGS: then the user has chosen."""
+    if sys.warnoptions:
+        return
+    for warning in known:
+        warnings.filterwarnings("ignore", warning.text, warning.category, warning.module)
