@@ -232,7 +232,7 @@ def _check_servers_memory(config: Config) -> Iterator[str]:
 
 
 def check_companions(config: Config, arch: Architecture, layout: Layout) -> None:
-    """Of reference policy and critic, which share the policy's layout. Raises ConfigError with all contradictions."""
+    """Checks reference and critic, which share the policy's layout. Raises ConfigError with all contradictions."""
     problems = []
     reference, critic = config.model.reference, config.critic
     if reference is not None:

@@ -11,9 +11,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from megatron_rl.config.servers import VARIABLE, same_server, url_problem
-from megatron_rl.config.switches import ObjectiveConfig
-from megatron_rl.config.values import (
+from megatron_rl.config.bounds import (
     AdamBeta,
     Frozen,
     LearningRate,
@@ -24,6 +22,8 @@ from megatron_rl.config.values import (
     Reward,
     Seconds,
 )
+from megatron_rl.config.servers import VARIABLE, same_server, url_problem
+from megatron_rl.config.switches import ObjectiveConfig
 
 
 def _check_urls(urls: tuple[str, ...]) -> tuple[str, ...]:
@@ -57,7 +57,8 @@ class ModelConfig(Frozen):
     path: Path
     """Hugging Face model directory: config.json, tokenizer and safetensors."""
     reference: Path | None = None
-    """Of the reference policy pi_ref, of the same architecture; None: path. Read where objective.kl asks for it."""
+    """Model directory of the reference policy pi_ref, of the same architecture. Defaults to `path`; read only if
+    objective.kl needs it."""
 
 
 class ParallelConfig(Frozen):
@@ -89,7 +90,7 @@ class EngineConfig(Frozen):
     logit_chunk_tokens: PositiveInt = 1024
     """Tokens whose fp32 logits exist at one time, in the forward as in the backward pass."""
     aux_loss_coefficient: Annotated[float, Field(ge=0, le=1e3)] = 0.0
-    """Of Megatron-Core's load-balancing loss, the policy's and the critic's; off in RL unless asked for."""
+    """Coefficient of Megatron-Core's load-balancing loss, for policy and critic. 0 disables it."""
     heartbeat: Annotated[float, Field(ge=1)] | None = 90.0
     """Seconds without a sign of life after which a rank is lost: stopped, or without its host. The other ranks then end
     and name it. Defaults to 90; null disables."""
@@ -124,8 +125,8 @@ class DataConfig(Frozen):
     prompt_field: str = "prompt"
     answer_field: str = "answer"
     verifier: str | None = None
-    """Of prompts that name none of their own: a name in megatron_rl.rewards, or `package.module:function`. A prompt may
-    name a built-in verifier or this one. Defaults to `arithmetic` for problems of `arithmetic:SPEC`, else `math`."""
+    """Verifier of prompts that name none: a built-in name, or `package.module:function`. A prompt may name a built-in
+    verifier or this one. Defaults to `arithmetic` for problems of `arithmetic:SPEC`, else `math`."""
     chat_template: bool = False
     """Wrap each prompt as a user message with the tokenizer's chat template."""
     max_prompt_tokens: PositiveInt = 1024

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import get_args
 
-from megatron_rl.config.values import Frozen
+from megatron_rl.config.bounds import Frozen
 
 
 @dataclass(frozen=True)

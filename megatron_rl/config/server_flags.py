@@ -74,7 +74,7 @@ UNROUTED_BACKENDS = ("auto", "flashinfer_trtllm", "experimental_sgl_trtllm", "fl
 
 
 def flags_among(given: Sequence[str], flags: Sequence[str]) -> Iterator[str]:
-    """Those of `flags` that `given` sets: as `--flag value`, as `--flag=value`, with _ for -, or by an abbreviation."""
+    """Yields the `flags` that `given` sets: as `--flag value`, as `--flag=value`, with _ for -, or abbreviated."""
     for flag in flags:
         if any(_sets(text, flag) for text in given):
             yield flag
@@ -91,7 +91,7 @@ def flag_value(flags: Sequence[str], name: str) -> str | None:
 
 
 def _sets(text: str, flag: str) -> bool:
-    """Whether SGLang takes `text` for `flag`."""
+    """Tells whether SGLang takes `text` for `flag`."""
     written = text.partition("=")[0].replace("_", "-")
     if written == flag:
         return True
@@ -99,7 +99,7 @@ def _sets(text: str, flag: str) -> bool:
 
 
 def check_server_flags(config: Config) -> Iterator[str]:
-    """For servers that the trainer starts."""
+    """Yields contradictions between the flags of servers that the trainer starts and the rest."""
     servers = config.rollout.servers
     gpu = flag_value(servers.extra_flags, "--base-gpu-id")
     if gpu is not None and config.weights.route == "collective" and config.engine.device != "cpu":

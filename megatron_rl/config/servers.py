@@ -1,4 +1,4 @@
-"""Where rollout servers are: their URLs, who can reach them, and the variable of their key. No torch."""
+"""URLs of rollout servers, who can reach them, and the variable of their key. No torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def is_loopback(host: str) -> bool:
 
 
 def exposed(urls: Iterable[str]) -> list[str]:
-    """Those of the URLs that name another machine than this one."""
+    """Returns the URLs that name another machine than this one."""
     return [url for url in urls if not is_loopback(urlsplit(url).hostname or "")]
 
 

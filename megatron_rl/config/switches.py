@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_rl.config.values import Frozen, Positive, PositiveInt
+from megatron_rl.config.bounds import Frozen, Positive, PositiveInt
 
 LowBound = Annotated[float, Field(ge=0, lt=1)]
 HighBound = Annotated[float, Field(ge=0, le=1e6)]

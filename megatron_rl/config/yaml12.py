@@ -129,7 +129,7 @@ class _Reading:
         self._above: list[yaml.Node] = []
 
     def value(self, node: yaml.Node, key: str) -> Any:
-        """Of the node at the dotted `key`."""
+        """Value of the node at the dotted `key`."""
         if isinstance(node, yaml.ScalarNode):
             self._count(node, key)
             return self._scalar(node, key)

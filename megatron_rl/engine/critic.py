@@ -20,7 +20,7 @@ from megatron_rl.ranks.place import Place
 
 
 class Critic(Network):
-    """Its methods are collective, as Network's are. A model without a value head gets one of zeros."""
+    """A Network with a value head. A model without one gets a head of zeros, so all values are 0."""
 
     optim_section = "critic.optim"
     metrics_prefix = "critic/"

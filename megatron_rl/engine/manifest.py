@@ -65,7 +65,7 @@ class Identity(_StrictModel):
 
 
 class State(_StrictModel):
-    """Where a run stands."""
+    """Progress of a run."""
 
     step: Annotated[int, Field(ge=0)]
     cursor: dict[str, int]

@@ -22,7 +22,7 @@ TokenLoss = Callable[[int, Tensor, Tensor], Tensor]
 
 
 class Policy(Network):
-    """Its methods are collective, as Network's are."""
+    """A Network that gives log-probs. Its methods are collective."""
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_rl.models.fields import Fields, read_json_object
+from megatron_rl.models.fields import JsonFields, read_json_object
 from megatron_rl.models.registry import MODULES, find_family
 
 # Neither the weights nor what the forward pass computes depends on these, or not with these values.
@@ -135,7 +135,7 @@ def read_architecture(model_dir: Path, value_head: bool = False) -> Architecture
     field that is missing, unknown, or asks for what this project does not compute.
     """
     path = Path(model_dir) / "config.json"
-    fields = Fields(path, read_json_object(path))
+    fields = JsonFields(path, read_json_object(path))
     model_type = fields.left.pop("model_type", None)
     if not isinstance(model_type, str) or model_type not in MODULES:
         raise fields.error("model_type", model_type, " or ".join(MODULES))
@@ -147,7 +147,7 @@ def read_architecture(model_dir: Path, value_head: bool = False) -> Architecture
     return dataclasses.replace(architecture, value_head=value_head)
 
 
-def read_decoder(fields: Fields, model_type: str, *, qk_norm: bool, derives_head_dim: bool) -> Architecture:
+def read_decoder(fields: JsonFields, model_type: str, *, qk_norm: bool, derives_head_dim: bool) -> Architecture:
     """Takes what every pre-norm decoder with grouped-query attention, rotary positions and SwiGLU has: all but experts.
 
     `derives_head_dim`: whether a missing head_dim means hidden_size / num_attention_heads. Raises ModelError.
@@ -188,7 +188,7 @@ def read_decoder(fields: Fields, model_type: str, *, qk_norm: bool, derives_head
     )
 
 
-def _rope_theta(fields: Fields) -> float:
+def _rope_theta(fields: JsonFields) -> float:
     """transformers 5 writes rope_parameters; earlier versions write rope_theta and rope_scaling."""
     thetas = [fields.number("rope_theta")] if "rope_theta" in fields.left else []
     for name in ("rope_parameters", "rope_scaling"):
@@ -197,7 +197,7 @@ def _rope_theta(fields: Fields) -> float:
             continue
         if not isinstance(content, dict):
             raise fields.error(name, content, "an object, or null")
-        rope = Fields(fields.path, content, prefix=f"{name}.")
+        rope = JsonFields(fields.path, content, prefix=f"{name}.")
         rope.must_be("rope_type", "default")
         rope.must_be("type", "default")
         rope.must_be("partial_rotary_factor", 1.0, 1)

@@ -59,7 +59,7 @@ def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-class Fields:
+class JsonFields:
     """The fields of one JSON object; each is taken once, and what is left at the end was not understood."""
 
     def __init__(self, path: Path, content: dict[str, Any], prefix: str = "") -> None:

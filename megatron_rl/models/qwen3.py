@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_rl.models import blocks
 from megatron_rl.models.architecture import Architecture, read_decoder
-from megatron_rl.models.fields import Fields
+from megatron_rl.models.fields import JsonFields
 from megatron_rl.models.weight import Weight
 
 MODEL_TYPE = "qwen3"
@@ -16,7 +16,7 @@ INERT: dict[str, tuple[Any, ...]] = {}
 UNUSED = (r".*\.rotary_emb\.inv_freq",)
 
 
-def read(fields: Fields) -> Architecture:
+def read(fields: JsonFields) -> Architecture:
     # Without head_dim transformers takes 128, and SGLang hidden_size / num_attention_heads.
     return read_decoder(fields, MODEL_TYPE, qk_norm=True, derives_head_dim=False)
 

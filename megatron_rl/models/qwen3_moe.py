@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_rl.models import blocks
 from megatron_rl.models.architecture import Architecture, read_decoder
-from megatron_rl.models.fields import Fields
+from megatron_rl.models.fields import JsonFields
 from megatron_rl.models.weight import Weight
 
 MODEL_TYPE = "qwen3_moe"
@@ -25,7 +25,7 @@ UNUSED = (r".*\.rotary_emb\.inv_freq",)
 MAX_EXPERTS = 4_096  # lists as long as this are made of a model's experts; today's widest has 512
 
 
-def read(fields: Fields) -> Architecture:
+def read(fields: JsonFields) -> Architecture:
     # transformers and SGLang both derive head_dim so.
     decoder = read_decoder(fields, MODEL_TYPE, qk_norm=True, derives_head_dim=True)
     num_experts = _num_experts(fields)
@@ -43,7 +43,7 @@ def read(fields: Fields) -> Architecture:
     )
 
 
-def _num_experts(fields: Fields) -> int:
+def _num_experts(fields: JsonFields) -> int:
     # transformers 5 writes num_local_experts, earlier versions num_experts.
     names = [name for name in ("num_experts", "num_local_experts") if name in fields.left]
     counts = {fields.integer(name, largest=MAX_EXPERTS) for name in names or ["num_experts"]}
@@ -52,7 +52,7 @@ def _num_experts(fields: Fields) -> int:
     return counts.pop()
 
 
-def _dense_layers(fields: Fields, num_layers: int) -> tuple[int, ...]:
+def _dense_layers(fields: JsonFields, num_layers: int) -> tuple[int, ...]:
     step = fields.integer("decoder_sparse_step", 1)
     mlp_only = fields.left.pop("mlp_only_layers", None) or []
     if not isinstance(mlp_only, list) or any(type(n) is not int or not 0 <= n < num_layers for n in mlp_only):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:  # architecture.py looks families up here
     from megatron_rl.models.architecture import Architecture
-    from megatron_rl.models.fields import Fields
+    from megatron_rl.models.fields import JsonFields
     from megatron_rl.models.weight import Weight
 
 MODULES = {
@@ -35,7 +35,7 @@ class Family(Protocol):
     UNUSED: tuple[str, ...]
     """Regular expressions for names of tensors that a checkpoint may have in excess."""
 
-    def read(self, fields: Fields, /) -> Architecture:
+    def read(self, fields: JsonFields, /) -> Architecture:
         """Takes the model's fields from config.json. Raises ModelError."""
 
     def weights(self, arch: Architecture, /) -> list[Weight]:

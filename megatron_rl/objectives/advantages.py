@@ -84,7 +84,7 @@ def token_rewards(reward: float, penalties: npt.NDArray[np.floating]) -> npt.NDA
 
 @dataclass(frozen=True)
 class Moments:
-    """Of the advantages of all masked-in tokens of a rollout batch; they add up over replicas.
+    """Count, mean and squared deviations of all masked-in tokens' advantages; they add up over replicas.
 
     Deviations are from the mean, and merged as such (Chan, Golub, LeVeque 1979): the squares less those of the mean
     would leave, where advantages are all but equal, nothing but rounding, which differs from layout to layout.

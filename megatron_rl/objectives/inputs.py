@@ -58,7 +58,7 @@ class LossOutputs:
 
 @dataclass(frozen=True, eq=False)
 class Clipping:
-    """Where the ratio left its band, [M] bool each. Active: where `min` and `mask` take the gradient away."""
+    """Tokens whose ratio left its band, [M] bool each. Active: `min` and `mask` take their gradient away."""
 
     below: Tensor
     """Ratio under 1 - low, whatever the advantage."""

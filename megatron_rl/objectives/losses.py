@@ -98,8 +98,10 @@ def geometric_surrogate(log_weight: Tensor, tokens: Tokens, where: Clipping, cli
 
 
 def clipping(tokens: Tokens, config: ObjectiveConfig) -> Clipping:
-    """Where the ratio, times the router shift if the objective has one, leaves its band. A mask is about staleness: it
-    looks at pi_theta/pi_old whatever the ratio is taken against."""
+    """Finds the tokens whose ratio, times the router shift if the objective has one, leaves its band.
+
+    A mask is about staleness, so it uses pi_theta/pi_old whatever the ratio's denominator is.
+    """
     clip = config.clip
     dual = clip.dual if isinstance(clip, MinClip) else None
     base = "old" if isinstance(clip, MaskClip) else config.denominator

@@ -12,7 +12,7 @@ from megatron_rl.data.prompts import Fields, PromptDataset, source_records
 from megatron_rl.data.sample import Prompt
 from megatron_rl.rewards.judges import Judges
 from megatron_rl.rewards.references import check_references
-from megatron_rl.rewards.registry import VERIFIERS
+from megatron_rl.rewards.verifiers import VERIFIERS
 
 
 def load_prompts(

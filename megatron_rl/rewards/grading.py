@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 from megatron_rl.data.sample import LOST, Group, Sample, Verdict
 from megatron_rl.rewards.judges import Failure, Judges, ResponseTask
-from megatron_rl.rewards.registry import call_verifier, get_verifier
+from megatron_rl.rewards.verifiers import call_verifier, get_verifier
 
 logger = logging.getLogger(__name__)
 

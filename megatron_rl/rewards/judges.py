@@ -27,7 +27,7 @@ from megatron_rl.data.sample import Prompt, Verdict
 from megatron_rl.ranks.world import read_world
 from megatron_rl.rewards import keeper
 from megatron_rl.rewards.channel import Channel, ChannelError, ChannelTimeoutError
-from megatron_rl.rewards.registry import VERIFIERS, RewardError
+from megatron_rl.rewards.verifiers import VERIFIERS, RewardError
 
 if TYPE_CHECKING:  # workers import this package without pydantic
     from megatron_rl.config.schema import Config, RewardConfig

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from megatron_rl.data.sample import Prompt
 from megatron_rl.rewards.judges import Failure, Judges
-from megatron_rl.rewards.registry import UNCHECKED, VERIFIERS
+from megatron_rl.rewards.verifiers import UNCHECKED, VERIFIERS
 
 # Every built-in verifier can read such a number. If a data set has no other references, no process is started.
 _NUMBER = re.compile(r"-?\d{1,100}(\.\d{1,100})?", re.ASCII)

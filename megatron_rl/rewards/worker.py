@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_rl.data.sample import Prompt
 from megatron_rl.rewards.channel import Channel, ChannelError
-from megatron_rl.rewards.registry import RewardError, Verifier, call_check, call_verifier, get_verifier
+from megatron_rl.rewards.verifiers import RewardError, Verifier, call_check, call_verifier, get_verifier
 
 PR_SET_PDEATHSIG = 1
 _REASON = 500  # most characters of an exception in a report

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_rl.data.sample import Prompt
 from megatron_rl.rewards.math import verify_math
-from megatron_rl.rewards.registry import check_answer
+from megatron_rl.rewards.verifiers import check_answer
 
 HOW = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 

@@ -7,7 +7,7 @@ from math_verdicts import KNOWN, VERDICTS
 
 from megatron_rl.data.sample import Prompt, Verdict
 from megatron_rl.rewards.math import verify_math
-from megatron_rl.rewards.registry import check_answer
+from megatron_rl.rewards.verifiers import check_answer
 
 
 def verdict(reference: str, response: str) -> bool:

@@ -8,7 +8,7 @@ from megatron_rl.data.sample import Prompt
 from megatron_rl.rewards.judges import Failure, Judges
 from megatron_rl.rewards.math import verify_math
 from megatron_rl.rewards.references import check_references
-from megatron_rl.rewards.registry import UNCHECKED, RewardError, check_answer
+from megatron_rl.rewards.verifiers import UNCHECKED, RewardError, check_answer
 
 UNREADABLE = ["", " ", "\\"]
 
