@@ -21,7 +21,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from megatron_rl.config.schema import LARGEST_INT, Config, SftConfig
+from megatron_rl.config.bounds import LARGEST_INT
+from megatron_rl.config.schema import Config, SftConfig
 
 PAGE = Path(__file__).parent.parent / "docs" / "keys.md"
 INTRODUCTION = """\

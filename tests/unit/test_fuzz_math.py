@@ -76,17 +76,45 @@ FORMS: dict[str, Callable[[Fraction], str | None]] = {
 WRAPPERS = (r"\boxed{%s}", r"so $\boxed{%s}$.", r"<answer>%s</answer>", r"\fbox{%s}", "The answer is $%s$.")
 
 
+def written_digits(form: str, value: Fraction) -> tuple[int, Fraction] | None:
+    """How many digits a decimal has, and the size of its last place; None for what is written exactly."""
+    shift = 3 if form == "scientific" else 0
+    text = decimal(value * 10**shift)
+    if text is None or form in ("fraction", "not reduced", "slash", "thousands", "mixed"):
+        return None
+    whole, _, after = text.lstrip("-").partition(".")
+    if not after and not shift:
+        return None
+    return len((whole + after).lstrip("0")), Fraction(1, 10 ** (len(after) + shift))
+
+
+def is_rounded(*both: tuple[Fraction, tuple[int, Fraction] | None]) -> bool:
+    """Six digits or more of a number that is no integer, rounded or cut at the last: docs/verifiers.md."""
+    decimals = [each for each in both if each[1] is not None]
+    if not decimals:
+        return False
+    rough = min(decimals, key=lambda each: each[1][0])  # type: ignore[index]
+    (other,) = [each[0] for each in both if each is not rough] or [rough[0]]
+    assert rough[1] is not None
+    value, (digits, place) = rough[0], rough[1]
+    if digits < 6 or value.denominator == 1 or other.denominator == 1 or value * other <= 0:
+        return False
+    return abs(value) / place in (abs(other) // place, (abs(other) + place / 2) // place)
+
+
 @st.composite
 def number_cases(draw: st.DrawFn) -> tuple[str, str, bool]:
-    """Reference, response, and whether the two numbers are equal."""
+    """Reference, response, and whether the two numbers are equal, or one is the other rounded."""
     one = draw(numbers)
     near = st.sampled_from([one + 1, -one, one * 10, one / 10, one + Fraction(1, 10**7), 1 / one if one else one])
     other = draw(st.one_of(st.just(one), near, numbers))
-    texts = []
+    texts, rough = [], []
     for value in (one, other):
         form = draw(st.sampled_from(sorted(FORMS)))
         texts.append(FORMS[form](value) or FORMS["fraction"](value))
-    return texts[0], draw(st.sampled_from(WRAPPERS)) % texts[1], one == other
+        rough.append(written_digits(form, value))
+    equal = one == other or is_rounded((one, rough[0]), (other, rough[1]))
+    return texts[0], draw(st.sampled_from(WRAPPERS)) % texts[1], equal
 
 
 def check_number(case: tuple[str, str, bool]) -> str:

@@ -317,7 +317,7 @@ def _is_rounded(reference: Quantity, answer: Quantity) -> bool:
     rough = min(decimals, key=lambda each: each.digits)
     exact = _computed((answer if rough is reference else reference).value)
     value = _computed(rough.value)
-    if rough.digits < FEWEST_DIGITS or exact.is_integer is not False or not exact.is_real:
+    if rough.digits < FEWEST_DIGITS or value.is_integer or exact.is_integer is not False or not exact.is_real:
         return False
     place = Rational(10) ** rough.last_place
     steps = sympy.N(abs(exact), _PRECISION) / place
