@@ -65,18 +65,22 @@ class Tree:
             self.drop(key)
         for section, its in kinds.items():
             mine, theirs = self.get(section), layer.get(section)
-            if isinstance(mine, dict) and isinstance(theirs, dict) and its.name in theirs:
-                old, new = (str(each.get(its.name, its.default)) for each in (mine, theirs))
-                lost = [
-                    f"{key} {shown(mine[key])} ({self.origin(f'{section}.{key}')})" for key in mine if key != its.name
-                ]
-                if old == new:
-                    continue
-                if lost and not layer.presets:
-                    why = f"{its.name} {new} ({layer.place(f'{section}.{its.name}')}) replaces {old}"
-                    self.notes.append(f"{section}: {why}, with its {', '.join(lost)}")
+            if not (isinstance(mine, dict) and isinstance(theirs, dict) and its.name in theirs):
+                continue
+            old, new = mine.get(its.name, its.default), theirs[its.name]
+            if new != old:
+                if not layer.presets:  # the user's own layer
+                    place = layer.place(f"{section}.{its.name}")
+                    self._note_loss(section, its, f"{its.name} {new} ({place}) replaces {old}")
                 self.drop(section)
         self.merge(layer)
+
+    def _note_loss(self, section: str, its: Kinds, why: str) -> None:
+        """Notes the keys that a section loses besides the name of its kind, if there are any."""
+        values = self.get(section)
+        lost = [f"{key} {shown(values[key])} ({self.origin(f'{section}.{key}')})" for key in values if key != its.name]
+        if lost:
+            self.notes.append(f"{section}: {why}, with its {', '.join(lost)}")
 
     def get(self, key: str) -> Any:
         """The value of a dotted key, or None."""
@@ -117,9 +121,8 @@ class Tree:
 def read_sources(path: Path, overrides: Sequence[str], kinds: Mapping[str, Kinds], problems: list[str]) -> Tree:
     """Presets, then the file, then the overrides; later wins. In the result `merged_presets` stands for `presets`.
 
-    `kinds` has the sections that come in kinds: a layer that names another kind replaces the section.
-
-    Appends to `problems` what can be said of one key; raises ConfigError for a file that cannot be read at all.
+    `kinds` has the sections that come in kinds: a layer that names another kind replaces the section. Appends to
+    `problems` what can be said of one key; raises ConfigError for a file that cannot be read at all.
     """
     own, given = _read_file(path, problems), Tree()
     for text in overrides:

@@ -74,7 +74,7 @@ ClipConfig = Annotated[BandClip | SoftGate, Field(discriminator="kind")]
 
 
 class GroupAdvantage(Frozen):
-    """From the rewards of a prompt's responses."""
+    """Advantage of a response, from the rewards of all responses to its prompt."""
 
     estimator: Literal["group"] = "group"
     baseline: Literal["mean", "leave-one-out", "none"] = "mean"
@@ -84,7 +84,7 @@ class GroupAdvantage(Frozen):
 
 
 class Gae(Frozen):
-    """By token, from the critic's values [1506.02438]. Needs the section `critic`."""
+    """Advantage of each token, from the critic's values [1506.02438]. Needs the section `critic`."""
 
     estimator: Literal["gae"] = "gae"
     baseline: Literal["mean", "none"] = "mean"
@@ -152,7 +152,7 @@ class NoKL(Frozen):
 
 
 class KL(Frozen):
-    """http://joschu.net/blog/kl-approx.html; k3 is GRPO's."""
+    """Estimator of the KL at each token (http://joschu.net/blog/kl-approx.html); k3 is GRPO's."""
 
     kind: Literal["k1", "k2", "k3"]
     place: Literal["loss", "reward"] = "loss"

@@ -149,6 +149,16 @@ def test_a_dry_run_needs_no_torch(run: Command, directory: Path) -> None:
     assert not (directory / "runs").exists()
 
 
+def test_what_is_left_out_of_a_preset_is_said_once(directory: Path) -> None:
+    write(directory / "base.yaml", "optim: {schedule: linear, decay_steps: 9}\n")
+    done = run(directory, "train", "a.yaml", "presets=base.yaml", "optim.schedule=constant", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == (
+        "note: optim.decay_steps: 9 does nothing under optim.schedule constant; dropped from preset base.yaml, "
+        "because of override 'optim.schedule=constant'\n"
+    )
+
+
 @pytest.mark.parametrize("command", [("train", "a.yaml"), ("sft", "sft.yaml")])
 def test_a_dry_run_takes_the_world_of_torchrun(directory: Path, command: tuple[str, str]) -> None:
     done = real(directory, *command, "--dry-run", "parallel.pp=2", WORLD_SIZE="4")
