@@ -72,6 +72,7 @@ def test_a_request_costs_no_more_among_many_than_among_few() -> None:
         few, many = (asyncio.run(calls_of_each(requests, transport())) for requests in (10, 150))
         return many / few
 
+    asyncio.run(calls_of_each(1, httpx.AsyncHTTPTransport()))  # what is imported at the first request is not counted
+    assert growth(Connections) < 1.2
     everything = httpx.Limits(max_connections=None)
-    assert growth(lambda: httpx.AsyncHTTPTransport(limits=everything)) > 3  # what is counted shows the difference
-    assert growth(Connections) < 1.5
+    assert growth(lambda: httpx.AsyncHTTPTransport(limits=everything)) > 2  # so the count does show it
