@@ -256,8 +256,8 @@ def _unsealed(path: Path, number: int, line: bytes, before: bytes) -> tuple[byte
     body, checksum = found.groups()
     if checksum != _checksum(before, body):
         raise StoreError(
-            f"{path}:{number}: the checksum {checksum.decode()} is not that of this line in this place: it or one "
-            "before it was changed, moved or left out; saved rollouts cannot be edited, only sampled again"
+            f"{path}:{number}: the checksum {checksum.decode()} does not match: this line or an earlier one was "
+            "changed, moved or left out; saved rollouts cannot be edited, only sampled again"
         )
     return body + b"}", checksum
 

@@ -1,8 +1,8 @@
 """Owns a run directory: only the owner process may write to it.
 
 `owner-N.json` names the N-th owner: host, process, and start time. The owner touches its file every BEAT_SECONDS. A new
-start takes over from an owner that has ended. An owner has ended if it said so, if its process is gone from this
-machine, or if it is on another machine and did not touch its file for SILENT_SECONDS.
+start takes over from an owner that has ended. An owner has ended if it said so or if its process is gone from this
+machine. An owner on another machine has ended if it did not touch its file for SILENT_SECONDS.
 
 To take over, a process creates the file of the next number, which only one of several can do. The highest number is the
 owner, and only an owner deletes lower ones. So there is always exactly one owner. The file system must only create a

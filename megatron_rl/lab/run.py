@@ -94,9 +94,9 @@ class RunDir:
         """Takes a new or empty directory, or with `resume` the run that is in it. Only rank 0 calls it.
 
         No file of the run changes before `begin`; `close` without `begin` leaves the directory as it was.
-        Raises FileInTheWayError if the directory is not empty and `resume` is False, MissingFileError if there is
-        nothing to resume, RunDirError if the configuration differs in more than MAY_CHANGE, OwnerError if another
-        process writes there, and DiskError if this process cannot write.
+        Raises FileInTheWayError if the directory is not empty and `resume` is False, and MissingFileError if there is
+        nothing to resume. Raises RunDirError if the configuration differs in more than MAY_CHANGE, OwnerError if
+        another process writes there, and DiskError if this process cannot write.
         """
         if resume:
             check_resumable(path, config_yaml)

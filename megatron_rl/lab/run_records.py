@@ -86,21 +86,21 @@ def check_resumable(path: Path, config_yaml: str) -> None:
 
 def _read_frozen(file: Path) -> dict[str, Any]:
     """Returns the configuration by dotted key. All values are text, so a damaged file cannot create other objects."""
-    mend = "restore the file; history/ may have an earlier one"
+    fix = "restore the file; history/ may have an earlier one"
     try:
         tree = yaml.load(file.read_text(encoding="utf-8"), yaml.BaseLoader)
         if isinstance(tree, dict):
             return _flatten(tree)
     except UnicodeDecodeError:
-        raise RunDirError(f"{file}: not text in UTF-8; {mend}") from None
+        raise RunDirError(f"{file}: not text in UTF-8; {fix}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""
         raise RunDirError(
-            f"{file}{line}: not YAML ({getattr(error, 'problem', None) or 'nested too deep'}); {mend}"
+            f"{file}{line}: not YAML ({getattr(error, 'problem', None) or 'nested too deep'}); {fix}"
         ) from None
     found = "nothing" if tree is None else type(tree).__name__
-    raise RunDirError(f"{file}: found {found}, expected the keys of the run's configuration; {mend}")
+    raise RunDirError(f"{file}: found {found}, expected the keys of the run's configuration; {fix}")
 
 
 def _shown(value: Any) -> str:

@@ -29,9 +29,9 @@ def load_prompts(
     A record may name its own id and a built-in verifier; the id defaults to file name and line. `judges` makes the
     worker processes that try the references.
 
-    Raises DataError, which names file, line and field, if a record cannot be used, an id occurs twice, a prompt is
-    longer than `max_tokens`, a token is outside the model's vocabulary of `vocab_size` (None disables the check), or a
-    verifier cannot read its reference.
+    Raises DataError, which names file, line and field, if a record cannot be used, an id occurs twice, or a prompt is
+    longer than `max_tokens`. Also if a verifier cannot read its reference, or if a token is outside the model's
+    vocabulary of `vocab_size`; None disables that check.
     """
     chat = ChatFormat(tokenizer, fields.chat_template, vocab_size)
     verifier = fields.verifier or ("arithmetic" if source.startswith(PREFIX) else "math")

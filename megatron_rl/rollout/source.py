@@ -62,18 +62,18 @@ def check_headers(run_dir: Path, step: int, wanted: Wanted) -> None:
     for file, header in headers.items():
         if header.weight_version != step - 1:
             raise StoreError(
-                f"{file}: its rollouts are of weight version {header.weight_version}, but step {step} trains on those "
-                f"of {step - 1}; the file is not of this step"
+                f"{file}: found rollouts of weight version {header.weight_version}, but step {step} trains on version "
+                f"{step - 1}; the file belongs to another step"
             )
         if header.temperature not in (None, wanted.temperature):
             raise StoreError(
-                f"{file}: its log-probs are those of temperature {header.temperature}, but rollout.temperature is "
+                f"{file}: log-probs are of temperature {header.temperature}, but rollout.temperature is "
                 f"{wanted.temperature}; set it to {header.temperature}"
             )
         if header.vocab_size not in (None, wanted.vocab_size):
             raise StoreError(
-                f"{file}: a model with a vocabulary of {header.vocab_size} sampled it, but that of model.path has "
-                f"{wanted.vocab_size}; its token ids mean something else there"
+                f"{file}: the model that sampled it has a vocabulary of {header.vocab_size}, but model.path has "
+                f"{wanted.vocab_size}; token ids differ between the two"
             )
     groups = sum(header.groups for header in headers.values())
     if groups != wanted.prompts:
@@ -107,10 +107,10 @@ def _refuse_size(by_file: Mapping[Path, Sequence[Group]], wanted: str) -> None:
     """Raises StoreError, which lists what is there in one line, however many files there are."""
     sizes = Counter(len(group.samples) for groups in by_file.values() for group in groups)
     found = " and ".join(f"{count} groups of {size} samples" for size, count in sorted(sizes.items())) or "no groups"
-    others = f" and {len(by_file) - 1} files more of its step" if len(by_file) > 1 else ""
+    others = f" and {len(by_file) - 1} more files of its step" if len(by_file) > 1 else ""
     raise StoreError(
-        f"{next(iter(by_file))}{others}: {found}, but {wanted}; a step replays all that was saved of it, so ask for "
-        "what is there"
+        f"{next(iter(by_file))}{others}: {found}, but {wanted}; a replayed step uses all its saved groups, so set the "
+        "same sizes"
     )
 
 

@@ -197,7 +197,7 @@ class RoutingPass:
             return due.popleft()
         stage, index = self._forward
         if stage != tap.stage:
-            raise RoutingError(f"layer {tap.layer} of virtual stage {tap.stage} ran in that of {stage}")
+            raise RoutingError(f"layer {tap.layer} of virtual stage {tap.stage} ran in virtual stage {stage}")
         due.append(index)
         self._ran[tap.column].append(index)
         return index

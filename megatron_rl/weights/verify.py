@@ -165,8 +165,8 @@ def verify(
             raise WeightSyncError(
                 f"{url}: log-probs of what it sampled at rollout.temperature {temperature:g} differ from the "
                 f"trainer's by {mean:.3g} in the mean, more than weights.verify_bound {bound:g} allows, though its "
-                "weights are right: it reports others than those it samples from. Start it without "
-                "SGLANG_RETURN_ORIGINAL_LOGPROB and without sampling defaults or logit processors of its own, or raise "
+                "weights are right: it samples from other log-probs than it reports. Start it without "
+                "SGLANG_RETURN_ORIGINAL_LOGPROB and without its own sampling defaults or logit processors, or raise "
                 "weights.verify_bound if its kernels only round more coarsely"
             )
         worst = max(worst, mean)

@@ -235,11 +235,11 @@ def test_a_file_that_is_no_rollout_or_is_cut_off_is_refused(tmp_path):
         (b"".join(lines[:2]), "the header says 2 groups, 1 are there"),
         (b"".join(lines)[:-10], ":3: the line does not end in its checksum; it is cut off"),
         (b"".join(lines)[:-1], ":3: the line does not end in its checksum; it is cut off"),
-        (b"".join([lines[0], lines[2], lines[1]]), ":2: the checksum .* is not that of this line in this place"),
-        (b"".join([lines[0], lines[2]]), ":2: the checksum .* is not that of this line in this place"),
-        (b"".join([*lines, lines[2]]), ":4: the checksum .* is not that of this line in this place"),
-        (b"".join(lines).replace(b"text of it", b"text of us", 1), ":2: the checksum .* is not that of this line"),
-        (b"".join(lines).replace(b"-3.5", b"-3.4", 1), ":2: the checksum .* is not that of this line in this place"),
+        (b"".join([lines[0], lines[2], lines[1]]), ":2: the checksum .* does not match"),
+        (b"".join([lines[0], lines[2]]), ":2: the checksum .* does not match"),
+        (b"".join([*lines, lines[2]]), ":4: the checksum .* does not match"),
+        (b"".join(lines).replace(b"text of it", b"text of us", 1), ":2: the checksum .* does not match"),
+        (b"".join(lines).replace(b"-3.5", b"-3.4", 1), ":2: the checksum .* does not match"),
         (b"".join(lines).replace(b'"weight_version":7', b'"weight_version":8', 1), ":1: the checksum .* is not that"),
     ]:
         path.write_bytes(content)

@@ -98,7 +98,7 @@ def two_by_two() -> list[Group]:
         ([two_by_two()[:1]], "{file}: 1 groups of 2 samples, but rollout.prompts_per_step is 2"),
         ([[*two_by_two(), group(2, None)]], "{file}: 1 groups of 1 samples and 2 groups of 2 samples, but rollout.pro"),
         ([[group(0, None), group(1, None)]], "{file}: 2 groups of 1 samples, but rollout.group_size is 2"),
-        ([two_by_two()[:1], [group(1, *[None] * 3)]], "{file} and 1 files more of its step: 1 groups of 2 samples and"),
+        ([two_by_two()[:1], [group(1, *[None] * 3)]], "{file} and 1 more files of its step: 1 groups of 2 samples and"),
         ([[two_by_two()[0]] * 2], "{file}: group 0 is there twice; {file} has it too"),
         ([two_by_two()[:1], two_by_two()[:1]], "{other}: group 0 is there twice; {file} has it too"),
         ([[group(0, None, None), group(3, None, None)]], "{file}: group 1 is missing, and 0 more"),
@@ -115,9 +115,9 @@ def test_other_groups_than_the_run_asks_for_are_refused(tmp_path: Path, shares: 
 @pytest.mark.parametrize(
     ("header", "wanted", "message"),
     [
-        ({"weight_version": 1}, {}, "its rollouts are of weight version 1, but step 1 trains on those of 0"),
-        ({}, {"temperature": 1.0}, "its log-probs are those of temperature 0.7, but rollout.temperature is 1.0"),
-        ({}, {"vocab_size": 8}, "a model with a vocabulary of 9 sampled it, but that of model.path has 8"),
+        ({"weight_version": 1}, {}, "found rollouts of weight version 1, but step 1 trains on version 0"),
+        ({}, {"temperature": 1.0}, "log-probs are of temperature 0.7, but rollout.temperature is 1.0"),
+        ({}, {"vocab_size": 8}, "the model that sampled it has a vocabulary of 9, but model.path has 8"),
         (
             {"vocab_size": None},
             {"vocab_size": 6},
