@@ -142,6 +142,16 @@ def read_sources(path: Path, overrides: Sequence[str], kinds: Mapping[str, Kinds
     return tree
 
 
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Turns {"a": {"b": 1}} into {"a.b": 1}. Lists and empty sections are values."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
 def shown(value: Any) -> str:
     """A value as errors show it: JSON, and no more of it than a line holds."""
     text = json.dumps(value, ensure_ascii=False, default=str)

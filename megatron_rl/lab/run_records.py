@@ -11,8 +11,9 @@ import orjson
 import yaml
 
 import megatron_rl
-from megatron_rl.config.schema import Config
-from megatron_rl.config.sections import sections_of_kinds
+from megatron_rl.config.load import ConfigError, dump_config, load_config
+from megatron_rl.config.schema import Config, SftConfig
+from megatron_rl.config.sources import flatten
 from megatron_rl.disk import write_durably
 from megatron_rl.errors import MissingFileError, UserError
 from megatron_rl.lab import provenance
@@ -46,8 +47,6 @@ The names of presets may differ, but the keys that they set are compared. A serv
 run outlives its servers; the mismatch metrics show the change.
 """
 
-KINDS = sections_of_kinds(Config)
-
 # In the order of writing. config.yaml is last, because a directory with a config.yaml can be resumed.
 RECORDS = ("versions.json", "git.json", "git.diff", "config.yaml")
 RUN_FILE = "run.json"
@@ -66,13 +65,12 @@ def check_resumable(path: Path, config_yaml: str) -> None:
             f"run_dir {path} has no config.yaml, so there is no run to resume. "
             "Start without --resume, or correct the path."
         )
-    frozen, asked = _read_frozen(config_file), _flatten(yaml.load(config_yaml, yaml.BaseLoader))
+    asked = flatten(yaml.load(config_yaml, yaml.BaseLoader))
+    frozen = _with_defaults(config_file, is_sft="steps" in asked) | _read_frozen(config_file)
     differing = [
         f"  {key}: {_shown(frozen.get(key, 'absent'))} in the run, {_shown(asked.get(key, 'absent'))} now"
         for key in sorted(frozen.keys() | asked.keys())
-        if frozen.get(key, "absent") != asked.get(key, "absent")
-        and not _may_change(key)
-        and not _is_of_another_kind(key, asked)
+        if frozen.get(key, "absent") != asked.get(key, "absent") and not _may_change(key)
     ]
     if differing:
         free = [key for key in MAY_CHANGE if any(_is_below(each, key) for each in asked)]
@@ -90,7 +88,7 @@ def _read_frozen(file: Path) -> dict[str, Any]:
     try:
         tree = yaml.load(file.read_text(encoding="utf-8"), yaml.BaseLoader)
         if isinstance(tree, dict):
-            return _flatten(tree)
+            return flatten(tree)
     except UnicodeDecodeError:
         raise RunDirError(f"{file}: not text in UTF-8; {fix}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -103,6 +101,16 @@ def _read_frozen(file: Path) -> dict[str, Any]:
     raise RunDirError(f"{file}: found {found}, expected the keys of the run's configuration; {fix}")
 
 
+def _with_defaults(file: Path, *, is_sft: bool) -> dict[str, Any]:
+    """Returns the frozen configuration by dotted key, with the defaults of keys that did not exist when it was written;
+    nothing if it cannot be loaded."""
+    try:
+        config = load_config(SftConfig, file) if is_sft else load_config(Config, file)
+    except ConfigError:
+        return {}
+    return flatten(yaml.load(dump_config(config), yaml.BaseLoader))
+
+
 def _shown(value: Any) -> str:
     return f"[{', '.join(map(_shown, value))}]" if isinstance(value, list) else str(value)
 
@@ -111,29 +119,8 @@ def _may_change(key: str) -> bool:
     return any(_is_below(key, free) for free in MAY_CHANGE)
 
 
-def _is_of_another_kind(key: str, asked: dict[str, Any]) -> bool:
-    """Whether the kind that is asked for does not read the key: runs of versions before kinds had all keys of all kinds
-    in their config.yaml."""
-    section, _, name = key.rpartition(".")
-    if section not in KINDS:
-        return False
-    its = KINDS[section]
-    member = its.members.get(asked.get(f"{section}.{its.name}", ""))
-    return member is not None and name not in member.model_fields
-
-
 def _is_below(key: str, section: str) -> bool:
     return key == section or key.startswith(section + ".")
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; lists are compared as a whole."""
-    if not isinstance(tree, dict) or not tree:
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
 
 
 # ---- the run's name --------------------------------------------------------------------------------------------

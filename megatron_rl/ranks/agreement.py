@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import sys
 import traceback
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 
 from megatron_rl.config.load import C, ConfigError
 from megatron_rl.config.resolve import Files, Resolved, differing_files, local_files, model_dirs, resolve
+from megatron_rl.config.sources import flatten, shown
 from megatron_rl.errors import UserError
 from megatron_rl.ranks.marks import Mark, leave_mark
 from megatron_rl.ranks.meeting import ANSWER_SECONDS, START_SECONDS, LaunchError, LostError, Meeting
@@ -184,10 +184,10 @@ def _compare(mine: Facts, content: dict[str, Any] | None, run_dir: Path) -> str:
     if mine.resume != theirs.resume:
         here, there = ("with", "without") if mine.resume else ("without", "with")
         problems.append(f"started {here} --resume, but rank 0 {there} it; start every rank alike")
-    own, common = _flatten(mine.config), _flatten(theirs.config)
+    own, common = flatten(mine.config), flatten(theirs.config)
     differing = [key for key in common | own if own.get(key) != common.get(key)]
     if differing:
-        listed = [f"{key} is {_shown(own.get(key))}, but {_shown(common.get(key))} on rank 0" for key in differing]
+        listed = [f"{key} is {shown(own.get(key))}, but {shown(common.get(key))} on rank 0" for key in differing]
         more = f"; and {len(listed) - LISTED_KEYS} keys more" if len(listed) > LISTED_KEYS else ""
         problems.append(
             f"another configuration than rank 0's: {'; '.join(listed[:LISTED_KEYS])}{more}; start every rank with the "
@@ -202,20 +202,6 @@ def _compare(mine: Facts, content: dict[str, Any] | None, run_dir: Path) -> str:
             f"{mark.host}; all ranks write into it, so name one on a file system that all nodes share"
         )
     return "\n".join(problems)
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree:
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
-    return flat
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:80] + "..."
 
 
 def end(error: UserError) -> int:

@@ -154,7 +154,7 @@ def test_a_dump_loads_back_to_the_same_object(tmp_path: Path, text: str, number:
             "data": {"train": text.replace("\0", "0"), "heldout": "1e-5"},
             "train": {"steps": 1},
             "optim": {"clip_grad": number},
-            "rollout": {"servers": {"extra_flags": flags}},
+            "rollout": {"servers": {"extra_flags": [flag.replace("\0", "0") for flag in flags]}},
         }
     )
     assert load_config(Config, write(tmp_path / "a.yaml", dump_config(config))) == config

@@ -13,6 +13,8 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_rl import disk
+from megatron_rl.config.load import dump_config
+from megatron_rl.config.schema import Config
 from megatron_rl.disk import DiskError
 from megatron_rl.lab import provenance, run_records
 from megatron_rl.lab.run import RunDir, read_metrics
@@ -203,20 +205,17 @@ def test_resume_refuses_another_configuration_and_names_every_key(tmp_path: Path
     assert (tmp_path / "config.yaml").read_text() == changed(), "a refused resume must change nothing"
 
 
-def test_a_run_that_has_the_keys_of_other_kinds_is_resumed(tmp_path: Path) -> None:
-    """As config.yaml was before a kind had keys of its own: nulls, and a level and a place that nothing read."""
-    clip = {"kind": "min", "low": "0.2", "high": "0.2"}
-    before = {
-        "clip": {**clip, "dual": None, "tau_positive": None},
-        "correction": {"kind": "none", "level": "token", "high": None},
-    }
-    now = {"clip": {**clip, "dual": None}, "correction": {"kind": "none"}}
-    start_and_end(tmp_path, changed(objective=before))
-    RunDir.open(tmp_path, changed(objective=now), resume=True).close()
-    now["clip"]["low"] = "0.1"
-    with pytest.raises(RunDirError, match="another configuration") as error:
-        RunDir.open(tmp_path, changed(objective=now), resume=True)
-    assert str(error.value).splitlines()[1:-1] == ["  objective.clip.low: 0.2 in the run, 0.1 now"]
+def test_a_key_that_a_later_version_adds_had_its_default(tmp_path: Path) -> None:
+    def config(logit_chunk_tokens: int) -> str:
+        engine = {"logit_chunk_tokens": logit_chunk_tokens}
+        data = {"train": "arithmetic:"}
+        return dump_config(Config(run_dir="r", model={"path": "m"}, data=data, train={"steps": 1}, engine=engine))
+
+    (added,) = (line for line in config(1024).splitlines(keepends=True) if "logit_chunk_tokens" in line)
+    start_and_end(tmp_path, config(1024).replace(added, ""))
+    RunDir.open(tmp_path, config(1024), resume=True).close()
+    with pytest.raises(RunDirError, match=r"engine\.logit_chunk_tokens: 1024 in the run, 64 now"):
+        RunDir.open(tmp_path, config(64), resume=True)
 
 
 def test_keys_that_only_begin_like_a_free_one_are_compared(tmp_path: Path) -> None:
