@@ -176,13 +176,12 @@ def _file_tensors(reference: object) -> Iterator[tuple[str, object]]:
 
 
 def _run_ranks(spec: ParitySpec, world: int, scratch: Path) -> list[ParityResult]:
-    from megatron_rl.ranks.launch import run_ranks
+    from megatron_rl.ranks.launch import ask_ranks
 
-    spec_file, answer = scratch / "spec.json", scratch / f"world-{world}.json"
-    spec_file.write_text(json.dumps(asdict(spec)))
-    if run_ranks("megatron_rl.parity", [str(spec_file), str(answer)], world) != 0 or not answer.is_file():
+    answer = ask_ranks("megatron_rl.parity", asdict(spec), world, scratch)
+    if answer is None:
         raise ParityError(f"the engine failed on {world} ranks for layouts {spec.layouts}; its output is above")
-    return [ParityResult(**r) for r in orjson.loads(answer.read_bytes())]
+    return [ParityResult(**result) for result in answer]
 
 
 def _compare_server(

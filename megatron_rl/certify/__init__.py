@@ -98,13 +98,12 @@ def _with_vocabulary(model: Path, directory: Path) -> Path:
 
 
 def _run_ranks(spec: CertificateSpec, world: int, scratch: Path) -> list[CertificateResult]:
-    from megatron_rl.ranks.launch import run_ranks
+    from megatron_rl.ranks.launch import ask_ranks
 
-    spec_file, answer = scratch / "spec.json", scratch / f"world-{world}.json"
-    spec_file.write_text(json.dumps(asdict(spec)))
-    if run_ranks("megatron_rl.certify.ranks", [str(spec_file), str(answer)], world) != 0 or not answer.is_file():
+    answer = ask_ranks("megatron_rl.certify.ranks", asdict(spec), world, scratch)
+    if answer is None:
         raise CertifyError(f"the engine failed on {world} ranks for layouts {spec.layouts}; its output is above")
-    return [CertificateResult(**r) for r in orjson.loads(answer.read_bytes())]
+    return [CertificateResult(**result) for result in answer]
 
 
 def _report(results: Sequence[CertificateResult], as_json: bool) -> None:

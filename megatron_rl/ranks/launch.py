@@ -19,8 +19,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+import orjson
 import torch
 import torch.distributed as dist
 
@@ -36,6 +39,16 @@ END_SECONDS = 10.0
 def run_ranks(module: str, arguments: Sequence[str], ranks: int) -> int:
     """Runs `python -m module arguments` on `ranks` local ranks; returns the exit status of `launch`."""
     return launch(["-m", module, *arguments], ranks)
+
+
+def ask_ranks(module: str, question: Mapping[str, Any], ranks: int, directory: Path) -> Any:
+    """Runs `module` on `ranks` local ranks, with the names of two files: one has the question as JSON, and rank 0 writes
+    the answer into the other. Returns the answer; None if a rank failed."""
+    asked, answer = directory / "spec.json", directory / f"world-{ranks}.json"
+    asked.write_bytes(orjson.dumps(question))
+    if run_ranks(module, [str(asked), str(answer)], ranks) != 0 or not answer.is_file():
+        return None
+    return orjson.loads(answer.read_bytes())
 
 
 def launch(command: Sequence[str], ranks: int) -> int:
