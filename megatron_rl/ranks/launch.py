@@ -42,8 +42,10 @@ def run_ranks(module: str, arguments: Sequence[str], ranks: int) -> int:
 
 
 def ask_ranks(module: str, question: Mapping[str, Any], ranks: int, directory: Path) -> Any:
-    """Runs `module` on `ranks` local ranks, with the names of two files: one has the question as JSON, and rank 0 writes
-    the answer into the other. Returns the answer; None if a rank failed."""
+    """Runs `module` on `ranks` local ranks and returns its answer; None if a rank failed.
+
+    Its arguments are two JSON files: one has the question, and rank 0 writes the answer into the other.
+    """
     asked, answer = directory / "spec.json", directory / f"world-{ranks}.json"
     asked.write_bytes(orjson.dumps(question))
     if run_ranks(module, [str(asked), str(answer)], ranks) != 0 or not answer.is_file():
