@@ -126,7 +126,9 @@ class ChatFormat:
         try:
             return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except jinja2.TemplateSyntaxError as error:
-            raise DataError(f"the tokenizer's chat template is no template: line {error.lineno}: {error}") from None
+            raise DataError(
+                f"the tokenizer's chat template is no template: line {error.lineno}: {str(error)[:200]}"
+            ) from None
         except Exception as error:  # a template is a program, which may raise anything
             raise record.error(name, f"the chat template refuses it: {error or type(error).__name__}") from None
 
@@ -139,7 +141,7 @@ class ChatFormat:
         try:
             ids = encode()
         except Exception as error:  # the tokenizers library has no exception type of its own
-            raise record.error(name, f"the tokenizer refuses it: {error}") from None
+            raise record.error(name, f"the tokenizer refuses it: {str(error)[:200]}") from None
         unknown = self._tokenizer.unk_token_id
         if unknown in ids and unknown not in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
             raise record.error(name, "has characters that the model's tokenizer does not know")

@@ -114,7 +114,7 @@ class JsonFields:
                 self.left.pop(name, None)
         if self.left:
             fields = [f"{self.prefix}{name} = {json.dumps(value)}" for name, value in self.left.items()]
-            listed = ", ".join(map(_cut, fields[:MAX_LISTED]))
+            listed = ", ".join(map(cut, fields[:MAX_LISTED]))
             listed += f" and {len(fields) - MAX_LISTED} more" if len(fields) > MAX_LISTED else ""
             raise ModelError(
                 f"{self.path}: not understood: {listed}; if it changes nothing in the model, remove it there"
@@ -125,8 +125,9 @@ def _shown(value: object) -> str:
     """The beginning of a value; an object's short entries come first."""
     if isinstance(value, dict):
         value = dict(sorted(value.items(), key=lambda entry: isinstance(entry[1], dict | list)))
-    return _cut(repr(value))
+    return cut(repr(value))
 
 
-def _cut(text: str) -> str:
+def cut(text: str) -> str:
+    """The beginning of a text that an error shows."""
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from megatron_rl.errors import FileInTheWayError
 from megatron_rl.models.architecture import Architecture, read_architecture
 from megatron_rl.models.binding import ModelRanks, Slot, WeightNames, bind
-from megatron_rl.models.fields import MissingModelError, ModelError, read_json_object
+from megatron_rl.models.fields import MissingModelError, ModelError, cut, read_json_object
 from megatron_rl.models.registry import family_of, weights_of
 from megatron_rl.models.shards import fill
 from megatron_rl.models.weight import Shape, Source
@@ -120,7 +120,7 @@ class TensorFiles:
             except FileNotFoundError:
                 raise MissingModelError(f"{self.listing} lists {file.name}, which does not exist") from None
             except (OSError, SafetensorError) as error:
-                raise ModelError(f"{file} is not a whole safetensors file: {error}") from None
+                raise ModelError(f"{file} is not a whole safetensors file: {cut(str(error))}") from None
         return self._handles[file]
 
     def _slice(self, name: str) -> Any:
