@@ -7,7 +7,8 @@ from config_files import ARCHITECTURE, LAYOUTS
 from forks import Forks
 from layout_worker import Groups
 
-from megatron_rl.config.layout import Layout, parse_layout, stage_layers
+from megatron_rl.config.layout import Layout, parse_layout
+from megatron_rl.config.show import stage_layers
 
 Answers = dict[str, tuple[Groups, list[list[list[int]]]]]
 

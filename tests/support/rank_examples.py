@@ -169,7 +169,8 @@ def group_advantages_of(example: Example, penalty: Penalty) -> list[list[float]]
     for group, values in rewards.items():
         mean, n = np.mean(values), len(values)
         others = [(sum(values) - value) / max(n - 1, 1) for value in values]
-        baseline: list[Any] = {"mean": [mean] * n, "leave-one-out": others, "none": [0.0] * n}[config.baseline]
+        baselines: dict[str, list[Any]] = {"mean": [mean] * n, "leave-one-out": others, "none": [0.0] * n}
+        baseline = baselines[config.baseline]
         spread = 1.0 if config.std == "none" else np.std(values, ddof=int(config.std == "sample" and n > 1))
         dead = max(values) - min(values) < 1e-9 and (config.baseline, config.std) != ("none", "none")
         found[group] = [0.0 if dead else (r - b) / spread for r, b in zip(values, baseline, strict=True)]

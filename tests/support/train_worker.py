@@ -33,6 +33,6 @@ def main(config_file: Path, runs: list[str]) -> None:
             save_main_weights(trainer.policy, directory.with_name("main.safetensors"))
         export(trainer, network, directory, bucket_mib)
 
-    Trainer.export = export_both  # type: ignore[method-assign]
+    Trainer.export = export_both  # type: ignore[assignment,method-assign]
     for overrides in runs:
         train(load_config(Config, config_file, overrides.split()))

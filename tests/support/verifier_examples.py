@@ -69,7 +69,7 @@ def check_answer(answer: str) -> str | None:
     return "'bad' is bad" if answer == "bad" else None
 
 
-checked.check_answer = check_answer
+checked.check_answer = check_answer  # type: ignore[attr-defined]
 
 
 def unanswering(prompt: Prompt, response: str) -> Verdict:
@@ -82,7 +82,7 @@ def dies_or_hangs(answer: str) -> str | None:
     return check_answer(answer)
 
 
-unanswering.check_answer = dies_or_hangs
+unanswering.check_answer = dies_or_hangs  # type: ignore[attr-defined]
 
 
 def sees_gpus(prompt: Prompt, response: str) -> Verdict:
