@@ -35,9 +35,8 @@ def certify(*options: str) -> tuple[int, list[dict[str, Any]]]:
 
 
 @pytest.fixture
-def check(forks: Forks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Check:
+def check(forked_ranks: None, capsys: pytest.CaptureFixture[str]) -> Check:
     """Ranks are forked. Those of test_a_users_model_with_few_tokens are real ones."""
-    monkeypatch.setattr("megatron_rl.ranks.launch.run_ranks", forks.run_ranks)
 
     def check(layouts: list[str], recompute: str) -> None:
         status = run(None, layouts, [recompute], device="cpu", as_json=True)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from forks import Forks
 from rl_runs import environment
 from tiny_models import VOCAB_SIZE, make_tiny_model
 
@@ -40,10 +39,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def compare(forks: Forks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Compare:
+def compare(forked_ranks: None, capsys: pytest.CaptureFixture[str]) -> Compare:
     """(status, results) of a comparison whose ranks are forked. Those of the command are real ones elsewhere:
     tests/runs/test_cli.py and tests/ranks/test_ranks_launch.py."""
-    monkeypatch.setattr("megatron_rl.ranks.launch.run_ranks", forks.run_ranks)
 
     def run(model: Path, tokens: Path, layouts: list[str], **options: Any) -> tuple[int, list[dict[str, Any]]]:
         capsys.readouterr()
