@@ -240,7 +240,10 @@ def test_a_file_that_is_no_rollout_or_is_cut_off_is_refused(tmp_path):
         (b"".join([*lines, lines[2]]), ":4: the checksum .* does not match"),
         (b"".join(lines).replace(b"text of it", b"text of us", 1), ":2: the checksum .* does not match"),
         (b"".join(lines).replace(b"-3.5", b"-3.4", 1), ":2: the checksum .* does not match"),
-        (b"".join(lines).replace(b'"weight_version":7', b'"weight_version":8', 1), ":1: the checksum .* is not that"),
+        (
+            b"".join(lines).replace(b'"weight_version":7', b'"weight_version":8', 1),
+            ":1: the checksum .* does not match",
+        ),
     ]:
         path.write_bytes(content)
         with pytest.raises(StoreError, match=message):
