@@ -264,7 +264,7 @@ def assert_is_the_critics_formula(answer: list[dict[str, Any]], drawn: Example) 
     def nothing(response: Any) -> np.ndarray:
         return np.zeros(len(response.ids))
 
-    if drawn.config().critic is None or drawn.config().objective.kl.place == "reward":
+    if drawn.config().critic is None or getattr(drawn.config().objective.kl, "place", "loss") == "reward":
         return
     _, returns = generalised_advantages_of(drawn, nothing)
     for found, targets, step in zip(answer, returns, trained(drawn), strict=True):
