@@ -2,7 +2,7 @@
 
 Megatron-Core calls torch.cuda directly in many places. Where there is no CUDA device, `use_device("cpu")` puts a
 stand-in behind each of those calls, process-wide and once. Each item below is one function that names what it stands
-in for; tests/test_engine_device.py leaves out one item at a time and shows that training then fails, so that an
+in for; tests/ranks/test_engine_device.py leaves out one item at a time and shows that training then fails, so that an
 upgrade of Megatron-Core that makes an item unnecessary turns a test red. On a GPU only ON_EVERY_DEVICE is applied.
 """
 

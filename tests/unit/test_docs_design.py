@@ -36,3 +36,12 @@ def test_each_step_of_a_prompts_way_is_there(file: str, name: str) -> None:
         ]
         assert found, f"{file} has no {name}"
         body = found[0].body
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(p for p in (ROOT / "docs").glob("*.md") if p.name != "log.md")]
+NAMED = re.compile(r"\b(?:tests|docs|tools|examples|benchmarks|requirements)/[\w/-]+\.\w+")
+
+
+@pytest.mark.parametrize("file", [*PAGES, *sorted((ROOT / "megatron_rl").rglob("*.py"))], ids=lambda file: file.name)
+def test_files_that_are_named_are_there(file: Path) -> None:
+    assert [name for name in NAMED.findall(file.read_text()) if not (ROOT / name).exists()] == []
