@@ -107,6 +107,16 @@ def test_a_pool_starts_servers_that_return_routes_only_where_they_are_wanted(tmp
         assert pool._options(0, 1).return_routed_experts is wanted
 
 
+def test_each_run_gives_its_servers_a_new_key_and_those_of_others_theirs(tmp_path: Path) -> None:
+    pools = [Pool(RolloutConfig(), EngineConfig(), tmp_path, tmp_path, 0) for _ in range(2)]
+    keys = [pool._options(0, 1).api_key for pool in pools]
+    assert keys == [pool.api_key for pool in pools]  # which the leaders are told
+    assert all(key is not None and len(key) >= 40 for key in keys)
+    assert keys[0] != keys[1]
+    others = RolloutConfig(servers={"urls": ["http://a:1"]})
+    assert Pool(others, EngineConfig(), tmp_path, tmp_path, 0, api_key="theirs").api_key == "theirs"
+
+
 _EXPERTS_ON = """
 import argparse, json, sys
 from types import SimpleNamespace
@@ -168,6 +178,51 @@ def test_a_server_without_gpus_of_its_own_is_refused(gpus: int, extra: tuple[str
         return
     with pytest.raises(ServerError, match=r"needs GPUs 4 to 5 .* this machine has 4.* weights\.route: disk"):
         server_module._check_gpus(wanted, gpus)
+
+
+SGLANG = {
+    "__init__.py": "",
+    "srt/__init__.py": "",
+    "srt/server_args.py": """
+from types import SimpleNamespace
+
+def prepare_server_args(argv):
+    return SimpleNamespace(api_key=None, argv=argv)
+""",
+    "launch_server.py": """
+import json, os, sys
+from sglang.srt.server_args import prepare_server_args
+
+settings = prepare_server_args(sys.argv[1:])
+found = {"key": settings.api_key, "log": str(settings), "environment": dict(os.environ)}
+print(json.dumps(found))
+""",
+}
+"""Of SGLang only what is asked for settings, and a server that tells what it was given."""
+
+
+def test_sglang_has_the_key_in_its_settings_alone(tmp_path: Path) -> None:
+    """Not in its arguments, its log or what its processes inherit; and its ranks meet at a file, not at a port."""
+    for name, text in SGLANG.items():
+        file = tmp_path / "sglang" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    command, environment = sglang_command(options(device="cuda", api_key=KEY), has_gpu=True)
+    assert KEY not in " ".join(command)
+    done = subprocess.run(
+        command,
+        env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join((str(tmp_path), ROOT))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["key"] == KEY
+    assert KEY not in found["log"]
+    assert KEY not in found["environment"].values()
+    assert found["environment"]["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"].startswith("file:///")
+    assert found["environment"]["GLOO_SOCKET_IFNAME"] == os.environ.get("GLOO_SOCKET_IFNAME", "lo")
 
 
 def test_free_ports_differ_and_are_free() -> None:
