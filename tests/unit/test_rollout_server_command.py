@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 from server_options import options
 
 from megatron_rl.config.schema import EngineConfig, RolloutConfig
@@ -69,6 +73,16 @@ def test_a_pool_starts_servers_that_return_routes_only_where_they_are_wanted(tmp
         assert pool._options(0, 1).return_routed_experts is wanted
 
 
+def test_each_run_gives_its_servers_a_new_key_and_those_of_others_theirs(tmp_path: Path) -> None:
+    pools = [Pool(RolloutConfig(), EngineConfig(), tmp_path, tmp_path, 0) for _ in range(2)]
+    keys = [pool._options(0, 1).api_key for pool in pools]
+    assert keys == [pool.api_key for pool in pools]  # which the leaders are told
+    assert all(key is not None and len(key) >= 40 for key in keys)
+    assert keys[0] != keys[1]
+    others = RolloutConfig(servers={"urls": ["http://a:1"]})
+    assert Pool(others, EngineConfig(), tmp_path, tmp_path, 0, api_key="theirs").api_key == "theirs"
+
+
 @pytest.mark.parametrize(("device", "gpus", "kernels"), [("auto", 1, False), ("cuda", 1, True), ("auto", 0, False)])
 def test_sglang_without_kernels_is_refused_on_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, gpus: int, kernels: bool
@@ -114,3 +128,49 @@ def test_a_port_in_use_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
         assert free_ports(1) == [second]
         with pytest.raises(ServerError, match="fewer than 2 free ports"):
             free_ports(2)
+
+
+KEY = "a-key-that-nothing-else-contains"
+SGLANG = {
+    "__init__.py": "",
+    "srt/__init__.py": "",
+    "srt/server_args.py": """
+from types import SimpleNamespace
+
+def prepare_server_args(argv):
+    return SimpleNamespace(api_key=None, argv=argv)
+""",
+    "launch_server.py": """
+import json, os, sys
+from sglang.srt.server_args import prepare_server_args
+
+settings = prepare_server_args(sys.argv[1:])
+found = {"key": settings.api_key, "log": str(settings), "environment": dict(os.environ)}
+print(json.dumps(found))
+""",
+}
+"""A pretended SGLang: what is asked for settings, and a server that tells what it was given."""
+
+
+def test_sglang_has_the_key_in_its_settings_alone(tmp_path: Path) -> None:
+    """Not in its arguments, its log or what its processes inherit; and its ranks meet at a file, not at a port."""
+    for name, text in SGLANG.items():
+        file = tmp_path / "sglang" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    command, environment = sglang_command(options(device="cuda", api_key=KEY), has_gpu=True)
+    assert KEY not in " ".join(command)
+    done = subprocess.run(
+        command,
+        env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["key"] == KEY
+    assert KEY not in found["log"]
+    assert KEY not in found["environment"].values()
+    assert found["environment"]["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"].startswith("file:///")
+    assert found["environment"]["GLOO_SOCKET_IFNAME"] == os.environ.get("GLOO_SOCKET_IFNAME", "lo")

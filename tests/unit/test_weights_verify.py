@@ -7,10 +7,12 @@ import socket
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,7 +22,7 @@ from megatron_rl.data.versions import VersionSpan
 from megatron_rl.models.architecture import read_architecture
 from megatron_rl.rollout.answers import Completion, RolloutError
 from megatron_rl.rollout.background import BackgroundLoop
-from megatron_rl.weights.collective import CollectiveRoute, WeightSyncError, _cut, _open_sockets, wait_for
+from megatron_rl.weights.collective import CollectiveRoute, WeightSyncError, _cut, _listen, _open_sockets, wait_for
 from megatron_rl.weights.directory import DiskRoute
 from megatron_rl.weights.sync import bound_of
 from megatron_rl.weights.verify import Asked, SampledAnswer, ask_servers, verify
@@ -189,6 +191,16 @@ def test_a_server_that_does_not_join_is_heard_at_once() -> None:
     assert time.monotonic() - start < 20.0
     assert routes[0]._name != routes[1]._name
     loop.close()
+
+
+@pytest.mark.parametrize(
+    ("addresses", "address"), [(["127.0.0.1"] * 2, "127.0.0.1"), (["127.0.0.1", "192.0.2.1"], "0.0.0.0")]
+)
+def test_the_group_meets_at_no_more_addresses_than_its_servers_reach(addresses: list[str], address: str) -> None:
+    """What listens there takes orders from anyone."""
+    store = _listen(addresses, 3, timedelta(seconds=60))
+    found = [c.laddr.ip for c in psutil.Process().net_connections("tcp") if c.laddr.port == store.port and not c.raddr]
+    assert found == [address]
 
 
 class Reads:
