@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from megatron_rl.config.schema import CheckpointConfig
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.session import Session
 from megatron_rl.stop import ECHO_SECONDS, SIGNALS, Clock, Interrupted, Signals
@@ -113,6 +114,17 @@ def test_a_checkpoint_is_due_by_the_clock() -> None:
     clock.saved()
     assert not clock.checkpoint_due
     assert not clock.time_up
+
+
+def test_a_run_that_sets_nothing_is_saved_by_the_clock() -> None:
+    """A crash costs half an hour, and not the whole run."""
+    now = [0.0]
+    clock = Clock(CheckpointConfig().minutes, None, clock=lambda: now[0])
+    clock.begin()
+    now[0] = 29 * 60.0
+    assert not clock.checkpoint_due
+    now[0] = 31 * 60.0
+    assert clock.checkpoint_due
 
 
 def test_time_is_up_before_a_step_that_would_end_too_late() -> None:
