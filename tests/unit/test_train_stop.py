@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron_rl.config.schema import EvalConfig
+from megatron_rl.config.schema import CheckpointConfig, EvalConfig
 from megatron_rl.data.prompts import PromptCursor
 from megatron_rl.loop.evaluator import Evaluator
 from megatron_rl.loop.progress import Progress
@@ -116,6 +116,17 @@ def test_a_checkpoint_is_due_by_the_clock() -> None:
     clock.saved()
     assert not clock.checkpoint_due
     assert not clock.time_up
+
+
+def test_a_run_that_sets_nothing_is_saved_by_the_clock() -> None:
+    """A crash costs half an hour, and not the whole run."""
+    now = [0.0]
+    clock = Clock(CheckpointConfig().minutes, None, clock=lambda: now[0])
+    clock.begin()
+    now[0] = 29 * 60.0
+    assert not clock.checkpoint_due
+    now[0] = 31 * 60.0
+    assert clock.checkpoint_due
 
 
 def test_time_is_up_before_a_step_that_would_end_too_late() -> None:
