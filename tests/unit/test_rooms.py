@@ -21,3 +21,12 @@ def test_no_two_modules_have_the_same_name() -> None:
 def test_no_two_classes_have_the_same_name() -> None:
     trees = [ast.parse(file.read_text()) for file in FILES]
     assert twice([node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]) == []
+
+
+def test_no_python_file_is_longer_than_400_lines() -> None:
+    """A longer one is split by what its parts do (CONTRIBUTING.md)."""
+    folders = [ROOT / name for name in ("megatron_rl", "tests", "examples", "tools", "benchmarks")]
+    files = [file for folder in folders for file in folder.rglob("*.py") if "__pycache__" not in file.parts]
+    lines = {str(f.relative_to(ROOT)): f.read_bytes().count(b"\n") for f in [ROOT / "setup.py", *files]}
+    assert len(lines) > 300
+    assert {file: count for file, count in lines.items() if count > 400} == {}

@@ -1,0 +1,85 @@
+"""Real runs out of disk: no checkpoint is lost, and the resumed run ends like the whole one."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from forks import Forks
+from resume_runs import SFT, assert_like_whole, assert_refused, contents, read_steps, wait_for
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], check=False, capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def fill(disk: Path, leave: int) -> Path:
+    """Leaves so many bytes free."""
+    ballast = disk / "ballast"
+    free = shutil.disk_usage(disk).free
+    ballast.write_bytes(b"\0" * max(0, free - leave))
+    return ballast
+
+
+@pytest.mark.parametrize("leave", [100_000, 4096, 0])
+def test_a_full_disk_costs_no_checkpoint(forks: Forks, setting: Path, small_disk: Path, leave: int) -> None:
+    """With room for a part of a checkpoint, for some lines, and for nothing."""
+    run_dir = small_disk / "run"
+    arguments = (*SFT, setting / "sft.yaml", f"run_dir={run_dir}")
+    run = forks.start(*arguments, before=[("patches:slow_steps", 1.0)])
+    wait_for(forks, run, "slow step")
+    ballast = fill(small_disk, leave)
+    assert_refused(forks.wait(run), "was not written: ", "no space left on device", "free")
+    assert read_steps(run_dir) == [1]
+    if leave == 100_000:
+        assert "the checkpoint of step-000002 was not written" in run.stderr
+        assert "step-000001 (" in run.stderr
+        assert not list((run_dir / "checkpoints").glob("*.partial"))
+    before = contents(run_dir)
+    if leave == 0:
+        assert_refused(forks.run(*arguments, "--resume"), "was not written: ", "no space left on device")
+        assert contents(run_dir) == before
+    ballast.unlink()
+    run = forks.run(*arguments, "checkpoint.keep=1", "--resume")
+    assert run.status == [0], run.stderr
+    assert_like_whole(setting, run_dir)
+
+
+@pytest.mark.distributed
+def test_all_ranks_end_on_a_full_disk(forks: Forks, setting: Path, small_disk: Path) -> None:
+    run_dir = small_disk / "run"
+    run = forks.start(*SFT, setting / "sft.yaml", f"run_dir={run_dir}", ranks=2, before=[("patches:slow_steps", 1.0)])
+    wait_for(forks, run, "slow step")
+    fill(small_disk, 60_000)
+    forks.wait(run)
+    assert run.status == [2, 2], run.stderr
+    assert "no space left on device" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_a_model_that_cannot_be_exported_is_told(forks: Forks, setting: Path, small_disk: Path) -> None:
+    run_dir = small_disk / "run"
+    arguments = (*SFT, setting / "sft.yaml", f"run_dir={run_dir}", "steps=2")
+    run = forks.start(*arguments, before=[("patches:slow_steps", 1.0)])
+    wait_for(forks, run, "slow step")
+    one = sum(file.stat().st_size for file in (run_dir / "checkpoints" / "step-000001").iterdir())
+    ballast = fill(small_disk, one + 40_000)
+    assert_refused(forks.wait(run), "the model in", "was not written: ", "no space left on device")
+    assert read_steps(run_dir) == [1, 2]
+    ballast.unlink()
+    assert forks.run(*arguments, "--resume").status == [0]
+    assert (run_dir / "model" / "model.safetensors").exists()

@@ -1,0 +1,59 @@
+"""Run directories of a made-up configuration, begun, logged to and read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_rl.lab.run import RunDir, read_metrics
+
+CONFIG = {
+    "merged_presets": ["gspo"],
+    "run_dir": "runs/a",
+    "seed": 7,
+    "optim": {"lr": 1e-6, "betas": [0.9, 0.95]},
+    "train": {"steps": 10, "mini_batches": 2},
+    "eval": {"every": 0},
+    "rollout": {"group_size": 8, "dynamic_sampling": {"max_refills": 8}, "servers": {"urls": [], "launch": 1}},
+}
+
+
+def changed(**dotted: object) -> str:
+    config = yaml.safe_load(yaml.safe_dump(CONFIG))
+    for key, value in dotted.items():
+        *above, last = key.split("__")
+        node = config
+        for name in above:
+            node = node[name]
+        node[last] = value
+    return yaml.safe_dump(config)
+
+
+def start(path: Path, config: str | None = None, *, resume: bool = False, last_step: int = 0) -> RunDir:
+    made = RunDir.open(path, config or changed(), resume)
+    made.begin(last_step)
+    return made
+
+
+def start_and_end(path: Path, config: str | None = None, *, resume: bool = False) -> None:
+    start(path, config, resume=resume, last_step=9).close()
+
+
+def log_steps(run_dir: RunDir, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        for mini_batch in range(2):
+            run_dir.log_metrics(step, mini_batch, step - 1, {"loss": step + mini_batch / 10})
+        run_dir.log_eval(step, step, {"accuracy": step / 10})
+        run_dir.log_checkpoint(step, {"time/checkpoint": step / 2})
+
+
+def without_time(path: Path) -> list[dict[str, object]]:
+    return [{k: v for k, v in line.items() if k != "time"} for line in read_metrics(path)]
+
+
+def events(path: Path, tag: str) -> list[tuple[int, float]]:
+    reader = EventAccumulator(str(path / "tensorboard"))
+    reader.Reload()
+    return [(event.step, round(event.value, 4)) for event in reader.Scalars(tag)]

@@ -1,0 +1,55 @@
+"""Hugging Face directories of tiny models, and stages to load them into."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from models_reference import TINY, chunk_parameters, hf_shapes, stage_module, weight_names
+from safetensors.torch import load_file, save_file
+from tiny_models import make_tiny_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from megatron_rl.models.architecture import Architecture, read_architecture
+from megatron_rl.models.binding import ModelRanks, bind
+from megatron_rl.models.shards import assemble
+
+K_PROJ = "model.layers.1.self_attn.k_proj.weight"
+
+
+def make(directory: Path, family: str) -> tuple[Path, Architecture]:
+    make_tiny_model(directory, **TINY[family])
+    (directory / "README.md").write_text("not to be copied")
+    return directory, read_architecture(directory)
+
+
+def make_sharded(directory: Path) -> tuple[Path, Architecture]:
+    make(directory, "qwen3_moe")
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    (directory / "model.safetensors").unlink()
+    model.save_pretrained(directory, max_shard_size="4KB")
+    return directory, read_architecture(directory)
+
+
+def files_of(directory: Path) -> dict[str, Tensor]:
+    return {k: v for file in sorted(directory.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def empty_stage(arch: Architecture, layers=None, dtype=torch.float32, **ranks) -> nn.Module:
+    layers = range(arch.num_layers) if layers is None else layers
+    zeros = {name: torch.zeros(shape) for name, shape in hf_shapes(arch).items()}
+    parameters = chunk_parameters(zeros, arch, layers, **ranks)
+    return stage_module({n: torch.full_like(t, torch.nan, dtype=dtype) for n, t in parameters.items()}, layers)
+
+
+def whole(stage: nn.Module, arch: Architecture) -> list[tuple[str, Tensor]]:
+    """What an export of a single rank gives."""
+    slots = bind([stage], arch, ModelRanks(), weight_names())
+    return [pair for s in slots for pair in assemble(s.weight, [s.of(s.parameter.data)])]
+
+
+def edit(directory: Path, change) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")

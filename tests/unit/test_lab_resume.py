@@ -1,0 +1,207 @@
+"""The run directory on resume: what may change in its configuration, and its files cut back to a checkpoint."""
+
+import errno
+from pathlib import Path
+
+import pytest
+from lab_runs import changed, events, log_steps, start, start_and_end, without_time
+
+from megatron_rl.config.load import dump_config
+from megatron_rl.config.schema import Config
+from megatron_rl.lab.run import RunDir, read_metrics
+from megatron_rl.lab.run_records import RunDirError
+
+
+def test_resume_needs_a_run(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="Start without --resume"):
+        RunDir.open(tmp_path / "a", changed(), resume=True)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train__steps": 20},
+        {"eval__every": 5},
+        {"optim__max_skipped": 9},
+        {"rollout__dynamic_sampling__max_refills": 9},
+        {"rollout__servers__urls": ["http://localhost:1"]},
+        {"run_dir": "elsewhere/a"},
+        {"merged_presets": []},
+    ],
+)
+def test_resume_lets_some_keys_change_and_keeps_the_earlier_records(tmp_path: Path, change: dict) -> None:
+    start_and_end(tmp_path)
+    start_and_end(tmp_path, changed(**change), resume=True)
+    assert (tmp_path / "config.yaml").read_text() == changed(**change)
+    assert (tmp_path / "history" / "0" / "config.yaml").read_text() == changed()
+    assert (tmp_path / "history" / "0" / "versions.json").exists()
+    start_and_end(tmp_path, resume=True)
+    assert (tmp_path / "history" / "1" / "config.yaml").read_text() == changed(**change)
+
+
+def test_resume_with_nothing_changed_adds_no_history(tmp_path: Path) -> None:
+    start_and_end(tmp_path)
+    start_and_end(tmp_path, resume=True)
+    assert not (tmp_path / "history").exists()
+
+
+def test_resume_refuses_another_configuration_and_names_every_key(tmp_path: Path) -> None:
+    start_and_end(tmp_path)
+    other = changed(
+        optim__lr=2e-6,
+        train__mini_batches=4,
+        train__steps=20,
+        optim__betas=[0.9, 0.99],
+        kl=0.1,
+        rollout__dynamic_sampling=None,
+    )
+    with pytest.raises(RunDirError, match="another configuration") as error:
+        RunDir.open(tmp_path, other, resume=True)
+    message = str(error.value)
+    assert "optim.lr: 1.0e-06 in the run, 2.0e-06 now" in message
+    assert "train.mini_batches: 2 in the run, 4 now" in message
+    assert "optim.betas: [0.9, 0.95] in the run, [0.9, 0.99] now" in message
+    assert "kl: absent in the run, 0.1 now" in message
+    assert "rollout.dynamic_sampling: absent in the run, null now" in message
+    assert "train.steps:" not in message
+    assert (tmp_path / "config.yaml").read_text() == changed(), "a refused resume must change nothing"
+
+
+def test_a_key_that_a_later_version_adds_had_its_default(tmp_path: Path) -> None:
+    def config(logit_chunk_tokens: int) -> str:
+        engine = {"logit_chunk_tokens": logit_chunk_tokens}
+        data = {"train": "arithmetic:"}
+        return dump_config(Config(run_dir="r", model={"path": "m"}, data=data, train={"steps": 1}, engine=engine))
+
+    (added,) = (line for line in config(1024).splitlines(keepends=True) if "logit_chunk_tokens" in line)
+    start_and_end(tmp_path, config(1024).replace(added, ""))
+    RunDir.open(tmp_path, config(1024), resume=True).close()
+    with pytest.raises(RunDirError, match=r"engine\.logit_chunk_tokens: 1024 in the run, 64 now"):
+        RunDir.open(tmp_path, config(64), resume=True)
+
+
+def test_keys_that_only_begin_like_a_free_one_are_compared(tmp_path: Path) -> None:
+    start_and_end(tmp_path)
+    with pytest.raises(RunDirError, match=r"evaluation\.every"):
+        RunDir.open(tmp_path, changed(evaluation={"every": 1}), resume=True)
+
+
+def test_resumed_files_equal_those_of_an_uninterrupted_run(tmp_path: Path) -> None:
+    straight = start(tmp_path / "straight")
+    log_steps(straight, 1, 6)
+    straight.close()
+
+    broken = start(tmp_path / "broken")
+    log_steps(broken, 1, 4)
+    broken.log_metrics(5, 0, 4, {"loss": -1.0})  # step 5 breaks off after its first mini-batch
+    broken.close()
+    with broken.metrics_file.open("ab") as file:
+        file.write(b'{"step":5,"mini_ba')
+    resumed = start(tmp_path / "broken", resume=True, last_step=3)
+    log_steps(resumed, 4, 6)
+    resumed.close()
+
+    assert without_time(resumed.metrics_file) == without_time(straight.metrics_file)
+    assert without_time(resumed.eval_file) == without_time(straight.eval_file)
+    assert without_time(resumed.checkpoints_file) == without_time(straight.checkpoints_file)
+    assert without_time(straight.checkpoints_file)[-1] == {"step": 6, "time/checkpoint": 3.0}
+    assert events(resumed.path, "loss") == events(straight.path, "loss")
+    assert events(resumed.path, "eval/accuracy") == events(straight.path, "eval/accuracy")
+    assert [step for step, _ in events(straight.path, "loss")] == list(range(1, 13))
+
+
+def test_a_resume_counts_rollout_steps_not_lines_and_keeps_what_it_takes_out(tmp_path: Path) -> None:
+    made = start(tmp_path)
+    log_steps(made, 1, 3)
+    made.close()
+    for step in (1, 2, 3):
+        (made.rollouts / f"step-{step:06d}-dp-0000.jsonl").write_text(str(step))
+    (made.checkpoints / "step-000003").mkdir()
+    whole = {file.name: file.read_bytes() for file in (made.metrics_file, made.eval_file, made.checkpoints_file)}
+
+    resumed = RunDir.open(tmp_path, changed(), resume=True)
+    assert {name: (tmp_path / name).read_bytes() for name in whole} == whole, "cut before there is a checkpoint"
+    resumed.begin(2, [made.checkpoints / "step-000003"])
+    assert [(line["step"], line["mini_batch"]) for line in read_metrics(made.metrics_file)] == [
+        (1, 0),
+        (1, 1),
+        (2, 0),
+        (2, 1),
+    ]
+    assert [line["step"] for line in read_metrics(made.eval_file)] == [1, 2]
+    history = tmp_path / "history" / "0"
+    assert {name: (tmp_path / name).read_bytes() + (history / name).read_bytes() for name in whole} == whole
+    assert sorted(file.name[:11] for file in made.rollouts.iterdir()) == ["step-000001", "step-000002"]
+    assert (history / "rollouts" / "step-000003-dp-0000.jsonl").read_text() == "3"
+    assert (history / "checkpoints" / "step-000003").is_dir()
+    resumed.close()
+
+
+def test_a_resume_that_is_given_up_changes_nothing(tmp_path: Path) -> None:
+    made = start(tmp_path)
+    log_steps(made, 1, 3)
+    made.close()
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    RunDir.open(tmp_path, changed(train__steps=20), resume=True).close()
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "left", [["logs/server-0.log"], ["owner-000003.json", "versions.json", ".config.yaml.partial"], ["checkpoints/"]]
+)
+def test_what_a_failed_start_leaves_is_no_run(tmp_path: Path, left: list[str]) -> None:
+    for name in left:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).write_text('{"ended": 1}')
+    made = start(tmp_path)
+    assert (tmp_path / "config.yaml").exists()
+    made.close()
+
+
+def test_a_resume_without_checkpoint_would_lose_lines(tmp_path: Path) -> None:
+    made = start(tmp_path)
+    assert made.refuses_step_0() == ""
+    log_steps(made, 1, 3)
+    assert "no whole checkpoint, but 6 lines in metrics.jsonl" in made.refuses_step_0()
+    made.close()
+
+
+def test_events_reopen_without_hiding_what_they_hold(tmp_path: Path) -> None:
+    start_and_end(tmp_path)
+    made = start(tmp_path, resume=True)
+    log_steps(made, 1, 2)
+    made.close()
+    made = start(tmp_path, resume=True, last_step=2)
+    log_steps(made, 3, 3)
+    made.close()
+    assert [step for step, _ in events(tmp_path, "loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_line_that_cannot_be_written_is_told_and_does_not_raise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = start(tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    log_steps(made, 1, 1)
+    before = made.metrics_file.read_bytes()
+    monkeypatch.setattr(Path, "open", full)
+    made.log_metrics(2, 0, 1, {"loss": 1.0})
+    monkeypatch.undo()
+    assert "the line of step 2 in metrics.jsonl was not written" in made.failure
+    assert "no space left on device" in made.failure
+    assert made.metrics_file.read_bytes() == before
+    made.close()
+
+
+def test_an_owner_that_lost_the_directory_writes_no_line(tmp_path: Path) -> None:
+    made = start(tmp_path)
+    log_steps(made, 1, 1)
+    before = made.metrics_file.read_bytes()
+    (tmp_path / "owner-000002.json").write_text("{}")  # another process took it
+    made.log_metrics(2, 0, 1, {"loss": 1.0})
+    assert made.metrics_file.read_bytes() == before
+    assert "belongs to" in made.failure
