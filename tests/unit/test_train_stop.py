@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import threading
@@ -15,10 +16,11 @@ import pytest
 
 from megatron_rl.config.schema import CheckpointConfig, EvalConfig
 from megatron_rl.data.prompts import PromptCursor
+from megatron_rl.loop import evaluator as evaluator_module
 from megatron_rl.loop.evaluator import Evaluator
 from megatron_rl.loop.progress import Progress
 from megatron_rl.rollout.background import BackgroundLoop
-from megatron_rl.stop import ECHO_SECONDS, SIGNALS, Clock, Interrupted, Signals
+from megatron_rl.stop import ECHO_SECONDS, SIGNALS, Clock, Interrupted, Signals, Stopped
 
 
 @pytest.fixture
@@ -159,3 +161,12 @@ def test_an_evaluation_that_a_stop_prevents_is_owed(moment: str, monkeypatch: py
     assert progress.state.evaluated is (moment == "never")
     again = Progress.of(progress.state, steps=8, seed=1)
     assert again == progress
+
+
+@pytest.mark.parametrize("owes", [True, False])
+def test_an_evaluation_after_the_last_step_is_not_lost_in_silence(owes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluator_module, "broadcast_bytes", lambda data, _: data)
+    trainer: Any = SimpleNamespace(place=SimpleNamespace(control=None))
+    progress = Progress(8, 8, PromptCursor(0), owes_evaluation=owes)
+    with pytest.raises(Stopped, match="--resume makes it") if owes else contextlib.nullcontext():
+        Evaluator(EvalConfig(), trainer, None, None).check_made(progress)
