@@ -135,7 +135,7 @@ def mismatch_upside_down(patch: pytest.MonkeyPatch) -> None:
 
 def kl_reversed(patch: pytest.MonkeyPatch) -> None:
     for name, estimate in kl.ESTIMATORS.items():
-        patch.setitem(kl.ESTIMATORS, name, lambda log_ratio, estimate=estimate: estimate(-log_ratio))
+        patch.setitem(kl.ESTIMATORS, name, lambda log_ratio, estimate=estimate: estimate(-log_ratio))  # type: ignore[misc]
 
 
 def kl_without_beta(patch: pytest.MonkeyPatch) -> None:
