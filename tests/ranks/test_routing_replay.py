@@ -100,7 +100,7 @@ def test_experts_are_in_one_order_whatever_order_they_are_found_in() -> None:
     with torch.no_grad():
         scores[7] = 1.0  # equal scores have an order too
     wanted = scores.topk(3, dim=1)
-    plain = torch.Tensor()
+    plain = None
     for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
 
         def top(scores: torch.Tensor, k: int, order: list[int] = order, **_: None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,10 +108,11 @@ def test_experts_are_in_one_order_whatever_order_they_are_found_in() -> None:
             return values[:, order], ids[:, order]
 
         values, ids = tap.get_replay_topk(scores, 3, default_compute_topk=top)
-        plain = plain if len(plain) else ids
+        plain = ids if plain is None else plain
         assert torch.equal(ids, plain)
         assert torch.equal(values, wanted.values)
         (gradient,) = torch.autograd.grad(values.sum(), scores)
         assert torch.equal(gradient, torch.zeros_like(scores).scatter(1, ids, 1.0))
+    assert plain is not None
     others = torch.arange(50) != 7
     assert torch.equal(plain[others], wanted.indices[others])
