@@ -18,6 +18,9 @@ from megatron_rl.rollout.server import Server, ServerOptions, free_ports
 settings.register_profile("megatron_rl", parent=settings.default, deadline=None)
 settings.load_profile("megatron_rl")
 
+# Their asserts tell both sides, as those of a test file do.
+pytest.register_assert_rewrite("objective_checks", "resume_runs")
+
 
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:

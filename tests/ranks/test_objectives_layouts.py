@@ -258,7 +258,8 @@ def assert_is_the_critics_formula(answer: list[dict[str, Any]], drawn: Example) 
     _, returns = generalised_advantages_of(drawn, nothing)
     for found, targets, step in zip(answer, returns, trained(drawn), strict=True):
         tokens = sum(map(len, targets))
-        losses, gradient = [], {}
+        losses: list[np.ndarray] = []
+        gradient: dict[Any, Any] = {}
         for target, response in zip(targets, step, strict=True):
             value, old = response.columns["values"], response.columns["old_values"]
             free, held = value - target, np.clip(value, old - 0.2, old + 0.2) - target

@@ -53,7 +53,7 @@ class Rank:
     stderr: str
 
 
-def _without(name: str):  # type: ignore[no-untyped-def]
+def _without(name: str):
     def change(directory: Path) -> None:
         path = directory / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -113,5 +113,6 @@ def test_experts_are_in_one_order_whatever_order_they_are_found_in() -> None:
         assert torch.equal(values, wanted.values)
         (gradient,) = torch.autograd.grad(values.sum(), scores)
         assert torch.equal(gradient, torch.zeros_like(scores).scatter(1, ids, 1.0))
+    assert plain is not None
     others = torch.arange(50) != 7
     assert torch.equal(plain[others], wanted.indices[others])

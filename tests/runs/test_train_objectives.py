@@ -121,6 +121,7 @@ def test_advantages_of_the_first_step_are_those_of_a_critic_of_zeros(setting: Pa
     for group in groups:
         for sample in group.samples:
             n = int(sample.loss_mask.sum())
+            assert sample.verdict is not None
             tokens.append(sample.verdict.reward * 0.95 ** np.arange(n - 1, -1, -1))
     everything = np.concatenate(tokens)
     normalised = [(each - everything.mean()) / everything.std(ddof=1) for each in tokens]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -128,7 +129,7 @@ def test_a_checkpoint_of_another_run_is_refused(forks: Forks, setting: Path, tmp
 
 def test_another_model_is_refused(forks: Forks, setting: Path, tmp_path: Path) -> None:
     """Under the path that the run began with: of other shapes, of the same with another function, of other weights."""
-    sizes = {"num_layers": 1, "hidden_size": 32, "num_experts": 4, "expert_hidden_size": 16}
+    sizes: dict[str, Any] = {"num_layers": 1, "hidden_size": 32, "num_experts": 4, "expert_hidden_size": 16}
     model, run_dir = tmp_path / "model", tmp_path / "run"
     make_tiny_model(model, **sizes)
     overrides = (f"model.path={model}", "steps=2")

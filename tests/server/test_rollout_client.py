@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 import pytest
@@ -21,7 +21,7 @@ PROMPT = [5, 12, 6, 14, 9]
 T = TypeVar("T")
 
 
-def generate(client: SGLangClient, **changes: Any) -> Awaitable[Completion]:
+def generate(client: SGLangClient, **changes: Any) -> Coroutine[Any, Any, Completion]:
     arguments: dict[str, Any] = {
         "token_ids": PROMPT,
         "max_new_tokens": 6,
@@ -145,8 +145,8 @@ def entry(answer: dict[str, Any], position: int) -> list[Any]:
     return meta(answer)["output_token_logprobs"][position]
 
 
-def set_version(answer: dict[str, Any], **changes: Any) -> None:
-    meta(answer)["weight_versions"][0].update(changes)
+def set_version(answer: dict[str, Any], **changes: Any) -> object:
+    return meta(answer)["weight_versions"][0].update(changes)
 
 
 def split_spans(answer: dict[str, Any], end: int, start: int) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -66,7 +67,7 @@ for command in json.loads(sys.argv[1]):
 
 def test_experts_that_hide_their_choice_are_not_taken_where_routes_are_wanted() -> None:
     """SGLang's own choice of experts for Qwen3-MoE on sm90 and on sm100, from the flags that we give it."""
-    wanted: list[dict[str, object]] = [
+    wanted: list[dict[str, Any]] = [
         {},
         {"return_routed_experts": True},
         {"extra_flags": ("--enable-return-routed-experts",)},

@@ -145,7 +145,11 @@ def interrupted(
     """A long answer that was interrupted while it was running: on a busy machine the first attempts may come too early,
     or too late."""
     for delay in (0.3, 0.1, 0.05, 0.02, 0.6, 1.2, 0.2, 0.01):
-        completion = call(url, lambda client, delay=delay: interrupt(client, delay))
+
+        def after(client: SGLangClient, delay: float = delay) -> Any:
+            return interrupt(client, delay)
+
+        completion = call(url, after)
         if while_running(completion):
             return completion
     raise AssertionError("no answer was running when it was to be interrupted")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from models_reference import TINY, chunk_parameters, hf_shapes, stage_module, weight_names
@@ -36,7 +38,9 @@ def files_of(directory: Path) -> dict[str, Tensor]:
     return {k: v for file in sorted(directory.glob("*.safetensors")) for k, v in load_file(file).items()}
 
 
-def empty_stage(arch: Architecture, layers=None, dtype=torch.float32, **ranks) -> nn.Module:
+def empty_stage(
+    arch: Architecture, layers: Sequence[int] | None = None, dtype: torch.dtype = torch.float32, **ranks: Any
+) -> nn.Module:
     layers = range(arch.num_layers) if layers is None else layers
     zeros = {name: torch.zeros(shape) for name, shape in hf_shapes(arch).items()}
     parameters = chunk_parameters(zeros, arch, layers, **ranks)
@@ -49,7 +53,7 @@ def whole(stage: nn.Module, arch: Architecture) -> list[tuple[str, Tensor]]:
     return [pair for s in slots for pair in assemble(s.weight, [s.of(s.parameter.data)])]
 
 
-def edit(directory: Path, change) -> None:
+def edit(directory: Path, change: Callable[..., object]) -> None:
     tensors = load_file(directory / "model.safetensors")
     change(tensors)
     save_file(tensors, directory / "model.safetensors")

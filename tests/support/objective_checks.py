@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from objective_inputs import by_the_formula, by_the_paper, inputs_of
 from objective_reference import kept_denominators, pack, random_sequences, reference, split
-from test_objectives_gae import by_the_paper
-from test_objectives_value import by_the_formula, inputs_of
 
 from megatron_rl.config.switches import Gae, GroupAdvantage, ObjectiveConfig
 from megatron_rl.data.packing import pack as pack_samples
@@ -36,7 +35,7 @@ def same_as_the_reference(config: ObjectiveConfig, *, parts: int = 1, by_token: 
         total, gradient = 0.0, []
         for micro_batch in micro_batches:
             inputs = pack(micro_batch)
-            references = torch.tensor(np.concatenate([s.reference for s in micro_batch]))  # type: ignore[misc]
+            references = torch.tensor(np.concatenate([s.reference for s in micro_batch]))
             inputs = dataclasses.replace(inputs, reference_logprobs=references)
             loss = policy_loss.policy_loss(inputs, config, whole).loss
             loss.backward()
@@ -50,7 +49,7 @@ def same_as_the_reference(config: ObjectiveConfig, *, parts: int = 1, by_token: 
 
 def group_advantages_are_the_specifications() -> None:
     for std, right, wrong in (("population", 2.6458, -0.3780), ("sample", 2.4749, -0.3536)):
-        config = GroupAdvantage(std=std)
+        config = GroupAdvantage.model_validate({"std": std})
         found = advantages.group_advantages([1.0] + [0.0] * 7, config)
         np.testing.assert_allclose(found, [right] + [wrong] * 7, atol=5e-5)
 

@@ -38,7 +38,7 @@ FAMILY = {
     for file in sorted(PRESETS.glob("*.yaml"))
 }
 """The presets as they are."""
-CORRECTIONS = [
+CORRECTIONS: list[CorrectionConfig] = [
     Tis(high=1.3),
     Tis(level="sequence", high=1.3),
     Mis(high=1.3),

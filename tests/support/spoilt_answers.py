@@ -141,7 +141,8 @@ def read_strictly(found: Any) -> tuple[Any, ...] | None:
         return None
     if reason == "stop" and (not is_int(finish.get("matched")) or finish["matched"] != ids[-1]):
         return None
-    covered, kept = 0, []
+    covered: Any = 0
+    kept = []
     for span in spans:
         if not isinstance(span, dict):
             return None

@@ -234,7 +234,8 @@ def test_the_examples_load_and_have_no_contradiction(file: Path) -> None:
         with pytest.raises(ConfigError, match=r"base\.yaml: run_dir: not set, and it has no default$"):
             load_config(Config, file)
     else:
-        check_config(load_config(SftConfig if file.stem == "sft" else Config, file), ARCHITECTURE, 2)
+        config = load_config(SftConfig, file) if file.stem == "sft" else load_config(Config, file)
+        check_config(config, ARCHITECTURE, 2)
 
 
 def test_the_configuration_and_samples_import_without_torch() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from tiny_models import EOS, make_tokenizer
@@ -175,10 +176,11 @@ def test_what_the_tokenizer_cannot_encode_is_named(write):
                 raise Exception("no such character")
             return [2]
 
+    tokenizer: Any = Refuses()  # what is used of it
     with pytest.raises(DataError, match=r"data\.jsonl:1: prompt: the tokenizer refuses it: no such character"):
-        load_prompts(write({"prompt": "x"}), RL, Refuses(), 99)
+        load_prompts(write({"prompt": "x"}), RL, tokenizer, 99)
     with pytest.raises(DataError, match=r"data\.jsonl:1: response: the tokenizer refuses it"):
-        load_sft_samples(write({"prompt": "1", "response": "x"}), SFT, Refuses(), 99)
+        load_sft_samples(write({"prompt": "1", "response": "x"}), SFT, tokenizer, 99)
 
 
 # ---- references and verifiers ------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import pytest
@@ -206,8 +207,8 @@ def test_a_users_verifier_is_imported_in_no_trainer(tiny_model_dir, write, tmp_p
     monkeypatch.syspath_prepend(tmp_path)
     settings = {"model": {"path": str(tiny_model_dir)}, "train": {"steps": 1}, "run_dir": str(tmp_path / "run")}
     data = {"train": str(write(question())), "verifier": "verifier_of_a_user:judge"}
-    place = SimpleNamespace(leads_replica=True, rank=0)
-    loaded = RunPrompts.load(Config.model_validate({**settings, "data": data}), place, vocab_size=None)
+    place: Any = SimpleNamespace(leads_replica=True, rank=0)
+    loaded = RunPrompts.load(Config.model_validate({**settings, "data": data}), place, vocab_size=None)  # type: ignore[arg-type]
     assert loaded.train is not None
     assert loaded.train[0].verifier == "verifier_of_a_user:judge"
     assert "verifier_of_a_user" not in sys.modules

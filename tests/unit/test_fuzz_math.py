@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -111,7 +112,7 @@ def number_cases(draw: st.DrawFn) -> tuple[str, str, bool]:
     texts, rough = [], []
     for value in (one, other):
         form = draw(st.sampled_from(sorted(FORMS)))
-        texts.append(FORMS[form](value) or FORMS["fraction"](value))
+        texts.append(FORMS[form](value) or str(FORMS["fraction"](value)))
         rough.append(written_digits(form, value))
     equal = one == other or is_rounded((one, rough[0]), (other, rough[1]))
     return texts[0], draw(st.sampled_from(WRAPPERS)) % texts[1], equal
@@ -184,7 +185,7 @@ def check_anything(pair: tuple[str, str]) -> str:
 # ---- entries
 
 # Cases, check, and examples: by default and in `slow`. math-verify's parser takes its time over a polynomial.
-SUITES = {
+SUITES: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], str], int, int]] = {
     "numbers": (number_cases(), check_number, 200, 10_000),
     "polynomials": (polynomial_cases(), check_number, 30, 1_000),
     "anything": (st.tuples(anything, anything), check_anything, 200, 10_000),

@@ -121,7 +121,7 @@ def _value(draw: Draw, data: bytes) -> bytes:
 
 def damaged(draw: Draw, files: dict[str, bytes]) -> dict[str, bytes]:
     """Some of the files, in another state."""
-    changed = {}
+    changed: dict[str, bytes] = {}
     for _ in range(draw(st.integers(1, 2))):
         name = draw(st.sampled_from(sorted(files)))
         data = changed.get(name, files[name])
@@ -183,9 +183,9 @@ def run(whole: Path, directory: Path, examples: int) -> collections.Counter[str]
     @given(st.data())
     def each(data: st.DataObject) -> None:
         changed = damaged(data.draw, files)
-        for name, data in changed.items():
+        for name, content in changed.items():
             (directory / name).unlink()  # another file: the one before may still be mapped
-            (directory / name).write_bytes(data)
+            (directory / name).write_bytes(content)
         try:
             outcomes[check(directory)] += 1
         finally:

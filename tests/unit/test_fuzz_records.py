@@ -78,6 +78,7 @@ def check_values(seen: Counter[str], tmp_path: Path) -> Callable[[list, bool, bo
         path.write_bytes("\n".join(lines).encode(errors="surrogatepass"))
         assert data_digest(str(path)) == data_digest(str(path))
         for load, field in ((load_prompts, "answer"), (load_sft_samples, "response")):
+            loaded: Any
             try:
                 loaded = load(str(path), Fields("prompt", field, OWN, chat), tokenizer, 60)
             except DataError as error:

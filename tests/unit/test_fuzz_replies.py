@@ -97,7 +97,8 @@ STATUSES += [b"100 Continue", b"999 -", b"99 -", b"2000 -", b"abc", b"\xff"]
 def replies(draw: st.DrawFn) -> tuple[bytes, bytes | None]:
     """The bytes on the wire; and the body, where it must be looked at: all else must be refused."""
     body = json.dumps(draw(spoilt())).encode()
-    status, headers, length = b"200 OK", [JSON], len(body)
+    status, headers = b"200 OK", [JSON]
+    length: int | None = len(body)
     legal = True
     kind = draw(st.sampled_from(["body", "bytes", "status", "type", "encoding", "length", "wire"]))
     if kind == "bytes":

@@ -49,7 +49,7 @@ def make_groups() -> list[Group]:
             sample = sample.extend([8 + number], [-3.4e38], 1)
             if experts:
                 sample = sample.with_trace(make_trace(5, experts))
-            judged = {"verdict": Verdict(0.5, True), "finish_reason": "stop", "response": "2 é"}
+            judged: dict[str, Any] = {"verdict": Verdict(0.5, True), "finish_reason": "stop", "response": "2 é"}
             samples.append(dataclasses.replace(sample, **judged))
         groups.append(Group(index, prompt, tuple(samples)))
     return groups

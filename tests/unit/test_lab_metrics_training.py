@@ -80,12 +80,14 @@ def expected_metrics(sequences, config, loss):
     )
     low, high, dual = (getattr(config.clip, key, None) for key in ("low", "high", "dual"))
     if config.ratio == "geometric":
+        assert low is not None
+        assert high is not None
         low, high = 1 - math.exp(-low), math.exp(high) - 1
     below = clipped < (-math.inf if low is None else 1 - low)
     above = clipped > (math.inf if high is None else 1 + high)
     acts = {"low": token_advantage < 0, "high": token_advantage > 0}
     if config.clip.kind == "weight":
-        acts = {"low": True, "high": True}
+        acts = {side: np.ones_like(below) for side in acts}
     if config.clip.kind == "tapered":
         acts = {"low": token_advantage <= 0, "high": token_advantage <= 0}
     masks = {
@@ -138,7 +140,7 @@ CLIPPED = {
 def expected_correction(present, config):
     factors = np.concatenate([correction_factors(s, config, s.logprobs[s.mask]) for s in present])
     if config.correction.kind in ("mis", "icepop", "sequence-mask"):
-        return {"correction/masked": np.isin(factors, [None, 0.0])}
+        return {"correction/masked": np.isin(factors, np.array([None, 0.0]))}
     if config.correction.kind == "tis":
         free = config.model_copy(update={"correction": config.correction.model_copy(update={"high": math.inf})})
         uncut = np.concatenate([correction_factors(s, free, s.logprobs[s.mask]) for s in present])
@@ -217,7 +219,7 @@ def test_where_mu_stands_for_pi_old_no_mismatch_is_reported():
 def test_every_declared_metric_is_measured():
     clip = GRPO.clip.model_copy(update={"dual": 3.0})
     sequences = random_sequences(8, [5, 3])
-    report = {}
+    report: dict[str, float] = {}
     for kind in ("tis", "icepop"):
         update = {"clip": clip, "correction": correction_of(kind, high=2.0), "router_shift": 0.9}
         report |= measure([sequences], GRPO.model_copy(update=update), sequences).finalize()

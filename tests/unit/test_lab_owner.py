@@ -95,13 +95,13 @@ def test_a_silent_owner_elsewhere_is_waited_for(tmp_path: Path) -> None:
         waited.append(seconds)
         real = os.utime
         # Time passes for who takes, and the owner stays silent.
-        owner.os.utime = lambda path, *_: real(path, (seen + len(waited) * 61,) * 2)  # type: ignore[attr-defined]
+        owner.os.utime = lambda path, *_: real(path, (seen + len(waited) * 61,) * 2)
 
     utime = os.utime
     try:
         Owner.take(tmp_path, sleep=sleep).release()
     finally:
-        owner.os.utime = utime  # type: ignore[attr-defined]
+        owner.os.utime = utime
     assert len(waited) == 3
 
 
@@ -143,7 +143,7 @@ def test_a_damaged_owner_file_counts_by_its_age(tmp_path: Path, content: bytes) 
         Owner.take(tmp_path, sleep=lambda _: os.utime(file, (1.0, 1.0)))
 
 
-def take(directory: str, start: float, results: multiprocessing.Queue) -> None:  # type: ignore[type-arg]
+def take(directory: str, start: float, results: multiprocessing.Queue) -> None:
     time.sleep(max(0.0, start - time.time()))
     try:
         held = Owner.take(Path(directory), sleep=never)

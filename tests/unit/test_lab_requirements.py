@@ -16,7 +16,7 @@ CPU, CPU_PY312, NODEPS, TE_STUB = (
 
 def pins(file: Path) -> dict[str, Version]:
     """Version by name; every line must be an exact pin."""
-    found = {}
+    found: dict[str, Version] = {}
     for line in file.read_text().splitlines():
         if not (text := line.partition("#")[0].strip()):
             continue

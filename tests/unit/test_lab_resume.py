@@ -71,8 +71,8 @@ def test_resume_refuses_another_configuration_and_names_every_key(tmp_path: Path
 def test_a_key_that_a_later_version_adds_had_its_default(tmp_path: Path) -> None:
     def config(logit_chunk_tokens: int) -> str:
         engine = {"logit_chunk_tokens": logit_chunk_tokens}
-        data = {"train": "arithmetic:"}
-        return dump_config(Config(run_dir="r", model={"path": "m"}, data=data, train={"steps": 1}, engine=engine))
+        keys = {"run_dir": "r", "model": {"path": "m"}, "data": {"train": "arithmetic:"}, "train": {"steps": 1}}
+        return dump_config(Config.model_validate({**keys, "engine": engine}))
 
     (added,) = (line for line in config(1024).splitlines(keepends=True) if "logit_chunk_tokens" in line)
     start_and_end(tmp_path, config(1024).replace(added, ""))

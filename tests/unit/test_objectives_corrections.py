@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from objective_inputs import AGGREGATIONS, gradient_of, one_response, token_keys
 from objective_reference import (
     CORRECTIONS,
     DAPO,
@@ -24,9 +25,8 @@ from objective_reference import (
     reference,
     split,
 )
-from test_objectives_policy_loss import AGGREGATIONS, one_response, token_keys
 
-from megatron_rl.config.switches import IcePop, MinClip, Mis, NoCorrection, SequenceMask, Tis
+from megatron_rl.config.switches import CorrectionConfig, IcePop, MinClip, Mis, NoCorrection, SequenceMask, Tis
 from megatron_rl.data.schedule import Denominators
 from megatron_rl.objectives.corrections import kept_lengths, leaves_denominators
 from megatron_rl.objectives.policy_loss import policy_loss
@@ -45,7 +45,7 @@ def loss_and_gradient(sequences, config, whole=None, padding=0):
     inputs = pack(sequences, padding=padding)
     outputs = policy_loss(inputs, config, kept_denominators(whole or sequences, config))
     outputs.loss.backward()
-    return outputs, inputs.logprobs.grad[inputs.loss_mask].numpy()
+    return outputs, gradient_of(inputs.logprobs)[inputs.loss_mask].numpy()
 
 
 # The reference
@@ -76,7 +76,8 @@ def test_order_and_micro_batches_do_not_matter(seed, lengths, correction, aggreg
     sequences = random_sequences(seed, lengths, mismatch=0.5)
     whole, gradient = loss_and_gradient(sequences, config)
     wanted = dict(zip(token_keys(sequences), gradient, strict=True))
-    total, got = 0.0, {}
+    total = 0.0
+    got: dict[tuple[int, int], float] = {}
     for padding, micro_batch in enumerate(split(sequences, parts, seed)):
         outputs, part = loss_and_gradient(micro_batch, config, whole=sequences, padding=padding)
         total += outputs.loss.item()
@@ -208,7 +209,7 @@ def test_what_is_dropped_keeps_or_leaves_the_denominators(correction, aggregatio
 
 
 def test_only_rejection_leaves_the_denominators():
-    each = [NoCorrection(), *CORRECTIONS]
+    each: list[CorrectionConfig] = [NoCorrection(), *CORRECTIONS]
     assert {c.kind for c in each if leaves_denominators(corrected(GRPO, c))} == {"mis"}
     assert {c.kind for c in each if not leaves_denominators(corrected(GRPO, c))} >= {"none", "tis", "icepop"}
 
@@ -234,7 +235,7 @@ def test_a_batch_that_is_all_masked_out_gives_zero(correction):
     outputs = policy_loss(inputs, corrected(GRPO, correction), Denominators(0, 0))
     outputs.loss.backward()
     assert outputs.loss.item() == 0
-    assert (inputs.logprobs.grad == 0).all()
+    assert (gradient_of(inputs.logprobs) == 0).all()
 
 
 def test_a_dropped_ratio_that_overflows_does_no_harm():
@@ -249,7 +250,7 @@ def test_a_dropped_ratio_that_overflows_does_no_harm():
         loss = policy_loss(inputs, config, Denominators(1, 1)).loss
         loss.backward()
         assert loss.item() == (1.0 if kind == "mis" else 0.5)
-        assert inputs.logprobs.grad.tolist() == [0.0, loss.item()]
+        assert gradient_of(inputs.logprobs).tolist() == [0.0, loss.item()]
 
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3", "unbiased"])
@@ -264,5 +265,5 @@ def test_the_kl_of_a_rejected_token_that_overflows_does_no_harm(kind):
     loss = policy_loss(inputs, config, Denominators(1, 1)).loss
     loss.backward()
     assert loss.item() == 1.0
-    assert inputs.logprobs.grad[0] == 0
-    assert inputs.logprobs.grad.isfinite().all()
+    assert gradient_of(inputs.logprobs)[0] == 0
+    assert gradient_of(inputs.logprobs).isfinite().all()

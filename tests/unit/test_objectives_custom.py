@@ -67,7 +67,7 @@ def bare(inputs, config, sizes):
 
 
 def number(inputs, config, sizes):
-    return dataclasses.replace(policy_loss(inputs, config, sizes), loss=1.0)
+    return dataclasses.replace(policy_loss(inputs, config, sizes), loss=1.0)  # type: ignore[arg-type]
 
 
 def replaced(part, **changes):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from objective_inputs import by_the_paper
 
 from megatron_rl.config.switches import Gae
 from megatron_rl.objectives.advantages import Moments, gae, token_rewards
@@ -11,16 +12,6 @@ from megatron_rl.objectives.advantages import Moments, gae, token_rewards
 floats = st.floats(-3, 3, allow_nan=False).map(lambda x: round(x, 3))
 pairs = st.lists(st.tuples(floats, floats), max_size=12)
 fractions = st.floats(0, 1).map(lambda x: round(x, 3))
-
-
-def by_the_paper(rewards, values, gamma, gae_lambda):
-    """A_t = sum_l (gamma lambda)^l (R_{t+l} + gamma V_{t+l+1} - V_{t+l}), each term by itself."""
-    n = len(rewards)
-    following = [*values[1:], 0.0]
-    return [
-        sum((gamma * gae_lambda) ** (k - t) * (rewards[k] + gamma * following[k] - values[k]) for k in range(t, n))
-        for t in range(n)
-    ]
 
 
 def test_numbers_of_the_specification():

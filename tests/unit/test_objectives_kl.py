@@ -139,6 +139,7 @@ def test_what_a_correction_takes_out_of_the_denominators_has_no_kl_and_what_it_d
         whole = kept_denominators(sequences, config) if kind == "mis" else denominators(sequences)
         outputs = policy_loss(inputs, config, whole)
         without = policy_loss(inputs, config.model_copy(update={"kl": NoKL()}), whole)
+        assert outputs.values.correction.masked is not None
         masked = outputs.values.correction.masked.numpy()
         assert 0 < masked.sum() < len(masked)
         q_over_p = np.exp(np.concatenate(references) - np.concatenate([s.logprobs[s.mask] for s in sequences]))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from objective_inputs import gradient_of, loss_and_gradient, one_response, token_keys
 from objective_papers import PAPERS, paper_loss
 from objective_reference import (
     FAMILY,
@@ -21,7 +22,6 @@ from objective_reference import (
     reference,
     split,
 )
-from test_objectives_policy_loss import loss_and_gradient, one_response, token_keys
 
 from megatron_rl.config.switches import MinClip, ObjectiveConfig
 from megatron_rl.data.schedule import Denominators
@@ -69,7 +69,8 @@ def test_order_packing_and_micro_batches_do_not_matter(seed, lengths, name, part
     sequences = random_sequences(seed, lengths)
     whole, gradient = loss_and_gradient(sequences, FAMILY[name])
     wanted = dict(zip(token_keys(sequences), gradient, strict=True))
-    total, got = 0.0, {}
+    total = 0.0
+    got: dict[tuple[int, int], float] = {}
     for padding, micro_batch in enumerate(split(sequences, parts, seed)):
         outputs, part = loss_and_gradient(micro_batch, FAMILY[name], padding=padding, whole=sequences)
         total += outputs.loss.item()
@@ -185,7 +186,7 @@ def slope(ratio, advantage, config, mismatch=1.0):
     inputs = dataclasses.replace(inputs, rollout_logprobs=torch.full((1,), -math.log(mismatch), dtype=torch.float64))
     outputs = policy_loss(inputs, config, Denominators(1, 1))
     outputs.loss.backward()
-    return -outputs.loss.item(), -inputs.logprobs.grad.item(), outputs.values.clipping
+    return -outputs.loss.item(), -gradient_of(inputs.logprobs).item(), outputs.values.clipping
 
 
 @pytest.mark.parametrize(("ratio", "weight"), [(2.0, 0.7864), (0.8, 0.9901), (1.0, 1.0)])
@@ -202,7 +203,7 @@ def test_the_gate_is_steeper_for_negative_advantages_and_flat_far_away():
     inputs = dataclasses.replace(one_response([1.0], 1.0), old_logprobs=torch.full((1,), -800.0, dtype=torch.float64))
     loss = policy_loss(inputs, FAMILY["sapo"], Denominators(1, 1)).loss
     loss.backward()
-    assert (loss.item(), inputs.logprobs.grad.item()) == (-4.0, 0.0)
+    assert (loss.item(), gradient_of(inputs.logprobs).item()) == (-4.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -236,11 +237,11 @@ def test_minirl_masks_by_staleness_and_weighs_by_both(ratio, mismatch, advantage
 def test_topr_tapers_bad_responses_as_a_whole():
     inputs = one_response([0.5, 0.8], -1.0)
     policy_loss(inputs, FAMILY["topr"], Denominators(2, 1)).loss.backward()
-    np.testing.assert_allclose(inputs.logprobs.grad, [0.4, 0.4])
+    np.testing.assert_allclose(gradient_of(inputs.logprobs), [0.4, 0.4])
     for ratios, advantage, expected in (([2.0, 3.0], -1.0, 1.0), ([2.0, 3.0], 1.0, -1.0), ([0.1, 0.1], 1.0, -1.0)):
         inputs = one_response(ratios, advantage)
         policy_loss(inputs, FAMILY["topr"], Denominators(2, 1)).loss.backward()
-        np.testing.assert_allclose(inputs.logprobs.grad, [expected] * 2)
+        np.testing.assert_allclose(gradient_of(inputs.logprobs), [expected] * 2)
 
 
 def test_gmpo_holds_each_token_before_the_mean():
@@ -249,7 +250,7 @@ def test_gmpo_holds_each_token_before_the_mean():
     outputs.loss.backward()
     mean = math.exp((0.4 - 1.0) / 2)  # only what the advantage drives on is held
     assert -outputs.loss.item() == pytest.approx(mean)
-    np.testing.assert_allclose(-inputs.logprobs.grad, [0.0, mean / 2])
+    np.testing.assert_allclose(-gradient_of(inputs.logprobs), [0.0, mean / 2])
     clipping = outputs.values.clipping
     assert clipping.active_high.tolist() == clipping.above.tolist() == [True, False]
     assert clipping.below.tolist() == [False, True]
@@ -265,7 +266,7 @@ def test_zero_length_responses_and_masked_out_batches(name):
     outputs = policy_loss(nothing, FAMILY[name], Denominators(0, 0))
     outputs.loss.backward()
     assert outputs.loss.item() == 0
-    assert (nothing.logprobs.grad == 0).all()
+    assert (gradient_of(nothing.logprobs) == 0).all()
     sequences = random_sequences(2, [3, 0, 4])
     with_it, gradient = loss_and_gradient(sequences, FAMILY[name])
     without_it, expected = loss_and_gradient([sequences[0], sequences[2]], FAMILY[name])
@@ -320,12 +321,12 @@ def test_gspo_token_with_an_advantage_of_each_token(seed):
     terms = np.minimum(s * advantages, np.clip(s, 0.99, 1.02) * advantages)
     assert outputs.loss.item() == pytest.approx(-terms.mean())
     gone = ((s > 1.02) & (advantages > 0)) | ((s < 0.99) & (advantages < 0))
-    np.testing.assert_allclose(-inputs.logprobs.grad, np.where(gone, 0.0, s * advantages / 7), atol=1e-12)
+    np.testing.assert_allclose(-gradient_of(inputs.logprobs), np.where(gone, 0.0, s * advantages / 7), atol=1e-12)
     # GSPO's own ratio would give every token the mean of these.
     inputs.logprobs.grad = None
     policy_loss(inputs, FAMILY["gspo"].model_copy(update={"clip": clip}), Denominators(7, 1)).loss.backward()
     mean = np.where(gone, 0.0, s * advantages / 7).mean()
-    np.testing.assert_allclose(-inputs.logprobs.grad, np.full(7, mean), atol=1e-12)
+    np.testing.assert_allclose(-gradient_of(inputs.logprobs), np.full(7, mean), atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -337,4 +338,4 @@ def test_ppo_with_an_advantage_of_each_token(seed):
     terms = np.minimum(r * advantages, np.clip(r, 0.8, 1.2) * advantages)
     assert outputs.loss.item() == pytest.approx(-terms.mean())
     gone = ((r > 1.2) & (advantages > 0)) | ((r < 0.8) & (advantages < 0))
-    np.testing.assert_allclose(-inputs.logprobs.grad, np.where(gone, 0.0, r * advantages / 9), atol=1e-12)
+    np.testing.assert_allclose(-gradient_of(inputs.logprobs), np.where(gone, 0.0, r * advantages / 9), atol=1e-12)

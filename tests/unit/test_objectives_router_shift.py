@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from objective_inputs import gradient_of, one_response
 from objective_reference import FAMILY, OBJECTIVES, clip_of, pack, random_sequences
-from test_objectives_policy_loss import one_response
 
 from megatron_rl.config.switches import MinClip, ObjectiveConfig
 from megatron_rl.data.schedule import Denominators
@@ -40,8 +40,9 @@ def test_the_ratio_is_multiplied_by_the_shift(ratio, value, gradient):
     outputs = policy_loss(inputs, ObjectiveConfig(ratio=ratio, clip=OPEN, router_shift=0.8), MEAN)
     outputs.loss.backward()
     assert -outputs.loss.item() == pytest.approx(value)
-    np.testing.assert_allclose(-inputs.logprobs.grad, gradient)
+    np.testing.assert_allclose(-gradient_of(inputs.logprobs), gradient)
     assert inputs.router_shift.grad is None
+    assert outputs.values.floored is not None
     assert outputs.values.floored.tolist() == [False, True]
     # What describes the policy does not know of the routers.
     assert outputs.values.log_sequence_ratio.exp().item() == pytest.approx(math.sqrt(1.5 * 0.6))

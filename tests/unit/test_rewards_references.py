@@ -40,9 +40,12 @@ def test_a_verifier_without_a_check_takes_every_answer_and_is_asked_once(monkeyp
     assert check_answer("verifier_examples:shaped", "") is None
     asked = []
     check = Judges.check
-    monkeypatch.setattr(
-        Judges, "check", lambda self, name, prompts: asked.extend(prompts) or check(self, name, prompts)
-    )
+
+    def asks(self, name, prompts):
+        asked.extend(prompts)
+        return check(self, name, prompts)
+
+    monkeypatch.setattr(Judges, "check", asks)
     assert check_references([prompt(answer, "verifier_examples:shaped") for answer in ("", "a", "b")]) == {}
     assert [each.answer for each in asked] == [""]
 
@@ -90,7 +93,12 @@ def test_a_reference_over_which_a_built_in_verifier_takes_too_long_is_not_refuse
 
 def test_only_plain_digits_are_taken_for_a_number(monkeypatch):
     asked = []
-    monkeypatch.setattr(Judges, "check", lambda self, name, prompts: asked.extend(prompts) or [UNCHECKED])
+
+    def asks(self, name, prompts):
+        asked.extend(prompts)
+        return [UNCHECKED]
+
+    monkeypatch.setattr(Judges, "check", asks)
     check_references([prompt("18"), prompt("١٨")])
     assert [each.answer for each in asked] == ["١٨"]
 
@@ -102,5 +110,10 @@ def test_no_process_starts_for_plain_numbers(monkeypatch):
 
 def test_the_caller_says_what_the_workers_are():
     made = []
-    check_references([prompt("x + 1")], lambda: made.append(Judges(1, 5.0)) or made[-1])
+
+    def make() -> Judges:
+        made.append(Judges(1, 5.0))
+        return made[-1]
+
+    check_references([prompt("x + 1")], make)
     assert len(made) == 1

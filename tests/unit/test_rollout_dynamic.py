@@ -123,7 +123,7 @@ def test_a_search_ends_with_the_first_mixed_groups_or_an_error(
 
 
 @given(st.lists(st.integers(0, SIZE), min_size=12, max_size=12), st.integers(1, 5), st.randoms())
-def test_how_prompts_are_shared_decides_nothing(correct: list[int], leaders: int, random) -> None:  # type: ignore[no-untyped-def]
+def test_how_prompts_are_shared_decides_nothing(correct: list[int], leaders: int, random) -> None:
     tallies = [Tally(index, count, SIZE) for index, count in enumerate(correct)]
     alone = Search(DynamicSamplingConfig(), wanted=3).after(tallies)
     shuffled = random.sample(tallies, len(tallies))

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 
-from megatron_rl.data.sample import Group, Prompt, Sample, Verdict
+from megatron_rl.data.sample import FinishReason, Group, Prompt, Sample, Verdict
 from megatron_rl.rollout.evaluate import evaluation, pass_at_k
 
 
@@ -31,7 +31,7 @@ def test_pass_at_k_refuses_more_draws_than_samples(k: int) -> None:
         pass_at_k(4, 2, k)
 
 
-def judged(number: int, correct: bool, tokens: int, finish_reason: str) -> Sample:
+def judged(number: int, correct: bool, tokens: int, finish_reason: FinishReason) -> Sample:
     sample = Sample.start(Prompt("p", "", (1, 2), "", "arithmetic"), number)
     sample = sample.extend([3] * tokens, [-1.0] * tokens, 0)
     return dataclasses.replace(sample, verdict=Verdict(2.0 * correct, correct), finish_reason=finish_reason)

@@ -72,4 +72,4 @@ def test_the_rest_is_left_to_sglang(change: dict[str, object]) -> None:
     attention.extend(original, None, *arguments, **OPTIONS | change)
     assert calls == [OPTIONS | change]
     with pytest.raises(AssertionError, match="fell back"):
-        attention.decode(unexpected, None, *arguments[:7], torch.ones(1), **OPTIONS)
+        attention.decode(unexpected, None, *arguments[:7], torch.ones(1), **OPTIONS)  # type: ignore[call-arg]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_rl import train as train_module
-from megatron_rl.config.schema import CheckpointConfig, Config, EvalConfig
+from megatron_rl.config.schema import CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, TrainConfig
 from megatron_rl.data.prompts import PromptCursor
 from megatron_rl.lab.console import Console
 from megatron_rl.lab.run import RunDir, read_metrics
@@ -53,9 +53,9 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     clock = HandClock()
     config = Config(
         run_dir=tmp_path / "run",
-        model={"path": tmp_path},
-        data={"train": "", "heldout": ""},
-        train={"steps": 3, "mini_batches": 1},
+        model=ModelConfig(path=tmp_path),
+        data=DataConfig(train="", heldout=""),
+        train=TrainConfig(steps=3, mini_batches=1),
         eval=EvalConfig(every=2),
         checkpoint=CheckpointConfig(every=2),
     )
