@@ -18,11 +18,13 @@ from megatron_rl.loop import connections, parts
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    return Config(
-        run_dir=tmp_path / "run",
-        model={"path": tmp_path},
-        data={"train": "unused"},
-        train={"steps": 1, "mini_batches": 1},
+    return Config.model_validate(
+        {
+            "run_dir": tmp_path / "run",
+            "model": {"path": tmp_path},
+            "data": {"train": "unused"},
+            "train": {"steps": 1, "mini_batches": 1},
+        }
     )
 
 

@@ -79,7 +79,7 @@ def test_each_run_gives_its_servers_a_new_key_and_those_of_others_theirs(tmp_pat
     assert keys == [pool.api_key for pool in pools]  # which the leaders are told
     assert all(key is not None and len(key) >= 40 for key in keys)
     assert keys[0] != keys[1]
-    others = RolloutConfig(servers={"urls": ["http://a:1"]})
+    others = RolloutConfig.model_validate({"servers": {"urls": ["http://a:1"]}})
     assert Pool(others, EngineConfig(), tmp_path, tmp_path, 0, api_key="theirs").api_key == "theirs"
 
 
