@@ -149,7 +149,7 @@ def test_a_dry_run_needs_no_torch(run: Command, directory: Path) -> None:
     assert not (directory / "runs").exists()
 
 
-def test_what_is_left_out_of_a_preset_is_said_once(directory: Path) -> None:
+def test_what_is_left_out_of_a_preset_is_said_once(run: Command, directory: Path) -> None:
     write(directory / "base.yaml", "optim: {schedule: linear, decay_steps: 9}\n")
     done = run(directory, "train", "a.yaml", "presets=base.yaml", "optim.schedule=constant", "--dry-run")
     assert done.returncode == 0, done.stderr
