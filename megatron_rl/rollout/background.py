@@ -8,10 +8,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+WAKE_SECONDS = 1.0
+"""Python runs a signal's handler only once the main thread wakes. A signal does not wake it if the kernel gives it to
+another thread, or if it comes a moment before the wait begins."""
 
 
 class BackgroundLoop:
@@ -27,6 +30,8 @@ class BackgroundLoop:
         """Waits for the coroutine and returns its result; an interrupted wait cancels it."""
         answer = self.start(coroutine)
         try:
+            while not wait([answer], WAKE_SECONDS).done:
+                pass
             return answer.result()
         finally:
             answer.cancel()  # does nothing if it is done

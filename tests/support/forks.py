@@ -146,6 +146,7 @@ class Forks:
                 self.kill(run)
                 raise AssertionError(f"still running after {timeout} s:\n{run.stderr[-8000:]}")
             self._hear(0.2)
+        run.store = None  # its socket is closed
         return run
 
     def poll(self, run: Run) -> bool:

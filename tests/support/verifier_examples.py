@@ -115,7 +115,7 @@ def hogs(prompt: Prompt, response: str) -> Verdict:
 
 def closes_descriptors(prompt: Prompt, response: str) -> Verdict:
     if response == "b":
-        os.closerange(3, 256)
+        os.closerange(3, 65536)
         time.sleep(600)
     return Verdict(1.0, True)
 
@@ -132,9 +132,13 @@ def stops_with_child(prompt: Prompt, response: str) -> Verdict:
     return stops(prompt, response)
 
 
+def open_descriptors() -> list[int]:
+    return [int(name) for name in os.listdir("/proc/self/fd") if int(name) > 2]
+
+
 def writes_to_every_descriptor(prompt: Prompt, response: str) -> Verdict:
     if response == "b":
-        for descriptor in range(3, 64):
+        for descriptor in open_descriptors():
             with contextlib.suppress(OSError):
                 os.write(descriptor, b'{"reward": 1.0, "correct": true}' * 20)
     print('{"reward": 1.0, "correct": true}', flush=True)
@@ -144,7 +148,7 @@ def writes_to_every_descriptor(prompt: Prompt, response: str) -> Verdict:
 def forges_a_reply(prompt: Prompt, response: str) -> Verdict:
     """In the protocol's own frames, which the answers after it must not take for theirs."""
     data = b'{"id": 77, "reward": 9.0, "correct": true}'
-    for descriptor in range(3, 64) if response == "b" else ():
+    for descriptor in open_descriptors() if response == "b" else ():
         with contextlib.suppress(OSError):
             os.write(descriptor, len(data).to_bytes(8, "little") + data)
     return Verdict(1.0, True)

@@ -170,3 +170,27 @@ def test_an_evaluation_after_the_last_step_is_not_lost_in_silence(owes: bool, mo
     progress = Progress(8, 8, PromptCursor(0), owes_evaluation=owes)
     with pytest.raises(Stopped, match="--resume makes it") if owes else contextlib.nullcontext():
         Evaluator(EvalConfig(), trainer, None, None).check_made(progress)
+
+
+def test_a_signal_that_another_thread_is_given_ends_the_wait_all_the_same() -> None:
+    loop, signals = BackgroundLoop(), Signals(tells=False)
+    finished = []
+
+    async def wait_long() -> None:
+        await asyncio.sleep(20)
+        finished.append(True)
+
+    def deliver() -> None:
+        time.sleep(0.2)
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+    signals.catch()
+    threading.Thread(target=deliver).start()
+    try:
+        with pytest.raises(Interrupted), signals.interrupt():
+            loop.run(wait_long())
+    finally:
+        signals.release()
+        loop.close()
+    assert signals.received == "SIGTERM"
+    assert not finished
