@@ -143,7 +143,8 @@ def field_docstrings(cls: type[BaseModel]) -> dict[str, str]:
     for base in reversed(cls.__mro__):
         if not issubclass(base, BaseModel) or base.__module__.startswith("pydantic"):
             continue
-        (body,) = (node.body for node in ast.parse(textwrap.dedent(inspect.getsource(base))).body)
+        tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef))
         for field, text in itertools.pairwise(body):
             if (
                 isinstance(field, ast.AnnAssign)
