@@ -63,7 +63,16 @@ class RunDir:
     `step` is the number of a rollout step. On ranks other than 0 (`attach`) log calls do nothing.
     """
 
-    def __init__(self, path: Path, owner: Owner | None, config_yaml: str = "", *, resumes: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        owner: Owner | None,
+        config_yaml: str = "",
+        *,
+        resumes: bool = False,
+        is_new: bool = False,
+    ) -> None:
+        """`is_new`: the directory did not exist before."""
         self.path = path
         self.id = ""
         """The run's id, kept by a resume. Rank 0 knows it after `begin`, or after `open` with `resume`."""
@@ -79,7 +88,7 @@ class RunDir:
         self._config_yaml = config_yaml
         self._resumes = resumes
         self._began = False
-        self._made_here = False
+        self._is_new = is_new
         self._optimizer_steps = 0
         self._events: SummaryWriter | None = None
         self._hide_events_from: int | None = None
@@ -105,8 +114,7 @@ class RunDir:
         with writes(f"run_dir {path}", path):
             is_new = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
-            run = cls(path, Owner.take(path), config_yaml, resumes=resume)
-            run._made_here = is_new
+            run = cls(path, Owner.take(path), config_yaml, resumes=resume, is_new=is_new)
         try:
             if resume:  # check again: another process may have written until now
                 check_resumable(path, config_yaml)
@@ -196,7 +204,7 @@ class RunDir:
                 return
             owner.withdraw()
             if not self._resumes:
-                for directory in (self.logs, *([self.path] if self._made_here else [])):
+                for directory in (self.logs, *([self.path] if self._is_new else [])):
                     if directory.is_dir() and not any(directory.iterdir()):
                         directory.rmdir()
 

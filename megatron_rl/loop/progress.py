@@ -8,6 +8,11 @@ from megatron_rl.data.prompts import PromptCursor
 from megatron_rl.engine.manifest import State
 
 
+def is_due(step: int, steps: int, every: int) -> bool:
+    """Tells whether what happens `every` so many of `steps` is due. 0: only after the last one, when all is due."""
+    return step == steps or (every > 0 and step % every == 0)
+
+
 @dataclass
 class Progress:
     """The policy is weight version `step`."""
@@ -37,5 +42,4 @@ class Progress:
         )
 
     def due(self, every: int) -> bool:
-        """Tells whether what happens `every` so many steps is due. 0: only after the last one, when all is due."""
-        return self.step == self.steps or (every > 0 and self.step % every == 0)
+        return is_due(self.step, self.steps, every)

@@ -35,6 +35,7 @@ from megatron_rl.lab.metrics import explained_variance
 from megatron_rl.lab.run import RunDir
 from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.loop.networks import Networks, build_networks, identify
+from megatron_rl.loop.progress import is_due
 from megatron_rl.loop.watch import Watch
 from megatron_rl.models.architecture import read_architecture
 from megatron_rl.models.weights_io import save_weights
@@ -223,8 +224,7 @@ class Trainer:
     def checkpoint(self, state: State) -> None:
         """Saves if that is due: every so many steps or minutes, after the last step, and before the run stops. Raises
         Stopped, on every rank, if it does. Collective."""
-        every = self.config.checkpoint.every
-        by_count = state.step == self._steps or (every > 0 and state.step % every == 0)
+        by_count = is_due(state.step, self._steps, self.config.checkpoint.every)
         if by_count or self.watch.checkpoint_due or self.watch.stopping:
             self.save(state)
         self.watch.stop_if_asked(state.step, self._steps)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 from objective_reference import TrainedSequence, denominators, pack
 
 from megatron_rl.config.switches import ObjectiveConfig
@@ -15,6 +16,10 @@ from megatron_rl.objectives.policy_loss import policy_loss
 from megatron_rl.objectives.value import ValueInputs
 
 AGGREGATIONS = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant-length"]
+
+SEEDS = st.integers(0, 10**6)
+SOME_LENGTHS = st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any)
+"""Masked-in tokens of each sequence of a batch; at least one has some."""
 
 Numbers = Sequence[Any] | np.ndarray
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from hypothesis import HealthCheck, given, settings
+from fuzzing import drawing
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rl.data.files import DataError
@@ -49,7 +50,4 @@ def refusal_names(source: Path, error: DataError) -> bool:
 
 
 def run(check: Callable[..., None], examples: int, *strategies: st.SearchStrategy) -> None:
-    quiet = settings(
-        max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
-    )
-    quiet(given(*strategies)(check))()
+    drawing(examples)(given(*strategies)(check))()

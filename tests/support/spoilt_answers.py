@@ -14,16 +14,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from hypothesis import settings
 from hypothesis import strategies as st
 
 from megatron_rl.data.sample import Prompt
 from megatron_rl.rollout.answers import Completion
 from megatron_rl.rollout.sampler import as_sample
 from megatron_rl.routing.wire import RouteSpec
-
-FEW = settings(max_examples=200, derandomize=True, deadline=None, database=None)
-MANY = settings(max_examples=10_000, deadline=None, database=None)
 
 PROMPT, LONGEST, VOCAB, VERSIONS = (4, 5, 6), 6, 9, {6, 7}
 SPEC = RouteSpec(num_layers=2, moe_layers=(1,), top_k=2, num_experts=4)

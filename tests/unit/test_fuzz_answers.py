@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from fuzzing import FEW, MANY
 from hypothesis import given
-from spoilt_answers import FEW, GOOD, LONGEST, MANY, PROMPT, SPEC, VERSIONS, VOCAB, as_read, read_strictly, spoilt
+from spoilt_answers import GOOD, LONGEST, PROMPT, SPEC, VERSIONS, VOCAB, as_read, read_strictly, spoilt
 
 from megatron_rl.rollout.answers import RolloutError, read_completion
 

@@ -16,7 +16,8 @@ from typing import Any
 import orjson
 import pytest
 import torch.distributed as dist
-from hypothesis import HealthCheck, given, settings
+from fuzzing import FEW, MANY
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rl.config.layout import Layout
@@ -225,14 +226,14 @@ def check_accepted(directory: Path, found: Manifest | None, run: RunDir) -> None
     assert run.id == RUN
 
 
-@settings(max_examples=200, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@FEW
 @given(damages())
 def test_a_damaged_run_directory_is_refused_or_passed_over(files: dict[str, bytes | None]) -> None:
     check(files)
 
 
 @pytest.mark.slow
-@settings(max_examples=10_000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@MANY
 @given(damages())
 def test_a_damaged_run_directory_is_refused_or_passed_over_10000(files: dict[str, bytes | None]) -> None:
     check(files)

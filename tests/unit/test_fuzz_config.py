@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from config_files import ARCHITECTURE, RL, write
-from hypothesis import HealthCheck, Phase, given, settings
+from fuzzing import drawing
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from megatron_rl.config.load import ConfigError, check_config, dump_config, load_config
@@ -237,14 +238,7 @@ def _check_overrides(config: Config, given_overrides: list[str]) -> None:
 def run(directory: Path, examples: int) -> collections.Counter[str]:
     outcomes: collections.Counter[str] = collections.Counter()
 
-    @settings(
-        max_examples=examples,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-        phases=(Phase.generate,),
-    )
+    @settings(drawing(examples), phases=(Phase.generate,))
     @given(cases())
     def each(case: tuple[str, list[str]]) -> None:
         outcomes[check(directory, *case)] += 1

@@ -8,14 +8,13 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from fuzzing import drawing
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rl.data.sample import Prompt
 from megatron_rl.rewards.math import verify_math
 from megatron_rl.rewards.verifiers import check_answer
-
-HOW = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
 def verdict(reference: str, response: str) -> bool:
@@ -196,7 +195,7 @@ def run(suite: str, slow: bool) -> Counter[str]:
     cases, check, few, many = SUITES[suite]
     counts: Counter[str] = Counter()
 
-    @settings(HOW, max_examples=many if slow else few)
+    @drawing(many if slow else few)
     @given(cases)
     def search(case) -> None:
         counts[check(case)] += 1

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from fuzzing import drawing
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from models_reference import hf_shapes
 from safetensors.torch import load_file
@@ -172,14 +173,7 @@ def run(whole: Path, directory: Path, examples: int) -> collections.Counter[str]
     files = {name: (whole / name).read_bytes() for name in names}
     outcomes: collections.Counter[str] = collections.Counter()
 
-    @settings(
-        max_examples=examples,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-        phases=(Phase.generate,),
-    )
+    @settings(drawing(examples), phases=(Phase.generate,))
     @given(st.data())
     def each(data: st.DataObject) -> None:
         changed = damaged(data.draw, files)

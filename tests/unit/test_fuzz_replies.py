@@ -10,9 +10,10 @@ import re
 from collections.abc import Iterator
 
 import pytest
+from fuzzing import FEW, MANY
 from hypothesis import given
 from hypothesis import strategies as st
-from spoilt_answers import FEW, GOOD, LONGEST, MANY, PROMPT, SPEC, VERSIONS, VOCAB, as_read, read_strictly, spoilt
+from spoilt_answers import GOOD, LONGEST, PROMPT, SPEC, VERSIONS, VOCAB, as_read, read_strictly, spoilt
 
 from megatron_rl.rollout import client as client_module
 from megatron_rl.rollout.answers import Completion, RolloutError

@@ -16,7 +16,8 @@ import numpy as np
 import orjson
 import pytest
 import safetensors.numpy
-from hypothesis import HealthCheck, event, given, settings
+from fuzzing import FEW, MANY
+from hypothesis import event, given
 from hypothesis import strategies as st
 
 from megatron_rl.data.sample import Group, Prompt, Sample, Verdict
@@ -257,8 +258,6 @@ FILES = st.tuples(
     st.sampled_from(["bytes", "lines", "values", "values with their checksums"]), st.integers(0, 2**64 - 1)
 )
 TRACES = st.tuples(st.sampled_from(["bytes", "values with their checksums"]), st.integers(0, 2**64 - 1))
-FEW = settings(max_examples=200, derandomize=True, deadline=None, database=None)
-MANY = settings(max_examples=10_000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")

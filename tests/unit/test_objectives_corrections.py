@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from objective_inputs import AGGREGATIONS, gradient_of, one_response, token_keys
+from objective_inputs import AGGREGATIONS, SEEDS, SOME_LENGTHS, gradient_of, one_response, token_keys
 from objective_reference import (
     CORRECTIONS,
     DAPO,
@@ -31,8 +31,6 @@ from megatron_rl.data.schedule import Denominators
 from megatron_rl.objectives.corrections import kept_lengths, leaves_denominators
 from megatron_rl.objectives.policy_loss import policy_loss
 
-seeds = st.integers(0, 10**6)
-some_lengths = st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any)
 FREE = GRPO.model_copy(update={"clip": MinClip(low=None, high=None)})
 REWEIGHING = ("tis", "mis", "icepop")
 
@@ -70,7 +68,7 @@ def test_loss_and_gradient_equal_the_reference(correction, name, denominator):
 
 
 @settings(deadline=None, max_examples=60)
-@given(seeds, some_lengths, st.sampled_from(CORRECTIONS), st.sampled_from(AGGREGATIONS), st.integers(1, 4))
+@given(SEEDS, SOME_LENGTHS, st.sampled_from(CORRECTIONS), st.sampled_from(AGGREGATIONS), st.integers(1, 4))
 def test_order_and_micro_batches_do_not_matter(seed, lengths, correction, aggregation, parts):
     config = corrected(GRPO.model_copy(update={"aggregation": aggregation, "constant_length": 9}), correction)
     sequences = random_sequences(seed, lengths, mismatch=0.5)
@@ -169,7 +167,7 @@ def test_without_mismatch_a_correction_does_nothing(correction):
 
 
 @settings(deadline=None, max_examples=40)
-@given(seeds, some_lengths, st.sampled_from(CORRECTIONS))
+@given(SEEDS, SOME_LENGTHS, st.sampled_from(CORRECTIONS))
 def test_the_factor_carries_no_gradient(seed, lengths, correction):
     """The gradient is the factor times that of the surrogate alone."""
     sequences = random_sequences(seed, lengths, mismatch=0.5)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from objective_inputs import AGGREGATIONS, gradient_of, loss_and_gradient, one_response, token_keys
+from objective_inputs import AGGREGATIONS, SEEDS, SOME_LENGTHS, gradient_of, loss_and_gradient, one_response, token_keys
 from objective_reference import (
     DAPO,
     FAMILY,
@@ -24,10 +24,6 @@ from objective_reference import (
 from megatron_rl.config.switches import MinClip, ObjectiveConfig, UnbiasedKL
 from megatron_rl.data.schedule import Denominators
 from megatron_rl.objectives.policy_loss import policy_loss, sft_loss
-
-seeds = st.integers(0, 10**6)
-some_lengths = st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any)
-
 
 # Numbers worked out by hand
 
@@ -138,7 +134,7 @@ def test_dual_clip_equals_the_reference(name):
 
 
 @settings(deadline=None, max_examples=40)
-@given(seeds, some_lengths, st.sampled_from(list(OBJECTIVES)), st.sampled_from(AGGREGATIONS))
+@given(SEEDS, SOME_LENGTHS, st.sampled_from(list(OBJECTIVES)), st.sampled_from(AGGREGATIONS))
 def test_any_batch_equals_the_reference(seed, lengths, name, aggregation):
     config = OBJECTIVES[name].model_copy(update={"aggregation": aggregation, "constant_length": 9})
     sequences = random_sequences(seed, lengths)
@@ -152,7 +148,7 @@ def test_any_batch_equals_the_reference(seed, lengths, name, aggregation):
 
 
 @settings(deadline=None, max_examples=40)
-@given(seeds, some_lengths, st.sampled_from(list(OBJECTIVES)), st.sampled_from(AGGREGATIONS), st.integers(1, 4))
+@given(SEEDS, SOME_LENGTHS, st.sampled_from(list(OBJECTIVES)), st.sampled_from(AGGREGATIONS), st.integers(1, 4))
 def test_order_and_micro_batches_do_not_matter(seed, lengths, name, aggregation, parts):
     config = OBJECTIVES[name].model_copy(update={"aggregation": aggregation, "constant_length": 9})
     sequences = random_sequences(seed, lengths)
@@ -179,7 +175,7 @@ def test_denominators_of_each_micro_batch_would_be_seen():
 
 
 @settings(deadline=None, max_examples=40)
-@given(seeds, some_lengths)
+@given(SEEDS, SOME_LENGTHS)
 def test_token_mean_is_sequence_mean_only_at_equal_lengths(seed, lengths):
     sequences = random_sequences(seed, lengths)
     free = DAPO.model_copy(update={"clip": MinClip(low=0.99, high=99.0)})  # so that every token has a gradient
@@ -194,7 +190,7 @@ def test_token_mean_is_sequence_mean_only_at_equal_lengths(seed, lengths):
 
 
 @settings(deadline=None, max_examples=30)
-@given(seeds, st.integers(1, 6), st.integers(1, 6))
+@given(SEEDS, st.integers(1, 6), st.integers(1, 6))
 def test_on_policy_at_equal_lengths_all_objectives_have_one_gradient(seed, length, count):
     sequences = random_sequences(seed, [length] * count, drift=0.0)
     gradients = [loss_and_gradient(sequences, config)[1] for config in OBJECTIVES.values()]
@@ -204,7 +200,7 @@ def test_on_policy_at_equal_lengths_all_objectives_have_one_gradient(seed, lengt
 
 
 @settings(deadline=None, max_examples=40)
-@given(seeds, some_lengths, st.sampled_from(AGGREGATIONS))
+@given(SEEDS, SOME_LENGTHS, st.sampled_from(AGGREGATIONS))
 def test_gspo_token_is_gspo_in_value_clip_and_gradient(seed, lengths, aggregation):
     update = {"aggregation": aggregation, "constant_length": 9}
     sequences = random_sequences(seed, lengths)
@@ -233,7 +229,7 @@ def test_gspo_gradient_is_that_of_the_paper():
 
 
 @settings(deadline=None, max_examples=20)
-@given(seeds, some_lengths, st.sampled_from(list(OBJECTIVES)), st.sampled_from([torch.float32, torch.float64]))
+@given(SEEDS, SOME_LENGTHS, st.sampled_from(list(OBJECTIVES)), st.sampled_from([torch.float32, torch.float64]))
 def test_first_mini_batch_is_exact(seed, lengths, name, dtype):
     config = OBJECTIVES[name].model_copy(update={"clip": MinClip(low=0.0, high=0.0)})
     sequences = random_sequences(seed, lengths, drift=0.0)

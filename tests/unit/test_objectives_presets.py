@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from objective_inputs import gradient_of, loss_and_gradient, one_response, token_keys
+from objective_inputs import SEEDS, SOME_LENGTHS, gradient_of, loss_and_gradient, one_response, token_keys
 from objective_papers import PAPERS, paper_loss
 from objective_reference import (
     FAMILY,
@@ -29,8 +29,6 @@ from megatron_rl.lab.metrics import TRAINING, training_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.objectives.policy_loss import policy_loss
 
-seeds = st.integers(0, 10**6)
-some_lengths = st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any)
 names = st.sampled_from(sorted(FAMILY))
 
 
@@ -54,7 +52,7 @@ def test_loss_and_gradient_are_the_papers(name, drift):
 
 
 @settings(deadline=None, max_examples=60)
-@given(seeds, some_lengths, names)
+@given(SEEDS, SOME_LENGTHS, names)
 def test_any_batch_is_the_papers(seed, lengths, name):
     sequences = random_sequences(seed, lengths, mismatch=0.7)
     outputs, gradient = loss_and_gradient(sequences, FAMILY[name])
@@ -64,7 +62,7 @@ def test_any_batch_is_the_papers(seed, lengths, name):
 
 
 @settings(deadline=None, max_examples=60)
-@given(seeds, some_lengths, names, st.integers(1, 4))
+@given(SEEDS, SOME_LENGTHS, names, st.integers(1, 4))
 def test_order_packing_and_micro_batches_do_not_matter(seed, lengths, name, parts):
     sequences = random_sequences(seed, lengths)
     whole, gradient = loss_and_gradient(sequences, FAMILY[name])
@@ -83,7 +81,7 @@ def test_order_packing_and_micro_batches_do_not_matter(seed, lengths, name, part
 
 
 @settings(deadline=None, max_examples=60)
-@given(seeds, some_lengths, st.sampled_from(sorted(FAMILY)), st.sampled_from([0.3, 0.01]))
+@given(SEEDS, SOME_LENGTHS, st.sampled_from(sorted(FAMILY)), st.sampled_from([0.3, 0.01]))
 def test_any_batch_with_advantages_by_token_is_the_reference(seed, lengths, name, drift):
     sequences = random_sequences(seed, lengths, drift=drift, by_token=True)
     outputs, gradient = loss_and_gradient(sequences, FAMILY[name])
@@ -106,7 +104,7 @@ def test_with_advantages_by_token_it_is_the_papers(name):
 
 
 @settings(deadline=None, max_examples=40)
-@given(seeds, some_lengths, st.booleans())
+@given(SEEDS, SOME_LENGTHS, st.booleans())
 def test_gspo_token_parts_from_gspo_where_the_advantage_varies_within_a_response(seed, lengths, by_token):
     """All tokens of a response have one ratio, so value and clip agree; but each advantage pushes its own token."""
     sequences = random_sequences(seed, lengths, by_token=by_token)
@@ -126,7 +124,7 @@ def test_gspo_token_parts_from_gspo_where_the_advantage_varies_within_a_response
 
 
 @settings(deadline=None, max_examples=60)
-@given(seeds, st.integers(1, 6), st.integers(1, 5), names)
+@given(SEEDS, st.integers(1, 6), st.integers(1, 5), names)
 def test_on_policy_without_mismatch_the_gradient_is_that_of_the_weighted_advantages(seed, length, count, name):
     """At equal lengths they all have one gradient, up to the constant of the aggregation."""
     sequences = random_sequences(seed, [length] * count, drift=0.0, mismatch=0.0)
@@ -150,7 +148,7 @@ def test_on_the_first_mini_batch_nothing_is_clipped(name, dtype):
 
 
 @settings(deadline=None, max_examples=60)
-@given(seeds, some_lengths, names, st.booleans(), st.sampled_from([torch.float32, torch.float64]))
+@given(SEEDS, SOME_LENGTHS, names, st.booleans(), st.sampled_from([torch.float32, torch.float64]))
 def test_the_first_mini_batch_of_any_batch_is_exact(seed, lengths, name, by_token, dtype):
     """Whatever the mismatch with mu: every ratio is 1 and every clip fraction 0 to the last bit."""
     clip = FAMILY[name].clip
