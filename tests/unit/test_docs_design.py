@@ -43,6 +43,11 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(p for p in (ROOT / "doc
 NAMED = re.compile(r"\b(?:tests|docs|tools|examples|benchmarks|requirements)/[\w/-]+\.\w+")
 
 
+def test_the_pages_name_files() -> None:
+    """Else what follows would look at nothing."""
+    assert sum(len(NAMED.findall(page.read_text())) for page in PAGES) > 20
+
+
 @pytest.mark.parametrize("file", [*PAGES, *sorted((ROOT / "megatron_rl").rglob("*.py"))], ids=lambda file: file.name)
 def test_files_that_are_named_are_there(file: Path) -> None:
     assert [name for name in NAMED.findall(file.read_text()) if not (ROOT / name).exists()] == []
