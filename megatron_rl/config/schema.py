@@ -80,15 +80,19 @@ class ParallelConfig(Frozen):
 
 class EngineConfig(Frozen):
     device: Device = "auto"
+    """Device of the trainer and of the servers that it starts. auto: cuda if there is a GPU, else cpu."""
     dtype: EngineDtype = "bf16"
+    """Dtype of weights and activations. Gradients are reduced in fp32."""
     layers: Literal["auto", "te", "torch"] = "auto"
-    """Transformer Engine where it imports, else the plain PyTorch provider of megatron_rl.engine.layers."""
+    """te: layers of Transformer Engine; torch: plain PyTorch. auto: te on a GPU with Transformer Engine, else torch."""
     dispatcher: Literal["alltoall", "deepep"] = "alltoall"
+    """Exchange of tokens between expert ranks: all-to-all, or DeepEP, which needs a GPU and ep or etp above 1."""
     recompute: Recompute = "none"
+    """Activations that the backward pass computes again. selective: core attention; full: every layer."""
     max_tokens_per_micro_batch: PositiveInt = 8192
-    """Packed tokens of one micro-batch, over all context-parallel ranks. A longer sample gets one of its own."""
+    """Packed tokens of one micro-batch, over all context-parallel ranks. A longer sample has its own micro-batch."""
     logit_chunk_tokens: PositiveInt = 1024
-    """Tokens whose fp32 logits exist at one time, in the forward as in the backward pass."""
+    """Tokens whose fp32 logits exist at a time, in the forward and in the backward pass."""
     aux_loss_coefficient: Annotated[float, Field(ge=0, le=1e3)] = 0.0
     """Coefficient of Megatron-Core's load-balancing loss, for policy and critic. 0 disables it."""
     heartbeat: Annotated[float, Field(ge=1)] | None = 90.0
@@ -98,15 +102,21 @@ class EngineConfig(Frozen):
 
 class OptimConfig(Frozen):
     lr: LearningRate = 1e-6
+    """Learning rate after the warm-up; linear and cosine decay from it."""
     min_lr: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Learning rate from decay_steps on; for linear and cosine only."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or falling from lr to min_lr."""
     warmup_steps: NonNegativeInt = 0
-    """In optimizer steps, as is decay_steps."""
+    """Optimizer steps in which the learning rate rises from 0 to lr."""
     decay_steps: NonNegativeInt = 0
     """Optimizer steps until min_lr; needed by linear and cosine."""
     betas: tuple[AdamBeta, AdamBeta] = (0.9, 0.95)
+    """Decay rates of Adam's first and second moments."""
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    """Number added to the root of Adam's second moment."""
     weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Decoupled weight decay, as in AdamW."""
     clip_grad: Annotated[float, Field(gt=0, le=1e12)] = 1.0
     """Global gradient norm above which gradients are scaled down."""
     max_skipped: NonNegativeInt = 3
@@ -122,8 +132,11 @@ class DataConfig(Frozen):
     """JSONL, Parquet or Arrow file, a directory with the files of one split, a directory of save_to_disk, or
     `arithmetic:SPEC` (docs/data.md)."""
     heldout: str | None = None
+    """Data set for evaluation, in any format of `train`. Defaults to null: no evaluation."""
     prompt_field: str = "prompt"
+    """Field with the prompt."""
     answer_field: str = "answer"
+    """Field with the reference answer."""
     verifier: str | None = None
     """Verifier of prompts that name none: a built-in name, or `package.module:function`. A prompt may name a built-in
     verifier or this one. Defaults to `arithmetic` for problems of `arithmetic:SPEC`, else `math`."""
@@ -137,7 +150,9 @@ class ServersConfig(Frozen):
     urls: Urls = ()
     """Servers started elsewhere. Empty: the trainer starts and supervises `launch` servers itself."""
     launch: PositiveInt = 1
+    """Number of servers to start if `urls` is empty."""
     tp: PositiveInt = 1
+    """Tensor parallelism of each launched server."""
     dtype: ServerDtype = "auto"
     """auto: the engine's dtype."""
     api_key_env: VariableName | None = None
@@ -153,8 +168,8 @@ class ServersConfig(Frozen):
 
 
 class DynamicSamplingConfig(Frozen):
-    """DAPO's [2503.14476, section 3.2]: only groups with right and wrong answers are trained on; the rest is sampled
-    anew, from other prompts."""
+    """DAPO's [2503.14476, section 3.2]: only groups with right and wrong answers are trained on. Groups of other
+    prompts replace the rest."""
 
     oversample: Annotated[float, Field(ge=1, le=1000)] = 1.5
     """Prompts asked for each group that is missing."""
@@ -166,7 +181,9 @@ class RolloutConfig(Frozen):
     prompts_per_step: PositiveInt = 32
     """Over all data-parallel ranks; each leader fetches its own share."""
     group_size: PositiveInt = 8
+    """Responses per prompt."""
     max_response_tokens: PositiveInt = 1024
+    """Length limit of a response, in tokens. A longer response is truncated."""
     temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
     """The trainer's log-probs are those of logits / temperature, as the server's are."""
     concurrency: PositiveInt = 256
@@ -190,11 +207,12 @@ class RewardConfig(Frozen):
     memory_mib: PositiveInt | None = 4096
     """Address space of a worker; null: no limit."""
     environment: tuple[str, ...] = ()
-    """Environment variables that verifiers see beside PATH, HOME and their like. A key belongs here only if a verifier
-    needs it."""
+    """Environment variables that verifiers see in addition to PATH, HOME and similar ones. An API key belongs here only
+    if a verifier needs it."""
     correct: Reward | None = None
     """The reward of a right answer, in place of the verifier's own; null: the verifier's own."""
     wrong: Reward | None = None
+    """The reward of a wrong answer; null: the verifier's own."""
     overlong_cache: PositiveInt | None = None
     """DAPO's soft overlong punishment [2503.14476, equation 13]: over the last so many tokens before
     rollout.max_response_tokens the reward falls by up to 1; null: no punishment."""
@@ -210,7 +228,7 @@ class CriticConfig(Frozen):
     """Hugging Face directory; a value head is read from `score.weight` if it is there; None: model.path."""
     optim: CriticOptimConfig = CriticOptimConfig()
     clip: Positive | None = 0.2
-    """The value may move so far from that of the rollout; null: no bound."""
+    """Largest distance of a value from its value before the first update; null: no bound."""
     warmup_steps: NonNegativeInt = 0
     """Rollout steps at the start of a run in which the critic learns alone; all of them: the policy stays as it was."""
     epochs: PositiveInt = 1
@@ -236,6 +254,8 @@ class RoutingConfig(Frozen):
 
 class WeightsConfig(Frozen):
     route: Literal["collective", "disk"] = "collective"
+    """collective: buckets are broadcast over NCCL or gloo; disk: files in run_dir/weights, which all servers must
+    see."""
     bucket_mib: MebiBytes = 256
     """Size of one gathered and broadcast bucket of weights."""
     verify: NonNegativeInt = 0
@@ -244,6 +264,7 @@ class WeightsConfig(Frozen):
     """Largest |log-prob difference| on the probe, and largest mean one on what a server samples; null: 1e-5 if
     engine and servers compute in fp32 on a CPU, else 0.1."""
     timeout: Seconds = 600.0
+    """Seconds until the servers must answer each request of a weight sync."""
 
 
 class EvalConfig(Frozen):
@@ -252,6 +273,7 @@ class EvalConfig(Frozen):
     samples: PositiveInt = 1
     """Responses per held-out prompt: k of avg@k and pass@k."""
     temperature: Annotated[float, Field(ge=0, le=1e3)] = 0.0
+    """Sampling temperature; 0 is greedy."""
     prompts: PositiveInt | None = None
     """Use only the first so many held-out prompts."""
 
@@ -263,6 +285,7 @@ class CheckpointConfig(Frozen):
     minutes: Positive | None = 30.0
     """The first step that ends so long after the last checkpoint is followed by one. Defaults to 30; null disables."""
     keep: PositiveInt = 2
+    """Number of checkpoints to keep; older ones are deleted."""
 
 
 class TrainConfig(Frozen):
@@ -272,6 +295,7 @@ class TrainConfig(Frozen):
     """The run saves a checkpoint and ends, with status 75, before a step that would end more than so many minutes after
     the start, were it as long as the longest so far. Leave time for the checkpoint. Defaults to null: no limit."""
     mini_batches: PositiveInt = 4
+    """Optimizer steps per rollout step, each on an equal block of groups."""
     recompute_old_logprobs: bool = True
     """False: pi_old is taken from the update's own forward pass, or, where there are several mini-batches under
     objective.denominator rollout, mu stands for it."""
@@ -283,9 +307,11 @@ class Config(Frozen):
 
     Once loaded it is empty: what the presets set is merged in."""
     merged_presets: tuple[str, ...] = ()
-    """Written by the loader: the presets that were merged in, theirs included, in order. Nothing is merged anew."""
+    """Written by the loader: the presets that were merged in, theirs included, in order. The key merges nothing."""
     run_dir: Path
+    """Directory of the run's metrics, rollouts, checkpoints and trained model. A non-empty one needs --resume."""
     seed: NonNegativeInt = 0
+    """Seed of the order of prompts, of the ranks' random generators and of launched servers."""
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     engine: EngineConfig = EngineConfig()
@@ -307,18 +333,26 @@ class SftDataConfig(Frozen):
     train: str
     """JSONL file or data set directory with prompt and response, or `arithmetic:SPEC`."""
     prompt_field: str = "prompt"
+    """Field with the prompt."""
     response_field: str = "response"
+    """Field with the response."""
     chat_template: bool = False
+    """Wrap each prompt as a user message with the tokenizer's chat template."""
     max_tokens: PositiveInt = 4096
+    """Length limit of prompt and response together, in tokens. A longer example is an error that names it."""
 
 
 class SftConfig(Frozen):
     """Configuration of `megatron-rl sft`."""
 
     presets: tuple[str, ...] = ()
+    """Built-in presets by name, or YAML files relative to this one, as for `megatron-rl train`."""
     merged_presets: tuple[str, ...] = ()
+    """Written by the loader: the presets that were merged in, in order."""
     run_dir: Path
+    """Directory of the run's metrics, checkpoints and trained model. A non-empty one needs --resume."""
     seed: NonNegativeInt = 0
+    """Seed of the order of examples and of the ranks' random generators."""
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     engine: EngineConfig = EngineConfig()

@@ -22,6 +22,7 @@ class MinClip(Frozen):
     """PPO's min(w A, clip(w) A) [1707.06347]."""
 
     kind: Literal["min"] = "min"
+    """Selects this kind."""
     low: LowBound | None = 0.2
     """The band of w is 1 - low to 1 + high. The geometric ratio has its own band: -low to high of each token's log w_t.
     Defaults to 0.2; null disables."""
@@ -35,32 +36,40 @@ class MaskClip(Frozen):
     """MiniRL's mask [2512.01374]: drops a token if pi_theta/pi_old leaves the band in the direction of A."""
 
     kind: Literal["mask"] = "mask"
+    """Selects this kind."""
     low: LowBound | None
+    """The lower bound of pi_theta/pi_old is 1 - low; null: no bound."""
     high: HighBound | None
+    """The upper bound of pi_theta/pi_old is 1 + high; null: no bound."""
 
 
 class WeightClip(Frozen):
     """CISPO [2506.13585]: the bounded w is a weight without a gradient."""
 
     kind: Literal["weight"] = "weight"
+    """Selects this kind."""
     low: LowBound | None = None
-    """Defaults to null: no bound."""
+    """The lower bound of w is 1 - low. Defaults to null: no bound."""
     high: HighBound | None = None
+    """The upper bound of w is 1 + high. Defaults to null: no bound."""
 
 
 class TaperedClip(Frozen):
     """TOPR [2503.14286]: weight 1 if A is positive, else the bounded w without a gradient."""
 
     kind: Literal["tapered"] = "tapered"
+    """Selects this kind."""
     low: LowBound | None = None
-    """Defaults to null: no bound."""
+    """The lower bound of w is 1 - low. Defaults to null: no bound."""
     high: HighBound | None = None
+    """The upper bound of w is 1 + high. Defaults to null: no bound."""
 
 
 class SoftGate(Frozen):
     """SAPO's sigmoid of w [2511.20347], which has temperatures in place of bounds."""
 
     kind: Literal["soft-gate"] = "soft-gate"
+    """Selects this kind."""
     tau_positive: Positive
     """Temperature if A is positive."""
     tau_negative: Positive
@@ -77,6 +86,7 @@ class GroupAdvantage(Frozen):
     """Advantage of a response, from the rewards of all responses to its prompt."""
 
     estimator: Literal["group"] = "group"
+    """Selects this estimator."""
     baseline: Literal["mean", "leave-one-out", "none"] = "mean"
     """Subtracted from each reward: the group's mean, or the mean of the other responses, RLOO [2402.14740]."""
     std: Literal["population", "sample", "none"] = "sample"
@@ -87,6 +97,7 @@ class Gae(Frozen):
     """Advantage of each token, from the critic's values [1506.02438]. Needs the section `critic`."""
 
     estimator: Literal["gae"] = "gae"
+    """Selects this estimator."""
     baseline: Literal["mean", "none"] = "mean"
     """Subtracted from each token's advantage: the mean over the rollout batch."""
     std: Literal["population", "sample", "none"] = "sample"
@@ -94,6 +105,7 @@ class Gae(Frozen):
     gamma: Annotated[float, Field(gt=0, le=1)]
     """Discount."""
     gae_lambda: Annotated[float, Field(ge=0, le=1)]
+    """Weight of later steps: 0 uses one reward and the next value, 1 all rewards of the response."""
 
 
 AdvantageConfig = Annotated[GroupAdvantage | Gae, Field(discriminator="estimator")]
@@ -105,41 +117,51 @@ AdvantageConfig = Annotated[GroupAdvantage | Gae, Field(discriminator="estimator
 
 class NoCorrection(Frozen):
     kind: Literal["none"] = "none"
+    """Selects this kind."""
 
 
 class Tis(Frozen):
     """Truncated importance sampling: a token's term times min(rho, high)."""
 
     kind: Literal["tis"] = "tis"
+    """Selects this kind."""
     level: Literal["token", "sequence"] = "token"
     """rho of each token, or the product over the response."""
     high: Positive
+    """Upper bound of the factor."""
 
 
 class Mis(Frozen):
     """A token's term times rho within low to high; others leave the loss and its denominators."""
 
     kind: Literal["mis"] = "mis"
+    """Selects this kind."""
     level: Literal["token", "sequence", "geometric"] = "token"
     """rho of each token, the product over the response, or its geometric mean."""
     low: Positive | None = None
-    """Defaults to null: no bound."""
+    """Lower bound of rho. Defaults to null: no bound."""
     high: Positive
+    """Upper bound of rho."""
 
 
 class IcePop(Frozen):
     """A token's term times rho within low to high, else 0 [2510.18855]."""
 
     kind: Literal["icepop"] = "icepop"
+    """Selects this kind."""
     low: Positive
+    """Lower bound of rho."""
     high: Positive
+    """Upper bound of rho."""
 
 
 class SequenceMask(Frozen):
     """DeepSeek-V3.2's mask: 0 for a response with A < 0 whose mean log(mu/pi_theta) is over delta."""
 
     kind: Literal["sequence-mask"] = "sequence-mask"
+    """Selects this kind."""
     delta: Annotated[float, Field(ge=0, le=1e6)]
+    """Bound of a response's mean log(mu/pi_theta), in nats per token."""
 
 
 CorrectionConfig = Annotated[NoCorrection | Tis | Mis | IcePop | SequenceMask, Field(discriminator="kind")]
@@ -149,23 +171,29 @@ CorrectionConfig = Annotated[NoCorrection | Tis | Mis | IcePop | SequenceMask, F
 
 class NoKL(Frozen):
     kind: Literal["none"] = "none"
+    """No KL, and no reference model."""
 
 
 class KL(Frozen):
     """Estimator of the KL at each token (http://joschu.net/blog/kl-approx.html); k3 is GRPO's."""
 
     kind: Literal["k1", "k2", "k3"]
+    """Selects the estimator."""
     place: Literal["loss", "reward"] = "loss"
     """loss: KL of pi_theta, added to the loss, with a gradient; reward: KL of pi_old, taken off the reward."""
     beta: Positive
+    """Coefficient of the KL."""
 
 
 class UnbiasedKL(Frozen):
     """k3 times pi_theta/pi_old (DeepSeek-V3.2), a ratio that is 1 when rewards are made."""
 
     kind: Literal["unbiased"] = "unbiased"
+    """Selects this kind."""
     place: Literal["loss"] = "loss"
+    """loss: added to the loss, with a gradient."""
     beta: Positive
+    """Coefficient of the KL."""
 
 
 KLConfig = Annotated[NoKL | KL | UnbiasedKL, Field(discriminator="kind")]
@@ -183,6 +211,8 @@ class ObjectiveConfig(Frozen):
     aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant-length"] = (
         "seq-mean-token-mean"
     )
+    """token-mean: mean over all tokens. The others are means over responses: of their token mean, of their token sum,
+    or of their token sum / constant_length."""
     constant_length: PositiveInt | None = None
     """Tokens by which the constant-length aggregation divides (Dr.GRPO [2503.20783]). Defaults to null, which the other
     aggregations need."""
@@ -194,5 +224,5 @@ class ObjectiveConfig(Frozen):
     since pi_old, and by no less than this. Costs one more forward pass for each mini-batch. Defaults to null, which
     disables it."""
     custom: str | None = None
-    """A loss of one's own, `package.module:function`, called in place of objectives.policy_loss.policy_loss, with the
-    same arguments. Advantages, and denominators under a correction, are as without it."""
+    """Your own loss, `package.module:function`, called in place of objectives.policy_loss.policy_loss with equal
+    arguments. It does not change advantages, nor the denominators under a correction."""
