@@ -57,8 +57,8 @@ class ModelConfig(Frozen):
     path: Path
     """Hugging Face model directory: config.json, tokenizer and safetensors."""
     reference: Path | None = None
-    """Model directory of the reference policy pi_ref, of the same architecture. Defaults to `path`; read only if
-    objective.kl needs it."""
+    """Model directory of the reference policy pi_ref, whose architecture must equal the policy's. Defaults to `path`;
+    read only if objective.kl needs it."""
 
 
 class ParallelConfig(Frozen):
@@ -185,7 +185,7 @@ class RolloutConfig(Frozen):
     max_response_tokens: PositiveInt = 1024
     """Length limit of a response, in tokens. A longer response is truncated."""
     temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
-    """The trainer's log-probs are those of logits / temperature, as the server's are."""
+    """Sampling temperature. Trainer and servers compute log-probs from logits / temperature."""
     concurrency: PositiveInt = 256
     """Requests in flight per data-parallel leader."""
     deadline: Seconds = 1800.0
@@ -214,7 +214,7 @@ class RewardConfig(Frozen):
     wrong: Reward | None = None
     """The reward of a wrong answer; null: the verifier's own."""
     overlong_cache: PositiveInt | None = None
-    """DAPO's soft overlong punishment [2503.14476, equation 13]: over the last so many tokens before
+    """Tokens of DAPO's soft overlong punishment [2503.14476, equation 13]. Over this many last tokens before
     rollout.max_response_tokens the reward falls by up to 1; null: no punishment."""
     overlong_filter: bool = False
     """DAPO's overlong filtering: a truncated response is masked out of the loss and its denominators; its reward still
@@ -225,7 +225,7 @@ class CriticConfig(Frozen):
     """The value model of PPO, on the policy's engine and layout. Its mini-batches are the policy's."""
 
     path: Path | None = None
-    """Hugging Face directory; a value head is read from `score.weight` if it is there; None: model.path."""
+    """Hugging Face directory. A value head is read from `score.weight` if it exists. Defaults to null: model.path."""
     optim: CriticOptimConfig = CriticOptimConfig()
     clip: Positive | None = 0.2
     """Largest distance of a value from its value before the first update; null: no bound."""
@@ -242,10 +242,10 @@ class RoutingConfig(Frozen):
     """none: live routing; r2: the trainer's old-log-prob pass records, every update replays [GSPO 2507.18071, section
     5.3]; r3: the rollout engine's routes are replayed in the old-log-prob pass and every update [2510.11370]."""
     observe_rollout: bool = False
-    """Ask the servers for their routes for the metrics, though they are not replayed."""
+    """Ask the servers for their routes, for metrics, even if no routes are replayed."""
     noise_floor: NonNegativeInt = 0
-    """Every N-th step the old-log-prob pass runs twice, and the routing metrics compare the two: what differs without
-    any update; 0: never."""
+    """Every N-th step the old-log-prob pass runs twice, and the routing metrics compare the two passes. This
+    measures what differs without any update. 0: never."""
 
     @property
     def needs_rollout_routes(self) -> bool:
@@ -269,21 +269,22 @@ class WeightsConfig(Frozen):
 
 class EvalConfig(Frozen):
     every: NonNegativeInt = 0
-    """In rollout steps; 0: only before the first and after the last."""
+    """Rollout steps between evaluations. 0: only before the first step and after the last."""
     samples: PositiveInt = 1
     """Responses per held-out prompt: k of avg@k and pass@k."""
     temperature: Annotated[float, Field(ge=0, le=1e3)] = 0.0
     """Sampling temperature; 0 is greedy."""
     prompts: PositiveInt | None = None
-    """Use only the first so many held-out prompts."""
+    """Number of held-out prompts to use, from the first on. Defaults to null: all."""
 
 
 class CheckpointConfig(Frozen):
     every: NonNegativeInt = 0
-    """In rollout steps, of SFT in optimizer steps. Defaults to 0, which leaves it to `minutes`. There is always one
-    after the last step, and before a run that a signal or max_minutes stops ends."""
+    """Rollout steps between checkpoints; for SFT, optimizer steps. Defaults to 0: `minutes` decides. There is always a
+    checkpoint after the last step, and before a signal or max_minutes ends the run."""
     minutes: Positive | None = 30.0
-    """The first step that ends so long after the last checkpoint is followed by one. Defaults to 30; null disables."""
+    """Minutes after the last checkpoint. The first step that ends later is followed by a checkpoint. Defaults to 30;
+    null disables."""
     keep: PositiveInt = 2
     """Number of checkpoints to keep; older ones are deleted."""
 
@@ -292,13 +293,13 @@ class TrainConfig(Frozen):
     steps: PositiveInt
     """Rollout steps; each makes `mini_batches` optimizer steps."""
     max_minutes: Positive | None = None
-    """The run saves a checkpoint and ends, with status 75, before a step that would end more than so many minutes after
-    the start, were it as long as the longest so far. Leave time for the checkpoint. Defaults to null: no limit."""
+    """Minutes that the run may take. The next step is taken to be as long as the longest. If it would end too late, the
+    run saves a checkpoint and ends with status 75. Leave time for the checkpoint. Defaults to null: no limit."""
     mini_batches: PositiveInt = 4
     """Optimizer steps per rollout step, each on an equal block of groups."""
     recompute_old_logprobs: bool = True
-    """False: pi_old is taken from the update's own forward pass, or, where there are several mini-batches under
-    objective.denominator rollout, mu stands for it."""
+    """False: pi_old comes from the update's own forward pass. With several mini-batches, which need
+    objective.denominator rollout, mu stands for pi_old."""
 
 
 class Config(Frozen):

@@ -186,7 +186,8 @@ class KL(Frozen):
 
 
 class UnbiasedKL(Frozen):
-    """k3 times pi_theta/pi_old (DeepSeek-V3.2), a ratio that is 1 when rewards are made."""
+    """k3 times the token's ratio, pi_theta/pi_old or pi_theta/mu (DeepSeek-V3.2). In the loss only: the ratio is 1 when
+    rewards are made."""
 
     kind: Literal["unbiased"] = "unbiased"
     """Selects this kind."""
@@ -214,15 +215,15 @@ class ObjectiveConfig(Frozen):
     """token-mean: mean over all tokens. The others are means over responses: of their token mean, of their token sum,
     or of their token sum / constant_length."""
     constant_length: PositiveInt | None = None
-    """Tokens by which the constant-length aggregation divides (Dr.GRPO [2503.20783]). Defaults to null, which the other
-    aggregations need."""
+    """Tokens by which the constant-length aggregation divides (Dr.GRPO [2503.20783]). Defaults to null. The other
+    aggregations need null."""
     advantage: AdvantageConfig = GroupAdvantage()
     correction: CorrectionConfig = NoCorrection()
     kl: KLConfig = NoKL()
     router_shift: Annotated[float, Field(gt=0, le=1)] | None = None
-    """RSPO [2510.23027]: each token's ratio is multiplied, before the clip, by how little the routers have moved for it
-    since pi_old, and by no less than this. Costs one more forward pass for each mini-batch. Defaults to null, which
-    disables it."""
+    """Smallest router shift of RSPO [2510.23027]. Each token's ratio is multiplied by the router shift before the clip.
+    It measures how little the routers have moved since pi_old. Costs one more forward pass for each mini-batch.
+    Defaults to null, which disables it."""
     custom: str | None = None
     """Your own loss, `package.module:function`, called in place of objectives.policy_loss.policy_loss with equal
     arguments. It does not change advantages, nor the denominators under a correction."""
