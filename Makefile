@@ -3,6 +3,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PRESET ?= gspo
+WORKERS ?= 2
 
 # An existing .venv keeps its Python unless PYTHON names another one. Each candidate is started, not only looked
 # up: version managers put names on PATH that do not run.
@@ -41,16 +42,19 @@ demo test test-fast test-all: export OMP_NUM_THREADS := 1
 demo: install
 	$(BIN)/python examples/demo/run.py --preset $(PRESET)
 
-# Ranks that wait for each other can wait for ever: no test may take longer than this many seconds.
+# Two workers, each with whole files, in this order: the files that take longest come first. Ranks that wait for each
+# other can wait for ever: no test may take longer than `--timeout` seconds.
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: install
-	$(BIN)/python -m pytest --timeout 300 -m "not slow and not gpu"
+	$(PYTEST) --timeout 300 -m "not slow and not gpu"
 
 # Without ranks, servers or runs.
 test-fast: install
-	$(BIN)/python -m pytest --timeout 300 -m "not slow and not gpu" tests/unit
+	$(PYTEST) --timeout 300 -m "not slow and not gpu" tests/unit
 
 test-all: install
-	$(BIN)/python -m pytest --timeout 1800
+	$(PYTEST) --timeout 1800
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -53,10 +53,13 @@ def listening(root: int) -> set[str]:
 @pytest.mark.distributed
 def test_a_running_parity_listens_on_the_loopback_interface_alone(tiny_model_dir: Path, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.jsonl"
-    tokens.write_text("[1, 2, 3, 4, 5, 6, 7, 8]\n[9, 8, 7, 6]\n")
+    tokens.write_text("[1, 2, 3, 4, 5, 6, 7, 8]\n[9, 8, 7, 6]\n[3, 3, 3, 3, 3]\n[11, 12]\n")
     command = [sys.executable, "-m", "megatron_rl", "parity", "--model", str(tiny_model_dir), "--tokens", str(tokens)]
     parity = subprocess.Popen(
-        [*command, "--layout", "tp=2", "--json"], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [*command, "--layout", "ep=2", "--layout", "tp=2", "--json"],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     )
     seen: set[str] = set()
     most = 0
@@ -65,7 +68,9 @@ def test_a_running_parity_listens_on_the_loopback_interface_alone(tiny_model_dir
         most = max(most, len(psutil.Process(parity.pid).children(recursive=True)))
         time.sleep(0.05)
     assert parity.returncode == 0
-    assert json.loads(parity.communicate()[0])["passed"]
+    answers = [json.loads(line) for line in parity.communicate()[0].splitlines()]
+    found = [(answer["layout"], answer["tokens"], answer["passed"]) for answer in answers]
+    assert found == [("ep=2", 15, True), ("tp=2", 15, True)]
     assert most >= 2  # its ranks were seen
     assert seen  # and their store
     assert all(ipaddress.ip_address(address).is_loopback for address in seen), seen

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import shutil
 import signal
@@ -244,7 +243,7 @@ def test_of_many_ranks_one_tells_the_error(run: Command, directory: Path) -> Non
     (port,) = free_ports(1)
     # torchrun's static rendezvous, which unpickles nothing, and not --standalone.
     address = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-    launcher = ["-m", "torch.distributed.run", *address, "--nproc-per-node", "3", "-m", "megatron_rl"]
+    launcher = ["-m", "torch.distributed.run", *address, "--nproc-per-node", "2", "-m", "megatron_rl"]
     done = subprocess.run(
         [sys.executable, *launcher, "train", "a.yaml", "optim.lr=fast"],
         cwd=directory,
@@ -296,19 +295,6 @@ def test_every_command_tells_a_damaged_model_alike(
 
 
 # ---- the real thing --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.distributed
-def test_parity_compares_every_layout(tiny_model_dir: Path, tmp_path: Path) -> None:
-    write(tmp_path / "t.jsonl", "[1, 2, 3, 4, 5, 6, 7, 8]\n[9, 8, 7, 6]\n[3, 3, 3, 3, 3]\n[11, 12]\n")
-    layouts = ["--layout", "ep=2", "--layout", "tp=2"]
-    done = real(tmp_path, "parity", "--model", str(tiny_model_dir), "--tokens", "t.jsonl", *layouts, "--json")
-    assert done.returncode == 0, done.stderr
-    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert [(answer["layout"], answer["tokens"], answer["passed"]) for answer in answers] == [
-        ("ep=2", 15, True),
-        ("tp=2", 15, True),
-    ]
 
 
 @pytest.mark.server

@@ -10,6 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from forks import Forks
@@ -45,7 +46,7 @@ def start(config: Path, *options: str) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.distributed
-def test_killed_and_resumed_equals_uninterrupted(setting: Path) -> None:
+def test_killed_and_resumed_equals_uninterrupted(forks: Forks, setting: Path) -> None:
     run_dir = setting.parent / "killed"
     options = (f"run_dir={run_dir}", f"train.steps={STEPS}", "optim.warmup_steps=5")
     process = start(setting, *options)
@@ -55,12 +56,14 @@ def test_killed_and_resumed_equals_uninterrupted(setting: Path) -> None:
         assert process.poll() is None
         time.sleep(0.02)
     time.sleep(random.Random(0).uniform(0.0, 1.0))
-    os.killpg(process.pid, signal.SIGKILL)
+    family = [*psutil.Process(process.pid).children(recursive=True), process]  # torchrun's ranks have their own groups
+    for each in family:
+        each.kill()
     process.wait()
     done = len(read_metrics(run_dir / "metrics.jsonl"))
 
-    resumed = start(setting, *options, "--resume")
-    assert resumed.wait(timeout=120) == 0
+    resumed = forks.run("-m", "megatron_rl", "train", setting, *options, "--resume", ranks=2)
+    assert resumed.status == [0, 0], resumed.stderr
     assert done < STEPS * 4, "the run was over before it was killed; the test shows nothing"
     for name, weight in weights(setting.parent / "whole").items():
         assert torch.equal(weight, weights(run_dir)[name]), name

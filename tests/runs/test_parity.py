@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from rl_runs import environment
 from tiny_models import VOCAB_SIZE, make_tiny_model
 
 from megatron_rl import parity
@@ -151,13 +148,13 @@ def test_a_server_with_the_same_weights_passes(
 
 
 @pytest.mark.server
-def test_a_server_with_other_weights_fails(served: str, tmp_path: Path, tokens: Path) -> None:
+def test_a_server_with_other_weights_fails(
+    forked_ranks: None, served: str, tmp_path: Path, tokens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = make_tiny_model(tmp_path / "other", seed=1)
-    command = [sys.executable, "-m", "megatron_rl", "parity", "--model", str(other), "--tokens", str(tokens)]
-    command += ["--device", "cpu", "--layout", "tp=1", "--url", served]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stderr[-3000:]
-    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in done.stdout.splitlines()]
+    capsys.readouterr()
+    assert parity.run(other, tokens, ["tp=1"], device="cpu", url=served) == 1
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in capsys.readouterr().out.splitlines()]
     (engine,) = (row for row in rows if row[0] == "tp=1")
     (server,) = (row for row in rows if row[0] and served.startswith(row[0]))
     assert (engine[1], engine[-1]) == (server[1], "yes")

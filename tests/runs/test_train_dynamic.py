@@ -67,7 +67,7 @@ routing: {replay: r3}
     text = path.read_text().replace("train: unused", f"train: {prompts}, verifier: 'verifier_examples:shaped'")
     text = text.replace("prompts_per_step: 8", f"prompts_per_step: {WANTED}\n  dynamic_sampling: null")
     text = text.replace("max_response_tokens: 32", f"max_response_tokens: {LONGEST}")
-    text = text.replace("{steps: 3, mini_batches: 4}", f"{{steps: {STEPS}, mini_batches: {MINI_BATCHES}}}")
+    text = text.replace("{steps: 2, mini_batches: 4}", f"{{steps: {STEPS}, mini_batches: {MINI_BATCHES}}}")
     path.write_text(text)
     run_made_up(forks, path, 1, [f"run_dir={root / 'live'} {LIVE}"])
     return root

@@ -119,7 +119,7 @@ def rl(forks: Forks, setting: Path) -> Path:
     (setting / "prompts.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     config = write_config(setting / "rl.yaml", setting / "model", setting / "unused", preset="grpo")
     text = config.read_text().replace("train: unused", f"train: {setting / 'prompts.jsonl'}, verifier: math")
-    text = text.replace("{steps: 3, mini_batches: 4}", "{steps: 3, mini_batches: 2}")
+    text = text.replace("{steps: 2, mini_batches: 4}", "{steps: 3, mini_batches: 2}")
     config.write_text(text.replace(f"replay_from: {setting / 'unused'}", "replay_from: null"))
     whole = forks.run(*TRAIN, config, f"run_dir={setting / 'whole-rl'}", before=MADE_UP)
     assert whole.status == [0], whole.stderr

@@ -10,6 +10,7 @@ would hang.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -244,6 +245,7 @@ def _result(log: Path, rank: int) -> Path:
 
 def serve() -> None:
     _import_everything()
+    gc.freeze()  # a collection in a rank would touch, and so copy, the pages of everything that was imported
     _say({"ready": os.getpid()})
     running: set[int] = set()
     while True:

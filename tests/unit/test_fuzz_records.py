@@ -108,7 +108,7 @@ def check_used(record: dict[str, Any], prompt: Any, chat: bool) -> None:
 
 
 def test_odd_values(seen, tmp_path):
-    run(check_values(seen, tmp_path), 150, RECORDS, st.booleans(), st.booleans())
+    run(check_values(seen, tmp_path), 40, RECORDS, st.booleans(), st.booleans())
 
 
 @pytest.mark.slow
@@ -177,7 +177,7 @@ def check_columns(seen: Counter[str], tmp_path: Path) -> Callable[[st.DataObject
 
 
 def test_columns_of_any_type(seen, tmp_path):
-    run(check_columns(seen, tmp_path), 80, st.data())
+    run(check_columns(seen, tmp_path), 60, st.data())
 
 
 @pytest.mark.slow
