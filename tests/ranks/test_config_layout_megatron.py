@@ -21,7 +21,7 @@ def megatron_core(forks: Forks) -> Answers:
 
 
 @pytest.mark.parametrize("text", LAYOUTS)
-def test_coordinates_are_megatron_cores(text: str, megatron_core: Answers) -> None:
+def test_rank_coordinates_match_megatron_core(text: str, megatron_core: Answers) -> None:
     groups, _ = megatron_core[text]
     layout = Layout.resolve(*parse_layout(text))
     for axis, of_axis in groups.items():
@@ -31,7 +31,7 @@ def test_coordinates_are_megatron_cores(text: str, megatron_core: Answers) -> No
 
 
 @pytest.mark.parametrize("text", LAYOUTS)
-def test_layers_are_megatron_cores(text: str, megatron_core: Answers) -> None:
+def test_stage_layers_match_megatron_core(text: str, megatron_core: Answers) -> None:
     _, layers = megatron_core[text]
     layout = Layout.resolve(*parse_layout(text))
     for pp in range(layout.pp):

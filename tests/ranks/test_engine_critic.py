@@ -99,7 +99,7 @@ def test_values_and_gradients_equal_transformers(
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_language_model_makes_a_critic_whose_values_are_zero(forks: Forks, tmp_path: Path, tied: bool) -> None:
+def test_a_critic_made_from_a_language_model_starts_with_zero_values(forks: Forks, tmp_path: Path, tied: bool) -> None:
     language_model = make_tiny_model(tmp_path / "lm", tied=tied)
     forks.world(1, "critic_worker:main", language_model, tmp_path, ["tp=1"])
     found = load_file(tmp_path / "tp=1.safetensors")
@@ -109,7 +109,7 @@ def test_a_language_model_makes_a_critic_whose_values_are_zero(forks: Forks, tmp
     assert exported.num_labels == 1
 
 
-def test_a_critic_is_no_policy(model: Path) -> None:
+def test_a_critic_cannot_be_read_as_a_policy(model: Path) -> None:
     with pytest.raises(ModelError, match=r"architectures is \['Qwen3MoeForTokenClassification'\]"):
         read_architecture(model)
     assert read_architecture(model, value_head=True).value_head

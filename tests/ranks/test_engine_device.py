@@ -46,7 +46,7 @@ def step(model: Path, layout: str, left_out: str) -> subprocess.CompletedProcess
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("item", [*CPU_LAYER, *ON_EVERY_DEVICE])
-def test_each_item_is_necessary(model: Path, item: str) -> None:
+def test_training_fails_if_one_cpu_layer_item_is_left_out(model: Path, item: str) -> None:
     if item == "router_gemm" and not megatron.core.__version__.startswith("0.16"):
         pytest.skip("only megatron-core 0.16 leaves te_general_gemm undefined")
     assert step(model, LAYOUTS.get(item, "tp=1"), item).returncode != 0
@@ -55,7 +55,7 @@ def test_each_item_is_necessary(model: Path, item: str) -> None:
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("layout", ["tp=1", *LAYOUTS.values()])
-def test_together_they_suffice(model: Path, layout: str) -> None:
+def test_training_works_with_all_cpu_layer_items(model: Path, layout: str) -> None:
     done = step(model, layout, "nothing")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "UPDATED" in done.stdout
@@ -73,7 +73,7 @@ def on_a_pretended_gpu(model: Path) -> dict[str, dict[str, list[str]]]:
 
 
 @pytest.mark.parametrize("network", ["policy", "without optimizer", "frozen", "critic"])
-def test_every_weight_is_on_the_gpu_before_it_is_loaded(
+def test_all_weights_are_on_the_gpu_before_loading(
     on_a_pretended_gpu: dict[str, dict[str, list[str]]], network: str
 ) -> None:
     (names,) = on_a_pretended_gpu[network].values()
@@ -92,7 +92,7 @@ def test_every_weight_is_on_the_gpu_before_it_is_loaded(
         ("auto", "torch", True, False),
     ],
 )
-def test_transformer_engine_is_taken_on_a_gpu_only(
+def test_transformer_engine_is_used_only_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch, device: Device, layers: Literal["auto", "torch"], gpu: bool, found: bool
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)

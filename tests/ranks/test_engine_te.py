@@ -48,7 +48,7 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.distributed
-def test_log_probs_and_gradients_are_the_same(answers: dict[str, dict[str, Any]]) -> None:
+def test_log_probs_and_gradients_equal_plain_pytorch(answers: dict[str, dict[str, Any]]) -> None:
     for layout, found in answers.items():
         assert 0 <= found["logprobs_apart"] <= 1e-5, layout
         te, plain = found["te"]["gradients"], found["torch"]["gradients"]
@@ -58,7 +58,7 @@ def test_log_probs_and_gradients_are_the_same(answers: dict[str, dict[str, Any]]
 
 
 @pytest.mark.distributed
-def test_gradient_norms_are_the_same_by_kind_of_weight(answers: dict[str, dict[str, Any]]) -> None:
+def test_gradient_norms_equal_plain_pytorch_for_each_kind_of_weight(answers: dict[str, dict[str, Any]]) -> None:
     for layout, found in answers.items():
         assert found["torch"]["norms"][0]["expert"] > 1
         for te, plain in zip(found["te"]["norms"], found["torch"]["norms"], strict=True):
@@ -66,7 +66,7 @@ def test_gradient_norms_are_the_same_by_kind_of_weight(answers: dict[str, dict[s
 
 
 @pytest.mark.distributed
-def test_two_updates_leave_the_same_weights(answers: dict[str, dict[str, Any]]) -> None:
+def test_weights_equal_plain_pytorch_after_two_updates(answers: dict[str, dict[str, Any]]) -> None:
     for layout, found in answers.items():
         te, plain = found["te"], found["torch"]
         assert te["copies_apart"] == plain["copies_apart"] == 0.0, layout
@@ -76,7 +76,7 @@ def test_two_updates_leave_the_same_weights(answers: dict[str, dict[str, Any]]) 
 
 
 @pytest.mark.distributed
-def test_only_our_own_attention_gets_a_plan(answers: dict[str, dict[str, Any]]) -> None:
+def test_only_our_own_attention_receives_an_attention_plan(answers: dict[str, dict[str, Any]]) -> None:
     """Under context parallelism its masks take 512 MiB for a sequence of 32k tokens."""
     for found in answers.values():
         assert (any(found["te"]["attention_plans"]), all(found["torch"]["attention_plans"])) == (False, True)

@@ -8,5 +8,5 @@ from sketch_worker import accumulate
 
 
 @pytest.mark.distributed
-def test_an_all_reduce_gives_every_rank_the_whole(forks: Forks) -> None:
+def test_all_reduce_gives_every_rank_the_complete_metrics(forks: Forks) -> None:
     assert forks.world(2, "sketch_worker:reduce") == [accumulate().finalize()] * 2

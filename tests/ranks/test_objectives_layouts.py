@@ -310,13 +310,13 @@ def check(ranks: Ranks, drawn: Example) -> None:
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(examples())
-def test_ranks_packing_micro_batches_and_order_change_nothing(ranks: Ranks, drawn: Example) -> None:
+def test_results_do_not_depend_on_ranks_packing_micro_batches_or_order(ranks: Ranks, drawn: Example) -> None:
     check(ranks, drawn)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", NAMES)
-def test_every_preset_is_the_same_on_all_ranks(ranks: Ranks, name: str) -> None:
+def test_every_preset_gives_the_same_result_in_every_layout(ranks: Ranks, name: str) -> None:
     """Hypothesis may pass one over."""
     shapes = [(4,), (2, 3, 3), (), (1, 1), (3, 2), (4, 1, 2)]
     batch = [

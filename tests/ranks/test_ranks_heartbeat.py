@@ -54,7 +54,7 @@ def ends(played: Path, scenario: str) -> tuple[list[int], list[tuple[int, float]
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("fault", "victim"), [("stop", 0), ("stop", 1), ("kill", 0), ("kill", 1)])
-def test_a_lost_rank_ends_the_other_which_names_it(played: Path, fault: str, victim: int) -> None:
+def test_the_surviving_rank_names_the_lost_rank_and_ends(played: Path, fault: str, victim: int) -> None:
     pids, found, said = ends(played, f"{fault}-{victim}")
     (status, seconds), (victims_status, victims_seconds) = found[1 - victim], found[victim]
     assert status == LostRankError.status
@@ -68,7 +68,7 @@ def test_a_lost_rank_ends_the_other_which_names_it(played: Path, fault: str, vic
 
 
 @pytest.mark.distributed
-def test_a_rank_that_holds_the_interpreters_lock_is_not_lost(played: Path) -> None:
+def test_a_rank_that_holds_the_gil_is_not_declared_lost(played: Path) -> None:
     _, found, said = ends(played, "hold")
     assert [status for status, _ in found] == [0, 0], said
     assert min(seconds for _, seconds in found) > 2 * SECONDS
@@ -76,7 +76,7 @@ def test_a_rank_that_holds_the_interpreters_lock_is_not_lost(played: Path) -> No
 
 
 @pytest.mark.distributed
-def test_ranks_that_raise_tell_their_own_errors(played: Path) -> None:
+def test_ranks_that_raise_print_their_own_errors(played: Path) -> None:
     _, found, said = ends(played, "raise")
     assert [status for status, _ in found] == [2, 2]
     assert said == ["error: an error of rank 0\n", "error: an error of rank 1\n"]
@@ -125,7 +125,7 @@ def stop_a_rank(command: list[str], metrics: Path, victim: str) -> set[int]:
 
 
 @pytest.mark.distributed
-def test_a_stopped_rank_ends_a_training_run(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_suspended_rank_ends_the_training_run(tiny_model_dir: Path, tmp_path: Path) -> None:
     command = torchrun(2, "-m", "megatron_rl", "sft", str(write_sft(tmp_path, tiny_model_dir)))
     stop_a_rank(command, tmp_path / "run" / "metrics.jsonl", "1")
 
@@ -133,7 +133,7 @@ def test_a_stopped_rank_ends_a_training_run(tiny_model_dir: Path, tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.server
 @pytest.mark.distributed
-def test_no_server_outlives_a_run_whose_first_rank_is_stopped(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_servers_end_when_rank_0_is_suspended(tiny_model_dir: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "rl.yaml", tiny_model_dir, tmp_path / "unused")
     options = [
         f"run_dir={tmp_path / 'run'}",
@@ -217,7 +217,7 @@ async def hub(ranks: int, seconds: float = 1.0) -> AsyncIterator[tuple[Any, int]
             await process.wait()
 
 
-def test_a_host_that_falls_silent_is_named_to_all_ranks() -> None:
+def test_all_ranks_learn_which_rank_sends_no_heartbeat() -> None:
     async def play() -> None:
         async with hub(3) as (process, port):
             first, second = [await Peer.connect(port, f"secret {rank}") for rank in (1, 2)]
@@ -233,7 +233,7 @@ def test_a_host_that_falls_silent_is_named_to_all_ranks() -> None:
     asyncio.run(play())
 
 
-def test_a_connection_that_breaks_is_taken_up_again() -> None:
+def test_a_rank_may_reconnect_after_its_connection_breaks() -> None:
     async def play() -> None:
         async with hub(2) as (_, port):
             for _ in range(3):
@@ -249,7 +249,7 @@ def test_a_connection_that_breaks_is_taken_up_again() -> None:
     asyncio.run(play())
 
 
-def test_a_stranger_is_not_taken_for_a_rank() -> None:
+def test_the_hub_rejects_connections_that_are_not_from_ranks() -> None:
     async def play() -> None:
         async with hub(2, seconds=2.0) as (_, port):
             rank = await Peer.connect(port, "secret 1")
@@ -265,7 +265,7 @@ def test_a_stranger_is_not_taken_for_a_rank() -> None:
     asyncio.run(play())
 
 
-def test_a_machine_that_slept_wakes_without_an_alarm() -> None:
+def test_no_rank_is_declared_lost_after_the_machine_slept() -> None:
     async def play() -> None:
         async with hub(2) as (process, port):
             peer = await Peer.connect(port, "secret 1")
@@ -293,7 +293,7 @@ def test_a_machine_that_slept_wakes_without_an_alarm() -> None:
         ("node-1", "0.0.0.0", "node-1"),  # stands for an address that others reach
     ],
 )
-def test_the_hub_listens_where_others_reach_it(
+def test_the_hub_listens_on_an_address_that_other_ranks_can_reach(
     monkeypatch: pytest.MonkeyPatch, host: str, resolves_to: str, listens: str
 ) -> None:
     answer = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (resolves_to, 0))]
@@ -301,7 +301,7 @@ def test_the_hub_listens_where_others_reach_it(
     assert _listening_host(host) == listens
 
 
-def test_a_finished_rank_is_not_missed() -> None:
+def test_a_finished_rank_is_not_declared_lost() -> None:
     async def play() -> None:
         async with hub(3) as (process, port):
             one, two = [await Peer.connect(port, f"secret {rank}") for rank in (1, 2)]

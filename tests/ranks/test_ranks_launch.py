@@ -51,7 +51,7 @@ def listening(root: int) -> set[str]:
 
 
 @pytest.mark.distributed
-def test_a_running_parity_listens_on_the_loopback_interface_alone(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_parity_listens_only_on_the_loopback_interface(tiny_model_dir: Path, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.jsonl"
     tokens.write_text("[1, 2, 3, 4, 5, 6, 7, 8]\n[9, 8, 7, 6]\n")
     command = [sys.executable, "-m", "megatron_rl", "parity", "--model", str(tiny_model_dir), "--tokens", str(tokens)]
@@ -72,7 +72,7 @@ def test_a_running_parity_listens_on_the_loopback_interface_alone(tiny_model_dir
 
 
 @pytest.mark.distributed
-def test_when_one_rank_fails_the_others_end_and_its_status_is_returned(
+def test_when_one_rank_fails_the_others_end_and_launch_returns_its_status(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     script = tmp_path / "fails.py"

@@ -69,7 +69,7 @@ def reference(model: Path) -> dict[str, torch.Tensor]:
         pytest.param("tp=2,pp=2,ep=2", 4, "full", marks=pytest.mark.slow),
     ],
 )
-def test_drifted_routes_give_the_references_gradients(
+def test_gradients_under_replayed_routes_equal_the_reference(
     forks: Forks,
     model: Path,
     reference: dict[str, torch.Tensor],
@@ -93,7 +93,7 @@ def test_drifted_routes_give_the_references_gradients(
         assert found[f"grad/{name}"].abs().max() > 1e-3, f"{name}: the gradient does not reach the router"
 
 
-def test_experts_are_in_one_order_whatever_order_they_are_found_in() -> None:
+def test_expert_order_does_not_depend_on_the_order_that_topk_returns() -> None:
     """Megatron-Core 0.19 sorts them in passes with gradients only."""
     tap = Tap(stage=0, layer=0, column=0, num_experts=EXPERTS, pre_softmax=False)
     scores = torch.randn(50, EXPERTS, generator=torch.Generator().manual_seed(0)).requires_grad_()

@@ -32,7 +32,7 @@ MOE_LAYERS, EXPERTS, TOP_K = (0, 2, 3), 8, 2
 # Numbers by hand
 
 
-def test_a_layer_takes_the_geometric_mean_over_experts() -> None:
+def test_a_layers_shift_is_the_geometric_mean_over_experts() -> None:
     old = torch.tensor([[0.5, 0.2], [0.5, 0.2], [0.3, 0.3]]).log()
     new = torch.tensor([[0.25, 0.2], [0.6, 0.1], [0.3, 0.3]]).log()
     # exp(-|log a/b|) is the smaller over the larger, whichever has grown.
@@ -51,7 +51,7 @@ def test_gamma_of_half_normal_distances(sd: float, gamma: float) -> None:
     assert router_distance(old + moved, old).neg().exp().item() == pytest.approx(gamma, abs=5e-4)
 
 
-def test_a_vanished_expert_is_a_finite_distance() -> None:
+def test_an_expert_with_vanishing_probability_has_a_finite_distance() -> None:
     assert router_distance(torch.tensor([[-900.0, -1.0]]), torch.tensor([[-1.0, -1.0]])).item() == 899 / 2
     tap = Tap(0, 0, 0, EXPERTS, pre_softmax=True)
     gone, here = router_logprobs(tap, torch.tensor([[1.0, 0.0]])), torch.tensor([[-1.0, -1.0]])
@@ -60,7 +60,7 @@ def test_a_vanished_expert_is_a_finite_distance() -> None:
 
 
 @pytest.mark.parametrize("pre_softmax", [False, True])
-def test_log_probs_are_over_all_experts_whatever_the_router_chooses_by(pre_softmax: bool) -> None:
+def test_router_log_probs_cover_all_experts_for_logits_and_for_probabilities(pre_softmax: bool) -> None:
     probabilities = torch.tensor([[0.5, 0.3, 0.2]])
     scores = probabilities if pre_softmax else probabilities.log() + 7
     found = router_logprobs(Tap(0, 0, 0, 3, pre_softmax), scores.bfloat16() if not pre_softmax else scores)
@@ -68,7 +68,7 @@ def test_log_probs_are_over_all_experts_whatever_the_router_chooses_by(pre_softm
     np.testing.assert_allclose(found.exp(), probabilities, rtol=0.03)
 
 
-def test_layers_add_up_at_the_experts_that_pi_old_used() -> None:
+def test_layer_distances_add_up_over_the_experts_that_pi_old_used() -> None:
     taps = [Tap(0, layer, column, 3, False) for column, layer in enumerate((1, 4))]
     old = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.1, 0.8]]).log()
     new = torch.tensor([[0.1, 0.3, 0.6], [0.1, 0.2, 0.7]]).log()
@@ -84,7 +84,7 @@ def test_layers_add_up_at_the_experts_that_pi_old_used() -> None:
     assert shift.distances[0].tolist() == [0.0]
 
 
-def test_a_loss_that_was_not_given_its_shift_is_an_error() -> None:
+def test_a_loss_without_its_router_shift_is_an_error() -> None:
     packed = pack(drifted_samples(VOCAB_SIZE, MOE_LAYERS, EXPERTS, TOP_K), [1.0] * len(LENGTHS))
     zeros = torch.zeros(packed.tokens)
     loss = PolicyLoss(FAMILY["rspo"], MiniBatch(0, (packed,), (), Denominators(1, 1)), [zeros], torch.device("cpu"))
@@ -189,7 +189,7 @@ def expected(models: tuple[Path, Path]) -> dict[tuple[str, int], np.ndarray]:
         ),
     ],
 )
-def test_every_layout_finds_the_references_shift(
+def test_the_router_shift_equals_the_reference_in_every_layout(
     forks: Forks,
     models: tuple[Path, Path],
     expected: dict[tuple[str, int], np.ndarray],
