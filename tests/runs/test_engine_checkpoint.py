@@ -45,7 +45,7 @@ def start(config: Path, *options: str) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.distributed
-def test_killed_and_resumed_equals_uninterrupted(setting: Path) -> None:
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(setting: Path) -> None:
     run_dir = setting.parent / "killed"
     options = (f"run_dir={run_dir}", f"train.steps={STEPS}", "optim.warmup_steps=5")
     process = start(setting, *options)
@@ -77,7 +77,7 @@ def test_killed_and_resumed_equals_uninterrupted(setting: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_torchrun_hands_a_signal_on_and_no_step_is_lost(setting: Path) -> None:
+def test_torchrun_forwards_a_signal_and_no_step_is_lost(setting: Path) -> None:
     run_dir = setting.parent / "stopped"
     options = (f"run_dir={run_dir}", f"train.steps={STEPS}", "optim.warmup_steps=5", "checkpoint.every=0")
     process = start(setting, *options)
@@ -100,7 +100,7 @@ def test_torchrun_hands_a_signal_on_and_no_step_is_lost(setting: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_another_layout_is_refused(forks: Forks, setting: Path, tmp_path: Path) -> None:
+def test_resume_refuses_a_different_layout(forks: Forks, setting: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "other"
     shutil.copytree(setting.parent / "whole", run_dir)
     options = (f"run_dir={run_dir}", "parallel.ep=2", "optim.warmup_steps=5", "--resume")

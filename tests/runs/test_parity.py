@@ -71,7 +71,7 @@ def test_log_probs_and_gradients_equal_transformers(
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("recompute", ["full", pytest.param("selective", marks=pytest.mark.slow)])
-def test_recompute_changes_nothing(compare: Compare, model: Path, tokens: Path, recompute: str) -> None:
+def test_parity_holds_with_recompute(compare: Compare, model: Path, tokens: Path, recompute: str) -> None:
     check(compare, model, tokens, ["tp=2", "pp=2,vpp=2", "cp=2,ep=2"], recompute)
 
 
@@ -79,14 +79,14 @@ def test_recompute_changes_nothing(compare: Compare, model: Path, tokens: Path, 
 @pytest.mark.distributed
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 @pytest.mark.parametrize("layouts", [ONE_RANK, TWO_RANKS, FOUR_RANKS], ids=["1 rank", "2 ranks", "4 ranks"])
-def test_recompute_changes_nothing_anywhere(
+def test_parity_holds_with_recompute_in_every_layout(
     compare: Compare, model: Path, tokens: Path, layouts: list[str], recompute: str
 ) -> None:
     check(compare, model, tokens, layouts, recompute)
 
 
 @pytest.mark.distributed
-def test_tied_embeddings(compare: Compare, tmp_path: Path, tokens: Path) -> None:
+def test_parity_holds_with_tied_embeddings(compare: Compare, tmp_path: Path, tokens: Path) -> None:
     tied = make_tiny_model(tmp_path / "tied", num_layers=4, mlp_only_layers=(1,), tied=True)
     check(compare, tied, tokens, ["tp=2", "pp=2", "pp=2,vpp=2", "dp=2"])
 
@@ -95,7 +95,7 @@ def test_tied_embeddings(compare: Compare, tmp_path: Path, tokens: Path) -> None
 @pytest.mark.distributed
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
 @pytest.mark.parametrize("layouts", [ONE_RANK, TWO_RANKS, FOUR_RANKS], ids=["1 rank", "2 ranks", "4 ranks"])
-def test_tied_embeddings_anywhere(
+def test_parity_holds_with_tied_embeddings_in_every_layout(
     compare: Compare, tmp_path: Path, tokens: Path, layouts: list[str], recompute: str
 ) -> None:
     tied = make_tiny_model(tmp_path / "tied", num_layers=4, mlp_only_layers=(1,), tied=True)
@@ -104,14 +104,16 @@ def test_tied_embeddings_anywhere(
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_dense_model_and_unnormalised_routes(compare: Compare, tmp_path: Path, tokens: Path) -> None:
+def test_parity_holds_for_a_dense_model_and_for_unnormalised_routes(
+    compare: Compare, tmp_path: Path, tokens: Path
+) -> None:
     check(compare, make_tiny_model(tmp_path / "dense", family="qwen3", num_layers=4), tokens, ["tp=2", "pp=2", "cp=2"])
     raw = make_tiny_model(tmp_path / "raw", num_layers=2, norm_topk_prob=False)
     check(compare, raw, tokens, ["tp=2", "ep=2"])
 
 
 @pytest.mark.distributed
-def test_a_model_with_two_experts_swapped_fails(
+def test_parity_fails_if_two_experts_are_swapped(
     compare: Compare, model: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The mutation: transformers reads one model, the engine another whose layer 0 has experts 2 and 5 exchanged."""
@@ -138,7 +140,7 @@ def test_a_model_with_two_experts_swapped_fails(
 
 
 @pytest.mark.server
-def test_a_server_with_the_same_weights_passes(
+def test_parity_passes_for_a_server_with_the_same_weights(
     compare: Compare, served: str, tiny_model_dir: Path, tokens: Path
 ) -> None:
     sequences = [json.loads(line) for line in tokens.read_text().splitlines()]
@@ -151,7 +153,7 @@ def test_a_server_with_the_same_weights_passes(
 
 
 @pytest.mark.server
-def test_a_server_with_other_weights_fails(served: str, tmp_path: Path, tokens: Path) -> None:
+def test_parity_fails_for_a_server_with_other_weights(served: str, tmp_path: Path, tokens: Path) -> None:
     other = make_tiny_model(tmp_path / "other", seed=1)
     command = [sys.executable, "-m", "megatron_rl", "parity", "--model", str(other), "--tokens", str(tokens)]
     command += ["--device", "cpu", "--layout", "tp=1", "--url", served]
@@ -165,7 +167,7 @@ def test_a_server_with_other_weights_fails(served: str, tmp_path: Path, tokens: 
     assert served in "".join(row[0] for row in rows)
 
 
-def test_a_server_is_asked_before_ranks_are_started(
+def test_parity_asks_the_server_before_it_starts_ranks(
     model: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -185,7 +187,7 @@ def test_a_server_is_asked_before_ranks_are_started(
 # ---- input -----------------------------------------------------------------------------------------------------
 
 
-def test_unusable_tokens_name_the_line(model: Path, tmp_path: Path) -> None:
+def test_the_error_for_unusable_tokens_names_the_line(model: Path, tmp_path: Path) -> None:
     from megatron_rl.parity import ParityError, read_tokens
 
     for content, message in (

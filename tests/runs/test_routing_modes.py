@@ -62,7 +62,7 @@ def test_r2_replays_pi_olds_routes_in_every_update(setting: tuple[Path, Path], c
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_r3_replays_the_rollouts_routes_everywhere(setting: tuple[Path, Path], change: str) -> None:
+def test_r3_replays_the_rollouts_routes_in_every_forward_pass(setting: tuple[Path, Path], change: str) -> None:
     assert drifts(setting[1] / "r3", change)
     for line in lines(setting[1] / "r3"):
         assert worst(line, change, "rollout_old/effective") == worst(line, change, "old_policy/effective") == 0
@@ -73,7 +73,7 @@ def test_r3_replays_the_rollouts_routes_everywhere(setting: tuple[Path, Path], c
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_without_replay_what_is_live_is_effective(setting: tuple[Path, Path], change: str) -> None:
+def test_without_replay_the_live_routes_are_used(setting: tuple[Path, Path], change: str) -> None:
     assert drifts(setting[1] / "none", change)
     for line in lines(setting[1] / "none"):
         for pair in ("rollout_old", "old_policy"):
@@ -88,13 +88,13 @@ def test_the_first_mini_batch_is_exactly_on_policy_in_every_mode(setting: tuple[
         assert all(line["ratio/min"] == line["ratio/max"] == 1.0 for line in first)
 
 
-def test_replay_changes_what_is_learnt(setting: tuple[Path, Path]) -> None:
+def test_replay_changes_the_trained_weights(setting: tuple[Path, Path]) -> None:
     trained = {mode: weights(setting[1] / mode) for mode in MODES}
     for a, b in (("none", "r2"), ("none", "r3"), ("r2", "r3")):
         assert max(float((trained[a][key] - w).abs().max()) for key, w in trained[b].items()) > 1e-4
 
 
-def test_the_balancing_loss_goes_on_under_replay(setting: tuple[Path, Path]) -> None:
+def test_the_load_balancing_loss_trains_the_routers_under_replay(setting: tuple[Path, Path]) -> None:
     """It counts the live choice, so it moves the routers; what is replayed stays as it was."""
     assert all(worst(line, "set_mismatch", "rollout_old/effective") == 0 for line in lines(setting[1] / "balanced"))
     replayed, balanced = weights(setting[1] / "r3"), weights(setting[1] / "balanced")
@@ -104,7 +104,7 @@ def test_the_balancing_loss_goes_on_under_replay(setting: tuple[Path, Path]) -> 
         assert (balanced[key] - replayed[key]).abs().max() > 1e-4
 
 
-def test_every_layer_has_its_own_figures(setting: tuple[Path, Path]) -> None:
+def test_every_layer_has_its_own_routing_metrics(setting: tuple[Path, Path]) -> None:
     for line in lines(setting[1] / "r3"):
         for measure in (
             "entropy",
@@ -159,7 +159,7 @@ def run_layouts(forks: Forks, config: Path, directory: Path, ranks: int, wanted:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("mode", "layout"), TWO_RANKS)
-def test_layouts_change_nothing(setting: tuple[Path, Path], together: Path, mode: str, layout: str) -> None:
+def test_layouts_do_not_change_results(setting: tuple[Path, Path], together: Path, mode: str, layout: str) -> None:
     assert_same(together / mode / name(layout), setting[1] / mode)
 
 
@@ -168,7 +168,7 @@ def test_layouts_change_nothing(setting: tuple[Path, Path], together: Path, mode
 @pytest.mark.parametrize(
     ("ranks", "layouts"), [(2, ["pp=2", "ep=2", ""]), (4, ["tp=2 ep=2 etp=2", "tp=2 pp=2 ep=2", "ep=2"])]
 )
-def test_more_layouts_change_nothing(
+def test_more_layouts_do_not_change_results(
     forks: Forks, setting: tuple[Path, Path], tmp_path: Path, ranks: int, layouts: list[str]
 ) -> None:
     wanted = [(mode, layout) for layout in layouts for mode in ("r2", "r3")]
@@ -178,7 +178,7 @@ def test_more_layouts_change_nothing(
 
 
 @pytest.mark.distributed
-def test_what_traces_cost_is_logged_where_they_travel(setting: tuple[Path, Path], together: Path) -> None:
+def test_the_cost_of_moving_traces_between_ranks_is_logged(setting: tuple[Path, Path], together: Path) -> None:
     one, two = setting[1], together / "r3" / name("tp=2")
     for line in lines(two):
         if line["mini_batch"] == MINI_BATCHES - 1:
@@ -191,7 +191,7 @@ def test_what_traces_cost_is_logged_where_they_travel(setting: tuple[Path, Path]
 
 
 @pytest.mark.distributed
-def test_a_stage_without_routers(forks: Forks, tmp_path: Path) -> None:
+def test_a_pipeline_stage_may_have_no_routers(forks: Forks, tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "model", num_layers=2, mlp_only_layers=(1,))
     save_rollouts(model, tmp_path / "saved", traces=True)
     config = write_config(tmp_path / "config.yaml", model, tmp_path / "saved")

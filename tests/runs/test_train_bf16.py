@@ -74,13 +74,13 @@ def _check_weights(run_dir: Path, reference: Path, model: Path) -> None:
     assert cosine > 0.95
 
 
-def test_on_one_rank(setting: Path) -> None:
+def test_bf16_training_stays_close_to_fp32_on_one_rank(setting: Path) -> None:
     check(setting, "bf16")
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_under_tensor_and_pipeline_parallelism(forks: Forks, setting: Path) -> None:
+def test_bf16_training_stays_close_to_fp32_under_tp_and_pp(forks: Forks, setting: Path) -> None:
     layouts = {"tp": "parallel.tp=2 parallel.etp=2", "pp": "parallel.pp=2"}
     options = f"engine.dtype=bf16 train.steps={STEPS} {OPTIONS}"
     run_all(forks, setting, 2, [f"run_dir={setting.with_name(name)} {layouts[name]} {options}" for name in layouts])

@@ -110,13 +110,13 @@ def assert_sampled_as_planned(run_dir: Path) -> None:
         assert (line["rollout/prompts"], line["rollout/samples"]) == (8, 8 * SIZE)
 
 
-def test_mixed_groups_are_kept_in_the_order_of_the_prompts(root: Path) -> None:
+def test_mixed_groups_are_kept_in_prompt_order(root: Path) -> None:
     assert_sampled_as_planned(root / "live")
     (manifest,) = (root / "live" / "checkpoints").glob("*/manifest.json")
     assert orjson.loads(manifest.read_bytes())["state"]["cursor"] == {"seed": 0, "epoch": 0, "position": 16}
 
 
-def test_the_file_has_the_verifiers_own_rewards(root: Path) -> None:
+def test_saved_rollouts_have_the_verifiers_unshaped_rewards(root: Path) -> None:
     for group in saved(root / "live", 1):
         own = {True: 1.0, False: -0.5 - len(group.prompt.token_ids)}
         for sample in group.samples:
@@ -125,7 +125,7 @@ def test_the_file_has_the_verifiers_own_rewards(root: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_leaders_that_keep_none_or_more_than_others_do_not_matter(forks: Forks, root: Path) -> None:
+def test_training_does_not_depend_on_how_many_groups_each_leader_keeps(forks: Forks, root: Path) -> None:
     run_made_up(
         forks,
         root / "config.yaml",
@@ -142,7 +142,7 @@ def test_leaders_that_keep_none_or_more_than_others_do_not_matter(forks: Forks, 
                 assert found[name] == pytest.approx(expected[name], rel=1e-12), name
 
 
-def test_a_replay_trains_alike_and_punishes_once(forks: Forks, root: Path) -> None:
+def test_a_replay_trains_the_same_and_punishes_overlong_responses_once(forks: Forks, root: Path) -> None:
     run_all(forks, root / "config.yaml", 1, [f"run_dir={root / 'replay'} rollout.replay_from={root / 'live'} {SHAPED}"])
     assert_same_training(root / "replay", root / "live")
     for step, line in enumerate(first_lines(root / "replay"), start=1):
@@ -156,7 +156,7 @@ def test_a_replay_trains_alike_and_punishes_once(forks: Forks, root: Path) -> No
 
 
 @pytest.mark.distributed
-def test_prompts_without_mixed_groups_end_the_run_on_every_rank(forks: Forks, root: Path) -> None:
+def test_a_run_that_finds_too_few_mixed_groups_ends_on_every_rank(forks: Forks, root: Path) -> None:
     prompts = write_prompts(root / "dead.jsonl", TAKEN[0] + [0, 0, 4] * 20)
     options = f"run_dir={root / 'dead'} {LIVE} rollout.dynamic_sampling.max_refills=3 data.train={prompts}"
     run_made_up(forks, root / "config.yaml", 2, [options, f"--resume {options} train.steps=1"])
@@ -177,7 +177,7 @@ def test_prompts_without_mixed_groups_end_the_run_on_every_rank(forks: Forks, ro
 
 
 @pytest.mark.distributed
-def test_a_filtered_response_is_in_no_denominator(forks: Forks, root: Path) -> None:
+def test_a_filtered_response_counts_in_no_denominator(forks: Forks, root: Path) -> None:
     """As if the file had it masked out, and rewards that are shaped already: those of masked-out responses count in
     their groups. The first mini-batch has nothing else, and its step is a step of nothing."""
     for step in range(1, STEPS + 1):
@@ -222,7 +222,7 @@ def _masked(group: Group) -> Group:
 
 
 @pytest.mark.distributed
-def test_lost_verdicts_are_left_out_and_a_step_of_nothing_else_ends_the_run(forks: Forks, root: Path) -> None:
+def test_lost_verdicts_are_left_out_and_a_step_without_any_verdict_ends_the_run(forks: Forks, root: Path) -> None:
     prompts = write_prompts(root / "lost.jsonl", [2] * 16)
     common = f"rollout.replay_from=null rollout.dynamic_sampling=null data.train={prompts}"
     some, later = (f"run_dir={root / name} {common} data.verifier=verifier_examples:" for name in ("some", "later"))

@@ -81,7 +81,7 @@ def has_empty(config: Path, ranks: int, overrides: str) -> bool:
     [(2, TWO_RANKS), (4, FOUR_RANKS), pytest.param(4, MORE, marks=pytest.mark.slow)],
     ids=["2 ranks", "4 ranks", "more layouts"],
 )
-def test_an_empty_micro_batch_changes_no_number(
+def test_an_empty_micro_batch_does_not_change_results(
     forks: Forks, setting: Path, ranks: int, layouts: list[tuple[str, str]]
 ) -> None:
     directories, runs = [], []
@@ -109,7 +109,7 @@ def test_the_runs_learn_something(setting: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_supervised_fine_tuning_on_samples_that_do_not_divide(forks: Forks, setting: Path, tmp_path: Path) -> None:
+def test_sft_results_do_not_change_if_samples_do_not_divide_evenly(forks: Forks, setting: Path, tmp_path: Path) -> None:
     """Five samples of 60 tokens, two replicas, a budget of 100."""
     data, config = tmp_path / "data.jsonl", tmp_path / "sft.yaml"
     data.write_text("\n".join(json.dumps({"prompt": f"{i}+", "response": "1" * 57}) for i in range(5)))
@@ -133,7 +133,7 @@ def test_supervised_fine_tuning_on_samples_that_do_not_divide(forks: Forks, sett
 
 @pytest.mark.distributed
 @pytest.mark.usefixtures("forked_ranks")
-def test_parity_on_fewer_sequences_than_replicas(
+def test_parity_passes_if_sequences_do_not_divide_evenly(
     setting: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokens = tmp_path / "three.jsonl"

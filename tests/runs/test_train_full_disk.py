@@ -36,7 +36,7 @@ def fill(disk: Path, leave: int) -> Path:
 
 
 @pytest.mark.parametrize("leave", [100_000, 4096, 0])
-def test_a_full_disk_costs_no_checkpoint(forks: Forks, setting: Path, small_disk: Path, leave: int) -> None:
+def test_a_full_disk_loses_no_checkpoint(forks: Forks, setting: Path, small_disk: Path, leave: int) -> None:
     """With room for a part of a checkpoint, for some lines, and for nothing."""
     run_dir = small_disk / "run"
     arguments = (*SFT, setting / "sft.yaml", f"run_dir={run_dir}")
@@ -71,7 +71,7 @@ def test_all_ranks_end_on_a_full_disk(forks: Forks, setting: Path, small_disk: P
     assert "Traceback" not in run.stderr
 
 
-def test_a_model_that_cannot_be_exported_is_told(forks: Forks, setting: Path, small_disk: Path) -> None:
+def test_a_failed_model_export_is_reported_and_done_on_resume(forks: Forks, setting: Path, small_disk: Path) -> None:
     run_dir = small_disk / "run"
     arguments = (*SFT, setting / "sft.yaml", f"run_dir={run_dir}", "steps=2")
     run = forks.start(*arguments, before=[("patches:slow_steps", 1.0)])

@@ -107,7 +107,9 @@ def test_routers_shift_after_the_first_mini_batch(setting: tuple[Path, Path], ru
 
 
 @pytest.mark.parametrize("other", ["one-by-one", "all-at-once", "other-order", "recompute"])
-def test_micro_batches_packing_order_and_recompute_do_not_matter(setting: tuple[Path, Path], other: str) -> None:
+def test_results_do_not_depend_on_micro_batches_packing_order_or_recompute(
+    setting: tuple[Path, Path], other: str
+) -> None:
     assert_same(setting[1].parent / other, setting[1])
 
 
@@ -117,7 +119,7 @@ def test_micro_batches_packing_order_and_recompute_do_not_matter(setting: tuple[
     [(2, TWO_RANKS, RSPO_TWO_RANKS), (4, FOUR_RANKS, [])],
     ids=["2 ranks", "4 ranks"],
 )
-def test_layouts_do_not_matter(
+def test_results_do_not_depend_on_the_layout(
     forks: Forks, setting: tuple[Path, Path], ranks: int, layouts: list[str], rspo_layouts: list[str]
 ) -> None:
     config, reference = setting
@@ -137,9 +139,7 @@ def test_layouts_do_not_matter(
 
 
 @pytest.mark.distributed
-def test_what_a_correction_rejects_leaves_the_denominators_of_all_ranks(
-    forks: Forks, setting: tuple[Path, Path]
-) -> None:
+def test_rejected_tokens_leave_the_denominators_on_all_ranks(forks: Forks, setting: tuple[Path, Path]) -> None:
     config = setting[0]
     rejects = "objective.correction.kind=mis objective.correction.low=0.8 objective.correction.high=1.25"
     alone, *others = [config.parent / f"mis-{number}" for number in range(3)]

@@ -78,7 +78,7 @@ def assert_same(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_layouts_do_not_matter(forks: Forks, setting: Path) -> None:
+def test_results_do_not_depend_on_the_layout(forks: Forks, setting: Path) -> None:
     directories, runs = [], []
     for name, layouts in LAYOUTS.items():
         for layout in layouts:
@@ -89,7 +89,7 @@ def test_layouts_do_not_matter(forks: Forks, setting: Path) -> None:
         assert_same(found, expected)
 
 
-def test_the_critic_learns_and_explains_its_own_numbers(setting: Path) -> None:
+def test_the_critic_learns_and_logs_its_metrics(setting: Path) -> None:
     first, *_, last = lines(setting.parent / "ppo")
     assert first["critic/value/max"] == first["critic/value/min"] == 0  # a head of zeros
     assert first["critic/explained_variance"] == pytest.approx(0, abs=1e-9)
@@ -112,7 +112,7 @@ def test_the_critic_learns_and_explains_its_own_numbers(setting: Path) -> None:
     assert after["score.weight"].abs().max() > 1e-4
 
 
-def test_advantages_of_the_first_step_are_those_of_a_critic_of_zeros(setting: Path) -> None:
+def test_first_step_advantages_equal_those_of_a_critic_that_returns_zero(setting: Path) -> None:
     """V = 0 and gamma = 1: A_t is the reward discounted by lambda for each token still to come, over its own spread."""
     from megatron_rl.data.store import read_groups
 
@@ -137,7 +137,7 @@ def test_advantages_of_the_first_step_are_those_of_a_critic_of_zeros(setting: Pa
     )
 
 
-def test_a_kl_is_measured_and_moves_the_policy(forks: Forks, setting: Path) -> None:
+def test_a_kl_term_is_measured_and_changes_the_gradient(forks: Forks, setting: Path) -> None:
     plain = setting.parent / "plain"
     run_all(forks, setting, 1, [f"run_dir={plain} train.steps={STEPS} presets=grpo"])
     first = lines(plain)[0]
@@ -175,7 +175,7 @@ def by_response(setting: Path) -> float:
     return float(np.mean(means))
 
 
-def test_mu_stands_for_pi_old(setting: Path) -> None:
+def test_rollout_log_probs_can_replace_those_of_pi_old(setting: Path) -> None:
     for line in lines(setting.parent / "mu-for-old"):
         assert not any(name.startswith(("rho", "kl/rollout_old", "abs_logprob_gap")) for name in line)
         assert line["ratio/mean"] == pytest.approx(line["omega/mean"])
@@ -187,7 +187,7 @@ def test_mu_stands_for_pi_old(setting: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(forks: Forks, setting: Path) -> None:
+def test_a_non_finite_gradient_skips_the_step_on_all_ranks(forks: Forks, setting: Path) -> None:
     directory = setting.parent / "skipped"
     faulty = "objective.custom=faulty_objectives:not_finite_in_the_second_mini_batch"
     custom = f"presets=grpo {faulty} engine.max_tokens_per_micro_batch=4096"
@@ -213,9 +213,7 @@ def test_too_many_skipped_steps_end_the_run(forks: Forks, setting: Path) -> None
     assert [line["skipped"] for line in lines(directory)] == [1, 1]  # the last line is not lost
 
 
-def test_a_critic_that_skips_too_many_steps_is_named_and_its_later_epochs_are_counted(
-    forks: Forks, setting: Path
-) -> None:
+def test_the_error_for_too_many_skipped_critic_steps_counts_every_epoch(forks: Forks, setting: Path) -> None:
     directory = setting.parent / "critic-skips"
     command = ["-m", "megatron_rl", "train", str(setting), f"run_dir={directory}", "presets=ppo"]
     # Returns beyond fp32; normalised advantages are not.
@@ -248,7 +246,7 @@ def _rewarded_beyond_fp32(sample: Sample) -> Sample:
 
 
 @pytest.mark.parametrize("name", ["ppo-kl", "kl-in-reward"])
-def test_a_kl_penalty_that_is_not_finite_is_one_error(forks: Forks, setting: Path, tmp_path: Path, name: str) -> None:
+def test_a_non_finite_kl_penalty_gives_one_error(forks: Forks, setting: Path, tmp_path: Path, name: str) -> None:
     reference = shutil.copytree(setting.parent / "other", tmp_path / "reference")
     broken = load_file(reference / "model.safetensors")
     broken["model.norm.weight"][:] = 3e38  # finite, so it loads; its logits are not
@@ -261,7 +259,7 @@ def test_a_kl_penalty_that_is_not_finite_is_one_error(forks: Forks, setting: Pat
     assert "Traceback" not in done.stderr
 
 
-def test_a_resumed_run_goes_on_with_its_critic(forks: Forks, setting: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_continues_with_its_critic(forks: Forks, setting: Path, tmp_path: Path) -> None:
     common = [a for a in overrides(setting, "ppo", tmp_path / "halted").split() if not a.startswith("train.steps")]
 
     def start(steps: int, *more: str) -> None:
@@ -279,7 +277,7 @@ def test_a_resumed_run_goes_on_with_its_critic(forks: Forks, setting: Path, tmp_
 
 
 @pytest.mark.distributed
-def test_a_critic_in_bf16_learns_as_in_fp32(forks: Forks, setting: Path) -> None:
+def test_a_bf16_critic_learns_like_an_fp32_critic(forks: Forks, setting: Path) -> None:
     directory = setting.parent / "ppo-bf16"
     run_all(forks, setting, 2, [overrides(setting, "ppo", directory, "engine.dtype=bf16 parallel.tp=2")])
     for line, fp32 in zip(lines(directory), lines(setting.parent / "ppo"), strict=True):

@@ -18,7 +18,7 @@ STEPS = 2
 
 @pytest.mark.server
 @pytest.mark.distributed
-def test_routes_of_a_live_server_are_replayed(forks: Forks, tmp_path: Path) -> None:
+def test_routes_from_a_live_server_are_replayed(forks: Forks, tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "model", num_layers=2)
     config = write_config(tmp_path / "config.yaml", model, tmp_path / "unused")
     options = (

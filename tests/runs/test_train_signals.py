@@ -46,7 +46,7 @@ def stop(forks: Forks, run: Run, run_dir: Path, after: int, number: signal.Signa
 
 
 @pytest.mark.parametrize(("number", "seed"), [("SIGTERM", 0), ("SIGINT", 1), ("SIGUSR1", 2)])
-def test_a_signal_saves_and_the_resumed_run_ends_like_the_whole(
+def test_a_signal_saves_a_checkpoint_and_the_resumed_run_equals_the_whole_run(
     forks: Forks, setting: Path, tmp_path: Path, number: str, seed: int
 ) -> None:
     run_dir = tmp_path / "run"
@@ -64,7 +64,7 @@ def test_a_signal_saves_and_the_resumed_run_ends_like_the_whole(
 
 
 @pytest.mark.distributed
-def test_a_signal_to_one_rank_stops_all_after_the_same_step(forks: Forks, setting: Path, tmp_path: Path) -> None:
+def test_a_signal_to_one_rank_stops_all_ranks_after_the_same_step(forks: Forks, setting: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = (*SFT, setting / "sft.yaml", f"run_dir={run_dir}", "checkpoint.every=0", "steps=2000")
     run = forks.start(*arguments, ranks=2)
@@ -79,7 +79,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(forks: Forks, settin
     assert more.status == [0, 0], more.stderr
 
 
-def test_a_second_signal_ends_at_once(forks: Forks, setting: Path, tmp_path: Path) -> None:
+def test_a_second_signal_ends_the_run_at_once(forks: Forks, setting: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = (*SFT, setting / "sft.yaml", f"run_dir={run_dir}", "checkpoint.every=0", "steps=2000")
     run = forks.start(*arguments, before=[("patches:slow_steps", 60.0)])
@@ -95,7 +95,7 @@ def test_a_second_signal_ends_at_once(forks: Forks, setting: Path, tmp_path: Pat
     assert_refused(forks.run(*arguments, "--resume"), "no whole checkpoint")
 
 
-def test_time_bounds(forks: Forks, setting: Path, tmp_path: Path) -> None:
+def test_time_limits_save_checkpoints_and_stop_the_run(forks: Forks, setting: Path, tmp_path: Path) -> None:
     """checkpoint.minutes and max_minutes; bounds that have passed by the first step act after each."""
     run_dir = tmp_path / "run"
     arguments = (*SFT, setting / "sft.yaml", f"run_dir={run_dir}", "checkpoint.every=0")
@@ -127,7 +127,7 @@ def rl(forks: Forks, setting: Path) -> Path:
 
 
 @pytest.mark.distributed
-def test_a_signal_in_the_rollout_loses_no_more_than_its_step(
+def test_a_signal_during_a_rollout_loses_only_the_current_step(
     forks: Forks, setting: Path, rl: Path, tmp_path: Path
 ) -> None:
     """On one rank, and on two of which the one that waits for the rollout hears it alone."""
@@ -153,7 +153,7 @@ def test_a_signal_in_the_rollout_loses_no_more_than_its_step(
 # ---- two at a time ---------------------------------------------------------------------------------------------
 
 
-def test_two_trainers_do_not_share_a_run_dir(forks: Forks, setting: Path, tmp_path: Path) -> None:
+def test_two_trainers_cannot_share_a_run_dir(forks: Forks, setting: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = (*SFT, setting / "sft.yaml", f"run_dir={run_dir}", "checkpoint.every=0", "steps=2000")
     run = forks.start(*arguments)
