@@ -25,7 +25,7 @@ print(json.dumps(sorted(parser._option_string_actions)))
 
 @pytest.mark.slow
 @pytest.mark.server
-def test_the_flags_are_those_of_sglang() -> None:
+def test_sglang_knows_the_flags_that_the_trainer_sets() -> None:
     """All are known there but `--tp`, itself an abbreviation; what begins one of them is listed."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "SGLANG_USE_CPU_ENGINE": "1"}
     done = subprocess.run(

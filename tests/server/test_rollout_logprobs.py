@@ -59,7 +59,7 @@ def sample(url: str, temperatures: list[float], repeats: int = 1, max_new_tokens
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
-def test_sampled_log_probs_are_those_of_the_tempered_distribution(
+def test_sampled_log_probs_come_from_the_tempered_distribution(
     served: str, tiny_model_dir: Path, temperature: float
 ) -> None:
     for prompt, completion in zip(PROMPTS, sample(served, [temperature]), strict=True):
@@ -68,9 +68,7 @@ def test_sampled_log_probs_are_those_of_the_tempered_distribution(
     assert difference(tiny_model_dir, prompt, completion, temperature * 1.01) > 100 * BOUND
 
 
-def test_greedy_requests_take_the_most_likely_token_and_do_not_disturb_sampled_ones(
-    served: str, tiny_model_dir: Path
-) -> None:
+def test_greedy_and_sampled_requests_in_one_batch_are_both_right(served: str, tiny_model_dir: Path) -> None:
     """In one batch: SGLang then samples with top-k per row, and still returns the log-probs before it."""
     completions = sample(served, [0.0, 0.7])
     for number, (prompt, completion) in enumerate(zip(PROMPTS, completions, strict=True)):
@@ -88,7 +86,7 @@ def test_log_probs_do_not_depend_on_the_prefix_cache(served: str, tiny_model_dir
         assert np.abs(np.subtract(a.logprobs, b.logprobs)).max() < BOUND
 
 
-def test_the_whole_distribution_is_sampled(served: str, tiny_model_dir: Path) -> None:
+def test_tokens_are_sampled_from_the_whole_distribution(served: str, tiny_model_dir: Path) -> None:
     """No top-p or top-k: 1,000 first tokens against their probabilities, by chi-squared."""
 
     async def run() -> list[int]:

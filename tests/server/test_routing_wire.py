@@ -95,7 +95,7 @@ def assert_routed_as_transformers(model_dir: Path, prompt: list[int], completion
     return int(clear.sum())
 
 
-def test_a_batch_of_responses(url: str, model_dir: Path) -> None:
+def test_routes_of_a_batch_equal_transformers_routes(url: str, model_dir: Path) -> None:
     """Prompts of different lengths, each several times: what comes second finds its prompt in the prefix cache."""
     prompts = PROMPTS * 4
 
@@ -114,7 +114,7 @@ def test_a_batch_of_responses(url: str, model_dir: Path) -> None:
             assert len(prompt) + len(completion.token_ids) - 1 == completion.trace.rows
 
 
-def test_a_prefix_cache_hit_has_all_its_rows(url: str, model_dir: Path) -> None:
+def test_a_response_with_a_prefix_cache_hit_has_all_route_rows(url: str, model_dir: Path) -> None:
     async def twice(client: SGLangClient) -> list[Completion]:
         await client.flush_cache()
         return [await generate(client, PROMPTS[3], spec_of(model_dir), temperature=0.0) for _ in range(2)]
@@ -125,7 +125,7 @@ def test_a_prefix_cache_hit_has_all_its_rows(url: str, model_dir: Path) -> None:
         assert_routed_as_transformers(model_dir, PROMPTS[3], completion)
 
 
-def test_an_aborted_response_has_the_rows_that_ran(url: str, model_dir: Path) -> None:
+def test_an_aborted_response_has_routes_for_the_tokens_that_were_computed(url: str, model_dir: Path) -> None:
     async def abort(client: SGLangClient, delay: float) -> Completion:
         answer = asyncio.create_task(long_answer(client, model_dir))
         await asyncio.sleep(delay)
@@ -160,7 +160,9 @@ async def long_answer(client: SGLangClient, model_dir: Path) -> Completion:
 
 
 @pytest.mark.parametrize(("mode", "versions"), [("in_place", (0, 1)), ("retract", (1, 2))])
-def test_rows_have_the_version_under_which_they_ran(url: str, model_dir: Path, mode: Any, versions: Any) -> None:
+def test_route_rows_have_the_weight_version_that_computed_them(
+    url: str, model_dir: Path, mode: Any, versions: Any
+) -> None:
     """The weights stay as they are, so the rows can be told; after a retraction those of the old version are not kept,
     for they were computed again."""
     before, after = versions
@@ -185,7 +187,7 @@ def test_rows_have_the_version_under_which_they_ran(url: str, model_dir: Path, m
     assert trace.present[: rows[0].end].any() == (mode == "in_place")
 
 
-def test_groups_have_traces_where_they_are_asked_for(url: str, model_dir: Path) -> None:
+def test_groups_have_traces_only_if_routes_are_requested(url: str, model_dir: Path) -> None:
     prompts = [(n, Prompt(f"p{n}", "", tuple(ids), "", "")) for n, ids in enumerate(PROMPTS)]
     for routes in (None, spec_of(model_dir)):
         sampling = Sampling(
@@ -203,7 +205,7 @@ def test_groups_have_traces_where_they_are_asked_for(url: str, model_dir: Path) 
                 assert sample.trace is None or sample.trace.rows == len(sample.token_ids) - 1
 
 
-def test_a_server_started_without_the_flag_is_named(served: str, tiny_model_dir: Path) -> None:
+def test_the_error_names_a_server_started_without_the_routes_flag(served: str, tiny_model_dir: Path) -> None:
     with pytest.raises(RolloutError, match=r"request \w+: routed_experts: .*--enable-return-routed-experts") as caught:
         call(served, lambda client: generate(client, PROMPTS[1], spec_of(tiny_model_dir)))
     assert str(caught.value).startswith(served)

@@ -89,7 +89,7 @@ def old_weights(tiny_model_dir: Path, tiny_server: Server, fresh_checksum: str) 
     ("layout", "route", "temperature"),
     [("tp=2", "collective", 0.5), ("pp=2", "disk", 1.0), ("tp=2,pp=2,ep=2", "collective", 1.7)],
 )
-def test_a_sync_arrives(
+def test_a_weight_sync_delivers_the_trained_weights(
     forks: Forks, trained: Path, tiny_server: Server, fresh_checksum: str, layout: str, route: str, temperature: float
 ) -> None:
     done = push(forks, trained, tiny_server, layout, route, temperature=temperature)
@@ -101,7 +101,7 @@ def test_a_sync_arrives(
 
 
 @pytest.mark.parametrize("mutation", ["swap", "skip"])
-def test_a_faulty_sync_is_found(
+def test_a_faulty_weight_sync_is_detected(
     forks: Forks, trained: Path, tiny_server: Server, fresh_checksum: str, mutation: str
 ) -> None:
     done = push(forks, trained, tiny_server, "ep=2", mutation=mutation)
@@ -110,7 +110,7 @@ def test_a_faulty_sync_is_found(
     assert ask(tiny_server, lambda c: c.weights_checksum()) != fresh_checksum
 
 
-def test_weights_of_another_shape_of_model_are_found(forks: Forks, tiny_server: Server, tmp_path: Path) -> None:
+def test_weights_of_a_model_with_another_shape_are_detected(forks: Forks, tiny_server: Server, tmp_path: Path) -> None:
     """SGLang passes over the names that it does not know, and says that all is well."""
     deeper = make_tiny_model(tmp_path / "deeper", num_layers=3, seed=1)
     done = push(forks, deeper, tiny_server, "tp=2")
@@ -119,7 +119,7 @@ def test_weights_of_another_shape_of_model_are_found(forks: Forks, tiny_server: 
     assert "does it serve a model of another shape than model.path?" in done.stderr
 
 
-def test_a_server_that_reports_other_log_probs_than_it_samples_from_is_found(
+def test_a_server_whose_log_probs_differ_from_its_sampling_is_detected(
     forks: Forks, trained: Path, untempered: Server
 ) -> None:
     done = push(forks, trained, untempered, "tp=2", route="disk", temperature=0.5)
