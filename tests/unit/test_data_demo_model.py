@@ -34,7 +34,7 @@ def test_the_tokenizer_has_one_token_per_character(directory):
     assert tokenizer.encode("3 a") == [ids[0], tokenizer.unk_token_id, tokenizer.unk_token_id]
 
 
-def test_the_model_has_the_promised_shape(directory):
+def test_the_demo_model_has_the_documented_shape(directory):
     model = AutoModelForCausalLM.from_pretrained(directory)
     assert model.dtype == torch.float32
     assert 2.6e6 < model.num_parameters() < 2.8e6
@@ -49,7 +49,7 @@ def test_the_model_has_the_promised_shape(directory):
     assert torch.isfinite(logits).all()
 
 
-def test_weights_depend_on_the_seed_alone(tmp_path):
+def test_weights_depend_only_on_the_seed(tmp_path):
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -61,7 +61,7 @@ def test_weights_depend_on_the_seed_alone(tmp_path):
     assert not torch.equal(a["lm_head.weight"], c["lm_head.weight"])
 
 
-def test_a_directory_that_is_there_is_left_alone(tmp_path):
+def test_an_existing_directory_is_left_unchanged(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine").write_text("kept")
     with pytest.raises(FileExistsError, match="exists already"):

@@ -30,7 +30,7 @@ degrees = st.sampled_from([1, 2, 3, 4])
 
 
 @given(micro_batches, degrees, degrees)
-def test_what_is_predicted_stands_one_position_before_its_token(batch, cp, tp):
+def test_labels_and_masks_stand_one_position_before_their_token(batch, cp, tp):
     advantages = [1.5 + i for i in range(len(batch))]
     packed = pack(batch, advantages, cp=cp, tp=tp)
     for i, (sample, advantage) in enumerate(zip(batch, advantages, strict=True)):
@@ -46,7 +46,7 @@ def test_what_is_predicted_stands_one_position_before_its_token(batch, cp, tp):
 
 
 @given(micro_batches, degrees, degrees)
-def test_no_token_is_trained_on_twice_lost_or_made_up(batch, cp, tp):
+def test_every_response_token_is_trained_on_exactly_once(batch, cp, tp):
     packed = pack(batch, [1.0] * len(batch), cp=cp, tp=tp)
     per_sequence = np.bincount(packed.sequence_ids, weights=packed.loss_mask, minlength=len(batch))
     assert per_sequence.tolist() == [sample.response_tokens for sample in batch]
@@ -56,7 +56,7 @@ def test_no_token_is_trained_on_twice_lost_or_made_up(batch, cp, tp):
 
 
 @given(micro_batches, degrees, degrees)
-def test_rows_divide_among_the_ranks_with_as_little_padding_as_that_needs(batch, cp, tp):
+def test_rows_divide_among_ranks_with_minimal_padding(batch, cp, tp):
     packed = pack(batch, [0.0] * len(batch), cp=cp, tp=tp)
     lengths = np.diff(packed.cu_seqlens)
     multiple = 2 * cp if cp > 1 else 1
@@ -80,7 +80,7 @@ def test_without_parallelism_there_is_no_padding():
 
 
 @pytest.mark.parametrize(("cp", "tp", "row"), [(1, 1, 1), (1, 4, 4), (2, 1, 4), (2, 3, 12), (4, 4, 16)])
-def test_an_empty_row_is_padding_alone_and_as_short_as_the_ranks_allow(cp, tp, row):
+def test_an_empty_row_is_only_padding_and_as_short_as_possible(cp, tp, row):
     packed = pack([], [], cp=cp, tp=tp)
     assert packed.is_empty
     assert packed.tokens == row
@@ -94,7 +94,7 @@ def test_an_empty_row_is_padding_alone_and_as_short_as_the_ranks_allow(cp, tp, r
         assert len(cp_index(packed.cu_seqlens, cp, rank)) * cp == row
 
 
-def test_empty_rows_among_others_repeat_a_sample_and_are_as_long():
+def test_an_empty_row_among_equal_rows_repeats_a_sample():
     sample = make_sample(5, [(4, True)])
     first, empty = pack_all([[(sample, 1.0)], []], cp=2, tp=2, equal=True)
     assert empty.is_empty
@@ -112,7 +112,7 @@ def test_padding_repeats_its_sequence_from_the_start():
     assert packed.labels[:7].tolist() == packed.token_ids[1:].tolist()
 
 
-def test_equal_rows_are_as_long_as_the_longest():
+def test_equal_rows_have_the_length_of_the_longest():
     parts = [[(make_sample(5, [(n, True)]), 1.0)] for n in (2, 30, 9)]
     packed = pack_all(parts, cp=2, tp=2, equal=True)
     assert {batch.tokens for batch in packed} == {36}
@@ -121,7 +121,7 @@ def test_equal_rows_are_as_long_as_the_longest():
 
 
 @pytest.mark.parametrize("total", [4, 10])
-def test_a_row_of_a_length_that_cannot_be_is_an_error(total):
+def test_an_impossible_row_length_is_an_error(total):
     with pytest.raises(ValueError, match=f"a row of {total} positions cannot hold 8 in multiples of 4"):
         padded_lengths([3, 4], cp=2, tp=2, total=total)
 
@@ -141,7 +141,7 @@ def test_zigzag_order_by_hand():
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5), degrees)
-def test_slices_of_all_ranks_hold_every_position_once(chunks, cp):
+def test_slices_of_all_ranks_cover_every_position_once(chunks, cp):
     cu_seqlens = np.cumsum([0, *(n * 2 * cp if cp > 1 else n for n in chunks)])
     slices = [cp_index(cu_seqlens, cp, rank) for rank in range(cp)]
     assert {len(part) for part in slices} == {cu_seqlens[-1] // cp}
@@ -149,7 +149,7 @@ def test_slices_of_all_ranks_hold_every_position_once(chunks, cp):
 
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.sampled_from([2, 3, 4]))
-def test_causal_attention_costs_every_rank_the_same(chunks, cp):
+def test_causal_attention_costs_the_same_on_every_rank(chunks, cp):
     cu_seqlens = np.cumsum([0, *(n * 2 * cp for n in chunks)])
     positions = np.concatenate([np.arange(n) for n in np.diff(cu_seqlens)])
     work = {int((positions[cp_index(cu_seqlens, cp, rank)] + 1).sum()) for rank in range(cp)}

@@ -26,7 +26,7 @@ def fragments(source: str) -> list[str]:
     return found
 
 
-def test_a_fragment_is_found() -> None:
+def test_the_check_finds_a_docstring_that_begins_with_a_fragment() -> None:
     source = '"""Opens well."""\nclass A:\n    """Of a run."""\n    def f(self):\n        """Often right."""\n'
     assert fragments(source) == ["2: Of a run."]
 

@@ -35,14 +35,14 @@ def check_decoder(found: Any) -> None:
 
 @FEW
 @given(spoilt())
-def test_a_spoilt_answer_is_refused_or_read_right(found: Any) -> None:
+def test_a_damaged_answer_is_refused_or_read_correctly(found: Any) -> None:
     check_decoder(found)
 
 
 @pytest.mark.slow
 @MANY
 @given(spoilt())
-def test_ten_thousand_spoilt_answers_are_refused_or_read_right(found: Any) -> None:
+def test_many_damaged_answers_are_refused_or_read_correctly(found: Any) -> None:
     check_decoder(found)
 
 

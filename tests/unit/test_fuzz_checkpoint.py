@@ -228,18 +228,18 @@ def check_accepted(directory: Path, found: Manifest | None, run: RunDir) -> None
 
 @FEW
 @given(damages())
-def test_a_damaged_run_directory_is_refused_or_passed_over(files: dict[str, bytes | None]) -> None:
+def test_damage_in_a_run_directory_is_refused_or_skipped(files: dict[str, bytes | None]) -> None:
     check(files)
 
 
 @pytest.mark.slow
 @MANY
 @given(damages())
-def test_a_damaged_run_directory_is_refused_or_passed_over_10000(files: dict[str, bytes | None]) -> None:
+def test_damage_in_many_run_directories_is_refused_or_skipped(files: dict[str, bytes | None]) -> None:
     check(files)
 
 
-def test_an_undamaged_one_is_accepted() -> None:
+def test_an_undamaged_run_directory_is_accepted() -> None:
     counts.clear()
     check(dict(FILES))
     assert counts == {"accepted, 0 passed over": 1}
@@ -264,7 +264,7 @@ def test_an_undamaged_one_is_accepted() -> None:
         b"[" * 5000,
     ],
 )
-def test_a_damaged_manifest_is_one_error(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_manifest_gives_one_error(tmp_path: Path, content: bytes) -> None:
     directory = tmp_path / "step-000003"
     directory.mkdir()
     (directory / "manifest.json").write_bytes(content)
@@ -272,7 +272,7 @@ def test_a_damaged_manifest_is_one_error(tmp_path: Path, content: bytes) -> None
         read_manifest(directory)
 
 
-def test_a_manifest_of_an_older_format_is_refused_and_not_passed_over(tmp_path: Path) -> None:
+def test_a_manifest_of_an_older_format_is_refused_and_not_skipped(tmp_path: Path) -> None:
     directory = tmp_path / "step-000003"
     directory.mkdir()
     (directory / "manifest.json").write_bytes(orjson.dumps({"format": 2, "layout": {}, "files": [], "state": {}}))
@@ -281,7 +281,7 @@ def test_a_manifest_of_an_older_format_is_refused_and_not_passed_over(tmp_path: 
     assert not isinstance(error.value, DamagedError)
 
 
-def test_a_whole_manifest_in_another_steps_directory_is_damaged(tmp_path: Path) -> None:
+def test_a_manifest_in_the_directory_of_another_step_counts_as_damaged(tmp_path: Path) -> None:
     directory = tmp_path / "step-000009"
     directory.mkdir()
     (directory / "manifest.json").write_bytes(FILES["checkpoints/step-000003/manifest.json"])
@@ -298,7 +298,7 @@ def test_a_whole_manifest_in_another_steps_directory_is_damaged(tmp_path: Path) 
         ({"models": {}}, "of policy, but this run has"),
     ],
 )
-def test_what_a_run_began_with_is_compared(change: dict[str, Any], words: str) -> None:
+def test_run_data_model_and_layout_must_match_the_manifest(change: dict[str, Any], words: str) -> None:
     directory = Path("step-000003")
     check_identity(directory, manifest(3), LAYOUT, IDENTITY)
     with pytest.raises(CheckpointError, match=words):
@@ -307,7 +307,7 @@ def test_what_a_run_began_with_is_compared(change: dict[str, Any], words: str) -
         check_identity(directory, manifest(3), {**LAYOUT, "tp": 2}, IDENTITY)
 
 
-def test_a_million_steps_are_in_order(tmp_path: Path) -> None:
+def test_checkpoints_beyond_a_million_steps_are_in_order(tmp_path: Path) -> None:
     for step in (999_999, 1_000_000, 2):
         directory = tmp_path / f"step-{step:06d}"
         directory.mkdir()

@@ -247,14 +247,14 @@ def run(directory: Path, examples: int) -> collections.Counter[str]:
     return outcomes
 
 
-def test_a_few_configurations(tmp_path: Path) -> None:
+def test_random_configurations_are_refused_or_read_correctly(tmp_path: Path) -> None:
     outcomes = run(tmp_path, 200)
     assert outcomes["refused"] > 50
     assert outcomes["accepted"] + outcomes["contradicts"] > 30
 
 
 @pytest.mark.slow
-def test_many_configurations(tmp_path: Path) -> None:
+def test_many_random_configurations_are_refused_or_read_correctly(tmp_path: Path) -> None:
     outcomes = run(tmp_path, 10_000)
     print(dict(outcomes))
     assert sum(outcomes.values()) >= 9_000

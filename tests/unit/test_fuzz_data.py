@@ -159,11 +159,11 @@ def check_damaged(kind: str, seen: Counter[str], tmp_path: Path) -> Callable[[in
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_damaged_files(kind, seen, tmp_path):
+def test_damaged_files_are_refused_or_read_correctly(kind, seen, tmp_path):
     run(check_damaged(kind, seen, tmp_path), 40, st.integers(0, 29), DAMAGE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", WRITERS)
-def test_damaged_files_at_length(kind, seen, tmp_path):
+def test_many_damaged_files_are_refused_or_read_correctly(kind, seen, tmp_path):
     run(check_damaged(kind, seen, tmp_path), 2000, st.integers(0, 29), DAMAGE)

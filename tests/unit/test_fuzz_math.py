@@ -205,14 +205,14 @@ def run(suite: str, slow: bool) -> Counter[str]:
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_generated_answers(suite: str) -> None:
+def test_generated_answers_get_the_right_verdict(suite: str) -> None:
     assert len(run(suite, slow=False)) >= 2  # neither all right nor all wrong
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("suite", SUITES)
-def test_ten_thousand_generated_answers(suite: str) -> None:
+def test_many_generated_answers_get_the_right_verdict(suite: str) -> None:
     counts = run(suite, slow=True)
     print(suite, dict(counts))
     assert len(counts) >= 2

@@ -192,14 +192,14 @@ def run(whole: Path, directory: Path, examples: int) -> collections.Counter[str]
     return outcomes
 
 
-def test_a_few_directories(whole: Path, tmp_path: Path) -> None:
+def test_damaged_model_directories_are_refused_or_read_correctly(whole: Path, tmp_path: Path) -> None:
     outcomes = run(whole, tmp_path / "model", 200)
     assert outcomes["refused"] > 50
     assert outcomes["accepted"] > 10
 
 
 @pytest.mark.slow
-def test_many_directories(whole: Path, tmp_path: Path) -> None:
+def test_many_damaged_model_directories_are_refused_or_read_correctly(whole: Path, tmp_path: Path) -> None:
     outcomes = run(whole, tmp_path / "model", 10_000)
     print(dict(outcomes))
     assert sum(outcomes.values()) >= 9_000

@@ -107,12 +107,12 @@ def check_used(record: dict[str, Any], prompt: Any, chat: bool) -> None:
     assert prompt.token_ids[-1] != 1
 
 
-def test_odd_values(seen, tmp_path):
+def test_odd_values_are_refused_or_read_correctly(seen, tmp_path):
     run(check_values(seen, tmp_path), 150, RECORDS, st.booleans(), st.booleans())
 
 
 @pytest.mark.slow
-def test_odd_values_at_length(seen, tmp_path):
+def test_many_odd_values_are_refused_or_read_correctly(seen, tmp_path):
     run(check_values(seen, tmp_path), 3000, RECORDS, st.booleans(), st.booleans())
 
 
@@ -176,12 +176,12 @@ def check_columns(seen: Counter[str], tmp_path: Path) -> Callable[[st.DataObject
     return check
 
 
-def test_columns_of_any_type(seen, tmp_path):
+def test_columns_of_any_type_are_refused_or_read_correctly(seen, tmp_path):
     run(check_columns(seen, tmp_path), 80, st.data())
 
 
 @pytest.mark.slow
-def test_columns_of_any_type_at_length(seen, tmp_path):
+def test_many_columns_of_any_type_are_refused_or_read_correctly(seen, tmp_path):
     run(check_columns(seen, tmp_path), 3000, st.data())
 
 
@@ -230,12 +230,12 @@ def check_directories(seen: Counter[str], tmp_path: Path) -> Callable[[list[str]
     return check
 
 
-def test_directories(seen, tmp_path):
+def test_random_directories_are_refused_or_read_correctly(seen, tmp_path):
     run(check_directories(seen, tmp_path), 60, NAMES)
 
 
 @pytest.mark.slow
-def test_directories_at_length(seen, tmp_path):
+def test_many_random_directories_are_refused_or_read_correctly(seen, tmp_path):
     run(check_directories(seen, tmp_path), 3000, NAMES)
 
 
@@ -251,7 +251,7 @@ SPECS = st.lists(
 ).map(",".join)
 
 
-def test_arithmetic_specifications(seen):
+def test_random_arithmetic_specifications_are_refused_or_read_correctly(seen):
     def check(spec: str) -> None:
         try:
             task = ArithmeticTask.parse(f"arithmetic:{spec}")

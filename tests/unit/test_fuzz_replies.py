@@ -157,16 +157,14 @@ def check_transport(scripted: Scripted, wire: bytes, body: bytes | None) -> None
 
 @FEW
 @given(reply=replies())
-def test_a_spoilt_reply_is_an_error_or_read_right_and_the_next_one_is_heard(
-    scripted: Scripted, reply: tuple[bytes, bytes | None]
-) -> None:
+def test_a_damaged_reply_does_not_affect_the_next_reply(scripted: Scripted, reply: tuple[bytes, bytes | None]) -> None:
     check_transport(scripted, *reply)
 
 
 @pytest.mark.slow
 @MANY
 @given(reply=replies())
-def test_ten_thousand_spoilt_replies_are_errors_or_read_right(
+def test_many_damaged_replies_do_not_affect_the_next_reply(
     scripted: Scripted, reply: tuple[bytes, bytes | None]
 ) -> None:
     check_transport(scripted, *reply)
@@ -185,7 +183,7 @@ def test_ten_thousand_spoilt_replies_are_errors_or_read_right(
         (reply(b"200 OK", [JSON], BODY[:-30], len(BODY) - 30), "the answer is not JSON"),
     ],
 )
-def test_a_reply_that_is_no_answer_is_named_at_once(scripted: Scripted, wire: bytes, message: str) -> None:
+def test_a_wrong_reply_is_an_error_without_a_retry(scripted: Scripted, wire: bytes, message: str) -> None:
     with pytest.raises(RolloutError, match=message) as caught:
         scripted.ask(wire)
     assert "tried" not in str(caught.value)

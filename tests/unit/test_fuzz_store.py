@@ -292,7 +292,7 @@ def test_many_damaged_traces_are_refused_or_harmless(case: tuple[str, int]) -> N
 
 
 @pytest.mark.parametrize("damage", ["bytes", "lines", "values"])
-def test_nothing_is_accepted_that_differs_by_a_byte(path: Path, damage: str) -> None:
+def test_a_file_that_differs_by_one_byte_is_refused(path: Path, damage: str) -> None:
     """Of 200 files that differ from what was written."""
     for seed in range(200):
         outcome = check_file(path, damage, seed)

@@ -34,7 +34,7 @@ def measure(*groups, weight_version=3):
     return metrics
 
 
-def test_counts_by_hand():
+def test_rollout_metrics_by_hand():
     report = measure(MIXED, SOLVED, HOPELESS, SHAPED).finalize()
     assert (report["prompts"], report["samples"], report["tokens"]) == (4, 9, 48)
     assert report["accuracy"] == pytest.approx(5 / 9)
@@ -52,7 +52,7 @@ def test_counts_by_hand():
     assert report["response_length/wrong/mean"] == pytest.approx(23 / 4)
 
 
-def test_a_group_of_one_is_dead():
+def test_a_group_of_one_sample_counts_as_dead():
     report = measure(group(0, (4, 1.0, True, "stop"))).finalize()
     assert report["group/dead/all_correct"] == 1
     assert "response_length/wrong/mean" not in report
@@ -73,7 +73,7 @@ def test_staleness_counts_generated_tokens_by_their_own_version():
     assert report["tokens"] == report["response_length/max"] == 4
 
 
-def test_ranks_and_order_do_not_matter():
+def test_metrics_do_not_depend_on_ranks_or_order():
     whole = measure(MIXED, SOLVED, HOPELESS, SHAPED).finalize()
     merged = MetricAccumulator(ROLLOUT)
     for share in ([SHAPED], [], [HOPELESS, MIXED], [SOLVED]):
@@ -88,7 +88,7 @@ def test_an_empty_response_is_counted():
     assert (report["samples"], report["tokens"], report["response_length/max"]) == (1, 0, 0)
 
 
-def test_a_sample_without_a_verdict_is_named():
+def test_the_error_names_a_sample_without_a_verdict():
     unjudged = dataclasses.replace(MIXED.samples[1], verdict=None)
     with pytest.raises(ValueError, match="prompt 'p0' sample 1: no verdict"):
         measure(dataclasses.replace(MIXED, samples=(unjudged,)))
@@ -101,7 +101,7 @@ def overlong(reward, sampled, kept):
     return {name: value for name, value in report.items() if name.startswith("overlong")}
 
 
-def test_punishments_are_of_all_samples_and_filtering_of_those_trained_on():
+def test_punishments_cover_all_samples_and_filtering_only_trained_ones():
     sampled = [MIXED, SOLVED, HOPELESS]
     found = overlong(RewardConfig(overlong_cache=8, overlong_filter=True), sampled, [MIXED])
     # Lengths 4, 10, 2; 3, 5; 10, 1, of which 2 are free.
@@ -110,13 +110,13 @@ def test_punishments_are_of_all_samples_and_filtering_of_those_trained_on():
     assert found["overlong_filtered"] == pytest.approx(1 / 3)
 
 
-def test_what_is_off_is_not_measured():
+def test_metrics_of_disabled_features_are_absent():
     assert overlong(RewardConfig(), [MIXED], [MIXED]) == {}
     assert "overlong_filtered" not in overlong(RewardConfig(overlong_cache=8), [MIXED], [MIXED])
     assert overlong(RewardConfig(overlong_cache=8, overlong_filter=True), [], []) == {}
 
 
-def test_masked_out_and_empty_responses_pass_through_all_of_it():
+def test_masked_out_and_empty_responses_are_shaped_filtered_and_measured():
     """A group of one empty response, and one all of whose responses are filtered."""
     prompt = Prompt("p", "2+2=", (1, 2, 3), "4", "math")
     empty = dataclasses.replace(Sample.start(prompt, 0), finish_reason="length", verdict=Verdict(0.0, False))

@@ -28,7 +28,7 @@ def config(tmp_path: Path) -> Config:
     )
 
 
-def test_leaders_begin_with_servers_far_apart(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leaders_start_with_servers_that_are_far_apart(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaders that all began with the first server would send all their groups to it and its neighbours."""
     urls = [f"http://127.0.0.1:{port}" for port in range(1000, 1008)]
     monkeypatch.setattr(connections, "broadcast_bytes", lambda *_: orjson.dumps([urls, "key"]))
@@ -46,7 +46,7 @@ def test_leaders_begin_with_servers_far_apart(config: Config, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("where", ["begins", "runs"])
-def test_a_run_that_fails_leaves_its_servers_fit_for_the_next(
+def test_a_failed_run_leaves_its_servers_usable_for_the_next_run(
     config: Config, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """Closing the publisher is what tells servers that run elsewhere that this trainer is gone."""

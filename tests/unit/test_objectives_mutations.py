@@ -304,7 +304,7 @@ TWO_BY_TWO: list[tuple[Patch, Callable[[], None]]] = [
 @pytest.mark.parametrize(
     ("mistake", "check"), TWO_BY_TWO, ids=[f"{n}-{m.__name__}" for n, (m, _) in enumerate(TWO_BY_TWO)]
 )
-def test_the_check_goes_red_with_the_mistake_and_is_green_without(
+def test_the_check_fails_with_the_mistake_and_passes_without_it(
     monkeypatch: pytest.MonkeyPatch, mistake: Patch, check: Callable[[], None]
 ) -> None:
     check()

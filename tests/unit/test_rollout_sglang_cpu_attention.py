@@ -44,7 +44,7 @@ def problem(q_lens: list[int], kv_lens: list[int]) -> tuple[tuple[Tensor, ...], 
 
 @pytest.mark.parametrize("max_scores", [1, 60, 1 << 22])
 @pytest.mark.parametrize(("q_lens", "kv_lens"), [([3], [3]), ([1, 5, 2, 4], [1, 9, 2, 11]), ([7, 1, 1], [7, 30, 8])])
-def test_new_tokens_attend_to_their_own_past(
+def test_new_tokens_attend_only_to_their_own_sequence(
     monkeypatch: pytest.MonkeyPatch, max_scores: int, q_lens: list[int], kv_lens: list[int]
 ) -> None:
     monkeypatch.setattr(attention, "MAX_SCORES", max_scores)
@@ -53,14 +53,14 @@ def test_new_tokens_attend_to_their_own_past(
 
 
 @pytest.mark.parametrize("max_scores", [1, 20, 1 << 22])
-def test_one_new_token_a_sequence(monkeypatch: pytest.MonkeyPatch, max_scores: int) -> None:
+def test_decode_attends_with_one_new_token_per_sequence(monkeypatch: pytest.MonkeyPatch, max_scores: int) -> None:
     monkeypatch.setattr(attention, "MAX_SCORES", max_scores)
     arguments, expected = problem([1] * 5, [4, 1, 12, 7, 2])
     torch.testing.assert_close(attention.decode(unexpected, None, *arguments[:7], **OPTIONS), expected)
 
 
 @pytest.mark.parametrize("change", [{"causal": False}, {"sliding_window_size": 4}])
-def test_the_rest_is_left_to_sglang(change: dict[str, object]) -> None:
+def test_unsupported_options_are_left_to_sglang(change: dict[str, object]) -> None:
     arguments, _ = problem([1], [4])
     calls: list[dict[str, object]] = []
 

@@ -31,7 +31,7 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 @pytest.mark.parametrize("turns", range(24))
-def test_a_cancelled_request_leaves_no_connection_that_serves_no_more(turns: int) -> None:
+def test_a_cancelled_request_leaves_no_broken_connection(turns: int) -> None:
     """Cancelled after so many turns of the event loop, from before the connection is made until it answers."""
 
     async def run() -> None:
@@ -65,7 +65,7 @@ async def calls_of_each(requests: int, transport: httpx.AsyncBaseTransport) -> f
     return sum(entry.callcount for entry in profile.getstats()) / requests
 
 
-def test_a_request_costs_no_more_among_many_than_among_few() -> None:
+def test_the_cost_of_a_request_does_not_grow_with_their_number() -> None:
     """httpx's own pool walks over all its connections whenever a request starts or ends."""
 
     def growth(transport: Callable[[], httpx.AsyncBaseTransport]) -> float:

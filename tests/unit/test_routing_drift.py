@@ -33,13 +33,13 @@ def compare(a: Sequence[Sequence[int]], b: Sequence[Sequence[int]], valid: Seque
     return found.finalize()
 
 
-def test_common_counts_experts_of_both_whatever_their_order() -> None:
+def test_common_counts_shared_experts_in_any_order() -> None:
     a = torch.tensor([[0, 1, 2], [0, 1, 2], [0, 1, 2]], dtype=torch.uint8)
     b = torch.tensor([[2, 0, 1], [0, 1, 5], [3, 4, 5]])
     assert common(a, b).tolist() == [3, 2, 0]
 
 
-def test_changes_by_hand() -> None:
+def test_routing_changes_by_hand() -> None:
     # The same; another order; one expert of three; all; and a row that does not count.
     a = [[0, 1, 2], [0, 1, 2], [0, 1, 2], [0, 1, 2], [0, 1, 2]]
     b = [[0, 1, 2], [1, 0, 2], [0, 1, 3], [3, 4, 5], [5, 4, 3]]
@@ -53,7 +53,7 @@ def test_changes_by_hand() -> None:
     assert not [name for name in report if PAIRS[1] in name or "entropy" in name or "max_vio" in name]
 
 
-def test_one_expert_of_eight_differs_eightfold_in_the_two_published_measures() -> None:
+def test_the_two_published_measures_differ_eightfold_for_one_of_eight_experts() -> None:
     found = RoutingStats([0], 9, 8, CPU)
     found.expect(PAIR, 0, torch.tensor([True]))
     found.compare(PAIR, 0, 0, torch.arange(8)[None], torch.tensor([[0, 1, 2, 3, 4, 5, 6, 8]]))
@@ -62,7 +62,7 @@ def test_one_expert_of_eight_differs_eightfold_in_the_two_published_measures() -
     assert report[f"routing/expert_change/{PAIR}/layer_00"] == 1 / 8
 
 
-def test_over_layers_each_counts_the_same_and_the_extremes_are_there() -> None:
+def test_layers_have_equal_weight_and_the_extremes_are_reported() -> None:
     found = stats()
     ids = torch.tensor([[0, 1, 2]])
     for layer, gap, rows in ((1, 3.0, 1), (4, 1.0, 2)):
@@ -76,7 +76,7 @@ def test_over_layers_each_counts_the_same_and_the_extremes_are_there() -> None:
     assert not [name for name in report if "live_overlap" in name]  # no row was replayed
 
 
-def test_a_router_by_hand() -> None:
+def test_router_metrics_by_hand() -> None:
     logits = torch.tensor([[4.0, 3, 2, 1, 0, 0], [0, 0, 0, 0, 0, 0], [9, 9, 9, 9, 9, 9]])
     used = torch.tensor([[0, 1, 2], [0, 1, 3], [5, 5, 5]])
     live = torch.tensor([[0, 1, 2], [0, 1, 2], [5, 5, 5]])
@@ -97,7 +97,7 @@ def test_a_router_by_hand() -> None:
         assert report[f"routing/margin/{over}"] == 0.5
 
 
-def test_nothing_is_said_of_a_replay_that_does_not_take_place() -> None:
+def test_replay_metrics_are_absent_without_replay() -> None:
     found = stats()
     ids = torch.tensor([[0, 1, 2]])
     found.observe_router(1, torch.randn(1, EXPERTS), ids, ids, None, torch.tensor([True]))
@@ -106,7 +106,7 @@ def test_nothing_is_said_of_a_replay_that_does_not_take_place() -> None:
     assert not [name for name in report if "overlap" in name or "fallback" in name]
 
 
-def test_an_accumulator_without_rows_says_nothing() -> None:
+def test_an_accumulator_without_rows_reports_nothing() -> None:
     found = stats()
     assert found.finalize() == {}
     feed(found, draw(0, 5), torch.zeros(5, dtype=torch.bool), 0)
@@ -114,21 +114,21 @@ def test_an_accumulator_without_rows_says_nothing() -> None:
     assert found.finalize() == {}
 
 
-def test_a_probability_that_underflowed_adds_no_entropy() -> None:
+def test_an_underflowed_probability_adds_no_entropy() -> None:
     found = stats()
     ids, valid = torch.tensor([[0, 1, 2]]), torch.tensor([True])
     found.observe_router(1, torch.tensor([[0.0, 0, 0, 0, -math.inf, -math.inf]]), ids, ids, None, valid)
     assert found.finalize()["routing/entropy/layer_01"] == pytest.approx(math.log(4))
 
 
-def test_there_is_no_margin_where_every_expert_is_chosen() -> None:
+def test_there_is_no_margin_if_every_expert_is_chosen() -> None:
     found = RoutingStats([0], 2, 2, CPU)
     ids = torch.tensor([[1, 0]])
     found.observe_router(0, torch.tensor([[0.0, 1.0]]), ids, ids, None, torch.tensor([True]))
     assert not [name for name in found.finalize() if "margin" in name]
 
 
-def test_a_pair_that_is_not_declared_or_expected_is_an_error() -> None:
+def test_an_undeclared_or_unexpected_pair_is_an_error() -> None:
     found, ids = stats(), torch.tensor([[0, 1, 2]])
     with pytest.raises(ValueError, match="found 'rolout_old'; expected one of rollout_old/effective, "):
         found.expect("rolout_old", 0, torch.tensor([True]))
@@ -136,14 +136,14 @@ def test_a_pair_that_is_not_declared_or_expected_is_an_error() -> None:
         found.compare(PAIR, 0, 1, ids, ids)
 
 
-def test_the_backward_graph_is_not_held() -> None:
+def test_the_autograd_graph_is_not_kept_alive() -> None:
     found = stats()
     ids = torch.tensor([[0, 1, 2]])
     found.observe_router(1, torch.randn(1, EXPERTS, requires_grad=True), ids, ids, None, torch.tensor([True]))
     assert not any(sums.requires_grad for sums in found.sums())
 
 
-def test_nothing_waits_for_the_device_before_finalize() -> None:
+def test_nothing_synchronises_with_the_device_before_finalize() -> None:
     """A fake tensor has no values, so it refuses whatever would wait for them: item, nonzero, bincount."""
     with FakeTensorMode():
         found = stats()
@@ -201,7 +201,7 @@ seeds, counts = st.integers(0, 2**20), st.integers(1, 40)
 
 @settings(max_examples=40)
 @given(seed=seeds, rows=counts, data=st.data())
-def test_cutting_rows_into_micro_batches_and_ranks_changes_nothing(seed: int, rows: int, data: st.DataObject) -> None:
+def test_metrics_do_not_depend_on_micro_batches_or_ranks(seed: int, rows: int, data: st.DataObject) -> None:
     drawn = draw(seed, rows)
     # Three ranks of two micro-batches; each row in any of them, some of them empty.
     owner = torch.tensor(data.draw(st.lists(st.integers(0, 5), min_size=rows, max_size=rows)))
@@ -215,7 +215,7 @@ def test_cutting_rows_into_micro_batches_and_ranks_changes_nothing(seed: int, ro
 
 @settings(max_examples=40)
 @given(seed=seeds, rows=counts)
-def test_cutting_layers_into_pipeline_stages_changes_nothing(seed: int, rows: int) -> None:
+def test_metrics_do_not_depend_on_pipeline_stages(seed: int, rows: int) -> None:
     drawn = draw(seed, rows)
     stages = [stats() for _ in range(3)]  # the last without routers
     for stage, layers in zip(stages, ([LAYERS[0]], [LAYERS[1]], []), strict=True):
@@ -233,7 +233,7 @@ def test_cutting_layers_into_pipeline_stages_changes_nothing(seed: int, rows: in
 
 @settings(max_examples=40)
 @given(seed=seeds, rows=counts)
-def test_what_stands_in_padding_is_never_read(seed: int, rows: int) -> None:
+def test_values_in_padding_are_never_read(seed: int, rows: int) -> None:
     drawn = draw(seed, rows)
     padding = ~drawn["valid"]
     spoilt = {name: values.clone() for name, values in drawn.items()}
@@ -247,7 +247,7 @@ def test_what_stands_in_padding_is_never_read(seed: int, rows: int) -> None:
 
 @settings(max_examples=40)
 @given(seed=seeds, rows=counts)
-def test_the_order_of_a_rows_experts_counts_for_the_first_alone(seed: int, rows: int) -> None:
+def test_the_order_of_a_rows_experts_affects_only_top1_change(seed: int, rows: int) -> None:
     drawn = draw(seed, rows)
     turned = report_of({**drawn, "used": drawn["used"].roll(1, dims=-1)})
     report = report_of(drawn)
@@ -263,7 +263,7 @@ def test_the_order_of_a_rows_experts_counts_for_the_first_alone(seed: int, rows:
 
 @settings(max_examples=20)
 @given(seed=seeds, rows=counts)
-def test_ids_of_any_integer_type_and_logits_in_bf16(seed: int, rows: int) -> None:
+def test_ids_of_any_integer_type_and_bf16_logits_are_accepted(seed: int, rows: int) -> None:
     drawn = draw(seed, rows)
     drawn["logits"] = drawn["logits"].bfloat16()
     narrow = {**drawn, "logits": drawn["logits"].float(), "used": drawn["used"].byte(), "live": drawn["live"].short()}

@@ -118,13 +118,13 @@ def times(file: Path) -> list[tuple[int, dict[str, float]]]:
     return [(line["step"], {k: v for k, v in line.items() if k.startswith("time/")}) for line in read_metrics(file)]
 
 
-def test_a_steps_line_has_the_time_of_its_own_phases_only(run_dir: Path) -> None:
+def test_a_steps_line_has_only_the_times_of_its_own_phases(run_dir: Path) -> None:
     """Not of the evaluation and the checkpoint before it, nor, the first, of the start's weight sync."""
     step = {"time/rollout": ROLLOUT, "time/update": UPDATE, "time/weight sync": SYNC}
     assert times(run_dir / "metrics.jsonl") == [(1, step), (2, step), (3, step)]
 
 
-def test_evaluations_and_checkpoints_have_their_own(run_dir: Path) -> None:
+def test_evaluations_and_checkpoints_log_their_own_times(run_dir: Path) -> None:
     evaluation, checkpoint = {"time/evaluation": EVALUATION}, {"time/checkpoint": CHECKPOINT}
     assert times(run_dir / "eval.jsonl") == [(0, evaluation), (2, evaluation), (3, evaluation)]
     assert times(run_dir / "checkpoints.jsonl") == [(2, checkpoint), (3, checkpoint)]
