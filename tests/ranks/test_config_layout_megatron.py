@@ -1,4 +1,4 @@
-"""Layouts against Megatron-Core's own answer to who holds what."""
+"""Layouts against Megatron-Core: which rank has which coordinates and layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Answers = dict[str, tuple[Groups, list[list[list[int]]]]]
 
 @pytest.fixture(scope="module")
 def megatron_core(forks: Forks) -> Answers:
-    # In another process: the CPU layer has to be in place before Megatron-Core is imported.
+    # Runs in another process: the CPU layer has to be in place before Megatron-Core is imported.
     (answers,) = forks.world(1, "layout_worker:answer", ARCHITECTURE.num_layers, list(LAYOUTS))
     return dict(answers)
 

@@ -1,4 +1,4 @@
-"""The critic against transformers' model with one number per token, in every kind of layout."""
+"""The critic against transformers' token-classification model with one label, in every kind of layout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FOUR_RANKS = ["tp=2,ep=2,etp=2", "tp=2,pp=2,ep=2"]
 
 
 def value_model(model: Path, target: Path, bias: float = 0.3) -> Path:
-    """A language model's directory with a random value head in place of its own."""
+    """Writes a copy of a language model whose output layer is replaced by a random value head."""
     target.mkdir()
     weights = load_file(model / "model.safetensors")
     hidden = weights["model.norm.weight"].shape[0]
@@ -38,7 +38,7 @@ def value_model(model: Path, target: Path, bias: float = 0.3) -> Path:
 
 
 def expected(model: Path) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """transformers' values where a token is chosen, and the gradient of their weighted sum."""
+    """Returns transformers' values of the tokens in the loss mask, and the gradients of their weighted sum."""
     reference = AutoModelForTokenClassification.from_pretrained(model, dtype=torch.float32).eval()
     values, loss = [], torch.zeros(())
     for number, sample in enumerate(samples()):
@@ -52,7 +52,7 @@ def expected(model: Path) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
 
 
 def by_expert(name: str, gradient: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Under the names of the checkpoint: transformers holds all experts of a layer in one tensor."""
+    """Yields gradients by checkpoint name; transformers holds all experts of a layer in one tensor."""
     layer, experts, kind = name.partition(".experts.")
     if not experts:
         yield name, gradient

@@ -1,5 +1,5 @@
-"""Every item of the CPU layer is necessary: without it, training on a CPU fails. An upgrade of Megatron-Core that makes
-one unnecessary turns this red, and the item can go."""
+"""Each item of the CPU layer is necessary: without it, training on a CPU fails. If an upgrade of Megatron-Core makes an
+item unnecessary, its test fails, and the item can be removed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_rl.engine.layers.choice import choose_layers
 from megatron_rl.engine.layers.transformer_engine import TransformerEngineLayers
 
 LAYOUTS = {"all_to_all": "ep=2", "uneven_collectives": "tp=2,ep=2,etp=2", "to_cuda": "pp=2"}
-"""Where an item is needed only under some parallelism."""
+"""Layout for each item that is needed only under some kind of parallelism."""
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_training_works_with_all_cpu_layer_items(model: Path, layout: str) -> No
 
 @pytest.fixture(scope="module")
 def on_a_pretended_gpu(model: Path) -> dict[str, dict[str, list[str]]]:
-    """By network, the weights and buffers on each device as its weights are about to be loaded."""
+    """For each network, the names of weights and buffers by device, just before weights are loaded."""
     worker = str(SUPPORT / "fake_cuda_worker.py")
     done = subprocess.run(
         [sys.executable, worker, str(model)], env=environment(), capture_output=True, text=True, check=False
@@ -87,7 +87,7 @@ def test_all_weights_are_on_the_gpu_before_loading(
     [
         ("auto", "auto", True, True),
         ("cuda", "auto", True, True),
-        ("cpu", "auto", True, False),  # as the demo runs on a machine with a GPU
+        ("cpu", "auto", True, False),  # the demo on a machine with a GPU
         ("auto", "auto", False, False),
         ("auto", "torch", True, False),
     ],

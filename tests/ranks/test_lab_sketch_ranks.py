@@ -1,4 +1,4 @@
-"""The mergeable accumulator over real ranks."""
+"""Metrics of the mergeable accumulator, all-reduced over real ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks that a tool starts on this machine: nothing outside it can reach them, and none outlives a failure."""
+"""Ranks that a tool starts on this machine: other machines cannot reach them, and all end if one fails."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ time.sleep(600)
 
 
 def listening(root: int) -> set[str]:
-    """Addresses on which a process or one of its descendants listens."""
+    """Returns the addresses on which a process or one of its descendants listens."""
     found: set[str] = set()
     try:
         processes = [psutil.Process(root), *psutil.Process(root).children(recursive=True)]
@@ -67,7 +67,7 @@ def test_parity_listens_only_on_the_loopback_interface(tiny_model_dir: Path, tmp
     assert parity.returncode == 0
     assert json.loads(parity.communicate()[0])["passed"]
     assert most >= 2  # its ranks were seen
-    assert seen  # and their store
+    assert seen  # so was their store
     assert all(ipaddress.ip_address(address).is_loopback for address in seen), seen
 
 

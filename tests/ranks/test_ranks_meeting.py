@@ -1,4 +1,4 @@
-"""Ranks on several nodes: whatever one of them lacks is told by its node, and all of them end."""
+"""Ranks on several nodes: a node with a problem reports it, and all ranks end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_rl.rollout.server import free_ports
 
 HOST = socket.gethostname()
 SECONDS = 120.0
-"""No rank may wait as long as it would for a rank that never comes, which is 600 s."""
+"""Time limit of a launch. A rank that waits for a missing rank would need 600 s."""
 SFT = """\
 run_dir: {run}
 model: {{path: model}}
@@ -36,14 +36,14 @@ batch_size: 4
 
 
 def node(directory: Path, run_dir: str = "RUN") -> Path:
-    """A node's own files: configuration, model and data."""
+    """Writes the files of one node: configuration, model and data."""
     make_tiny_model(directory / "model", num_layers=1)
     write(directory / "sft.yaml", SFT.format(run=run_dir))
     write(directory / "examples.jsonl", '{"prompt": "1+1=", "response": "2"}\n' * 4)
     return directory
 
 
-# ---- every way in which two nodes may differ, all at once --------------------------------------------------------
+# ---- all differences between two nodes, launched at once ----------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _other_weights(directory: Path) -> None:
 
 
 def _truncated(directory: Path) -> None:
-    """On both nodes: they agree, and then find that the file is damaged."""
+    """Truncates the weights on both nodes: they agree with each other, and then find that the file is damaged."""
     for each in (directory, directory.parent / "0"):
         weights = each / "model" / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-4])
@@ -83,7 +83,7 @@ def _local_run_dir(directory: Path) -> None:
 
 
 COMMAND = ["sft", "sft.yaml"]
-# name: (change of rank 1's node, rank 0's arguments, rank 1's, more environment of rank 1, what rank 1 tells)
+# name: (change of rank 1's node, rank 0's arguments, rank 1's arguments, rank 1's extra environment, its message)
 LAUNCHES = {
     "no model": (_without("model"), COMMAND, COMMAND, {}, "model.path: model/config.json does not exist"),
     "no weights": (
@@ -122,7 +122,7 @@ LAUNCHES = {
 
 @pytest.fixture(scope="module")
 def launched(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Rank]]:
-    """What became of the two ranks of each launch, and of ranks that are alone. All run at once."""
+    """Results of the two ranks of each launch, and of single ranks. All launches run at once."""
     root = tmp_path_factory.mktemp("launches")
     template = node(root / "template")
     ports = iter(free_ports(len(LAUNCHES) + 1))
@@ -241,7 +241,7 @@ def test_malformed_launcher_variables_give_one_error(launched: dict[str, list[Ra
 
 
 def agents(directories: list[Path], *arguments: str) -> list[subprocess.CompletedProcess[str]]:
-    """One torchrun on each node, with two ranks."""
+    """Runs torchrun with two ranks on each node."""
     (port,) = free_ports(1)
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     launcher = ["-m", "torch.distributed.run", "--nnodes", str(len(directories)), "--nproc-per-node", "2"]
@@ -287,7 +287,7 @@ def test_the_launcher_without_the_model_reports_it_once(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_launchers_with_the_same_files_train(tmp_path: Path) -> None:
-    """Each in its own directory, with relative paths; the run directory is shared."""
+    """Each node has its own directory and uses relative paths; only the run directory is shared."""
     first = node(tmp_path / "0", str(tmp_path / "run"))
     second = shutil.copytree(first, tmp_path / "1")
     zero, one = agents([first, second], "sft", "sft.yaml")
@@ -298,7 +298,7 @@ def test_two_launchers_with_the_same_files_train(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_all_ranks_end_if_one_rank_reads_a_damaged_weight(tmp_path: Path) -> None:
-    """Expert parallelism: the damaged expert is rank 3's alone."""
+    """Under expert parallelism only one rank reads the damaged expert."""
     first = node(tmp_path / "0", str(tmp_path / "run"))
     file = first / "model" / "model.safetensors"
     weights = load_file(file)
@@ -313,7 +313,7 @@ def test_all_ranks_end_if_one_rank_reads_a_damaged_weight(tmp_path: Path) -> Non
     assert "megatron_rl/cli.py" not in done.stderr
 
 
-# ---- the parts ---------------------------------------------------------------------------------------------------
+# ---- units -------------------------------------------------------------------------------------------------------
 
 
 def reports(*problems: str, ranks_per_node: int = 2) -> dict[int, Report]:

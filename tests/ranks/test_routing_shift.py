@@ -1,4 +1,4 @@
-"""The router shift of RSPO: numbers by hand, and in every layout and mode that of transformers' routers in float64."""
+"""RSPO's router shift: numbers by hand, and transformers' float64 routers as the reference in every layout and mode."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MOE_LAYERS, EXPERTS, TOP_K = (0, 2, 3), 8, 2
 def test_a_layers_shift_is_the_geometric_mean_over_experts() -> None:
     old = torch.tensor([[0.5, 0.2], [0.5, 0.2], [0.3, 0.3]]).log()
     new = torch.tensor([[0.25, 0.2], [0.6, 0.1], [0.3, 0.3]]).log()
-    # exp(-|log a/b|) is the smaller over the larger, whichever has grown.
+    # exp(-|log a/b|) is the smaller probability divided by the larger one.
     expected = [math.sqrt(1 / 2 * 1), math.sqrt(5 / 6 * 1 / 2), 1.0]
     np.testing.assert_allclose(router_distance(new, old).neg().exp(), expected, rtol=1e-6)
     np.testing.assert_allclose(router_distance(old, new).neg().exp(), expected, rtol=1e-6)
@@ -44,7 +44,7 @@ def test_a_layers_shift_is_the_geometric_mean_over_experts() -> None:
 
 @pytest.mark.parametrize(("sd", "gamma"), [(0.1, 0.923), (0.3, 0.787), (1.0, 0.450)])
 def test_gamma_of_half_normal_distances(sd: float, gamma: float) -> None:
-    """The arithmetic mean over experts of exp(-|d|), which is not the paper's, gives 0.925, 0.799 and 0.523."""
+    """The paper's mean is geometric. The arithmetic mean of exp(-|d|) over experts gives 0.925, 0.799 and 0.523."""
     quantiles = (torch.arange(4096) + 0.5) / 4096
     moved = sd * torch.special.ndtri(quantiles)[None]
     old = torch.full_like(moved, -3.0)
@@ -99,7 +99,7 @@ def test_a_loss_without_its_router_shift_is_an_error() -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(pi_old, pi_theta): every weight a little moved, far enough that some experts change."""
+    """(pi_old, pi_theta): every weight differs a little, enough to change some experts."""
     root = tmp_path_factory.mktemp("models")
     old = make_tiny_model(root / "old", num_layers=4, mlp_only_layers=(1,))
     new = make_tiny_model(root / "new", num_layers=4, mlp_only_layers=(1,))
@@ -113,13 +113,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 Chosen = list[torch.Tensor]
-"""By MoE layer, [n, K] ids."""
+"""[n, K] ids of each MoE layer."""
 
 
 def run_routers(
     path: Path, sample: Sample, route: Callable[[int, torch.Tensor], torch.Tensor]
 ) -> tuple[list[torch.Tensor], Chosen]:
-    """Log-probs [n, experts] and ids of each MoE layer; route(column, probabilities) says which are taken."""
+    """Returns log-probs [n, experts] and ids [n, K] by MoE layer. `route(column, probabilities)` chooses the ids."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, experts_implementation="eager")
     logprobs: list[torch.Tensor] = []
     chosen: Chosen = []
@@ -144,7 +144,7 @@ def run_routers(
 
 
 def reference(old: Path, new: Path, sample: Sample, mode: str) -> np.ndarray:
-    """[n] float64."""
+    """Returns the router shift of each token, [n] float64."""
     assert sample.trace is not None
     present = torch.as_tensor(sample.trace.present)
     present = torch.cat([present, torch.zeros(len(sample.token_ids) - len(present), dtype=torch.bool)])
@@ -173,7 +173,7 @@ def expected(models: tuple[Path, Path]) -> dict[tuple[str, int], np.ndarray]:
     found = {(mode, n): reference(*models, sample, mode) for mode in MODES for n, sample in enumerate(samples)}
     for mode in MODES:
         values = np.concatenate([found[mode, n] for n in range(len(samples))])
-        assert values.min() < 0.8 < values.max() < 1  # else there is nothing to tell apart
+        assert values.min() < 0.8 < values.max() < 1  # else the comparison would show nothing
     return found
 
 

@@ -1,4 +1,4 @@
-"""No rank goes on to the next rollout before all servers hold the weights: it would sample from the old ones."""
+"""No rank starts the next rollout before all servers hold the new weights; it would sample from the old ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The certificate of routing replay: it holds in every kind of layout, and it fails where the replay is broken."""
+"""The certificate of routing replay: it holds in every kind of layout, and fails if the replay is broken."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_rl.models.random_model import make_random_model
 
 Check = Callable[[list[str], str], None]
 TOKENS, MOE_LAYERS = sum(LENGTHS), 7
-# Rows of a rank, padding included, x its MoE layers x top-4 x one byte: the most that a rank holds.
+# Most trace bytes that a rank holds: its rows with padding x its MoE layers x top-4 x one byte.
 TRACE_BYTES = {"tp=1": 270 * 7 * 4, "tp=2": 137 * 7 * 4, "cp=2,ep=2": 142 * 7 * 4, "tp=2,pp=2,ep=2": 137 * 4 * 4}
 
 
@@ -36,7 +36,7 @@ def certify(*options: str) -> tuple[int, list[dict[str, Any]]]:
 
 @pytest.fixture
 def check(forked_ranks: None, capsys: pytest.CaptureFixture[str]) -> Check:
-    """Ranks are forked. Those of test_a_users_own_model_is_certified are real ones."""
+    """Forks the ranks. Only test_a_users_own_model_is_certified starts real ones."""
 
     def check(layouts: list[str], recompute: str) -> None:
         status = run(None, layouts, [recompute], device="cpu", as_json=True)

@@ -1,4 +1,4 @@
-"""The command line as a user runs it: options, dry runs without torch, and one `error:` for what the user can fix."""
+"""The command line as a user runs it: options, dry runs without torch, and one `error:` line for user mistakes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def real(directory: Path, *arguments: str, **more: str) -> subprocess.CompletedP
 
 @pytest.fixture
 def run(forks: Forks) -> Command:
-    """Runs a command in a directory; keywords are environment variables."""
+    """Returns a function that runs a command in a directory; its keywords are environment variables."""
 
     def run(directory: Path, *arguments: str, **more: str) -> Run:
         return forks.run("-m", "megatron_rl", *arguments, directory=directory, environment=more)
@@ -75,7 +75,7 @@ def run(forks: Forks) -> Command:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """With a.yaml (RL), sft.yaml and the model that they name."""
+    """A directory with a.yaml (RL), sft.yaml and the model that they name."""
     write(tmp_path / "a.yaml", RL)
     write(tmp_path / "sft.yaml", SFT)
     write_model(tmp_path / "model")
@@ -86,7 +86,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 def test_the_command_line_options_are_frozen() -> None:
-    """An option is a promise: one more is a decision, and this list is where it shows."""
+    """Users rely on every option, so adding one must change this list too."""
     group = typer.main.get_command(app)
     found = {}
     for name, command in group.commands.items():  # type: ignore[attr-defined]
@@ -242,7 +242,7 @@ def test_wrong_command_line_usage_gives_no_traceback(
 @pytest.mark.distributed
 def test_only_one_rank_prints_an_error_that_all_ranks_have(run: Command, directory: Path) -> None:
     (port,) = free_ports(1)
-    # torchrun's static rendezvous, which unpickles nothing, and not --standalone.
+    # Uses torchrun's static rendezvous, which unpickles nothing, instead of --standalone.
     address = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
     launcher = ["-m", "torch.distributed.run", *address, "--nproc-per-node", "3", "-m", "megatron_rl"]
     done = subprocess.run(
@@ -295,7 +295,7 @@ def test_every_command_reports_a_damaged_model_in_the_same_words(
     assert "Traceback" not in done.stderr
 
 
-# ---- the real thing --------------------------------------------------------------------------------------------
+# ---- real runs -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.distributed
@@ -321,7 +321,7 @@ def test_serve_passes_its_own_and_extra_flags_to_sglang(tiny_model_dir: Path, tm
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        # A shell's background jobs ignore interrupts, and these tests may be one.
+        # These tests may run as a background job of a shell, which ignores interrupts.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:

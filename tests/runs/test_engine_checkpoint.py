@@ -1,4 +1,4 @@
-"""Checkpoints: a run that is killed and resumed ends with the weights of the one that was not, bit for bit."""
+"""Checkpoints: a killed and resumed run ends with exactly the weights of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def setting(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A configuration whose uninterrupted run is in `whole` beside it."""
+    """A configuration; its uninterrupted run is in `whole` in the same folder."""
     root = tmp_path_factory.mktemp("checkpoint")
     model = make_tiny_model(root / "model", num_layers=2)
     save_rollouts(model, root / "saved", steps=STEPS)
@@ -36,7 +36,7 @@ def setting(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(config: Path, *options: str) -> subprocess.Popen[bytes]:
-    """Two ranks of a real launcher; what they say on standard error goes into `said` beside the configuration."""
+    """Starts two ranks with a real launcher; their standard error goes to `said` in the configuration's folder."""
     command = torchrun(2, "-m", "megatron_rl", "train", str(config), *options)
     with config.with_name("said").open("wb") as said:
         return subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The engine against transformers, in every kind of layout, through the tool that users have."""
+"""The engine against transformers in every kind of layout, through the command `parity`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FOUR_RANKS = ["tp=2,ep=2,etp=2", "tp=2,pp=2", "tp=2,pp=2,ep=2"]
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sequences of unequal length, enough for the micro-batches of every layout."""
+    """A file of sequences of unequal length, enough for the micro-batches of every layout."""
     rng = np.random.default_rng(0)
     lines = [rng.integers(0, VOCAB_SIZE, n).tolist() for n in (5, 17, 40, 33, 9, 24, 3, 12, 50, 21, 2, 31)]
     path = tmp_path_factory.mktemp("tokens") / "tokens.jsonl"
@@ -40,8 +40,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def compare(forked_ranks: None, capsys: pytest.CaptureFixture[str]) -> Compare:
-    """(status, results) of a comparison whose ranks are forked. Those of the command are real ones elsewhere:
-    tests/runs/test_cli.py and tests/ranks/test_ranks_launch.py."""
+    """Returns a function that compares with forked ranks and returns (status, results).
+
+    tests/runs/test_cli.py and tests/ranks/test_ranks_launch.py start the command with real ranks.
+    """
 
     def run(model: Path, tokens: Path, layouts: list[str], **options: Any) -> tuple[int, list[dict[str, Any]]]:
         capsys.readouterr()
@@ -116,7 +118,7 @@ def test_parity_holds_for_a_dense_model_and_for_unnormalised_routes(
 def test_parity_fails_if_two_experts_are_swapped(
     compare: Compare, model: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The mutation: transformers reads one model, the engine another whose layer 0 has experts 2 and 5 exchanged."""
+    """The engine reads a copy of transformers' model in which experts 2 and 5 of layer 0 are swapped."""
     import shutil
 
     from safetensors.torch import load_file, save_file
@@ -144,7 +146,7 @@ def test_parity_passes_for_a_server_with_the_same_weights(
     compare: Compare, served: str, tiny_model_dir: Path, tokens: Path
 ) -> None:
     sequences = [json.loads(line) for line in tokens.read_text().splitlines()]
-    assert any(VOCAB_SIZE - 1 in ids[1:] for ids in sequences)  # SGLang reports it under another id
+    assert any(VOCAB_SIZE - 1 in ids[1:] for ids in sequences)  # SGLang reports this token under another id
     status, (engine, server) = compare(tiny_model_dir, tokens, ["tp=1"], url=served)
     assert status == 0
     assert (engine["layout"], engine["passed"]) == ("tp=1", True)

@@ -1,4 +1,4 @@
-"""The key of servers that run elsewhere: it reaches them, and nothing that a run writes or prints."""
+"""The key of servers that run elsewhere: the servers get it, and no file or output of a run contains it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VARIABLE, KEY = "MEGATRON_RL_TEST_KEY", "a-key-that-nothing-else-contains"
 
 
 class Refuses(BaseHTTPRequestHandler):
-    """Takes down the key of each request, and refuses it."""
+    """Records the key of each request, and refuses the request."""
 
     keys: list[str | None] = []  # noqa: RUF012
 
@@ -112,7 +112,7 @@ def test_parity_sends_the_key_and_hides_it_if_the_server_echoes_it(server: str) 
 
 
 class Repeats(Refuses):
-    """Answers with its `kind` and `content`, in both of which KEY stands for the request's key."""
+    """Answers with content type `kind` and body `content`; KEY in them is replaced by the request's key."""
 
     status, kind, content = 200, "", ""
 
@@ -131,7 +131,7 @@ class Repeats(Refuses):
     [
         (200, "text/html", "KEY"),
         (200, "KEY", "{}"),
-        (200, "text/html", 190 * " " + "KEY"),  # cut within it
+        (200, "text/html", 190 * " " + "KEY"),  # the message is cut within the key
         (200, "application/json", "KEY"),
         (200, "application/json", '{"success": false, "message": "KEY"}'),
         (418, "text/html", "KEY"),
@@ -159,7 +159,7 @@ def test_errors_hide_a_key_that_the_server_echoes(
 
 
 class Answers(BaseHTTPRequestHandler):
-    """As SGLang does to /model_info, of another type of model where `model_type` says so."""
+    """Answers /model_info like SGLang, with `model_type` as the type of the model."""
 
     model_type = "qwen3_moe"
 
@@ -173,7 +173,7 @@ class Answers(BaseHTTPRequestHandler):
 
 
 def wait(urls: list[str], seconds: float = 20.0) -> list[str]:
-    """What was said meanwhile."""
+    """Waits for the servers; returns what was printed meanwhile."""
     said: list[str] = []
     asyncio.run(wait_for_servers(urls, KEY, seconds, "qwen3_moe", said.append))
     return said

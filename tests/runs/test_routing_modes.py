@@ -1,5 +1,5 @@
-"""Live routing, R2 and R3 in whole runs on saved rollouts: what is replayed, what is measured, and in every layout the
-same."""
+"""Live routing, R2 and R3 in whole runs on saved rollouts: which routes are used, their metrics, and equal results in
+every layout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAYERS = ("layer_00", "layer_02", "layer_03")
 
 @pytest.fixture(scope="module")
 def setting(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(configuration, directory of one rank's runs, by mode)."""
+    """(configuration, directory of the runs on one rank, one run for each mode)."""
     root = tmp_path_factory.mktemp("modes")
     model = make_tiny_model(root / "model", num_layers=4, mlp_only_layers=(1,))
     save_rollouts(model, root / "saved", traces=True)
@@ -46,7 +46,7 @@ def worst(line: dict[str, float], change: str, pair: str) -> float:
 
 
 def drifts(run_dir: Path, change: str) -> bool:
-    """Whether by the last mini-batch of every step the live choice has left pi_old's."""
+    """Returns whether the live routes differ from pi_old's routes in the last mini-batch of every step."""
     last = [line for line in lines(run_dir) if line["mini_batch"] == MINI_BATCHES - 1]
     return all(worst(line, change, "old_policy/live") > 0 for line in last)
 
@@ -67,7 +67,7 @@ def test_r3_replays_the_rollouts_routes_in_every_forward_pass(setting: tuple[Pat
     for line in lines(setting[1] / "r3"):
         assert worst(line, change, "rollout_old/effective") == worst(line, change, "old_policy/effective") == 0
         assert worst(line, change, "rollout_old/live") > 0.1
-        # One row of each sample, its last, has no route; it routes live and is counted.
+        # The last row of each sample has no route: it is routed live and counted as a fallback.
         assert line["routing/fallback/max"] == line["routing/fallback/min"] > 0.02
         assert line["routing/live_overlap/mean"] < 0.95
 
@@ -95,7 +95,7 @@ def test_replay_changes_the_trained_weights(setting: tuple[Path, Path]) -> None:
 
 
 def test_the_load_balancing_loss_trains_the_routers_under_replay(setting: tuple[Path, Path]) -> None:
-    """It counts the live choice, so it moves the routers; what is replayed stays as it was."""
+    """The loss counts live routes, so it changes the routers; the replayed routes stay the same."""
     assert all(worst(line, "set_mismatch", "rollout_old/effective") == 0 for line in lines(setting[1] / "balanced"))
     replayed, balanced = weights(setting[1] / "r3"), weights(setting[1] / "balanced")
     routers = [key for key in replayed if key.endswith("mlp.gate.weight")]
@@ -129,7 +129,7 @@ def assert_same(run_dir: Path, reference: Path) -> None:
         routing = {key for key in expected if key.startswith("routing/")}
         assert routing == {key for key in found if key.startswith("routing/")}
         for key in routing:
-            # A choice at the very edge may fall the other way in another order of sums.
+            # If two experts have almost equal scores, another order of sums may choose the other one.
             assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=0.02), (run_dir.name, key)
 
 
@@ -137,13 +137,13 @@ def name(layout: str) -> str:
     return layout.replace(" ", ",") or "dp"
 
 
-# What is replayed in each layout, row by row, is in tests/runs/test_certify.py.
+# tests/runs/test_certify.py checks the replayed routes of each layout row by row.
 TWO_RANKS = [("r3", "tp=2"), ("r2", "pp=2 vpp=2"), ("r3", "pp=2 vpp=2"), ("r3", "cp=2 ep=2")]
 
 
 @pytest.fixture(scope="module")
 def together(forks: Forks, setting: tuple[Path, Path]) -> Path:
-    """The directory of TWO_RANKS."""
+    """The directory with the runs of TWO_RANKS."""
     directory = setting[1].with_name("two")
     run_layouts(forks, setting[0], directory, 2, TWO_RANKS)
     return directory
@@ -182,7 +182,7 @@ def test_the_cost_of_moving_traces_between_ranks_is_logged(setting: tuple[Path, 
     one, two = setting[1], together / "r3" / name("tp=2")
     for line in lines(two):
         if line["mini_batch"] == MINI_BATCHES - 1:
-            # Half of the rows go to the second rank: 3 layers x top-2, and one byte that says whether there is a route.
+            # Half of the rows go to the second rank. Bytes a row: 3 layers x top-2, and 1 that says if it has a route.
             rows = sum(each["tokens"] for each in lines(two) if each["step"] == line["step"])
             assert rows / 2 * 7 < line["trace/bytes_moved"] < rows * 7
             assert line["trace/seconds"] > 0

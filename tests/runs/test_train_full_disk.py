@@ -1,4 +1,4 @@
-"""Real runs out of disk: no checkpoint is lost, and the resumed run ends like the whole one."""
+"""Real runs on a full disk: no checkpoint is lost, and the resumed run equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, leave: int) -> Path:
-    """Leaves so many bytes free."""
+    """Fills the disk until `leave` bytes are free."""
     ballast = disk / "ballast"
     free = shutil.disk_usage(disk).free
     ballast.write_bytes(b"\0" * max(0, free - leave))
@@ -37,7 +37,7 @@ def fill(disk: Path, leave: int) -> Path:
 
 @pytest.mark.parametrize("leave", [100_000, 4096, 0])
 def test_a_full_disk_loses_no_checkpoint(forks: Forks, setting: Path, small_disk: Path, leave: int) -> None:
-    """With room for a part of a checkpoint, for some lines, and for nothing."""
+    """Leaves room for a part of a checkpoint, for some lines, or for nothing."""
     run_dir = small_disk / "run"
     arguments = (*SFT, setting / "sft.yaml", f"run_dir={run_dir}")
     run = forks.start(*arguments, before=[("patches:slow_steps", 1.0)])

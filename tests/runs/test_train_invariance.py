@@ -1,4 +1,4 @@
-"""Three RL steps of four mini-batches on saved rollouts: the same losses and weights, however the work is cut up."""
+"""Three RL steps of four mini-batches on saved rollouts: losses and weights do not depend on how work is divided."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tiny_models import make_tiny_model
 
 from megatron_rl.lab.run import read_metrics
 
-# Each kind of parallelism once. Gradients, log-probs and the router shift in every layout, against transformers, are in
-# tests/runs/test_parity.py and tests/ranks/test_routing_shift.py.
+# Each kind of parallelism appears once. tests/runs/test_parity.py and tests/ranks/test_routing_shift.py compare
+# gradients, log-probs and the router shift with transformers in every layout.
 TWO_RANKS = ["tp=2", "pp=2 vpp=2", "", "cp=2 ep=2"]
 RSPO_TWO_RANKS = ["pp=2 vpp=2", "cp=2 ep=2"]
 FOUR_RANKS = ["tp=2 ep=2 etp=2", "tp=2 pp=2 ep=2"]
@@ -23,7 +23,7 @@ FOUR_RANKS = ["tp=2 ep=2 etp=2", "tp=2 pp=2 ep=2"]
 
 @pytest.fixture(scope="module")
 def setting(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(configuration, run directory of one rank)."""
+    """(configuration, run directory of the run on one rank)."""
     root = tmp_path_factory.mktemp("invariance")
     model = make_tiny_model(root / "model", num_layers=4, mlp_only_layers=(1,))
     save_rollouts(model, root / "saved")
@@ -58,7 +58,7 @@ def assert_same(run_dir: Path, reference: Path) -> None:
 
 
 def assert_same_shift(run_dir: Path, reference: Path) -> None:
-    """Where the objective has none, in both."""
+    """Compares router shifts; an objective without a router shift has none in both runs."""
 
     def shifts(directory: Path) -> list[dict[str, float]]:
         lines = read_metrics(directory / "metrics.jsonl")
@@ -69,7 +69,7 @@ def assert_same_shift(run_dir: Path, reference: Path) -> None:
 
 
 def test_the_run_learns_something(setting: tuple[Path, Path]) -> None:
-    """Else all that follows would hold of a trainer that does nothing."""
+    """Otherwise a trainer that does nothing would pass the tests below."""
     config, reference = setting
     from safetensors.torch import load_file
 

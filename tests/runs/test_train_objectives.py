@@ -1,5 +1,7 @@
-"""Whole RL runs on saved rollouts: PPO's critic, KL in loss and reward, mu in place of pi_old, and steps left out. The
-same in every layout."""
+"""Whole RL runs on saved rollouts: PPO's critic, KL in loss and reward, mu in place of pi_old, and skipped steps.
+
+Results do not depend on the layout.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,9 @@ RUNS = {
     "model.reference=OTHER",
     "mu-for-old": "presets=gspo objective.denominator=rollout train.recompute_old_logprobs=false",
 }
-# Each objective where ranks could part: replicas share the moments of advantages, stages have critics and references of
-# their own. Its arithmetic in every layout is in tests/ranks/test_objectives_layouts.py, the critic's in
-# tests/ranks/test_engine_critic.py.
+# Each objective in layouts where ranks could disagree: replicas share the moments of advantages, and each stage has its
+# own part of critic and reference. tests/ranks/test_objectives_layouts.py checks the arithmetic in every layout, and
+# tests/ranks/test_engine_critic.py the critic.
 LAYOUTS = {
     "ppo": ["", "parallel.pp=2 parallel.vpp=2"],
     "ppo-kl": ["parallel.ep=2"],
@@ -44,7 +46,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def setting(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The configuration; RUNS on one rank lie beside it."""
+    """The configuration; its folder has RUNS on one rank."""
     root = tmp_path_factory.mktemp("objectives")
     model = make_tiny_model(root / "model", num_layers=4, mlp_only_layers=(1,))
     make_tiny_model(root / "other", num_layers=4, mlp_only_layers=(1,), seed=1)
@@ -91,7 +93,7 @@ def test_results_do_not_depend_on_the_layout(forks: Forks, setting: Path) -> Non
 
 def test_the_critic_learns_and_logs_its_metrics(setting: Path) -> None:
     first, *_, last = lines(setting.parent / "ppo")
-    assert first["critic/value/max"] == first["critic/value/min"] == 0  # a head of zeros
+    assert first["critic/value/max"] == first["critic/value/min"] == 0  # the value head starts at zero
     assert first["critic/explained_variance"] == pytest.approx(0, abs=1e-9)
     assert last["critic/value/std"] > 0.01
     assert last["critic/value/mean"] > 0.05  # towards the rewards, which are 0 or 1
@@ -113,7 +115,7 @@ def test_the_critic_learns_and_logs_its_metrics(setting: Path) -> None:
 
 
 def test_first_step_advantages_equal_those_of_a_critic_that_returns_zero(setting: Path) -> None:
-    """V = 0 and gamma = 1: A_t is the reward discounted by lambda for each token still to come, over its own spread."""
+    """With V = 0 and gamma = 1, A_t is the reward times lambda per remaining token; then A_t is normalised."""
     from megatron_rl.data.store import read_groups
 
     groups = read_groups(setting.parent / "saved" / "rollouts" / "step-000001-dp-0000.jsonl")
@@ -127,7 +129,7 @@ def test_first_step_advantages_equal_those_of_a_critic_that_returns_zero(setting
     normalised = [(each - everything.mean()) / everything.std(ddof=1) for each in tokens]
     means = np.array([each.mean() for each in normalised])
     first_step = [line for line in lines(setting.parent / "ppo") if line["step"] == 1]
-    found = [line["advantage/mean"] for line in first_step]  # of two groups of four, by sequence
+    found = [line["advantage/mean"] for line in first_step]  # two groups of four responses, mean over sequences
     np.testing.assert_allclose(found, means.reshape(MINI_BATCHES, -1).mean(1), rtol=1e-5)
     rewards = np.concatenate([np.full(len(each), each[-1]) for each in tokens])
     np.testing.assert_allclose(
@@ -153,7 +155,7 @@ def test_a_kl_term_is_measured_and_changes_the_gradient(forks: Forks, setting: P
 
 
 def by_response(setting: Path) -> float:
-    """Mean over responses of the mean of k3, of the first mini-batch, from transformers."""
+    """Returns transformers' k3 in the first mini-batch: averaged over the tokens of a response, then over responses."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -180,7 +182,7 @@ def test_rollout_log_probs_can_replace_those_of_pi_old(setting: Path) -> None:
         assert not any(name.startswith(("rho", "kl/rollout_old", "abs_logprob_gap")) for name in line)
         assert line["ratio/mean"] == pytest.approx(line["omega/mean"])
         assert "time/old log-probs" not in line or line["time/old log-probs"] < 0.5
-    # In the first step the saved mu are the model's own log-probs, but for rounding.
+    # In the first step the saved mu equal the model's own log-probs up to rounding.
     first = lines(setting.parent / "mu-for-old")[0]
     assert first["sequence_ratio/min"] == pytest.approx(1, abs=1e-4)
     assert first["sequence_ratio/min"] != 1
@@ -195,7 +197,7 @@ def test_a_non_finite_gradient_skips_the_step_on_all_ranks(forks: Forks, setting
     first, second, third, fourth = lines(directory)
     assert [line["skipped"] for line in (first, second, third, fourth)] == [0, 1, 0, 0]
     assert second["grad_norm"] is None  # JSON has no NaN
-    # No weight has changed: the third has the second's policy, and the second the one that the first left.
+    # The skipped step changes no weights, so the third mini-batch still sees the update of the first.
     assert third["ratio/max"] > 1
     assert fourth["ratio/max"] > 1
     weights = load_file(directory / "model" / "model.safetensors")
@@ -210,13 +212,13 @@ def test_too_many_skipped_steps_end_the_run(forks: Forks, setting: Path) -> None
     assert done.returncode == 2
     assert "optim.max_skipped: 2 optimizer steps of this run had a gradient that was not finite, and 1" in done.stderr
     assert "Traceback" not in done.stderr
-    assert [line["skipped"] for line in lines(directory)] == [1, 1]  # the last line is not lost
+    assert [line["skipped"] for line in lines(directory)] == [1, 1]  # the last line is written too
 
 
 def test_the_error_for_too_many_skipped_critic_steps_counts_every_epoch(forks: Forks, setting: Path) -> None:
     directory = setting.parent / "critic-skips"
     command = ["-m", "megatron_rl", "train", str(setting), f"run_dir={directory}", "presets=ppo"]
-    # Returns beyond fp32; normalised advantages are not.
+    # Returns exceed fp32; normalised advantages do not.
     beyond = setting.parent / "beyond"
     for step in range(1, STEPS + 1):
         name = f"rollouts/step-{step:06d}-dp-0000.jsonl"

@@ -1,4 +1,4 @@
-"""Real runs that are resumed, from damaged or wrong files too: nothing is lost, and nothing wrong goes on."""
+"""Resumed real runs, also from damaged or wrong files: nothing is lost, and wrong files are refused or skipped."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_failed_start_does_not_block_the_next_start(forks: Forks, setting: Pat
     assert forks.run(*arguments).status == [0]
 
 
-# ---- checkpoints that are not to be trusted ---------------------------------------------------------------------
+# ---- checkpoints that cannot be trusted -------------------------------------------------------------------------
 
 
 def damage(path: Path) -> None:
@@ -130,7 +130,7 @@ def test_resume_refuses_a_checkpoint_of_another_run(forks: Forks, setting: Path,
 
 
 def test_resume_refuses_another_model(forks: Forks, setting: Path, tmp_path: Path) -> None:
-    """Under the path that the run began with: of other shapes, of the same with another function, of other weights."""
+    """The files at model.path are replaced: by other shapes, by another routing function, or by other weights."""
     sizes: dict[str, Any] = {"num_layers": 1, "hidden_size": 32, "num_experts": 4, "expert_hidden_size": 16}
     model, run_dir = tmp_path / "model", tmp_path / "run"
     make_tiny_model(model, **sizes)

@@ -1,4 +1,4 @@
-"""The client against a real server, through a proxy that spoils requests and answers."""
+"""The client against a real server, through a proxy that damages requests and answers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def through(
     call: Callable[[SGLangClient], Awaitable[T]] = generate,  # type: ignore[assignment]
     deadline: float = 20.0,
 ) -> tuple[T | BaseException, int]:
-    """The answer, or the error, of `call` through a proxy with these faults; and how many requests it took."""
+    """Calls through a proxy with these faults. Returns the answer or the error, and the number of requests."""
 
     async def run() -> tuple[T | BaseException, int]:
         async with FaultProxy(url, *faults) as proxy, SGLangClient(proxy.url, deadline=deadline) as client:
@@ -50,7 +50,7 @@ def through(
     return asyncio.run(run())
 
 
-# ---- what heals
+# ---- faults that are retried
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_the_number_of_tries_is_limited(served: str, monkeypatch: pytest.MonkeyP
 
 
 def test_a_refused_connection_is_retried_until_the_server_listens(served: str) -> None:
-    """For a weight update too: the server cannot have seen the request."""
+    """A weight update is retried too, because the server cannot have seen the request."""
     (port,) = free_ports(1)
 
     async def run() -> None:
@@ -100,7 +100,7 @@ def test_no_retry_is_made_if_the_check_finds_the_server_dead(served: str) -> Non
     assert asyncio.run(run()) == 1
 
 
-# ---- what does not
+# ---- faults that are not retried
 
 
 @pytest.mark.parametrize("status", [204, 302, 400, 401, 404, 422, 500])
@@ -125,7 +125,7 @@ def test_the_deadline_covers_a_slow_answer_and_all_tries_together(served: str) -
         error, _ = through(served, *faults, deadline=1.0)
         assert time.monotonic() - start < 3.0
         assert "no answer within 1 s" in str(error)
-    assert "status 503" in str(error)  # of the tries before
+    assert "status 503" in str(error)  # from the earlier tries
 
 
 def test_the_error_for_a_refusal_contains_the_servers_message(served: str) -> None:

@@ -1,4 +1,4 @@
-"""Groups from a real server: order, spread over servers, aborts, failures, and the seeds of requests."""
+"""Groups from a real server: their order, their distribution over servers, aborts, failures and request seeds."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PROMPTS = [
 def collect(
     url: str, *faults: Fault, sampling: Sampling = SAMPLING, servers: int = 1, deadline: float = 30.0
 ) -> tuple[list[Group], list[FaultProxy]]:
-    """Groups through as many proxies to the one server, the first of them with these faults."""
+    """Collects groups through `servers` proxies to one server, the first of them with these faults."""
 
     async def run() -> tuple[list[Group], list[FaultProxy]]:
         proxies = [FaultProxy(url, *(faults if n == 0 else ())) for n in range(servers)]

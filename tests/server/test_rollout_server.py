@@ -1,4 +1,4 @@
-"""Starting, watching and ending servers. Most tests end one while it is still starting, when most can go wrong."""
+"""Starting, watching and ending servers. Most tests end a server during its start, when most can go wrong."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_rl.rollout.server import Server, ServerError, free_ports, sglang_c
 
 
 def processes_of(group: int) -> list[psutil.Process]:
-    """Those of the process group that still run."""
+    """Returns the processes of the process group that still run."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -66,7 +66,7 @@ for command in json.loads(sys.argv[1]):
 
 
 def test_sglang_uses_expert_kernels_that_report_routes_if_routes_are_requested() -> None:
-    """SGLang's own choice of experts for Qwen3-MoE on sm90 and on sm100, from the flags that we give it."""
+    """From our flags SGLang chooses kernels for Qwen3-MoE's experts on sm90 and sm100; some do not report routes."""
     wanted: list[dict[str, Any]] = [
         {},
         {"return_routed_experts": True},
@@ -93,7 +93,7 @@ time.sleep(600)
 
 
 def start_parent() -> tuple[subprocess.Popen[str], int]:
-    """A process that starts a server's stand-in, stubborn and with a child, as Server does; and its group."""
+    """Starts a process that starts FAMILY in place of a server, as Server does. Returns it and the process group."""
     code = f"""
 import subprocess, sys, time
 from megatron_rl.rollout.server import _start
@@ -176,7 +176,7 @@ def test_stop_leaves_no_process_and_may_be_called_twice(tiny_model_dir: Path, tm
         with pytest.raises(ServerError, match=r"did not answer within 0\.5 s"):
             server.wait_ready(0.5)
         server.check_alive()
-        # tether, server, multiprocessing's tracker, scheduler, detokenizer
+        # tether, server, resource tracker of multiprocessing, scheduler, detokenizer
         wait_until(lambda: len(processes_of(server.pid)) == 5, 60)
     finally:
         server.stop()
@@ -197,7 +197,7 @@ ADMINISTRATION = {
 
 
 def left_by(group: int) -> set[str]:
-    """Temporary and shared files of the process group's processes."""
+    """Returns the temporary and shared-memory files of the process group's processes."""
     files = set()
     for process in processes_of(group):
         files |= {m.path for m in process.memory_maps() if m.path.startswith("/dev/shm/")}

@@ -1,4 +1,4 @@
-"""The routes that a real server returns, against the choice of transformers' routers on the same tokens."""
+"""Routes that a real server returns, against the choices of transformers' routers on the same tokens."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from megatron_rl.routing.wire import RouteSpec
 
 pytestmark = pytest.mark.server
 MARGIN = 1e-4
-"""Of router logits: experts nearer to each other than this may change places between two fp32 engines."""
-# The longest is prefilled in three parts.
+"""Largest difference of router logits at which two fp32 engines may choose different experts."""
+# The longest prompt is prefilled in three parts.
 PROMPTS = [np.random.default_rng(n).integers(2, VOCAB_SIZE, length).tolist() for n, length in enumerate([1, 4, 9, 40])]
-ENDLESS = np.random.default_rng(0).integers(2, VOCAB_SIZE, 9).tolist()  # greedily answered it comes to no end
+ENDLESS = np.random.default_rng(0).integers(2, VOCAB_SIZE, 9).tolist()  # its greedy response does not end
 T = TypeVar("T")
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three layers, all with experts: SGLang would give a dense one experts too."""
+    """A model with experts in all three layers, as SGLang would give a dense layer experts too."""
     return make_tiny_model(tmp_path_factory.mktemp("models") / "routed", num_layers=3, experts_per_token=3)
 
 
@@ -80,7 +80,7 @@ def transformers_model(model_dir: Path) -> torch.nn.Module:
 
 
 def assert_routed_as_transformers(model_dir: Path, prompt: list[int], completion: Completion) -> int:
-    """Row by row and layer by layer, in the order of the router's scores; returns how many could be told apart."""
+    """Compares rows and layers, with experts in the order of their scores. Returns how many had no near ties."""
     trace, tokens = completion.trace, [*prompt, *completion.token_ids]
     assert trace is not None
     assert trace.rows == len(tokens) - 1
@@ -96,7 +96,7 @@ def assert_routed_as_transformers(model_dir: Path, prompt: list[int], completion
 
 
 def test_routes_of_a_batch_equal_transformers_routes(url: str, model_dir: Path) -> None:
-    """Prompts of different lengths, each several times: what comes second finds its prompt in the prefix cache."""
+    """Prompts of different lengths, each sampled several times: repeated prompts hit the prefix cache."""
     prompts = PROMPTS * 4
 
     async def sample(client: SGLangClient) -> list[Completion]:
@@ -105,7 +105,7 @@ def test_routes_of_a_batch_equal_transformers_routes(url: str, model_dir: Path) 
     completions = call(url, sample)
     compared = [assert_routed_as_transformers(model_dir, p, c) for p, c in zip(prompts, completions, strict=True)]
     assert sum(compared) > 1000
-    # The comparison tells one expert from another: a trace moved by a row is another one.
+    # The comparison can fail: a trace shifted by one row is different.
     for prompt, completion in zip(prompts, completions, strict=True):
         assert completion.trace is not None
         if completion.trace.rows > 2:
@@ -142,7 +142,7 @@ def test_an_aborted_response_has_routes_for_the_tokens_that_were_computed(url: s
 def interrupted(
     url: str, interrupt: Callable[[SGLangClient, float], Any], while_running: Callable[[Completion], bool]
 ) -> Completion:
-    """A long answer that was interrupted while it was running: on a busy machine the first attempts may come too early,
+    """Returns a long answer that was interrupted while it ran. On a busy machine the first attempts may come too early
     or too late."""
     for delay in (0.3, 0.1, 0.05, 0.02, 0.6, 1.2, 0.2, 0.01):
 
@@ -163,8 +163,8 @@ async def long_answer(client: SGLangClient, model_dir: Path) -> Completion:
 def test_route_rows_have_the_weight_version_that_computed_them(
     url: str, model_dir: Path, mode: Any, versions: Any
 ) -> None:
-    """The weights stay as they are, so the rows can be told; after a retraction those of the old version are not kept,
-    for they were computed again."""
+    """The weights do not change, so routes can be compared. A retraction drops the old version's rows, as they were
+    computed again."""
     before, after = versions
 
     async def update(client: SGLangClient, delay: float) -> Completion:

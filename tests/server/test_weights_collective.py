@@ -1,4 +1,4 @@
-"""Weights by broadcast to a real server through a proxy that spoils calls: what a failed or killed trainer leaves."""
+"""Weight sync by broadcast to a real server, through a proxy that fails calls: the server survives a failed trainer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def ask(url: str, question: Callable[[SGLangClient], Any]) -> Any:
 
 @pytest.fixture
 def expected(served: str, trained: Path, tiny_model_dir: Path) -> str:
-    """The server's checksum with the trained weights, which it then has no more."""
+    """The server's checksum with the trained weights. Afterwards the server has its original weights again."""
     ask(served, lambda c: c.update_weights_from_disk(str(trained), weight_version=1))
     checksum = str(ask(served, lambda c: c.weights_checksum()))
     ask(served, lambda c: c.update_weights_from_disk(str(tiny_model_dir), weight_version=0))

@@ -1,4 +1,4 @@
-"""Weight sync to a real server: its log-probs, checksums and version afterwards; and what a fault looks like."""
+"""Weight sync to a real server: log-probs, checksum and weight version afterwards, and how faults are detected."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def exported(forks: Forks, trained: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def untempered(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Another server, started with the exported model, that reports log-probs before the temperature."""
+    """A second server, started with the exported model, which reports log-probs without the temperature."""
     (port,) = free_ports(1)
     options = ServerOptions(model=exported, port=port, dtype="fp32", max_total_tokens=1024, threads=1)
     with pytest.MonkeyPatch.context() as patch:
@@ -52,7 +52,7 @@ def untempered(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture(scope="module")
 def fresh_checksum(untempered: Server) -> str:
-    """Of a server that was started with the exported model and never updated."""
+    """The checksum of a server that was started with the exported model and never updated."""
     return str(ask(untempered, lambda c: c.weights_checksum()))
 
 
@@ -111,7 +111,7 @@ def test_a_faulty_weight_sync_is_detected(
 
 
 def test_weights_of_a_model_with_another_shape_are_detected(forks: Forks, tiny_server: Server, tmp_path: Path) -> None:
-    """SGLang passes over the names that it does not know, and says that all is well."""
+    """SGLang skips weights with unknown names and reports success."""
     deeper = make_tiny_model(tmp_path / "deeper", num_layers=3, seed=1)
     done = push(forks, deeper, tiny_server, "tp=2")
     assert done.returncode != 0
