@@ -1,5 +1,5 @@
-"""te_worker.py MODEL TE_DIRECTORY OUT RANKS ...: trains under the layouts of RANKS with our layers, and with Transformer
-Engine's layers over tests/support/te_stub. Writes OUT/LAYOUT.pt with {provider: results}.
+"""te_worker.py MODEL TE_DIRECTORY OUT RANKS ...: trains under the layouts of RANKS with our layers, and with
+Transformer Engine's layers over tests/support/te_stub. Writes OUT/LAYOUT.pt with {provider: results}.
 
 The ranks are forked from one process, which does the imports.
 """

@@ -52,7 +52,7 @@ def make_tiny_model(
 ) -> Path:
     """Writes config.json, safetensors and the tokenizer into `path`, and returns it.
 
-    The same arguments give the same weights. `std` is the standard deviation of matrices; norm weights are 1 + U(-.5, .5).
+    The same arguments give the same weights. `std` is the standard deviation of matrices; norms are 1 + U(-.5, .5).
     """
     config = {
         "hidden_size": hidden_size,

@@ -1,4 +1,4 @@
-"""Contradictions between keys, the model and the world: each is found, with all others, before anything starts."""
+"""Contradictions between keys, the model and the world size: all are reported before anything starts."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ def test_each_contradiction_gives_one_line(tmp_path: Path, overrides: str, world
     ],
 )
 def test_samples_need_not_divide_among_replicas_and_stages(tmp_path: Path, overrides: str, world_size: int) -> None:
-    """Some micro-batches are empty then, and the dry run plans what the run will."""
+    """Some micro-batches are then empty. The dry run makes the same plan as the run."""
     config = rl(tmp_path, overrides)
     layout = check_config(config, ARCHITECTURE, world_size)
     micro_batches = largest_step(config, layout).micro_batches

@@ -1,4 +1,4 @@
-"""The page of all configuration keys says what the schema says."""
+"""The page of all configuration keys agrees with the schema."""
 
 from __future__ import annotations
 

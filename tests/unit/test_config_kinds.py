@@ -1,4 +1,4 @@
-"""Sections that come in kinds: what another kind replaces, what each kind reads, and preset keys that do nothing."""
+"""Sections with kinds: replacing a kind, the keys of each kind, and preset keys that become useless."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def mistakes(tmp_path: Path, text: str, *overrides: str) -> list[str]:
     return str(caught.value).replace(f"{tmp_path}/", "").splitlines()
 
 
-# ---- what another kind replaces --------------------------------------------------------------------------------
+# ---- replacing a kind ------------------------------------------------------------------------------------------
 
 
 def test_four_sections_have_kinds() -> None:
@@ -117,7 +117,7 @@ def test_a_dump_has_only_the_keys_of_each_kind_and_can_be_loaded(tmp_path: Path)
         assert load_config(Config, write(tmp_path / "b.yaml", dump_config(config))) == config
 
 
-# ---- what each kind reads --------------------------------------------------------------------------------------
+# ---- keys of each kind -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_mistakes_in_several_kinds_are_reported_at_once(tmp_path: Path) -> None:
     ]
 
 
-# ---- preset keys that do nothing -------------------------------------------------------------------------------
+# ---- useless preset keys --------------------------------------------------------------------------------------
 
 
 def test_a_preset_key_that_an_override_makes_useless_is_dropped_with_a_note(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_changing_a_setting_drops_the_preset_keys_that_depended_on_it(
     ],
 )
 def test_a_useless_key_set_by_the_user_is_an_error(tmp_path: Path, text: str, overrides: list[str], line: str) -> None:
-    """And so is a key of a preset that does nothing by itself."""
+    """A preset key is also an error if the preset itself makes it useless."""
     write(tmp_path / "base.yaml", BASE.replace("eval: {every: 2}\n", ""))
     write(tmp_path / "own.yaml", "optim: {decay_steps: 5}\n")
     config, _ = load(tmp_path, text, *overrides)

@@ -1,4 +1,4 @@
-"""Layouts: the degrees, what a model allows, and who holds what."""
+"""Layouts: degrees of parallelism, limits set by the model, and the experts and replicas of each rank."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def resolve(text: str) -> Layout:
     return Layout.resolve(*parse_layout(text))
 
 
-# ---- the world -------------------------------------------------------------------------------------------------
+# ---- world size -------------------------------------------------------------------------------------------------
 
 
 def test_data_parallel_size_is_the_rest_of_the_world() -> None:
@@ -156,10 +156,10 @@ def test_a_load_balancing_loss_needs_experts() -> None:
     assert problem.startswith("engine.aux_loss_coefficient: 0.01 on a model without experts")
 
 
-# ---- who holds what --------------------------------------------------------------------------------------------
+# ---- coordinates -----------------------------------------------------------------------------------------------
 
 
-# Against Megatron-Core's own answer: tests/ranks/test_config_layout_megatron.py.
+# tests/ranks/test_config_layout_megatron.py compares layouts with Megatron-Core.
 
 
 @pytest.mark.parametrize("text", LAYOUTS)

@@ -1,4 +1,4 @@
-"""Loading: what wins over what, and one clear line for every mistake."""
+"""Loading a configuration: the order of precedence, and one clear line for every mistake."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def mistakes(path: Path, *overrides: str) -> list[str]:
     return str(caught.value).splitlines()
 
 
-# ---- what wins -------------------------------------------------------------------------------------------------
+# ---- precedence ------------------------------------------------------------------------------------------------
 
 
 def test_defaults_apply_and_paths_are_relative_to_the_current_directory(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_the_names_of_merged_presets_are_kept(tmp_path: Path) -> None:
     assert load_config(Config, path, ["presets=dapo"]).merged_presets == ("dapo",)
     assert load_config(SftConfig, write(tmp_path / "sft.yaml", SFT), [f"presets={deep}"]).merged_presets == (str(deep),)
 
-    # A dump names them, but needs none of them: its own values stand.
+    # A dump names its presets but does not need them, as it contains their values.
     deep.unlink()
     dumped = write(tmp_path / "dump.yaml", dump_config(config).replace("seed: 2", "seed: 3"))
     again = load_config(Config, dumped)

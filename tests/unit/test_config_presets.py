@@ -1,4 +1,4 @@
-"""The built-in presets: each sets all that belongs to an objective to its paper's values, and nothing else."""
+"""Built-in presets: each sets all keys of its objective to the paper's values, and nothing else."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from megatron_rl.config.switches import (
 
 EXAMPLES = ROOT / "examples"
 FILES = sorted(PRESETS.glob("*.yaml"))
-# What the papers say, written a second time: a slip in a preset is a slip in every run that names it.
+# The papers' values, written a second time, because a mistake in a preset affects every run that uses it.
 PAPERS = {
     "cispo": ObjectiveConfig(
         ratio="token",
@@ -135,7 +135,7 @@ REWARDS = {
 }
 DYNAMIC_SAMPLING = {"dapo": DynamicSamplingConfig(oversample=1.5, max_refills=8)}
 CRITICS = {"ppo": CriticConfig(clip=0.2)}
-# What a paper's values ask of the keys that a preset leaves alone.
+# Overrides of keys outside a preset that its paper's values require.
 NEEDS = {"dapo": ["rollout.max_response_tokens=20480"]}
 
 
@@ -175,7 +175,7 @@ def test_a_preset_file_is_short_and_names_its_objective_without_nulls(file: Path
     assert "kind" in values["objective"]["clip"]
     assert "estimator" in values["objective"]["advantage"]
     assert values.keys() <= {"objective", "reward", "rollout", "critic"}
-    # How verifiers and servers run is no matter of an objective.
+    # Settings of verifiers and servers do not belong to an objective.
     assert values.get("reward", {}).keys() <= {"correct", "wrong", "overlong_cache", "overlong_filter"}
     assert values.get("rollout", {}).keys() <= {"dynamic_sampling"}
 

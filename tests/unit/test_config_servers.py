@@ -1,4 +1,4 @@
-"""Flags of the servers that the trainer starts: what it sets itself is refused, however it is written."""
+"""Extra flags of rollout servers: flags that the trainer sets itself are refused in any spelling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plain value in a file or an override means: YAML 1.2's core schema, bounded."""
+"""Values in files and overrides follow YAML 1.2's core schema, with limits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def refused(text: str) -> str:
     return str(caught.value)
 
 
-# The examples of https://yaml.org/spec/1.2.2/#103-core-schema, and what version 1.1 reads otherwise.
+# The examples of https://yaml.org/spec/1.2.2/#103-core-schema, and values that version 1.1 reads differently.
 @pytest.mark.parametrize(
     ("written", "value"),
     [
@@ -162,7 +162,7 @@ def test_scalars_resolve_without_a_document() -> None:
         resolve_scalar("9" * 20)
 
 
-# ---- in a configuration ------------------------------------------------------------------------------------------
+# ---- in configurations -------------------------------------------------------------------------------------------
 
 
 def mistakes(path: Path, *overrides: str) -> str:
@@ -253,7 +253,7 @@ def test_errors_do_not_show_a_secret_in_the_wrong_place(tmp_path: Path, override
 
 
 def test_too_many_merged_presets_are_refused_quickly(tmp_path: Path) -> None:
-    """Each file of a row doubles the work."""
+    """Each of 39 files names the previous one twice, so merging all would take 2**39 steps."""
     write(tmp_path / "p0.yaml", "seed: 1\n")
     for n in range(1, 40):
         write(tmp_path / f"p{n}.yaml", f"presets: [p{n - 1}.yaml, p{n - 1}.yaml]\n")

@@ -1,4 +1,4 @@
-"""The arithmetic task: its problems, its texts and its specification."""
+"""The arithmetic task: problems, texts and specification."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_problems_depend_only_on_seed_and_index():
 
 @pytest.mark.parametrize("terms", [2, 3, 9])
 def test_train_and_held_out_splits_share_no_problem_and_repeat_none(terms):
-    """With two terms there are 81 problems, so without the hash they would meet."""
+    """With two terms there are only 81 problems, so the splits would overlap without the hash."""
     count = 6 if terms == 2 else 60
     train = ArithmeticTask(terms, "train", 60, seed=0).problems()
     heldout = ArithmeticTask(terms, "heldout", count, seed=1).problems()

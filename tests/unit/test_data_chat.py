@@ -1,4 +1,4 @@
-"""Prompts and responses as token ids: chat templates, and the end of a sequence."""
+"""Prompts and responses as token ids: chat templates and end-of-sequence tokens."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write(tmp_path):
 
 
 def tokenizer_that_appends(tokens: str):
-    """`tokens`: what its post-processor makes of a text $A."""
+    """Returns a tokenizer whose post-processor turns a text $A into `tokens`."""
     tokenizer = make_tokenizer()
     tokenizer.bos_token = "<pad>"
     special = [("<pad>", 0), ("<eos>", EOS)]
@@ -95,7 +95,7 @@ def test_an_eos_token_that_the_tokenizer_appends_is_removed_from_prompts(write, 
 
 
 def test_a_start_token_that_the_text_already_has_is_not_added_again(write):
-    """A prompt that a chat template has made before it was saved."""
+    """The prompt was rendered by a chat template before it was saved."""
     tokenizer = tokenizer_that_appends("<pad> $A")
     for text in ("1+1=", "<pad>1+1="):
         assert tokenizer.decode(load_prompts(write({"prompt": text}), RL, tokenizer, 99)[0].token_ids) == "<pad>1+1="
@@ -158,7 +158,7 @@ def test_the_error_names_a_prompt_whose_last_message_is_empty(write):
 
 
 def test_the_error_names_a_prompt_without_tokens(write):
-    """The tokenizer begins every text with a token, so that the count alone would pass."""
+    """The tokenizer adds a token to every text, so a check of the token count alone would pass."""
     tokenizer = tokenizer_that_appends("<pad> $A")
     tokenizer.chat_template = "<pad>"
     source = write({"prompt": "1"})
@@ -176,7 +176,7 @@ def test_the_error_names_a_record_that_cannot_be_encoded(write):
                 raise Exception("no such character")
             return [2]
 
-    tokenizer: Any = Refuses()  # what is used of it
+    tokenizer: Any = Refuses()  # has only the used attributes
     with pytest.raises(DataError, match=r"data\.jsonl:1: prompt: the tokenizer refuses it: no such character"):
         load_prompts(write({"prompt": "x"}), RL, tokenizer, 99)
     with pytest.raises(DataError, match=r"data\.jsonl:1: response: the tokenizer refuses it"):
@@ -204,7 +204,7 @@ def test_a_number_reaches_the_verifier_with_its_original_digits(tmp_path):
 
 
 def test_a_record_cannot_name_code_to_import(write, tmp_path, monkeypatch):
-    """Naming a module would import it, in the trainer and in the processes that judge."""
+    """Otherwise the trainer and the verifier workers would import the named module."""
     (tmp_path / "evil_mod.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef f(prompt, response): ...\n")
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("evil_mod:f", "os:system", "maths", ""):

@@ -1,4 +1,4 @@
-"""The demo's model directory: what transformers makes of it."""
+"""The demo's model directory, as transformers reads it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_an_existing_directory_is_left_unchanged(tmp_path):
 
 
 def test_no_row_of_the_embedding_is_zero(tmp_path: Path) -> None:
-    """A zero row's gradient passes the first norm a thousandfold."""
+    """The first norm would multiply the gradient of a zero row by about a thousand."""
     make_demo_model(tmp_path / "model")
     (row_norms,) = [
         weight.norm(dim=1)

@@ -1,4 +1,4 @@
-"""The digest of a data set: equal if and only if the records and their order are."""
+"""The digest of a data set: equal if and only if records and their order are equal."""
 
 from __future__ import annotations
 

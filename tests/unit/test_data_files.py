@@ -1,4 +1,4 @@
-"""Which files a data set consists of. What is incomplete, or could be read in two ways, is one error."""
+"""The files of a data set. An incomplete or ambiguous data set gives one error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LINE = '{"prompt": "p", "answer": "1"}\n'
 
 @pytest.fixture
 def make(tmp_path):
-    """Files with one row each, named by their stem, in a directory. Returns the directory."""
+    """Makes files in a directory, each with one row that holds its stem. Returns the directory."""
 
     def write(*names: str) -> Path:
         for name in names:

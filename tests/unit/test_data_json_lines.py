@@ -1,4 +1,4 @@
-"""JSON lines are read strictly: right, or one error with the line."""
+"""JSON lines are read strictly: either correctly, or with one error that names the line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GOOD = b'{"prompt": "1+1=", "answer": "2"}\n'
 
 @pytest.fixture
 def records(tmp_path):
-    """Reads bytes as a JSONL file."""
+    """Returns a function that reads bytes as a JSONL file."""
 
     def read(data: bytes) -> list:
         (tmp_path / "data.jsonl").write_bytes(data)

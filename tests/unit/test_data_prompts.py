@@ -1,4 +1,4 @@
-"""Prompts and supervised examples from files, and the order in which they come."""
+"""Prompts and SFT examples from files, and the order in which they are taken."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_the_error_names_a_record_with_unknown_characters(write):
 
 
 def test_an_unknown_token_equal_to_the_eos_token_is_not_reported(write):
-    """As in GPT-2's tokenizer, which knows every character."""
+    """GPT-2's tokenizer is such a case, and it knows every character."""
     tokenizer = make_demo_tokenizer()
     tokenizer.eos_token = "<pad>"
     assert len(load_prompts(write(question(prompt="2 times 3")), FIELDS, tokenizer, 16)) == 1

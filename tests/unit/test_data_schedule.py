@@ -1,4 +1,4 @@
-"""The plan of a rollout batch: what must hold for every batch and every layout."""
+"""The plan of a rollout batch: properties for every batch and every layout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_rl.data.schedule import Denominators, SampleSize, Schedule, Schedu
 
 
 def batch(lengths: list[list[tuple[int, int]]]) -> list[SampleSize]:
-    """One list of (prompt, response) tokens per group."""
+    """Makes the sizes of a batch; `lengths` has one list of (prompt, response) tokens per group."""
     pairs = [(group, p, r) for group, samples in enumerate(lengths) for p, r in samples]
     return [SampleSize(i, group, p + r, r) for i, (group, p, r) in enumerate(pairs)]
 
@@ -89,7 +89,7 @@ def test_denominators_refuse_more_sequences_than_tokens():
 @given(groups, st.integers(1, 4), st.booleans())
 @example([[(1, 400)] * 4, [(1, 1)] * 9, [(1, 1)] * 9, [(1, 1)] * 9], 4, True)
 def test_replicas_are_balanced_to_within_one_sample(lengths, dp, at_home):
-    """A replica exceeds its fair share by no more than the longest sample costs, wherever the samples were fetched."""
+    """A replica exceeds its fair share by at most the cost of the longest sample, wherever samples were fetched."""
     sizes = batch(lengths)
     step = plan(sizes, mini_batches=1, dp=dp, max_tokens=10**6, home=[0] * len(sizes) if at_home else None).steps[0]
     cost = {size.index: size.cost for size in sizes}
@@ -99,8 +99,10 @@ def test_replicas_are_balanced_to_within_one_sample(lengths, dp, at_home):
 
 @pytest.mark.parametrize(("max_tokens", "bound"), [(20480, 0.01), (16384, 0.03)])
 def test_most_samples_stay_on_the_replica_that_fetched_them(max_tokens, bound):
-    """Long-tailed responses, 512 samples on 8 replicas: without `home` seven of eight would move. The smaller budget
-    leaves 6% of four micro-batches' room, and balance by cost alone would take five."""
+    """512 long-tailed responses on 8 replicas: without `home`, seven of eight samples would move.
+
+    The smaller budget leaves only 6% of four micro-batches free; balancing by cost alone would need five.
+    """
     rng = random.Random(0)
     lengths = [[(100, min(8192, int(rng.lognormvariate(6.5, 0.8)))) for _ in range(16)] for _ in range(32)]
     sizes = batch(lengths)
@@ -131,8 +133,10 @@ def test_micro_batches_of_a_replica_are_even_and_the_fullest_come_first():
 
 
 def test_a_replica_with_one_long_sample_gets_short_ones_for_its_other_micro_batches():
-    """Balanced by cost the long sample would have a replica to itself, and one micro-batch to the others' four. Five
-    micro-batches hold them all."""
+    """Balancing by cost would give one replica only the long sample, and the other replica four micro-batches.
+
+    Five micro-batches hold all samples, so three per replica suffice.
+    """
     sizes = batch([[(1, 999)] + [(1, 99)] * 12])
     step = plan(sizes, mini_batches=1, dp=2, max_tokens=300).steps[0]
     assert [[len(part) for part in replica] for replica in step.micro_batches] == [[1, 2, 1], [3, 3, 3]]
@@ -168,14 +172,14 @@ def test_too_few_samples_leave_the_last_micro_batches_empty(lengths, options, wa
 
 
 def test_best_fill_packs_better_than_first_fit_decreasing():
-    """7 4 4 and 5 5 5; longest first begins with 7 5, and leaves a 4 alone."""
+    """The best fill is 7 4 4 and 5 5 5. Longest first begins with 7 5 and leaves a 4 over."""
     sizes = [SampleSize(i, 0, n, 1) for i, n in enumerate([7, 5, 5, 5, 4, 4])]
     (replica,) = plan(sizes, mini_batches=1, dp=1, max_tokens=15).steps[0].micro_batches
     assert sorted(map(sorted, replica)) == [[0, 4, 5], [1, 2, 3]]
 
 
 def test_the_token_budget_wins_over_even_micro_batches():
-    """Eight hold these samples, 9 tokens each, without a gap. Longest first to the emptiest of nine would end at 10."""
+    """Eight micro-batches of 9 tokens hold all samples. Longest first into the emptiest of nine would need 10 tokens."""
     sizes = [SampleSize(i, 0, n, 1) for i, n in enumerate([5] * 4 + [4] * 4 + [3] * 12)]
     (replica,) = plan(sizes, mini_batches=1, dp=1, max_tokens=9, micro_batch_multiple=3).steps[0].micro_batches
     assert len(replica) == 9

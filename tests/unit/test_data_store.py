@@ -1,4 +1,4 @@
-"""Saved rollouts, and samples between ranks."""
+"""Saved rollouts, and samples encoded for other ranks."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def assert_same(one: Sample, other: Sample) -> None:
         a, b = getattr(one, field.name), getattr(other, field.name)
         if isinstance(a, np.ndarray):
             assert a.dtype == b.dtype
-            assert a.tobytes() == b.tobytes(), field.name  # to the bit: -0.0 and denormal numbers too
+            assert a.tobytes() == b.tobytes(), field.name  # bit for bit, including -0.0 and denormal numbers
         elif isinstance(a, RoutingTrace):
             assert isinstance(b, RoutingTrace)
             assert a.checksum == b.checksum
@@ -157,14 +157,14 @@ def test_a_trace_is_compressed_only_if_that_saves_space(tmp_path, num_experts, f
 
 
 def edit(path: Path, line: int, change) -> None:
-    """With the checksums that the changed file has to have."""
+    """Changes a line of the file, and updates the checksums."""
     records = [orjson.loads(each) for each in path.read_bytes().splitlines()]
     change(records[line - 1])
     path.write_bytes(sealed(records))
 
 
 def sealed(records: list[dict[str, Any]]) -> bytes:
-    """The lines of a rollout file, by the format's description alone."""
+    """Returns the lines of a rollout file, written from the format's description."""
     lines, checksum = [], ""
     for record in records:
         body = orjson.dumps({key: value for key, value in record.items() if key != "checksum"})[:-1]

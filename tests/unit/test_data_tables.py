@@ -1,4 +1,4 @@
-"""Parquet and Arrow files: the right values as text, only the columns asked for, and one error for what is damaged."""
+"""Parquet and Arrow files: correct values as text, only requested columns, and one error for damaged files."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_only_requested_columns_are_read(tmp_path, write):
 
 
 def test_a_media_column_is_not_decoded(tmp_path):
-    """Hugging Face's readers would decode it: torchcodec for audio, PIL for an image."""
+    """Hugging Face's readers would decode it with torchcodec or PIL."""
     value = {"dtype": "string", "_type": "Value"}
     media = pa.array([{"bytes": b"RIFF", "path": None}], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
     for kind in ("Audio", "Image", "Video"):
@@ -145,7 +145,7 @@ def test_the_error_names_a_truncated_file(tmp_path, write, share):
 
 
 def test_the_error_names_a_stream_truncated_between_batches(tmp_path):
-    """pyarrow would read it as a shorter one."""
+    """pyarrow would read it as a shorter stream."""
     path = write_arrow_stream(TABLE, tmp_path / "data")
     with path.open("rb") as file, pa.ipc.open_stream(file) as reader:
         reader.read_next_batch()

@@ -1,4 +1,4 @@
-"""Token ids that the model has no embedding for: refused where they enter, with their record."""
+"""Token ids without an embedding in the model are refused when data is loaded, and the error names the record."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_first_unknown_token_is_reported():
 
 @pytest.fixture
 def tokenizer():
-    """With one token more than the model has rows."""
+    """A tokenizer with one token more than the model has embedding rows."""
     extended = make_tokenizer()
     extended.add_tokens(["<tool>"])
     return extended

@@ -1,4 +1,4 @@
-"""What docs/design.md says of the code is there."""
+"""The code and the files that the pages name exist."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ NAMED = re.compile(r"\b(?:tests|docs|tools|examples|benchmarks|requirements)/[\w
 
 
 def test_the_checked_pages_name_files() -> None:
-    """Else what follows would look at nothing."""
+    """Otherwise the next test would check nothing."""
     assert sum(len(NAMED.findall(page.read_text())) for page in PAGES) > 20
 
 

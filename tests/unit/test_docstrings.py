@@ -17,7 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 
 def fragments(source: str) -> list[str]:
-    """Line and opening of each docstring that begins with a fragment."""
+    """Returns line and opening of each docstring that begins with a fragment."""
     found = []
     for node in ast.walk(ast.parse(source)):
         text = ast.get_docstring(node) if isinstance(node, DOCUMENTED) else None

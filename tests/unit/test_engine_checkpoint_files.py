@@ -1,4 +1,4 @@
-"""The order in which a checkpoint reaches the disk, what a failed write leaves, and the digests of a model's files."""
+"""The order of writes of a checkpoint, failed writes and deletions, and digests of a model's files."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_all_files_are_synced_before_the_checkpoint_gets_its_final_name(
 def test_a_failed_write_keeps_older_checkpoints(
     tmp_path: Path, checkpoint: Any, monkeypatch: pytest.MonkeyPatch, call: int, number: int
 ) -> None:
-    """At each point where the system may refuse."""
+    """Each of the system calls may fail."""
     root = tmp_path / "checkpoints"
     save(checkpoint, root, 1)
     calls: list[str] = []
@@ -110,7 +110,7 @@ def test_a_failed_write_keeps_older_checkpoints(
 def test_an_interrupted_deletion_leaves_no_incomplete_checkpoint(
     tmp_path: Path, checkpoint: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A deletion that is cut off leaves none that looks complete and lacks files."""
+    """A partly deleted checkpoint must not look complete."""
     for step in (1, 2, 3):
         save(checkpoint, tmp_path, step)
 

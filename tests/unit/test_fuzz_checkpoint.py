@@ -1,7 +1,7 @@
 """Damaged run directories: manifests, configurations, checkpoint directories and metrics files with changed bytes and
-values. Only the project's own errors come out, and nothing damaged or of another run is taken for good.
+values. They raise only the project's own errors, and nothing damaged or of another run is accepted.
 
-What is called is what a resume calls before it changes anything, on one rank and without a model.
+The tests call the functions that a resume calls before it changes anything, on one rank and without a model.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ IDENTITY = Identity(
 SHARD = b"weights" * 100
 
 counts: collections.Counter[str] = collections.Counter()
-"""What came of the damaged directories, for `pytest -s`."""
+"""Outcomes of the damaged directories, shown with `pytest -s`."""
 
 
 def manifest(step: int) -> Manifest:
@@ -137,7 +137,7 @@ def changed_bytes(draw: st.DrawFn, content: bytes) -> bytes:
 
 @st.composite
 def changed_values(draw: st.DrawFn, content: bytes) -> bytes:
-    """One value of a JSON object replaced, removed or added, at any depth; with a right digest of the whole or not."""
+    """Replaces, removes or adds one value of a JSON object at any depth, with or without a correct digest."""
     tree = orjson.loads(content)
     node: Any = tree
     while True:
@@ -166,7 +166,7 @@ def changed_values(draw: st.DrawFn, content: bytes) -> bytes:
 
 @st.composite
 def damages(draw: st.DrawFn) -> dict[str, bytes | None]:
-    """The directory's files, one to three of them changed or deleted (None)."""
+    """Draws the directory's files, with one to three of them changed or deleted (None)."""
     files: dict[str, bytes | None] = dict(FILES)
     for name in draw(st.lists(st.sampled_from(MUTABLE), min_size=1, max_size=3, unique=True)):
         content = FILES[name]
@@ -186,7 +186,7 @@ def damages(draw: st.DrawFn) -> dict[str, bytes | None]:
 
 
 def check(files: dict[str, bytes | None]) -> None:
-    """Either the resume takes a checkpoint that is as it was written, or it raises a UserError; and changes nothing."""
+    """Checks that a resume takes an undamaged checkpoint or raises a UserError, and changes no file."""
     from megatron_rl.engine.checkpoint import find_checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
@@ -218,7 +218,7 @@ def check(files: dict[str, bytes | None]) -> None:
 
 
 def check_accepted(directory: Path, found: Manifest | None, run: RunDir) -> None:
-    """By what was written, not by the code under test: equal content, and never of another run."""
+    """Compares the accepted checkpoint with the written one, and checks that it is of this run."""
     assert found is not None
     step = int(directory.name[5:])
     assert orjson.loads(found.to_bytes()) == orjson.loads(FILES[f"checkpoints/step-{step:06d}/manifest.json"])
@@ -245,7 +245,7 @@ def test_an_undamaged_run_directory_is_accepted() -> None:
     assert counts == {"accepted, 0 passed over": 1}
 
 
-# ---- cases that were found -------------------------------------------------------------------------------------
+# ---- cases found by fuzzing ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

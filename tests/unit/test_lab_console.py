@@ -1,4 +1,4 @@
-"""The console: plain lines where there is no terminal, a drawing where there is one, nothing off rank 0."""
+"""The console: plain lines without a terminal, a live display on one, and nothing on other ranks than 0."""
 
 import io
 import os
@@ -12,7 +12,7 @@ from megatron_rl.lab.console import Console, PhaseTimer
 
 
 class Clock:
-    """A clock that moves only when told to."""
+    """A clock that a test sets."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -22,7 +22,7 @@ class Clock:
 
 
 def read_terminal(leader: int) -> bytes:
-    """What the terminal shows next; b"" once its other side is closed, which Linux reports as an error."""
+    """Returns the terminal's next bytes, or b"" once its other side is closed, which Linux reports as an error."""
     try:
         return os.read(leader, 4096)
     except OSError:
@@ -88,7 +88,7 @@ def test_timer_uses_a_real_clock_unless_given_one() -> None:
 
 
 def test_without_a_terminal_each_step_prints_one_plain_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # as many CI services set it
+    monkeypatch.setenv("FORCE_COLOR", "1")  # many CI services set it
     clock, out = Clock(), io.StringIO()
     with Console(4, file=out, clock=clock) as console:
         for step in (1, 2):
@@ -118,7 +118,7 @@ def test_start_up_prints_what_is_loaded_and_how_long_it_took() -> None:
         a_step(console, 1)
     lines = out.getvalue().splitlines()
     assert lines[:2] == ["engine: /models/[tiny] in fp32", "engine: ready after 75.0 s"]
-    assert lines[2].endswith("left 0:00:06")  # the start is no step
+    assert lines[2].endswith("left 0:00:06")  # the start does not count as a step
 
 
 def test_a_failed_start_is_not_reported_as_ready() -> None:

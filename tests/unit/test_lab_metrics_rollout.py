@@ -1,4 +1,4 @@
-"""Metrics of a rollout, on groups small enough to count by hand."""
+"""Metrics of a rollout, compared with values counted by hand."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ def sample(prompt, index, length, reward, correct, finish="stop", version=3):
 
 
 def group(index, *answers):
-    """answers: (length, reward, correct, finish reason)."""
+    """Makes a group; each answer is (length, reward, correct, finish reason)."""
     prompt = Prompt(f"p{index}", "2+2=", (1, 2, 3), "4", "math")
     return Group(index, prompt, tuple(sample(prompt, i, *answer) for i, answer in enumerate(answers)))
 
@@ -25,7 +25,7 @@ def group(index, *answers):
 MIXED = group(0, (4, 1.0, True, "stop"), (10, -0.5, False, "length"), (2, 0.0, False, "stop"))
 SOLVED = group(1, (3, 1.0, True, "stop"), (5, 1.0, True, "stop"))
 HOPELESS = group(2, (10, 0.0, False, "length"), (1, 0.0, False, "stop"))
-SHAPED = group(3, (6, 1.0, True, "stop"), (7, 0.7, True, "stop"))  # all correct, and yet it teaches
+SHAPED = group(3, (6, 1.0, True, "stop"), (7, 0.7, True, "stop"))  # all correct, but the rewards differ
 
 
 def measure(*groups, weight_version=3):
@@ -104,7 +104,7 @@ def overlong(reward, sampled, kept):
 def test_punishments_cover_all_samples_and_filtering_only_trained_ones():
     sampled = [MIXED, SOLVED, HOPELESS]
     found = overlong(RewardConfig(overlong_cache=8, overlong_filter=True), sampled, [MIXED])
-    # Lengths 4, 10, 2; 3, 5; 10, 1, of which 2 are free.
+    # Lengths 4, 10, 2; 3, 5; 10, 1; the first 2 tokens are not punished.
     assert found["overlong_punishment/mean"] == pytest.approx(-(2 + 8 + 0 + 1 + 3 + 8 + 0) / 8 / 7)
     assert (found["overlong_punishment/min"], found["overlong_punishment/max"]) == (-1, 0)
     assert found["overlong_filtered"] == pytest.approx(1 / 3)
@@ -117,7 +117,7 @@ def test_metrics_of_disabled_features_are_absent():
 
 
 def test_masked_out_and_empty_responses_are_shaped_filtered_and_measured():
-    """A group of one empty response, and one all of whose responses are filtered."""
+    """One group has one empty response; all responses of the other are filtered."""
     prompt = Prompt("p", "2+2=", (1, 2, 3), "4", "math")
     empty = dataclasses.replace(Sample.start(prompt, 0), finish_reason="length", verdict=Verdict(0.0, False))
     reward = RewardConfig(correct=1.0, wrong=-1.0, overlong_cache=4, overlong_filter=True)

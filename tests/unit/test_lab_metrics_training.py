@@ -1,4 +1,4 @@
-"""Metrics of an optimizer step: against their formulas in NumPy, and unchanged by how the batch is cut up."""
+"""Metrics of an optimizer step: equal to NumPy formulas, and independent of how the batch is divided."""
 
 import dataclasses
 import math
@@ -36,7 +36,7 @@ TAILS = {"p1": 0.01, "p50": 0.5, "p99": 0.99}
 
 
 def measure(micro_batches, config, whole, dtype=torch.float64):
-    """One accumulator, as of one rank, over its micro-batches."""
+    """Returns the accumulator of one rank over its micro-batches."""
     metrics = MetricAccumulator(TRAINING)
     for padding, sequences in enumerate(micro_batches):
         inputs = pack(sequences, dtype, padding)
@@ -194,7 +194,7 @@ def test_every_metric_of_a_correction_equals_its_formula(correction, denominator
 
 
 def of_reference(sequences, **options):
-    """The report with a reference policy that is mu, and the inputs."""
+    """Returns the report with mu as the reference policy, and the inputs."""
     inputs = pack(sequences)
     inputs = dataclasses.replace(inputs, reference_logprobs=inputs.rollout_logprobs)
     metrics = MetricAccumulator(TRAINING)
@@ -247,7 +247,7 @@ def test_kl_estimates_equal_the_specification():
         report = metrics.finalize()
         assert report["kl/rollout_old/k1"] == pytest.approx(k1, abs=5e-5)
         assert report["kl/rollout_old/k3"] == pytest.approx(k3, abs=5e-5)
-        # The other pair runs the other way: from pi_old = q to pi_theta = p.
+        # The other pair has the opposite direction: from pi_old = q to pi_theta = p.
         assert report["kl/old_policy/k1"] == pytest.approx(-k1, abs=5e-5)
 
 
@@ -263,7 +263,7 @@ def test_metrics_do_not_depend_on_ranks_micro_batches_or_order(seed, lengths, na
     config = OBJECTIVES[name]
     sequences = random_sequences(seed, lengths)
     whole = measure([sequences], config, sequences).finalize()
-    merged = MetricAccumulator(TRAINING)  # of a rank that holds nothing
+    merged = MetricAccumulator(TRAINING)  # starts as a rank without samples
     for share in split(sequences, ranks, seed):
         merged.merge(measure(split(share, micro_batches, seed + 1), config, sequences))
     report = merged.finalize()

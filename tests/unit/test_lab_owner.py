@@ -1,4 +1,4 @@
-"""The owner of a run directory: refused while alive, taken over when dead, one winner among several takers."""
+"""The owner of a run directory: kept while it lives, replaced if it is dead; one of several processes wins."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_silent_owner_on_another_machine_is_replaced_after_a_wait(tmp_path: Pa
     def sleep(seconds: float) -> None:
         waited.append(seconds)
         real = os.utime
-        # Time passes for who takes, and the owner stays silent.
+        # Time passes, and the owner sends no heartbeat.
         owner.os.utime = lambda path, *_: real(path, (seen + len(waited) * 61,) * 2)
 
     utime = os.utime

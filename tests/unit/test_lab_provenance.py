@@ -1,4 +1,4 @@
-"""The commit and the changes that a run directory records."""
+"""The commit and the uncommitted changes that a run directory records."""
 
 import json
 import subprocess

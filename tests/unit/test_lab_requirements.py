@@ -15,7 +15,7 @@ CPU, CPU_PY312, NODEPS, TE_STUB = (
 
 
 def pins(file: Path) -> dict[str, Version]:
-    """Version by name; every line must be an exact pin."""
+    """Returns versions by name; every line must be an exact pin."""
     found: dict[str, Version] = {}
     for line in file.read_text().splitlines():
         if not (text := line.partition("#")[0].strip()):
@@ -71,5 +71,5 @@ def test_no_pinned_package_needs_cuda_or_replaces_torch(file: Path) -> None:
 
 @pytest.mark.parametrize("file", [CPU, CPU_PY312], ids=lambda file: file.name)
 def test_torch_is_the_first_pin(file: Path) -> None:
-    """A host that must take torch from another index can read off the first pin which one."""
+    """Hosts that install torch from another index read its version from the first line."""
     assert next(iter(pins(file))) == "torch"

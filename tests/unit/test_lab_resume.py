@@ -1,4 +1,4 @@
-"""The run directory on resume: what may change in its configuration, and its files cut back to a checkpoint."""
+"""The run directory on resume: allowed changes of its configuration, and files cut back to a checkpoint."""
 
 import errno
 from pathlib import Path
@@ -94,7 +94,7 @@ def test_resumed_files_equal_those_of_an_uninterrupted_run(tmp_path: Path) -> No
 
     broken = start(tmp_path / "broken")
     log_steps(broken, 1, 4)
-    broken.log_metrics(5, 0, 4, {"loss": -1.0})  # step 5 breaks off after its first mini-batch
+    broken.log_metrics(5, 0, 4, {"loss": -1.0})  # step 5 is interrupted after its first mini-batch
     broken.close()
     with broken.metrics_file.open("ab") as file:
         file.write(b'{"step":5,"mini_ba')

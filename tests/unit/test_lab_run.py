@@ -1,4 +1,4 @@
-"""The run directory: created once, refused; its lines, written and read."""
+"""The run directory: creating it, refusing existing ones, and writing and reading its lines."""
 
 import errno
 import json
@@ -69,7 +69,7 @@ def test_create_refuses_a_file(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_start_leaves_nothing_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """config.yaml is the last record to be written, so a half-written start never passes for a run."""
+    """config.yaml is written last, so an incomplete start never looks like a run."""
     replaced: list[str] = []
     replace = disk.os.replace
 
@@ -88,7 +88,7 @@ def test_an_interrupted_start_leaves_nothing_to_resume(tmp_path: Path, monkeypat
     assert "versions.json" in replaced
     with pytest.raises(FileNotFoundError, match=r"no config\.yaml"):
         RunDir.open(tmp_path / "a", changed(), resume=True)
-    start(tmp_path / "a").close()  # nor does it stand in the way
+    start(tmp_path / "a").close()  # and it does not block the next start
 
 
 # ---- lines -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The mergeable accumulator: quantiles against NumPy's, and merging. On ranks: ranks/test_lab_sketch_ranks.py."""
+"""The mergeable accumulator: quantiles against NumPy, and merging. On ranks: ranks/test_lab_sketch_ranks.py."""
 
 import math
 
@@ -134,5 +134,5 @@ def test_results_do_not_depend_on_order_or_partition(values, parts, random):
     report = merged.finalize()
     assert report.keys() == whole.keys()
     for name, value in whole.items():
-        scale = 1e-3 if name == "value/std" else 1e-6  # the std of equal numbers near 1e6 is their rounding
+        scale = 1e-3 if name == "value/std" else 1e-6  # the std of equal numbers near 1e6 is only rounding
         assert report[name] == pytest.approx(value, rel=1e-9, abs=scale)

@@ -1,4 +1,4 @@
-"""config.json read into an Architecture, and everything in it that is refused."""
+"""Reading config.json into an Architecture, and refusing unsupported settings."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_the_configuration_of_a_dense_model_is_read(tmp_path):
 
 
 def test_a_configuration_saved_by_transformers_5_is_read_the_same(tmp_path):
-    """num_local_experts and rope_parameters in place of num_experts and rope_theta."""
+    """transformers 5 writes num_local_experts and rope_parameters instead of num_experts and rope_theta."""
     from transformers import Qwen3Config, Qwen3MoeConfig
 
     for base, config in ((MOE, Qwen3MoeConfig), (DENSE, Qwen3Config)):

@@ -1,4 +1,4 @@
-"""Weights cut into shards and put together again, without files or processes."""
+"""Weights divided into shards and put together again, without files or processes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from megatron_rl.models.weight import COLUMNS, GATE_UP, VOCABULARY, Piece, group
 def fill_rank(
     hf: dict[str, Tensor], arch: Architecture, layout: Layout, rank: int, transformer_engine: bool
 ) -> tuple[list[nn.Module], list[dict[str, Tensor]]]:
-    """The rank's stages filled by the package, and what the reference says is in them."""
+    """Returns the rank's stages as filled by the package, and their expected parameters from the reference."""
     ranks = model_ranks(layout, rank)
     chunks, expected = [], []
     for layers in chunk_layers(arch, layout.coordinates(rank).pp, layout.pp, layout.vpp):
@@ -157,7 +157,7 @@ def test_shard_pieces_by_hand():
         8,
         (Piece(0, 4, 4, 0), Piece(1, 2, 2, 4), Piece(2, 2, 2, 6)),
     )
-    # More ranks than key-value heads: a rank's shard begins inside a group.
+    # With more ranks than key-value heads, a rank's shard begins inside a group.
     assert grouped_qkv(1).cut([4, 2, 2], rank=1, size=2) == (4, (Piece(1, 0, 2, 0), Piece(2, 0, 2, 2)))
     assert GATE_UP.cut([6, 6], rank=2, size=3) == (4, (Piece(0, 4, 2, 0), Piece(1, 4, 2, 2)))
     assert COLUMNS.cut([6], rank=1, size=2) == (3, (Piece(0, 3, 3, 0),))

@@ -1,4 +1,4 @@
-"""Families of models stand in megatron_rl.models alone: what each file declares, and that no other room knows one."""
+"""Model families: the attributes that each file declares, and that only megatron_rl.models mentions a family."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PREFIXES = {re.match("[a-z]+", model_type)[0] for model_type in MODULES}  # type
 
 
 def mentions(source: str) -> Iterator[str]:
-    """Names of families anywhere in the text, and expressions that ask which family a model is of."""
+    """Yields names of families in the text, and expressions that ask for a model's family."""
     for number, line in enumerate(source.splitlines(), start=1):
         if any(prefix in line.lower() for prefix in PREFIXES):
             yield f"{number}: {line.strip()}"

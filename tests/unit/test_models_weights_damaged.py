@@ -1,4 +1,4 @@
-"""Hugging Face directories that are damaged, misleading or hold values that are not finite: each is refused by name."""
+"""Hugging Face directories that are damaged, inconsistent or not finite are refused, and the error names the file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_rl.models.weights_io import TensorFiles, load_weights
 
 
 def refusal(directory: Path, arch: Architecture) -> str:
-    """What check_weights and load_weights both say; the first sees it before anything is built."""
+    """Returns the error that both check_weights and load_weights raise; the first runs before anything is built."""
     with pytest.raises(ModelError) as loaded:
         load_weights([empty_stage(arch)], arch, directory, ModelRanks(), weight_names())
     with pytest.raises(ModelError) as checked:
@@ -42,7 +42,7 @@ def test_the_error_names_a_non_finite_weight(moe, dtype, bad):
     edit(directory, change)
     expected = f"{directory / 'model.safetensors'}: {name} holds NaN or infinity; "
     assert refusal(directory, arch).startswith(expected)
-    check_weights(directory)  # the headers are those of a whole model
+    check_weights(directory)  # the headers are those of a complete model
 
 
 def test_every_tensor_is_checked_for_non_finite_values(moe):

@@ -1,4 +1,4 @@
-"""Hugging Face directories read into stages and written from them."""
+"""Reading Hugging Face directories into stages, and writing them from stages."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_broken_model_directories_are_refused(tmp_path):
         load()
     header = (
         b'{"x":{"dtype":"F32","data_offsets":[0,4],"shape":"' + b"x" * 5000 + b'"}}'
-    )  # the library quotes all of it
+    )  # the library quotes the whole header
     (directory / first).write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     with pytest.raises(ValueError, match=f"{first} is not a whole safetensors file") as error:
         load()
@@ -235,7 +235,7 @@ def test_shards_have_a_size_limit_and_are_listed_in_the_index(moe, tmp_path):
         assert {name for name, file in index["weight_map"].items() if file == shard.name} == set(tensors)
         sizes.append(sum(t.nbytes for t in tensors.values()))
         assert sizes[-1] <= 3000 or len(tensors) == 1
-    assert all(a + b > 3000 for a, b in itertools.pairwise(sizes))  # none was begun while there was room
+    assert all(a + b > 3000 for a, b in itertools.pairwise(sizes))  # no shard starts while the previous one has room
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in files_of(directory).values())
 
 
@@ -249,7 +249,7 @@ def test_saving_in_another_dtype_changes_only_dtype_in_the_config(moe, tmp_path)
 
 
 def test_only_one_shard_is_held_in_memory(moe, tmp_path, monkeypatch):
-    """The writer takes what comes next only when there is room for it, and lets go of what it wrote."""
+    """The writer reads the next tensor only if there is room for it, and frees written ones."""
     directory, _ = moe
     held: list[int] = []
     save = weights_io.save_file

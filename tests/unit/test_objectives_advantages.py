@@ -1,4 +1,4 @@
-"""Group advantages: the specification's numbers, and what holds for any group."""
+"""Group advantages: the specification's numbers, and properties of any group."""
 
 import numpy as np
 import pytest
@@ -100,7 +100,7 @@ def test_leave_one_out_subtracts_the_mean_of_the_other_rewards(group):
     st.sampled_from(["population", "sample", "none"]),
 )
 def test_advantages_are_finite_for_any_group(group, baseline, std):
-    """Of one, of equal rewards, of any size: there is no NaN."""
+    """No group gives NaN: neither one of a single response nor one of equal rewards."""
     advantages = group_advantages(group, GroupAdvantage(baseline=baseline, std=std))
     assert advantages.shape == (len(group),)
     assert np.isfinite(advantages).all()

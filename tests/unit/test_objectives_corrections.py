@@ -1,4 +1,4 @@
-"""Mismatch corrections: against the reference, what each does to the denominators, and that none counts twice."""
+"""Mismatch corrections: against the reference, their effect on denominators, and that none is applied twice."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_correction_factors_by_hand(correction, expected):
     [
         ((0.5, 0.5), -1.0, 0.6, 0.0),  # mean log(mu/pi_theta) = log 2 = 0.69
         ((0.5, 0.5), -1.0, 0.7, 1.0),
-        ((0.25, 0.25), -1.0, math.log(4), 1.0),  # delta itself is no more than delta
+        ((0.25, 0.25), -1.0, math.log(4), 1.0),  # equal to delta is not above delta
         ((0.5, 0.5), 1.0, 0.6, 1.0),  # good responses stay
         ((2.0, 2.0), -1.0, 0.6, 1.0),  # and so do those that pi_theta has not moved away from
         ((0.25, 1.0), -1.0, 0.6, 0.0),  # the mean over the response, not each token
@@ -142,7 +142,7 @@ def test_the_off_policy_sequence_mask_by_hand(rho, advantage, delta, factor, den
     assert found.masked.tolist() == [factor == 0] * 2
 
 
-# Once and not twice
+# Applied only once
 
 
 @pytest.mark.parametrize("kind", REWEIGHING)
@@ -169,7 +169,7 @@ def test_a_correction_changes_nothing_without_mismatch(correction):
 @settings(deadline=None, max_examples=40)
 @given(SEEDS, SOME_LENGTHS, st.sampled_from(CORRECTIONS))
 def test_the_correction_factor_has_no_gradient(seed, lengths, correction):
-    """The gradient is the factor times that of the surrogate alone."""
+    """The gradient is the factor times the gradient of the surrogate without correction."""
     sequences = random_sequences(seed, lengths, mismatch=0.5)
     config = corrected(FREE.model_copy(update={"aggregation": "seq-mean-token-sum"}), correction)
     outputs, gradient = loss_and_gradient(sequences, config)
@@ -185,7 +185,7 @@ def test_the_correction_factor_has_no_gradient(seed, lengths, correction):
 @pytest.mark.parametrize("correction", CORRECTIONS, ids=str)
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_dropped_tokens_count_in_denominators_unless_they_are_rejected(correction, aggregation):
-    """Leaves: as if it had been masked out of the batch. Keeps: as if its advantage were 0."""
+    """A rejected token counts as masked out. Any other dropped token counts with advantage 0."""
     config = GRPO.model_copy(update={"aggregation": aggregation, "constant_length": 9})
     sequences = random_sequences(12, [5, 3, 8, 2], mismatch=1.0)
     outputs, _ = loss_and_gradient(sequences, corrected(config, correction))

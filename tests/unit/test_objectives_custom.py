@@ -1,4 +1,4 @@
-"""A user's own objective: called in the place of policy_loss, and refused with a line that says why."""
+"""A user's own objective: called instead of policy_loss, and refused with a reason if it is invalid."""
 
 from __future__ import annotations
 

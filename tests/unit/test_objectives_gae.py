@@ -1,4 +1,4 @@
-"""Generalised advantages: the specification's numbers, the double sum of the paper, and their normalisation."""
+"""Generalised advantages: the specification's numbers, the paper's double sum, and normalisation."""
 
 import numpy as np
 import pytest
@@ -72,7 +72,7 @@ def test_equal_advantages_are_normalised_to_zero(values):
 @pytest.mark.parametrize("value", [0.1, 0.7, 1 / 3, -0.3])
 @pytest.mark.parametrize("tokens", [3, 7, 10, 31, 100])
 def test_equal_advantages_are_zero_for_any_distribution_over_ranks(value, tokens):
-    """Sums of squares would leave rounding here, and divide by it."""
+    """With sums of squares, a rounding error would remain here and be used as the divisor."""
     parts = [np.full(n, value) for n in (tokens, 0, 2 * tokens, 5)]
     moments = sum((Moments.of(part) for part in parts), Moments())
     assert not moments.normalise(parts[0], Gae(gamma=1.0, gae_lambda=1.0)).any()

@@ -1,4 +1,4 @@
-"""KL estimators: the specification's numbers, and what they estimate, over a whole distribution."""
+"""KL estimators: the specification's numbers, and expectations over a whole distribution."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_equal_policies_have_zero_kl():
 
 
 def with_reference(sequences, seed=9):
-    """The packed inputs, and log pi_ref of the masked-in tokens of each sequence."""
+    """Returns the packed inputs, and log pi_ref of the masked-in tokens of each sequence."""
     inputs = pack(sequences, padding=2)
     rng = np.random.default_rng(seed)
     shifts = rng.normal(0, 0.4, len(inputs.logprobs))
@@ -88,7 +88,7 @@ def with_reference(sequences, seed=9):
 
 
 def holding(sequence, part):
-    """The sequence with log pi_ref of its masked-in tokens."""
+    """Returns the sequence with log pi_ref of its masked-in tokens."""
     whole = np.full(len(sequence.mask), np.nan)
     whole[sequence.mask] = part
     return dataclasses.replace(sequence, reference=whole)
@@ -113,7 +113,7 @@ def test_kl_in_the_loss_equals_the_formula(kind, name, denominator):
 
 
 def test_only_k1_has_a_gradient_if_the_policy_equals_its_reference():
-    """Of mean zero over samples of the policy; the others have none at all."""
+    """The mean of k1's gradient over samples of the policy is zero; the others have no gradient."""
     sequences = random_sequences(4, [3, 5])
     inputs, _ = with_reference(sequences)
     config = DAPO.model_copy(update={"aggregation": "token-mean"})

@@ -1,4 +1,4 @@
-"""GRPO, DAPO, GSPO, GSPO-token: numbers by hand, a float64 reference, what must not change a loss."""
+"""GRPO, DAPO, GSPO, GSPO-token: numbers by hand, a float64 reference, and invariances of the loss."""
 
 import dataclasses
 
@@ -38,9 +38,9 @@ def test_the_gspo_ratio_equals_the_specification():
 @pytest.mark.parametrize(
     ("ratio", "advantage", "objective", "slope"),
     [
-        (1.5, 1.0, 1.28, 0.0),  # above, good: bounded at 1 + high
-        (1.5, -1.0, -1.5, -1.5),  # above, bad: the gradient must go on pushing down
-        (0.5, 1.0, 0.5, 0.5),  # below, good: the gradient must go on pushing up
+        (1.5, 1.0, 1.28, 0.0),  # above the band, good: bounded at 1 + high
+        (1.5, -1.0, -1.5, -1.5),  # above the band, bad: the gradient must still push down
+        (0.5, 1.0, 0.5, 0.5),  # below the band, good: the gradient must still push up
         (0.5, -1.0, -0.8, 0.0),  # below, bad: bounded at 1 - low
         (1.1, 2.0, 2.2, 2.2),
         (0.9, -2.0, -1.8, -1.8),
@@ -65,7 +65,7 @@ def test_the_clip_depends_on_the_sign_of_the_advantage(ratio, advantage, objecti
 
 
 def test_aggregations_of_two_responses_by_hand():
-    # Ratio 1 throughout: a term is its advantage. Responses of 1 and 3 tokens with advantages 1 and -2.
+    # All ratios are 1, so a term is its advantage. Responses of 1 and 3 tokens have advantages 1 and -2.
     sequences = [
         dataclasses.replace(sequence, logprobs=sequence.old, advantage=advantage)
         for sequence, advantage in zip(random_sequences(0, [1, 3]), [1.0, -2.0], strict=True)
@@ -144,7 +144,7 @@ def test_any_batch_equals_the_reference(seed, lengths, name, aggregation):
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
 
 
-# What must not change a loss
+# Invariances
 
 
 @settings(deadline=None, max_examples=40)
@@ -167,7 +167,7 @@ def test_results_do_not_depend_on_order_or_micro_batches(seed, lengths, name, ag
 
 
 def test_denominators_of_single_micro_batches_would_change_the_loss():
-    # What the test above must catch: micro-batches that normalise by themselves give another loss.
+    # The test above must catch micro-batches with their own denominators, which give another loss.
     sequences = random_sequences(3, [2, 6, 4])
     whole, _ = loss_and_gradient(sequences, GRPO)
     alone = sum(loss_and_gradient([sequence], GRPO)[0].loss.item() for sequence in sequences)
@@ -275,7 +275,7 @@ def test_a_clipped_ratio_that_overflows_has_no_gradient(name):
 
 
 def test_the_gradient_flows_only_through_the_policy():
-    # An engine that hands in its own forward pass as pi_old must not lose the gradient.
+    # The gradient must remain if an engine passes its own forward pass as pi_old.
     inputs = one_response([1.0, 0.5], 1.0)
     policy_loss(dataclasses.replace(inputs, old_logprobs=inputs.logprobs), GRPO, Denominators(2, 1)).loss.backward()
     assert gradient_of(inputs.logprobs).tolist() == [-0.5, -0.5]

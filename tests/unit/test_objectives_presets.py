@@ -1,4 +1,4 @@
-"""Every preset against its paper's formula, the specification's numbers, and what its gradient must be."""
+"""Every preset: its paper's formula, the specification's numbers, and properties of its gradient."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_loss_and_gradient_equal_the_papers_formula(name, drift):
         assert outputs.loss.item() == pytest.approx(loss, rel=1e-9)
         np.testing.assert_allclose(gradient, expected, atol=1e-7 * np.abs(expected).max())
         single, single_gradient = loss_and_gradient(sequences, FAMILY[name], torch.float32)
-        if name not in ("gspo", "gspo_token"):  # whose clip is as narrow as the rounding of float32
+        if name not in ("gspo", "gspo_token"):  # their clip is as narrow as float32 rounding
             assert single.loss.item() == pytest.approx(loss, abs=1e-6 * max(1, abs(loss)))
             np.testing.assert_allclose(single_gradient, expected, atol=1e-6)
 
@@ -106,7 +106,7 @@ def test_loss_with_per_token_advantages_equals_the_papers_formula(name):
 @settings(deadline=None, max_examples=40)
 @given(SEEDS, SOME_LENGTHS, st.booleans())
 def test_gspo_token_differs_from_gspo_if_advantages_vary_in_a_response(seed, lengths, by_token):
-    """All tokens of a response have one ratio, so value and clip agree; but each advantage pushes its own token."""
+    """All tokens of a response share a ratio, so value and clip agree, but each advantage acts on its own token."""
     sequences = random_sequences(seed, lengths, by_token=by_token)
     for clip in (MinClip(low=0.9, high=9.0), MinClip(low=0.05, high=0.05)):
         (gspo, whole), (token, own) = (
@@ -126,7 +126,7 @@ def test_gspo_token_differs_from_gspo_if_advantages_vary_in_a_response(seed, len
 @settings(deadline=None, max_examples=60)
 @given(SEEDS, st.integers(1, 6), st.integers(1, 5), names)
 def test_on_policy_gradients_are_the_weighted_advantages(seed, length, count, name):
-    """At equal lengths they all have one gradient, up to the constant of the aggregation."""
+    """At equal lengths all presets have the same gradient, up to a constant of the aggregation."""
     sequences = random_sequences(seed, [length] * count, drift=0.0, mismatch=0.0)
     _, gradient = loss_and_gradient(sequences, FAMILY[name])
     scale = {"seq-mean-token-sum": length, "constant-length": length / 3000}.get(FAMILY[name].aggregation, 1)
@@ -150,7 +150,7 @@ def test_nothing_is_clipped_on_the_first_mini_batch(name, dtype):
 @settings(deadline=None, max_examples=60)
 @given(SEEDS, SOME_LENGTHS, names, st.booleans(), st.sampled_from([torch.float32, torch.float64]))
 def test_the_first_mini_batch_of_any_batch_is_exact(seed, lengths, name, by_token, dtype):
-    """Whatever the mismatch with mu: every ratio is 1 and every clip fraction 0 to the last bit."""
+    """Every ratio is exactly 1 and every clip fraction exactly 0, for any mismatch with mu."""
     clip = FAMILY[name].clip
     narrow = {key: 0.0 for key in ("low", "high") if getattr(clip, key, None) is not None}
     config = FAMILY[name].model_copy(update={"clip": clip.model_copy(update=narrow), "denominator": "old"})
@@ -179,7 +179,7 @@ def test_minirl_masks_nothing_on_the_first_mini_batch(dtype):
 
 
 def slope(ratio, advantage, config, mismatch=1.0):
-    """(J, its gradient in log pi) of one token with r = ratio and rho = mismatch; log pi = log r."""
+    """Returns (J, dJ/d log pi, clipping) of one token with r = ratio and rho = mismatch; log pi = log r."""
     inputs = one_response([ratio], advantage)
     inputs = dataclasses.replace(inputs, rollout_logprobs=torch.full((1,), -math.log(mismatch), dtype=torch.float64))
     outputs = policy_loss(inputs, config, Denominators(1, 1))
@@ -246,7 +246,7 @@ def test_gmpo_clips_each_token_before_the_mean():
     inputs = one_response([math.exp(1.0), math.exp(-1.0)], 1.0)
     outputs = policy_loss(inputs, FAMILY["gmpo"], Denominators(2, 1))
     outputs.loss.backward()
-    mean = math.exp((0.4 - 1.0) / 2)  # only what the advantage drives on is held
+    mean = math.exp((0.4 - 1.0) / 2)  # only a ratio that the advantage pushes further is clipped
     assert -outputs.loss.item() == pytest.approx(mean)
     np.testing.assert_allclose(-gradient_of(inputs.logprobs), [0.0, mean / 2])
     clipping = outputs.values.clipping
@@ -294,7 +294,7 @@ def test_without_bounds_nothing_is_clipped():
 
 
 def per_token(seed, n, drift=0.05):
-    """(inputs of one response with an advantage of each token, and its arrays)."""
+    """Returns inputs of one response with per-token advantages, and their arrays."""
     rng = np.random.default_rng(seed)
     old, mu = -rng.exponential(1.0, (2, n))
     new, advantages = old + drift * rng.normal(size=n), rng.normal(size=n)
@@ -320,7 +320,7 @@ def test_gspo_token_with_per_token_advantages_by_hand(seed):
     assert outputs.loss.item() == pytest.approx(-terms.mean())
     gone = ((s > 1.02) & (advantages > 0)) | ((s < 0.99) & (advantages < 0))
     np.testing.assert_allclose(-gradient_of(inputs.logprobs), np.where(gone, 0.0, s * advantages / 7), atol=1e-12)
-    # GSPO's own ratio would give every token the mean of these.
+    # GSPO's ratio would give every token the mean of these gradients.
     inputs.logprobs.grad = None
     policy_loss(inputs, FAMILY["gspo"].model_copy(update={"clip": clip}), Denominators(7, 1)).loss.backward()
     mean = np.where(gone, 0.0, s * advantages / 7).mean()

@@ -1,4 +1,4 @@
-"""RSPO's router shift in the loss: numbers by hand for every ratio, before the clip, without a gradient."""
+"""RSPO's router shift in the loss: numbers by hand for every ratio. It applies before the clip and has no gradient."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_router_shift_multiplies_the_ratio(ratio, value, gradient):
     assert inputs.router_shift.grad is None
     assert outputs.values.floored is not None
     assert outputs.values.floored.tolist() == [False, True]
-    # What describes the policy does not know of the routers.
+    # Metrics of the policy do not include the router shift.
     assert outputs.values.log_sequence_ratio.exp().item() == pytest.approx(math.sqrt(1.5 * 0.6))
 
 
@@ -72,7 +72,7 @@ def test_rspo_clips_each_token_before_the_mean():
     inputs = with_shift([math.exp(0.5), math.exp(-0.3)], -1.0, [math.exp(-0.2), 0.1])
     outputs = policy_loss(inputs, FAMILY["rspo"], MEAN)
     outputs.loss.backward()
-    second = max(-0.3 + math.log(0.8), -0.4)  # held: the advantage drives it on
+    second = max(-0.3 + math.log(0.8), -0.4)  # clipped: the advantage pushes it further
     assert second == -0.4
     mean = math.exp((0.5 - 0.2 + second) / 2)
     assert outputs.loss.item() == pytest.approx(mean)

@@ -1,4 +1,4 @@
-"""The critic's loss: numbers by hand, a float64 reference, what must not change it."""
+"""The critic's loss: numbers by hand, a float64 reference, and invariances."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from megatron_rl.objectives.value import ValueInputs, value_loss
     [
         (0.1, 1.0, 0.405, -0.9, False),  # within the band: the plain square
         (0.5, 1.0, 0.32, 0.0, True),  # moved past the band towards the target: bounded at 0.2, no gradient
-        (0.5, 0.0, 0.125, 0.5, False),  # moved past it away from the target: the gradient must go on pulling back
+        (0.5, 0.0, 0.125, 0.5, False),  # moved past it away from the target: the gradient must still pull back
         (-0.5, -1.0, 0.32, 0.0, True),
     ],
 )
@@ -37,7 +37,7 @@ def test_loss_and_gradient_equal_the_formulas(seed, n, clip):
     values, old, returns = rng.normal(size=(3, n))
     mask = rng.random(n) < 0.7
     tokens = int(mask.sum())
-    hidden = np.where(mask, (values, old, returns), np.nan)  # is never read
+    hidden = np.where(mask, (values, old, returns), np.nan)  # NaN must never be read
     inputs = inputs_of(hidden[0], hidden[1], hidden[2], mask)
     outputs = value_loss(inputs, clip, Denominators(tokens, min(tokens, 1)))
     outputs.loss.backward()
@@ -103,7 +103,7 @@ def test_explained_variance_equals_its_formula():
         assert explained[f"explained_variance{name}"] == pytest.approx(expected)
     assert report["loss"] == pytest.approx(np.mean(np.square(np.subtract(returns, values))) / 2)
     assert explained_variance(report_of([0.0, 1.0], [1.0, 1.0], [2.0, 2.0])) == {}
-    equal = [0.9] * 1237  # whose standard deviation is a rounding error
+    equal = [0.9] * 1237  # their standard deviation is only a rounding error
     assert explained_variance(report_of([0.5] * 1237, equal, equal)) == {}
     perfect = explained_variance(report_of(returns, returns, returns))
     assert perfect["explained_variance"] == pytest.approx(1)

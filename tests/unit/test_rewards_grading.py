@@ -1,4 +1,4 @@
-"""Verifiers, the processes that run them, and the judging of groups."""
+"""Verifiers, the processes that run them, and the grading of groups."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RESPONSES = ("a", "b", "c")
 
 
 def group(verifier: str, answer: str = "a", responses: tuple[str, ...] = RESPONSES, index: int = 0) -> Group:
-    """Response token i stands for responses[i]; decode below turns it back."""
+    """Makes a group; response token i means responses[i], and `decode` below reverses that."""
     prompt = Prompt(f"q:{index}", "?", (7, 7), answer, verifier)
     samples = [Sample.start(prompt, i).extend([i], [-1.0], 0) for i in range(len(responses))]
     return Group(index, prompt, tuple(samples))
@@ -45,7 +45,7 @@ def judges():
     ("response", "correct"),
     [
         ("3+5=8#8", True),
-        ("nonsense#8", True),  # the steps are not judged
+        ("nonsense#8", True),  # the steps are not graded
         ("3+5=8#80", False),
         ("3+5=8#08", False),
         ("3+5=8#8 ", False),
@@ -81,7 +81,7 @@ def test_the_math_verifier_compares_expressions(answer, response, correct):
 
 
 def test_the_math_verifier_works_outside_the_main_thread():
-    """math-verify's own time limit, by signals, does not."""
+    """math-verify's own time limit uses signals and works only in the main thread."""
     found = []
     prompt = Prompt("", "", (), "72", "math")
     thread = threading.Thread(target=lambda: found.append(verify_math(prompt, "\\boxed{72}")))
@@ -117,11 +117,11 @@ def test_the_error_names_a_missing_verifier(name, message, judges):
         assert message in str(caught.value)
 
 
-# ---- judging -----------------------------------------------------------------------------------------------------
+# ---- grading -----------------------------------------------------------------------------------------------------
 
 
 def test_every_sample_gets_its_own_verdict(judges):
-    """Groups of three verifiers, one of which runs here and two in other processes."""
+    """The groups have three verifiers: one runs in this process, and two in other processes."""
     mine = "verifier_examples:shaped"
     batch = [
         group(mine, "b", index=0),

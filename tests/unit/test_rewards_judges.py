@@ -1,5 +1,5 @@
-"""The workers of verifiers, as real processes: whatever a verifier does costs its answer and not the run, no process
-survives a trainer, and no secret reaches one."""
+"""Verifier workers as real processes: a failing verifier loses only its verdict, no worker survives the trainer, and no
+secret reaches a worker."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def judges() -> Iterator[Judges]:
 
 
 def reason(found: list[Verdict | Failure]) -> str:
-    """Of the one in the middle; the others are right."""
+    """Returns the reason of the middle verdict's failure; the other verdicts are right."""
     assert (found[0], found[2]) == (RIGHT, RIGHT)
     assert isinstance(found[1], Failure), found[1]
     return found[1].reason
 
 
-# ---- what a verifier may do
+# ---- failing verifiers
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_endless_recursion_in_a_verifier_loses_only_that_verdict(judges: Judges)
 
 
 def test_a_verifier_cannot_exceed_its_memory_limit(judges: Judges) -> None:
-    """It holds 1 GiB, which it does without the limit."""
+    """The verifier allocates 1 GiB; without the limit this succeeds."""
     assert reason(ask(judges, "hogs")).startswith("MemoryError")
     with Judges(workers=1, deadline=60.0) as unbounded:
         assert ask(unbounded, "hogs") == [RIGHT] * 3
@@ -80,7 +80,7 @@ def test_a_silent_worker_is_killed(judges: Judges, function: str, said: str) -> 
     start = time.monotonic()
     assert reason(ask(judges, function)) == said
     assert time.monotonic() - start < 30
-    assert wait_for(lambda: len(family() - before) == 2)  # a keeper and the worker that followed
+    assert wait_for(lambda: len(family() - before) == 2)  # a keeper and the new worker
 
 
 @pytest.mark.parametrize("function", ["writes_to_every_descriptor", "forges_a_reply"])
@@ -190,7 +190,7 @@ def wait_for(condition, seconds: float = 20.0) -> bool:
 
 @pytest.mark.parametrize("function", ["hangs_in_c", "stops", "stops_with_child"])
 def test_no_worker_survives_a_killed_trainer(function: str) -> None:
-    """A worker that computes in C, one that is stopped, and one whose child has a session of its own."""
+    """The worker computes in C, is suspended, or has a child in its own session."""
     mark = f"mark-{os.getpid()}-{function}"
     path = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     parent = subprocess.Popen([sys.executable, "-c", PARENT, function, mark], env=path, stdout=subprocess.PIPE)

@@ -1,4 +1,4 @@
-"""A sample whose verdict is lost is as if it had not been sampled: for its group, its loss and metrics of rewards."""
+"""A sample with a lost verdict has no effect on its group's advantages, on the loss and on reward metrics."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_advantages_ignore_samples_with_lost_verdicts(baseline: str, std: str) -
 
 
 def test_penalised_advantages_ignore_samples_with_lost_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With KL in the reward, rewards are compared after the forward passes (engine.packed_advantages)."""
+    """With KL in the reward, advantages are computed after the forward passes (engine.packed_advantages)."""
     monkeypatch.setattr(packed_advantages, "_gather", lambda mine, _: [mine])
     place = SimpleNamespace(speaks_for_stage=True)
     advantage = GroupAdvantage(baseline="mean", std="none")
@@ -114,7 +114,7 @@ def test_metrics_count_lost_verdicts_and_leave_their_samples_out() -> None:
 
 def test_only_samples_with_a_verdict_decide_if_a_group_is_mixed() -> None:
     assert Tally.of(MIXED) == Tally(0, 2, 3)
-    assert not Tally.of(group(RIGHT, LOST)).mixed  # not for being less right than there are samples
+    assert not Tally.of(group(RIGHT, LOST)).mixed  # even though not all samples are right
     assert not Tally.of(group(WRONG, LOST)).mixed
     assert not Tally.of(group(LOST)).mixed
 

@@ -1,4 +1,4 @@
-"""The math verifier gives the verdict that a person would; what it cannot read is refused; nothing takes long."""
+"""The math verifier: verdicts match those of a person, unreadable references are refused, and nothing takes long."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def verdict(reference: str, response: str) -> bool:
 
 
 def test_verdicts_match_those_of_a_person() -> None:
-    """Bombs among them: one that is computed runs into the time limit of the test."""
+    """Some expressions are too expensive to compute: computing one would exceed the test's time limit."""
     found = [(*case, verdict(case[0], case[1])) for case in VERDICTS]
     assert [case[:4] for case in found if case[2] != case[4]] == []
 
@@ -35,7 +35,7 @@ def test_the_table_has_similar_numbers_of_right_and_wrong_answers() -> None:
 
 
 def test_a_verdict_does_not_depend_on_earlier_verdicts() -> None:
-    """math-verify keeps what it has parsed in caches."""
+    """math-verify caches parsed expressions."""
     cases = [case for case in VERDICTS if len(case[1]) < 100][::5]
     for case in [*cases, *reversed(cases)]:
         assert verdict(case[0], case[1]) == case[2], case

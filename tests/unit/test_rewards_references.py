@@ -1,4 +1,4 @@
-"""Reference answers are tried before anything is sampled: `check_answer`, and the processes that ask it."""
+"""Reference answers are checked before anything is sampled: `check_answer`, and the processes that call it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_verifier_without_check_answer_accepts_all_and_is_asked_once(monkeypat
 
 
 def test_each_reference_is_checked_once_in_a_worker_process():
-    """One for which the check raises is as bad as one that is refused. A user's may refuse numbers."""
+    """A reference counts as bad if the check refuses it or raises. A user's check may refuse numbers."""
     checked = "verifier_examples:checked"
     prompts = [prompt(a, checked) for a in ("good", "bad", "bad", "raises", "7")] + [prompt("\\")]
     problems = check_references(prompts)

@@ -1,4 +1,4 @@
-"""DAPO's rewards: equation 13 by hand and by its properties, and that shaping happens once, filtering last."""
+"""DAPO's rewards: values and properties of equation 13; shaping happens only once, and filtering last."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_punishment_falls_from_0_to_minus_1_linearly(bounds: tuple[int, int]
 
 @given(lengths)
 def test_the_punishment_is_continuous_at_both_knots(bounds: tuple[int, int]) -> None:
-    """What the middle piece gives at its ends is what the pieces beside it give."""
+    """The middle piece of the function meets the outer pieces at both of its ends."""
     longest, cache = bounds
     middle = {n: ((longest - cache) - n) / cache for n in (longest - cache, longest)}
     assert middle == {n: overlong_punishment(n, longest, cache) for n in middle} == {longest - cache: 0, longest: -1}
@@ -123,7 +123,7 @@ def test_the_error_names_a_sample_without_a_verdict() -> None:
 
 
 def test_saved_rollouts_are_shaped_like_fresh_ones(tmp_path: Path) -> None:
-    """The file has the verifier's verdict, exactly: so a replay does not punish what is punished already."""
+    """The file has the verifier's unshaped verdicts, so a replay does not punish a response twice."""
     write_groups(tmp_path / "a.jsonl", [MIXED], weight_version=3)
     saved = read_groups(tmp_path / "a.jsonl")
     assert verdicts(saved) == verdicts([MIXED])

@@ -1,4 +1,4 @@
-"""A server's answer: which rows and layers its routes are, how it ended, and what is refused. Without a server."""
+"""A server's answer, read without a server: rows and layers of routes, how a response ended, and refused answers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def encode(ids: np.ndarray) -> str:
 
 
 def ids_of(rows: int = ROWS) -> np.ndarray:
-    """[rows, 4, 2]: each row and layer has experts of its own; layers 0 and 2 have none, so SGLang leaves zeros."""
+    """Returns ids [rows, 4, 2] that differ by row and layer. Layers 0 and 2 are dense, so SGLang leaves zeros."""
     rng = np.random.default_rng(rows)
     ids = rng.permuted(np.tile(np.arange(8), (rows, 4, 1)), axis=-1)[..., :2]
     ids[:, [0, 2]] = 0
@@ -79,7 +79,7 @@ def test_there_is_no_trace_unless_it_is_requested() -> None:
 
 
 def test_a_row_has_the_weight_version_of_the_token_sampled_from_it() -> None:
-    """Rows 0 and 1 belong to the prompt; row 2, its last, made the first sampled token."""
+    """Rows 0 to 2 belong to the prompt; the first sampled token comes from row 2."""
     given = answer(weight_versions=spans(("6", 0, 1), ("7", 1, 3), ("8", 3, 5)))
     trace = read(given).trace
     assert trace is not None
@@ -88,7 +88,7 @@ def test_a_row_has_the_weight_version_of_the_token_sampled_from_it() -> None:
 
 
 def test_a_retracted_request_keeps_only_the_last_weight_versions_rows() -> None:
-    """The others were computed again, after the retraction, under weights that did not sample their tokens."""
+    """The earlier rows were computed again after the retraction, under weights that did not sample their tokens."""
     two = spans(("6", 0, 2), ("7", 2, 5))
     trace = read(answer(weight_versions=two, num_retractions=1)).trace
     assert trace is not None
@@ -182,7 +182,7 @@ def test_a_trace_of_another_model_is_refused(changes: dict[str, Any], message: s
         dataclasses.replace(SPEC, **changes).check(trace)
 
 
-# ---- how a response ended, and values that are of the right type and yet of no use
+# ---- how a response ended, and values with the right type but no meaning
 
 STOP = {"type": "stop", "matched": 4}
 

@@ -1,4 +1,4 @@
-"""Dynamic sampling: which groups are kept and how many prompts are asked, on tallies and in whole runs."""
+"""Dynamic sampling: which groups are kept, and how many prompts are requested."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_rl.config.schema import DynamicSamplingConfig
 from megatron_rl.data.sample import Group, Prompt, Sample, Verdict
 from megatron_rl.rollout.dynamic import DynamicSamplingError, Search, Tally
 
-SIZE = 4  # of a group
+SIZE = 4  # samples of a group
 
 
 def group(index: int, *verdicts: tuple[float, bool]) -> Group:
@@ -25,7 +25,7 @@ def group(index: int, *verdicts: tuple[float, bool]) -> Group:
 
 
 def run(search: Search, correct: list[int]) -> tuple[Search, list[int]]:
-    """The search over prompts with so many right answers each, over and over, and the prompts of each round."""
+    """Runs a search over prompts with `correct` right answers each, repeated. Returns it and the prompts per round."""
     answers = itertools.cycle(correct)
     rounds = []
     while count := search.next_count():
@@ -36,7 +36,7 @@ def run(search: Search, correct: list[int]) -> tuple[Search, list[int]]:
 
 
 def kept(search: Search) -> list[int]:
-    """Indexes of the prompts whose groups are kept, in their new order."""
+    """Returns the indexes of prompts whose groups are kept, in their new order."""
     groups = [group(tally.index) for tally in search.tallies]
     found = search.keep(groups)
     assert [g.index for g in found] == list(range(len(found)))
@@ -49,9 +49,9 @@ def kept(search: Search) -> list[int]:
 @pytest.mark.parametrize(
     ("verdicts", "mixed"),
     [
-        ([(1.0, True), (0.3, True)], False),  # all right, though the longer one is punished
+        ([(1.0, True), (0.3, True)], False),  # both right, although the longer one is punished
         ([(-1.0, False), (-2.0, False)], False),
-        ([(0.5, True), (0.5, False)], True),  # rewards alike, and yet one is right and one wrong
+        ([(0.5, True), (0.5, False)], True),  # equal rewards, but one is right and one wrong
         ([(1.0, True), (-1.0, False)], True),
         ([(1.0, True)], False),
         ([(0.0, False)], False),
@@ -72,7 +72,7 @@ def test_a_group_without_verdicts_counts_as_neither_right_nor_wrong() -> None:
 
 
 def test_a_search_by_hand() -> None:
-    """4 wanted, half more asked than are missing: 6, of which 2 are mixed; 3, of which 1 is; 2, of which both are."""
+    """4 groups are wanted; each round requests 1.5 times the missing ones: 6 (2 mixed), 3 (1 mixed), 2 (2 mixed)."""
     config = DynamicSamplingConfig(oversample=1.5, max_refills=2)
     search, rounds = run(Search(config, wanted=4), [0, 1, 4, 4, 3, 0, 0, 4, 2, 2, 2])
     assert rounds == [6, 3, 2]
@@ -110,7 +110,7 @@ def test_a_search_keeps_the_first_mixed_groups_or_raises_an_error(
     try:
         search, rounds = run(Search(config, wanted), correct)
     except DynamicSamplingError:
-        # Then the fewest prompts that all its rounds ask have too few mixed groups.
+        # Even the smallest number of prompts over all rounds has too few mixed groups.
         assert len([index for index in mixed if index < wanted + max_refills]) < wanted
         return
     assert kept(search) == mixed[:wanted]

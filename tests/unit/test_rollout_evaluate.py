@@ -1,4 +1,4 @@
-"""pass@k against a count of all draws, and the figures of an evaluation."""
+"""pass@k against a count of all draws, and the metrics of an evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command that starts a server, and what is refused before it is started."""
+"""The command that starts a server, and options that are refused before the start."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_pool_starts_servers_with_routes_only_if_wanted(tmp_path: Path) -> Non
 def test_each_run_makes_a_new_key_for_its_own_servers_only(tmp_path: Path) -> None:
     pools = [Pool(RolloutConfig(), EngineConfig(), tmp_path, tmp_path, 0) for _ in range(2)]
     keys = [pool._options(0, 1).api_key for pool in pools]
-    assert keys == [pool.api_key for pool in pools]  # which the leaders are told
+    assert keys == [pool.api_key for pool in pools]  # the leaders get this key
     assert all(key is not None and len(key) >= 40 for key in keys)
     assert keys[0] != keys[1]
     others = RolloutConfig.model_validate({"servers": {"urls": ["http://a:1"]}})
@@ -149,11 +149,11 @@ found = {"key": settings.api_key, "log": str(settings), "environment": dict(os.e
 print(json.dumps(found))
 """,
 }
-"""A pretended SGLang: what is asked for settings, and a server that tells what it was given."""
+"""A fake SGLang: the modules that read settings, and a server that prints its settings."""
 
 
 def test_the_api_key_appears_only_in_sglangs_settings(tmp_path: Path) -> None:
-    """Not in its arguments, its log or what its processes inherit; and its ranks meet at a file, not at a port."""
+    """The key is not in arguments, log or inherited environment. SGLang's ranks meet at a file, not at a port."""
     for name, text in SGLANG.items():
         file = tmp_path / "sglang" / name
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""The CPU layer's stand-ins: names resolve, calls raise, and nothing else in the environment sees them.
+"""The CPU layer's stand-ins: names resolve, calls raise, and other processes do not see them.
 
-That SGLang's numbers are right behind them is in test_rollout_logprobs.py. Each check runs in a process of its own.
+test_rollout_logprobs.py checks SGLang's numbers with these stand-ins. Each check here runs in its own process.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def test_an_installed_package_wins_over_its_stand_in(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("package", PACKAGES)
 def test_sglang_cannot_be_imported_without_each_stand_in(package: str) -> None:
-    """An upgrade of SGLang that makes one needless turns this red."""
+    """This fails if an upgrade of SGLang makes a stand-in unnecessary."""
     ended = run(
         INSTALL + f"del sglang_cpu.PACKAGES[{package!r}]\n"
         "import sglang.launch_server, sglang.srt.managers.scheduler, sglang.srt.models.qwen3_moe",

@@ -1,4 +1,4 @@
-"""Attention of many sequences at once equals that of one after another. The real server: test_rollout_logprobs.py."""
+"""Attention of many sequences at once equals attention one by one. test_rollout_logprobs.py tests the real server."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ def unexpected(*args: object, **kwargs: object) -> Tensor:
 
 
 def problem(q_lens: list[int], kv_lens: list[int]) -> tuple[tuple[Tensor, ...], Tensor]:
-    """(query, output, k_cache, v_cache, req_to_token, rows, kv_lens, prefixes, q_lens) with slots in random order, and
-    the right output."""
+    """Returns (query, output, k_cache, v_cache, req_to_token, rows, kv_lens, prefixes, q_lens) and the expected output.
+
+    Cache slots are in random order.
+    """
     g = torch.Generator().manual_seed(0)
     n, slots, longest = len(q_lens), sum(kv_lens) + 5, max(kv_lens) + 3
     query = torch.randn(sum(q_lens), HEADS, HEAD_DIM, generator=g)
     keys, values = (torch.randn(slots, KV_HEADS, HEAD_DIM, generator=g) for _ in range(2))
     rows = torch.randperm(n + 2, generator=g)[:n]
-    req_to_token = torch.full((n + 2, longest), 10**6)  # what is beyond a sequence's end may be anything
+    req_to_token = torch.full((n + 2, longest), 10**6)  # values beyond a sequence's end may be anything
     free, expected, first = torch.randperm(slots, generator=g), [], 0
     for row, q_len, kv_len in zip(rows.tolist(), q_lens, kv_lens, strict=True):
         at, free = free[:kv_len], free[kv_len:]

@@ -1,4 +1,4 @@
-"""Saved rollouts as the source of a run's groups, whatever layout wrote them."""
+"""Saved rollouts of any layout as the source of a run's groups."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def save(run_dir: Path, *shares: list[Group], **header: Any) -> None:
 
 
 def saved_groups(run_dir: Path, step: int, share: int, of: int, **options: Any) -> list[Group]:
-    """For a run that wants what is there."""
+    """Reads a share of a step, for a run that wants exactly the saved groups."""
     files = sorted((run_dir / "rollouts").glob("*.jsonl"))
     groups = [group for file in files for group in read_groups(file)]
     wanted = Wanted(len(groups), len(groups[0].samples), max_tokens=4, temperature=0.7, vocab_size=9)
@@ -85,7 +85,7 @@ def test_the_error_names_the_file_and_sample_of_another_models_trace(tmp_path: P
         saved_groups(tmp_path, 1, 0, 1, needs_traces=dataclasses.replace(SPEC, top_k=3))
 
 
-# ---- rollouts that this run did not ask for ----------------------------------------------------------------------
+# ---- rollouts that do not fit this run ---------------------------------------------------------------------------
 
 
 def two_by_two() -> list[Group]:
@@ -166,7 +166,7 @@ def test_samples_that_cannot_be_trained_on_are_refused(tmp_path: Path, change: A
     [(32, 2, 16, 4), (16, 1, 32, 1), (3, 4, 16, 1), (4, 8, 4, 8), (2, 5, 3, 4)],
 )
 def test_independent_leaders_together_use_all_servers(leaders: int, groups: int, servers: int, most: int) -> None:
-    """32 leaders that all began with the first server sent all of their groups to two of sixteen."""
+    """If 32 leaders all started with the first server, they would send all groups to two of sixteen servers."""
     urls = [f"http://127.0.0.1:{1000 + n}" for n in range(servers)]
     sampling = Sampling(8, 1, 1.0, concurrency=1000, vocab_size=9, versions=frozenset({0}))
     count = Counter[str]()

@@ -1,4 +1,4 @@
-"""Routing metrics against hand-computed vectors and a reference in plain Python, however the rows are cut up."""
+"""Routing metrics against values by hand and a plain Python reference, for any division of rows."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_common_counts_shared_experts_in_any_order() -> None:
 
 
 def test_routing_changes_by_hand() -> None:
-    # The same; another order; one expert of three; all; and a row that does not count.
+    # Rows: equal; another order; one of three experts differs; all differ; not valid.
     a = [[0, 1, 2], [0, 1, 2], [0, 1, 2], [0, 1, 2], [0, 1, 2]]
     b = [[0, 1, 2], [1, 0, 2], [0, 1, 3], [3, 4, 5], [5, 4, 3]]
     report = compare(a, b, [True, True, True, True, False])
@@ -88,12 +88,12 @@ def test_router_metrics_by_hand() -> None:
     entropy = -sum(w / sum(weights) * math.log(w / sum(weights)) for w in weights)
     assert report["routing/entropy/layer_04"] == pytest.approx((entropy + math.log(6)) / 2, rel=1e-6)
     assert report["routing/margin/layer_04"] == 0.5  # 2 - 1, and 0
-    assert report["routing/live_overlap/layer_04"] == pytest.approx(2 / 3)  # of the one replayed row
+    assert report["routing/live_overlap/layer_04"] == pytest.approx(2 / 3)  # one row is replayed
     assert report["routing/fallback/layer_04"] == 1 / 2
     assert report["routing/max_vio/layer_04"] == 1.0  # loads 2 2 1 1 0 0, their mean 1
     assert report["routing/dead_experts/layer_04"] == 2
     assert not [name for name in report if name.endswith("layer_01")]
-    for over in ("mean", "min", "max"):  # of the layers that have rows
+    for over in ("mean", "min", "max"):  # over layers that have rows
         assert report[f"routing/margin/{over}"] == 0.5
 
 
@@ -144,7 +144,7 @@ def test_the_autograd_graph_is_not_kept_alive() -> None:
 
 
 def test_nothing_synchronises_with_the_device_before_finalize() -> None:
-    """A fake tensor has no values, so it refuses whatever would wait for them: item, nonzero, bincount."""
+    """A fake tensor has no values, so it refuses calls that wait for values: item, nonzero, bincount."""
     with FakeTensorMode():
         found = stats()
         feed(found, draw(0, 5), slice(None), 0)
@@ -172,7 +172,7 @@ def feed(
     layers: Sequence[int] = LAYERS,
     pair: str = PAIR,
 ) -> None:
-    """What a rank that holds these rows and layers sees of a micro-batch."""
+    """Feeds a micro-batch as a rank with these rows and layers sees it."""
     d = {name: values[rows] for name, values in data.items()}
     found.expect(pair, micro_batch, d["valid"])
     for layer in layers:
@@ -190,7 +190,7 @@ def report_of(data: dict[str, Tensor]) -> dict[str, float]:
 
 
 def reduced(ranks: Sequence[RoutingStats]) -> dict[str, float]:
-    """What all of them report after their sums are added up."""
+    """Returns the report of all ranks after their sums are added up."""
     for parts in zip(*(rank.sums() for rank in ranks), strict=True):
         parts[0].copy_(torch.stack(parts).sum(0))
     return ranks[0].finalize()
@@ -203,7 +203,7 @@ seeds, counts = st.integers(0, 2**20), st.integers(1, 40)
 @given(seed=seeds, rows=counts, data=st.data())
 def test_metrics_do_not_depend_on_micro_batches_or_ranks(seed: int, rows: int, data: st.DataObject) -> None:
     drawn = draw(seed, rows)
-    # Three ranks of two micro-batches; each row in any of them, some of them empty.
+    # Three ranks with two micro-batches each; rows are in any of them, and some are empty.
     owner = torch.tensor(data.draw(st.lists(st.integers(0, 5), min_size=rows, max_size=rows)))
     ranks = [stats() for _ in range(3)]
     for part in range(6):
@@ -217,7 +217,7 @@ def test_metrics_do_not_depend_on_micro_batches_or_ranks(seed: int, rows: int, d
 @given(seed=seeds, rows=counts)
 def test_metrics_do_not_depend_on_pipeline_stages(seed: int, rows: int) -> None:
     drawn = draw(seed, rows)
-    stages = [stats() for _ in range(3)]  # the last without routers
+    stages = [stats() for _ in range(3)]  # the last one has no routers
     for stage, layers in zip(stages, ([LAYERS[0]], [LAYERS[1]], []), strict=True):
         for part, pair in ((slice(0, rows // 2), PAIR), (slice(rows // 2, None), PAIR), (slice(None), RERUN)):
             feed(stage, drawn, part, int(part.start == rows // 2), layers, pair)

@@ -1,4 +1,4 @@
-"""Signals and clocks that end a run early, and the evaluation that a stopped run owes."""
+"""Signals and time limits that end a run early, and the evaluation that a stopped run still has to make."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_signal_handlers_are_restored() -> None:
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
-    """As of a job that a shell has started in the background."""
+    """A shell ignores signals for its background jobs."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         caught = Signals(tells=False)
@@ -100,7 +100,7 @@ def test_a_signal_ends_a_wait_and_cancels_its_task(signals: Signals) -> None:
     assert cancelled.wait(10)
     with pytest.raises(Interrupted), signals.interrupt():
         raise AssertionError("a wait that begins after the signal")
-    os.kill(os.getpid(), signal.SIGTERM)  # outside of a wait nothing is raised
+    os.kill(os.getpid(), signal.SIGTERM)  # without a wait nothing is raised
     loop.close()
 
 
@@ -121,7 +121,7 @@ def test_a_checkpoint_is_due_after_the_configured_minutes() -> None:
 
 
 def test_a_run_with_default_settings_saves_every_half_hour() -> None:
-    """A crash costs half an hour, and not the whole run."""
+    """A crash then loses at most half an hour, not the whole run."""
     now = [0.0]
     clock = Clock(CheckpointConfig().minutes, None, clock=lambda: now[0])
     clock.begin()
@@ -134,7 +134,7 @@ def test_a_run_with_default_settings_saves_every_half_hour() -> None:
 def test_time_is_up_if_the_next_step_would_end_too_late() -> None:
     now = [0.0]
     clock = Clock(checkpoint_minutes=None, max_minutes=10.0, clock=lambda: now[0])
-    now[0] = 100.0  # counts: a job's limit does not wait for the weights
+    now[0] = 100.0  # the start counts too, as a job's time limit includes it
     clock.begin()
     for end, up in ((200.0, False), (350.0, False), (440.0, False), (500.0, True)):
         now[0] = end
@@ -145,7 +145,7 @@ def test_time_is_up_if_the_next_step_would_end_too_late() -> None:
 
 @pytest.mark.parametrize("moment", ["before", "during", "never"])
 def test_an_evaluation_that_a_stop_prevents_is_recorded_as_owed(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the checkpoint says so, so that the resumed run makes it."""
+    """The checkpoint records it, so that the resumed run makes the evaluation."""
     trainer: Any = SimpleNamespace(watch=SimpleNamespace(stopping="SIGTERM" if moment == "before" else ""))
     evaluator = Evaluator(EvalConfig(), trainer, None, None)
     progress = Progress(4, 8, PromptCursor(0))

@@ -1,4 +1,4 @@
-"""What tells right weights from wrong ones, and how a sync waits for servers. Without a server."""
+"""How a weight sync detects wrong weights and waits for servers, tested without a server."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from megatron_rl.weights.verify import Asked, SampledAnswer, ask_servers, verify
 RNG = np.random.default_rng(0)
 EXPECTED = [-3.0 * RNG.random(9).astype(np.float32) for _ in range(2)]
 SAMPLED = [-2.0 * RNG.random(9).astype(np.float32) for _ in range(2)]
-RESPONSE = 6  # of the nine
+RESPONSE = 6  # of the nine tokens
 
 
 def asked(scored: float = 0.0, sampled: float = 0.0, one_token: float = 0.0, **changes: Any) -> Asked:
-    """Two servers; the second is off by so much, on all tokens or on a sampled one."""
+    """Answers of two servers. The second differs by these amounts, on all tokens or on one sampled token."""
     answers = []
     for url, off, logprobs in (("a", 0.0, SAMPLED[0]), ("b", sampled, SAMPLED[1])):
         served = (logprobs[-RESPONSE:] - off).tolist()
@@ -62,7 +62,7 @@ def test_differences_from_rounding_pass() -> None:
     check(asked(scored=0.09, sampled=0.09))
     check(asked(one_token=0.4))  # in bf16 one token may go to other experts
     check(asked(scored=9e-6, sampled=9e-6), bound=1e-5)
-    check(asked(sampled=0.19), temperature=0.5)  # logits / .5 round twice as coarsely
+    check(asked(sampled=0.19), temperature=0.5)  # dividing logits by .5 doubles their rounding
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_the_default_bound_allows_bf16_servers_with_an_fp32_engine() -> None:
 
 @pytest.mark.parametrize("form", [(2, "float32"), (1, "bfloat16")])
 def test_checksums_are_compared_among_servers_with_the_same_tp_and_dtype(form: tuple[int, str]) -> None:
-    """SGLang's checksum of equal weights depends on how they are cut and rounded."""
+    """SGLang's checksum of equal weights depends on tensor parallelism and dtype."""
     check(asked(checksums={"a": "x", "b": "y"}, forms={"a": (1, "float32"), "b": form}))
     with pytest.raises(WeightSyncError, match="different weights"):
         check(asked(checksums={"a": "x", "b": "y"}, forms={"a": form, "b": form}))
@@ -103,7 +103,7 @@ def test_the_error_names_the_key_that_allows_coarser_kernels() -> None:
 
 
 class Served:
-    """Of a client only what a verification asks of it; the first `aborts` answers are aborted and empty."""
+    """A client with only the methods that a verification calls; its first `aborts` answers are aborted and empty."""
 
     url, deadline = "http://a:1", 10.0
 
@@ -165,7 +165,7 @@ def test_the_error_names_a_server_that_does_not_answer() -> None:
 
 
 class Refusing:
-    """Of a client only what a join asks of it."""
+    """A client with only the methods that joining a group calls."""
 
     url = "http://127.0.0.1:1"
 
@@ -180,7 +180,7 @@ class Refusing:
 
 
 def test_a_server_that_refuses_to_join_is_an_error_at_once() -> None:
-    """Our own rank waits for it until weights.timeout."""
+    """Otherwise our own rank would wait until weights.timeout."""
     loop = BackgroundLoop()
     routes = [CollectiveRoute([Refusing()], loop, torch.device("cpu"), 60.0) for _ in range(2)]  # type: ignore[list-item]
     start = time.monotonic()
@@ -197,7 +197,7 @@ def test_a_server_that_refuses_to_join_is_an_error_at_once() -> None:
     ("addresses", "address"), [(["127.0.0.1"] * 2, "127.0.0.1"), (["127.0.0.1", "192.0.2.1"], "0.0.0.0")]
 )
 def test_the_rendezvous_listens_only_on_addresses_that_servers_need(addresses: list[str], address: str) -> None:
-    """What listens there takes orders from anyone."""
+    """The rendezvous accepts commands from anyone who can reach it."""
     store = _listen(addresses, 3, timedelta(seconds=60))
     found = [c.laddr.ip for c in psutil.Process().net_connections("tcp") if c.laddr.port == store.port and not c.raddr]
     assert found == [address]
@@ -240,7 +240,7 @@ def test_an_old_weight_version_that_cannot_be_removed_does_not_end_the_run(
 
 
 def test_only_the_connected_sockets_of_the_group_are_closed() -> None:
-    """That this wakes a rank in a broadcast was tried with gloo; that the listening one must stay, too."""
+    """Tried with gloo: closing these wakes a rank in a broadcast, and the listening socket must stay open."""
     before = _open_sockets()
     with socket.create_server(("127.0.0.1", 0)) as listening, socket.create_connection(listening.getsockname()) as one:
         other, _ = listening.accept()

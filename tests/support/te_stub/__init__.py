@@ -1,8 +1,8 @@
 """Transformer Engine without a GPU: its own Python code over stand-ins for its compiled parts.
 
 Call `load(directory)`, which makes the package in `directory` importable, before use_device("cpu"). Then import
-Megatron-Core and call `install_kernels()`, which implements on the CPU the few functions that
-Megatron-Core calls. Each such call is bound to Transformer Engine's own signature first, so that a wrong argument is a TypeError.
+Megatron-Core and call `install_kernels()`, which implements on the CPU the few functions that Megatron-Core
+calls. Each such call is bound to Transformer Engine's own signature first, so that a wrong argument is a TypeError.
 
 This tests that modules are built, marked, loaded, exported and called as Transformer Engine and Megatron-Core expect,
 and that gradients are reduced over the right ranks. It cannot test kernels (their numbers, dtypes and speed), attention
