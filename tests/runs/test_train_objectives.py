@@ -114,7 +114,7 @@ def test_the_critic_learns_and_logs_its_metrics(setting: Path) -> None:
     assert after["score.weight"].abs().max() > 1e-4
 
 
-def test_first_step_advantages_equal_those_of_a_critic_that_returns_zero(setting: Path) -> None:
+def test_first_step_advantages_follow_from_zero_values(setting: Path) -> None:
     """With V = 0 and gamma = 1, A_t is the reward times lambda per remaining token; then A_t is normalised."""
     from megatron_rl.data.store import read_groups
 
@@ -177,7 +177,7 @@ def by_response(setting: Path) -> float:
     return float(np.mean(means))
 
 
-def test_rollout_log_probs_can_replace_those_of_pi_old(setting: Path) -> None:
+def test_rollout_log_probs_can_replace_old_log_probs(setting: Path) -> None:
     for line in lines(setting.parent / "mu-for-old"):
         assert not any(name.startswith(("rho", "kl/rollout_old", "abs_logprob_gap")) for name in line)
         assert line["ratio/mean"] == pytest.approx(line["omega/mean"])

@@ -269,7 +269,7 @@ def test_a_prompt_that_would_kill_the_server_is_not_sent(served: str, ids: list[
 
 
 @pytest.mark.parametrize("change", [lambda entries: entries.pop(), lambda entries: entries[2].__setitem__(1, 7)])
-def test_scores_for_other_tokens_than_those_sent_are_an_error(served: str, change: Callable[[list[Any]], Any]) -> None:
+def test_scores_for_tokens_that_were_not_sent_are_an_error(served: str, change: Callable[[list[Any]], Any]) -> None:
     fault = Fault(change=lambda a: change(meta(a)["input_token_logprobs"]))
     error, _ = through(served, fault, call=lambda c: c.score(PROMPT))
     assert "input_token_logprobs: found ids" in str(error)

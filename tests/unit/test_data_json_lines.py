@@ -46,7 +46,7 @@ def test_a_number_keeps_its_original_digits(records, digits):
 
 
 @given(st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text() | st.booleans() | st.none())
-def test_values_equal_those_of_the_json_module(value):
+def test_values_equal_the_output_of_the_json_module(value):
     from megatron_rl.data.json_lines import parse_json
 
     assert parse_json(json.dumps({"answer": [value]})) == {"answer": [value]}

@@ -179,7 +179,7 @@ def test_best_fill_packs_better_than_first_fit_decreasing():
 
 
 def test_the_token_budget_wins_over_even_micro_batches():
-    """Eight micro-batches of 9 tokens hold all samples. Longest first into the emptiest of nine would need 10 tokens."""
+    """Eight micro-batches of 9 tokens hold all samples. Longest first into the emptiest of nine would need 10."""
     sizes = [SampleSize(i, 0, n, 1) for i, n in enumerate([5] * 4 + [4] * 4 + [3] * 12)]
     (replica,) = plan(sizes, mini_batches=1, dp=1, max_tokens=9, micro_batch_multiple=3).steps[0].micro_batches
     assert len(replica) == 9

@@ -164,7 +164,7 @@ def plain(group: Group) -> dict[str, Any]:
 
 
 def as_read(record: dict[str, Any]) -> dict[str, Any]:
-    """Returns the content of a line, read without the store's code except that of traces."""
+    """Returns the content of a line, read without the store's code, except for traces."""
     import base64
     import zlib
 

@@ -87,7 +87,7 @@ def test_a_key_that_shares_a_prefix_with_a_changeable_key_is_compared(tmp_path: 
         RunDir.open(tmp_path, changed(evaluation={"every": 1}), resume=True)
 
 
-def test_resumed_files_equal_those_of_an_uninterrupted_run(tmp_path: Path) -> None:
+def test_files_of_a_resumed_run_equal_an_uninterrupted_run(tmp_path: Path) -> None:
     straight = start(tmp_path / "straight")
     log_steps(straight, 1, 6)
     straight.close()

@@ -100,7 +100,7 @@ def test_leave_one_out_subtracts_the_mean_of_the_other_rewards(group):
     st.sampled_from(["population", "sample", "none"]),
 )
 def test_advantages_are_finite_for_any_group(group, baseline, std):
-    """No group gives NaN: neither one of a single response nor one of equal rewards."""
+    """No group gives NaN, including groups of a single response or of equal rewards."""
     advantages = group_advantages(group, GroupAdvantage(baseline=baseline, std=std))
     assert advantages.shape == (len(group),)
     assert np.isfinite(advantages).all()

@@ -1,4 +1,4 @@
-"""Mismatch corrections: against the reference, their effect on denominators, and that none is applied twice."""
+"""Mismatch corrections: against the reference, their effect on denominators, and that each is applied only once."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_correction_factors_by_hand(correction, expected):
         ((0.5, 0.5), -1.0, 0.7, 1.0),
         ((0.25, 0.25), -1.0, math.log(4), 1.0),  # equal to delta is not above delta
         ((0.5, 0.5), 1.0, 0.6, 1.0),  # good responses stay
-        ((2.0, 2.0), -1.0, 0.6, 1.0),  # and so do those that pi_theta has not moved away from
+        ((2.0, 2.0), -1.0, 0.6, 1.0),  # so do responses that are not less likely than under mu
         ((0.25, 1.0), -1.0, 0.6, 0.0),  # the mean over the response, not each token
     ],
 )

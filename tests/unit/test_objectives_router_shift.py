@@ -51,7 +51,7 @@ def test_the_router_shift_multiplies_the_ratio(ratio, value, gradient):
 @pytest.mark.parametrize(
     ("ratio", "shift", "advantage", "value", "slope", "clipped"),
     [
-        (1.3, 0.9, 1.0, 1.17, 1.17, ""),  # 1.3 alone were beyond the band; after the clip it would be 1.2 * 0.9
+        (1.3, 0.9, 1.0, 1.17, 1.17, ""),  # 1.3 alone is outside the band; a shift after the clip would give 1.2 * 0.9
         (1.5, 0.9, 1.0, 1.2, 0.0, "high"),
         (0.85, 0.9, -1.0, -0.8, 0.0, "low"),  # the shift moves it out of the band
         (0.85, 0.9, 1.0, 0.765, 0.765, ""),

@@ -1,4 +1,4 @@
-"""The math verifier: verdicts match those of a person, unreadable references are refused, and nothing takes long."""
+"""The math verifier: verdicts match a person's, unreadable references are refused, and nothing takes long."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def verdict(reference: str, response: str) -> bool:
     return found.correct
 
 
-def test_verdicts_match_those_of_a_person() -> None:
+def test_verdicts_match_a_persons_verdicts() -> None:
     """Some expressions are too expensive to compute: computing one would exceed the test's time limit."""
     found = [(*case, verdict(case[0], case[1])) for case in VERDICTS]
     assert [case[:4] for case in found if case[2] != case[4]] == []
