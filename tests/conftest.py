@@ -14,30 +14,30 @@ from tiny_models import make_tiny_model
 from megatron_rl.rollout.client import SGLangClient
 from megatron_rl.rollout.server import Server, ServerOptions, free_ports
 
-# An example that takes long on a busy machine is no failure.
+# A slow example on a busy machine is not a failure.
 settings.register_profile("megatron_rl", parent=settings.default, deadline=None)
 settings.load_profile("megatron_rl")
 
-# Their asserts tell both sides, as those of a test file do.
+# Failed asserts in these files then show both sides, as in test files.
 pytest.register_assert_rewrite("objective_checks", "resume_runs")
 
 
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    """Starts ranks and runs of the command line; pays once for what they import."""
+    """Starts ranks and command-line runs by forking, so that imports are done only once."""
     with Forks(tmp_path_factory.mktemp("forks")) as forks:
         yield forks
 
 
 @pytest.fixture
 def forked_ranks(forks: Forks, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks that parity and certify start are forked."""
+    """Makes parity and certify fork their ranks."""
     monkeypatch.setattr("megatron_rl.ranks.launch.run_ranks", forks.run_ranks)
 
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """fp32 Qwen3-MoE, grouped-query attention, character tokenizer. No dense layers: SGLang would give them experts."""
+    """A tiny fp32 Qwen3-MoE model with a character tokenizer. No layer is dense, as SGLang would give it experts."""
     directory = tmp_path_factory.mktemp("models") / "tiny"
     make_tiny_model(directory)
     return directory
@@ -58,7 +58,7 @@ def tiny_server(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def served(tiny_server: Server, tiny_model_dir: Path) -> str:
-    """URL of the server, with the weights of tiny_model_dir as version 0, whatever a test before left there."""
+    """URL of the server, reset to the weights of tiny_model_dir as weight version 0."""
 
     async def load() -> None:
         async with SGLangClient(tiny_server.url, deadline=60.0) as client:

@@ -1,4 +1,4 @@
-"""Layouts against Megatron-Core's own answer to who holds what."""
+"""Layouts against Megatron-Core: which rank has which coordinates and layers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Answers = dict[str, tuple[Groups, list[list[list[int]]]]]
 
 @pytest.fixture(scope="module")
 def megatron_core(forks: Forks) -> Answers:
-    # In another process: the CPU layer has to be in place before Megatron-Core is imported.
+    # Runs in another process: the CPU layer has to be in place before Megatron-Core is imported.
     (answers,) = forks.world(1, "layout_worker:answer", ARCHITECTURE.num_layers, list(LAYOUTS))
     return dict(answers)
 
 
 @pytest.mark.parametrize("text", LAYOUTS)
-def test_coordinates_are_megatron_cores(text: str, megatron_core: Answers) -> None:
+def test_rank_coordinates_match_megatron_core(text: str, megatron_core: Answers) -> None:
     groups, _ = megatron_core[text]
     layout = Layout.resolve(*parse_layout(text))
     for axis, of_axis in groups.items():
@@ -31,7 +31,7 @@ def test_coordinates_are_megatron_cores(text: str, megatron_core: Answers) -> No
 
 
 @pytest.mark.parametrize("text", LAYOUTS)
-def test_layers_are_megatron_cores(text: str, megatron_core: Answers) -> None:
+def test_stage_layers_match_megatron_core(text: str, megatron_core: Answers) -> None:
     _, layers = megatron_core[text]
     layout = Layout.resolve(*parse_layout(text))
     for pp in range(layout.pp):

@@ -1,4 +1,4 @@
-"""The critic against transformers' model with one number per token, in every kind of layout."""
+"""The critic against transformers' token-classification model with one label, in every kind of layout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FOUR_RANKS = ["tp=2,ep=2,etp=2", "tp=2,pp=2,ep=2"]
 
 
 def value_model(model: Path, target: Path, bias: float = 0.3) -> Path:
-    """A language model's directory with a random value head in place of its own."""
+    """Writes a copy of a language model whose output layer is replaced by a random value head."""
     target.mkdir()
     weights = load_file(model / "model.safetensors")
     hidden = weights["model.norm.weight"].shape[0]
@@ -38,7 +38,7 @@ def value_model(model: Path, target: Path, bias: float = 0.3) -> Path:
 
 
 def expected(model: Path) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """transformers' values where a token is chosen, and the gradient of their weighted sum."""
+    """Returns transformers' values of the tokens in the loss mask, and the gradients of their weighted sum."""
     reference = AutoModelForTokenClassification.from_pretrained(model, dtype=torch.float32).eval()
     values, loss = [], torch.zeros(())
     for number, sample in enumerate(samples()):
@@ -52,7 +52,7 @@ def expected(model: Path) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
 
 
 def by_expert(name: str, gradient: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Under the names of the checkpoint: transformers holds all experts of a layer in one tensor."""
+    """Yields gradients by checkpoint name; transformers holds all experts of a layer in one tensor."""
     layer, experts, kind = name.partition(".experts.")
     if not experts:
         yield name, gradient
@@ -99,7 +99,7 @@ def test_values_and_gradients_equal_transformers(
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_language_model_makes_a_critic_whose_values_are_zero(forks: Forks, tmp_path: Path, tied: bool) -> None:
+def test_a_critic_made_from_a_language_model_starts_with_zero_values(forks: Forks, tmp_path: Path, tied: bool) -> None:
     language_model = make_tiny_model(tmp_path / "lm", tied=tied)
     forks.world(1, "critic_worker:main", language_model, tmp_path, ["tp=1"])
     found = load_file(tmp_path / "tp=1.safetensors")
@@ -109,7 +109,7 @@ def test_a_language_model_makes_a_critic_whose_values_are_zero(forks: Forks, tmp
     assert exported.num_labels == 1
 
 
-def test_a_critic_is_no_policy(model: Path) -> None:
+def test_a_critic_cannot_be_read_as_a_policy(model: Path) -> None:
     with pytest.raises(ModelError, match=r"architectures is \['Qwen3MoeForTokenClassification'\]"):
         read_architecture(model)
     assert read_architecture(model, value_head=True).value_head

@@ -1,5 +1,5 @@
-"""Every item of the CPU layer is necessary: without it, training on a CPU fails. An upgrade of Megatron-Core that makes
-one unnecessary turns this red, and the item can go."""
+"""Each item of the CPU layer is necessary: without it, training on a CPU fails. If an upgrade of Megatron-Core makes an
+item unnecessary, its test fails, and the item can be removed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_rl.engine.layers.choice import choose_layers
 from megatron_rl.engine.layers.transformer_engine import TransformerEngineLayers
 
 LAYOUTS = {"all_to_all": "ep=2", "uneven_collectives": "tp=2,ep=2,etp=2", "to_cuda": "pp=2"}
-"""Where an item is needed only under some parallelism."""
+"""Layout for each item that is needed only under some kind of parallelism."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def step(model: Path, layout: str, left_out: str) -> subprocess.CompletedProcess
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("item", [*CPU_LAYER, *ON_EVERY_DEVICE])
-def test_each_item_is_necessary(model: Path, item: str) -> None:
+def test_training_fails_if_one_cpu_layer_item_is_left_out(model: Path, item: str) -> None:
     if item == "router_gemm" and not megatron.core.__version__.startswith("0.16"):
         pytest.skip("only megatron-core 0.16 leaves te_general_gemm undefined")
     assert step(model, LAYOUTS.get(item, "tp=1"), item).returncode != 0
@@ -55,7 +55,7 @@ def test_each_item_is_necessary(model: Path, item: str) -> None:
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("layout", ["tp=1", *LAYOUTS.values()])
-def test_together_they_suffice(model: Path, layout: str) -> None:
+def test_training_works_with_all_cpu_layer_items(model: Path, layout: str) -> None:
     done = step(model, layout, "nothing")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "UPDATED" in done.stdout
@@ -63,7 +63,7 @@ def test_together_they_suffice(model: Path, layout: str) -> None:
 
 @pytest.fixture(scope="module")
 def on_a_pretended_gpu(model: Path) -> dict[str, dict[str, list[str]]]:
-    """By network, the weights and buffers on each device as its weights are about to be loaded."""
+    """For each network, the names of weights and buffers by device, just before weights are loaded."""
     worker = str(SUPPORT / "fake_cuda_worker.py")
     done = subprocess.run(
         [sys.executable, worker, str(model)], env=environment(), capture_output=True, text=True, check=False
@@ -73,7 +73,7 @@ def on_a_pretended_gpu(model: Path) -> dict[str, dict[str, list[str]]]:
 
 
 @pytest.mark.parametrize("network", ["policy", "without optimizer", "frozen", "critic"])
-def test_every_weight_is_on_the_gpu_before_it_is_loaded(
+def test_all_weights_are_on_the_gpu_before_loading(
     on_a_pretended_gpu: dict[str, dict[str, list[str]]], network: str
 ) -> None:
     (names,) = on_a_pretended_gpu[network].values()
@@ -87,12 +87,12 @@ def test_every_weight_is_on_the_gpu_before_it_is_loaded(
     [
         ("auto", "auto", True, True),
         ("cuda", "auto", True, True),
-        ("cpu", "auto", True, False),  # as the demo runs on a machine with a GPU
+        ("cpu", "auto", True, False),  # the demo on a machine with a GPU
         ("auto", "auto", False, False),
         ("auto", "torch", True, False),
     ],
 )
-def test_transformer_engine_is_taken_on_a_gpu_only(
+def test_transformer_engine_is_used_only_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch, device: Device, layers: Literal["auto", "torch"], gpu: bool, found: bool
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)

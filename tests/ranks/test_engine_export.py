@@ -11,12 +11,12 @@ from tiny_models import make_tiny_model
 
 
 @pytest.mark.distributed
-def test_two_ranks_export_the_checkpoint_and_mistakes_in_that_are_seen(forks: Forks) -> None:
+def test_two_ranks_export_the_checkpoint_and_the_check_detects_mistakes(forks: Forks) -> None:
     forks.world(2, "export_worker:two_ranks")
 
 
 @pytest.mark.distributed
-def test_four_ranks_export_the_checkpoint_and_refuse_what_does_not_fit(forks: Forks, tmp_path: Path) -> None:
+def test_four_ranks_export_the_checkpoint_and_reject_mismatches(forks: Forks, tmp_path: Path) -> None:
     for family, arguments in TINY.items():
         make_tiny_model(tmp_path / family, **arguments)
     forks.world(4, "export_worker:four_ranks", tmp_path)

@@ -1,4 +1,4 @@
-"""Layers of Transformer Engine against those of plain PyTorch, without a GPU: its real Python over support/te_stub."""
+"""Transformer Engine's layers against plain PyTorch layers, without a GPU: its real Python over support/te_stub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from te_worker import LAYOUTS
 from tiny_models import make_tiny_model
 
 DIRECTORY = Path(sys.prefix) / "te"
-"""Where `make install` puts it: outside of the environment's packages, where `layers: auto` would find it."""
+"""The folder into which `make install` puts it. Among the environment's packages, `layers: auto` would find it."""
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answers(
     request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
-    """By layout and provider, for one number of ranks or more."""
+    """Results by layout and provider, for one or more numbers of ranks."""
     if not DIRECTORY.is_dir():
         pytest.skip(f"no Transformer Engine in {DIRECTORY}; make install puts it there")
     out = tmp_path_factory.mktemp("answers")
@@ -48,7 +48,7 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.distributed
-def test_log_probs_and_gradients_are_the_same(answers: dict[str, dict[str, Any]]) -> None:
+def test_log_probs_and_gradients_equal_plain_pytorch(answers: dict[str, dict[str, Any]]) -> None:
     for layout, found in answers.items():
         assert 0 <= found["logprobs_apart"] <= 1e-5, layout
         te, plain = found["te"]["gradients"], found["torch"]["gradients"]
@@ -58,7 +58,7 @@ def test_log_probs_and_gradients_are_the_same(answers: dict[str, dict[str, Any]]
 
 
 @pytest.mark.distributed
-def test_gradient_norms_are_the_same_by_kind_of_weight(answers: dict[str, dict[str, Any]]) -> None:
+def test_gradient_norms_equal_plain_pytorch_for_each_kind_of_weight(answers: dict[str, dict[str, Any]]) -> None:
     for layout, found in answers.items():
         assert found["torch"]["norms"][0]["expert"] > 1
         for te, plain in zip(found["te"]["norms"], found["torch"]["norms"], strict=True):
@@ -66,7 +66,7 @@ def test_gradient_norms_are_the_same_by_kind_of_weight(answers: dict[str, dict[s
 
 
 @pytest.mark.distributed
-def test_two_updates_leave_the_same_weights(answers: dict[str, dict[str, Any]]) -> None:
+def test_weights_equal_plain_pytorch_after_two_updates(answers: dict[str, dict[str, Any]]) -> None:
     for layout, found in answers.items():
         te, plain = found["te"], found["torch"]
         assert te["copies_apart"] == plain["copies_apart"] == 0.0, layout
@@ -76,7 +76,7 @@ def test_two_updates_leave_the_same_weights(answers: dict[str, dict[str, Any]]) 
 
 
 @pytest.mark.distributed
-def test_only_our_own_attention_gets_a_plan(answers: dict[str, dict[str, Any]]) -> None:
-    """Under context parallelism its masks take 512 MiB for a sequence of 32k tokens."""
+def test_only_our_own_attention_receives_an_attention_plan(answers: dict[str, dict[str, Any]]) -> None:
+    """Under context parallelism the masks of a plan take 512 MiB for a sequence of 32k tokens."""
     for found in answers.values():
         assert (any(found["te"]["attention_plans"]), all(found["torch"]["attention_plans"])) == (False, True)

@@ -1,4 +1,4 @@
-"""The mergeable accumulator over real ranks."""
+"""Metrics of the mergeable accumulator, all-reduced over real ranks."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from sketch_worker import accumulate
 
 
 @pytest.mark.distributed
-def test_an_all_reduce_gives_every_rank_the_whole(forks: Forks) -> None:
+def test_all_reduce_gives_every_rank_the_complete_metrics(forks: Forks) -> None:
     assert forks.world(2, "sketch_worker:reduce") == [accumulate().finalize()] * 2

@@ -1,5 +1,6 @@
-"""Neither ranks nor packing, micro-batches nor order change a loss, a gradient or a metric: on real gloo processes, for
-whatever batch and objective hypothesis draws, from samples to reduced metrics."""
+"""Losses, gradients and metrics do not depend on ranks, packing, micro-batches or order.
+
+Real gloo processes compute them, from samples to reduced metrics, for any batch and objective that hypothesis draws."""
 
 from __future__ import annotations
 
@@ -23,15 +24,15 @@ from megatron_rl.data.schedule import SampleSize, ScheduleError, plan
 from megatron_rl.objectives.kl import in_reward
 
 PATIENCE = 90.0
-"""Seconds for an answer, the start of the ranks included; longer is a deadlock."""
+"""Seconds to wait for an answer, including the start of the ranks; a longer wait means a deadlock."""
 NAMES = sorted(set(FAMILY) - {"rspo"})
-"""RSPO's factor comes from routers, of which there are none here: tests/ranks/test_routing_shift.py has it on ranks."""
+"""All presets but RSPO. Its factor needs routers, which these ranks lack; see tests/ranks/test_routing_shift.py."""
 REPLICAS = 4
-"""The most that a layout has; every mini-batch has as many samples."""
+"""Largest number of replicas of a layout; every mini-batch has at least as many samples."""
 
 
 class Ranks:
-    """Processes that answer examples; started again after one that they did not survive."""
+    """Processes that evaluate examples. They are restarted if an example ends them."""
 
     def __init__(self, forks: Forks) -> None:
         self._forks = forks
@@ -65,7 +66,7 @@ class Ranks:
         return run
 
     def stop(self) -> None:
-        """The ranks end when nobody asks; those that hang are killed."""
+        """Closes the connection, on which the ranks end, and kills ranks that hang."""
         if self._connection is not None:
             self._connection.close()
         if self._run is not None:
@@ -80,7 +81,7 @@ def ranks(forks: Forks) -> Iterator[Ranks]:
     world.stop()
 
 
-# What is drawn
+# Strategies
 
 responses = st.builds(
     Response,
@@ -104,7 +105,7 @@ group_estimators = st.builds(
 
 @st.composite
 def objectives(draw: st.DrawFn, mini_batches: int) -> tuple[ObjectiveConfig, bool]:
-    """A preset with some of its switches turned, and train.recompute_old_logprobs; nothing that is refused."""
+    """Draws a preset with some settings changed, and train.recompute_old_logprobs. Draws no refused combination."""
     config = FAMILY[draw(st.sampled_from(NAMES))]
     update: dict[str, Any] = {"kl": draw(kls)}
     if draw(st.booleans()):
@@ -151,7 +152,7 @@ def made(
     drift: float = 0.3,
     mismatch: float = 0.5,
 ) -> Example:
-    """The budget is raised until every replica of every layout has its micro-batches."""
+    """Builds an example, with max_tokens doubled until every layout can be planned."""
     drawn = Example(
         groups_of=tuple(map(tuple, groups)),
         mini_batches=mini_batches,
@@ -182,11 +183,11 @@ def fits(drawn: Example, dp: int, align: int) -> bool:
     return True
 
 
-# What must hold
+# Checks
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Of one network and one optimizer step."""
+    """Compares the results of one network in one optimizer step."""
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-9, abs=1e-9)
     assert found["metrics"]["loss"] == pytest.approx(found["loss"], rel=1e-9, abs=1e-9)
     gradient = np.array(expected["gradient"])
@@ -198,20 +199,22 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 def summed(name: str, metrics: dict[str, float]) -> float:
-    """The metric; for a standard deviation the mean square, which is what ranks add up: its difference from the squared
-    mean has fewer digits, and the root of that fewer still."""
+    """Returns the metric, or the mean square instead of a standard deviation.
+
+    Ranks add up mean squares. Subtracting the squared mean and taking the root would lose digits.
+    """
     tail, _, statistic = name.rpartition("/")
     return metrics[name] ** 2 + metrics[f"{tail}/mean"] ** 2 if statistic == "std" else metrics[name]
 
 
 def sequences_of(drawn: Example) -> list[list[TrainedSequence]]:
-    """For the reference, of masked-in tokens alone; by mini-batch."""
+    """Returns the reference's sequences of each mini-batch, with masked-in tokens only."""
     config = drawn.config().objective
 
     def penalty(response: Any) -> np.ndarray:
         if config.kl.kind == "none" or config.kl.place == "loss":
             return np.zeros(len(response.ids))
-        # Where pi_old is the update's own forward pass it is not known yet, and mu has sampled.
+        # If pi_old is the update's own forward pass, it is not known yet: use mu, which sampled the tokens.
         sampled = response.columns["old" if drawn.recompute else "rollout"]
         return config.kl.beta * kl_estimate(config.kl.kind, response.columns["reference"], sampled)
 
@@ -237,7 +240,7 @@ def sequences_of(drawn: Example) -> list[list[TrainedSequence]]:
 
 
 def assert_is_the_formula(answer: list[dict[str, Any]], drawn: Example) -> None:
-    """Advantages are float32 in a packed batch: hence 1e-6."""
+    """Compares policy results with the formula. The tolerance is 1e-6 because packed advantages are float32."""
     config = drawn.config().objective
     for found, sequences, step in zip(answer, sequences_of(drawn), trained(drawn), strict=True):
         loss, gradient = reference(sequences, config)
@@ -273,7 +276,7 @@ def assert_is_the_critics_formula(answer: list[dict[str, Any]], drawn: Example) 
 
 
 def assert_first_is_exact(answer: list[dict[str, Any]], drawn: Example) -> None:
-    """Where pi_theta is still pi_old: every ratio 1 and every clip fraction 0, to the last bit."""
+    """Checks that all ratios are exactly 1 and all clip fractions 0 if pi_theta is still pi_old."""
     if drawn.tables["theta"] != drawn.tables["old"] or not drawn.recompute:
         return
     for found in answer:
@@ -310,14 +313,14 @@ def check(ranks: Ranks, drawn: Example) -> None:
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(examples())
-def test_ranks_packing_micro_batches_and_order_change_nothing(ranks: Ranks, drawn: Example) -> None:
+def test_results_do_not_depend_on_ranks_packing_micro_batches_or_order(ranks: Ranks, drawn: Example) -> None:
     check(ranks, drawn)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", NAMES)
-def test_every_preset_is_the_same_on_all_ranks(ranks: Ranks, name: str) -> None:
-    """Hypothesis may pass one over."""
+def test_every_preset_gives_the_same_result_in_every_layout(ranks: Ranks, name: str) -> None:
+    """Hypothesis may not draw every preset."""
     shapes = [(4,), (2, 3, 3), (), (1, 1), (3, 2), (4, 1, 2)]
     batch = [
         [Response(1 + i % 3, spans, filtered=i == 4, reward=float(i % 3 - 1)) for i, spans in enumerate(shapes[a:b])]

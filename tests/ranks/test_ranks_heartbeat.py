@@ -1,4 +1,4 @@
-"""A rank that is stopped or killed ends the others, by name and within seconds; one that is only busy does not."""
+"""If a rank is suspended or killed, the others name it and end within seconds. A rank that is only busy is not lost."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SCENARIOS = ("stop-0", "stop-1", "kill-0", "kill-1", "hold", "raise")
 
 @pytest.fixture(scope="module")
 def played(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What heartbeat_worker.py left of all scenarios."""
+    """The directory in which heartbeat_worker.py left the results of all scenarios."""
     out = tmp_path_factory.mktemp("heartbeat")
     worlds = forks.start(SUPPORT / "heartbeat_worker.py", str(SECONDS), out, *SCENARIOS)
     try:
@@ -46,7 +46,7 @@ def played(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ends(played: Path, scenario: str) -> tuple[list[int], list[tuple[int, float]], list[str]]:
-    """(pid, (status, seconds after the fault), standard error), of each rank."""
+    """Returns pids, (status, seconds after the fault) and standard error, each by rank."""
     pids, found = json.loads((played / f"{scenario}.json").read_text())
     said = [(played / scenario / f"stderr-{rank}").read_text() for rank in (0, 1)]
     return pids, [tuple(end) for end in found], said
@@ -54,7 +54,7 @@ def ends(played: Path, scenario: str) -> tuple[list[int], list[tuple[int, float]
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("fault", "victim"), [("stop", 0), ("stop", 1), ("kill", 0), ("kill", 1)])
-def test_a_lost_rank_ends_the_other_which_names_it(played: Path, fault: str, victim: int) -> None:
+def test_the_surviving_rank_names_the_lost_rank_and_ends(played: Path, fault: str, victim: int) -> None:
     pids, found, said = ends(played, f"{fault}-{victim}")
     (status, seconds), (victims_status, victims_seconds) = found[1 - victim], found[victim]
     assert status == LostRankError.status
@@ -63,12 +63,12 @@ def test_a_lost_rank_ends_the_other_which_names_it(played: Path, fault: str, vic
     name = rf"rank {victim} on host {re.escape(socket.gethostname())} \(pid {pids[victim]}\)"
     assert re.search(f"^error: {name} {how}", said[1 - victim], re.MULTILINE)
     assert (played / f"{fault}-{victim}" / f"flushed-{1 - victim}").exists() or "Traceback" not in said[1 - victim]
-    assert (victims_status, said[victim]) == (-signal.SIGKILL, "")  # nothing is left of it either
+    assert (victims_status, said[victim]) == (-signal.SIGKILL, "")  # the lost rank is killed too
     assert victims_seconds < seconds + watcher.END_SECONDS + 5
 
 
 @pytest.mark.distributed
-def test_a_rank_that_holds_the_interpreters_lock_is_not_lost(played: Path) -> None:
+def test_a_rank_that_holds_the_gil_is_not_declared_lost(played: Path) -> None:
     _, found, said = ends(played, "hold")
     assert [status for status, _ in found] == [0, 0], said
     assert min(seconds for _, seconds in found) > 2 * SECONDS
@@ -76,14 +76,14 @@ def test_a_rank_that_holds_the_interpreters_lock_is_not_lost(played: Path) -> No
 
 
 @pytest.mark.distributed
-def test_ranks_that_raise_tell_their_own_errors(played: Path) -> None:
+def test_ranks_that_raise_print_their_own_errors(played: Path) -> None:
     _, found, said = ends(played, "raise")
     assert [status for status, _ in found] == [2, 2]
     assert said == ["error: an error of rank 0\n", "error: an error of rank 1\n"]
-    assert found[1][1] < 2 < found[0][1]  # rank 0 was not ended when rank 1 was through
+    assert found[1][1] < 2 < found[0][1]  # rank 0 went on after rank 1 had ended
 
 
-# A real run
+# Real runs
 
 
 def write_sft(directory: Path, model: Path) -> Path:
@@ -99,8 +99,10 @@ def write_sft(directory: Path, model: Path) -> Path:
 
 
 def stop_a_rank(command: list[str], metrics: Path, victim: str) -> set[int]:
-    """Stops a rank once there is a line of metrics, and sees the run end by its name; returns the process groups of the
-    run's servers."""
+    """Suspends a rank once a line of metrics is written, and checks that the run ends with an error naming the rank.
+
+    Returns the process groups of the run's servers.
+    """
     stderr = metrics.parents[1] / "stderr"
     with stderr.open("wb") as stream:
         run = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=stream)
@@ -125,7 +127,7 @@ def stop_a_rank(command: list[str], metrics: Path, victim: str) -> set[int]:
 
 
 @pytest.mark.distributed
-def test_a_stopped_rank_ends_a_training_run(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_suspended_rank_ends_the_training_run(tiny_model_dir: Path, tmp_path: Path) -> None:
     command = torchrun(2, "-m", "megatron_rl", "sft", str(write_sft(tmp_path, tiny_model_dir)))
     stop_a_rank(command, tmp_path / "run" / "metrics.jsonl", "1")
 
@@ -133,7 +135,7 @@ def test_a_stopped_rank_ends_a_training_run(tiny_model_dir: Path, tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.server
 @pytest.mark.distributed
-def test_no_server_outlives_a_run_whose_first_rank_is_stopped(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_servers_end_when_rank_0_is_suspended(tiny_model_dir: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "rl.yaml", tiny_model_dir, tmp_path / "unused")
     options = [
         f"run_dir={tmp_path / 'run'}",
@@ -161,11 +163,11 @@ def processes_of(group: int) -> list[int]:
     return found
 
 
-# The watchers alone: the hub as a process, and ranks that are connections
+# Watchers without ranks: the hub is a process, and each rank a connection
 
 
 class Peer:
-    """A rank's watcher, as the hub sees it."""
+    """A connection to the hub that acts as the watcher of a rank."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
@@ -180,7 +182,7 @@ class Peer:
         self.writer.write(f"{line}\n".encode())
 
     async def until(self, word: str) -> str:
-        """The first line with the word; nothing if the hub closed the connection."""
+        """Returns the first line that starts with the word, or "" if the hub closed the connection."""
         while line := await asyncio.wait_for(self.reader.readline(), 20):
             if line.decode().startswith(word):
                 return line.decode().strip()
@@ -194,7 +196,7 @@ class Peer:
 
 @asynccontextmanager
 async def hub(ranks: int, seconds: float = 1.0) -> AsyncIterator[tuple[Any, int]]:
-    """(process, port) of a hub whose rank 0 is this process."""
+    """Yields (process, port) of a hub; this process acts as its rank 0."""
     process = await asyncio.create_subprocess_exec(
         *[sys.executable, "-m", "megatron_rl.ranks.watcher"],
         env=environment(),
@@ -217,7 +219,7 @@ async def hub(ranks: int, seconds: float = 1.0) -> AsyncIterator[tuple[Any, int]
             await process.wait()
 
 
-def test_a_host_that_falls_silent_is_named_to_all_ranks() -> None:
+def test_all_ranks_learn_which_rank_sends_no_heartbeat() -> None:
     async def play() -> None:
         async with hub(3) as (process, port):
             first, second = [await Peer.connect(port, f"secret {rank}") for rank in (1, 2)]
@@ -233,7 +235,7 @@ def test_a_host_that_falls_silent_is_named_to_all_ranks() -> None:
     asyncio.run(play())
 
 
-def test_a_connection_that_breaks_is_taken_up_again() -> None:
+def test_a_rank_may_reconnect_after_its_connection_breaks() -> None:
     async def play() -> None:
         async with hub(2) as (_, port):
             for _ in range(3):
@@ -249,7 +251,7 @@ def test_a_connection_that_breaks_is_taken_up_again() -> None:
     asyncio.run(play())
 
 
-def test_a_stranger_is_not_taken_for_a_rank() -> None:
+def test_the_hub_rejects_connections_that_are_not_from_ranks() -> None:
     async def play() -> None:
         async with hub(2, seconds=2.0) as (_, port):
             rank = await Peer.connect(port, "secret 1")
@@ -265,14 +267,14 @@ def test_a_stranger_is_not_taken_for_a_rank() -> None:
     asyncio.run(play())
 
 
-def test_a_machine_that_slept_wakes_without_an_alarm() -> None:
+def test_no_rank_is_declared_lost_after_the_machine_slept() -> None:
     async def play() -> None:
         async with hub(2) as (process, port):
             peer = await Peer.connect(port, "secret 1")
             beating = asyncio.create_task(peer.beat())
             await asyncio.sleep(0.3)
             os.kill(process.pid, signal.SIGSTOP)
-            beating.cancel()  # all of the machine sleeps
+            beating.cancel()  # the whole machine sleeps
             await asyncio.sleep(3.0)
             os.kill(process.pid, signal.SIGCONT)
             beating = asyncio.create_task(peer.beat())
@@ -288,12 +290,12 @@ def test_a_machine_that_slept_wakes_without_an_alarm() -> None:
     [
         ("127.0.0.1", "127.0.0.1", "127.0.0.1"),
         ("localhost", "127.0.0.1", "localhost"),
-        ("node-0", "127.0.1.1", "0.0.0.0"),  # as many machines resolve their own name
-        ("service", "192.0.2.1", "0.0.0.0"),  # no address of this machine
-        ("node-1", "0.0.0.0", "node-1"),  # stands for an address that others reach
+        ("node-0", "127.0.1.1", "0.0.0.0"),  # many machines resolve their own name like this
+        ("service", "192.0.2.1", "0.0.0.0"),  # not an address of this machine
+        ("node-1", "0.0.0.0", "node-1"),  # stands for an address that other machines reach
     ],
 )
-def test_the_hub_listens_where_others_reach_it(
+def test_the_hub_listens_on_an_address_that_other_ranks_can_reach(
     monkeypatch: pytest.MonkeyPatch, host: str, resolves_to: str, listens: str
 ) -> None:
     answer = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (resolves_to, 0))]
@@ -301,7 +303,7 @@ def test_the_hub_listens_where_others_reach_it(
     assert _listening_host(host) == listens
 
 
-def test_a_finished_rank_is_not_missed() -> None:
+def test_a_finished_rank_is_not_declared_lost() -> None:
     async def play() -> None:
         async with hub(3) as (process, port):
             one, two = [await Peer.connect(port, f"secret {rank}") for rank in (1, 2)]

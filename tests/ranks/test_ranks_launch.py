@@ -1,4 +1,4 @@
-"""Ranks that a tool starts on this machine: nothing outside it can reach them, and none outlives a failure."""
+"""Ranks that a tool starts on this machine: other machines cannot reach them, and all end if one fails."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ time.sleep(600)
 
 
 def listening(root: int) -> set[str]:
-    """Addresses on which a process or one of its descendants listens."""
+    """Returns the addresses on which a process or one of its descendants listens."""
     found: set[str] = set()
     try:
         processes = [psutil.Process(root), *psutil.Process(root).children(recursive=True)]
@@ -51,7 +51,7 @@ def listening(root: int) -> set[str]:
 
 
 @pytest.mark.distributed
-def test_a_running_parity_listens_on_the_loopback_interface_alone(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_parity_listens_only_on_the_loopback_interface(tiny_model_dir: Path, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.jsonl"
     tokens.write_text("[1, 2, 3, 4, 5, 6, 7, 8]\n[9, 8, 7, 6]\n[3, 3, 3, 3, 3]\n[11, 12]\n")
     command = [sys.executable, "-m", "megatron_rl", "parity", "--model", str(tiny_model_dir), "--tokens", str(tokens)]
@@ -72,12 +72,12 @@ def test_a_running_parity_listens_on_the_loopback_interface_alone(tiny_model_dir
     found = [(answer["layout"], answer["tokens"], answer["passed"]) for answer in answers]
     assert found == [("ep=2", 15, True), ("tp=2", 15, True)]
     assert most >= 2  # its ranks were seen
-    assert seen  # and their store
+    assert seen  # so was their store
     assert all(ipaddress.ip_address(address).is_loopback for address in seen), seen
 
 
 @pytest.mark.distributed
-def test_when_one_rank_fails_the_others_end_and_its_status_is_returned(
+def test_when_one_rank_fails_the_others_end_and_launch_returns_its_status(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     script = tmp_path / "fails.py"

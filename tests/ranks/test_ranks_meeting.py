@@ -1,4 +1,4 @@
-"""Ranks on several nodes: whatever one of them lacks is told by its node, and all of them end."""
+"""Ranks on several nodes: a node with a problem reports it, and all ranks end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_rl.rollout.server import free_ports
 
 HOST = socket.gethostname()
 SECONDS = 120.0
-"""No rank may wait as long as it would for a rank that never comes, which is 600 s."""
+"""Time limit of a launch. A rank that waits for a missing rank would need 600 s."""
 SFT = """\
 run_dir: {run}
 model: {{path: model}}
@@ -36,14 +36,14 @@ batch_size: 4
 
 
 def node(directory: Path, run_dir: str = "RUN") -> Path:
-    """A node's own files: configuration, model and data."""
+    """Writes the files of one node: configuration, model and data."""
     make_tiny_model(directory / "model", num_layers=1)
     write(directory / "sft.yaml", SFT.format(run=run_dir))
     write(directory / "examples.jsonl", '{"prompt": "1+1=", "response": "2"}\n' * 4)
     return directory
 
 
-# ---- every way in which two nodes may differ, all at once --------------------------------------------------------
+# ---- all differences between two nodes, launched at once ----------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _other_weights(directory: Path) -> None:
 
 
 def _truncated(directory: Path) -> None:
-    """On both nodes: they agree, and then find that the file is damaged."""
+    """Truncates the weights on both nodes: they agree with each other, and then find that the file is damaged."""
     for each in (directory, directory.parent / "0"):
         weights = each / "model" / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-4])
@@ -83,7 +83,7 @@ def _local_run_dir(directory: Path) -> None:
 
 
 COMMAND = ["sft", "sft.yaml"]
-# name: (change of rank 1's node, rank 0's arguments, rank 1's, more environment of rank 1, what rank 1 tells)
+# name: (change of rank 1's node, rank 0's arguments, rank 1's arguments, rank 1's extra environment, its message)
 LAUNCHES = {
     "no model": (_without("model"), COMMAND, COMMAND, {}, "model.path: model/config.json does not exist"),
     "no weights": (
@@ -122,7 +122,7 @@ LAUNCHES = {
 
 @pytest.fixture(scope="module")
 def launched(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Rank]]:
-    """What became of the two ranks of each launch, and of ranks that are alone. All run at once."""
+    """Results of the two ranks of each launch, and of single ranks. All launches run at once."""
     root = tmp_path_factory.mktemp("launches")
     template = node(root / "template")
     ports = iter(free_ports(len(LAUNCHES) + 1))
@@ -164,7 +164,7 @@ def errors(rank: Rank) -> list[str]:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", [name for name, (*_, told) in LAUNCHES.items() if told])
-def test_a_node_tells_what_it_lacks_and_all_end(launched: dict[str, list[Rank]], name: str) -> None:
+def test_a_node_reports_its_own_problem_and_all_ranks_end(launched: dict[str, list[Rank]], name: str) -> None:
     zero, one = launched[name]
     told = LAUNCHES[name][-1]
     assert (zero.status, one.status) == (2, 2)
@@ -175,14 +175,14 @@ def test_a_node_tells_what_it_lacks_and_all_end(launched: dict[str, list[Rank]],
 
 
 @pytest.mark.distributed
-def test_a_run_directory_that_is_not_shared_names_both(launched: dict[str, list[Rank]]) -> None:
+def test_the_error_for_an_unshared_run_dir_names_both_directories(launched: dict[str, list[Rank]]) -> None:
     (line,) = errors(launched["run_dir not shared"][1])
     assert "run_dir not shared/1/mine is not the directory that rank 0 writes, " in line
     assert f"run_dir not shared/0/mine on host {HOST}; all ranks write into it" in line
 
 
 @pytest.mark.distributed
-def test_rank_0s_own_lack_is_told_by_rank_0(launched: dict[str, list[Rank]]) -> None:
+def test_rank_0_reports_its_own_missing_file(launched: dict[str, list[Rank]]) -> None:
     zero, one = launched["rank 0 lacks it"]
     (line,) = errors(zero)
     assert line == f"error: rank 0 on host {HOST}: zero.yaml: no such file; expected a YAML configuration"
@@ -190,7 +190,7 @@ def test_rank_0s_own_lack_is_told_by_rank_0(launched: dict[str, list[Rank]]) -> 
 
 
 @pytest.mark.distributed
-def test_what_all_ranks_find_names_none_of_them(launched: dict[str, list[Rank]]) -> None:
+def test_an_error_that_all_ranks_find_names_no_rank(launched: dict[str, list[Rank]]) -> None:
     for rank in launched["same mistake"]:
         (line,) = errors(rank)
         assert line.startswith("error: override 'optim.lr=fast': optim.lr: found \"fast\", expected a valid number")
@@ -200,7 +200,7 @@ def test_what_all_ranks_find_names_none_of_them(launched: dict[str, list[Rank]])
 
 
 @pytest.mark.distributed
-def test_a_fault_of_one_rank_is_told_with_its_traceback_and_ends_all(launched: dict[str, list[Rank]]) -> None:
+def test_an_unexpected_error_on_one_rank_prints_its_traceback_and_ends_all(launched: dict[str, list[Rank]]) -> None:
     zero, one = launched["fault"]
     assert one.status == 1
     assert f"rank 1 on host {HOST}: a fault that the program did not expect:\nTraceback" in one.stderr
@@ -210,14 +210,14 @@ def test_a_fault_of_one_rank_is_told_with_its_traceback_and_ends_all(launched: d
 
 
 @pytest.mark.distributed
-def test_a_rank_that_finds_nobody_tells_its_own_error(launched: dict[str, list[Rank]]) -> None:
+def test_a_rank_that_reaches_no_other_rank_prints_its_own_error(launched: dict[str, list[Rank]]) -> None:
     (rank,) = launched["alone"]
     assert rank.status == 2
     assert rank.stderr == f"error: rank 1 on host {HOST}: missing.yaml: no such file; expected a YAML configuration\n"
 
 
 @pytest.mark.distributed
-def test_a_missing_file_that_is_not_ours_keeps_its_traceback(launched: dict[str, list[Rank]]) -> None:
+def test_a_file_not_found_error_in_a_library_keeps_its_traceback(launched: dict[str, list[Rank]]) -> None:
     (rank,) = launched["deep fault"]
     assert rank.status == 1
     assert "Traceback" in rank.stderr
@@ -226,7 +226,7 @@ def test_a_missing_file_that_is_not_ours_keeps_its_traceback(launched: dict[str,
 
 
 @pytest.mark.distributed
-def test_a_malformed_world_is_one_error(launched: dict[str, list[Rank]]) -> None:
+def test_malformed_launcher_variables_give_one_error(launched: dict[str, list[Rank]]) -> None:
     for name, told in [
         ("malformed", "the environment variable WORLD_SIZE is 'two'; expected an integer from 1 to"),
         ("no address", "MASTER_PORT is not set, but WORLD_SIZE is above 1; start the ranks with torchrun"),
@@ -241,7 +241,7 @@ def test_a_malformed_world_is_one_error(launched: dict[str, list[Rank]]) -> None
 
 
 def agents(directories: list[Path], *arguments: str) -> list[subprocess.CompletedProcess[str]]:
-    """One torchrun on each node, with two ranks."""
+    """Runs torchrun with two ranks on each node."""
     (port,) = free_ports(1)
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     launcher = ["-m", "torch.distributed.run", "--nnodes", str(len(directories)), "--nproc-per-node", "2"]
@@ -267,7 +267,7 @@ def agents(directories: list[Path], *arguments: str) -> list[subprocess.Complete
 
 
 @pytest.mark.distributed
-def test_of_two_launchers_the_one_without_the_model_says_so_once(tmp_path: Path) -> None:
+def test_the_launcher_without_the_model_reports_it_once(tmp_path: Path) -> None:
     first = node(tmp_path / "0", str(tmp_path / "run"))
     second = shutil.copytree(first, tmp_path / "1")
     shutil.rmtree(second / "model")
@@ -287,7 +287,7 @@ def test_of_two_launchers_the_one_without_the_model_says_so_once(tmp_path: Path)
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_launchers_with_the_same_files_train(tmp_path: Path) -> None:
-    """Each in its own directory, with relative paths; the run directory is shared."""
+    """Each node has its own directory and uses relative paths; only the run directory is shared."""
     first = node(tmp_path / "0", str(tmp_path / "run"))
     second = shutil.copytree(first, tmp_path / "1")
     zero, one = agents([first, second], "sft", "sft.yaml")
@@ -297,8 +297,8 @@ def test_two_launchers_with_the_same_files_train(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_weights_that_only_one_rank_reads_are_refused_by_all(tmp_path: Path) -> None:
-    """Expert parallelism: the damaged expert is rank 3's alone."""
+def test_all_ranks_end_if_one_rank_reads_a_damaged_weight(tmp_path: Path) -> None:
+    """Under expert parallelism only one rank reads the damaged expert."""
     first = node(tmp_path / "0", str(tmp_path / "run"))
     file = first / "model" / "model.safetensors"
     weights = load_file(file)
@@ -313,7 +313,7 @@ def test_weights_that_only_one_rank_reads_are_refused_by_all(tmp_path: Path) -> 
     assert "megatron_rl/cli.py" not in done.stderr
 
 
-# ---- the parts ---------------------------------------------------------------------------------------------------
+# ---- units -------------------------------------------------------------------------------------------------------
 
 
 def reports(*problems: str, ranks_per_node: int = 2) -> dict[int, Report]:
@@ -323,7 +323,7 @@ def reports(*problems: str, ranks_per_node: int = 2) -> dict[int, Report]:
     }
 
 
-def test_each_node_tells_each_of_its_problems_once() -> None:
+def test_each_node_reports_each_problem_once() -> None:
     assert verdict(reports("", "", "", ""), 4) == {}
     assert verdict(reports("", "", "no model", "no model"), 4) == {
         0: "nothing was started, because of rank 2 on host h1: no model",
@@ -337,7 +337,7 @@ def test_each_node_tells_each_of_its_problems_once() -> None:
     assert verdict(reports("a", "a", "a", "a"), 4) == {0: "a", 2: "a"}
 
 
-def test_ranks_that_never_come_are_named() -> None:
+def test_the_error_names_ranks_that_never_arrive() -> None:
     (text,) = verdict(reports("", "", ranks_per_node=4), 4).values()
     assert text == "rank 0 on host h0: 2 of 4 ranks have not come within 600 s: 2, 3"
     assert verdict(reports("", "a", ranks_per_node=4), 4) == {1: "rank 1 on host h0: a"}
@@ -360,13 +360,13 @@ def test_ranks_that_never_come_are_named() -> None:
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "MASTER_ADDR is not set"),
     ],
 )
-def test_the_launchers_variables_are_checked(environment: dict[str, str], told: str) -> None:
+def test_invalid_launcher_variables_are_errors(environment: dict[str, str], told: str) -> None:
     with pytest.raises(WorldError) as caught:
         read_world(environment)
     assert told in str(caught.value)
     assert len(str(caught.value)) < 400
 
 
-def test_a_world_without_a_launcher() -> None:
+def test_without_a_launcher_the_world_has_one_rank() -> None:
     world = read_world({})
     assert (world.rank, world.size, world.local_rank, world.local_size, world.joined) == (0, 1, 0, 1, False)

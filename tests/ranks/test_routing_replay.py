@@ -1,4 +1,4 @@
-"""Replay against a float64 reference: transformers' model with the routes forced, scores gathered at their ids."""
+"""Replay against a float64 reference: transformers' model with the trace's experts forced on its routers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def force(router: Qwen3MoeTopKRouter, sample: Sample, column: int) -> None:
-    """The router takes the trace's ids where there are any."""
+    """Makes the router choose the trace's experts in rows that have a route."""
     assert sample.trace is not None
     rows = torch.as_tensor(np.flatnonzero(sample.trace.present))
     ids = torch.as_tensor(sample.trace.experts[sample.trace.present, column].astype(np.int64))
@@ -45,7 +45,7 @@ def force(router: Qwen3MoeTopKRouter, sample: Sample, column: int) -> None:
 
 @pytest.fixture(scope="module")
 def reference(model: Path) -> dict[str, torch.Tensor]:
-    """Gradients of the summed negative log-probs, float64."""
+    """float64 gradients of the sum of negative log-probs."""
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, experts_implementation="eager")
     whole.get_input_embeddings().padding_idx = None
     for sample in drifted_samples(VOCAB_SIZE, MOE_LAYERS, EXPERTS, TOP_K):
@@ -69,7 +69,7 @@ def reference(model: Path) -> dict[str, torch.Tensor]:
         pytest.param("tp=2,pp=2,ep=2", 4, "full", marks=pytest.mark.slow),
     ],
 )
-def test_drifted_routes_give_the_references_gradients(
+def test_gradients_under_replayed_routes_equal_the_reference(
     forks: Forks,
     model: Path,
     reference: dict[str, torch.Tensor],
@@ -93,12 +93,12 @@ def test_drifted_routes_give_the_references_gradients(
         assert found[f"grad/{name}"].abs().max() > 1e-3, f"{name}: the gradient does not reach the router"
 
 
-def test_experts_are_in_one_order_whatever_order_they_are_found_in() -> None:
-    """Megatron-Core 0.19 sorts them in passes with gradients only."""
+def test_expert_order_does_not_depend_on_the_order_that_topk_returns() -> None:
+    """Megatron-Core 0.19 sorts experts only in passes with gradients."""
     tap = Tap(stage=0, layer=0, column=0, num_experts=EXPERTS, pre_softmax=False)
     scores = torch.randn(50, EXPERTS, generator=torch.Generator().manual_seed(0)).requires_grad_()
     with torch.no_grad():
-        scores[7] = 1.0  # equal scores have an order too
+        scores[7] = 1.0  # equal scores must have a fixed order too
     wanted = scores.topk(3, dim=1)
     plain = None
     for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):

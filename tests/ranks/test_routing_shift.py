@@ -1,4 +1,4 @@
-"""The router shift of RSPO: numbers by hand, and in every layout and mode that of transformers' routers in float64."""
+"""RSPO's router shift: numbers by hand, and transformers' float64 routers as the reference in every layout and mode."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ MOE_LAYERS, EXPERTS, TOP_K = (0, 2, 3), 8, 2
 # Numbers by hand
 
 
-def test_a_layer_takes_the_geometric_mean_over_experts() -> None:
+def test_a_layers_shift_is_the_geometric_mean_over_experts() -> None:
     old = torch.tensor([[0.5, 0.2], [0.5, 0.2], [0.3, 0.3]]).log()
     new = torch.tensor([[0.25, 0.2], [0.6, 0.1], [0.3, 0.3]]).log()
-    # exp(-|log a/b|) is the smaller over the larger, whichever has grown.
+    # exp(-|log a/b|) is the smaller probability divided by the larger one.
     expected = [math.sqrt(1 / 2 * 1), math.sqrt(5 / 6 * 1 / 2), 1.0]
     np.testing.assert_allclose(router_distance(new, old).neg().exp(), expected, rtol=1e-6)
     np.testing.assert_allclose(router_distance(old, new).neg().exp(), expected, rtol=1e-6)
@@ -44,14 +44,14 @@ def test_a_layer_takes_the_geometric_mean_over_experts() -> None:
 
 @pytest.mark.parametrize(("sd", "gamma"), [(0.1, 0.923), (0.3, 0.787), (1.0, 0.450)])
 def test_gamma_of_half_normal_distances(sd: float, gamma: float) -> None:
-    """The arithmetic mean over experts of exp(-|d|), which is not the paper's, gives 0.925, 0.799 and 0.523."""
+    """The paper's mean is geometric. The arithmetic mean of exp(-|d|) over experts gives 0.925, 0.799 and 0.523."""
     quantiles = (torch.arange(4096) + 0.5) / 4096
     moved = sd * torch.special.ndtri(quantiles)[None]
     old = torch.full_like(moved, -3.0)
     assert router_distance(old + moved, old).neg().exp().item() == pytest.approx(gamma, abs=5e-4)
 
 
-def test_a_vanished_expert_is_a_finite_distance() -> None:
+def test_an_expert_with_vanishing_probability_has_a_finite_distance() -> None:
     assert router_distance(torch.tensor([[-900.0, -1.0]]), torch.tensor([[-1.0, -1.0]])).item() == 899 / 2
     tap = Tap(0, 0, 0, EXPERTS, pre_softmax=True)
     gone, here = router_logprobs(tap, torch.tensor([[1.0, 0.0]])), torch.tensor([[-1.0, -1.0]])
@@ -60,7 +60,7 @@ def test_a_vanished_expert_is_a_finite_distance() -> None:
 
 
 @pytest.mark.parametrize("pre_softmax", [False, True])
-def test_log_probs_are_over_all_experts_whatever_the_router_chooses_by(pre_softmax: bool) -> None:
+def test_router_log_probs_cover_all_experts_for_logits_and_for_probabilities(pre_softmax: bool) -> None:
     probabilities = torch.tensor([[0.5, 0.3, 0.2]])
     scores = probabilities if pre_softmax else probabilities.log() + 7
     found = router_logprobs(Tap(0, 0, 0, 3, pre_softmax), scores.bfloat16() if not pre_softmax else scores)
@@ -68,7 +68,7 @@ def test_log_probs_are_over_all_experts_whatever_the_router_chooses_by(pre_softm
     np.testing.assert_allclose(found.exp(), probabilities, rtol=0.03)
 
 
-def test_layers_add_up_at_the_experts_that_pi_old_used() -> None:
+def test_layer_distances_add_up_over_the_experts_that_pi_old_used() -> None:
     taps = [Tap(0, layer, column, 3, False) for column, layer in enumerate((1, 4))]
     old = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.1, 0.8]]).log()
     new = torch.tensor([[0.1, 0.3, 0.6], [0.1, 0.2, 0.7]]).log()
@@ -84,7 +84,7 @@ def test_layers_add_up_at_the_experts_that_pi_old_used() -> None:
     assert shift.distances[0].tolist() == [0.0]
 
 
-def test_a_loss_that_was_not_given_its_shift_is_an_error() -> None:
+def test_a_loss_without_its_router_shift_is_an_error() -> None:
     packed = pack(drifted_samples(VOCAB_SIZE, MOE_LAYERS, EXPERTS, TOP_K), [1.0] * len(LENGTHS))
     zeros = torch.zeros(packed.tokens)
     loss = PolicyLoss(FAMILY["rspo"], MiniBatch(0, (packed,), (), Denominators(1, 1)), [zeros], torch.device("cpu"))
@@ -99,7 +99,7 @@ def test_a_loss_that_was_not_given_its_shift_is_an_error() -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(pi_old, pi_theta): every weight a little moved, far enough that some experts change."""
+    """(pi_old, pi_theta): every weight differs a little, enough to change some experts."""
     root = tmp_path_factory.mktemp("models")
     old = make_tiny_model(root / "old", num_layers=4, mlp_only_layers=(1,))
     new = make_tiny_model(root / "new", num_layers=4, mlp_only_layers=(1,))
@@ -113,13 +113,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 Chosen = list[torch.Tensor]
-"""By MoE layer, [n, K] ids."""
+"""[n, K] ids of each MoE layer."""
 
 
 def run_routers(
     path: Path, sample: Sample, route: Callable[[int, torch.Tensor], torch.Tensor]
 ) -> tuple[list[torch.Tensor], Chosen]:
-    """Log-probs [n, experts] and ids of each MoE layer; route(column, probabilities) says which are taken."""
+    """Returns log-probs [n, experts] and ids [n, K] by MoE layer. `route(column, probabilities)` chooses the ids."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, experts_implementation="eager")
     logprobs: list[torch.Tensor] = []
     chosen: Chosen = []
@@ -144,7 +144,7 @@ def run_routers(
 
 
 def reference(old: Path, new: Path, sample: Sample, mode: str) -> np.ndarray:
-    """[n] float64."""
+    """Returns the router shift of each token, [n] float64."""
     assert sample.trace is not None
     present = torch.as_tensor(sample.trace.present)
     present = torch.cat([present, torch.zeros(len(sample.token_ids) - len(present), dtype=torch.bool)])
@@ -173,7 +173,7 @@ def expected(models: tuple[Path, Path]) -> dict[tuple[str, int], np.ndarray]:
     found = {(mode, n): reference(*models, sample, mode) for mode in MODES for n, sample in enumerate(samples)}
     for mode in MODES:
         values = np.concatenate([found[mode, n] for n in range(len(samples))])
-        assert values.min() < 0.8 < values.max() < 1  # else there is nothing to tell apart
+        assert values.min() < 0.8 < values.max() < 1  # else the comparison would show nothing
     return found
 
 
@@ -189,7 +189,7 @@ def expected(models: tuple[Path, Path]) -> dict[tuple[str, int], np.ndarray]:
         ),
     ],
 )
-def test_every_layout_finds_the_references_shift(
+def test_the_router_shift_equals_the_reference_in_every_layout(
     forks: Forks,
     models: tuple[Path, Path],
     expected: dict[tuple[str, int], np.ndarray],

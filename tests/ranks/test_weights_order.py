@@ -1,4 +1,4 @@
-"""No rank goes on to the next rollout before all servers hold the weights: it would sample from the old ones."""
+"""No rank starts the next rollout before all servers hold the new weights; it would sample from the old ones."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from forks import Forks
 
 
 @pytest.mark.distributed
-def test_every_leader_waits_for_the_servers(forks: Forks, tmp_path: Path) -> None:
+def test_every_rank_waits_until_all_servers_hold_the_weights(forks: Forks, tmp_path: Path) -> None:
     forks.world(2, "order_worker:main", tmp_path / "pushed")

@@ -13,7 +13,7 @@ from tiny_models import make_tiny_model
 
 @pytest.fixture(scope="session")
 def setting(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, data, sft.yaml, and the uninterrupted run `whole` with a checkpoint of each step."""
+    """A folder with a model, data, sft.yaml and `whole`, an uninterrupted run with a checkpoint after each step."""
     root = tmp_path_factory.mktemp("resume")
     make_tiny_model(root / "model", num_layers=1, hidden_size=32, num_experts=4, expert_hidden_size=16)
     lines = (orjson.dumps({"prompt": f"{i}+{i}=", "response": str(2 * i)}) for i in range(8))

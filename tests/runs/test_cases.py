@@ -10,6 +10,6 @@ from cases.run import names, run_case, unmet
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", names())
-def test_case_prints_what_it_should(name: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_each_case_prints_the_expected_output(name: str, tiny_model_dir: Path, tmp_path: Path) -> None:
     output = run_case(name, tiny_model_dir, tmp_path)
     assert not unmet(name, output), output

@@ -1,4 +1,4 @@
-"""The certificate of routing replay: it holds in every kind of layout, and it fails where the replay is broken."""
+"""The certificate of routing replay: it holds in every kind of layout, and fails if the replay is broken."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_rl.models.random_model import make_random_model
 
 Check = Callable[[list[str], str], None]
 TOKENS, MOE_LAYERS = sum(LENGTHS), 7
-# Rows of a rank, padding included, x its MoE layers x top-4 x one byte: the most that a rank holds.
+# Most trace bytes that a rank holds: its rows with padding x its MoE layers x top-4 x one byte.
 TRACE_BYTES = {"tp=1": 270 * 7 * 4, "tp=2": 137 * 7 * 4, "cp=2,ep=2": 142 * 7 * 4, "tp=2,pp=2,ep=2": 137 * 4 * 4}
 
 
@@ -36,7 +36,7 @@ def certify(*options: str) -> tuple[int, list[dict[str, Any]]]:
 
 @pytest.fixture
 def check(forked_ranks: None, capsys: pytest.CaptureFixture[str]) -> Check:
-    """Ranks are forked. Those of test_a_users_model_with_few_tokens are real ones."""
+    """Forks the ranks. Only test_a_users_own_model_is_certified starts real ones."""
 
     def check(layouts: list[str], recompute: str) -> None:
         status = run(None, layouts, [recompute], device="cpu", as_json=True)
@@ -64,13 +64,13 @@ def check_results(layouts: list[str], recompute: str, status: int, results: list
 
 
 @pytest.mark.distributed
-def test_it_holds_on_two_ranks(check: Check) -> None:
+def test_the_certificate_holds_on_two_ranks(check: Check) -> None:
     """With recomputation: its passes begin with all that is done without it."""
     check(["tp=2", "pp=2,vpp=2", "cp=2,ep=2"], "full")
 
 
 @pytest.mark.distributed
-def test_it_holds_on_two_ranks_without_recomputation(check: Check) -> None:
+def test_the_certificate_holds_on_two_ranks_without_recomputation(check: Check) -> None:
     check(["cp=2,ep=2"], "none")
 
 
@@ -86,7 +86,7 @@ def test_it_holds_on_two_ranks_without_recomputation(check: Check) -> None:
     ],
     ids=["1 rank", "2 ranks", "4 ranks"],
 )
-def test_it_holds_everywhere(check: Check, layouts: list[str], recompute: str) -> None:
+def test_the_certificate_holds_in_every_layout(check: Check, layouts: list[str], recompute: str) -> None:
     check(layouts, recompute)
 
 
@@ -121,14 +121,14 @@ def test_a_broken_replay_is_not_certified(forks: Forks, model: Path, tmp_path: P
     assert result.passed == (mutation == "none"), result
 
 
-def test_a_users_model_with_few_tokens(tmp_path: Path) -> None:
+def test_a_users_own_model_is_certified(tmp_path: Path) -> None:
     small = make_tiny_model(tmp_path / "small", num_layers=3, mlp_only_layers=(1,), norm_topk_prob=False)
     status, (result,) = certify("--model", str(small), "--layout", "tp=1", "--recompute", "none")
     assert (status, result["passed"]) == (0, True), result
     assert result["replayed_rows"] + result["live_rows"] == TOKENS * 2
 
 
-def test_every_row_of_every_trace_has_its_own_experts(model: Path) -> None:
+def test_trace_rows_have_different_experts(model: Path) -> None:
     arch = read_architecture(model)
     traces = [make_trace(arch, number, length) for number, length in enumerate(LENGTHS[:4])]
     rows = [tuple(row) for trace in traces for row in trace.experts[trace.present].reshape(-1, 4).tolist()]
@@ -136,7 +136,7 @@ def test_every_row_of_every_trace_has_its_own_experts(model: Path) -> None:
     assert [token_of(i).sample for i in (0, LENGTHS[0] - 1, LENGTHS[0], TOKENS - 1)] == [0, 0, 1, len(LENGTHS) - 1]
 
 
-def test_what_cannot_be_certified_is_said_before_anything_starts(model: Path, tmp_path: Path) -> None:
+def test_certify_refuses_unusable_models_and_layouts_before_ranks_start(model: Path, tmp_path: Path) -> None:
     dense = make_tiny_model(tmp_path / "dense", family="qwen3")
     for directory, layout, message in (
         (dense, "tp=1", "no layer has experts"),

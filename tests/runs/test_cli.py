@@ -1,4 +1,4 @@
-"""The command line as a user runs it: options, dry runs without torch, and one `error:` for what the user can fix."""
+"""The command line as a user runs it: options, dry runs without torch, and one `error:` line for user mistakes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def real(directory: Path, *arguments: str, **more: str) -> subprocess.CompletedP
 
 @pytest.fixture
 def run(forks: Forks) -> Command:
-    """Runs a command in a directory; keywords are environment variables."""
+    """Returns a function that runs a command in a directory; its keywords are environment variables."""
 
     def run(directory: Path, *arguments: str, **more: str) -> Run:
         return forks.run("-m", "megatron_rl", *arguments, directory=directory, environment=more)
@@ -74,7 +74,7 @@ def run(forks: Forks) -> Command:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """With a.yaml (RL), sft.yaml and the model that they name."""
+    """A directory with a.yaml (RL), sft.yaml and the model that they name."""
     write(tmp_path / "a.yaml", RL)
     write(tmp_path / "sft.yaml", SFT)
     write_model(tmp_path / "model")
@@ -84,8 +84,8 @@ def directory(tmp_path: Path) -> Path:
 # ---- options ---------------------------------------------------------------------------------------------------
 
 
-def test_the_options_are_frozen() -> None:
-    """An option is a promise: one more is a decision, and this list is where it shows."""
+def test_the_command_line_options_are_frozen() -> None:
+    """Users rely on every option, so adding one must change this list too."""
     group = typer.main.get_command(app)
     found = {}
     for name, command in group.commands.items():  # type: ignore[attr-defined]
@@ -96,7 +96,7 @@ def test_the_options_are_frozen() -> None:
     assert {option for parameter in group.params for option in parameter.opts} == GROUP_OPTIONS
 
 
-def test_the_versions_are_told_without_torch(directory: Path) -> None:
+def test_the_version_option_works_without_torch(directory: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", BLOCK_TORCH, "--version"],
         cwd=directory,
@@ -111,7 +111,7 @@ def test_the_versions_are_told_without_torch(directory: Path) -> None:
         assert lines[name] == importlib.metadata.version(name)
 
 
-def test_a_package_that_is_absent_is_told_as_absent(
+def test_the_version_option_shows_a_missing_package_as_not_installed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def version(name: str) -> str:
@@ -148,7 +148,7 @@ def test_a_dry_run_needs_no_torch(run: Command, directory: Path) -> None:
     assert not (directory / "runs").exists()
 
 
-def test_what_is_left_out_of_a_preset_is_said_once(run: Command, directory: Path) -> None:
+def test_a_dropped_preset_key_is_noted_once(run: Command, directory: Path) -> None:
     write(directory / "base.yaml", "optim: {schedule: linear, decay_steps: 9}\n")
     done = run(directory, "train", "a.yaml", "presets=base.yaml", "optim.schedule=constant", "--dry-run")
     assert done.returncode == 0, done.stderr
@@ -159,7 +159,7 @@ def test_what_is_left_out_of_a_preset_is_said_once(run: Command, directory: Path
 
 
 @pytest.mark.parametrize("command", [("train", "a.yaml"), ("sft", "sft.yaml")])
-def test_a_dry_run_takes_the_world_of_torchrun(directory: Path, command: tuple[str, str]) -> None:
+def test_a_dry_run_uses_the_world_size_of_torchrun(directory: Path, command: tuple[str, str]) -> None:
     done = real(directory, *command, "--dry-run", "parallel.pp=2", WORLD_SIZE="4")
     assert done.returncode == 0, done.stderr
     assert "4 ranks: tp=1, pp=2, vpp=1, cp=1, dp=2" in done.stdout
@@ -167,7 +167,7 @@ def test_a_dry_run_takes_the_world_of_torchrun(directory: Path, command: tuple[s
     assert yaml.safe_load(done.stdout.partition("4 ranks")[0].rstrip())["parallel"]["pp"] == 2
 
 
-def test_a_dry_run_tells_of_empty_micro_batches(run: Command, directory: Path) -> None:
+def test_a_dry_run_reports_empty_micro_batches(run: Command, directory: Path) -> None:
     sizes = ["batch_size=5", "data.max_tokens=60", "engine.max_tokens_per_micro_batch=100"]
     done = run(directory, "sft", "sft.yaml", *sizes, "--dry-run", "--world-size", "2")
     assert (
@@ -206,7 +206,7 @@ def test_a_dry_run_tells_of_empty_micro_batches(run: Command, directory: Path) -
         (["parity", "--model", "model", "--tokens", "a.yaml", "--layout", ""], "a.yaml:1: not JSON "),
     ],
 )
-def test_one_clear_error(run: Command, directory: Path, arguments: list[str], error: str) -> None:
+def test_a_user_mistake_gives_one_clear_error(run: Command, directory: Path, arguments: list[str], error: str) -> None:
     write(directory / "broken" / "config.json", '{"model_type": "gpt2"}')
     write(directory / "t.jsonl", "[1, 2, 3]\n")
     done = run(directory, *arguments)
@@ -229,7 +229,7 @@ def test_one_clear_error(run: Command, directory: Path, arguments: list[str], er
         (["parity", "--model", "model", "--tokens", "a.yaml"], "Missing option '--layout'"),
     ],
 )
-def test_a_wrong_use_is_told_without_a_traceback(
+def test_wrong_command_line_usage_gives_no_traceback(
     run: Command, directory: Path, arguments: list[str], error: str
 ) -> None:
     done = run(directory, *arguments)
@@ -239,9 +239,9 @@ def test_a_wrong_use_is_told_without_a_traceback(
 
 
 @pytest.mark.distributed
-def test_of_many_ranks_one_tells_the_error(run: Command, directory: Path) -> None:
+def test_only_one_rank_prints_an_error_that_all_ranks_have(run: Command, directory: Path) -> None:
     (port,) = free_ports(1)
-    # torchrun's static rendezvous, which unpickles nothing, and not --standalone.
+    # Uses torchrun's static rendezvous, which unpickles nothing, instead of --standalone.
     address = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
     launcher = ["-m", "torch.distributed.run", *address, "--nproc-per-node", "2", "-m", "megatron_rl"]
     done = subprocess.run(
@@ -255,7 +255,7 @@ def test_of_many_ranks_one_tells_the_error(run: Command, directory: Path) -> Non
     assert done.stderr.count("error: override 'optim.lr=fast': optim.lr: found \"fast\"") == 1
 
 
-def test_an_error_that_only_one_rank_may_have_is_told_by_that_rank(run: Command, directory: Path) -> None:
+def test_a_rank_prints_an_error_that_only_it_may_have(run: Command, directory: Path) -> None:
     world = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     done = run(directory, "parity", "--model", "model", "--tokens", "a.yaml", "--layout", "", **world)
     assert done.returncode == 2
@@ -270,7 +270,7 @@ def test_an_error_that_only_one_rank_may_have_is_told_by_that_rank(run: Command,
         (lambda d: (d / "model.safetensors").write_bytes(b"\0" * 20), "model.safetensors is not a whole safetensors"),
     ],
 )
-def test_every_command_tells_a_damaged_model_alike(
+def test_every_command_reports_a_damaged_model_in_the_same_words(
     run: Command, tiny_model_dir: Path, tmp_path: Path, command: str, damage: Callable[[Path], object], told: str
 ) -> None:
     model = shutil.copytree(tiny_model_dir, tmp_path / "model")
@@ -294,11 +294,11 @@ def test_every_command_tells_a_damaged_model_alike(
     assert "Traceback" not in done.stderr
 
 
-# ---- the real thing --------------------------------------------------------------------------------------------
+# ---- real runs -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.server
-def test_serve_gives_its_own_and_other_flags_to_sglang(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_serve_passes_its_own_and_extra_flags_to_sglang(tiny_model_dir: Path, tmp_path: Path) -> None:
     (port,) = free_ports(1)
     options = ["--port", str(port), "--device", "cpu", "--dtype", "fp32", "--max-total-tokens", "2048"]
     server = subprocess.Popen(
@@ -307,7 +307,7 @@ def test_serve_gives_its_own_and_other_flags_to_sglang(tiny_model_dir: Path, tmp
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        # A shell's background jobs ignore interrupts, and these tests may be one.
+        # These tests may run as a background job of a shell, which ignores interrupts.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
@@ -346,7 +346,7 @@ def ask(url: str, server: subprocess.Popen[bytes], seconds: float = 180.0) -> di
         (["--host", "::", "--api-key-env", "ODD"], "--api-key-env: character 9 of the key in the environment variable"),
     ],
 )
-def test_serve_lets_nobody_in_without_a_key(
+def test_serve_refuses_unsafe_hosts_and_unusable_keys(
     run: Command, tiny_model_dir: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
     done = run(tmp_path, "serve", str(tiny_model_dir), "--device", "cpu", *options, ODD="secret-7\nand")
@@ -355,7 +355,9 @@ def test_serve_lets_nobody_in_without_a_key(
     assert "secret-7" not in done.stderr
 
 
-def test_parity_reads_its_key_before_anything_is_computed(run: Command, tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_parity_reads_the_api_key_before_it_computes_anything(
+    run: Command, tiny_model_dir: Path, tmp_path: Path
+) -> None:
     write(tmp_path / "t.jsonl", "[1, 2]")
     files = ["--model", str(tiny_model_dir), "--tokens", "t.jsonl"]
     done = run(tmp_path, "parity", *files, "--layout", "tp=1", "--url", "http://127.0.0.1:1", "--api-key-env", "UNSET")

@@ -1,4 +1,4 @@
-"""Checkpoints: a run that is killed and resumed ends with the weights of the one that was not, bit for bit."""
+"""Checkpoints: a killed and resumed run ends with exactly the weights of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def setting(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A configuration whose uninterrupted run is in `whole` beside it."""
+    """A configuration; its uninterrupted run is in `whole` in the same folder."""
     root = tmp_path_factory.mktemp("checkpoint")
     model = make_tiny_model(root / "model", num_layers=2)
     save_rollouts(model, root / "saved", steps=STEPS)
@@ -37,7 +37,7 @@ def setting(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(config: Path, *options: str) -> subprocess.Popen[bytes]:
-    """Two ranks of a real launcher; what they say on standard error goes into `said` beside the configuration."""
+    """Starts two ranks with a real launcher; their standard error goes to `said` in the configuration's folder."""
     command = torchrun(2, "-m", "megatron_rl", "train", str(config), *options)
     with config.with_name("said").open("wb") as said:
         return subprocess.Popen(
@@ -46,7 +46,7 @@ def start(config: Path, *options: str) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.distributed
-def test_killed_and_resumed_equals_uninterrupted(forks: Forks, setting: Path) -> None:
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(forks: Forks, setting: Path) -> None:
     run_dir = setting.parent / "killed"
     options = (f"run_dir={run_dir}", f"train.steps={STEPS}", "optim.warmup_steps=5")
     process = start(setting, *options)
@@ -80,7 +80,7 @@ def test_killed_and_resumed_equals_uninterrupted(forks: Forks, setting: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_torchrun_hands_a_signal_on_and_no_step_is_lost(setting: Path) -> None:
+def test_torchrun_forwards_a_signal_and_no_step_is_lost(setting: Path) -> None:
     run_dir = setting.parent / "stopped"
     options = (f"run_dir={run_dir}", f"train.steps={STEPS}", "optim.warmup_steps=5", "checkpoint.every=0")
     process = start(setting, *options)
@@ -103,7 +103,7 @@ def test_torchrun_hands_a_signal_on_and_no_step_is_lost(setting: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_another_layout_is_refused(forks: Forks, setting: Path, tmp_path: Path) -> None:
+def test_resume_refuses_a_different_layout(forks: Forks, setting: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "other"
     shutil.copytree(setting.parent / "whole", run_dir)
     options = (f"run_dir={run_dir}", "parallel.ep=2", "optim.warmup_steps=5", "--resume")

@@ -1,4 +1,4 @@
-"""The engine against transformers, in every kind of layout, through the tool that users have."""
+"""The engine against transformers in every kind of layout, through the command `parity`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FOUR_RANKS = ["tp=2,ep=2,etp=2", "tp=2,pp=2", "tp=2,pp=2,ep=2"]
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sequences of unequal length, enough for the micro-batches of every layout."""
+    """A file of sequences of unequal length, enough for the micro-batches of every layout."""
     rng = np.random.default_rng(0)
     lines = [rng.integers(0, VOCAB_SIZE, n).tolist() for n in (5, 17, 40, 33, 9, 24, 3, 12, 50, 21, 2, 31)]
     path = tmp_path_factory.mktemp("tokens") / "tokens.jsonl"
@@ -37,8 +37,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def compare(forked_ranks: None, capsys: pytest.CaptureFixture[str]) -> Compare:
-    """(status, results) of a comparison whose ranks are forked. Those of the command are real ones elsewhere:
-    tests/runs/test_cli.py and tests/ranks/test_ranks_launch.py."""
+    """Returns a function that compares with forked ranks and returns (status, results).
+
+    tests/runs/test_cli.py and tests/ranks/test_ranks_launch.py start the command with real ranks.
+    """
 
     def run(model: Path, tokens: Path, layouts: list[str], **options: Any) -> tuple[int, list[dict[str, Any]]]:
         capsys.readouterr()
@@ -68,7 +70,7 @@ def test_log_probs_and_gradients_equal_transformers(
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("recompute", ["full", pytest.param("selective", marks=pytest.mark.slow)])
-def test_recompute_changes_nothing(compare: Compare, model: Path, tokens: Path, recompute: str) -> None:
+def test_parity_holds_with_recompute(compare: Compare, model: Path, tokens: Path, recompute: str) -> None:
     check(compare, model, tokens, ["tp=2", "pp=2,vpp=2", "cp=2,ep=2"], recompute)
 
 
@@ -76,14 +78,14 @@ def test_recompute_changes_nothing(compare: Compare, model: Path, tokens: Path, 
 @pytest.mark.distributed
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 @pytest.mark.parametrize("layouts", [ONE_RANK, TWO_RANKS, FOUR_RANKS], ids=["1 rank", "2 ranks", "4 ranks"])
-def test_recompute_changes_nothing_anywhere(
+def test_parity_holds_with_recompute_in_every_layout(
     compare: Compare, model: Path, tokens: Path, layouts: list[str], recompute: str
 ) -> None:
     check(compare, model, tokens, layouts, recompute)
 
 
 @pytest.mark.distributed
-def test_tied_embeddings(compare: Compare, tmp_path: Path, tokens: Path) -> None:
+def test_parity_holds_with_tied_embeddings(compare: Compare, tmp_path: Path, tokens: Path) -> None:
     tied = make_tiny_model(tmp_path / "tied", num_layers=4, mlp_only_layers=(1,), tied=True)
     check(compare, tied, tokens, ["tp=2", "pp=2", "pp=2,vpp=2", "dp=2"])
 
@@ -92,7 +94,7 @@ def test_tied_embeddings(compare: Compare, tmp_path: Path, tokens: Path) -> None
 @pytest.mark.distributed
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
 @pytest.mark.parametrize("layouts", [ONE_RANK, TWO_RANKS, FOUR_RANKS], ids=["1 rank", "2 ranks", "4 ranks"])
-def test_tied_embeddings_anywhere(
+def test_parity_holds_with_tied_embeddings_in_every_layout(
     compare: Compare, tmp_path: Path, tokens: Path, layouts: list[str], recompute: str
 ) -> None:
     tied = make_tiny_model(tmp_path / "tied", num_layers=4, mlp_only_layers=(1,), tied=True)
@@ -101,17 +103,19 @@ def test_tied_embeddings_anywhere(
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_dense_model_and_unnormalised_routes(compare: Compare, tmp_path: Path, tokens: Path) -> None:
+def test_parity_holds_for_a_dense_model_and_for_unnormalised_routes(
+    compare: Compare, tmp_path: Path, tokens: Path
+) -> None:
     check(compare, make_tiny_model(tmp_path / "dense", family="qwen3", num_layers=4), tokens, ["tp=2", "pp=2", "cp=2"])
     raw = make_tiny_model(tmp_path / "raw", num_layers=2, norm_topk_prob=False)
     check(compare, raw, tokens, ["tp=2", "ep=2"])
 
 
 @pytest.mark.distributed
-def test_a_model_with_two_experts_swapped_fails(
+def test_parity_fails_if_two_experts_are_swapped(
     compare: Compare, model: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The mutation: transformers reads one model, the engine another whose layer 0 has experts 2 and 5 exchanged."""
+    """The engine reads a copy of transformers' model in which experts 2 and 5 of layer 0 are swapped."""
     import shutil
 
     from safetensors.torch import load_file, save_file
@@ -135,11 +139,11 @@ def test_a_model_with_two_experts_swapped_fails(
 
 
 @pytest.mark.server
-def test_a_server_with_the_same_weights_passes(
+def test_parity_passes_for_a_server_with_the_same_weights(
     compare: Compare, served: str, tiny_model_dir: Path, tokens: Path
 ) -> None:
     sequences = [json.loads(line) for line in tokens.read_text().splitlines()]
-    assert any(VOCAB_SIZE - 1 in ids[1:] for ids in sequences)  # SGLang reports it under another id
+    assert any(VOCAB_SIZE - 1 in ids[1:] for ids in sequences)  # SGLang reports this token under another id
     status, (engine, server) = compare(tiny_model_dir, tokens, ["tp=1"], url=served)
     assert status == 0
     assert (engine["layout"], engine["passed"]) == ("tp=1", True)
@@ -148,7 +152,7 @@ def test_a_server_with_the_same_weights_passes(
 
 
 @pytest.mark.server
-def test_a_server_with_other_weights_fails(
+def test_parity_fails_for_a_server_with_other_weights(
     forked_ranks: None, served: str, tmp_path: Path, tokens: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = make_tiny_model(tmp_path / "other", seed=1)
@@ -162,7 +166,7 @@ def test_a_server_with_other_weights_fails(
     assert served in "".join(row[0] for row in rows)
 
 
-def test_a_server_is_asked_before_ranks_are_started(
+def test_parity_asks_the_server_before_it_starts_ranks(
     model: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -182,7 +186,7 @@ def test_a_server_is_asked_before_ranks_are_started(
 # ---- input -----------------------------------------------------------------------------------------------------
 
 
-def test_unusable_tokens_name_the_line(model: Path, tmp_path: Path) -> None:
+def test_the_error_for_unusable_tokens_names_the_line(model: Path, tmp_path: Path) -> None:
     from megatron_rl.parity import ParityError, read_tokens
 
     for content, message in (

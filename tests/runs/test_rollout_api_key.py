@@ -1,4 +1,4 @@
-"""The key of servers that run elsewhere: it reaches them, and nothing that a run writes or prints."""
+"""The key of servers that run elsewhere: the servers get it, and no file or output of a run contains it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VARIABLE, KEY = "MEGATRON_RL_TEST_KEY", "a-key-that-nothing-else-contains"
 
 
 class Refuses(BaseHTTPRequestHandler):
-    """Takes down the key of each request, and refuses it."""
+    """Records the key of each request, and refuses the request."""
 
     keys: list[str | None] = []  # noqa: RUF012
 
@@ -63,7 +63,7 @@ train: {{steps: 1}}
     return forks.run(*command, directory=directory, environment={**one_rank, **variables})
 
 
-def test_the_servers_are_sent_the_key_and_nothing_else_has_it(
+def test_the_key_is_sent_to_the_servers_and_appears_nowhere_else(
     forks: Forks, server: str, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     done = train(forks, tmp_path, server, tiny_model_dir, **{VARIABLE: KEY})
@@ -80,7 +80,7 @@ def test_the_servers_are_sent_the_key_and_nothing_else_has_it(
 
 
 @pytest.mark.parametrize("variables", [{}, {VARIABLE: ""}])
-def test_a_variable_that_is_not_set_is_named_before_a_run_is_made(
+def test_an_unset_key_variable_is_an_error_before_the_run_directory_is_made(
     forks: Forks, tiny_model_dir: Path, tmp_path: Path, variables: dict[str, str]
 ) -> None:
     done = train(forks, tmp_path, "http://127.0.0.1:1", tiny_model_dir, **variables)
@@ -89,13 +89,13 @@ def test_a_variable_that_is_not_set_is_named_before_a_run_is_made(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_key_is_stripped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whitespace_around_a_key_is_stripped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, f" {KEY}\r\n")
     assert read_api_key(VARIABLE, "--api-key-env") == KEY
 
 
 @pytest.mark.parametrize("odd", ["\n", "\t", " ", "é", "\x7f", "\u2028"])
-def test_a_key_that_no_header_carries_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch, odd: str) -> None:
+def test_a_key_that_is_invalid_in_a_header_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch, odd: str) -> None:
     monkeypatch.setenv(VARIABLE, f"hidden{odd}secret")
     with pytest.raises(ServerError, match=f"--api-key-env: character 7 of the key in the .* {VARIABLE} is a") as caught:
         read_api_key(VARIABLE, "--api-key-env")
@@ -103,7 +103,7 @@ def test_a_key_that_no_header_carries_is_refused_and_not_shown(monkeypatch: pyte
     assert "secret" not in str(caught.value)
 
 
-def test_parity_sends_the_key_and_a_server_that_repeats_it_does_not_get_it_printed(server: str) -> None:
+def test_parity_sends_the_key_and_hides_it_if_the_server_echoes_it(server: str) -> None:
     with pytest.raises(RolloutError, match="status 418") as caught:
         _compare_server(server, KEY, [[1, 2]], [[-1.0]], "fp32")
     assert Refuses.keys == [f"Bearer {KEY}"]
@@ -112,7 +112,7 @@ def test_parity_sends_the_key_and_a_server_that_repeats_it_does_not_get_it_print
 
 
 class Repeats(Refuses):
-    """Answers with its `kind` and `content`, in both of which KEY stands for the request's key."""
+    """Answers with content type `kind` and body `content`; KEY in them is replaced by the request's key."""
 
     status, kind, content = 200, "", ""
 
@@ -131,14 +131,14 @@ class Repeats(Refuses):
     [
         (200, "text/html", "KEY"),
         (200, "KEY", "{}"),
-        (200, "text/html", 190 * " " + "KEY"),  # cut within it
+        (200, "text/html", 190 * " " + "KEY"),  # the message is cut within the key
         (200, "application/json", "KEY"),
         (200, "application/json", '{"success": false, "message": "KEY"}'),
         (418, "text/html", "KEY"),
         (418, "text/html", 490 * " " + "KEY"),
     ],
 )
-def test_a_key_that_a_server_repeats_is_in_no_error(
+def test_errors_hide_a_key_that_the_server_echoes(
     monkeypatch: pytest.MonkeyPatch, status: int, kind: str, content: str
 ) -> None:
     for name, value in (("status", status), ("kind", kind), ("content", content)):
@@ -159,7 +159,7 @@ def test_a_key_that_a_server_repeats_is_in_no_error(
 
 
 class Answers(BaseHTTPRequestHandler):
-    """As SGLang does to /model_info, of another type of model where `model_type` says so."""
+    """Answers /model_info like SGLang, with `model_type` as the type of the model."""
 
     model_type = "qwen3_moe"
 
@@ -173,13 +173,13 @@ class Answers(BaseHTTPRequestHandler):
 
 
 def wait(urls: list[str], seconds: float = 20.0) -> list[str]:
-    """What was said meanwhile."""
+    """Waits for the servers; returns what was printed meanwhile."""
     said: list[str] = []
     asyncio.run(wait_for_servers(urls, KEY, seconds, "qwen3_moe", said.append))
     return said
 
 
-def test_a_server_that_is_not_up_yet_is_waited_for_with_one_line() -> None:
+def test_waiting_for_a_server_prints_one_line() -> None:
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
 
@@ -194,7 +194,7 @@ def test_a_server_that_is_not_up_yet_is_waited_for_with_one_line() -> None:
     late.join()
 
 
-def test_a_server_that_never_comes_up_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_server_that_never_starts_names_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"http://127.0.0.1:{free_ports(1)[0]}"
     with pytest.raises(
         ServerError, match=rf"{url}/model_info: ConnectError .*; rollout.servers.start_timeout, 1 s, has"
@@ -202,7 +202,7 @@ def test_a_server_that_never_comes_up_is_an_error_that_names_it(monkeypatch: pyt
         wait([url], seconds=1.0)
 
 
-def test_a_server_that_answers_wrongly_is_an_error_at_once(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_answer_ends_the_wait_for_servers_at_once(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = f"http://127.0.0.1:{free_ports(1)[0]}"
     start = time.monotonic()
     with pytest.raises(RolloutError, match=f"{server}/model_info: status 418"):

@@ -1,5 +1,5 @@
-"""Live routing, R2 and R3 in whole runs on saved rollouts: what is replayed, what is measured, and in every layout the
-same."""
+"""Live routing, R2 and R3 in whole runs on saved rollouts: which routes are used, their metrics, and equal results in
+every layout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAYERS = ("layer_00", "layer_02", "layer_03")
 
 @pytest.fixture(scope="module")
 def setting(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(configuration, directory of one rank's runs, by mode)."""
+    """(configuration, directory of the runs on one rank, one run for each mode)."""
     root = tmp_path_factory.mktemp("modes")
     model = make_tiny_model(root / "model", num_layers=4, mlp_only_layers=(1,))
     save_rollouts(model, root / "saved", traces=True)
@@ -46,7 +46,7 @@ def worst(line: dict[str, float], change: str, pair: str) -> float:
 
 
 def drifts(run_dir: Path, change: str) -> bool:
-    """Whether by the last mini-batch of every step the live choice has left pi_old's."""
+    """Returns whether the live routes differ from pi_old's routes in the last mini-batch of every step."""
     last = [line for line in lines(run_dir) if line["mini_batch"] == MINI_BATCHES - 1]
     return all(worst(line, change, "old_policy/live") > 0 for line in last)
 
@@ -62,18 +62,18 @@ def test_r2_replays_pi_olds_routes_in_every_update(setting: tuple[Path, Path], c
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_r3_replays_the_rollouts_routes_everywhere(setting: tuple[Path, Path], change: str) -> None:
+def test_r3_replays_the_rollouts_routes_in_every_forward_pass(setting: tuple[Path, Path], change: str) -> None:
     assert drifts(setting[1] / "r3", change)
     for line in lines(setting[1] / "r3"):
         assert worst(line, change, "rollout_old/effective") == worst(line, change, "old_policy/effective") == 0
         assert worst(line, change, "rollout_old/live") > 0.1
-        # One row of each sample, its last, has no route; it routes live and is counted.
+        # The last row of each sample has no route: it is routed live and counted as a fallback.
         assert line["routing/fallback/max"] == line["routing/fallback/min"] > 0.02
         assert line["routing/live_overlap/mean"] < 0.95
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_without_replay_what_is_live_is_effective(setting: tuple[Path, Path], change: str) -> None:
+def test_without_replay_the_live_routes_are_used(setting: tuple[Path, Path], change: str) -> None:
     assert drifts(setting[1] / "none", change)
     for line in lines(setting[1] / "none"):
         for pair in ("rollout_old", "old_policy"):
@@ -88,14 +88,14 @@ def test_the_first_mini_batch_is_exactly_on_policy_in_every_mode(setting: tuple[
         assert all(line["ratio/min"] == line["ratio/max"] == 1.0 for line in first)
 
 
-def test_replay_changes_what_is_learnt(setting: tuple[Path, Path]) -> None:
+def test_replay_changes_the_trained_weights(setting: tuple[Path, Path]) -> None:
     trained = {mode: weights(setting[1] / mode) for mode in MODES}
     for a, b in (("none", "r2"), ("none", "r3"), ("r2", "r3")):
         assert max(float((trained[a][key] - w).abs().max()) for key, w in trained[b].items()) > 1e-4
 
 
-def test_the_balancing_loss_goes_on_under_replay(setting: tuple[Path, Path]) -> None:
-    """It counts the live choice, so it moves the routers; what is replayed stays as it was."""
+def test_the_load_balancing_loss_trains_the_routers_under_replay(setting: tuple[Path, Path]) -> None:
+    """The loss counts live routes, so it changes the routers; the replayed routes stay the same."""
     assert all(worst(line, "set_mismatch", "rollout_old/effective") == 0 for line in lines(setting[1] / "balanced"))
     replayed, balanced = weights(setting[1] / "r3"), weights(setting[1] / "balanced")
     routers = [key for key in replayed if key.endswith("mlp.gate.weight")]
@@ -104,7 +104,7 @@ def test_the_balancing_loss_goes_on_under_replay(setting: tuple[Path, Path]) -> 
         assert (balanced[key] - replayed[key]).abs().max() > 1e-4
 
 
-def test_every_layer_has_its_own_figures(setting: tuple[Path, Path]) -> None:
+def test_every_layer_has_its_own_routing_metrics(setting: tuple[Path, Path]) -> None:
     for line in lines(setting[1] / "r3"):
         for measure in (
             "entropy",
@@ -129,7 +129,7 @@ def assert_same(run_dir: Path, reference: Path) -> None:
         routing = {key for key in expected if key.startswith("routing/")}
         assert routing == {key for key in found if key.startswith("routing/")}
         for key in routing:
-            # A choice at the very edge may fall the other way in another order of sums.
+            # If two experts have almost equal scores, another order of sums may choose the other one.
             assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=0.02), (run_dir.name, key)
 
 
@@ -137,13 +137,13 @@ def name(layout: str) -> str:
     return layout.replace(" ", ",") or "dp"
 
 
-# What is replayed in each layout, row by row, is in tests/runs/test_certify.py.
+# tests/runs/test_certify.py checks the replayed routes of each layout row by row.
 TWO_RANKS = [("r3", "tp=2"), ("r2", "pp=2 vpp=2"), ("r3", "pp=2 vpp=2"), ("r3", "cp=2 ep=2")]
 
 
 @pytest.fixture(scope="module")
 def together(forks: Forks, setting: tuple[Path, Path]) -> Path:
-    """The directory of TWO_RANKS."""
+    """The directory with the runs of TWO_RANKS."""
     directory = setting[1].with_name("two")
     run_layouts(forks, setting[0], directory, 2, TWO_RANKS)
     return directory
@@ -159,7 +159,7 @@ def run_layouts(forks: Forks, config: Path, directory: Path, ranks: int, wanted:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("mode", "layout"), TWO_RANKS)
-def test_layouts_change_nothing(setting: tuple[Path, Path], together: Path, mode: str, layout: str) -> None:
+def test_layouts_do_not_change_results(setting: tuple[Path, Path], together: Path, mode: str, layout: str) -> None:
     assert_same(together / mode / name(layout), setting[1] / mode)
 
 
@@ -168,7 +168,7 @@ def test_layouts_change_nothing(setting: tuple[Path, Path], together: Path, mode
 @pytest.mark.parametrize(
     ("ranks", "layouts"), [(2, ["pp=2", "ep=2", ""]), (4, ["tp=2 ep=2 etp=2", "tp=2 pp=2 ep=2", "ep=2"])]
 )
-def test_more_layouts_change_nothing(
+def test_more_layouts_do_not_change_results(
     forks: Forks, setting: tuple[Path, Path], tmp_path: Path, ranks: int, layouts: list[str]
 ) -> None:
     wanted = [(mode, layout) for layout in layouts for mode in ("r2", "r3")]
@@ -178,11 +178,11 @@ def test_more_layouts_change_nothing(
 
 
 @pytest.mark.distributed
-def test_what_traces_cost_is_logged_where_they_travel(setting: tuple[Path, Path], together: Path) -> None:
+def test_the_cost_of_moving_traces_between_ranks_is_logged(setting: tuple[Path, Path], together: Path) -> None:
     one, two = setting[1], together / "r3" / name("tp=2")
     for line in lines(two):
         if line["mini_batch"] == MINI_BATCHES - 1:
-            # Half of the rows go to the second rank: 3 layers x top-2, and one byte that says whether there is a route.
+            # Half of the rows go to the second rank. Bytes a row: 3 layers x top-2, and 1 that says if it has a route.
             rows = sum(each["tokens"] for each in lines(two) if each["step"] == line["step"])
             assert rows / 2 * 7 < line["trace/bytes_moved"] < rows * 7
             assert line["trace/seconds"] > 0
@@ -191,7 +191,7 @@ def test_what_traces_cost_is_logged_where_they_travel(setting: tuple[Path, Path]
 
 
 @pytest.mark.distributed
-def test_a_stage_without_routers(forks: Forks, tmp_path: Path) -> None:
+def test_a_pipeline_stage_may_have_no_routers(forks: Forks, tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "model", num_layers=2, mlp_only_layers=(1,))
     save_rollouts(model, tmp_path / "saved", traces=True)
     config = write_config(tmp_path / "config.yaml", model, tmp_path / "saved")

@@ -1,4 +1,4 @@
-"""A run prints no start-up warning of the libraries beneath it."""
+"""A run prints no start-up warnings of the libraries that it uses."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ from tiny_models import VOCAB_SIZE, make_tiny_model, make_tokenizer
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_fine_tuning_ends_before_its_first_step(forks: Forks, tmp_path: Path, ranks: int) -> None:
-    """Under tensor parallelism such an id was trained on, with an infinite loss."""
+def test_an_unknown_token_id_ends_fine_tuning_before_its_first_step(forks: Forks, tmp_path: Path, ranks: int) -> None:
+    """Without this check, tensor-parallel ranks would train on such an id, with an infinite loss."""
     model = make_tiny_model(tmp_path / "model")
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<tool>"])  # one more than the model has rows

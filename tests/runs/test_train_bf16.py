@@ -1,4 +1,4 @@
-"""RL in bf16 on saved rollouts: exact ratios at first, fp32 main weights behind the bf16 ones, and close to fp32."""
+"""RL in bf16 on saved rollouts: ratios start at exactly 1, main weights are fp32, and results stay close to fp32."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from tiny_models import make_tiny_model
 from megatron_rl.lab.run import read_metrics
 
 STEPS = 2
-# Without a baseline the loss is near -1/2, the share of rewarded samples, and not a difference of rounding errors.
-# Adam's step is far below the spacing of bf16 numbers near 1, where the norms' weights are.
+# Without a baseline the loss is near -1/2 (half of the samples are rewarded), and not a difference of rounding errors.
+# Adam's step is far smaller than the spacing of bf16 numbers near 1, the size of norm weights.
 OPTIONS = "optim.lr=1e-4 optim.eps=1e-8 objective.advantage.baseline=none objective.advantage.std=none"
-# Narrower than the other tests' models: of two experts that are nearly alike to the router, rounding chooses, and in a
-# wide random model the other one's answer is another by far.
+# Smaller than in other tests. Rounding chooses between two experts with almost equal scores; with large random weights
+# their outputs would differ by far.
 STD = 0.06
 
 
 @pytest.fixture(scope="module")
 def setting(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The configuration; the run in fp32 is in `fp32` beside it, and that in bf16 on one rank in `bf16`."""
+    """The configuration; its folder has the fp32 run `fp32` and the bf16 run `bf16`, both on one rank."""
     root = tmp_path_factory.mktemp("bf16")
     model = make_tiny_model(root / "model", std=STD)
     save_rollouts(model, root / "saved", steps=STEPS)
@@ -51,7 +51,7 @@ def _check_metrics(run_dir: Path, reference: Path) -> None:
         assert line["loss"] == pytest.approx(fp32["loss"], abs=5e-3)
         assert line["grad_norm"] == pytest.approx(fp32["grad_norm"], rel=0.2)
         assert line["entropy/mean"] == pytest.approx(fp32["entropy/mean"], abs=5e-3)
-    # Of the rollout's tokens at its own weights: bf16's rounding is there, and it is small.
+    # The policy is the one that sampled the rollout, so the gap is bf16 rounding: small but not zero.
     assert 1e-4 < lines[0]["abs_logprob_gap/mean"] < 0.02
     assert expected[0]["abs_logprob_gap/mean"] < 1e-5
 
@@ -74,13 +74,13 @@ def _check_weights(run_dir: Path, reference: Path, model: Path) -> None:
     assert cosine > 0.95
 
 
-def test_on_one_rank(setting: Path) -> None:
+def test_bf16_training_stays_close_to_fp32_on_one_rank(setting: Path) -> None:
     check(setting, "bf16")
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_under_tensor_and_pipeline_parallelism(forks: Forks, setting: Path) -> None:
+def test_bf16_training_stays_close_to_fp32_under_tp_and_pp(forks: Forks, setting: Path) -> None:
     layouts = {"tp": "parallel.tp=2 parallel.etp=2", "pp": "parallel.pp=2"}
     options = f"engine.dtype=bf16 train.steps={STEPS} {OPTIONS}"
     run_all(forks, setting, 2, [f"run_dir={setting.with_name(name)} {layouts[name]} {options}" for name in layouts])

@@ -1,4 +1,4 @@
-"""Whole runs of DAPO's data side: dynamic sampling over uneven leaders, its replay, and overlong filtering."""
+"""Whole runs with dynamic sampling over uneven leaders, its replay, overlong filtering and lost verdicts."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ from megatron_rl.lab.run import read_metrics
 from megatron_rl.rewards.shaping import shape_rewards
 
 STEPS, MINI_BATCHES, WANTED, SIZE, LONGEST = 2, 2, 4, 4, 8
-# Right answers to each prompt, in the order in which a run takes them. Each step asks 6 = 4 * 1.5, finds 3 mixed groups
-# and asks 2 more for the last. Of two leaders the second has no mixed group in the first step, and three of the second.
+# Right answers to each prompt, in the order in which a run takes prompts. Each step samples 6 = 4 * 1.5 prompts, finds
+# 3 mixed groups and samples 2 more for the fourth. The second of two leaders has no mixed group in step 1, and 3 in
+# step 2.
 TAKEN = [[2, 0, 1, 0, 3, 0, 1, 4], [0, 1, 4, 3, 4, 2, 2, 1]]
 KEPT = [[0, 2, 4, 6], [1, 3, 5, 6]]
 FIGURES = [
     {"prompts": 8, "kept": 4, "surplus": 0, "all_correct": 1, "all_wrong": 3, "refills": 1},
     {"prompts": 8, "kept": 4, "surplus": 1, "all_correct": 2, "all_wrong": 1, "refills": 1},
 ]
-# Wrong answers keep the verifier's reward: one that is replaced forgets that it was punished before.
+# Wrong answers keep the verifier's reward. A replaced reward would hide a punishment that is applied twice.
 SHAPED = "reward.correct=1 reward.overlong_cache=4"
 LIVE = f"rollout.replay_from=null rollout.dynamic_sampling.oversample=1.5 {SHAPED}"
 REWARD = RewardConfig(correct=1.0, overlong_cache=4)
 
 
 def write_prompts(file: Path, correct: list[int]) -> Path:
-    """Such that a cursor of seed 0 gives out prompts p0, p1, ... with so many right answers."""
+    """Writes prompts so that a cursor of seed 0 takes p0, p1, ..., with `correct` right answers each."""
     order, _ = take_indexes(len(correct), PromptCursor(0), len(correct))
     lines = {
         index: orjson.dumps({"id": f"p{place}", "prompt": f"{place} {correct[place]}", "answer": "7"})
@@ -52,7 +53,7 @@ def run_made_up(forks: Forks, config: Path, ranks: int, runs: list[str]) -> None
 
 @pytest.fixture(scope="module")
 def root(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With config.yaml, and run directory `live` of one rank."""
+    """A folder with config.yaml, and `live`, the run directory of one rank."""
     root = tmp_path_factory.mktemp("dynamic")
     model = make_tiny_model(root / "model", num_layers=2)
     prompts = write_prompts(root / "prompts.jsonl", [*TAKEN[0], *TAKEN[1], *[0] * 8])
@@ -87,7 +88,7 @@ def assert_same_training(run_dir: Path, reference: Path) -> None:
     assert len(lines[1]) == STEPS * MINI_BATCHES
     for found, expected in zip(*lines, strict=True):
         for name in ("loss", "grad_norm", "advantage/mean", "advantage/max", "entropy/mean", "tokens", "sequences"):
-            # A tail of no tokens is left out of the line.
+            # Statistics of no tokens are left out of the line.
             assert found.get(name, 0) == pytest.approx(expected.get(name, 0), rel=2e-3, abs=1e-5), (run_dir.name, name)
     trained = weights(reference)
     for name, weight in weights(run_dir).items():
@@ -105,18 +106,18 @@ def assert_sampled_as_planned(run_dir: Path) -> None:
         line = first_lines(run_dir)[step]
         prefix = "rollout/dynamic_sampling/"
         assert {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)} == figures
-        # Of all that was sampled: what is kept has other accuracies.
+        # The metrics cover all sampled groups; kept groups have other accuracies.
         assert line["rollout/accuracy"] == sum(taken) / (8 * SIZE) != sum(taken[i] for i in kept) / (4 * SIZE)
         assert (line["rollout/prompts"], line["rollout/samples"]) == (8, 8 * SIZE)
 
 
-def test_mixed_groups_are_kept_in_the_order_of_the_prompts(root: Path) -> None:
+def test_mixed_groups_are_kept_in_prompt_order(root: Path) -> None:
     assert_sampled_as_planned(root / "live")
     (manifest,) = (root / "live" / "checkpoints").glob("*/manifest.json")
     assert orjson.loads(manifest.read_bytes())["state"]["cursor"] == {"seed": 0, "epoch": 0, "position": 16}
 
 
-def test_the_file_has_the_verifiers_own_rewards(root: Path) -> None:
+def test_saved_rollouts_have_the_verifiers_unshaped_rewards(root: Path) -> None:
     for group in saved(root / "live", 1):
         own = {True: 1.0, False: -0.5 - len(group.prompt.token_ids)}
         for sample in group.samples:
@@ -125,7 +126,7 @@ def test_the_file_has_the_verifiers_own_rewards(root: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_leaders_that_keep_none_or_more_than_others_do_not_matter(forks: Forks, root: Path) -> None:
+def test_training_does_not_depend_on_how_many_groups_each_leader_keeps(forks: Forks, root: Path) -> None:
     run_made_up(
         forks,
         root / "config.yaml",
@@ -142,7 +143,7 @@ def test_leaders_that_keep_none_or_more_than_others_do_not_matter(forks: Forks, 
                 assert found[name] == pytest.approx(expected[name], rel=1e-12), name
 
 
-def test_a_replay_trains_alike_and_punishes_once(forks: Forks, root: Path) -> None:
+def test_a_replay_trains_the_same_and_punishes_overlong_responses_once(forks: Forks, root: Path) -> None:
     run_all(forks, root / "config.yaml", 1, [f"run_dir={root / 'replay'} rollout.replay_from={root / 'live'} {SHAPED}"])
     assert_same_training(root / "replay", root / "live")
     for step, line in enumerate(first_lines(root / "replay"), start=1):
@@ -156,7 +157,7 @@ def test_a_replay_trains_alike_and_punishes_once(forks: Forks, root: Path) -> No
 
 
 @pytest.mark.distributed
-def test_prompts_without_mixed_groups_end_the_run_on_every_rank(forks: Forks, root: Path) -> None:
+def test_a_run_that_finds_too_few_mixed_groups_ends_on_every_rank(forks: Forks, root: Path) -> None:
     prompts = write_prompts(root / "dead.jsonl", TAKEN[0] + [0, 0, 4] * 20)
     options = f"run_dir={root / 'dead'} {LIVE} rollout.dynamic_sampling.max_refills=3 data.train={prompts}"
     run_made_up(forks, root / "config.yaml", 2, [options, f"--resume {options} train.steps=1"])
@@ -166,7 +167,7 @@ def test_prompts_without_mixed_groups_end_the_run_on_every_rank(forks: Forks, ro
     assert "of 24 prompts sampled, 8 were answered all right and 16 all wrong. --resume goes on" in told[0]
     assert "easier prompts" in told[0]
     assert told[0].endswith("saved: ['step-000001']")
-    # The step before is not lost, nor are the prompts that were asked in vain.
+    # The previous step is saved, and the prompts of the failed step will be sampled again.
     (manifest,) = (root / "dead" / "checkpoints").glob("*/manifest.json")
     state = orjson.loads(manifest.read_bytes())["state"]
     assert (state["step"], state["cursor"]["position"]) == (1, 8)
@@ -177,9 +178,11 @@ def test_prompts_without_mixed_groups_end_the_run_on_every_rank(forks: Forks, ro
 
 
 @pytest.mark.distributed
-def test_a_filtered_response_is_in_no_denominator(forks: Forks, root: Path) -> None:
-    """As if the file had it masked out, and rewards that are shaped already: those of masked-out responses count in
-    their groups. The first mini-batch has nothing else, and its step is a step of nothing."""
+def test_a_filtered_response_counts_in_no_denominator(forks: Forks, root: Path) -> None:
+    """The run equals one on a file with shaped rewards in which the truncated responses are masked out.
+
+    Rewards of masked-out responses count in their groups. The first mini-batch has only such responses.
+    """
     for step in range(1, STEPS + 1):
         groups = [_truncated(g) if step == 1 and g.index < 2 else g for g in saved(root / "live", step)]
         masked = [_masked(g) for g in shape_rewards(groups, REWARD, LONGEST)]
@@ -222,7 +225,7 @@ def _masked(group: Group) -> Group:
 
 
 @pytest.mark.distributed
-def test_lost_verdicts_are_left_out_and_a_step_of_nothing_else_ends_the_run(forks: Forks, root: Path) -> None:
+def test_lost_verdicts_are_left_out_and_a_step_without_any_verdict_ends_the_run(forks: Forks, root: Path) -> None:
     prompts = write_prompts(root / "lost.jsonl", [2] * 16)
     common = f"rollout.replay_from=null rollout.dynamic_sampling=null data.train={prompts}"
     some, later = (f"run_dir={root / name} {common} data.verifier=verifier_examples:" for name in ("some", "later"))

@@ -1,7 +1,7 @@
-"""Mini-batches of fewer samples than a layout has micro-batches for: some are empty, and nothing else changes.
+"""Mini-batches with fewer samples than micro-batches: some micro-batches are empty, and results do not change.
 
-Three samples, each alone in its micro-batch: two replicas make two each, four replicas or a pipeline of two virtual
-stages have one slot too many.
+Each of three samples fills a micro-batch. Two replicas have two micro-batches each, so one is empty. Four replicas, or
+a pipeline with two virtual stages, also have one too many.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MORE = [("r3", "cp=2 ep=2"), ("rspo", ""), ("rspo", "tp=2 ep=4"), ("ppo-kl", "pp
 
 @pytest.fixture(scope="module")
 def setting(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The configuration; RUNS on one rank, where no micro-batch is empty, lie beside it."""
+    """The configuration; its folder has RUNS on one rank, in which no micro-batch is empty."""
     root = tmp_path_factory.mktemp("empty")
     model = make_tiny_model(root / "model", num_layers=4, mlp_only_layers=(1,))
     save_rollouts(model, root / "saved", steps=STEPS, prompts=PROMPTS, group=GROUP, traces=True)
@@ -81,7 +81,7 @@ def has_empty(config: Path, ranks: int, overrides: str) -> bool:
     [(2, TWO_RANKS), (4, FOUR_RANKS), pytest.param(4, MORE, marks=pytest.mark.slow)],
     ids=["2 ranks", "4 ranks", "more layouts"],
 )
-def test_an_empty_micro_batch_changes_no_number(
+def test_an_empty_micro_batch_does_not_change_results(
     forks: Forks, setting: Path, ranks: int, layouts: list[tuple[str, str]]
 ) -> None:
     directories, runs = [], []
@@ -98,19 +98,19 @@ def test_an_empty_micro_batch_changes_no_number(
 
 
 def test_the_runs_learn_something(setting: Path) -> None:
-    """Else what holds above would hold of a trainer that does nothing."""
+    """Otherwise a trainer that does nothing would pass the tests above."""
     from safetensors.torch import load_file
 
     before = load_file(setting.parent / "model" / "model.safetensors")
     plain, balanced = (weights(setting.parent / name) for name in ("r3", "balanced"))
     assert all((plain[name] - before[name]).abs().max() > 1e-5 for name in before)
     router = next(name for name in before if name.endswith("mlp.gate.weight"))
-    assert (balanced[router] - plain[router]).abs().max() > 1e-4  # the load-balancing loss is not nothing
+    assert (balanced[router] - plain[router]).abs().max() > 1e-4  # the load-balancing loss has an effect
 
 
 @pytest.mark.distributed
-def test_supervised_fine_tuning_on_samples_that_do_not_divide(forks: Forks, setting: Path, tmp_path: Path) -> None:
-    """Five samples of 60 tokens, two replicas, a budget of 100."""
+def test_sft_results_do_not_change_if_samples_do_not_divide_evenly(forks: Forks, setting: Path, tmp_path: Path) -> None:
+    """Five samples of 60 tokens on two replicas, with at most 100 tokens in a micro-batch."""
     data, config = tmp_path / "data.jsonl", tmp_path / "sft.yaml"
     data.write_text("\n".join(json.dumps({"prompt": f"{i}+", "response": "1" * 57}) for i in range(5)))
     config.write_text(
@@ -133,7 +133,7 @@ def test_supervised_fine_tuning_on_samples_that_do_not_divide(forks: Forks, sett
 
 @pytest.mark.distributed
 @pytest.mark.usefixtures("forked_ranks")
-def test_parity_on_fewer_sequences_than_replicas(
+def test_parity_passes_if_sequences_do_not_divide_evenly(
     setting: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokens = tmp_path / "three.jsonl"

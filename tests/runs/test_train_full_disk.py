@@ -1,4 +1,4 @@
-"""Real runs out of disk: no checkpoint is lost, and the resumed run ends like the whole one."""
+"""Real runs on a full disk: no checkpoint is lost, and the resumed run equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, leave: int) -> Path:
-    """Leaves so many bytes free."""
+    """Fills the disk until `leave` bytes are free."""
     ballast = disk / "ballast"
     free = shutil.disk_usage(disk).free
     ballast.write_bytes(b"\0" * max(0, free - leave))
@@ -36,8 +36,8 @@ def fill(disk: Path, leave: int) -> Path:
 
 
 @pytest.mark.parametrize("leave", [100_000, 4096, 0])
-def test_a_full_disk_costs_no_checkpoint(forks: Forks, setting: Path, small_disk: Path, leave: int) -> None:
-    """With room for a part of a checkpoint, for some lines, and for nothing."""
+def test_a_full_disk_loses_no_checkpoint(forks: Forks, setting: Path, small_disk: Path, leave: int) -> None:
+    """Leaves room for a part of a checkpoint, for some lines, or for nothing."""
     run_dir = small_disk / "run"
     arguments = (*SFT, setting / "sft.yaml", f"run_dir={run_dir}")
     run = forks.start(*arguments, before=[("patches:slow_steps", 1.0)])
@@ -71,7 +71,7 @@ def test_all_ranks_end_on_a_full_disk(forks: Forks, setting: Path, small_disk: P
     assert "Traceback" not in run.stderr
 
 
-def test_a_model_that_cannot_be_exported_is_told(forks: Forks, setting: Path, small_disk: Path) -> None:
+def test_a_failed_model_export_is_reported_and_done_on_resume(forks: Forks, setting: Path, small_disk: Path) -> None:
     run_dir = small_disk / "run"
     arguments = (*SFT, setting / "sft.yaml", f"run_dir={run_dir}", "steps=2")
     run = forks.start(*arguments, before=[("patches:slow_steps", 1.0)])

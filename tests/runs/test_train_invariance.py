@@ -1,4 +1,4 @@
-"""Two RL steps of four mini-batches on saved rollouts: the same losses and weights, however the work is cut up."""
+"""Two RL steps of four mini-batches on saved rollouts: losses and weights do not depend on how work is divided."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from tiny_models import make_tiny_model
 
 from megatron_rl.lab.run import read_metrics
 
-# Each kind of parallelism once; RSPO's loss has all that GSPO's has, and the router shift. Gradients, log-probs and the
-# router shift in every layout, against transformers, are in tests/runs/test_parity.py and
-# tests/ranks/test_routing_shift.py.
+# Each kind of parallelism appears once: RSPO's loss is GSPO's with the router shift. tests/runs/test_parity.py and
+# tests/ranks/test_routing_shift.py compare gradients, log-probs and the router shift with transformers in every layout.
 TWO_RANKS = ["tp=2", ""]
 RSPO_TWO_RANKS = ["pp=2 vpp=2", "cp=2 ep=2"]
 FOUR_RANKS = ["tp=2 ep=2 etp=2", "tp=2 pp=2 ep=2"]
@@ -24,7 +23,7 @@ FOUR_RANKS = ["tp=2 ep=2 etp=2", "tp=2 pp=2 ep=2"]
 
 @pytest.fixture(scope="module")
 def setting(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(configuration, run directory of one rank)."""
+    """(configuration, run directory of the run on one rank)."""
     root = tmp_path_factory.mktemp("invariance")
     model = make_tiny_model(root / "model", num_layers=4, mlp_only_layers=(1,))
     save_rollouts(model, root / "saved")
@@ -59,7 +58,7 @@ def assert_same(run_dir: Path, reference: Path) -> None:
 
 
 def assert_same_shift(run_dir: Path, reference: Path) -> None:
-    """Where the objective has none, in both."""
+    """Compares router shifts; an objective without a router shift has none in both runs."""
 
     def shifts(directory: Path) -> list[dict[str, float]]:
         lines = read_metrics(directory / "metrics.jsonl")
@@ -70,7 +69,7 @@ def assert_same_shift(run_dir: Path, reference: Path) -> None:
 
 
 def test_the_run_learns_something(setting: tuple[Path, Path]) -> None:
-    """Else all that follows would hold of a trainer that does nothing."""
+    """Otherwise a trainer that does nothing would pass the tests below."""
     config, reference = setting
     from safetensors.torch import load_file
 
@@ -108,7 +107,9 @@ def test_routers_shift_after_the_first_mini_batch(setting: tuple[Path, Path], ru
 
 
 @pytest.mark.parametrize("other", ["one-by-one", "all-at-once", "other-order", "recompute"])
-def test_micro_batches_packing_order_and_recompute_do_not_matter(setting: tuple[Path, Path], other: str) -> None:
+def test_results_do_not_depend_on_micro_batches_packing_order_or_recompute(
+    setting: tuple[Path, Path], other: str
+) -> None:
     assert_same(setting[1].parent / other, setting[1])
 
 
@@ -118,7 +119,7 @@ def test_micro_batches_packing_order_and_recompute_do_not_matter(setting: tuple[
     [(2, TWO_RANKS, RSPO_TWO_RANKS), (4, FOUR_RANKS, [])],
     ids=["2 ranks", "4 ranks"],
 )
-def test_layouts_do_not_matter(
+def test_results_do_not_depend_on_the_layout(
     forks: Forks, setting: tuple[Path, Path], ranks: int, layouts: list[str], rspo_layouts: list[str]
 ) -> None:
     config, reference = setting
@@ -138,9 +139,7 @@ def test_layouts_do_not_matter(
 
 
 @pytest.mark.distributed
-def test_what_a_correction_rejects_leaves_the_denominators_of_all_ranks(
-    forks: Forks, setting: tuple[Path, Path]
-) -> None:
+def test_rejected_tokens_leave_the_denominators_on_all_ranks(forks: Forks, setting: tuple[Path, Path]) -> None:
     config = setting[0]
     rejects = "objective.correction.kind=mis objective.correction.low=0.8 objective.correction.high=1.25"
     alone, *others = [config.parent / f"mis-{number}" for number in range(3)]

@@ -1,5 +1,7 @@
-"""Whole RL runs on saved rollouts: PPO's critic, KL in loss and reward, mu in place of pi_old, and steps left out. The
-same in every layout."""
+"""Whole RL runs on saved rollouts: PPO's critic, KL in loss and reward, mu in place of pi_old, and skipped steps.
+
+Results do not depend on the layout.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,9 @@ RUNS = {
     "model.reference=OTHER",
     "mu-for-old": "presets=gspo objective.denominator=rollout train.recompute_old_logprobs=false",
 }
-# Each objective where ranks could part: replicas share the moments of advantages, stages have critics and references of
-# their own. Its arithmetic in every layout is in tests/ranks/test_objectives_layouts.py, the critic's in
-# tests/ranks/test_engine_critic.py.
+# Each objective in layouts where ranks could disagree: replicas share the moments of advantages, and each stage has its
+# own part of critic and reference. tests/ranks/test_objectives_layouts.py checks the arithmetic in every layout, and
+# tests/ranks/test_engine_critic.py the critic.
 LAYOUTS = {
     "ppo": ["", "parallel.pp=2 parallel.vpp=2"],
     "ppo-kl": ["parallel.ep=2"],
@@ -44,7 +46,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def setting(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The configuration; RUNS on one rank lie beside it."""
+    """The configuration; its folder has RUNS on one rank."""
     root = tmp_path_factory.mktemp("objectives")
     model = make_tiny_model(root / "model", num_layers=4, mlp_only_layers=(1,))
     make_tiny_model(root / "other", num_layers=4, mlp_only_layers=(1,), seed=1)
@@ -78,7 +80,7 @@ def assert_same(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_layouts_do_not_matter(forks: Forks, setting: Path) -> None:
+def test_results_do_not_depend_on_the_layout(forks: Forks, setting: Path) -> None:
     directories, runs = [], []
     for name, layouts in LAYOUTS.items():
         for layout in layouts:
@@ -89,9 +91,9 @@ def test_layouts_do_not_matter(forks: Forks, setting: Path) -> None:
         assert_same(found, expected)
 
 
-def test_the_critic_learns_and_explains_its_own_numbers(setting: Path) -> None:
+def test_the_critic_learns_and_logs_its_metrics(setting: Path) -> None:
     first, *_, last = lines(setting.parent / "ppo")
-    assert first["critic/value/max"] == first["critic/value/min"] == 0  # a head of zeros
+    assert first["critic/value/max"] == first["critic/value/min"] == 0  # the value head starts at zero
     assert first["critic/explained_variance"] == pytest.approx(0, abs=1e-9)
     assert last["critic/value/std"] > 0.01
     assert last["critic/value/mean"] > 0.05  # towards the rewards, which are 0 or 1
@@ -112,8 +114,8 @@ def test_the_critic_learns_and_explains_its_own_numbers(setting: Path) -> None:
     assert after["score.weight"].abs().max() > 1e-4
 
 
-def test_advantages_of_the_first_step_are_those_of_a_critic_of_zeros(setting: Path) -> None:
-    """V = 0 and gamma = 1: A_t is the reward discounted by lambda for each token still to come, over its own spread."""
+def test_first_step_advantages_follow_from_zero_values(setting: Path) -> None:
+    """With V = 0 and gamma = 1, A_t is the reward times lambda per remaining token; then A_t is normalised."""
     from megatron_rl.data.store import read_groups
 
     groups = read_groups(setting.parent / "saved" / "rollouts" / "step-000001-dp-0000.jsonl")
@@ -127,7 +129,7 @@ def test_advantages_of_the_first_step_are_those_of_a_critic_of_zeros(setting: Pa
     normalised = [(each - everything.mean()) / everything.std(ddof=1) for each in tokens]
     means = np.array([each.mean() for each in normalised])
     first_step = [line for line in lines(setting.parent / "ppo") if line["step"] == 1]
-    found = [line["advantage/mean"] for line in first_step]  # of two groups of four, by sequence
+    found = [line["advantage/mean"] for line in first_step]  # two groups of four responses, mean over sequences
     np.testing.assert_allclose(found, means.reshape(MINI_BATCHES, -1).mean(1), rtol=1e-5)
     rewards = np.concatenate([np.full(len(each), each[-1]) for each in tokens])
     np.testing.assert_allclose(
@@ -137,7 +139,7 @@ def test_advantages_of_the_first_step_are_those_of_a_critic_of_zeros(setting: Pa
     )
 
 
-def test_a_kl_is_measured_and_moves_the_policy(forks: Forks, setting: Path) -> None:
+def test_a_kl_term_is_measured_and_changes_the_gradient(forks: Forks, setting: Path) -> None:
     plain = setting.parent / "plain"
     run_all(forks, setting, 1, [f"run_dir={plain} train.steps={STEPS} presets=grpo"])
     first = lines(plain)[0]
@@ -153,7 +155,7 @@ def test_a_kl_is_measured_and_moves_the_policy(forks: Forks, setting: Path) -> N
 
 
 def by_response(setting: Path) -> float:
-    """Mean over responses of the mean of k3, of the first mini-batch, from transformers."""
+    """Returns transformers' k3 in the first mini-batch: averaged over the tokens of a response, then over responses."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -175,19 +177,19 @@ def by_response(setting: Path) -> float:
     return float(np.mean(means))
 
 
-def test_mu_stands_for_pi_old(setting: Path) -> None:
+def test_rollout_log_probs_can_replace_old_log_probs(setting: Path) -> None:
     for line in lines(setting.parent / "mu-for-old"):
         assert not any(name.startswith(("rho", "kl/rollout_old", "abs_logprob_gap")) for name in line)
         assert line["ratio/mean"] == pytest.approx(line["omega/mean"])
         assert "time/old log-probs" not in line or line["time/old log-probs"] < 0.5
-    # In the first step the saved mu are the model's own log-probs, but for rounding.
+    # In the first step the saved mu equal the model's own log-probs up to rounding.
     first = lines(setting.parent / "mu-for-old")[0]
     assert first["sequence_ratio/min"] == pytest.approx(1, abs=1e-4)
     assert first["sequence_ratio/min"] != 1
 
 
 @pytest.mark.distributed
-def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(forks: Forks, setting: Path) -> None:
+def test_a_non_finite_gradient_skips_the_step_on_all_ranks(forks: Forks, setting: Path) -> None:
     directory = setting.parent / "skipped"
     faulty = "objective.custom=faulty_objectives:not_finite_in_the_second_mini_batch"
     custom = f"presets=grpo {faulty} engine.max_tokens_per_micro_batch=4096"
@@ -195,7 +197,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(forks: Forks,
     first, second, third, fourth = lines(directory)
     assert [line["skipped"] for line in (first, second, third, fourth)] == [0, 1, 0, 0]
     assert second["grad_norm"] is None  # JSON has no NaN
-    # No weight has changed: the third has the second's policy, and the second the one that the first left.
+    # The skipped step changes no weights, so the third mini-batch still sees the update of the first.
     assert third["ratio/max"] > 1
     assert fourth["ratio/max"] > 1
     weights = load_file(directory / "model" / "model.safetensors")
@@ -210,15 +212,13 @@ def test_too_many_skipped_steps_end_the_run(forks: Forks, setting: Path) -> None
     assert done.returncode == 2
     assert "optim.max_skipped: 2 optimizer steps of this run had a gradient that was not finite, and 1" in done.stderr
     assert "Traceback" not in done.stderr
-    assert [line["skipped"] for line in lines(directory)] == [1, 1]  # the last line is not lost
+    assert [line["skipped"] for line in lines(directory)] == [1, 1]  # the last line is written too
 
 
-def test_a_critic_that_skips_too_many_steps_is_named_and_its_later_epochs_are_counted(
-    forks: Forks, setting: Path
-) -> None:
+def test_the_error_for_too_many_skipped_critic_steps_counts_every_epoch(forks: Forks, setting: Path) -> None:
     directory = setting.parent / "critic-skips"
     command = ["-m", "megatron_rl", "train", str(setting), f"run_dir={directory}", "presets=ppo"]
-    # Returns beyond fp32; normalised advantages are not.
+    # Returns exceed fp32; normalised advantages do not.
     beyond = setting.parent / "beyond"
     for step in range(1, STEPS + 1):
         name = f"rollouts/step-{step:06d}-dp-0000.jsonl"
@@ -248,7 +248,7 @@ def _rewarded_beyond_fp32(sample: Sample) -> Sample:
 
 
 @pytest.mark.parametrize("name", ["ppo-kl", "kl-in-reward"])
-def test_a_kl_penalty_that_is_not_finite_is_one_error(forks: Forks, setting: Path, tmp_path: Path, name: str) -> None:
+def test_a_non_finite_kl_penalty_gives_one_error(forks: Forks, setting: Path, tmp_path: Path, name: str) -> None:
     reference = shutil.copytree(setting.parent / "other", tmp_path / "reference")
     broken = load_file(reference / "model.safetensors")
     broken["model.norm.weight"][:] = 3e38  # finite, so it loads; its logits are not
@@ -261,7 +261,7 @@ def test_a_kl_penalty_that_is_not_finite_is_one_error(forks: Forks, setting: Pat
     assert "Traceback" not in done.stderr
 
 
-def test_a_resumed_run_goes_on_with_its_critic(forks: Forks, setting: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_continues_with_its_critic(forks: Forks, setting: Path, tmp_path: Path) -> None:
     common = [a for a in overrides(setting, "ppo", tmp_path / "halted").split() if not a.startswith("train.steps")]
 
     def start(steps: int, *more: str) -> None:
@@ -279,7 +279,7 @@ def test_a_resumed_run_goes_on_with_its_critic(forks: Forks, setting: Path, tmp_
 
 
 @pytest.mark.distributed
-def test_a_critic_in_bf16_learns_as_in_fp32(forks: Forks, setting: Path) -> None:
+def test_a_bf16_critic_learns_like_an_fp32_critic(forks: Forks, setting: Path) -> None:
     directory = setting.parent / "ppo-bf16"
     run_all(forks, setting, 2, [overrides(setting, "ppo", directory, "engine.dtype=bf16 parallel.tp=2")])
     for line, fp32 in zip(lines(directory), lines(setting.parent / "ppo"), strict=True):

@@ -1,5 +1,4 @@
-"""A whole run with a server of its own under R3: the routes that SGLang reports are those that the trainer would choose
-and does use."""
+"""A whole R3 run with its own server: the trainer would choose the routes that SGLang reports, and replays them."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ STEPS = 2
 
 @pytest.mark.server
 @pytest.mark.distributed
-def test_routes_of_a_live_server_are_replayed(forks: Forks, tmp_path: Path) -> None:
+def test_routes_from_a_live_server_are_replayed(forks: Forks, tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "model", num_layers=2)
     config = write_config(tmp_path / "config.yaml", model, tmp_path / "unused")
     options = (
@@ -30,7 +29,7 @@ def test_routes_of_a_live_server_are_replayed(forks: Forks, tmp_path: Path) -> N
         "routing.replay=r3",
         "weights.verify=1",
     )
-    # Two leaders, each with the traces of its own share.
+    # Each of the two leaders holds the traces of its own samples.
     run_all(forks, config, 2, [f"run_dir={tmp_path / 'run'} {' '.join(options)}"])
 
     files = sorted((tmp_path / "run" / "rollouts").glob("*.jsonl"))
@@ -43,7 +42,7 @@ def test_routes_of_a_live_server_are_replayed(forks: Forks, tmp_path: Path) -> N
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     for line in lines:
         assert line["routing/set_mismatch/rollout_old/effective/max"] == 0
-        # Both engines compute in fp32: only a choice at the very edge may differ.
+        # Both engines compute in fp32, so routes may differ only if two experts have almost equal scores.
         assert line["routing/set_mismatch/rollout_old/live/max"] < 0.02
         assert line["abs_logprob_gap/max"] < 1e-3
         assert 0 < line["routing/fallback/mean"] < 0.2  # the last row of each sample

@@ -1,4 +1,4 @@
-"""Real runs that are resumed, from damaged or wrong files too: nothing is lost, and nothing wrong goes on."""
+"""Resumed real runs, also from damaged or wrong files: nothing is lost, and wrong files are refused or skipped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_rl.lab.run import read_metrics
 # ---- nothing is erased -----------------------------------------------------------------------------------------
 
 
-def test_a_resume_without_a_checkpoint_is_refused_if_there_are_lines(
+def test_resume_without_a_checkpoint_is_refused_if_metrics_were_logged(
     forks: Forks, setting: Path, tmp_path: Path
 ) -> None:
     run_dir = copy(setting, tmp_path / "run", until=0)
@@ -28,7 +28,7 @@ def test_a_resume_without_a_checkpoint_is_refused_if_there_are_lines(
     assert contents(run_dir) == before
 
 
-def test_what_a_resume_takes_out_is_kept(forks: Forks, setting: Path, tmp_path: Path) -> None:
+def test_metrics_that_a_resume_removes_are_kept_in_history(forks: Forks, setting: Path, tmp_path: Path) -> None:
     run_dir = copy(setting, tmp_path / "run", until=2)
     lines = (run_dir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     done = resume(forks, setting, run_dir)
@@ -38,7 +38,7 @@ def test_what_a_resume_takes_out_is_kept(forks: Forks, setting: Path, tmp_path: 
     assert (history / "metrics.jsonl").read_bytes() == b"".join(lines[2:])
 
 
-def test_a_failed_start_leaves_nothing_in_the_way_of_the_next(forks: Forks, setting: Path, tmp_path: Path) -> None:
+def test_a_failed_start_does_not_block_the_next_start(forks: Forks, setting: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(setting / "model", model)
     whole = (model / "model.safetensors").read_bytes()
@@ -50,7 +50,7 @@ def test_a_failed_start_leaves_nothing_in_the_way_of_the_next(forks: Forks, sett
     assert forks.run(*arguments).status == [0]
 
 
-# ---- checkpoints that are not to be trusted ---------------------------------------------------------------------
+# ---- checkpoints that cannot be trusted -------------------------------------------------------------------------
 
 
 def damage(path: Path) -> None:
@@ -59,7 +59,7 @@ def damage(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
-def test_damaged_checkpoints_are_passed_over(forks: Forks, setting: Path, tmp_path: Path) -> None:
+def test_resume_skips_damaged_checkpoints(forks: Forks, setting: Path, tmp_path: Path) -> None:
     run_dir = copy(setting, tmp_path / "run")
     root = run_dir / "checkpoints"
     damage(root / "step-000005" / "rank-00000.pt")
@@ -93,7 +93,9 @@ def test_damaged_checkpoints_are_passed_over(forks: Forks, setting: Path, tmp_pa
 
 
 @pytest.mark.distributed
-def test_a_shard_that_one_rank_finds_damaged_all_pass_over(forks: Forks, setting: Path, tmp_path: Path) -> None:
+def test_all_ranks_skip_a_checkpoint_if_one_rank_finds_a_damaged_shard(
+    forks: Forks, setting: Path, tmp_path: Path
+) -> None:
     whole, run_dir = tmp_path / "whole", tmp_path / "run"
     arguments = (*SFT, setting / "sft.yaml", "steps=3")
     done = forks.run(*arguments, f"run_dir={whole}", ranks=2)
@@ -109,7 +111,7 @@ def test_a_shard_that_one_rank_finds_damaged_all_pass_over(forks: Forks, setting
         assert torch.equal(weight, weights(run_dir)[name]), name
 
 
-def test_if_no_checkpoint_is_whole_the_resume_is_refused(forks: Forks, setting: Path, tmp_path: Path) -> None:
+def test_resume_is_refused_if_every_checkpoint_is_damaged(forks: Forks, setting: Path, tmp_path: Path) -> None:
     run_dir = copy(setting, tmp_path / "run", until=1)
     damage(run_dir / "checkpoints" / "step-000001" / "rank-00000.pt")
     before = contents(run_dir)
@@ -117,7 +119,7 @@ def test_if_no_checkpoint_is_whole_the_resume_is_refused(forks: Forks, setting: 
     assert contents(run_dir) == before
 
 
-def test_a_checkpoint_of_another_run_is_refused(forks: Forks, setting: Path, tmp_path: Path) -> None:
+def test_resume_refuses_a_checkpoint_of_another_run(forks: Forks, setting: Path, tmp_path: Path) -> None:
     done = forks.run(*SFT, setting / "sft.yaml", f"run_dir={tmp_path / 'other'}", "seed=3", "steps=2")
     assert done.status == [0]
     run_dir = copy(setting, tmp_path / "run", until=1)
@@ -127,8 +129,8 @@ def test_a_checkpoint_of_another_run_is_refused(forks: Forks, setting: Path, tmp
     assert contents(run_dir) == before
 
 
-def test_another_model_is_refused(forks: Forks, setting: Path, tmp_path: Path) -> None:
-    """Under the path that the run began with: of other shapes, of the same with another function, of other weights."""
+def test_resume_refuses_another_model(forks: Forks, setting: Path, tmp_path: Path) -> None:
+    """The files at model.path are replaced: by other shapes, by another routing function, or by other weights."""
     sizes: dict[str, Any] = {"num_layers": 1, "hidden_size": 32, "num_experts": 4, "expert_hidden_size": 16}
     model, run_dir = tmp_path / "model", tmp_path / "run"
     make_tiny_model(model, **sizes)
@@ -146,7 +148,7 @@ def test_another_model_is_refused(forks: Forks, setting: Path, tmp_path: Path) -
         assert contents(run_dir) == before
 
 
-def test_data_that_has_changed_is_refused(forks: Forks, setting: Path, tmp_path: Path) -> None:
+def test_resume_refuses_changed_data(forks: Forks, setting: Path, tmp_path: Path) -> None:
     data, run_dir = tmp_path / "data.jsonl", tmp_path / "run"
     first = (setting / "data.jsonl").read_bytes()
     data.write_bytes(first)
@@ -162,7 +164,7 @@ def test_data_that_has_changed_is_refused(forks: Forks, setting: Path, tmp_path:
     assert contents(run_dir) == before
 
 
-def test_run_files_that_are_cut_off_are_named(forks: Forks, setting: Path, tmp_path: Path) -> None:
+def test_the_error_names_a_truncated_run_file(forks: Forks, setting: Path, tmp_path: Path) -> None:
     run_dir = copy(setting, tmp_path / "run")
     config = (run_dir / "config.yaml").read_bytes()
     (run_dir / "config.yaml").write_bytes(b"run_dir: [")
@@ -174,7 +176,7 @@ def test_run_files_that_are_cut_off_are_named(forks: Forks, setting: Path, tmp_p
     assert_refused(resume(forks, setting, run_dir), "run.json: damaged")
 
 
-def test_sft_can_be_made_longer(forks: Forks, setting: Path, tmp_path: Path) -> None:
+def test_an_sft_run_can_be_extended_on_resume(forks: Forks, setting: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     assert forks.run(*SFT, setting / "sft.yaml", f"run_dir={run_dir}", "steps=2").status == [0]
     refused = resume(forks, setting, run_dir, "batch_size=4")

@@ -1,4 +1,4 @@
-"""Real runs that a signal or the time stops, and two in one run_dir: the resumed run ends like the whole one."""
+"""Real runs stopped by a signal or a time limit, and resumed to equal an uninterrupted run; two runs in one run_dir."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from megatron_rl.stop import STATUS
 
 
 def stop(forks: Forks, run: Run, run_dir: Path, after: int, number: signal.Signals) -> Run:
-    """Sends the signal to all ranks once so many lines are written."""
+    """Sends the signal to all ranks once `after` lines are written."""
     deadline = time.monotonic() + 60
     file = run_dir / "metrics.jsonl"
     while not file.exists() or len(read_metrics(file)) < after:
@@ -46,7 +46,7 @@ def stop(forks: Forks, run: Run, run_dir: Path, after: int, number: signal.Signa
 
 
 @pytest.mark.parametrize(("number", "seed"), [("SIGTERM", 0), ("SIGINT", 1), ("SIGUSR1", 2)])
-def test_a_signal_saves_and_the_resumed_run_ends_like_the_whole(
+def test_a_signal_saves_a_checkpoint_and_the_resumed_run_equals_the_whole_run(
     forks: Forks, setting: Path, tmp_path: Path, number: str, seed: int
 ) -> None:
     run_dir = tmp_path / "run"
@@ -64,7 +64,7 @@ def test_a_signal_saves_and_the_resumed_run_ends_like_the_whole(
 
 
 @pytest.mark.distributed
-def test_a_signal_to_one_rank_stops_all_after_the_same_step(forks: Forks, setting: Path, tmp_path: Path) -> None:
+def test_a_signal_to_one_rank_stops_all_ranks_after_the_same_step(forks: Forks, setting: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = (*SFT, setting / "sft.yaml", f"run_dir={run_dir}", "checkpoint.every=0", "steps=2000")
     run = forks.start(*arguments, ranks=2)
@@ -79,24 +79,24 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(forks: Forks, settin
     assert more.status == [0, 0], more.stderr
 
 
-def test_a_second_signal_ends_at_once(forks: Forks, setting: Path, tmp_path: Path) -> None:
+def test_a_second_signal_ends_the_run_at_once(forks: Forks, setting: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = (*SFT, setting / "sft.yaml", f"run_dir={run_dir}", "checkpoint.every=0", "steps=2000")
     run = forks.start(*arguments, before=[("patches:slow_steps", 60.0)])
-    wait_for(forks, run, "slow step")  # of a minute
+    wait_for(forks, run, "slow step")  # the step takes a minute
     os.kill(run.pids[0], signal.SIGTERM)
-    os.kill(run.pids[0], signal.SIGTERM)  # an echo
+    os.kill(run.pids[0], signal.SIGTERM)  # an echo of the first signal
     time.sleep(1.0)
     assert forks.poll(run), "an echo of the first signal ended the run"
     time.sleep(5.0)
     os.kill(run.pids[0], signal.SIGTERM)
     assert forks.wait(run, timeout=10).status == [-signal.SIGTERM]
-    # The dead process is no owner: the next start is let in.
+    # The dead process no longer owns the directory, so the next start gets past that check.
     assert_refused(forks.run(*arguments, "--resume"), "no whole checkpoint")
 
 
-def test_time_bounds(forks: Forks, setting: Path, tmp_path: Path) -> None:
-    """checkpoint.minutes and max_minutes; bounds that have passed by the first step act after each."""
+def test_time_limits_save_checkpoints_and_stop_the_run(forks: Forks, setting: Path, tmp_path: Path) -> None:
+    """checkpoint.minutes and max_minutes are so short that they act after every step."""
     run_dir = tmp_path / "run"
     arguments = (*SFT, setting / "sft.yaml", f"run_dir={run_dir}", "checkpoint.every=0")
     run = forks.run(*arguments, "checkpoint.minutes=0.00001", "checkpoint.keep=9")
@@ -114,7 +114,7 @@ def test_time_bounds(forks: Forks, setting: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def rl(forks: Forks, setting: Path) -> Path:
-    """The configuration of an RL run on made-up answers; `whole-rl` beside it is the uninterrupted one."""
+    """The configuration of an RL run on made-up answers; the uninterrupted run is `whole-rl` in the same folder."""
     lines = (orjson.dumps({"id": f"p{i}", "prompt": f"{i} {i % 4}", "answer": "7"}) for i in range(12))
     (setting / "prompts.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     config = write_config(setting / "rl.yaml", setting / "model", setting / "unused", preset="grpo")
@@ -127,10 +127,10 @@ def rl(forks: Forks, setting: Path) -> Path:
 
 
 @pytest.mark.distributed
-def test_a_signal_in_the_rollout_loses_no_more_than_its_step(
+def test_a_signal_during_a_rollout_loses_only_the_current_step(
     forks: Forks, setting: Path, rl: Path, tmp_path: Path
 ) -> None:
-    """On one rank, and on two of which the one that waits for the rollout hears it alone."""
+    """On one rank; and on two ranks, of which only the one that waits for the rollout gets the signal."""
     for ranks, layout in ((1, "parallel.tp=1"), (2, "parallel.tp=2")):
         run_dir = tmp_path / str(ranks)
         arguments = (*TRAIN, rl, f"run_dir={run_dir}", layout)
@@ -150,10 +150,10 @@ def test_a_signal_in_the_rollout_loses_no_more_than_its_step(
         assert torch.equal(weight, found[name]), name
 
 
-# ---- two at a time ---------------------------------------------------------------------------------------------
+# ---- two runs at once ------------------------------------------------------------------------------------------
 
 
-def test_two_trainers_do_not_share_a_run_dir(forks: Forks, setting: Path, tmp_path: Path) -> None:
+def test_two_trainers_cannot_share_a_run_dir(forks: Forks, setting: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = (*SFT, setting / "sft.yaml", f"run_dir={run_dir}", "checkpoint.every=0", "steps=2000")
     run = forks.start(*arguments)

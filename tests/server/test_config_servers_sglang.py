@@ -1,4 +1,4 @@
-"""Flags that the trainer sets itself, against those that SGLang knows."""
+"""Flags that the trainer sets itself, compared with the flags that SGLang knows."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ print(json.dumps(sorted(parser._option_string_actions)))
 
 @pytest.mark.slow
 @pytest.mark.server
-def test_the_flags_are_those_of_sglang() -> None:
-    """All are known there but `--tp`, itself an abbreviation; what begins one of them is listed."""
+def test_sglang_knows_the_flags_that_the_trainer_sets() -> None:
+    """SGLang knows all of them but the abbreviation `--tp`. WHOLE_FLAGS lists its flags that are prefixes of ours."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "SGLANG_USE_CPU_ENGINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", OPTIONS_OF_SGLANG], env=environment, capture_output=True, text=True, check=True

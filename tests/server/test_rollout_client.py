@@ -1,4 +1,4 @@
-"""The client against a real server, through a proxy that spoils requests and answers."""
+"""The client against a real server, through a proxy that damages requests and answers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def through(
     call: Callable[[SGLangClient], Awaitable[T]] = generate,  # type: ignore[assignment]
     deadline: float = 20.0,
 ) -> tuple[T | BaseException, int]:
-    """The answer, or the error, of `call` through a proxy with these faults; and how many requests it took."""
+    """Calls through a proxy with these faults. Returns the answer or the error, and the number of requests."""
 
     async def run() -> tuple[T | BaseException, int]:
         async with FaultProxy(url, *faults) as proxy, SGLangClient(proxy.url, deadline=deadline) as client:
@@ -50,7 +50,7 @@ def through(
     return asyncio.run(run())
 
 
-# ---- what heals
+# ---- faults that are retried
 
 
 @pytest.mark.parametrize(
@@ -58,21 +58,21 @@ def through(
     [Fault(drop=True), Fault(lose=True), Fault(status=502), Fault(status=503), Fault(status=504)],
     ids=["dropped", "answer lost", "502", "503", "504"],
 )
-def test_what_can_heal_is_tried_again(served: str, fault: Fault) -> None:
+def test_temporary_faults_are_retried(served: str, fault: Fault) -> None:
     answer, requests = through(served, fault, fault)
     assert isinstance(answer, Completion)
     assert requests == 3
 
 
-def test_tries_are_bounded(served: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_tries_is_limited(served: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "MAX_TRIES", 3)
     error, requests = through(served, *[Fault(status=503)] * 10)
     assert requests == 3
     assert "status 503; tried 3 times" in str(error)
 
 
-def test_a_refused_connection_heals_once_the_server_listens(served: str) -> None:
-    """For a weight update too: the server cannot have seen the request."""
+def test_a_refused_connection_is_retried_until_the_server_listens(served: str) -> None:
+    """A weight update is retried too, because the server cannot have seen the request."""
     (port,) = free_ports(1)
 
     async def run() -> None:
@@ -87,7 +87,7 @@ def test_a_refused_connection_heals_once_the_server_listens(served: str) -> None
     asyncio.run(run())
 
 
-def test_no_try_is_made_when_the_check_finds_the_server_dead(served: str) -> None:
+def test_no_retry_is_made_if_the_check_finds_the_server_dead(served: str) -> None:
     def check() -> None:
         raise RuntimeError("the process has ended")
 
@@ -100,18 +100,18 @@ def test_no_try_is_made_when_the_check_finds_the_server_dead(served: str) -> Non
     assert asyncio.run(run()) == 1
 
 
-# ---- what does not
+# ---- faults that are not retried
 
 
 @pytest.mark.parametrize("status", [204, 302, 400, 401, 404, 422, 500])
-def test_another_status_is_an_error_at_once(served: str, status: int) -> None:
+def test_any_other_status_is_an_error_at_once(served: str, status: int) -> None:
     error, requests = through(served, Fault(status=status))
     assert requests == 1
     assert f"/generate: status {status}" in str(error)
 
 
 @pytest.mark.parametrize("fault", [Fault(drop=True), Fault(lose=True), Fault(status=503)])
-def test_a_weight_update_that_the_server_may_have_seen_is_not_repeated(served: str, fault: Fault) -> None:
+def test_a_weight_update_that_the_server_may_have_seen_is_not_retried(served: str, fault: Fault) -> None:
     error, requests = through(served, fault, call=lambda client: client.begin_weight_update())
     assert isinstance(error, RolloutError)
     assert requests == 1
@@ -119,16 +119,16 @@ def test_a_weight_update_that_the_server_may_have_seen_is_not_repeated(served: s
         through(served, call=lambda client: client.end_weight_update())
 
 
-def test_the_deadline_holds_for_a_slow_answer_and_for_all_tries_together(served: str) -> None:
+def test_the_deadline_covers_a_slow_answer_and_all_tries_together(served: str) -> None:
     for faults in [[Fault(delay=30.0)], [Fault(status=503)] * 100]:
         start = time.monotonic()
         error, _ = through(served, *faults, deadline=1.0)
         assert time.monotonic() - start < 3.0
         assert "no answer within 1 s" in str(error)
-    assert "status 503" in str(error)  # of the tries before
+    assert "status 503" in str(error)  # from the earlier tries
 
 
-def test_a_refusal_carries_the_servers_message(served: str) -> None:
+def test_the_error_for_a_refusal_contains_the_servers_message(served: str) -> None:
     error, _ = through(served, call=lambda c: c.update_weights_from_disk("/no/such/model", weight_version=1))
     assert "/update_weights_from_disk: status 400" in str(error)
     assert "/no/such/model" in str(error)
@@ -220,7 +220,7 @@ def test_a_bad_answer_is_an_error_at_once(served: str, name: str) -> None:
 GREEDY = {"temperature": 0.0}  # six tokens, none of which is the end of the sequence
 
 
-def test_the_answers_above_are_good_before_they_are_spoilt(served: str) -> None:
+def test_an_unmodified_answer_is_accepted(served: str) -> None:
     answer, _ = through(served, Fault(), call=lambda c: generate(c, max_new_tokens=6, **GREEDY))
     assert isinstance(answer, Completion)
     assert len(answer.token_ids) == len(answer.logprobs) == 6
@@ -237,13 +237,13 @@ def test_an_answer_that_is_not_json_is_an_error_at_once(served: str, raw: Callab
     assert requests == 1
 
 
-def test_an_answer_of_another_content_type_is_an_error_at_once(served: str) -> None:
+def test_an_answer_with_a_wrong_content_type_is_an_error_at_once(served: str) -> None:
     error, requests = through(served, Fault(content_type="text/html"))
     assert "/generate: found content of type 'text/html'" in str(error)
     assert requests == 1
 
 
-def test_more_tokens_than_asked_for_are_an_error(served: str) -> None:
+def test_more_tokens_than_requested_are_an_error(served: str) -> None:
     async def run() -> None:
         def ask_for_more(answer: dict[str, Any]) -> None:
             answer["output_ids"] *= 2
@@ -255,7 +255,7 @@ def test_more_tokens_than_asked_for_are_an_error(served: str) -> None:
     asyncio.run(run())
 
 
-def test_a_log_prob_that_rounding_lifted_above_0_is_taken_for_0(served: str) -> None:
+def test_a_log_prob_that_rounding_puts_above_0_is_read_as_0(served: str) -> None:
     answer, _ = through(served, Fault(change=lambda a: entry(a, 0).__setitem__(0, 1e-7)))
     assert isinstance(answer, Completion)
     assert answer.logprobs[0] == 0.0
@@ -269,7 +269,7 @@ def test_a_prompt_that_would_kill_the_server_is_not_sent(served: str, ids: list[
 
 
 @pytest.mark.parametrize("change", [lambda entries: entries.pop(), lambda entries: entries[2].__setitem__(1, 7)])
-def test_scores_are_of_the_tokens_that_were_sent(served: str, change: Callable[[list[Any]], Any]) -> None:
+def test_scores_for_tokens_that_were_not_sent_are_an_error(served: str, change: Callable[[list[Any]], Any]) -> None:
     fault = Fault(change=lambda a: change(meta(a)["input_token_logprobs"]))
     error, _ = through(served, fault, call=lambda c: c.score(PROMPT))
     assert "input_token_logprobs: found ids" in str(error)
@@ -278,7 +278,7 @@ def test_scores_are_of_the_tokens_that_were_sent(served: str, change: Callable[[
 # ---- the server's state
 
 
-def test_version_pause_checksum_and_information(served: str) -> None:
+def test_the_client_controls_weight_version_pause_and_checksum(served: str) -> None:
     async def run() -> None:
         async with SGLangClient(served, deadline=30.0) as client:
             await client.health()
@@ -300,7 +300,7 @@ def test_version_pause_checksum_and_information(served: str) -> None:
     asyncio.run(run())
 
 
-def test_a_response_that_lived_through_an_update_has_a_span_for_each_version(served: str) -> None:
+def test_a_response_sampled_during_an_update_has_a_span_for_each_weight_version(served: str) -> None:
     async def run() -> Completion:
         async with SGLangClient(served, deadline=30.0) as client:
             answer = asyncio.create_task(generate(client, max_new_tokens=400, versions={0, 1}, **GREEDY))

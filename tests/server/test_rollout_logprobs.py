@@ -1,4 +1,4 @@
-"""The server's log-probs against transformers': what it returns is mu, and its CPU layer hides no wrong result."""
+"""The server's log-probs against transformers': they are mu, and the CPU layer does not make them wrong."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from megatron_rl.rollout.client import Completion, SGLangClient
 
 pytestmark = pytest.mark.server
-BOUND = 2e-5  # fp32; a wrong expert, temperature or version shows at 1e-2 and above
+BOUND = 2e-5  # fp32; a wrong expert, temperature or weight version gives differences of at least 1e-2
 PROMPTS = [np.random.default_rng(n).integers(2, VOCAB_SIZE, 5 + 3 * n).tolist() for n in range(6)]
 
 
@@ -25,7 +25,7 @@ def transformers_model(model_dir: Path) -> torch.nn.Module:
 
 
 def reference(model_dir: Path, token_ids: list[int], temperature: float = 1.0) -> np.ndarray:
-    """transformers' log-probs [n, vocab] of what follows each of the n tokens."""
+    """Returns transformers' log-probs [n, vocab] of the token that follows each of the n tokens."""
     with torch.no_grad():
         return (
             (transformers_model(model_dir)(torch.tensor([token_ids])).logits[0] / temperature).log_softmax(-1).numpy()
@@ -39,7 +39,7 @@ def difference(model_dir: Path, prompt: list[int], completion: Completion, tempe
 
 
 def sample(url: str, temperatures: list[float], repeats: int = 1, max_new_tokens: int = 40) -> list[Completion]:
-    """All prompts `repeats` times at once, with the temperatures in turn."""
+    """Samples all prompts `repeats` times at once, cycling through the temperatures."""
 
     async def run() -> list[Completion]:
         async with SGLangClient(url, deadline=60.0) as client:
@@ -59,19 +59,17 @@ def sample(url: str, temperatures: list[float], repeats: int = 1, max_new_tokens
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
-def test_sampled_log_probs_are_those_of_the_tempered_distribution(
+def test_sampled_log_probs_come_from_the_tempered_distribution(
     served: str, tiny_model_dir: Path, temperature: float
 ) -> None:
     for prompt, completion in zip(PROMPTS, sample(served, [temperature]), strict=True):
         assert difference(tiny_model_dir, prompt, completion, temperature) < BOUND
-    # The bound tells the temperatures apart.
+    # The bound is small enough to notice a wrong temperature.
     assert difference(tiny_model_dir, prompt, completion, temperature * 1.01) > 100 * BOUND
 
 
-def test_greedy_requests_take_the_most_likely_token_and_do_not_disturb_sampled_ones(
-    served: str, tiny_model_dir: Path
-) -> None:
-    """In one batch: SGLang then samples with top-k per row, and still returns the log-probs before it."""
+def test_greedy_and_sampled_requests_in_one_batch_are_both_right(served: str, tiny_model_dir: Path) -> None:
+    """SGLang then samples with a top-k for each row, but still returns log-probs from before the top-k."""
     completions = sample(served, [0.0, 0.7])
     for number, (prompt, completion) in enumerate(zip(PROMPTS, completions, strict=True)):
         if number % 2:
@@ -88,8 +86,8 @@ def test_log_probs_do_not_depend_on_the_prefix_cache(served: str, tiny_model_dir
         assert np.abs(np.subtract(a.logprobs, b.logprobs)).max() < BOUND
 
 
-def test_the_whole_distribution_is_sampled(served: str, tiny_model_dir: Path) -> None:
-    """No top-p or top-k: 1,000 first tokens against their probabilities, by chi-squared."""
+def test_tokens_are_sampled_from_the_whole_distribution(served: str, tiny_model_dir: Path) -> None:
+    """A chi-squared test of 1,000 first tokens against their probabilities shows that no top-p or top-k is applied."""
 
     async def run() -> list[int]:
         async with SGLangClient(served, deadline=60.0) as client:
@@ -101,7 +99,7 @@ def test_the_whole_distribution_is_sampled(served: str, tiny_model_dir: Path) ->
 
     counts = np.bincount(asyncio.run(run()), minlength=VOCAB_SIZE)
     expected = 1000 * np.exp(reference(tiny_model_dir, PROMPTS[0], 1.5)[-1])
-    # The rarest tokens, which a top-p or top-k would cut, as one class.
+    # The rarest tokens, which a top-p or top-k would cut, form one class.
     order = np.argsort(expected)
     rare = order[np.cumsum(expected[order]) <= 50]
     common = np.setdiff1d(order, rare)

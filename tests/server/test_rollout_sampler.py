@@ -1,4 +1,4 @@
-"""Groups from a real server: order, spread over servers, aborts, failures, and the seeds of requests."""
+"""Groups from a real server: their order, their distribution over servers, aborts, failures and request seeds."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PROMPTS = [
 def collect(
     url: str, *faults: Fault, sampling: Sampling = SAMPLING, servers: int = 1, deadline: float = 30.0
 ) -> tuple[list[Group], list[FaultProxy]]:
-    """Groups through as many proxies to the one server, the first of them with these faults."""
+    """Collects groups through `servers` proxies to one server, the first of them with these faults."""
 
     async def run() -> tuple[list[Group], list[FaultProxy]]:
         proxies = [FaultProxy(url, *(faults if n == 0 else ())) for n in range(servers)]
@@ -57,7 +57,7 @@ def bodies(proxy: FaultProxy) -> list[dict[str, Any]]:
 
 
 @server
-def test_groups_come_in_the_order_of_the_prompts(served: str) -> None:
+def test_groups_are_returned_in_prompt_order(served: str) -> None:
     groups, _ = collect(served)
     assert [(group.index, group.prompt) for group in groups] == PROMPTS
     for group in groups:
@@ -74,7 +74,7 @@ def test_groups_come_in_the_order_of_the_prompts(served: str) -> None:
 
 
 @server
-def test_groups_are_spread_over_servers_and_each_stays_on_one(served: str) -> None:
+def test_groups_are_spread_over_servers_and_each_group_stays_on_one(served: str) -> None:
     _, proxies = collect(served, servers=3, sampling=dataclasses.replace(SAMPLING, concurrency=24))
     assert [len(bodies(proxy)) for proxy in proxies] == [8, 8, 8]
     prompts = [{tuple(body["input_ids"]) for body in bodies(proxy)} for proxy in proxies]
@@ -82,14 +82,14 @@ def test_groups_are_spread_over_servers_and_each_stays_on_one(served: str) -> No
 
 
 @server
-def test_a_slow_server_is_given_fewer_groups(served: str) -> None:
+def test_a_slow_server_gets_fewer_groups(served: str) -> None:
     slow = [Fault(delay=1.5)] * 4
     _, (first, second) = collect(served, *slow, servers=2, sampling=dataclasses.replace(SAMPLING, concurrency=8))
     assert (len(bodies(first)), len(bodies(second))) == (4, 20)
 
 
 @server
-def test_no_more_requests_than_allowed_are_in_flight(served: str) -> None:
+def test_the_number_of_concurrent_requests_is_limited(served: str) -> None:
     _, (proxy,) = collect(served, sampling=dataclasses.replace(SAMPLING, concurrency=3))
     assert proxy.most_in_flight == 3
 
@@ -98,7 +98,7 @@ ABORT = Fault(change=lambda answer: answer["meta_info"]["finish_reason"].update(
 
 
 @server
-def test_an_aborted_response_is_sampled_anew(served: str) -> None:
+def test_an_aborted_response_is_sampled_again(served: str) -> None:
     groups, (proxy,) = collect(served, ABORT, ABORT)
     assert len(bodies(proxy)) == 26
     assert all(sample.finish_reason != "abort" for group in groups for sample in group.samples)
@@ -120,7 +120,7 @@ def test_one_bad_answer_ends_the_rollout_at_once(served: str) -> None:
 
 
 @server
-def test_the_deadline_holds_for_a_response_that_is_aborted_slowly(served: str) -> None:
+def test_the_deadline_covers_repeated_slow_aborts(served: str) -> None:
     slow_abort = dataclasses.replace(ABORT, delay=0.8)
     start = time.monotonic()
     with pytest.raises(RolloutError, match=r"no (complete response|answer) within 1 s"):
@@ -129,13 +129,13 @@ def test_the_deadline_holds_for_a_response_that_is_aborted_slowly(served: str) -
 
 
 @server
-def test_every_request_has_a_seed_of_its_own_that_a_second_run_repeats(served: str) -> None:
+def test_each_request_has_its_own_seed_and_a_second_run_repeats_the_seeds(served: str) -> None:
     seeds = [[body["sampling_params"]["sampling_seed"] for body in bodies(collect(served)[1][0])] for _ in range(2)]
     assert len(set(seeds[0])) == 24
     assert set(seeds[0]) == set(seeds[1])
 
 
-def test_seeds_change_with_run_version_group_and_sample() -> None:
+def test_seeds_depend_on_run_weight_version_group_and_sample() -> None:
     changed = [
         request_seed(SAMPLING, 1, 2),
         request_seed(SAMPLING, 2, 1),
@@ -147,7 +147,7 @@ def test_seeds_change_with_run_version_group_and_sample() -> None:
     assert all(0 <= seed < 2**63 for seed in changed)
 
 
-def test_a_sample_has_a_span_for_each_version_counted_from_its_prompt() -> None:
+def test_version_spans_of_a_sample_count_from_the_start_of_its_prompt() -> None:
     prompt = Prompt("p", "", (5, 6, 7), "", "")
     completion = Completion((8, 9, 1), (-1.0, -2.0, -3.0), "stop", (VersionSpan(3, 0, 2), VersionSpan(4, 2, 3)), "")
     sample = as_sample(prompt, 2, completion)

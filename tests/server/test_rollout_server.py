@@ -1,4 +1,4 @@
-"""Starting, watching and ending servers. Most tests end one while it is still starting, when most can go wrong."""
+"""Starting, watching and ending servers. Most tests end a server during its start, when most can go wrong."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_rl.rollout.server import Server, ServerError, free_ports, sglang_c
 
 
 def processes_of(group: int) -> list[psutil.Process]:
-    """Those of the process group that still run."""
+    """Returns the processes of the process group that still run."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -65,8 +65,8 @@ for command in json.loads(sys.argv[1]):
 """
 
 
-def test_experts_that_hide_their_choice_are_not_taken_where_routes_are_wanted() -> None:
-    """SGLang's own choice of experts for Qwen3-MoE on sm90 and on sm100, from the flags that we give it."""
+def test_sglang_uses_expert_kernels_that_report_routes_if_routes_are_requested() -> None:
+    """From our flags SGLang chooses kernels for Qwen3-MoE's experts on sm90 and sm100; some do not report routes."""
     wanted: list[dict[str, Any]] = [
         {},
         {"return_routed_experts": True},
@@ -93,7 +93,7 @@ time.sleep(600)
 
 
 def start_parent() -> tuple[subprocess.Popen[str], int]:
-    """A process that starts a server's stand-in, stubborn and with a child, as Server does; and its group."""
+    """Starts a process that starts FAMILY in place of a server, as Server does. Returns it and the process group."""
     code = f"""
 import subprocess, sys, time
 from megatron_rl.rollout.server import _start
@@ -114,7 +114,7 @@ time.sleep(600)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_the_whole_family_ends_with_the_parent(number: signal.Signals) -> None:
+def test_all_server_processes_end_with_the_parent(number: signal.Signals) -> None:
     parent, group = start_parent()
     try:
         wait_until(lambda: len(processes_of(group)) == 3, 10)
@@ -128,12 +128,12 @@ def test_the_whole_family_ends_with_the_parent(number: signal.Signals) -> None:
             process.kill()
 
 
-def test_the_tether_ends_with_the_status_of_its_command() -> None:
+def test_the_tether_exits_with_the_status_of_its_command() -> None:
     child = server_module._start([sys.executable, "-c", "raise SystemExit(7)"], {}, output=None)
     assert child.wait(20) == 7
 
 
-def test_files_of_the_working_directory_are_no_modules_of_the_tether(
+def test_the_tether_does_not_import_modules_from_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "socket.py").write_text("raise SystemExit(3)\n")
@@ -154,7 +154,7 @@ def test_the_tether_refuses_to_share_its_callers_process_group() -> None:
 
 
 @pytest.mark.server
-def test_a_model_that_is_not_there_is_one_error_with_the_end_of_the_log(tmp_path: Path) -> None:
+def test_a_missing_model_gives_one_error_with_the_end_of_the_log(tmp_path: Path) -> None:
     server = Server(options(tmp_path / "missing"), tmp_path / "logs" / "server.log")
     try:
         with pytest.raises(ServerError, match="ended with status 1; the end of its log") as caught:
@@ -170,7 +170,7 @@ def test_a_model_that_is_not_there_is_one_error_with_the_end_of_the_log(tmp_path
 
 
 @pytest.mark.server
-def test_stop_leaves_no_process_and_a_second_stop_is_allowed(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_stop_leaves_no_process_and_may_be_called_twice(tiny_model_dir: Path, tmp_path: Path) -> None:
     server = Server(options(tiny_model_dir), tmp_path / "server.log")
     try:
         with pytest.raises(ServerError, match=r"did not answer within 0\.5 s"):
@@ -197,7 +197,7 @@ ADMINISTRATION = {
 
 
 def left_by(group: int) -> set[str]:
-    """Temporary and shared files of the process group's processes."""
+    """Returns the temporary and shared-memory files of the process group's processes."""
     files = set()
     for process in processes_of(group):
         files |= {m.path for m in process.memory_maps() if m.path.startswith("/dev/shm/")}
@@ -206,9 +206,7 @@ def left_by(group: int) -> set[str]:
 
 
 @pytest.mark.server
-def test_a_server_lets_nobody_in_and_is_gone_with_a_trainer_that_was_killed(
-    tiny_model_dir: Path, tmp_path: Path
-) -> None:
+def test_a_server_requires_its_key_and_ends_when_its_trainer_is_killed(tiny_model_dir: Path, tmp_path: Path) -> None:
     (port,) = free_ports(1)
     code = f"""
 import os, time
@@ -262,7 +260,7 @@ time.sleep(600)
             process.kill()
 
 
-def test_a_command_that_loses_its_tether_ends_too(tmp_path: Path) -> None:
+def test_a_command_ends_if_its_tether_is_killed(tmp_path: Path) -> None:
     code = "import os, time; print('in', os.environ['TMPDIR'], flush=True); time.sleep(600)"
     with (tmp_path / "log").open("wb") as log:
         tether = server_module._start([sys.executable, "-c", code], {}, log)
@@ -274,7 +272,7 @@ def test_a_command_that_loses_its_tether_ends_too(tmp_path: Path) -> None:
     Path(directory).rmdir()
 
 
-def test_the_tether_removes_what_its_command_leaves(tmp_path: Path) -> None:
+def test_the_tether_removes_the_temporary_files_of_its_command(tmp_path: Path) -> None:
     code = """
 import mmap, os, tempfile, time
 path = f"/dev/shm/sglang_loads_{os.getpid()}"

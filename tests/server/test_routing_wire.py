@@ -1,4 +1,4 @@
-"""The routes that a real server returns, against the choice of transformers' routers on the same tokens."""
+"""Routes that a real server returns, against the choices of transformers' routers on the same tokens."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from megatron_rl.routing.wire import RouteSpec
 
 pytestmark = pytest.mark.server
 MARGIN = 1e-4
-"""Of router logits: experts nearer to each other than this may change places between two fp32 engines."""
-# The longest is prefilled in three parts.
+"""Largest difference of router logits at which two fp32 engines may choose different experts."""
+# The longest prompt is prefilled in three parts.
 PROMPTS = [np.random.default_rng(n).integers(2, VOCAB_SIZE, length).tolist() for n, length in enumerate([1, 4, 9, 40])]
-ENDLESS = np.random.default_rng(0).integers(2, VOCAB_SIZE, 9).tolist()  # greedily answered it comes to no end
+ENDLESS = np.random.default_rng(0).integers(2, VOCAB_SIZE, 9).tolist()  # its greedy response does not end
 T = TypeVar("T")
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three layers, all with experts: SGLang would give a dense one experts too."""
+    """A model with experts in all three layers, as SGLang would give a dense layer experts too."""
     return make_tiny_model(tmp_path_factory.mktemp("models") / "routed", num_layers=3, experts_per_token=3)
 
 
@@ -80,7 +80,7 @@ def transformers_model(model_dir: Path) -> torch.nn.Module:
 
 
 def assert_routed_as_transformers(model_dir: Path, prompt: list[int], completion: Completion) -> int:
-    """Row by row and layer by layer, in the order of the router's scores; returns how many could be told apart."""
+    """Compares rows and layers, with experts in the order of their scores. Returns how many had no near ties."""
     trace, tokens = completion.trace, [*prompt, *completion.token_ids]
     assert trace is not None
     assert trace.rows == len(tokens) - 1
@@ -95,8 +95,8 @@ def assert_routed_as_transformers(model_dir: Path, prompt: list[int], completion
     return int(clear.sum())
 
 
-def test_a_batch_of_responses(url: str, model_dir: Path) -> None:
-    """Prompts of different lengths, each several times: what comes second finds its prompt in the prefix cache."""
+def test_routes_of_a_batch_equal_transformers_routes(url: str, model_dir: Path) -> None:
+    """Prompts of different lengths, each sampled several times: repeated prompts hit the prefix cache."""
     prompts = PROMPTS * 4
 
     async def sample(client: SGLangClient) -> list[Completion]:
@@ -105,7 +105,7 @@ def test_a_batch_of_responses(url: str, model_dir: Path) -> None:
     completions = call(url, sample)
     compared = [assert_routed_as_transformers(model_dir, p, c) for p, c in zip(prompts, completions, strict=True)]
     assert sum(compared) > 1000
-    # The comparison tells one expert from another: a trace moved by a row is another one.
+    # The comparison can fail: a trace shifted by one row is different.
     for prompt, completion in zip(prompts, completions, strict=True):
         assert completion.trace is not None
         if completion.trace.rows > 2:
@@ -114,7 +114,7 @@ def test_a_batch_of_responses(url: str, model_dir: Path) -> None:
             assert len(prompt) + len(completion.token_ids) - 1 == completion.trace.rows
 
 
-def test_a_prefix_cache_hit_has_all_its_rows(url: str, model_dir: Path) -> None:
+def test_a_response_with_a_prefix_cache_hit_has_all_route_rows(url: str, model_dir: Path) -> None:
     async def twice(client: SGLangClient) -> list[Completion]:
         await client.flush_cache()
         return [await generate(client, PROMPTS[3], spec_of(model_dir), temperature=0.0) for _ in range(2)]
@@ -125,7 +125,7 @@ def test_a_prefix_cache_hit_has_all_its_rows(url: str, model_dir: Path) -> None:
         assert_routed_as_transformers(model_dir, PROMPTS[3], completion)
 
 
-def test_an_aborted_response_has_the_rows_that_ran(url: str, model_dir: Path) -> None:
+def test_an_aborted_response_has_routes_for_the_tokens_that_were_computed(url: str, model_dir: Path) -> None:
     async def abort(client: SGLangClient, delay: float) -> Completion:
         answer = asyncio.create_task(long_answer(client, model_dir))
         await asyncio.sleep(delay)
@@ -142,7 +142,7 @@ def test_an_aborted_response_has_the_rows_that_ran(url: str, model_dir: Path) ->
 def interrupted(
     url: str, interrupt: Callable[[SGLangClient, float], Any], while_running: Callable[[Completion], bool]
 ) -> Completion:
-    """A long answer that was interrupted while it was running: on a busy machine the first attempts may come too early,
+    """Returns a long answer that was interrupted while it ran. On a busy machine the first attempts may come too early
     or too late."""
     for delay in (0.3, 0.1, 0.05, 0.02, 0.6, 1.2, 0.2, 0.01):
 
@@ -160,9 +160,11 @@ async def long_answer(client: SGLangClient, model_dir: Path) -> Completion:
 
 
 @pytest.mark.parametrize(("mode", "versions"), [("in_place", (0, 1)), ("retract", (1, 2))])
-def test_rows_have_the_version_under_which_they_ran(url: str, model_dir: Path, mode: Any, versions: Any) -> None:
-    """The weights stay as they are, so the rows can be told; after a retraction those of the old version are not kept,
-    for they were computed again."""
+def test_route_rows_have_the_weight_version_that_computed_them(
+    url: str, model_dir: Path, mode: Any, versions: Any
+) -> None:
+    """The weights do not change, so routes can be compared. A retraction drops the old version's rows, as they were
+    computed again."""
     before, after = versions
 
     async def update(client: SGLangClient, delay: float) -> Completion:
@@ -185,7 +187,7 @@ def test_rows_have_the_version_under_which_they_ran(url: str, model_dir: Path, m
     assert trace.present[: rows[0].end].any() == (mode == "in_place")
 
 
-def test_groups_have_traces_where_they_are_asked_for(url: str, model_dir: Path) -> None:
+def test_groups_have_traces_only_if_routes_are_requested(url: str, model_dir: Path) -> None:
     prompts = [(n, Prompt(f"p{n}", "", tuple(ids), "", "")) for n, ids in enumerate(PROMPTS)]
     for routes in (None, spec_of(model_dir)):
         sampling = Sampling(
@@ -203,7 +205,7 @@ def test_groups_have_traces_where_they_are_asked_for(url: str, model_dir: Path) 
                 assert sample.trace is None or sample.trace.rows == len(sample.token_ids) - 1
 
 
-def test_a_server_started_without_the_flag_is_named(served: str, tiny_model_dir: Path) -> None:
+def test_the_error_names_a_server_started_without_the_routes_flag(served: str, tiny_model_dir: Path) -> None:
     with pytest.raises(RolloutError, match=r"request \w+: routed_experts: .*--enable-return-routed-experts") as caught:
         call(served, lambda client: generate(client, PROMPTS[1], spec_of(tiny_model_dir)))
     assert str(caught.value).startswith(served)

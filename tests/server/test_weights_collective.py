@@ -1,4 +1,4 @@
-"""Weights by broadcast to a real server through a proxy that spoils calls: what a failed or killed trainer leaves."""
+"""Weight sync by broadcast to a real server, through a proxy that fails calls: the server survives a failed trainer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def ask(url: str, question: Callable[[SGLangClient], Any]) -> Any:
 
 @pytest.fixture
 def expected(served: str, trained: Path, tiny_model_dir: Path) -> str:
-    """The server's checksum with the trained weights, which it then has no more."""
+    """The server's checksum with the trained weights. Afterwards the server has its original weights again."""
     ask(served, lambda c: c.update_weights_from_disk(str(trained), weight_version=1))
     checksum = str(ask(served, lambda c: c.weights_checksum()))
     ask(served, lambda c: c.update_weights_from_disk(str(tiny_model_dir), weight_version=0))
@@ -57,7 +57,7 @@ def assert_next_push_arrives(url: str, trained: Path, expected: str) -> None:
     ("calls_before", "what"),
     [(2, "init_weights_update_group"), (CALLS_BEFORE_WEIGHTS, "update_weights_from_distributed")],
 )
-def test_a_refusal_is_heard_at_once_and_the_next_trainer_does_not_suffer(
+def test_a_refused_weight_sync_fails_at_once_and_the_next_trainer_can_sync(
     served: str, trained: Path, expected: str, calls_before: int, what: str
 ) -> None:
     faults = [*[Fault()] * calls_before, Fault(status=400)]
@@ -72,7 +72,7 @@ def test_a_refusal_is_heard_at_once_and_the_next_trainer_does_not_suffer(
 
 
 @pytest.mark.parametrize("at", ["between begin and end", "in the broadcast"])
-def test_a_trainer_that_was_killed_in_a_sync_does_not_spoil_the_server(
+def test_the_server_accepts_weights_after_a_trainer_was_killed_during_a_sync(
     forks: Forks, served: str, trained: Path, expected: str, at: str
 ) -> None:
     trainer = forks.begin(1, "broadcast:stop_in_a_push", served, trained, at)

@@ -1,4 +1,4 @@
-"""Weight sync to a real server: its log-probs, checksums and version afterwards; and what a fault looks like."""
+"""Weight sync to a real server: log-probs, checksum and weight version afterwards, and how faults are detected."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def exported(forks: Forks, trained: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def untempered(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Another server, started with the exported model, that reports log-probs before the temperature."""
+    """A second server, started with the exported model, which reports log-probs without the temperature."""
     (port,) = free_ports(1)
     options = ServerOptions(model=exported, port=port, dtype="fp32", max_total_tokens=1024, threads=1)
     with pytest.MonkeyPatch.context() as patch:
@@ -52,7 +52,7 @@ def untempered(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture(scope="module")
 def fresh_checksum(untempered: Server) -> str:
-    """Of a server that was started with the exported model and never updated."""
+    """The checksum of a server that was started with the exported model and never updated."""
     return str(ask(untempered, lambda c: c.weights_checksum()))
 
 
@@ -89,7 +89,7 @@ def old_weights(tiny_model_dir: Path, tiny_server: Server, fresh_checksum: str) 
     ("layout", "route", "temperature"),
     [("tp=2", "collective", 0.5), ("pp=2", "disk", 1.0), ("tp=2,pp=2,ep=2", "collective", 1.7)],
 )
-def test_a_sync_arrives(
+def test_a_weight_sync_delivers_the_trained_weights(
     forks: Forks, trained: Path, tiny_server: Server, fresh_checksum: str, layout: str, route: str, temperature: float
 ) -> None:
     done = push(forks, trained, tiny_server, layout, route, temperature=temperature)
@@ -101,7 +101,7 @@ def test_a_sync_arrives(
 
 
 @pytest.mark.parametrize("mutation", ["swap", "skip"])
-def test_a_faulty_sync_is_found(
+def test_a_faulty_weight_sync_is_detected(
     forks: Forks, trained: Path, tiny_server: Server, fresh_checksum: str, mutation: str
 ) -> None:
     done = push(forks, trained, tiny_server, "ep=2", mutation=mutation)
@@ -110,8 +110,8 @@ def test_a_faulty_sync_is_found(
     assert ask(tiny_server, lambda c: c.weights_checksum()) != fresh_checksum
 
 
-def test_weights_of_another_shape_of_model_are_found(forks: Forks, tiny_server: Server, tmp_path: Path) -> None:
-    """SGLang passes over the names that it does not know, and says that all is well."""
+def test_weights_of_a_model_with_another_shape_are_detected(forks: Forks, tiny_server: Server, tmp_path: Path) -> None:
+    """SGLang skips weights with unknown names and reports success."""
     deeper = make_tiny_model(tmp_path / "deeper", num_layers=3, seed=1)
     done = push(forks, deeper, tiny_server, "tp=2")
     assert done.returncode != 0
@@ -119,7 +119,7 @@ def test_weights_of_another_shape_of_model_are_found(forks: Forks, tiny_server: 
     assert "does it serve a model of another shape than model.path?" in done.stderr
 
 
-def test_a_server_that_reports_other_log_probs_than_it_samples_from_is_found(
+def test_a_server_whose_log_probs_differ_from_its_sampling_is_detected(
     forks: Forks, trained: Path, untempered: Server
 ) -> None:
     done = push(forks, trained, untempered, "tp=2", route="disk", temperature=0.5)

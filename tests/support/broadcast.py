@@ -1,4 +1,4 @@
-"""Weights by broadcast to a server, through a proxy that spoils calls."""
+"""Sends weights to a server by broadcast, through a proxy that fails calls."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def route(url: str, *faults: Fault) -> Iterator[CollectiveRoute]:
 
 
 def stop_in_a_push(url: str, model: Path, at: str) -> None:
-    """Pushes the model, and stops for ever before it has arrived."""
+    """Pushes the model, and hangs before all weights have arrived."""
 
     def stop(*_: object, **__: object) -> None:
         print("there", flush=True)

@@ -1,4 +1,4 @@
-"""Breaks the replay that the certificate is about."""
+"""Breaks the routing replay that the certificate checks."""
 
 from __future__ import annotations
 

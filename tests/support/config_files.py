@@ -58,7 +58,7 @@ model: {path: model}
 data: {train: examples.jsonl}
 steps: 3
 """
-# Layouts of several kinds of parallelism at once.
+# Layouts that combine several kinds of parallelism.
 LAYOUTS = (
     "tp=2,cp=2,pp=2,dp=2,ep=4,etp=2",
     "tp=4,ep=2,dp=2",
@@ -77,6 +77,6 @@ def write(path: Path, text: str) -> Path:
 
 
 def write_model(directory: Path) -> Path:
-    """A model directory of ARCHITECTURE without weights: all that a dry run reads."""
+    """Writes a model directory of ARCHITECTURE without weights, which is all that a dry run reads."""
     write(directory / "config.json", json.dumps(MODEL_FIELDS))
     return directory

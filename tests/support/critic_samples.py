@@ -19,12 +19,12 @@ def samples() -> list[Sample]:
         third = 2 + (length - 2) // 3
         sample = sample.extend(ids[2:third], [-1.0] * (third - 2), 0)
         if third + 2 < length:
-            sample = sample.extend(ids[third : third + 2], None, 0)  # what a tool said
+            sample = sample.extend(ids[third : third + 2], None, 0)  # tool output
             third += 2
         made.append(sample.extend(ids[third:], [-1.0] * (length - third), 0))
     return made
 
 
 def weight_of(sample: int) -> float:
-    """What the test's loss, a weighted sum of the values, gives each sample."""
+    """Returns the weight of a sample's values in the test's loss."""
     return 0.5 + 0.25 * sample

@@ -1,4 +1,4 @@
-"""The critic's values and gradients under each layout, one after another.
+"""Computes the critic's values and gradients under each layout in turn.
 
 Rank 0 writes OUT/LAYOUT.safetensors, and under the last layout the exported critic as OUT/critic."""
 

@@ -1,4 +1,4 @@
-"""One optimizer step on a CPU with one item of the CPU layer left out: device_worker.py MODEL LAYOUT ITEM"""
+"""device_worker.py MODEL LAYOUT ITEM: takes one optimizer step on a CPU without one item of the CPU layer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def main(model: str, layout_text: str, left_out: str) -> None:
     place = start_process_groups(layout, device, seed=0)
     engine = EngineConfig(dtype="fp32", recompute="full")
     policy = Policy(Path(model), layout, place, engine, device, OptimConfig(lr=1e-3))
-    # Each rank's own tokens, so that experts get unequal parts.
+    # Each rank has other tokens, so that experts get unequal numbers of them.
     ids = np.random.default_rng(place.rank).integers(0, 40, 23).tolist()
     sample = Sample.start(Prompt("", "", (1,), "", ""), 0).extend(ids, [0.0] * len(ids), 0)
     batch = pack([sample], [0.0], cp=layout.cp, tp=layout.tp)

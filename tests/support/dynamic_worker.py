@@ -1,10 +1,9 @@
-"""RL runs, one after another in one world of ranks, whose answers are made up instead of sampled by a server.
+"""RL runs, one after another in one world of ranks, with made-up answers instead of answers from a server.
 
-Each run is a list of overrides; with --resume among them it goes on from its last checkpoint.
+Each run is a list of overrides; if they contain --resume, it continues from its last checkpoint.
 
-How many of a prompt's responses are right stands at the end of its text; a run that finds too few mixed groups leaves
-what each rank was told, and the checkpoints that there are then, in run_dir/error-RANK. Nothing else of the session is
-replaced.
+The text of a prompt ends with the number of its right responses. A run that finds too few mixed groups writes each
+rank's error and the names of the checkpoints to run_dir/error-RANK. Everything else is the real trainer.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ WRONG = "x"
 
 
 class MadeUp:
-    """A leader's answers, which depend on prompt and sample alone, not on who asks."""
+    """Makes up a leader's answers. They depend only on the prompt and the number of the sample."""
 
     def sample(self, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling) -> list[Group]:
         return [
@@ -40,8 +39,8 @@ class MadeUp:
 
 
 def _answer(prompt: Prompt, number: int, sampling: Sampling) -> Sample:
-    """One character, and as many end tokens, which the verifier does not see, as make its length; a third of all are
-    truncated."""
+    """Returns one character, padded to a random length with EOS tokens, which the verifier does not see. A third of all
+    responses are truncated."""
     right = number < int(prompt.text.split()[-1])
     rng = np.random.default_rng(zlib.crc32(f"{prompt.id} {number}".encode()))
     longest = sampling.max_response_tokens
@@ -64,7 +63,7 @@ def _answer(prompt: Prompt, number: int, sampling: Sampling) -> Sample:
 
 
 class NoServers:
-    """In place of the weight sync."""
+    """Replaces the weight sync."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -77,7 +76,7 @@ class NoServers:
 
 
 def replace_servers(leader: type[MadeUp] = MadeUp) -> None:
-    """Runs of this process ask a `leader` for answers, and push weights to nobody."""
+    """Makes runs of this process get answers from `leader`, and push no weights."""
     from megatron_rl.loop import connections, parts, publisher
 
     parts.connect = lambda _, trainer: contextlib.nullcontext(  # type: ignore

@@ -1,4 +1,4 @@
-"""What ranks do to show that every layout exports the checkpoint, and refuses what does not fit."""
+"""Checks on ranks that every layout exports the checkpoint and rejects mismatches."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def start(text: str) -> tuple[Layout, Place]:
 
 
 def build(hf: dict[str, Tensor], arch: Architecture, layout: Layout, place: Place) -> list[nn.Module]:
-    """Stand-ins for this rank's stages. Replicas beyond the first hold NaN: it must not be exported."""
+    """Builds stand-ins for this rank's stages. Replicas after the first hold NaN, which must not be exported."""
     from megatron.core import parallel_state as mpu
 
     expert_replica = mpu.get_expert_data_parallel_rank()
@@ -103,7 +103,7 @@ def check_stand_ins(arch: Architecture, layout_text: str, bucket_bytes: int) -> 
     hf = hf_tensors(arch)
     stages = build(hf, arch, layout, place)
     buckets = list(export_stream(stages, arch, layout, weight_names(), bucket_bytes))
-    # Gradients go the same way.
+    # Gradients are exported in the same way.
     for stage in stages:
         for parameter in stage.parameters():
             parameter.main_grad = -2 * parameter.data.double()  # type: ignore[attr-defined]
@@ -125,13 +125,13 @@ def check_stand_ins(arch: Architecture, layout_text: str, bucket_bytes: int) -> 
         assert not tensor.requires_grad
     assert all(buckets)
     assert (len(buckets) == 1) == (bucket_bytes > 10**6)
-    qkv_rows = (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim  # of the largest weight here
+    qkv_rows = (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim  # rows of the largest weight here
     most = max(bucket_bytes, 4 * qkv_rows * arch.hidden_size)
     assert max(sum(t.nbytes for _, t in bucket) for bucket in buckets) <= most
 
 
 def check_engine(model: Path, layout_text: str) -> None:
-    """The real stages of Megatron-Core, loaded from transformers' file, give the file back."""
+    """Checks that real Megatron-Core stages, loaded from transformers' file, export the same tensors."""
     from megatron_rl.engine.policy import Policy
 
     layout, place = start(layout_text)
@@ -161,7 +161,7 @@ def check_ranks_that_do_not_fit(rank: int) -> None:
 
 
 def check_another_order(rank: int) -> None:
-    """A layout that numbers ranks in another order than Megatron-Core is noticed at the start of a run."""
+    """Checks that a layout with another rank order than Megatron-Core is an error at the start of a run."""
     with pytest.MonkeyPatch.context() as patch:
         coordinates = Layout.coordinates
         patch.setattr(Layout, "coordinates", lambda layout, number: coordinates(layout, number ^ 1))
@@ -195,6 +195,6 @@ def check_one_dtype(rank: int) -> None:
         return parameter.data.double() if parameter.dim() == 3 else parameter.data
 
     stream = export_stream(stages, MOE, layout, weight_names(), 10**9, mixed)
-    if rank == 0:  # the other is a duplicate
+    if rank == 0:  # the other rank has a duplicate
         with pytest.raises(RuntimeError, match=r"torch\.float64 tensor of shape .* expected torch\.float32"):
             list(stream)

@@ -1,8 +1,9 @@
-"""fake_cuda_worker.py MODEL: builds networks for a GPU on a machine without one; prints as JSON on which devices their
-weights are, by network.
+"""fake_cuda_worker.py MODEL: builds networks for a GPU on a machine without a GPU.
 
-Tensors are torch's FakeTensors: they have a shape and a device, and no values. So nothing is loaded and nothing is run,
-but for a router, whose first call fails without Transformer Engine under Megatron-Core 0.16.
+It prints JSON: for each network, the names of its weights by device.
+
+Tensors are torch's FakeTensors, which have a shape and a device but no values. So nothing is loaded or run, except a
+router, whose first call fails without Transformer Engine under Megatron-Core 0.16.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ GPU = torch.device("cuda", 0)
 
 
 def pretend() -> None:
-    torch.utils.swap_tensors = moved  # Module.to with FakeTensors; it refuses, as they are referred to elsewhere
+    torch.utils.swap_tensors = moved  # Module.to would refuse to swap FakeTensors, as other objects refer to them
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 1  # type: ignore[assignment]
     torch.cuda.set_device = lambda device: None
@@ -41,7 +42,7 @@ def moved(weight: torch.Tensor, there: torch.Tensor) -> None:
 
 
 class Built(Exception):
-    """The network's stages are built: what follows needs values."""
+    """Raised once the network's stages are built, because the next steps need values."""
 
 
 def main(model: Path) -> None:

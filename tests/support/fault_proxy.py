@@ -1,4 +1,4 @@
-"""A real HTTP proxy in front of a real server that does one wrong thing per request, in the order that it is told."""
+"""An HTTP proxy in front of a real server that applies one fault to each request, in the given order."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import orjson
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong with one request; nothing, as it stands."""
+    """The fault of one request; defaults to no fault."""
 
-    drop: bool = False  # the connection is closed before the server is asked
-    lose: bool = False  # the server is asked, and its answer lost with the connection
-    status: int | None = None  # answered by the proxy instead of the server
-    delay: float = 0.0  # seconds before anything else
-    change: Callable[[dict[str, Any]], Any] | None = None  # of the answer's JSON, in place
-    raw: Callable[[bytes], bytes] | None = None  # of the answer's bytes
-    content_type: str | None = None  # instead of the server's
+    drop: bool = False  # closes the connection before the server is asked
+    lose: bool = False  # asks the server, then closes the connection without its answer
+    status: int | None = None  # the proxy answers with this status instead of the server
+    delay: float = 0.0  # seconds to wait first
+    change: Callable[[dict[str, Any]], Any] | None = None  # changes the answer's JSON in place
+    raw: Callable[[bytes], bytes] | None = None  # changes the answer's bytes
+    content_type: str | None = None  # replaces the server's
 
 
 class FaultProxy:
-    """Use as an async context manager. `faults` are used up first to last; then requests pass as they are."""
+    """Use as an async context manager. `faults` apply to the first requests in order; later requests pass unchanged."""
 
     def __init__(self, upstream: str, *faults: Fault, port: int = 0) -> None:
         self._upstream = upstream

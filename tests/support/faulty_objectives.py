@@ -1,4 +1,4 @@
-"""Objectives of a user's that go wrong."""
+"""A user's objectives that fail."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _calls = 0
 
 
 def not_finite_in_the_second_mini_batch(inputs, config, denominators):  # type: ignore[no-untyped-def]
-    """On one replica of two, in one micro-batch: all ranks have to leave the step out."""
+    """Gives one replica of two a non-finite loss in one micro-batch; all ranks must skip the step."""
     import torch.distributed as dist
 
     global _calls
@@ -27,7 +27,7 @@ def never_finite(inputs, config, denominators):  # type: ignore[no-untyped-def]
 
 
 def refuses_an_empty_micro_batch(inputs, config, denominators):  # type: ignore[no-untyped-def]
-    """Good on any micro-batch with a response, as a mean over tokens would be."""
+    """Works on every micro-batch with a response, like a mean over tokens."""
     if not inputs.loss_mask.any():
         raise ValueError("no token to take a mean of")
     return policy_loss(inputs, config, denominators)

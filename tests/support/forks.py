@@ -1,11 +1,11 @@
 """Ranks and runs of the command line, forked from one process that has imported everything.
 
-A world of four ranks then starts in a tenth of a second instead of 18. Each rank is a process like any other, with
-signals and an exit status; only its end differs from a real one: no hook of atexit runs.
+A world of four ranks then starts in a tenth of a second instead of 18. Each rank is a normal process, with signals
+and an exit status. Only its end differs from a real rank: atexit hooks do not run.
 
 As a program this file is that one process. It reads the names of request files from its standard input and writes a
-JSON line for each rank that starts or ends. It never computes anything: a fork after OpenMP or gloo threads have run
-would hang.
+JSON line for each rank that starts or ends. It never computes anything, because a fork would hang after OpenMP or gloo
+threads have run.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from paths import ROOT, SUPPORT
 
 HOST = "127.0.0.1"
 GRACE_SECONDS = 10.0
-"""Seconds that a rank has to end after another one failed, before it is killed."""
+"""Seconds until a rank is killed if it does not end after another rank failed."""
 
 
 @dataclass
 class Job:
-    """What every rank of a world does: `command`, as after `python`, or else the call of a function."""
+    """The work of every rank of a world: `command`, as after `python`, or a function call."""
 
     ranks: int
     log: Path
@@ -44,13 +44,13 @@ class Job:
     before: Sequence[tuple[Any, ...]]
     environment: Mapping[str, str]
     joins: bool
-    """Whether the ranks are told of their world."""
+    """Whether the ranks get the environment variables of a world."""
     directory: Path | None
 
 
 @dataclass
 class Run:
-    """One world's ranks. `status` is None for a rank that still runs, and -n for one that signal n ended."""
+    """The ranks of one world. `status` is None for a running rank, and -n for a rank ended by signal n."""
 
     pids: list[int]
     status: list[int | None]
@@ -75,7 +75,7 @@ class Run:
 
 class Forks:
     def __init__(self, directory: Path) -> None:
-        """Starts the process; logs go into `directory`."""
+        """Starts the forking process; logs go into `directory`."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{SUPPORT}"}
         self._directory = directory
         self._process = subprocess.Popen(
@@ -92,13 +92,13 @@ class Forks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """The process kills the ranks that still run, and ends."""
+        """Ends the forking process, which kills the ranks that still run."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(timeout=60)
 
     def begin(self, ranks: int, function: str, *arguments: Any) -> Run:
-        """Starts the call of `module:function` of tests/support on `ranks` ranks that have joined a gloo world."""
+        """Starts `module:function` of tests/support on `ranks` ranks of a gloo world."""
         return self._start(ranks, call=(function, arguments))
 
     def world(self, ranks: int, function: str, *arguments: Any, timeout: float = 300.0) -> list[Any]:
@@ -118,9 +118,9 @@ class Forks:
         environment: Mapping[str, str] | None = None,
         directory: Path | None = None,
     ) -> Run:
-        """Starts `python command` (`-m module ...` or `script.py ...`) on `ranks` ranks; one rank knows of no world.
+        """Starts `python command` (`-m module ...` or `script.py ...`) on `ranks` ranks; a single rank joins no world.
 
-        `before` has calls that each rank makes first: (`module:function`, argument, ...).
+        `before` lists calls that each rank makes first: (`module:function`, argument, ...).
         """
         return self._start(ranks, [str(word) for word in command], None, before, environment or {}, directory)
 
@@ -135,7 +135,7 @@ class Forks:
         return run.returncode
 
     def wait(self, run: Run, timeout: float = 240.0, together: bool = False) -> Run:
-        """Waits for the end of all ranks. `together`: when one fails, kills those that do not end soon."""
+        """Waits for the end of all ranks. With `together`, kills ranks that do not end soon after one has failed."""
         deadline = time.monotonic() + timeout
         failed = None
         while None in run.status:
@@ -187,7 +187,7 @@ class Forks:
         return run
 
     def end(self, run: Run) -> None:
-        """Waits a moment for ranks that should end by themselves, and kills the others."""
+        """Gives ranks a moment to end by themselves, then kills the rest."""
         deadline = time.monotonic() + GRACE_SECONDS
         while None in run.status and time.monotonic() < deadline:
             self._hear(0.2)
@@ -201,7 +201,7 @@ class Forks:
                 os.kill(pid, signal.SIGKILL)
 
     def _hear(self, timeout: float) -> bool:
-        """Reads a line of the process, if there is one in time."""
+        """Reads a line of the process, if one comes in time."""
         assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], timeout)[0]:
             return False
@@ -217,7 +217,7 @@ class Forks:
         return True
 
     def _note(self) -> None:
-        """Statuses of ranks that have ended. A rank may end before its start has been told."""
+        """Records the statuses of ended ranks. A rank may end before its start is reported."""
         for run in self._runs:
             for rank, pid in enumerate(run.pids):
                 if pid in self._ended and run.status[rank] is None:
@@ -225,7 +225,7 @@ class Forks:
 
 
 def _store(ranks: int) -> tuple[Any, int]:
-    """A rendezvous that this process serves, on a socket that is bound once: no other process can take its port."""
+    """Creates a rendezvous in this process. Its socket is bound only once, so no other process can take the port."""
     import socket
 
     import torch.distributed as dist
@@ -260,11 +260,11 @@ def serve() -> None:
         _reap(running)
     for pid in running:
         os.kill(pid, signal.SIGKILL)
-    os._exit(0)  # and not after seconds in which all that was imported is torn down
+    os._exit(0)  # skips the teardown of all imports, which takes seconds
 
 
 def _import_everything() -> None:
-    """All that a rank imports, so that no rank has to."""
+    """Imports everything that ranks need, so that no rank has to."""
     from megatron_rl.engine.device import use_device
 
     use_device("cpu")
@@ -296,7 +296,7 @@ def _fork(job: Job, rank: int) -> int:
     status = 70
     try:
         os.setsid()
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, ending in ((1, ".out"), (2, ".err")):
             os.dup2(os.open(job.log.with_suffix(ending), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
@@ -355,7 +355,7 @@ def _run_command(command: list[str]) -> None:
     if command[0] == "-m":
         sys.argv = command[1:]
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*found in sys.modules")  # it was imported here, on purpose
+            warnings.filterwarnings("ignore", ".*found in sys.modules")  # it is imported here on purpose
             runpy.run_module(command[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = command

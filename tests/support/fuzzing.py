@@ -1,4 +1,4 @@
-"""How the fuzzers draw: a few examples in the default suite, always the same ones, and many in the slow one."""
+"""Settings of the fuzzers: a few fixed examples in the default suite, and many in the slow suite."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ MANY = settings(FEW, max_examples=10_000, derandomize=False)
 
 
 def drawing(examples: int) -> settings:
-    """As FEW, with another number of examples."""
+    """Returns the settings of FEW with another number of examples."""
     return settings(FEW, max_examples=examples)

@@ -1,11 +1,11 @@
 """heartbeat_worker.py SECONDS OUT SCENARIO...: worlds of two ranks under a heartbeat, all at the same time.
 
 Each rank is a fork of this process, which has imported torch once. OUT/SCENARIO.json has, for each rank, its status and
-the seconds that it lived after the fault; OUT/SCENARIO/ what the ranks left.
+the seconds from the fault to its end. OUT/SCENARIO/ has the files of the ranks.
 
-    stop-0, stop-1, kill-0, kill-1    the signal goes to that rank; the ranks reduce for ever
-    hold                              rank 1 holds the interpreter's lock for three times SECONDS; then all end well
-    raise                             both ranks raise; rank 0 takes 3 s of clean-up, as when it stops servers
+    stop-0, stop-1, kill-0, kill-1    that rank gets the signal; the ranks reduce for ever
+    hold                              rank 1 holds the GIL for three times SECONDS; then all ranks end normally
+    raise                             both ranks raise; rank 0 cleans up for 3 s, as if it stopped servers
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RANKS = (0, 1)
 
 
 def hold_the_lock(seconds: float) -> None:
-    """Calls into C that never let another thread run; a thread of the rank could not beat meanwhile."""
+    """Calls C code that never releases the GIL, so no thread of the rank can send a heartbeat meanwhile."""
     sys.setswitchinterval(1e6)
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -1,4 +1,4 @@
-"""Run directories of a made-up configuration, begun, logged to and read."""
+"""Starts, logs to and reads run directories of a made-up configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who holds what by Megatron-Core's own answer."""
+"""Process groups and stage layers according to Megatron-Core."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Groups = dict[str, list[list[int]]]
 
 
 def answer(num_layers: int, layouts: list[str]) -> dict[str, tuple[Groups, list[list[list[int]]]]]:
-    """(groups by axis, layers by stage and virtual stage) of each layout."""
+    """Returns (groups by axis, layers by stage and virtual stage) for each layout."""
     resolved = {text: Layout.resolve(*parse_layout(text)) for text in layouts}
     return {text: (groups(layout), layers(layout, num_layers)) for text, layout in resolved.items()}
 

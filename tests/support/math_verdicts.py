@@ -1,4 +1,4 @@
-r"""Answers, responses and the verdict that a person would give: (reference, response, right, why)."""
+r"""Answers, responses and the verdict of a person: (reference, response, right, reason)."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ VERDICTS: list[tuple[str, str, bool, str]] = [
     ("yes", r"\boxed{\text{Yes}}", True, "upper case"),
     ("yes", r"\boxed{\text{No}}", False, "no"),
     ("3:30 pm", r"\boxed{3:30 \text{ pm}}", True, "a time"),
-    # ---- bombs: each has to be answered in no time
+    # ---- expressions that are expensive to compute: each needs a fast verdict
     ("5", r"\boxed{" + "9" * 10_000 + "}", False, "ten thousand digits"),
     ("5", r"\boxed{10^{10^{10}}}", False, "a tower"),
     ("5", r"\boxed{9999999999!}", False, "a factorial"),
@@ -280,7 +280,7 @@ VERDICTS: list[tuple[str, str, bool, str]] = [
 ]
 
 KNOWN: list[tuple[str, str, bool]] = [
-    # What docs/verifiers.md says of verdicts that a person may not give: (reference, response, verdict).
+    # Verdicts in docs/verifiers.md with which a person may disagree: (reference, response, verdict).
     ("(x-1)(x+1)", r"\boxed{x^2-1}", True),
     ("1024", r"\boxed{2^{10}}", True),
     ("18 apples", r"\boxed{18 \text{ oranges}}", True),

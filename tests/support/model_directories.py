@@ -48,7 +48,7 @@ def empty_stage(
 
 
 def whole(stage: nn.Module, arch: Architecture) -> list[tuple[str, Tensor]]:
-    """What an export of a single rank gives."""
+    """Returns the exported tensors of a single rank."""
     slots = bind([stage], arch, ModelRanks(), weight_names())
     return [pair for s in slots for pair in assemble(s.weight, [s.of(s.parameter.data)])]
 

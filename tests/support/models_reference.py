@@ -1,7 +1,7 @@
-"""The Hugging Face <-> Megatron-Core map written a second time, to hold megatron_rl.models against.
+"""A second implementation of the Hugging Face <-> Megatron-Core weight map, the reference for megatron_rl.models.
 
-It cuts with view, cat and chunk, as Megatron-Core's attention and MLP read their weights, and shares no code
-with the package but Architecture.
+It cuts with view, cat and chunk, as Megatron-Core's attention and MLP read their weights. It shares only Architecture
+with the package.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def dense_architecture(**changes: object) -> Architecture:
 
 
 def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """The tensors of a Hugging Face checkpoint, in the order in which they are exported."""
+    """Returns the tensor shapes of a Hugging Face checkpoint, in export order."""
     hidden, head = arch.hidden_size, arch.head_dim
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (arch.vocab_size, hidden)}
 
@@ -82,7 +82,7 @@ def hf_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def hf_tensors(arch: Architecture) -> dict[str, Tensor]:
-    """No two elements of the model are equal, so that nothing can be misplaced unseen."""
+    """Returns a model's tensors. All elements differ, so any misplaced element is noticed."""
     counter = itertools.count(1)
     tensors = {}
     for name, shape in hf_shapes(arch).items():
@@ -92,7 +92,7 @@ def hf_tensors(arch: Architecture) -> dict[str, Tensor]:
 
 
 def chunk_layers(arch: Architecture, stage: int, pp: int, vpp: int) -> list[range]:
-    """The global layer numbers of each virtual stage of pipeline stage `stage`."""
+    """Returns the global layer numbers of each virtual stage of pipeline stage `stage`."""
     per = arch.num_layers // (pp * vpp)
     return [range((v * pp + stage) * per, (v * pp + stage + 1) * per) for v in range(vpp)]
 
@@ -106,7 +106,7 @@ def chunk_parameters(
     etp: tuple[int, int] = (0, 1),
     transformer_engine: bool = False,
 ) -> dict[str, Tensor]:
-    """The parameters of one virtual stage under its own names; tp, ep, etp are (rank, size)."""
+    """Returns the parameters of one virtual stage by their Megatron-Core names; tp, ep, etp are (rank, size)."""
     layers = list(layers)
     tp_rank, tp_size = tp
     found: dict[str, Tensor] = {}
@@ -173,7 +173,7 @@ def _layer(own, arch, layer, tp, ep, etp, transformer_engine) -> dict[str, Tenso
 
 
 def weight_names(transformer_engine: bool = False) -> WeightNames:
-    """What a layer's parameters are called by the provider that chunk_parameters imitates."""
+    """Returns the parameter names of the layer provider that chunk_parameters imitates."""
     from megatron_rl.engine.layers.plain_torch import TorchLayers
     from megatron_rl.engine.layers.transformer_engine import TransformerEngineLayers
 
@@ -182,7 +182,7 @@ def weight_names(transformer_engine: bool = False) -> WeightNames:
 
 
 def stage_module(parameters: dict[str, Tensor], layers: Iterable[int]) -> nn.Module:
-    """A module that has these parameters under these names, as a GPTModel's virtual stage would."""
+    """Returns a module with these parameters and names, like a virtual stage of a GPTModel."""
     root = nn.Module()
     for name, tensor in parameters.items():
         *path, leaf = name.split(".")

@@ -1,4 +1,4 @@
-"""Checks of what an objective must hold to, each against a formula of its own: they raise AssertionError."""
+"""Checks of objectives against independent formulas; they raise AssertionError."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LENGTHS = [3, 0, 5, 1, 7, 2]
 
 
 def same_as_the_reference(config: ObjectiveConfig, *, parts: int = 1, by_token: bool = False) -> None:
-    """Loss and gradient of a mini-batch, in so many micro-batches, are the float64 reference's."""
+    """Compares loss and gradient of a mini-batch in `parts` micro-batches with the float64 reference."""
     for seed in range(3):
         sequences = random_sequences(seed, LENGTHS, mismatch=0.8, by_token=by_token)
         shift = np.random.default_rng(seed)
@@ -55,7 +55,7 @@ def group_advantages_are_the_specifications() -> None:
 
 
 def each_group_has_its_own_advantages() -> None:
-    """From the rewards of a rollout batch, as training numbers them and as a KL in the reward has them made again."""
+    """Compares each group's advantages, as first computed and as recomputed with KL in the reward."""
     from types import SimpleNamespace
 
     from megatron_rl import train
@@ -83,12 +83,12 @@ def with_observations() -> Sample:
 
 
 def observations_are_skipped() -> None:
-    """The generalised advantages of a response with a tool's output in its middle are those of its own tokens alone."""
+    """Generalised advantages of a response with tool output in the middle depend only on generated tokens."""
     packed = pack_samples([with_observations()], [0.0])
     config = Gae(gamma=0.9, gae_lambda=0.8)
     values = np.arange(packed.tokens) / 7
     estimate = packed_advantages._estimate(packed, [Outcome(0, 0, 1.0)], values, None, config)
-    at = [1, 2, 6]  # one before each token that was generated
+    at = [1, 2, 6]  # one position before each generated token
     expected = by_the_paper([0, 0, 1.0], values[at], 0.9, 0.8)
     np.testing.assert_allclose(estimate.advantages[at], expected, atol=1e-12)
     assert np.count_nonzero(estimate.advantages) == 3
@@ -102,7 +102,7 @@ def value_loss_is_the_formula() -> None:
 
 
 def denominators_count_masked_in_tokens() -> None:
-    """With observations in two samples and one that is masked out, the plan's denominators are the masks'."""
+    """The plan's denominators count the loss mask: two samples have observations, and one is masked out."""
     made = with_observations()
     samples = [made, made, dataclasses.replace(made, loss_mask=np.zeros_like(made.loss_mask))]
     sizes = [SampleSize(i, 0, len(s.token_ids), s.response_tokens) for i, s in enumerate(samples)]

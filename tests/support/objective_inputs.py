@@ -1,4 +1,4 @@
-"""Inputs of the losses, and two formulas again as the papers write them."""
+"""Inputs of the losses, and two formulas as the papers write them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AGGREGATIONS = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "cons
 
 SEEDS = st.integers(0, 10**6)
 SOME_LENGTHS = st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any)
-"""Masked-in tokens of each sequence of a batch; at least one has some."""
+"""Number of masked-in tokens of each sequence of a batch; at least one is not 0."""
 
 Numbers = Sequence[Any] | np.ndarray
 
@@ -31,7 +31,7 @@ def loss_and_gradient(
     padding: int = 0,
     whole: Sequence[TrainedSequence] | None = None,
 ) -> tuple[Any, np.ndarray]:
-    """The loss of one micro-batch, and the gradient of its masked-in tokens in packed order."""
+    """Returns the outputs of one micro-batch, and the gradient at its masked-in tokens in packed order."""
     inputs = pack(sequences, dtype, padding)
     outputs = policy_loss(inputs, config, denominators(whole or sequences))
     outputs.loss.backward()
@@ -59,7 +59,7 @@ def one_response(ratios: Sequence[float], advantage: float, dtype: torch.dtype =
 
 
 def token_keys(sequences: Sequence[TrainedSequence]) -> list[tuple[int, int]]:
-    """Tells tokens apart, whatever their order."""
+    """Returns an id of each token that does not depend on order."""
     return [(id(sequence), int(t)) for sequence in sequences for t in np.flatnonzero(sequence.mask)]
 
 
@@ -70,7 +70,7 @@ def inputs_of(values: Numbers, old: Numbers, returns: Numbers, mask: Numbers | N
 
 
 def by_the_paper(rewards: Numbers, values: Numbers, gamma: float, gae_lambda: float) -> list[float]:
-    """A_t = sum_l (gamma lambda)^l (R_{t+l} + gamma V_{t+l+1} - V_{t+l}), each term by itself."""
+    """Sums A_t = sum_l (gamma lambda)^l (R_{t+l} + gamma V_{t+l+1} - V_{t+l}) term by term."""
     n = len(rewards)
     following = [*values[1:], 0.0]
     return [

@@ -1,4 +1,4 @@
-"""J of every preset as its paper writes it, with its numbers: float64 NumPy on lists of responses, no shared code."""
+"""J of every preset with its paper's formula and numbers: float64 NumPy on lists of responses, no shared code."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from objective_reference import Logprobs, TrainedSequence
 
 @dataclass(frozen=True, eq=False)
 class Response:
-    """[|y|] log-probs of the masked-in tokens; stopped: pi_theta where the paper stops the gradient; gamma: RSPO's
-    router shift."""
+    """[|y|] log-probs of the masked-in tokens. `stopped` is pi_theta inside a stop-gradient; `gamma` is RSPO's router
+    shift."""
 
     new: np.ndarray
     stopped: np.ndarray
     old: np.ndarray
     mu: np.ndarray
     gamma: np.ndarray
-    advantage: float | np.ndarray  # by token: of a critic, and in gspo_token
+    advantage: float | np.ndarray  # per token with a critic and in gspo_token
 
 
 def ppo_terms(y: Response, low: float, high: float) -> np.ndarray:
@@ -79,7 +79,7 @@ def rspo(batch: Sequence[Response]) -> float:
 
 
 def cispo(batch: Sequence[Response]) -> float:
-    """The cap is ScaleRL's, TRL's and ms-swift's: the paper prints none."""
+    """Uses the cap of ScaleRL, TRL and ms-swift, because the paper gives no number."""
     terms = [np.minimum(np.exp(y.stopped - y.old), 5.0) * y.advantage * y.new for y in batch]
     return np.concatenate(terms).mean()
 

@@ -1,4 +1,4 @@
-"""Batches for the tests of objectives and metrics, and the losses again: float64 NumPy, no shared code."""
+"""Batches for tests of objectives and metrics, and reference losses in float64 NumPy without shared code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from megatron_rl.objectives.inputs import LossInputs
 
 GRPO = ObjectiveConfig(ratio="token", aggregation="seq-mean-token-mean", clip=MinClip(low=0.2, high=0.2))
 DAPO = ObjectiveConfig(ratio="token", aggregation="token-mean", clip=MinClip(low=0.2, high=0.28))
-# Clips of short sequences, wide enough to clip some and not all of them.
+# With these clips some of the short sequences are clipped, but not all.
 GSPO = ObjectiveConfig(ratio="sequence", aggregation="seq-mean-token-mean", clip=MinClip(low=0.04, high=0.06))
 GSPO_TOKEN = GSPO.model_copy(update={"ratio": "sequence-token"})
 OBJECTIVES = {"grpo": GRPO, "dapo": DAPO, "gspo": GSPO, "gspo-token": GSPO_TOKEN}
@@ -37,7 +37,7 @@ FAMILY = {
     file.stem: ObjectiveConfig.model_validate(yaml.safe_load(file.read_text())["objective"])
     for file in sorted(PRESETS.glob("*.yaml"))
 }
-"""The presets as they are."""
+"""The unchanged presets."""
 CORRECTIONS: list[CorrectionConfig] = [
     Tis(high=1.3),
     Tis(level="sequence", high=1.3),
@@ -53,7 +53,7 @@ LOW_FOR_ICEPOP = 1e-6
 
 
 def correction_of(kind: str, **keys: object) -> CorrectionConfig:
-    """A correction of any kind; that of icepop has a lower bound that nothing meets, unless `keys` has another."""
+    """Returns a correction of any kind. The lower bound of icepop never acts, unless `keys` sets another."""
     if kind == "icepop":
         keys = {"low": LOW_FOR_ICEPOP, **keys}
     return TypeAdapter(CorrectionConfig).validate_python({"kind": kind, **keys})
@@ -64,13 +64,13 @@ def kl_of(kind: str, **keys: object) -> KLConfig:
 
 
 def clip_of(kind: str) -> ClipConfig:
-    """A clip with the band 0.8 to 1.2."""
+    """Returns a clip of this kind with the band 0.8 to 1.2."""
     return TypeAdapter(ClipConfig).validate_python({"kind": kind, "low": 0.2, "high": 0.2})
 
 
 @dataclass(frozen=True, eq=False)
 class TrainedSequence:
-    """One prompt and response, [n] each."""
+    """One prompt with its response; arrays are [n]."""
 
     logprobs: np.ndarray
     old: np.ndarray
@@ -78,21 +78,23 @@ class TrainedSequence:
     entropy: np.ndarray
     mask: np.ndarray
     advantage: float | np.ndarray
-    """Of the response, or [n] by token, as from a critic."""
+    """Advantage of the response, or [n] per token, as from a critic."""
     shift: np.ndarray | None = None
     reference: np.ndarray | None = None
 
     @property
     def advantages(self) -> np.ndarray:
-        """[|y|]"""
+        """[|y|] advantages of the masked-in tokens."""
         return np.broadcast_to(self.advantage, self.mask.shape)[self.mask]
 
 
 def random_sequences(
     seed: int, lengths: Sequence[int], drift: float = 0.3, mismatch: float = 0.1, *, by_token: bool = False
 ) -> list[TrainedSequence]:
-    """Sequences with these numbers of masked-in tokens, among others that are masked out and hold NaN; `by_token`: each
-    token has an advantage of its own. Routers shift by `drift`, as the policy does: without it, by a factor of 1."""
+    """Draws sequences with these numbers of masked-in tokens; masked-out tokens hold NaN.
+
+    With `by_token`, each token has its own advantage. `drift` moves both policy and routers; at 0 the shift is 1.
+    """
     rng = np.random.default_rng(seed)
     routers = np.random.default_rng([seed, 1])
     sequences = []
@@ -143,7 +145,7 @@ def denominators(sequences: Sequence[TrainedSequence]) -> Denominators:
 
 
 def split(items: Sequence[TrainedSequence], parts: int, seed: int) -> list[list[TrainedSequence]]:
-    """The items in another order, cut into at most so many non-empty parts."""
+    """Shuffles the items and divides them into at most `parts` non-empty parts."""
     rng = np.random.default_rng(seed)
     shuffled = [items[i] for i in rng.permutation(len(items))]
     cuts = np.sort(rng.integers(0, len(items) + 1, parts - 1))
@@ -157,7 +159,7 @@ Logprobs = list[np.ndarray]  # per sequence, its masked-in tokens
 def reference_loss(
     sequences: Sequence[TrainedSequence], config: ObjectiveConfig, live: Logprobs, frozen: Logprobs
 ) -> float:
-    """The loss at `live`; stop-gradients read `frozen`."""
+    """Returns the loss at `live`; stop-gradients read `frozen`."""
     terms: list[list[float]] = []
     for sequence, new, stopped in zip(sequences, live, frozen, strict=True):
         if not len(new):
@@ -184,9 +186,9 @@ def reference_loss(
 def surrogate_terms(
     sequence: TrainedSequence, config: ObjectiveConfig, new: np.ndarray, stopped: np.ndarray
 ) -> np.ndarray:
-    """What each masked-in token adds to J, before corrections and the aggregation."""
+    """Returns each masked-in token's term of J, before corrections and aggregation."""
     old, mu, advantages = sequence.old[sequence.mask], sequence.rollout[sequence.mask], sequence.advantages
-    if config.router_shift is not None:  # every ratio of the token times the shift, no less than its floor
+    if config.router_shift is not None:  # multiplies every ratio by the shift, raised to its floor
         shift = np.log(np.maximum(sequence.shift[sequence.mask], config.router_shift))
         old, mu = old - shift, mu - shift
     base = old if config.denominator == "old" else mu
@@ -229,7 +231,7 @@ def _clipped(ratio: float, advantage: float, low: float, high: float, dual: floa
 
 
 def kl_penalties(sequence: TrainedSequence, config: ObjectiveConfig, new: np.ndarray) -> np.ndarray:
-    """beta KL(pi_theta, pi_ref) at each masked-in token, where it is in the loss."""
+    """Returns beta KL(pi_theta, pi_ref) of each masked-in token if KL is in the loss, else 0."""
     if config.kl.kind == "none" or config.kl.place == "reward":
         return np.zeros(len(new))
     base = (sequence.old if config.denominator == "old" else sequence.rollout)[sequence.mask]
@@ -237,7 +239,7 @@ def kl_penalties(sequence: TrainedSequence, config: ObjectiveConfig, new: np.nda
 
 
 def kl_estimate(kind: str, ref: np.ndarray, new: np.ndarray, base: np.ndarray | None = None) -> np.ndarray:
-    """Of KL(new, ref) by token, from samples of new, or for `unbiased` of base."""
+    """Estimates KL(new, ref) per token from samples of new; `unbiased` uses samples of base."""
     q_over_p = np.exp(ref) / np.exp(new)
     k3 = q_over_p - 1 - np.log(q_over_p)
     match kind:
@@ -252,7 +254,7 @@ def kl_estimate(kind: str, ref: np.ndarray, new: np.ndarray, base: np.ndarray | 
 
 
 def correction_factors(sequence: TrainedSequence, config: ObjectiveConfig, stopped: np.ndarray) -> list[float | None]:
-    """What each masked-in token's term is multiplied by; None: as if the token had been masked out."""
+    """Returns the factor of each masked-in token's term; None means that the token counts as masked out."""
     correction, mu = config.correction, sequence.rollout[sequence.mask]
     old = sequence.old[sequence.mask] if config.denominator == "old" else stopped
     rho = np.exp(old) / np.exp(mu)
@@ -263,7 +265,7 @@ def correction_factors(sequence: TrainedSequence, config: ObjectiveConfig, stopp
             "geometric": np.full(len(rho), _geometric_mean(rho)),
         }[getattr(correction, "level", "token")]
     low, high = getattr(correction, "low", None) or 0.0, getattr(correction, "high", math.inf)
-    # Against mu the ratio holds rho = omega once already.
+    # A ratio against mu contains rho already.
     held = np.ones(len(rho)) if config.denominator == "old" else rho
     inside = (low <= rho) & (rho <= high)
     match correction.kind:
@@ -281,7 +283,7 @@ def correction_factors(sequence: TrainedSequence, config: ObjectiveConfig, stopp
 
 
 def kept_denominators(sequences: Sequence[TrainedSequence], config: ObjectiveConfig) -> Denominators:
-    """Those of a mini-batch whose correction takes tokens out."""
+    """Returns the denominators of a mini-batch without the tokens that its correction rejects."""
     factors = [correction_factors(s, config, s.logprobs[s.mask]) for s in sequences]
     kept = [sum(factor is not None for factor in each) for each in factors]
     return Denominators(tokens=sum(kept), sequences=sum(length > 0 for length in kept))
@@ -308,7 +310,7 @@ def reference(sequences: Sequence[TrainedSequence], config: ObjectiveConfig) -> 
 def differentiated(
     sequences: Sequence[TrainedSequence], loss: Callable[[Logprobs, Logprobs], float]
 ) -> tuple[float, np.ndarray]:
-    """Loss, and its gradient for every masked-in token in order, by central differences."""
+    """Returns the loss, and its gradient at each masked-in token in order, by central differences."""
     here = [sequence.logprobs[sequence.mask] for sequence in sequences]
     step = 1e-6
     gradient = []

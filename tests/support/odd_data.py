@@ -1,4 +1,4 @@
-"""What the tests of damaged and of odd data sets share: independent readers, and the comparison with them."""
+"""Independent readers of data files, and the comparison with them, for tests of damaged and odd data sets."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def arrow_rows(path: Path) -> Rows:
 
 
 def alike(ours: Any, theirs: Any) -> bool:
-    """Whether values are equal: of JSON `theirs` has Decimal for digits, of a table it is widened from its type."""
+    """Returns whether values are equal. From JSON `theirs` has Decimals; from a table it has wider types."""
     if isinstance(ours, Real):
         if isinstance(theirs, Decimal):
             return Decimal(ours.text) == theirs
         return "e" not in ours.text and any(np.dtype(width).type(ours) == theirs for width in ("f8", "f4", "f2"))
-    if isinstance(theirs, float) and theirs != theirs:  # a missing number
+    if isinstance(theirs, float) and theirs != theirs:  # NaN: a missing number
         return ours is None or ours != ours
     if isinstance(ours, list | dict):
         if type(ours) is not type(theirs) or len(ours) != len(theirs):

@@ -1,4 +1,4 @@
-"""A weight sync whose servers take their time; fails if a rank does not wait."""
+"""A weight sync to slow servers; it fails if a rank does not wait for them."""
 
 from __future__ import annotations
 

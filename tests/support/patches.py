@@ -1,4 +1,4 @@
-"""Changes of the package in a forked run: `before` of Forks.start calls them."""
+"""Patches of the package in a forked run; they are passed as `before` to Forks.start."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def slow_steps(seconds: float) -> None:
-    """All optimizer steps after the first take so long, and say so."""
+    """Makes all optimizer steps after the first print a line and take `seconds`."""
     from megatron_rl.loop.trainer import Trainer
 
     update = Trainer.update
@@ -25,7 +25,7 @@ def slow_steps(seconds: float) -> None:
 
 
 def made_up_rollouts(seconds: float = 0.0) -> None:
-    """Answers are made up, without servers. With `seconds`, the second rollout takes so long, and says so."""
+    """Makes up answers without servers. The second rollout prints a line and takes `seconds`, if that is not 0."""
     from dynamic_worker import MadeUp, replace_servers
 
     from megatron_rl.rollout.background import BackgroundLoop
@@ -44,7 +44,7 @@ def made_up_rollouts(seconds: float = 0.0) -> None:
 
 
 def fault_deep_in_a_library(kind: str) -> None:
-    """A fault that the program does not expect."""
+    """Raises an exception that the program does not expect."""
     from megatron_rl.ranks import agreement
 
     def failing(*_: object) -> None:

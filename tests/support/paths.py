@@ -1,4 +1,4 @@
-"""Where the tests are."""
+"""Paths of the repository and of tests/support."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
-"""Rollout batches that hypothesis draws for tests on several ranks, and what float64 NumPy makes of them. No torch.
+"""Rollout batches that hypothesis draws for tests on several ranks, and their float64 NumPy reference. Without torch.
 
-Every token of an example has an id of its own, so a table from ids to numbers stands for a network.
+Every token of an example has a unique id, so a table from ids to numbers can replace a network.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_rl.data.sample import Group, Prompt, Sample, Verdict
 
 @dataclass(frozen=True)
 class Response:
-    """A response's spans of tokens, generated ones and observations in turn; `filtered`: all are masked out."""
+    """Lengths of a response's spans, alternately generated and observed. With `filtered`, all tokens are masked out."""
 
     prompt_tokens: int
     spans: tuple[int, ...]
@@ -29,7 +29,7 @@ class Response:
 
     @property
     def mask(self) -> np.ndarray:
-        """[n], prompt and response."""
+        """[n] loss mask of prompt and response."""
         turns = [np.full(length, number % 2 == 0 and not self.filtered) for number, length in enumerate(self.spans)]
         return np.concatenate([np.zeros(self.prompt_tokens, dtype=bool), *turns])
 
@@ -43,9 +43,9 @@ class Example:
     """train.recompute_old_logprobs"""
     max_tokens: int
     seed: int
-    """Of the order of samples and groups, and of where they are."""
+    """Seed of the order of samples and groups, and of the leaders that hold them."""
     tables: dict[str, list[float | None]]
-    """By token id; None outside the loss mask."""
+    """Numbers by token id; None outside the loss mask."""
 
     def to_json(self) -> bytes:
         return orjson.dumps(dataclasses.asdict(self))
@@ -57,7 +57,7 @@ class Example:
         return cls(groups_of=tuple(groups), **fields)
 
     def config(self) -> Any:
-        """As much of a Config as what is called reads."""
+        """Returns the part of a Config that the called functions read."""
         objective = ObjectiveConfig.model_validate(self.objective)
         return SimpleNamespace(
             objective=objective,
@@ -67,14 +67,17 @@ class Example:
         )
 
     def token_ids(self) -> list[list[np.ndarray]]:
-        """Of each group's responses, the ids of all their tokens."""
+        """Returns the token ids of each response of each group."""
         ends = np.cumsum([len(response.mask) for group in self.groups_of for response in group])
         ids = iter(np.split(np.arange(ends[-1]), ends[:-1]))
         return [[next(ids) for _ in group] for group in self.groups_of]
 
     def groups(self, *, shuffled: bool = False, leader: int = 0, leaders: int = 1) -> list[Group]:
-        """Those that a leader holds. `shuffled`: groups are numbered anew within their mini-batch, and samples within
-        their group, and come in another order."""
+        """Returns the groups that a leader holds.
+
+        With `shuffled`, groups get new numbers within their mini-batch, samples get new numbers within their group, and
+        the order changes.
+        """
         rng = np.random.default_rng(self.seed)
         ids = self.token_ids()
         per_step = len(self.groups_of) // self.mini_batches
@@ -106,8 +109,10 @@ class Example:
 
 
 def tables(groups: list[list[Response]], seed: int, drift: float, mismatch: float) -> dict[str, list[float | None]]:
-    """Log-probs of the four policies and a critic's values. All are multiples of 2**-10: exact in float32, and never so
-    near to the bound of a clip that a finite difference would step over it."""
+    """Draws log-probs of the four policies, and a critic's values.
+
+    All are multiples of 2**-10: exact in float32, and so far from clip bounds that no finite difference crosses one.
+    """
     mask = np.concatenate([response.mask for group in groups for response in group])
     rng = np.random.default_rng(seed)
 
@@ -132,7 +137,7 @@ def tables(groups: list[list[Response]], seed: int, drift: float, mismatch: floa
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A response as the formulas see it: its masked-in tokens, [|y|] each."""
+    """The masked-in tokens of a response, for the formulas; arrays are [|y|]."""
 
     group: int
     ids: np.ndarray
@@ -141,7 +146,7 @@ class Trained:
 
 
 def trained(example: Example) -> list[list[Trained]]:
-    """Of each mini-batch, all responses; `old` is pi_old as the switches make it."""
+    """Returns all responses of each mini-batch; `old` is pi_old under the example's settings."""
     numbers = {name: np.array(each, dtype=np.float64) for name, each in example.tables.items()}
     if not example.recompute:
         numbers["old"] = numbers["theta" if example.mini_batches == 1 else "rollout"]
@@ -159,7 +164,7 @@ Penalty = Callable[[Trained], np.ndarray]
 
 
 def group_advantages_of(example: Example, penalty: Penalty) -> list[list[float]]:
-    """(R - b)/std of each response in its group, R less its penalties; by mini-batch."""
+    """Returns (R - b)/std of each response in its group, by mini-batch. R is reduced by its penalties."""
     config = example.config().objective.advantage
     steps = trained(example)
     rewards: dict[int, list[float]] = {}
@@ -182,7 +187,7 @@ def group_advantages_of(example: Example, penalty: Penalty) -> list[list[float]]
 def generalised_advantages_of(
     example: Example, penalty: Penalty
 ) -> tuple[list[list[np.ndarray]], list[list[np.ndarray]]]:
-    """By mini-batch and response, [|y|]: advantages, normalised over all tokens of the batch, and returns."""
+    """Returns advantages, normalised over all tokens of the batch, and returns; [|y|] by mini-batch and response."""
     config = example.config().objective.advantage
     decay = config.gamma * config.gae_lambda
     raw: list[list[np.ndarray]] = []

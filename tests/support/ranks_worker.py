@@ -1,10 +1,10 @@
-"""Four ranks that take one example after another from a port and answer it.
+"""Four ranks that read examples from a port, one after another, and answer each.
 
-A question is JSON (rank_examples.Example), an answer what every layout makes of it: of each mini-batch the losses, the
-gradients by token and the metrics. The policies are tables from token to log-prob, and every token of an example has an
-id of its own: looking up a rank's labels stands for the forward pass, and the table's gradient, summed over ranks, for
-the parameters'. All between is the trainer's own: with_advantages, distribute, the context-parallel slices and their
-gather, prepare, the losses, and Trainer.reduce.
+A question is a rank_examples.Example in JSON. Its answer has the losses, gradients by token and metrics of each
+mini-batch in every layout. Policies are tables from token ids to log-probs, and every token has a unique id. Looking up
+a rank's labels replaces the forward pass, and the table's gradient, summed over ranks, the parameters' gradients.
+Everything between is the trainer's own code: with_advantages, distribute, the context-parallel slices and their gather,
+prepare, the losses, and Trainer.reduce.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def send(connection: socket.socket, data: bytes) -> None:
 
 
 def receive(connection: socket.socket) -> bytes:
-    """b"" when the other side has gone."""
+    """Returns the next message, or b"" if the other side has closed the connection."""
 
     def exactly(count: int) -> bytes:
         parts = []
@@ -59,7 +59,7 @@ def serve(port: int) -> None:
         layout = Layout.resolve(*parse_layout(text))
         place = start_process_groups(layout, device, seed=0)
         settings[text] = Setting(layout, place, parallel_state.get_context_parallel_group())
-        stop_process_groups(leave_world=False)  # forgets the groups, and leaves them as they are
+        stop_process_groups(leave_world=False)  # forgets the groups without destroying them
     world = settings[LAYOUTS[0]].place.control
     mine = dist.new_group([0], backend="gloo")
     if rank == 0:
@@ -90,8 +90,10 @@ class Setting:
 
 
 def answered(example: Example, setting: Setting, whole: bool = False) -> list[dict[str, Any]]:
-    """`whole`: each mini-batch in one micro-batch, the samples in their order; else within the example's budget and in
-    its order. Collective over the layout."""
+    """Answers an example; collective over the layout.
+
+    With `whole`, each mini-batch is one micro-batch with samples in order. Else the example's budget and order apply.
+    """
     with mock.patch("megatron.core.parallel_state.get_context_parallel_group", return_value=setting.context):
         return _answered(example, setting, whole)
 
@@ -131,7 +133,7 @@ def _answered(example: Example, setting: Setting, whole: bool) -> list[dict[str,
     )
 
     def step(mini_batch: Any, loss: Any, table: str, columns: bool) -> dict[str, Any]:
-        """What Network.step does, without a network: the loss's gradient, and sums over ranks, never means."""
+        """Does the work of Network.step without a network: the loss's gradient, and sums (not means) over ranks."""
         live = Table(example.tables[table], setting)
         total = torch.zeros((), dtype=torch.float64)
         if live.is_last_stage:
@@ -159,12 +161,12 @@ def _answered(example: Example, setting: Setting, whole: bool) -> list[dict[str,
 
 
 def entropy_of(output: Any) -> Any:
-    """Made up, and another for every token."""
+    """Makes up an entropy that differs for every token."""
     return output[:, 0].detach().square()
 
 
 class Table:
-    """A number for each token: a network that looks its labels up. It holds NaN for tokens outside the loss mask."""
+    """A network that looks up a number for each label. Tokens outside the loss mask have NaN."""
 
     def __init__(self, values: list[float | None], setting: Setting) -> None:
         import numpy as np
@@ -175,7 +177,7 @@ class Table:
         self.is_last_stage = setting.place.pp == setting.layout.pp - 1
 
     def of(self, packed: Any) -> Any:
-        """[T, 1], as the last stage gives it: of this rank's slice, gathered over context parallelism."""
+        """Returns [T, 1] like the last stage: this rank's slice, gathered over context parallelism."""
         from megatron_rl.engine.layers.plain_torch import TorchLayers
         from megatron_rl.engine.micro_batch import micro_batch
         from megatron_rl.engine.step import _whole

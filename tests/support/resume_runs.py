@@ -1,4 +1,4 @@
-"""Runs of `sft` that are stopped and resumed, and the comparison with one that was not."""
+"""Stopped and resumed runs of `sft`, and their comparison with an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MADE_UP = [("patches:made_up_rollouts",)]
 
 
 def copy(setting: Path, run_dir: Path, *, until: int = STEPS) -> Path:
-    """The whole run as it would be had it been killed after a later step than `until`, the last with a checkpoint."""
+    """Copies the whole run, without checkpoints after step `until`: as if it had been killed after a later step."""
     shutil.copytree(setting / "whole", run_dir)
     for checkpoint in (run_dir / "checkpoints").iterdir():
         if int(checkpoint.name.removeprefix("step-")) > until:
@@ -50,7 +50,7 @@ def assert_refused(run: Run, *texts: str) -> None:
 
 
 def figures(run_dir: Path) -> list[dict[str, float]]:
-    """All that is logged but for times."""
+    """Returns all logged metrics without times."""
     lines = read_metrics(run_dir / "metrics.jsonl")
     return [{k: v for k, v in line.items() if not k.startswith("time")} for line in lines]
 

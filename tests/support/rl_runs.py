@@ -1,4 +1,4 @@
-"""Small RL runs on saved rollouts, without a server: what several test files start from."""
+"""Small RL runs on saved rollouts, without a server, for several test files."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ def save_rollouts(
     shuffled: bool = False,
     traces: bool = False,
 ) -> None:
-    """Random responses with the model's own log-probs, as a server at the initial weights would have given. `traces`:
-    with the model's own routes too, a fifth of the rows drawn anew, as if from an engine that rounds otherwise."""
+    """Saves random responses with the model's log-probs, as if sampled by a server with the initial weights.
+
+    `traces` also saves the model's routes. A fifth of their rows are random, as if from an engine with other rounding.
+    """
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     rng = np.random.default_rng(1)
     for step in range(1, steps + 1):
@@ -85,8 +87,8 @@ def _judged(sample: Sample, correct: bool) -> Sample:
 
 
 def write_config(path: Path, model: Path, rollouts: Path, preset: str = "gspo") -> Path:
-    # A large eps: Adam divides by the gradient's own size, so with a small one the rounding of a gradient that is all
-    # but zero decides the direction of a whole step, and layouts part after a few.
+    # A large eps: Adam divides by the size of the gradient. With a small eps, the rounding of a gradient near zero
+    # would decide the direction of a step, and layouts would differ after a few steps.
     path.write_text(
         f"""
 presets: [{preset}]
@@ -108,22 +110,22 @@ train: {{steps: {STEPS}, mini_batches: {MINI_BATCHES}}}
 
 
 def torchrun(ranks: int, *arguments: str) -> list[str]:
-    """As torchrun does, but on the loopback interface alone."""
+    """Returns a torchrun command that listens only on the loopback interface."""
     return [sys.executable, "-m", "megatron_rl.ranks.launch", str(ranks), *arguments]
 
 
 def environment() -> dict[str, str]:
-    """For ranks that import these tests' modules, and the package of the tree that the tests are in."""
+    """Returns an environment in which ranks import tests/support and the package of this repository."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{SUPPORT}"}
 
 
 def run_all(forks: Forks, config: Path, ranks: int, runs: list[str]) -> None:
-    """Does `runs`, each a list of overrides in one string, one after another in a world of `ranks`."""
+    """Does `runs` one after another in a world of `ranks`; each is a list of overrides in one string."""
     forks.world(ranks, "train_worker:main", config, runs)
 
 
 def losses(run_dir: Path) -> np.ndarray:
-    """[steps * mini-batches, metrics]."""
+    """Returns [steps * mini-batches, metrics]."""
     names = ("loss", "grad_norm", "entropy/mean", "ratio/mean", "ratio/p99", "ratio/min", "clip/low/active/sequence")
     lines = read_metrics(run_dir / "metrics.jsonl")
     return np.array([[line[name] for name in names] for line in lines])

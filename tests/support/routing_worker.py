@@ -1,5 +1,5 @@
-"""Log-probs and gradients under drifted routes, and again
-under the routes of a forward pass of its own; rank 0 writes what it found as safetensors."""
+"""Log-probs and gradients under drifted routes, and under the routes of a forward pass of the same model; rank 0 writes
+them as safetensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LENGTHS = (9, 14, 23, 11)
 
 
 def drifted_samples(vocab_size: int, layers: tuple[int, ...], num_experts: int, top_k: int) -> list[Sample]:
-    """The same in every process. Rows are missing at the end, and in the second sample also inside."""
+    """Returns samples, equal in every process. Rows are missing at the end, and in sample 2 also in the middle."""
     rng = np.random.default_rng(7)
     samples = []
     for number, length in enumerate(LENGTHS):
@@ -65,7 +65,7 @@ def main(model: Path, text: str, recompute: str, out: Path) -> None:
     policy.gradients(batch.micro_batches, loss, policy.routing_pass(batch.routes))
     found = {f"grad/{name}": g for part in policy.export(1 << 28, lambda p: p.main_grad) for name, g in part}  # type: ignore[attr-defined]
 
-    # The routes of a forward pass of its own, and what they give when they are replayed.
+    # Routes of a forward pass of this model, and its log-probs if they are replayed.
     first = policy.routing_pass(record=True)
     live = policy.logprobs(batch.micro_batches, routing=first)
     own = [RankRoutes(ids, torch.ones(len(ids), dtype=torch.bool)) for ids in first.live]

@@ -1,6 +1,8 @@
-"""The router shift from the model OLD to the model NEW, in every
-routing mode and layout, one after another. Each rank writes what it found of its replica's samples, as safetensors in
-OUT: [tokens] for MODE/LAYOUT/SAMPLE, and under same/... the shift from OLD to OLD."""
+"""Computes the router shift from model OLD to model NEW in every routing mode and layout.
+
+Each rank writes its replica's samples as safetensors in OUT: [tokens] for MODE/LAYOUT/SAMPLE, and the shift from OLD to
+OLD under same/...
+"""
 
 from __future__ import annotations
 

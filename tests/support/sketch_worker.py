@@ -1,4 +1,4 @@
-"""An all-reduce of metrics of which one rank has all."""
+"""An all-reduce of metrics that only one rank has."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def accumulate() -> MetricAccumulator:
 
 
 def reduce() -> dict[str, float]:
-    # Rank 0 stands for an earlier pipeline stage.
+    # Rank 0 acts as an earlier pipeline stage.
     metrics = accumulate() if dist.get_rank() == 1 else MetricAccumulator(KINDS)
     dist.all_reduce(metrics.sums)
     dist.all_reduce(metrics.maxima, op=dist.ReduceOp.MAX)

@@ -1,6 +1,6 @@
-"""Answers of SGLang that are spoilt at random, and an independent reading of them.
+"""Randomly damaged answers of SGLang, and an independent reader.
 
-`read_strictly` is that reading, written from the conventions in megatron_rl/rollout/answers.py, not from its code.
+`read_strictly` is that reader, written from the conventions in megatron_rl/rollout/answers.py, not from its code.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def routes(rows: int) -> str:
 
 
 def answer(tokens: int, reason: str) -> dict[str, Any]:
-    """As SGLang gives it."""
+    """Returns a correct answer of SGLang."""
     ids = [2 + n for n in range(tokens)]
     finish: dict[str, Any] = {"type": reason}
     if reason == "stop":
@@ -55,7 +55,7 @@ def answer(tokens: int, reason: str) -> dict[str, Any]:
 
 GOOD = [answer(LONGEST, "length"), answer(4, "stop"), answer(3, "abort")]
 
-# ---- spoiling
+# ---- damage
 
 NUMBERS = [0, -1, 1, 2, 5, 6, 7, 8, 9, 1e-7, 0.01, 1.5, -1e-40, -3.4e38, -3.5e38, -1e308, 2**31, 2**63, 10**30]
 TEXTS = ["", "6", "06", " 6", "+6", "٦", "8", "9" * 5000, "stop", "length", "abort", "NaN", "A" * 8, "é", "\x00"]
@@ -71,7 +71,7 @@ VALUES = st.recursive(
 
 
 def places(node: Any) -> Iterator[tuple[Any, Any]]:
-    """(container, key) of every value."""
+    """Yields (container, key) of every value."""
     for key in list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ():
         yield node, key
         yield from places(node[key])
@@ -101,7 +101,7 @@ def spoilt(draw: st.DrawFn) -> Any:
     return given
 
 
-# ---- the independent reading
+# ---- the independent reader
 
 
 def is_int(value: Any) -> bool:
@@ -109,7 +109,7 @@ def is_int(value: Any) -> bool:
 
 
 def read_strictly(found: Any) -> tuple[Any, ...] | None:
-    """(ids, log-probs in fp32, reason, (version, start, end)s, routes) or None for an answer that must be refused."""
+    """Returns (ids, fp32 log-probs, reason, (version, start, end)s, routes), or None if the answer must be refused."""
     try:
         meta, ids = found["meta_info"], found["output_ids"]
         finish, entries, spans = meta["finish_reason"], meta["output_token_logprobs"], meta["weight_versions"]
@@ -160,7 +160,7 @@ def read_strictly(found: Any) -> tuple[Any, ...] | None:
 
 
 def experts_of(routed: Any, tokens: int, reason: str, kept: list[Any], retractions: int) -> Any:
-    """The second layer's experts by row; None for a row that is missing, or for no routes; False: to be refused."""
+    """Returns the second layer's experts by row; None: a missing row, or no routes; False: it must be refused."""
     if routed is not None and type(routed) is not str:
         return False
     if reason == "abort" and (routed is None or not kept):
@@ -170,7 +170,7 @@ def experts_of(routed: Any, tokens: int, reason: str, kept: list[Any], retractio
     data = base64.b64decode(routed)
     rows = len(PROMPT) + tokens - 1
     if len(data) != rows * 2 * 2 * 4 or base64.b64encode(data).decode()[:-1] != routed[:-1]:
-        # What is left of the last character's bits is not looked at.
+        # Unused bits of the last character are ignored.
         return False if len(data) != rows * 16 else _rows(data, rows, kept, retractions)
     return _rows(data, rows, kept, retractions)
 
@@ -194,7 +194,7 @@ def _rows(data: bytes, rows: int, kept: list[Any], retractions: int) -> Any:
 
 
 def as_read(found: Completion) -> tuple[Any, ...]:
-    """In the form of `read_strictly`, as the trainer keeps it."""
+    """Returns the trainer's sample in the form of `read_strictly`."""
     sample = as_sample(Prompt("p", "", PROMPT, "", ""), 0, found)
     spans = [(v.version, v.start - len(PROMPT), v.end - len(PROMPT)) for v in sample.versions]
     experts = None

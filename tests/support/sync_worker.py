@@ -1,7 +1,7 @@
-"""What ranks do in the tests of the weight sync:
+"""Work of the ranks in tests of the weight sync:
 
-sync_worker.py push MODEL URL LAYOUT ROUTE MUTATION TEMPERATURE     the model to the server at the URL
-sync_worker.py export MODEL DIRECTORY                   the model into a Hugging Face directory
+sync_worker.py push MODEL URL LAYOUT ROUTE MUTATION TEMPERATURE     syncs the model to the server at the URL
+sync_worker.py export MODEL DIRECTORY                   writes the model into a Hugging Face directory
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron_rl.config.layout import Layout, parse_layout
 from megatron_rl.config.schema import EngineConfig, WeightsConfig
 from megatron_rl.engine.device import use_device
 
-# Far smaller than a configuration would allow, so that there are many.
+# Smaller than any configuration allows, so that there are many buckets.
 BUCKET_BYTES = 60_000
 SWAPPED = ("model.layers.1.mlp.experts.2.up_proj.weight", "model.layers.1.mlp.experts.5.up_proj.weight")
 

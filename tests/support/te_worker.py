@@ -1,7 +1,7 @@
-"""te_worker.py MODEL TE_DIRECTORY OUT RANKS ...: trains under the layouts of RANKS with our layers and with Transformer
-Engine's over tests/support/te_stub; writes OUT/LAYOUT.pt for each, {provider: what it gave}.
+"""te_worker.py MODEL TE_DIRECTORY OUT RANKS ...: trains under the layouts of RANKS with our layers, and with
+Transformer Engine's layers over tests/support/te_stub. Writes OUT/LAYOUT.pt with {provider: results}.
 
-The ranks are forked from one process, which pays for the imports.
+The ranks are forked from one process, which does the imports.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LAYOUTS = {
     2: ["tp=2", "tp=2,ep=2", "tp=2,etp=2"],
     4: ["tp=2,pp=2,ep=2", "tp=2,dp=2,ep=2"],
 }
-"""By the number of ranks."""
+"""Layouts by number of ranks."""
 
 
 def train(rank: int, ranks: int, model: Path, out: Path) -> None:
@@ -44,7 +44,7 @@ def train(rank: int, ranks: int, model: Path, out: Path) -> None:
 
 
 def largest(values: list[Any]) -> float:
-    """Over all ranks; -1 if no rank has any."""
+    """Returns the largest value over all ranks; -1 if no rank has any."""
     import torch
     import torch.distributed as dist
 
@@ -54,8 +54,10 @@ def largest(values: list[Any]) -> float:
 
 
 def answer(model: Path, layout: Any, place: Any, provider: str) -> dict[str, Any]:
-    """Log-probs and entropies, gradients, two updates' norms, and the weights after them; how far ranks that hold the
-    same expert weights are then apart; and whether micro-batches carry an attention plan."""
+    """Returns log-probs, entropies, gradients, the gradient norms of two updates, and the weights after them.
+
+    Also returns how far ranks with the same expert weights differ, and which micro-batches have an attention plan.
+    """
     import numpy as np
     import torch
 
@@ -94,7 +96,7 @@ def answer(model: Path, layout: Any, place: Any, provider: str) -> dict[str, Any
 
 
 def copies_apart(policy: Any) -> float:
-    """Largest difference between ranks that hold the same expert weights."""
+    """Returns the largest difference between ranks that hold the same expert weights."""
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state

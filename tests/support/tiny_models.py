@@ -1,7 +1,7 @@
 """Tiny random models in Hugging Face form, with a tokenizer of one token per character.
 
-Weights are drawn wide, norms and biases of the router's scale are jittered, and experts differ, so that a layer that is
-wired wrongly, skipped or given another's weights changes the log-probs by far more than rounding does.
+Weights are large, norm weights are random, and experts differ. A layer that is skipped, connected wrongly or given the
+weights of another layer then changes log-probs far more than rounding does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ VOCAB_SIZE = 2 + len(CHARACTERS)  # <pad>, <eos> and the characters
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """<pad> is 0, <eos> is 1, then CHARACTERS in order. A character outside of them becomes <pad>."""
+    """<pad> is 0, <eos> is 1, then CHARACTERS in order. Any other character becomes <pad>."""
     vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -52,7 +52,7 @@ def make_tiny_model(
 ) -> Path:
     """Writes config.json, safetensors and the tokenizer into `path`, and returns it.
 
-    The same arguments give the same weights. `std` is that of all matrices; norm weights are 1 + U(-.5, .5).
+    The same arguments give the same weights. `std` is the standard deviation of matrices; norms are 1 + U(-.5, .5).
     """
     config = {
         "hidden_size": hidden_size,
@@ -103,7 +103,7 @@ def _random_model(family: str, config: dict[str, Any], std: float, seed: int) ->
 
 
 def reference_logprobs(path: Path, token_ids: Sequence[int], temperature: float = 1.0) -> torch.Tensor:
-    """transformers' log-probs [n - 1] of tokens 1.. of the sequence, in fp32 with eager attention."""
+    """Returns transformers' log-probs [n - 1] of all tokens but the first, in fp32 with eager attention."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")

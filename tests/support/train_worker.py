@@ -1,7 +1,7 @@
-"""Several trainings, one after another, in one world of ranks.
+"""Several training runs, one after another, in one world of ranks.
 
-Each run is a list of overrides. A bf16 run under a layout without data parallelism leaves its optimizer's fp32 weights
-in run_dir/main.safetensors.
+Each run is a list of overrides. A bf16 run without data parallelism writes its optimizer's fp32 weights to
+run_dir/main.safetensors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron_rl.config.schema import Config
 def save_main_weights(policy, file: Path) -> None:  # type: ignore[no-untyped-def]
     from safetensors.torch import save_file
 
-    # Flat, and whole: the distributed optimizer has nobody to share them with.
+    # The weights are flat but complete, because without data parallelism the optimizer does not shard them.
     buckets = list(policy.export(1 << 30, tensor_of=lambda p: p.main_param.view(p.shape)))
     if policy.place.rank == 0:
         save_file({name: tensor.contiguous() for bucket in buckets for name, tensor in bucket}, file)

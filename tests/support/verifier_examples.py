@@ -1,4 +1,4 @@
-"""A user's verifiers, as the tests name them: `verifier_examples:FUNCTION`."""
+"""A user's verifiers; tests name them as `verifier_examples:FUNCTION`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def bare_number(prompt: Prompt, response: str) -> float:
 
 
 def hangs_in_c(prompt: Prompt, response: str) -> Verdict:
-    """No Python signal handler runs until the power is computed."""
+    """Computes a large power; no Python signal handler runs until it is done."""
     if response == "b":
         pow(9, 9**9**2)
     return Verdict(1.0, True)
@@ -108,7 +108,7 @@ def recurses(prompt: Prompt, response: str) -> Verdict:
 
 
 def hogs(prompt: Prompt, response: str) -> Verdict:
-    """Holds 1 GiB."""
+    """Allocates 1 GiB."""
     held = bytearray(1 << 30) if response == "b" else b"1"
     return Verdict(float(len(held) > 0), True)
 
@@ -127,7 +127,7 @@ def stops(prompt: Prompt, response: str) -> Verdict:
 
 
 def stops_with_child(prompt: Prompt, response: str) -> Verdict:
-    """The child has a session of its own, so that no signal to a process group reaches it."""
+    """Starts a child in its own session, which no signal to the process group reaches."""
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", prompt.answer], start_new_session=True)
     return stops(prompt, response)
 
@@ -146,7 +146,7 @@ def writes_to_every_descriptor(prompt: Prompt, response: str) -> Verdict:
 
 
 def forges_a_reply(prompt: Prompt, response: str) -> Verdict:
-    """In the protocol's own frames, which the answers after it must not take for theirs."""
+    """Writes frames of the protocol itself; they must not be read as verdicts of later answers."""
     data = b'{"id": 77, "reward": 9.0, "correct": true}'
     for descriptor in open_descriptors() if response == "b" else ():
         with contextlib.suppress(OSError):
@@ -167,14 +167,14 @@ def is_slow_to_read(prompt: Prompt, response: str) -> Verdict:
 
 
 def loses_some(prompt: Prompt, response: str) -> Verdict:
-    """The wrong answers to every other prompt; a prompt's text begins with its number."""
+    """Loses verdicts of wrong answers to every other prompt; a prompt's text starts with its number."""
     if int(prompt.text.split()[0]) % 2 and response != prompt.answer:
         raise RuntimeError("lost")
     return Verdict(float(response == prompt.answer), response == prompt.answer)
 
 
 def loses_all_later(prompt: Prompt, response: str) -> Verdict:
-    """From the fifth prompt on."""
+    """Loses all verdicts from the fifth prompt on."""
     if int(prompt.text.split()[0]) >= 4:
         raise RuntimeError("lost")
     return Verdict(float(response == prompt.answer), response == prompt.answer)

@@ -14,7 +14,7 @@ from megatron_rl.models.architecture import Architecture
 
 @pytest.fixture
 def seen() -> Iterator[Counter[str]]:
-    """Counts of what became of the examples; a test that only refuses, or only accepts, is none."""
+    """Counts accepted and refused examples. A test that only accepts or only refuses fails."""
     counts: Counter[str] = Counter()
     yield counts
     print(dict(counts))  # shown with -s

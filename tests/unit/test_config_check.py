@@ -1,4 +1,4 @@
-"""Contradictions between keys, the model and the world: each is found, with all others, before anything starts."""
+"""Contradictions between keys, the model and the world size: all are reported before anything starts."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def found(config: Config | SftConfig, world_size: int = 1) -> list[str]:
         ("rollout.dynamic_sampling.oversample=1", 1),
     ],
 )
-def test_configurations_without_a_contradiction(tmp_path: Path, overrides: str, world_size: int) -> None:
+def test_a_configuration_without_contradictions_is_accepted(tmp_path: Path, overrides: str, world_size: int) -> None:
     layout = check_config(rl(tmp_path, overrides), ARCHITECTURE, world_size)
     assert layout.world_size == world_size
 
@@ -258,7 +258,7 @@ def test_configurations_without_a_contradiction(tmp_path: Path, overrides: str, 
         ("eval.samples=4", 1, "eval.samples: 4 greedy responses to a prompt are all the same"),
     ],
 )
-def test_a_contradiction_is_one_line(tmp_path: Path, overrides: str, world_size: int, message: str) -> None:
+def test_each_contradiction_gives_one_line(tmp_path: Path, overrides: str, world_size: int, message: str) -> None:
     config = rl(tmp_path, overrides)
     (line,) = found(config, world_size)
     assert line.startswith(message)
@@ -274,7 +274,7 @@ def test_a_contradiction_is_one_line(tmp_path: Path, overrides: str, world_size:
     ],
 )
 def test_samples_need_not_divide_among_replicas_and_stages(tmp_path: Path, overrides: str, world_size: int) -> None:
-    """Some micro-batches are empty then, and the dry run plans what the run will."""
+    """Some micro-batches are then empty. The dry run makes the same plan as the run."""
     config = rl(tmp_path, overrides)
     layout = check_config(config, ARCHITECTURE, world_size)
     micro_batches = largest_step(config, layout).micro_batches
@@ -284,7 +284,7 @@ def test_samples_need_not_divide_among_replicas_and_stages(tmp_path: Path, overr
     assert sorted(planned) == list(range(groups * config.rollout.group_size))
 
 
-def test_all_contradictions_are_told_at_once(tmp_path: Path) -> None:
+def test_all_contradictions_are_reported_at_once(tmp_path: Path) -> None:
     config = rl(tmp_path, "eval.every=1 parallel.vpp=2 rollout.prompts_per_step=30 optim.min_lr=1")
     assert [line.partition(":")[0] for line in found(config)] == [
         "parallel.vpp",
@@ -301,14 +301,16 @@ def test_all_contradictions_are_told_at_once(tmp_path: Path) -> None:
         ("optim.schedule=cosine", 1, "optim.decay_steps: 0, but optim.schedule cosine needs more than"),
     ],
 )
-def test_contradictions_of_supervised_fine_tuning(tmp_path: Path, override: str, world_size: int, message: str) -> None:
+def test_contradictions_in_an_sft_configuration_are_reported(
+    tmp_path: Path, override: str, world_size: int, message: str
+) -> None:
     path = write(tmp_path / "a.yaml", SFT)
     assert check_config(load_config(SftConfig, path), ARCHITECTURE, world_size).dp == world_size
     (line,) = found(load_config(SftConfig, path, [override]), world_size)
     assert line.startswith(message)
 
 
-def test_dense_layers_that_a_server_would_ignore(tmp_path: Path) -> None:
+def test_dense_layers_that_sglang_would_ignore_are_refused(tmp_path: Path) -> None:
     mixed = dataclasses.replace(ARCHITECTURE, dense_layers=(0,))
     with pytest.raises(ConfigError, match=r"model\.path: layers \[0\] are dense, but SGLang's"):
         check_config(rl(tmp_path, ""), mixed, 1)
@@ -325,7 +327,7 @@ def test_dense_layers_that_a_server_would_ignore(tmp_path: Path) -> None:
         ("objective.router_shift=0.8", "objective.router_shift: 0.8"),
     ],
 )
-def test_a_model_without_experts_has_no_routes(tmp_path: Path, override: str, key: str) -> None:
+def test_routing_keys_are_refused_for_a_model_without_experts(tmp_path: Path, override: str, key: str) -> None:
     dense = dataclasses.replace(
         ARCHITECTURE, model_type="qwen3", num_experts=0, experts_per_token=0, expert_hidden_size=0
     )
@@ -344,11 +346,11 @@ def test_a_model_without_experts_has_no_routes(tmp_path: Path, override: str, ke
         ("routing.observe_rollout=true", True),
     ],
 )
-def test_when_the_rollouts_routes_are_needed(tmp_path: Path, overrides: str, needed: bool) -> None:
+def test_rollout_routes_are_requested_only_if_needed(tmp_path: Path, overrides: str, needed: bool) -> None:
     assert rl(tmp_path, overrides).routing.needs_rollout_routes is needed
 
 
-def test_reference_and_critic_must_go_with_the_policy(tmp_path: Path) -> None:
+def test_reference_and_critic_must_fit_the_policy(tmp_path: Path) -> None:
     its = {"vocab_size": 98, "num_hidden_layers": 9, "max_position_embeddings": 1024}
     for name, changes in (("other", {"hidden_size": 128}), ("critic", its)):
         write_model(tmp_path / name)

@@ -1,4 +1,4 @@
-"""The page of all configuration keys says what the schema says."""
+"""The page of all configuration keys agrees with the schema."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def sections() -> dict[str, str]:
     return {section.key: write_keys.write_section(section) for section in write_keys.list_sections(whole)}
 
 
-def test_the_page_is_current() -> None:
+def test_the_keys_page_matches_the_schema() -> None:
     page = write_keys.PAGE.read_text()
     assert page == write_keys.write_page(), "the schema has changed; run: python tools/write_keys.py"
 
 
-def test_a_union_is_shown_by_kind() -> None:
+def test_a_union_is_documented_by_kind() -> None:
     text = sections()["outside"]
     assert "Defaults to `kind: narrow`.\n" in text
     assert "#### `outside`, `kind: narrow`\n" in text
@@ -51,13 +51,13 @@ def test_a_union_is_shown_by_kind() -> None:
     assert "| `outside.size` | integer | required |  |" in text
 
 
-def test_a_nullable_union_says_so() -> None:
+def test_a_nullable_union_is_documented_as_nullable() -> None:
     text = sections()["inside"]
     assert "Defaults to null: switched off.\n" in text
     assert "#### `inside`, `kind: narrow`\n" in text
 
 
-def test_a_field_has_its_values_its_default_and_its_docstring() -> None:
+def test_a_field_is_documented_with_type_default_and_docstring() -> None:
     row = "| number > 0 and < 2 or null | `{}` | Distance from 1; null disables. |"
     assert "| `inside.bound` " + row.format("0.5") in sections()["inside"]
     narrow, _, wide = sections()["outside"].partition("#### `outside`, `kind: wide`")
@@ -66,7 +66,7 @@ def test_a_field_has_its_values_its_default_and_its_docstring() -> None:
     assert "Not shown" not in narrow + wide
 
 
-def test_every_key_of_both_commands_is_on_the_page() -> None:
+def test_the_page_has_keys_of_both_commands() -> None:
     page = write_keys.PAGE.read_text()
     for key in ("run_dir", "critic.optim.lr", "rollout.dynamic_sampling.oversample", "batch_size"):
         assert f"| `{key}` |" in page

@@ -1,4 +1,4 @@
-"""Sections that come in kinds: what another kind replaces, what each kind reads, and preset keys that do nothing."""
+"""Sections with kinds: replacing a kind, the keys of each kind, and preset keys that become useless."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def mistakes(tmp_path: Path, text: str, *overrides: str) -> list[str]:
     return str(caught.value).replace(f"{tmp_path}/", "").splitlines()
 
 
-# ---- what another kind replaces --------------------------------------------------------------------------------
+# ---- replacing a kind ------------------------------------------------------------------------------------------
 
 
-def test_the_sections_that_come_in_kinds() -> None:
+def test_four_sections_have_kinds() -> None:
     assert {section: (its.name, its.default) for section, its in KINDS.items()} == {
         "objective.clip": ("kind", "min"),
         "objective.advantage": ("estimator", "group"),
@@ -56,13 +56,13 @@ def test_the_sections_that_come_in_kinds() -> None:
     assert not sections_of_kinds(SftConfig)
 
 
-def test_the_same_kind_or_none_sets_single_keys(tmp_path: Path) -> None:
+def test_keys_are_set_one_by_one_if_the_kind_stays_the_same(tmp_path: Path) -> None:
     config, notes = load(tmp_path, "presets: [dapo]\nobjective: {clip: {low: 0.1}}\n", "objective.clip.kind=min")
     assert config.objective.clip == MinClip(low=0.1, high=0.28)
     assert not notes
 
 
-def test_another_kind_replaces_the_section_and_says_so(tmp_path: Path) -> None:
+def test_another_kind_replaces_the_section_with_a_note(tmp_path: Path) -> None:
     text = "presets: [dapo]\nobjective: {clip: {low: 0.1}}\n"
     config, notes = load(tmp_path, text, "objective.clip.kind=mask", "objective.clip={low: 0.3, high: null}")
     assert config.objective.clip == MaskClip(low=0.3, high=None)
@@ -72,13 +72,13 @@ def test_another_kind_replaces_the_section_and_says_so(tmp_path: Path) -> None:
     ]
 
 
-def test_the_order_of_overrides_does_not_matter_to_a_kind(tmp_path: Path) -> None:
+def test_a_kind_does_not_depend_on_the_order_of_overrides(tmp_path: Path) -> None:
     overrides = ["objective.clip.tau_positive=1", "objective.clip.kind=soft-gate", "objective.clip.tau_negative=2"]
     for order in (overrides, overrides[::-1]):
         assert load(tmp_path, "", *order)[0].objective.clip == SoftGate(tau_positive=1, tau_negative=2)
 
 
-def test_a_file_replaces_the_kind_of_its_presets_and_a_preset_that_of_another(tmp_path: Path) -> None:
+def test_files_and_later_presets_replace_the_kinds_of_earlier_presets(tmp_path: Path) -> None:
     write(tmp_path / "mine.yaml", "presets: [sapo]\nobjective: {correction: {kind: tis, high: 2}}\n")
     config, notes = load(tmp_path, "presets: [cispo, mine.yaml]\nobjective: {kl: {kind: k3, beta: 0.04}}\n")
     assert config.objective.clip == SoftGate(tau_positive=1.0, tau_negative=1.05)
@@ -90,7 +90,7 @@ def test_a_file_replaces_the_kind_of_its_presets_and_a_preset_that_of_another(tm
     assert config.objective.correction == Tis(high=2)
 
 
-def test_another_kind_of_one_class_replaces_too(tmp_path: Path) -> None:
+def test_another_kind_of_the_same_class_also_replaces_the_section(tmp_path: Path) -> None:
     text = "objective: {kl: {kind: k3, place: reward, beta: 0.04}}\n"
     assert load(tmp_path, text, "objective.kl.beta=1")[0].objective.kl == KL(kind="k3", place="reward", beta=1)
     assert mistakes(tmp_path, text, "objective.kl.kind=k1") == [
@@ -98,7 +98,7 @@ def test_another_kind_of_one_class_replaces_too(tmp_path: Path) -> None:
     ]
 
 
-def test_a_built_in_preset_starts_from_the_defaults(tmp_path: Path) -> None:
+def test_a_built_in_preset_resets_its_sections_to_the_defaults(tmp_path: Path) -> None:
     write(tmp_path / "first.yaml", "presets: dapo\nreward: {timeout: 3}\nrollout: {group_size: 4}\n")
     write(tmp_path / "second.yaml", "presets: grpo\n")
     config, _ = load(tmp_path, "presets: [first.yaml, second.yaml]\n")
@@ -106,7 +106,7 @@ def test_a_built_in_preset_starts_from_the_defaults(tmp_path: Path) -> None:
     assert (config.reward.timeout, config.rollout.group_size) == (3, 4)
 
 
-def test_a_dump_has_the_keys_of_each_kind_alone_and_loads_back(tmp_path: Path) -> None:
+def test_a_dump_has_only_the_keys_of_each_kind_and_can_be_loaded(tmp_path: Path) -> None:
     for preset in ("sapo", "ppo", "minirl", "cispo"):
         config, _ = load(tmp_path, f"presets: [{preset}]\n")
         dumped = config.model_dump(mode="json")
@@ -117,7 +117,7 @@ def test_a_dump_has_the_keys_of_each_kind_alone_and_loads_back(tmp_path: Path) -
         assert load_config(Config, write(tmp_path / "b.yaml", dump_config(config))) == config
 
 
-# ---- what each kind reads --------------------------------------------------------------------------------------
+# ---- keys of each kind -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -178,11 +178,11 @@ def test_a_dump_has_the_keys_of_each_kind_alone_and_loads_back(tmp_path: Path) -
         ("objective.kl={kind: k1, beta: null}", "objective.kl.beta: found null, expected a valid number"),
     ],
 )
-def test_a_mistake_in_a_kind_is_one_line(tmp_path: Path, override: str, line: str) -> None:
+def test_a_mistake_in_a_kind_gives_one_line(tmp_path: Path, override: str, line: str) -> None:
     assert mistakes(tmp_path, "", override) == [f"override {override!r}: {line}"]
 
 
-def test_gae_has_no_leave_one_out_and_needs_its_factors(tmp_path: Path) -> None:
+def test_gae_refuses_leave_one_out_and_requires_gamma_and_lambda(tmp_path: Path) -> None:
     text = "objective:\n  advantage: {estimator: gae, baseline: leave-one-out}\n"
     assert mistakes(tmp_path, text) == [
         "a.yaml:6: objective.advantage.baseline: found \"leave-one-out\", expected 'mean' or 'none' under "
@@ -192,7 +192,7 @@ def test_gae_has_no_leave_one_out_and_needs_its_factors(tmp_path: Path) -> None:
     ]
 
 
-def test_mistakes_of_several_kinds_are_told_at_once(tmp_path: Path) -> None:
+def test_mistakes_in_several_kinds_are_reported_at_once(tmp_path: Path) -> None:
     text = "objective:\n  clip: {kind: weight, dual: 3}\n  correction: {delta: 1}\n  kl: {kind: k4}\nsed: 1\n"
     starts = [line.split(": ")[:2] for line in mistakes(tmp_path, text)]
     assert starts == [
@@ -203,10 +203,10 @@ def test_mistakes_of_several_kinds_are_told_at_once(tmp_path: Path) -> None:
     ]
 
 
-# ---- preset keys that do nothing -------------------------------------------------------------------------------
+# ---- useless preset keys --------------------------------------------------------------------------------------
 
 
-def test_what_an_override_makes_idle_of_a_preset_is_dropped_and_said(tmp_path: Path) -> None:
+def test_a_preset_key_that_an_override_makes_useless_is_dropped_with_a_note(tmp_path: Path) -> None:
     base = write(tmp_path / "base.yaml", BASE)
     overrides = ["optim.schedule=constant", "rollout.replay_from=runs/zero"]
     config, notes = load(tmp_path, "presets: [base.yaml, dapo]\nreward: {overlong_cache: 9}\n", *overrides)
@@ -234,7 +234,7 @@ def test_what_an_override_makes_idle_of_a_preset_is_dropped_and_said(tmp_path: P
         ("ppo", "objective.advantage={estimator: group}", "critic:"),
     ],
 )
-def test_a_switch_that_is_turned_drops_what_the_preset_had_for_it(
+def test_changing_a_setting_drops_the_preset_keys_that_depended_on_it(
     tmp_path: Path, preset: str, override: str, key: str
 ) -> None:
     config, notes = load(tmp_path, f"presets: [{preset}]\n", override)
@@ -253,10 +253,8 @@ def test_a_switch_that_is_turned_drops_what_the_preset_had_for_it(
         ("presets: [grpo]\n", ["objective.constant_length=9"], "objective.constant_length: 9 does nothing under"),
     ],
 )
-def test_a_users_own_key_that_does_nothing_is_an_error(
-    tmp_path: Path, text: str, overrides: list[str], line: str
-) -> None:
-    """And so is a key of a preset that does nothing by itself."""
+def test_a_useless_key_set_by_the_user_is_an_error(tmp_path: Path, text: str, overrides: list[str], line: str) -> None:
+    """A preset key is also an error if the preset itself makes it useless."""
     write(tmp_path / "base.yaml", BASE.replace("eval: {every: 2}\n", ""))
     write(tmp_path / "own.yaml", "optim: {decay_steps: 5}\n")
     config, _ = load(tmp_path, text, *overrides)
@@ -266,7 +264,7 @@ def test_a_users_own_key_that_does_nothing_is_an_error(
     assert found.startswith(line)
 
 
-def test_supervised_fine_tuning_drops_a_presets_schedule_too(tmp_path: Path) -> None:
+def test_sft_also_drops_useless_schedule_keys_of_a_preset(tmp_path: Path) -> None:
     write(tmp_path / "base.yaml", "optim: {schedule: linear, decay_steps: 9}\n")
     notes: list[str] = []
     path = write(tmp_path / "a.yaml", SFT + "presets: base.yaml\noptim: {schedule: constant}\n")
@@ -274,7 +272,7 @@ def test_supervised_fine_tuning_drops_a_presets_schedule_too(tmp_path: Path) -> 
     assert [note.split(":")[0] for note in notes] == ["optim.decay_steps"]
 
 
-def test_the_estimators_of_presets(tmp_path: Path) -> None:
+def test_estimators_and_kl_terms_load_as_their_classes(tmp_path: Path) -> None:
     assert load(tmp_path, "presets: ppo\n")[0].objective.advantage == Gae(gamma=1.0, gae_lambda=0.95)
     config, _ = load(tmp_path, "")
     assert (config.objective.advantage, config.objective.kl) == (GroupAdvantage(), NoKL())

@@ -1,4 +1,4 @@
-"""Layouts: the degrees, what a model allows, and who holds what."""
+"""Layouts: degrees of parallelism, limits set by the model, and the experts and replicas of each rank."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def resolve(text: str) -> Layout:
     return Layout.resolve(*parse_layout(text))
 
 
-# ---- the world -------------------------------------------------------------------------------------------------
+# ---- world size -------------------------------------------------------------------------------------------------
 
 
-def test_data_parallelism_is_what_is_left() -> None:
+def test_data_parallel_size_is_the_rest_of_the_world() -> None:
     layout = Layout.resolve(ParallelConfig(tp=2, pp=2, cp=2, ep=4), 32)
     assert (layout.dp, layout.edp, layout.world_size) == (4, 4, 32)
 
 
 @given(degrees)
-def test_the_smallest_world_holds_the_layout_and_no_smaller_does(parallel: ParallelConfig) -> None:
+def test_world_size_of_gives_the_smallest_possible_world(parallel: ParallelConfig) -> None:
     smallest = world_size_of(parallel)
     layout = Layout.resolve(parallel, smallest)
     assert layout.tp * layout.cp * layout.pp * layout.dp == smallest
@@ -52,7 +52,7 @@ def test_the_smallest_world_holds_the_layout_and_no_smaller_does(parallel: Paral
         ),
     ],
 )
-def test_a_world_that_does_not_fit(parallel: ParallelConfig, world: int, message: str) -> None:
+def test_a_world_size_that_does_not_fit_is_an_error(parallel: ParallelConfig, world: int, message: str) -> None:
     with pytest.raises(LayoutError) as caught:
         Layout.resolve(parallel, world)
     assert message in str(caught.value)
@@ -71,7 +71,7 @@ def test_a_world_that_does_not_fit(parallel: ParallelConfig, world: int, message
         ("dp=4,ep=4", ParallelConfig(ep=4), 4),
     ],
 )
-def test_parse_layout(text: str, parallel: ParallelConfig, world: int) -> None:
+def test_parse_layout_reads_degrees_and_world_size(text: str, parallel: ParallelConfig, world: int) -> None:
     assert parse_layout(text) == (parallel, world)
 
 
@@ -88,7 +88,7 @@ def test_parse_layout(text: str, parallel: ParallelConfig, world: int) -> None:
         ("tp=2;pp=2", "'tp=2;pp=2' is not a degree"),
     ],
 )
-def test_parse_layout_names_what_is_wrong(text: str, message: str) -> None:
+def test_parse_layout_names_the_mistake(text: str, message: str) -> None:
     with pytest.raises(LayoutError) as caught:
         parse_layout(text)
     assert str(caught.value).startswith(f"layout {text!r}: ")
@@ -99,7 +99,7 @@ def test_parse_layout_names_what_is_wrong(text: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "tp=4,pp=2,vpp=2,cp=2,ep=8,etp=2", "pp=8", "ep=16", "etp=3,tp=2"])
-def test_layouts_that_fit(text: str) -> None:
+def test_a_layout_that_fits_the_model_has_no_problems(text: str) -> None:
     assert check_layout(resolve(text), ARCHITECTURE, EngineConfig()) == []
 
 
@@ -115,12 +115,12 @@ def test_layouts_that_fit(text: str) -> None:
         ("vpp=2", "parallel.vpp: 2 virtual stages need pipeline stages; set parallel.pp above 1"),
     ],
 )
-def test_layouts_that_do_not_fit(text: str, message: str) -> None:
+def test_a_layout_that_does_not_fit_the_model_is_reported(text: str, message: str) -> None:
     problems = check_layout(resolve(text), ARCHITECTURE, EngineConfig())
     assert sum(problem.startswith(message) for problem in problems) == 1, problems
 
 
-def test_the_dense_mlp_counts_only_where_there_is_one() -> None:
+def test_dense_mlp_sizes_are_checked_only_if_the_model_has_dense_layers() -> None:
     odd = replace(ARCHITECTURE, ffn_hidden_size=97)
     assert check_layout(resolve("tp=2"), odd, EngineConfig()) == []
     for arch in (replace(odd, dense_layers=(0,)), replace(DENSE, ffn_hidden_size=97)):
@@ -129,7 +129,7 @@ def test_the_dense_mlp_counts_only_where_there_is_one() -> None:
 
 
 @pytest.mark.parametrize("text", ["ep=2", "etp=2"])
-def test_expert_degrees_on_a_dense_model(text: str) -> None:
+def test_expert_degrees_are_refused_for_a_dense_model(text: str) -> None:
     (problem,) = check_layout(resolve(text), DENSE, EngineConfig())
     assert problem.startswith("parallel.ep, parallel.etp: ")
     assert problem.endswith("on a model without experts; both must be 1")
@@ -144,26 +144,26 @@ def test_expert_degrees_on_a_dense_model(text: str) -> None:
         ("tp=2", {"dispatcher": "deepep"}, "engine.dispatcher: deepep needs parallel.ep or parallel.etp above 1"),
     ],
 )
-def test_engines_that_do_not_fit(text: str, engine: dict[str, str], message: str) -> None:
+def test_engine_settings_that_do_not_fit_are_reported(text: str, engine: dict[str, str], message: str) -> None:
     (problem,) = check_layout(resolve(text), ARCHITECTURE, EngineConfig.model_validate(engine))
     assert problem.startswith(message)
 
 
-def test_a_balance_loss_needs_experts() -> None:
+def test_a_load_balancing_loss_needs_experts() -> None:
     engine = EngineConfig(aux_loss_coefficient=0.01)
     assert check_layout(resolve(""), ARCHITECTURE, engine) == []
     (problem,) = check_layout(resolve(""), DENSE, engine)
     assert problem.startswith("engine.aux_loss_coefficient: 0.01 on a model without experts")
 
 
-# ---- who holds what --------------------------------------------------------------------------------------------
+# ---- coordinates -----------------------------------------------------------------------------------------------
 
 
-# Against Megatron-Core's own answer: tests/ranks/test_config_layout_megatron.py.
+# tests/ranks/test_config_layout_megatron.py compares layouts with Megatron-Core.
 
 
 @pytest.mark.parametrize("text", LAYOUTS)
-def test_replicas_are_led_by_their_first_rank(text: str) -> None:
+def test_the_first_rank_of_a_replica_leads_it(text: str) -> None:
     layout = resolve(text)
     for dp in range(layout.dp):
         replica = layout.replica_ranks(dp)
@@ -185,7 +185,7 @@ def test_every_expert_is_held_once_per_expert_replica() -> None:
                 assert sorted(expert for part in parts for expert in part) == list(range(16))
 
 
-def test_the_table_stops_before_it_is_endless(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_layout_table_is_cut_for_large_worlds(capsys: pytest.CaptureFixture[str]) -> None:
     layout = Layout.resolve(ParallelConfig(cp=2), 2 * MAX_RANKS)
     show_layout(layout, DENSE, EngineConfig(max_tokens_per_micro_batch=1000))
     shown = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Loading: what wins over what, and one clear line for every mistake."""
+"""Loading a configuration: the order of precedence, and one clear line for every mistake."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def mistakes(path: Path, *overrides: str) -> list[str]:
     return str(caught.value).splitlines()
 
 
-# ---- what wins -------------------------------------------------------------------------------------------------
+# ---- precedence ------------------------------------------------------------------------------------------------
 
 
-def test_defaults_and_paths_relative_to_the_current_directory(tmp_path: Path) -> None:
+def test_defaults_apply_and_paths_are_relative_to_the_current_directory(tmp_path: Path) -> None:
     config = load_config(Config, write(tmp_path / "a.yaml", RL))
     assert config.run_dir == Path("runs/one")
     assert config.model.path == Path("model")
@@ -40,7 +40,7 @@ def test_an_sft_configuration_loads_and_rejects_rl_keys(tmp_path: Path) -> None:
         load_config(SftConfig, path, ["presets=grpo"])
 
 
-def test_override_over_file_over_preset(tmp_path: Path) -> None:
+def test_overrides_win_over_the_file_which_wins_over_presets(tmp_path: Path) -> None:
     write(tmp_path / "inner.yaml", "seed: 1\noptim: {lr: 1, min_lr: 1, clip_grad: 1, eps: 1}\n")
     write(tmp_path / "outer.yaml", "presets: [inner.yaml]\noptim: {lr: 2, min_lr: 2, clip_grad: 2}\n")
     path = write(tmp_path / "a.yaml", RL + "presets: [outer.yaml]\noptim: {lr: 3, min_lr: 3}\n")
@@ -92,14 +92,14 @@ def test_an_override_does_not_reach_another_section_through_an_alias(tmp_path: P
 @pytest.mark.parametrize(
     ("written", "value"), [("1e-5", 1e-5), ("1E-5", 1e-5), (".5e-3", 5e-4), ("2", 2.0), ("1.5e1", 15.0)]
 )
-def test_numbers_as_people_write_them(tmp_path: Path, written: str, value: float) -> None:
+def test_numbers_are_read_in_every_common_notation(tmp_path: Path, written: str, value: float) -> None:
     path = write(tmp_path / "a.yaml", RL + f"optim: {{lr: {written}}}\n")
     assert load_config(Config, path).optim.lr == value
     assert load_config(Config, path, [f"optim.clip_grad={written}"]).optim.clip_grad == value
 
 
 @pytest.mark.parametrize("text", ["2026-01-31", "2026-01-31 10:20:30Z"])
-def test_a_date_is_text(tmp_path: Path, text: str) -> None:
+def test_a_date_is_read_as_text(tmp_path: Path, text: str) -> None:
     path = write(tmp_path / "a.yaml", RL.replace("runs/one", text))
     assert load_config(Config, path).run_dir == Path(text)
 
@@ -120,7 +120,7 @@ def test_a_dump_has_the_presets_merged_in(tmp_path: Path) -> None:
     assert load_config(Config, write(tmp_path / "elsewhere" / "b.yaml", dump_config(config))) == config
 
 
-def test_the_presets_that_were_merged_in_are_kept_by_name(tmp_path: Path) -> None:
+def test_the_names_of_merged_presets_are_kept(tmp_path: Path) -> None:
     deep = write(tmp_path / "deep.yaml", "seed: 1\n")
     base = write(tmp_path / "base.yaml", "presets: [deep.yaml, grpo]\nseed: 2\n")
     path = write(tmp_path / "a.yaml", RL + "presets: [base.yaml, gspo]\n")
@@ -129,7 +129,7 @@ def test_the_presets_that_were_merged_in_are_kept_by_name(tmp_path: Path) -> Non
     assert load_config(Config, path, ["presets=dapo"]).merged_presets == ("dapo",)
     assert load_config(SftConfig, write(tmp_path / "sft.yaml", SFT), [f"presets={deep}"]).merged_presets == (str(deep),)
 
-    # A dump names them, but needs none of them: its own values stand.
+    # A dump names its presets but does not need them, as it contains their values.
     deep.unlink()
     dumped = write(tmp_path / "dump.yaml", dump_config(config).replace("seed: 2", "seed: 3"))
     again = load_config(Config, dumped)
@@ -160,7 +160,7 @@ def test_a_dump_loads_back_to_the_same_object(tmp_path: Path, text: str, number:
     assert load_config(Config, write(tmp_path / "a.yaml", dump_config(config))) == config
 
 
-def test_a_section_that_is_set_in_part_keeps_its_other_defaults(tmp_path: Path) -> None:
+def test_a_partly_set_section_keeps_its_other_defaults(tmp_path: Path) -> None:
     path = write(tmp_path / "a.yaml", RL + "critic: {optim: {betas: [0.9, 0.99]}}\n")
     critic = load_config(Config, path).critic
     assert critic is not None
@@ -202,7 +202,7 @@ def test_a_section_that_is_set_in_part_keeps_its_other_defaults(tmp_path: Path) 
         ("optim:\n  lr: 1\n  lr: 1", "{path}:7: optim.lr: given twice, also at {path}:6; keep one"),
     ],
 )
-def test_a_mistake_in_a_file_is_one_line(tmp_path: Path, text: str, line: str | None) -> None:
+def test_a_mistake_in_a_file_gives_one_line(tmp_path: Path, text: str, line: str | None) -> None:
     path = write(tmp_path / "a.yaml", RL + text + "\n")
     if line is None:
         path = write(path, RL.replace("steps: 3", "steps: 3, recompute_old_logprobs: 1"))
@@ -228,14 +228,14 @@ def test_a_mistake_in_a_file_is_one_line(tmp_path: Path, text: str, line: str | 
         ("presets=ppoo", "presets: found 'ppoo', expected one of " + BUILT_IN + ", or a .yaml file"),
     ],
 )
-def test_a_mistake_in_an_override_names_it(tmp_path: Path, override: str, rest: str) -> None:
+def test_the_error_for_a_wrong_override_quotes_it(tmp_path: Path, override: str, rest: str) -> None:
     if override.startswith("optim={"):
         rest = f"lr: given twice, also at override {override!r}; keep one"
     found = mistakes(write(tmp_path / "a.yaml", RL), override)
     assert found == [f"override {override!r}: {rest}"]
 
 
-def test_what_is_missing_is_named_by_its_own_key(tmp_path: Path) -> None:
+def test_each_missing_key_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.yaml", "train: {mini_batches: 1}\n")
     rest = "not set, and it has no default"
     assert mistakes(path) == [
@@ -246,7 +246,7 @@ def test_what_is_missing_is_named_by_its_own_key(tmp_path: Path) -> None:
     ]
 
 
-def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
     base = write(tmp_path / "base.yaml", "optim: {lr: x}\nseed: 1\nseed: 2\n")
     path = write(tmp_path / "a.yaml", RL + "presets: [base.yaml, nil]\nengin: {}\neval: {samples: 0}\n")
     found = mistakes(path, "weights.rout=disk", "oops")
@@ -257,14 +257,14 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.yaml", "../cycle/a.yaml", "b.yaml", "../cycle/b.yaml"])
-def test_a_cycle_of_presets(tmp_path: Path, name: str) -> None:
+def test_a_cycle_of_presets_is_an_error(tmp_path: Path, name: str) -> None:
     write(tmp_path / "cycle" / "b.yaml", "presets: ../cycle/a.yaml\n")
     path = write(tmp_path / "cycle" / "a.yaml", RL + f"presets: {name}\n")
     (found,) = mistakes(path)
     assert re.search(r"presets: '.*a\.yaml' leads back to itself: .*a\.yaml -> .*a\.yaml$", found)
 
 
-def test_a_preset_may_be_reached_by_two_ways(tmp_path: Path) -> None:
+def test_a_preset_may_be_included_by_two_other_presets(tmp_path: Path) -> None:
     write(tmp_path / "top.yaml", "seed: 3\n")
     write(tmp_path / "left.yaml", "presets: top.yaml\n")
     write(tmp_path / "right.yaml", "presets: top.yaml\n")
@@ -287,16 +287,16 @@ def test_a_preset_may_be_reached_by_two_ways(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_file_that_is_no_configuration(tmp_path: Path, content: bytes, rest: str) -> None:
+def test_a_file_that_is_not_a_configuration_is_an_error(tmp_path: Path, content: bytes, rest: str) -> None:
     path = tmp_path / "a.yaml"
     path.write_bytes(content)
     assert mistakes(path)[0].startswith(f"{path}{rest}")
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_configuration_file_is_an_error(tmp_path: Path) -> None:
     assert mistakes(tmp_path / "a.yaml") == [f"{tmp_path / 'a.yaml'}: no such file; expected a YAML configuration"]
     assert mistakes(tmp_path)[0].startswith(f"{tmp_path}: cannot be read as text: ")
 
 
-def test_an_empty_file_misses_its_keys(tmp_path: Path) -> None:
+def test_an_empty_file_lacks_every_required_key(tmp_path: Path) -> None:
     assert len(mistakes(write(tmp_path / "a.yaml", ""))) == 4

@@ -1,4 +1,4 @@
-"""The built-in presets: each sets all that belongs to an objective to its paper's values, and nothing else."""
+"""Built-in presets: each sets all keys of its objective to the paper's values, and nothing else."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from megatron_rl.config.switches import (
 
 EXAMPLES = ROOT / "examples"
 FILES = sorted(PRESETS.glob("*.yaml"))
-# What the papers say, written a second time: a slip in a preset is a slip in every run that names it.
+# The papers' values, written a second time, because a mistake in a preset affects every run that uses it.
 PAPERS = {
     "cispo": ObjectiveConfig(
         ratio="token",
@@ -135,16 +135,16 @@ REWARDS = {
 }
 DYNAMIC_SAMPLING = {"dapo": DynamicSamplingConfig(oversample=1.5, max_refills=8)}
 CRITICS = {"ppo": CriticConfig(clip=0.2)}
-# What a paper's values ask of the keys that a preset leaves alone.
+# Overrides of keys outside a preset that its paper's values require.
 NEEDS = {"dapo": ["rollout.max_response_tokens=20480"]}
 
 
-def test_every_preset_is_held_to_its_paper() -> None:
+def test_every_preset_has_expected_values_from_its_paper() -> None:
     assert {file.stem for file in FILES} == set(PAPERS)
 
 
 @pytest.mark.parametrize("name", sorted(PAPERS))
-def test_a_preset_is_its_papers_objective_and_changes_nothing_else(tmp_path: Path, name: str) -> None:
+def test_a_preset_sets_its_papers_objective_and_nothing_else(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / "a.yaml", RL)
     plain, preset = load_config(Config, path), load_config(Config, path, [f"presets={name}"])
     assert preset.objective == PAPERS[name]
@@ -159,14 +159,14 @@ def test_a_preset_is_its_papers_objective_and_changes_nothing_else(tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", sorted(PAPERS))
-def test_a_preset_has_no_contradiction(tmp_path: Path, name: str) -> None:
+def test_a_preset_has_no_contradictions(tmp_path: Path, name: str) -> None:
     overrides = [f"presets={name}", *NEEDS.get(name, [])]
     roomy = dataclasses.replace(ARCHITECTURE, max_position_embeddings=32768)
     check_config(load_config(Config, write(tmp_path / "a.yaml", RL), overrides), roomy, 1)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_a_preset_is_a_few_lines_without_nulls_that_name_what_the_paper_says(file: Path) -> None:
+def test_a_preset_file_is_short_and_names_its_objective_without_nulls(file: Path) -> None:
     lines = [line for line in file.read_text().splitlines() if not line.startswith("#")]
     assert len(lines) <= 8
     assert "null" not in "".join(lines)
@@ -175,13 +175,13 @@ def test_a_preset_is_a_few_lines_without_nulls_that_name_what_the_paper_says(fil
     assert "kind" in values["objective"]["clip"]
     assert "estimator" in values["objective"]["advantage"]
     assert values.keys() <= {"objective", "reward", "rollout", "critic"}
-    # How verifiers and servers run is no matter of an objective.
+    # Settings of verifiers and servers do not belong to an objective.
     assert values.get("reward", {}).keys() <= {"correct", "wrong", "overlong_cache", "overlong_filter"}
     assert values.get("rollout", {}).keys() <= {"dynamic_sampling"}
 
 
 @pytest.mark.parametrize("first", sorted(PAPERS))
-def test_one_preset_over_another_leaves_nothing_of_the_first(tmp_path: Path, first: str) -> None:
+def test_a_second_preset_removes_every_setting_of_the_first(tmp_path: Path, first: str) -> None:
     path = write(tmp_path / "a.yaml", RL)
     for name in sorted(PAPERS):
         alone = load_config(Config, path, [f"presets={name}"])
@@ -200,7 +200,7 @@ def test_one_preset_over_another_leaves_nothing_of_the_first(tmp_path: Path, fir
         ("rloo", KL(kind="k1", place="reward", beta=0.03)),
     ],
 )
-def test_the_line_that_turns_on_the_papers_kl_does_so(tmp_path: Path, name: str, kl: KLConfig) -> None:
+def test_the_kl_setting_in_a_presets_comment_loads(tmp_path: Path, name: str, kl: KLConfig) -> None:
     comment = (PRESETS / f"{name}.yaml").read_text()
     found = re.search(r"objective\.kl (\{.*\})", comment)
     assert found
@@ -216,7 +216,7 @@ def test_a_preset_names_its_source(file: Path) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(PAPERS))
-def test_nothing_of_another_objective_shines_through_a_preset(tmp_path: Path, name: str) -> None:
+def test_a_preset_overrides_every_objective_key_of_earlier_presets(tmp_path: Path, name: str) -> None:
     write(
         tmp_path / "other.yaml",
         "objective: {ratio: sequence-token, denominator: rollout, clip: {kind: tapered, low: 0.9, high: 9}, "
@@ -229,7 +229,7 @@ def test_nothing_of_another_objective_shines_through_a_preset(tmp_path: Path, na
 
 
 @pytest.mark.parametrize("file", sorted((EXAMPLES / "demo").glob("*.yaml")), ids=lambda file: file.stem)
-def test_the_examples_load_and_have_no_contradiction(file: Path) -> None:
+def test_the_examples_load_without_contradictions(file: Path) -> None:
     if file.stem == "base":
         with pytest.raises(ConfigError, match=r"base\.yaml: run_dir: not set, and it has no default$"):
             load_config(Config, file)

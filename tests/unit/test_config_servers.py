@@ -1,4 +1,4 @@
-"""Flags of the servers that the trainer starts: what it sets itself is refused, however it is written."""
+"""Extra flags of rollout servers: flags that the trainer sets itself are refused in any spelling."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def told(tmp_path: Path, *flags: str) -> list[str]:
 
 @pytest.mark.parametrize("flag", TRAINERS_FLAGS)
 @pytest.mark.parametrize("form", ["two", "one"])
-def test_what_the_trainer_sets_is_refused_without_its_value(tmp_path: Path, flag: str, form: str) -> None:
+def test_a_flag_that_the_trainer_sets_is_refused_and_its_value_is_hidden(tmp_path: Path, flag: str, form: str) -> None:
     lines = told(tmp_path, *((flag, "SECRET") if form == "two" else (f"{flag}=SECRET",)))
     assert f"rollout.servers.extra_flags: {flag} is not for you to set; {TRAINERS_FLAGS[flag]}" in lines
     assert "SECRET" not in "".join(lines)
@@ -40,7 +40,7 @@ def test_what_the_trainer_sets_is_refused_without_its_value(tmp_path: Path, flag
         ("--api_key", "--api-key"),
     ],
 )
-def test_an_abbreviation_is_refused_too(tmp_path: Path, given: str, flag: str) -> None:
+def test_an_abbreviation_of_such_a_flag_is_refused_too(tmp_path: Path, given: str, flag: str) -> None:
     (line,) = told(tmp_path, given)
     assert line.startswith(f"rollout.servers.extra_flags: {flag} is not for you to set; ")
 
@@ -55,5 +55,5 @@ def test_an_abbreviation_is_refused_too(tmp_path: Path, given: str, flag: str) -
         ("--log-level", "info"),
     ],
 )
-def test_other_flags_go_to_the_server(tmp_path: Path, flags: tuple[str, ...]) -> None:
+def test_other_flags_are_passed_to_the_server(tmp_path: Path, flags: tuple[str, ...]) -> None:
     assert told(tmp_path, *flags) == []

@@ -1,4 +1,4 @@
-"""What a plain value in a file or an override means: YAML 1.2's core schema, bounded."""
+"""Values in files and overrides follow YAML 1.2's core schema, with limits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def refused(text: str) -> str:
     return str(caught.value)
 
 
-# The examples of https://yaml.org/spec/1.2.2/#103-core-schema, and what version 1.1 reads otherwise.
+# The examples of https://yaml.org/spec/1.2.2/#103-core-schema, and values that version 1.1 reads differently.
 @pytest.mark.parametrize(
     ("written", "value"),
     [
@@ -47,7 +47,7 @@ def refused(text: str) -> str:
         *[("9223372036854775807", 2**63 - 1), ("-9223372036854775808", -(2**63))],
     ],
 )
-def test_the_core_schema(written: str, value: Any) -> None:
+def test_scalars_follow_the_yaml_core_schema(written: str, value: Any) -> None:
     found = read(written)
     assert (type(found), found) == (type(value), value)
     assert math.copysign(1, found) == math.copysign(1, value) if isinstance(value, float) else True
@@ -57,7 +57,7 @@ def test_the_core_schema(written: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("written", [".nan", ".NaN", ".NAN"])
-def test_not_a_number(written: str) -> None:
+def test_nan_is_read_as_not_a_number(written: str) -> None:
     assert math.isnan(read(written))
 
 
@@ -102,13 +102,13 @@ def test_not_a_number(written: str) -> None:
         ("x" * (MAX_BYTES + 1), "f:1: more than 1048576 characters"),
     ],
 )
-def test_what_is_no_configuration_is_one_error(text: str, told: str) -> None:
+def test_text_that_is_not_a_configuration_gives_one_error(text: str, told: str) -> None:
     found = refused(text)
     assert found.startswith(told)
     assert len(found) < 300
 
 
-def test_aliases_to_aliases_are_counted_before_they_are_written_out() -> None:
+def test_nested_aliases_are_counted_before_they_are_expanded() -> None:
     lines = ["a0: &a0 {x: 1, y: 2}"]
     for level in range(1, 12):
         keys = ", ".join(f"k{i}: *a{level - 1}" for i in range(9))
@@ -121,7 +121,7 @@ def test_aliases_to_aliases_are_counted_before_they_are_written_out() -> None:
     assert "more than 10000 values, with aliases written out" in refused("\n".join(merges))
 
 
-def test_merged_sections_lose_against_a_sections_own_keys() -> None:
+def test_a_sections_own_keys_win_over_merged_keys() -> None:
     text = "base: &base {a: 1, b: 2}\nmore: &more {b: 3, c: 4}\nall: {c: 5, <<: [*base, *more]}\none: {<<: *more}\n"
     found = read(text)
     assert found["all"] == {"a": 1, "b": 2, "c": 5}
@@ -134,22 +134,22 @@ def test_a_key_keeps_its_line_through_a_merge() -> None:
     assert places == {"x": "f:1", "x.a": "f:2", "x.b": "f:3", "y": "f:4", "y.a": "f:2", "y.b": "f:5"}
 
 
-def test_a_key_that_is_given_twice_is_a_mistake_also_through_an_alias() -> None:
+def test_a_key_that_is_given_twice_is_a_mistake() -> None:
     problems: list[str] = []
     read_yaml("a: {b: 1, b: 2}\n'a': 3\n", lambda line: f"f:{line}", problems)
     assert problems == ["f:1: a.b: given twice, also at f:1; keep one", "f:2: a: given twice, also at f:1; keep one"]
 
 
-def test_keys_that_look_like_something_else_are_text() -> None:
+def test_keys_that_look_like_other_types_are_text() -> None:
     assert read("{on: 1, 1: 2, ~: 3, true: 4}") == {"on": 1, "1": 2, "~": 3, "true": 4}
 
 
 @pytest.mark.parametrize("text", ["", "# nothing", "---", "--- \n...", "\ufeff# nothing"])
-def test_an_empty_document(text: str) -> None:
+def test_an_empty_document_is_read_as_none(text: str) -> None:
     assert read(text) is None
 
 
-def test_both_versions_read_what_is_written() -> None:
+def test_yaml_1_1_and_1_2_read_the_written_file_the_same() -> None:
     values = {"a": ["010", "1:30", "0o17", "1_000", "yes", "~", "1e5", "", "<<", "0x1F", "2026-01-31", "=", "1.5"]}
     assert yaml.safe_load(write_yaml(values)) == read(write_yaml(values)) == values
     numbers = {"a": [10, -3, 1e-5, 1.5, 1e300, 5e-324, True, None]}
@@ -162,7 +162,7 @@ def test_scalars_resolve_without_a_document() -> None:
         resolve_scalar("9" * 20)
 
 
-# ---- in a configuration ------------------------------------------------------------------------------------------
+# ---- in configurations -------------------------------------------------------------------------------------------
 
 
 def mistakes(path: Path, *overrides: str) -> str:
@@ -171,7 +171,7 @@ def mistakes(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-def test_numbers_are_those_of_version_1_2(tmp_path: Path) -> None:
+def test_numbers_in_a_configuration_follow_yaml_1_2(tmp_path: Path) -> None:
     path = write(tmp_path / "a.yaml", RL + "seed: 010\nparallel: {tp: 0o10}\n")
     config = load_config(Config, path, ["rollout.group_size=020"])
     assert (config.seed, config.parallel.tp, config.rollout.group_size) == (10, 8, 20)
@@ -216,7 +216,7 @@ def test_numbers_are_those_of_version_1_2(tmp_path: Path) -> None:
         ("model.path=\ud800", "not YAML: the character '\\ud800' may not be in it"),
     ],
 )
-def test_nonsense_is_refused_by_key(tmp_path: Path, override: str, told: str) -> None:
+def test_the_error_for_a_senseless_value_names_its_key(tmp_path: Path, override: str, told: str) -> None:
     found = mistakes(write(tmp_path / "a.yaml", RL), override)
     assert told in found
     assert "\n" not in found
@@ -234,7 +234,7 @@ def test_nonsense_is_refused_by_key(tmp_path: Path, override: str, told: str) ->
         "HTTP://H:1",
     ],
 )
-def test_urls_of_servers(tmp_path: Path, url: str) -> None:
+def test_valid_server_urls_are_accepted(tmp_path: Path, url: str) -> None:
     config = load_config(Config, write(tmp_path / "a.yaml", RL), [f"rollout.servers.urls=['{url}']"])
     assert config.rollout.servers.urls == (url,)
 
@@ -243,7 +243,7 @@ def test_urls_of_servers(tmp_path: Path, url: str) -> None:
     "override",
     ["rollout.servers.urls=['http://me:SECRET@h:1']", "rollout.servers.api_key_env=sk-SECRET"],
 )
-def test_a_secret_in_the_wrong_place_is_not_repeated(tmp_path: Path, override: str) -> None:
+def test_errors_do_not_show_a_secret_in_the_wrong_place(tmp_path: Path, override: str) -> None:
     path = write(
         tmp_path / "a.yaml", RL + f"rollout: {{servers: {{{override.rpartition('.')[2].replace('=', ': ')}}}}}"
     )
@@ -252,8 +252,8 @@ def test_a_secret_in_the_wrong_place_is_not_repeated(tmp_path: Path, override: s
     assert "SECRET" not in found
 
 
-def test_two_files_that_name_each_other_twice_end(tmp_path: Path) -> None:
-    """Each file of a row doubles the work."""
+def test_too_many_merged_presets_are_refused_quickly(tmp_path: Path) -> None:
+    """Each of 39 files names the previous one twice, so merging all would take 2**39 steps."""
     write(tmp_path / "p0.yaml", "seed: 1\n")
     for n in range(1, 40):
         write(tmp_path / f"p{n}.yaml", f"presets: [p{n - 1}.yaml, p{n - 1}.yaml]\n")
@@ -261,17 +261,17 @@ def test_two_files_that_name_each_other_twice_end(tmp_path: Path) -> None:
     assert f"merges more than {MAX_PRESETS} presets; name fewer" in found
 
 
-def test_a_device_without_an_end_is_no_configuration() -> None:
+def test_an_endless_device_file_is_refused() -> None:
     assert mistakes(Path("/dev/zero")).startswith("/dev/zero:1: ")
 
 
-def test_a_mark_of_byte_order_is_no_key(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_bytes(b"\xef\xbb\xbf" + RL.encode())
     assert load_config(Config, path).train.steps == 3
 
 
-def test_a_file_that_is_none_lists_a_few_mistakes(tmp_path: Path) -> None:
+def test_a_file_with_many_mistakes_lists_only_the_first_ones(tmp_path: Path) -> None:
     path = write(tmp_path / "a.yaml", "".join(f"key{n}: 1\n" for n in range(5000)))
     lines = mistakes(path).splitlines()
     assert len(lines) == 51

@@ -1,4 +1,4 @@
-"""The arithmetic task: its problems, its texts and its specification."""
+"""The arithmetic task: problems, texts and specification."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from megatron_rl.data.sample import Prompt
 from megatron_rl.rewards.arithmetic import verify_arithmetic
 
 
-def test_texts_by_hand():
+def test_prompt_and_response_texts_by_hand():
     assert prompt_text([3, 5, 2, 9]) == "3+5+2+9="
     assert response_text([3, 5, 2, 9]) == "3+5=8,8+2=10,10+9=19#19"
 
 
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=12))
-def test_every_step_is_true_and_the_verifier_accepts_the_reference(terms):
+def test_every_step_is_right_and_the_verifier_accepts_the_reference(terms):
     response = response_text(terms)
     steps, _, answer = response.partition("#")
     for step in steps.split(","):
@@ -31,7 +31,7 @@ def test_every_step_is_true_and_the_verifier_accepts_the_reference(terms):
     assert not verify_arithmetic(prompt, response[:-1]).correct
 
 
-def test_nine_terms_make_responses_of_30_to_100_characters():
+def test_nine_terms_make_responses_of_49_to_65_characters():
     lengths = [len(response_text(terms)) for terms in ArithmeticTask(count=2000).problems()]
     assert min(lengths) >= 49
     assert max(lengths) <= 65
@@ -39,7 +39,7 @@ def test_nine_terms_make_responses_of_30_to_100_characters():
     assert len(response_text([1] * 9)) == 49
 
 
-def test_problems_depend_on_seed_and_index_only():
+def test_problems_depend_only_on_seed_and_index():
     task = ArithmeticTask(count=300, seed=3)
     assert task.problems() == ArithmeticTask(count=300, seed=3).problems()
     assert task.problems()[:50] == ArithmeticTask(count=50, seed=3).problems()
@@ -47,8 +47,8 @@ def test_problems_depend_on_seed_and_index_only():
 
 
 @pytest.mark.parametrize("terms", [2, 3, 9])
-def test_train_and_held_out_share_no_problem_and_none_comes_twice(terms):
-    """With two terms there are 81 problems, so without the hash they would meet."""
+def test_train_and_held_out_splits_share_no_problem_and_repeat_none(terms):
+    """With two terms there are only 81 problems, so the splits would overlap without the hash."""
     count = 6 if terms == 2 else 60
     train = ArithmeticTask(terms, "train", 60, seed=0).problems()
     heldout = ArithmeticTask(terms, "heldout", count, seed=1).problems()
@@ -57,7 +57,7 @@ def test_train_and_held_out_share_no_problem_and_none_comes_twice(terms):
     assert all(map(is_held_out, heldout))
 
 
-def test_a_split_with_too_few_problems_says_how_many_there_are():
+def test_the_error_for_too_many_problems_says_how_many_exist():
     with pytest.raises(DataError, match=r"found 7[0-9] problems of 2 terms in split train, not 81"):
         ArithmeticTask(terms=2, count=81).problems()
 
@@ -82,7 +82,7 @@ def test_a_specification_overrides_the_defaults():
         ("count=0", "count: expected 1 to 10000000, found 0"),
     ],
 )
-def test_a_mistake_in_a_specification_is_named(spec, message):
+def test_the_error_for_a_wrong_specification_names_the_mistake(spec, message):
     with pytest.raises(DataError) as caught:
         ArithmeticTask.parse(f"arithmetic:{spec}")
     assert message in str(caught.value)
@@ -90,12 +90,12 @@ def test_a_mistake_in_a_specification_is_named(spec, message):
 
 
 @pytest.mark.parametrize("spec", ["count=" + "9" * 5000, "count=٣", "terms=" + "9" * 18, "count=10000001", "x" * 9999])
-def test_a_number_beyond_all_use_is_refused_at_once(spec):
+def test_an_absurdly_large_number_is_refused_at_once(spec):
     with pytest.raises(DataError) as caught:
         ArithmeticTask.parse(f"arithmetic:{spec}")
     assert len(str(caught.value)) < 400
 
 
-def test_more_problems_than_there_can_be_end_in_an_error_soon():
+def test_more_problems_than_exist_give_an_error_soon():
     with pytest.raises(DataError, match="not 10000000"):
         ArithmeticTask(terms=2, count=10_000_000).problems()

@@ -1,4 +1,4 @@
-"""Prompts and responses as token ids: chat templates, and the end of a sequence."""
+"""Prompts and responses as token ids: chat templates and end-of-sequence tokens."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write(tmp_path):
 
 
 def tokenizer_that_appends(tokens: str):
-    """`tokens`: what its post-processor makes of a text $A."""
+    """Returns a tokenizer whose post-processor turns a text $A into `tokens`."""
     tokenizer = make_tokenizer()
     tokenizer.bos_token = "<pad>"
     special = [("<pad>", 0), ("<eos>", EOS)]
@@ -59,19 +59,19 @@ def with_template(template: object):
     ],
 )
 @pytest.mark.parametrize(("load", "fields"), [(load_prompts, CHAT), (load_sft_samples, SFT_CHAT)])
-def test_a_record_that_the_template_refuses_is_named(write, load, fields, template, reason):
+def test_the_error_names_a_record_that_the_chat_template_refuses(write, load, fields, template, reason):
     messages = [{"role": "system", "content": "add"}, {"role": "user", "content": "2+2="}]
     source = write({"prompt": "1+1="}, {"prompt": messages})
     with pytest.raises(DataError, match=rf"data\.jsonl:2: prompt: the chat template refuses it: .*{reason}"):
         load(source, fields, with_template(template), 99)
 
 
-def test_a_template_with_a_syntax_error_is_no_fault_of_a_record(write):
+def test_a_template_with_a_syntax_error_is_not_blamed_on_a_record(write):
     with pytest.raises(DataError, match=r"^the tokenizer's chat template is no template: line 2: "):
         load_prompts(write({"prompt": "1+1="}), CHAT, with_template("a\n{% for m in %}"), 99)
 
 
-def test_of_several_templates_the_default_is_used(write):
+def test_the_default_of_several_chat_templates_is_used(write):
     content = "{{ messages[0]['content'] }}"
     source = write({"prompt": "1+1="})
     with pytest.raises(
@@ -86,7 +86,7 @@ def test_of_several_templates_the_default_is_used(write):
 
 
 @pytest.mark.parametrize(("appends", "first"), [("$A <eos>", ""), ("<pad> $A <eos>", "<pad>"), ("<pad> $A", "<pad>")])
-def test_an_end_token_that_the_tokenizer_appends_is_left_off_a_prompt(write, appends, first):
+def test_an_eos_token_that_the_tokenizer_appends_is_removed_from_prompts(write, appends, first):
     tokenizer = tokenizer_that_appends(appends)
     source = write({"prompt": "1+1="})
     assert tokenizer.decode(load_prompts(source, RL, tokenizer, 99)[0].token_ids) == f"{first}1+1="
@@ -94,14 +94,14 @@ def test_an_end_token_that_the_tokenizer_appends_is_left_off_a_prompt(write, app
     assert tokenizer.decode(sample.token_ids) == f"{first}1+1=2<eos>"
 
 
-def test_a_beginning_that_the_text_has_already_is_not_added(write):
-    """A prompt that a chat template has made before it was saved."""
+def test_a_start_token_that_the_text_already_has_is_not_added_again(write):
+    """The prompt was rendered by a chat template before it was saved."""
     tokenizer = tokenizer_that_appends("<pad> $A")
     for text in ("1+1=", "<pad>1+1="):
         assert tokenizer.decode(load_prompts(write({"prompt": text}), RL, tokenizer, 99)[0].token_ids) == "<pad>1+1="
 
 
-def test_a_prompt_whose_text_ends_with_the_end_token_is_named(write):
+def test_the_error_names_a_prompt_that_ends_with_the_eos_token(write):
     source = write({"prompt": "1"}, {"prompt": "1+1=<eos>"})
     for tokenizer in (make_tokenizer(), tokenizer_that_appends("$A <eos>")):
         with pytest.raises(DataError, match=r"data\.jsonl:2: prompt: the text ends it with the end-of-sequence token"):
@@ -114,7 +114,7 @@ def test_a_prompt_whose_text_ends_with_the_end_token_is_named(write):
     assert len(load_prompts(write({"prompt": "1<eos>2"}), RL, make_tokenizer(), 99)) == 1
 
 
-def test_a_response_ends_once(write):
+def test_a_response_has_exactly_one_eos_token_at_its_end(write):
     for response in ("2", "2<eos>"):
         (sample,) = load_sft_samples(write({"prompt": "1+1=", "response": response}), SFT, make_tokenizer(), 99)
         assert make_tokenizer().decode(sample.response_ids) == "2<eos>"
@@ -142,13 +142,13 @@ def test_a_response_ends_once(write):
     ],
 )
 @pytest.mark.parametrize("appends", ["$A", "<pad> $A <eos>"])
-def test_an_example_without_prompt_or_response_is_named(write, record, message, appends):
+def test_the_error_names_an_example_without_prompt_or_response(write, record, message, appends):
     source = write({"prompt": "1+1="}, {"prompt": "1+1=", **record})
     with pytest.raises(DataError, match=rf"data\.jsonl:2: {message}"):
         load_sft_samples(source, SFT, tokenizer_that_appends(appends), 99)
 
 
-def test_a_last_message_without_content_is_named(write):
+def test_the_error_names_a_prompt_whose_last_message_is_empty(write):
     tokenizer = with_template("-{{ messages[-1]['content'] }}-")
     for messages in ("", [{"role": "user", "content": "1"}, {"role": "user", "content": " "}]):
         with pytest.raises(DataError, match=r"data\.jsonl:1: prompt: is empty"):
@@ -157,8 +157,8 @@ def test_a_last_message_without_content_is_named(write):
     assert load_prompts(write({"prompt": empty_system}), CHAT, tokenizer, 99)[0].text == "-1-"
 
 
-def test_a_prompt_of_which_no_token_is_left_is_named(write):
-    """The tokenizer begins every text with a token, so that the count alone would pass."""
+def test_the_error_names_a_prompt_without_tokens(write):
+    """The tokenizer adds a token to every text, so a check of the token count alone would pass."""
     tokenizer = tokenizer_that_appends("<pad> $A")
     tokenizer.chat_template = "<pad>"
     source = write({"prompt": "1"})
@@ -166,7 +166,7 @@ def test_a_prompt_of_which_no_token_is_left_is_named(write):
         load_prompts(source, CHAT, tokenizer, 99)
 
 
-def test_what_the_tokenizer_cannot_encode_is_named(write):
+def test_the_error_names_a_record_that_cannot_be_encoded(write):
     class Refuses:
         bos_token_id = unk_token_id = chat_template = None
         eos_token_id = 1
@@ -176,7 +176,7 @@ def test_what_the_tokenizer_cannot_encode_is_named(write):
                 raise Exception("no such character")
             return [2]
 
-    tokenizer: Any = Refuses()  # what is used of it
+    tokenizer: Any = Refuses()  # has only the used attributes
     with pytest.raises(DataError, match=r"data\.jsonl:1: prompt: the tokenizer refuses it: no such character"):
         load_prompts(write({"prompt": "x"}), RL, tokenizer, 99)
     with pytest.raises(DataError, match=r"data\.jsonl:1: response: the tokenizer refuses it"):
@@ -186,7 +186,7 @@ def test_what_the_tokenizer_cannot_encode_is_named(write):
 # ---- references and verifiers ------------------------------------------------------------------------------------
 
 
-def test_references_that_cannot_be_judged_by_are_named_when_the_data_is_loaded(write):
+def test_unusable_reference_answers_are_reported_when_data_is_loaded(write):
     source = write(*({"prompt": "q", "answer": answer} for answer in ("18", "\\", "", "x + 1", "1")))
     with pytest.raises(DataError) as caught:
         load_prompts(source, RL, make_tokenizer(), 99)
@@ -195,7 +195,7 @@ def test_references_that_cannot_be_judged_by_are_named_when_the_data_is_loaded(w
     assert rest == f"{source}:3)"
 
 
-def test_a_number_reaches_the_verifier_with_the_digits_of_the_file(tmp_path):
+def test_a_number_reaches_the_verifier_with_its_original_digits(tmp_path):
     numbers = ["0.00001", "6.02e23", "18446744073709551616", "10000000000000000.0", "1.10"]
     path = tmp_path / "data.jsonl"
     path.write_text("".join(f'{{"prompt": "q", "answer": {number}}}\n' for number in numbers))
@@ -203,8 +203,8 @@ def test_a_number_reaches_the_verifier_with_the_digits_of_the_file(tmp_path):
     assert [prompts[i].answer for i in range(len(numbers))] == numbers
 
 
-def test_a_record_cannot_choose_code(write, tmp_path, monkeypatch):
-    """Naming a module would import it, in the trainer and in the processes that judge."""
+def test_a_record_cannot_name_code_to_import(write, tmp_path, monkeypatch):
+    """Otherwise the trainer and the verifier workers would import the named module."""
     (tmp_path / "evil_mod.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef f(prompt, response): ...\n")
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("evil_mod:f", "os:system", "maths", ""):
@@ -215,7 +215,7 @@ def test_a_record_cannot_choose_code(write, tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_record_may_name_a_built_in_verifier_or_the_one_of_the_configuration(write):
+def test_a_record_may_name_a_built_in_or_the_configured_verifier(write):
     own = "verifier_examples:shaped"
     source = write({"prompt": "q", "verifier": "math"}, {"prompt": "q", "verifier": own}, {"prompt": "q"})
     prompts = load_prompts(source, Fields("prompt", "answer", own), make_tokenizer(), 99)

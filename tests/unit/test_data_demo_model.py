@@ -1,4 +1,4 @@
-"""The demo's model directory: what transformers makes of it."""
+"""The demo's model directory, as transformers reads it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_tokenizer_has_one_token_per_character(directory):
     assert tokenizer.encode("3 a") == [ids[0], tokenizer.unk_token_id, tokenizer.unk_token_id]
 
 
-def test_the_model_has_the_promised_shape(directory):
+def test_the_demo_model_has_the_documented_shape(directory):
     model = AutoModelForCausalLM.from_pretrained(directory)
     assert model.dtype == torch.float32
     assert 2.6e6 < model.num_parameters() < 2.8e6
@@ -49,7 +49,7 @@ def test_the_model_has_the_promised_shape(directory):
     assert torch.isfinite(logits).all()
 
 
-def test_weights_depend_on_the_seed_alone(tmp_path):
+def test_weights_depend_only_on_the_seed(tmp_path):
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -61,7 +61,7 @@ def test_weights_depend_on_the_seed_alone(tmp_path):
     assert not torch.equal(a["lm_head.weight"], c["lm_head.weight"])
 
 
-def test_a_directory_that_is_there_is_left_alone(tmp_path):
+def test_an_existing_directory_is_left_unchanged(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine").write_text("kept")
     with pytest.raises(FileExistsError, match="exists already"):
@@ -70,7 +70,7 @@ def test_a_directory_that_is_there_is_left_alone(tmp_path):
 
 
 def test_no_row_of_the_embedding_is_zero(tmp_path: Path) -> None:
-    """A zero row's gradient passes the first norm a thousandfold."""
+    """The first norm would multiply the gradient of a zero row by about a thousand."""
     make_demo_model(tmp_path / "model")
     (row_norms,) = [
         weight.norm(dim=1)

@@ -1,4 +1,4 @@
-"""The digest of a data set: equal if and only if the records and their order are."""
+"""The digest of a data set: equal if and only if records and their order are equal."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def test_a_copy_under_another_name_has_the_same_digest(tmp_path):
         "".join(LINES.splitlines(True)[::-1]),
     ],
 )
-def test_every_change_of_a_file_changes_it(tmp_path, changed):
+def test_every_change_of_a_file_changes_the_digest(tmp_path, changed):
     assert data_digest(jsonl(tmp_path / "a.jsonl")) != data_digest(jsonl(tmp_path / "b.jsonl", changed))
 
 
-def test_all_files_of_a_directory_count_in_their_order(tmp_path):
+def test_the_digest_of_a_directory_covers_all_data_files_in_order(tmp_path):
     digests = set()
     for name, parts in {"whole": ["ab"], "cut": ["a", "b"], "turned": ["b", "a"]}.items():
         (tmp_path / name).mkdir()
@@ -55,7 +55,7 @@ def test_all_files_of_a_directory_count_in_their_order(tmp_path):
     assert len(digests) == 3
 
 
-def test_a_saved_data_set_is_its_rows_not_the_notes_beside_them(tmp_path):
+def test_the_digest_of_a_saved_data_set_covers_only_its_rows(tmp_path):
     source = saved(tmp_path / "a", [1, 2, 3])
     copy = shutil.copytree(source, tmp_path / "copy")
     (copy / "dataset_info.json").write_text("{}")
@@ -63,11 +63,11 @@ def test_a_saved_data_set_is_its_rows_not_the_notes_beside_them(tmp_path):
     assert data_digest(saved(tmp_path / "b", [1, 2, 4])) != data_digest(source)
 
 
-def test_the_arithmetic_task_is_its_values_however_they_are_written():
+def test_the_digest_of_the_arithmetic_task_depends_only_on_its_values():
     assert data_digest("arithmetic:") == data_digest("arithmetic:seed=0,terms=9")
     assert data_digest("arithmetic:count=20001") != data_digest("arithmetic:")
 
 
-def test_a_source_that_is_not_there_has_none(tmp_path):
+def test_a_missing_source_has_no_digest(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         data_digest(str(tmp_path / "none.jsonl"))

@@ -1,4 +1,4 @@
-"""Which files a data set consists of. What is incomplete, or could be read in two ways, is one error."""
+"""The files of a data set. An incomplete or ambiguous data set gives one error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LINE = '{"prompt": "p", "answer": "1"}\n'
 
 @pytest.fixture
 def make(tmp_path):
-    """Files with one row each, named by their stem, in a directory. Returns the directory."""
+    """Makes files in a directory, each with one row that holds its stem. Returns the directory."""
 
     def write(*names: str) -> Path:
         for name in names:
@@ -59,7 +59,7 @@ def prompts(path: Path) -> list[str]:
         ["attestation.jsonl", "develop.jsonl"],  # no split's name is in them
     ],
 )
-def test_the_files_of_one_split_are_read_in_the_order_of_their_names(make, names):
+def test_files_of_one_split_are_read_in_name_order(make, names):
     folder = make(*names, "README.md", "dataset_infos.json", ".hidden.parquet", "._train.parquet", "_metadata.parquet")
     make("_SUCCESS", ".cache/other.parquet", "_delta_log/other.parquet", "train.parquet.bak")
     assert prompts(folder) == [Path(name).stem for name in sorted(names)]
@@ -108,12 +108,12 @@ def test_files_of_several_splits_are_not_mixed(make, names):
         (["notes.txt", "data.csv"], "no Parquet or Arrow or JSONL files in it; it has data.csv, notes.txt"),
     ],
 )
-def test_a_directory_that_is_incomplete_or_ambiguous_is_one_error(make, names, message):
+def test_an_incomplete_or_ambiguous_directory_gives_one_error(make, names, message):
     with pytest.raises(DataError, match=message):
         prompts(make(*names))
 
 
-def test_a_link_to_nothing_is_named(make):
+def test_the_error_names_a_broken_link(make):
     folder = make("a.jsonl")
     (folder / "b.jsonl").symlink_to("blobs/b")
     with pytest.raises(DataError, match=r"b\.jsonl: links to a file that is not there"):
@@ -129,7 +129,7 @@ def test_a_link_to_nothing_is_named(make):
         (b"\x28\xb5\x2f\xfd\0", "is compressed with zstd"),
     ],
 )
-def test_a_file_that_holds_something_else_is_named(tmp_path, suffix, content, message):
+def test_the_error_says_what_a_file_holds_if_it_is_not_data(tmp_path, suffix, content, message):
     path = tmp_path / f"data{suffix}"
     path.write_bytes(content)
     for source in (path, tmp_path):
@@ -137,7 +137,7 @@ def test_a_file_that_holds_something_else_is_named(tmp_path, suffix, content, me
             prompts(source)
 
 
-def test_a_file_of_another_format_than_its_name_says_is_named(make, tmp_path):
+def test_the_error_names_a_file_whose_suffix_does_not_match_its_format(make, tmp_path):
     folder = make("a.parquet")
     (folder / "a.parquet").rename(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match=r"a\.jsonl: holds Parquet data; name it \*\.parquet"):
@@ -149,13 +149,13 @@ def test_a_file_of_another_format_than_its_name_says_is_named(make, tmp_path):
 
 
 @pytest.mark.parametrize("path", ["no/such", "a\0b", "x" * 5000, ""])
-def test_a_path_that_names_nothing_is_one_short_error(path, tmp_path):
+def test_a_path_that_does_not_exist_gives_one_short_error(path, tmp_path):
     with pytest.raises(DataError) as caught:
         find_files(tmp_path / path)
     assert len(str(caught.value)) < 600
 
 
-def test_a_file_that_may_not_be_read_is_named(make, monkeypatch):
+def test_the_error_names_an_unreadable_file(make, monkeypatch):
     path = make("a.jsonl") / "a.jsonl"
 
     def refuse(*_: object, **__: object) -> None:
@@ -175,13 +175,13 @@ def saved(tmp_path) -> Path:
     return tmp_path / "qa"
 
 
-def test_a_saved_data_set_is_what_its_state_names(saved):
+def test_a_saved_data_set_consists_of_the_files_in_its_state(saved):
     (saved / "data-00000-of-00001.arrow").write_bytes(b"left from an older save")
     assert prompts(saved) == ["a", "b", "c"]
     assert [record.where for record in read_records(saved)] == [f"{saved}: row {i}" for i in range(3)]
 
 
-def test_a_saved_data_set_without_its_state_is_a_directory_of_shards(saved):
+def test_a_saved_data_set_without_a_state_is_read_as_shards(saved):
     (saved / "state.json").unlink()
     assert prompts(saved) == ["a", "b", "c"]
     (saved / "data-00001-of-00002.arrow").unlink()
@@ -189,7 +189,7 @@ def test_a_saved_data_set_without_its_state_is_a_directory_of_shards(saved):
         prompts(saved)
 
 
-def test_a_saved_data_set_that_lacks_a_file_is_named(saved):
+def test_the_error_names_a_file_missing_from_a_saved_data_set(saved):
     (saved / "data-00001-of-00002.arrow").unlink()
     with pytest.raises(DataError, match=r"data-00001-of-00002\.arrow: no such file, but state\.json names it"):
         prompts(saved)
@@ -207,7 +207,7 @@ def test_a_saved_data_set_that_lacks_a_file_is_named(saved):
         '{"_data_files": [{"filename": ""}]}',
     ],
 )
-def test_a_damaged_state_is_named(saved, state):
+def test_the_error_names_a_damaged_state_file(saved, state):
     (saved / "state.json").write_text(state)
     with pytest.raises(DataError, match=r"state\.json: not the state of a saved data set"):
         prompts(saved)

@@ -1,4 +1,4 @@
-"""JSON lines are read strictly: right, or one error with the line."""
+"""JSON lines are read strictly: either correctly, or with one error that names the line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GOOD = b'{"prompt": "1+1=", "answer": "2"}\n'
 
 @pytest.fixture
 def records(tmp_path):
-    """Reads bytes as a JSONL file."""
+    """Returns a function that reads bytes as a JSONL file."""
 
     def read(data: bytes) -> list:
         (tmp_path / "data.jsonl").write_bytes(data)
@@ -39,20 +39,20 @@ def records(tmp_path):
         "1e400",
     ],
 )
-def test_a_number_keeps_the_digits_of_the_file(records, digits):
+def test_a_number_keeps_its_original_digits(records, digits):
     (record,) = records(b'{"answer": %s}' % digits.encode())
     assert record.text("answer") == digits
     assert record.values["answer"] == float(digits) or len(digits) > 400
 
 
 @given(st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text() | st.booleans() | st.none())
-def test_every_value_is_what_json_reads(value):
+def test_values_equal_the_output_of_the_json_module(value):
     from megatron_rl.data.json_lines import parse_json
 
     assert parse_json(json.dumps({"answer": [value]})) == {"answer": [value]}
 
 
-def test_blank_lines_a_byte_order_mark_and_crlf_are_no_content(records):
+def test_blank_lines_byte_order_mark_and_crlf_are_ignored(records):
     found = records(b"\xef\xbb\xbf" + GOOD.replace(b"\n", b"\r\n") + b"\r\n \t\n" + GOOD.strip())
     assert [(record.where[-2:], record.text("answer")) for record in found] == [(":1", "2"), (":4", "2")]
 
@@ -89,12 +89,12 @@ def test_a_character_beyond_16_bits_may_be_escaped(records):
         (b"\x0c", "not JSON"),
     ],
 )
-def test_a_line_that_is_not_right_is_named(records, line, message):
+def test_the_error_names_a_wrong_line(records, line, message):
     with pytest.raises(DataError, match=rf"data\.jsonl:2: .*{message}") as caught:
         records(GOOD + line + b"\n")
     assert len(str(caught.value)) < 600
 
 
-def test_another_encoding_is_named(records):
+def test_the_error_names_another_encoding(records):
     with pytest.raises(DataError, match=r"data\.jsonl:1: the file is UTF-16; save it as UTF-8"):
         records(GOOD.decode().encode("utf-16"))

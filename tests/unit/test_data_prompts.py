@@ -1,4 +1,4 @@
-"""Prompts and supervised examples from files, and the order in which they come."""
+"""Prompts and SFT examples from files, and the order in which they are taken."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_record_becomes_a_prompt(write, tokenizer):
         ("[1]", "expected an object with fields, found list"),
     ],
 )
-def test_a_record_that_cannot_be_used_is_named_by_file_and_line(write, tokenizer, record, message):
+def test_the_error_names_file_and_line_of_an_unusable_record(write, tokenizer, record, message):
     source = write(question(id="first"), record)
     with pytest.raises(DataError) as caught:
         load_prompts(source, FIELDS, tokenizer, 16)
@@ -87,13 +87,13 @@ def test_a_record_that_cannot_be_used_is_named_by_file_and_line(write, tokenizer
     assert message in str(caught.value)
 
 
-def test_a_source_that_is_not_there_or_empty_is_named(write, tokenizer, tmp_path):
+def test_the_error_names_a_missing_or_empty_source(write, tokenizer, tmp_path):
     for source, message in [(str(tmp_path / "none"), "no such file"), (write(""), "no prompts")]:
         with pytest.raises(DataError, match=message):
             load_prompts(source, FIELDS, tokenizer, 16)
 
 
-def test_a_character_unknown_to_the_tokenizer_is_named(write):
+def test_the_error_names_a_record_with_unknown_characters(write):
     source = write(question(), question(prompt="2 times 3"))
     with pytest.raises(DataError, match=r"data\.jsonl:2: prompt: has characters that .* tokenizer does not know"):
         load_prompts(source, FIELDS, make_demo_tokenizer(), 16)
@@ -102,8 +102,8 @@ def test_a_character_unknown_to_the_tokenizer_is_named(write):
         load_sft_samples(source, Fields("prompt", "response"), make_demo_tokenizer(), 16)
 
 
-def test_a_token_for_the_unknown_that_also_ends_texts_is_no_sign_of_it(write):
-    """As in GPT-2's tokenizer, which knows every character."""
+def test_an_unknown_token_equal_to_the_eos_token_is_not_reported(write):
+    """GPT-2's tokenizer is such a case, and it knows every character."""
     tokenizer = make_demo_tokenizer()
     tokenizer.eos_token = "<pad>"
     assert len(load_prompts(write(question(prompt="2 times 3")), FIELDS, tokenizer, 16)) == 1
@@ -157,7 +157,7 @@ def test_data_sets_on_disk_are_read(tmp_path, tokenizer, make, repeats):
     assert len({prompts[i].id for i in range(len(prompts))}) == 2 * repeats
 
 
-def test_a_bad_row_is_named(tmp_path, tokenizer):
+def test_the_error_names_a_bad_row(tmp_path, tokenizer):
     path = saved_directory(tmp_path / "qa")
     with pytest.raises(DataError, match=r"qa: row 0: no field 'anwser'; did you mean 'answer'\?"):
         load_prompts(str(path), Fields("prompt", "anwser", "math"), tokenizer, 16)
@@ -179,7 +179,7 @@ def test_several_splits_are_not_mixed(tmp_path, tokenizer):
         load_prompts(str(tmp_path / "empty"), FIELDS, tokenizer, 16)
 
 
-def test_arithmetic_prompts_are_made(tokenizer):
+def test_arithmetic_prompts_are_generated(tokenizer):
     prompts = load_prompts("arithmetic:terms=3,count=5", Fields("question", "solution"), tokenizer, 16)
     terms = ArithmeticTask(terms=3, count=5).problems()
     for i, expected in enumerate(terms):
@@ -196,13 +196,13 @@ def test_arithmetic_prompts_are_made(tokenizer):
         ("arithmetic:count=1", "verifier_examples:shaped", "verifier_examples:shaped"),
     ],
 )
-def test_the_verifier_is_the_one_named_or_what_suits_the_source(tokenizer, write, source, named, verifier):
+def test_the_verifier_is_the_configured_one_or_the_default_of_the_source(tokenizer, write, source, named, verifier):
     source = write(question()) if source == "file" else source
     fields = Fields("prompt", "answer", named)
     assert load_prompts(str(source), fields, tokenizer, 64)[0].verifier == verifier
 
 
-def test_a_users_verifier_is_imported_in_no_trainer(tiny_model_dir, write, tmp_path, monkeypatch):
+def test_a_users_verifier_is_not_imported_in_the_trainer(tiny_model_dir, write, tmp_path, monkeypatch):
     (tmp_path / "verifier_of_a_user.py").write_text("def judge(prompt, response): ...\n")
     monkeypatch.syspath_prepend(tmp_path)
     settings = {"model": {"path": str(tiny_model_dir)}, "train": {"steps": 1}, "run_dir": str(tmp_path / "run")}
@@ -218,7 +218,7 @@ def test_a_users_verifier_is_imported_in_no_trainer(tiny_model_dir, write, tmp_p
 
 
 @given(st.integers(1, 20), st.lists(st.integers(0, 25), max_size=8), st.integers(0, 3))
-def test_each_epoch_has_every_prompt_once_however_it_is_taken(size, counts, seed):
+def test_each_epoch_has_every_prompt_once_for_any_step_sizes(size, counts, seed):
     cursor, taken = PromptCursor(seed), []
     for count in counts:
         part, cursor = take_indexes(size, PromptCursor(**json.loads(json.dumps(cursor.as_json()))), count)
@@ -239,7 +239,7 @@ def test_order_differs_between_epochs_and_seeds():
     assert len({tuple(first), tuple(second), tuple(other)}) == 3
 
 
-def test_prompts_are_taken_in_that_order(tokenizer):
+def test_prompts_are_taken_in_the_order_of_the_cursor(tokenizer):
     prompts = load_prompts("arithmetic:terms=3,count=5", FIELDS, tokenizer, 16)
     taken, cursor = prompts.take(PromptCursor(7), 3)
     assert [p.id for p in taken] == [prompts[i].id for i in take_indexes(5, PromptCursor(7), 3)[0]]
@@ -254,7 +254,7 @@ def test_a_cursor_of_a_larger_data_set_is_refused():
 # ---- supervised examples -----------------------------------------------------------------------------------------
 
 
-def test_a_supervised_sample_trains_on_the_response_and_its_end(write, tokenizer):
+def test_an_sft_sample_trains_on_the_response_and_its_eos_token(write, tokenizer):
     source = write({"prompt": "1+1=", "response": "2."})
     (sample,) = load_sft_samples(source, Fields("prompt", "response"), tokenizer, 16)
     assert tokenizer.decode(sample.token_ids) == "1+1=2.<eos>"
@@ -270,7 +270,7 @@ def test_arithmetic_examples_have_the_reference_response():
     assert [tokenizer.decode(sample.response_ids) for sample in samples] == expected
 
 
-def test_a_supervised_example_too_long_is_named(write, tokenizer):
+def test_the_error_names_an_sft_example_that_is_too_long(write, tokenizer):
     source = write({"prompt": "1+1=", "response": "2" * 12})
     with pytest.raises(DataError, match=r"data\.jsonl:1: prompt, response: 4 \+ 13 tokens, .* data.max_tokens = 16"):
         load_sft_samples(source, Fields("prompt", "response"), tokenizer, 16)

@@ -1,4 +1,4 @@
-"""The plan of a rollout batch: what must hold for every batch and every layout."""
+"""The plan of a rollout batch: properties for every batch and every layout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_rl.data.schedule import Denominators, SampleSize, Schedule, Schedu
 
 
 def batch(lengths: list[list[tuple[int, int]]]) -> list[SampleSize]:
-    """One list of (prompt, response) tokens per group."""
+    """Makes the sizes of a batch; `lengths` has one list of (prompt, response) tokens per group."""
     pairs = [(group, p, r) for group, samples in enumerate(lengths) for p, r in samples]
     return [SampleSize(i, group, p + r, r) for i, (group, p, r) in enumerate(pairs)]
 
@@ -35,7 +35,7 @@ layouts = st.fixed_dictionaries(
 
 
 @given(groups, layouts, st.sampled_from([1, 2, 4]))
-def test_every_sample_is_trained_on_once_within_the_budget_and_in_lockstep(lengths, layout, mini_batches):
+def test_each_sample_is_used_once_within_budget_and_in_lockstep(lengths, layout, mini_batches):
     sizes = batch(lengths)
     by_index = {size.index: size for size in sizes}
     schedule = plan(sizes, mini_batches=mini_batches, **layout)
@@ -51,7 +51,7 @@ def test_every_sample_is_trained_on_once_within_the_budget_and_in_lockstep(lengt
 
 
 @given(groups, layouts, layouts, st.sampled_from([1, 2, 4]))
-def test_what_a_step_trains_on_does_not_depend_on_the_layout(lengths, one, other, mini_batches):
+def test_the_samples_of_a_step_do_not_depend_on_the_layout(lengths, one, other, mini_batches):
     sizes = batch(lengths)
     roomy = {"max_tokens": 10**6, "micro_batch_multiple": 1}
     first = plan(sizes, mini_batches=mini_batches, **{**one, **roomy})
@@ -68,14 +68,14 @@ def test_mini_batches_are_consecutive_blocks_of_whole_groups(lengths):
     assert members(schedule) == [[s.index for s in sizes if s.group // 2 == half] for half in (0, 1)]
 
 
-def test_groups_may_be_numbered_with_gaps():
+def test_group_numbers_may_have_gaps():
     sizes = [SampleSize(g * 8 + i, g, 10, 5) for g in (3, 5, 11, 40) for i in range(2)]
     schedule = plan(sizes, mini_batches=2, dp=1, max_tokens=100)
     assert members(schedule) == [[24, 25, 40, 41], [88, 89, 320, 321]]
 
 
 @given(groups)
-def test_denominators_count_masked_in_tokens_and_sequences_that_have_one(lengths):
+def test_denominators_count_masked_in_tokens_and_their_sequences(lengths):
     step = plan(batch(lengths), mini_batches=1, dp=2, max_tokens=10**6).steps[0]
     responses = [r for group in lengths for _, r in group]
     assert step.denominators == Denominators(sum(responses), sum(r > 0 for r in responses))
@@ -89,7 +89,7 @@ def test_denominators_refuse_more_sequences_than_tokens():
 @given(groups, st.integers(1, 4), st.booleans())
 @example([[(1, 400)] * 4, [(1, 1)] * 9, [(1, 1)] * 9, [(1, 1)] * 9], 4, True)
 def test_replicas_are_balanced_to_within_one_sample(lengths, dp, at_home):
-    """A replica exceeds its fair share by no more than the longest sample costs, wherever the samples were fetched."""
+    """A replica exceeds its fair share by at most the cost of the longest sample, wherever samples were fetched."""
     sizes = batch(lengths)
     step = plan(sizes, mini_batches=1, dp=dp, max_tokens=10**6, home=[0] * len(sizes) if at_home else None).steps[0]
     cost = {size.index: size.cost for size in sizes}
@@ -99,8 +99,10 @@ def test_replicas_are_balanced_to_within_one_sample(lengths, dp, at_home):
 
 @pytest.mark.parametrize(("max_tokens", "bound"), [(20480, 0.01), (16384, 0.03)])
 def test_most_samples_stay_on_the_replica_that_fetched_them(max_tokens, bound):
-    """Long-tailed responses, 512 samples on 8 replicas: without `home` seven of eight would move. The smaller budget
-    leaves 6% of four micro-batches' room, and balance by cost alone would take five."""
+    """512 long-tailed responses on 8 replicas: without `home`, seven of eight samples would move.
+
+    The smaller budget leaves only 6% of four micro-batches free; balancing by cost alone would need five.
+    """
     rng = random.Random(0)
     lengths = [[(100, min(8192, int(rng.lognormvariate(6.5, 0.8)))) for _ in range(16)] for _ in range(32)]
     sizes = batch(lengths)
@@ -131,8 +133,10 @@ def test_micro_batches_of_a_replica_are_even_and_the_fullest_come_first():
 
 
 def test_a_replica_with_one_long_sample_gets_short_ones_for_its_other_micro_batches():
-    """Balanced by cost the long sample would have a replica to itself, and one micro-batch to the others' four. Five
-    micro-batches hold them all."""
+    """Balancing by cost would give one replica only the long sample, and the other replica four micro-batches.
+
+    Five micro-batches hold all samples, so three per replica suffice.
+    """
     sizes = batch([[(1, 999)] + [(1, 99)] * 12])
     step = plan(sizes, mini_batches=1, dp=2, max_tokens=300).steps[0]
     assert [[len(part) for part in replica] for replica in step.micro_batches] == [[1, 2, 1], [3, 3, 3]]
@@ -147,7 +151,7 @@ def test_a_replica_with_one_long_sample_gets_short_ones_for_its_other_micro_batc
         ([9000, 20000, 4500, 4500, 4500, 4500], 2, 8192, 3),
     ],
 )
-def test_what_fits_is_not_refused(tokens, dp, max_tokens, count):
+def test_samples_that_fit_are_planned(tokens, dp, max_tokens, count):
     sizes = [SampleSize(i, i, n, n - 10) for i, n in enumerate(tokens)]
     step = plan(sizes, mini_batches=1, dp=dp, max_tokens=max_tokens).steps[0]
     assert [len(replica) for replica in step.micro_batches] == [count] * dp
@@ -167,22 +171,22 @@ def test_too_few_samples_leave_the_last_micro_batches_empty(lengths, options, wa
     assert [[len(part) for part in replica] for replica in step.micro_batches] == wanted
 
 
-def test_best_fill_finds_what_first_fit_decreasing_does_not():
-    """7 4 4 and 5 5 5; longest first begins with 7 5, and leaves a 4 alone."""
+def test_best_fill_packs_better_than_first_fit_decreasing():
+    """The best fill is 7 4 4 and 5 5 5. Longest first begins with 7 5 and leaves a 4 over."""
     sizes = [SampleSize(i, 0, n, 1) for i, n in enumerate([7, 5, 5, 5, 4, 4])]
     (replica,) = plan(sizes, mini_batches=1, dp=1, max_tokens=15).steps[0].micro_batches
     assert sorted(map(sorted, replica)) == [[0, 4, 5], [1, 2, 3]]
 
 
-def test_even_micro_batches_give_way_to_the_budget():
-    """Eight hold these samples, 9 tokens each, without a gap. Longest first to the emptiest of nine would end at 10."""
+def test_the_token_budget_wins_over_even_micro_batches():
+    """Eight micro-batches of 9 tokens hold all samples. Longest first into the emptiest of nine would need 10."""
     sizes = [SampleSize(i, 0, n, 1) for i, n in enumerate([5] * 4 + [4] * 4 + [3] * 12)]
     (replica,) = plan(sizes, mini_batches=1, dp=1, max_tokens=9, micro_batch_multiple=3).steps[0].micro_batches
     assert len(replica) == 9
     assert max(sum(sizes[i].tokens for i in part) for part in replica) == 9
 
 
-def test_a_sample_takes_its_aligned_length_of_the_budget():
+def test_a_sample_uses_its_aligned_length_of_the_budget():
     sizes = [SampleSize(i, 0, 5, 1) for i in range(3)]
     for align, count in ((1, 1), (8, 2)):
         (replica,) = plan(sizes, mini_batches=1, dp=1, max_tokens=16, align=align).steps[0].micro_batches
@@ -202,7 +206,7 @@ def test_a_sample_without_response_tokens_is_planned_and_counts_in_no_denominato
         ([], {}, "0 groups"),
     ],
 )
-def test_an_impossible_plan_says_why(sizes, options, message):
+def test_the_error_for_an_impossible_plan_gives_the_reason(sizes, options, message):
     options = {"mini_batches": 1, "dp": 1, "max_tokens": 1000, **options}
     with pytest.raises(ScheduleError, match=message):
         plan(batch(sizes), **options)
@@ -213,7 +217,7 @@ def test_an_index_given_twice_is_an_error():
         plan([SampleSize(7, 0, 9, 3)] * 2, mini_batches=1, dp=1, max_tokens=100)
 
 
-def test_a_large_batch_is_planned_in_a_moment():
+def test_a_large_batch_is_planned_quickly():
     rng = random.Random(2)
     sizes = batch([[(100, int(rng.lognormvariate(7, 1))) for _ in range(16)] for _ in range(512)])
     start = time.perf_counter()

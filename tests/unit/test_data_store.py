@@ -1,4 +1,4 @@
-"""Saved rollouts, and samples between ranks."""
+"""Saved rollouts, and samples encoded for other ranks."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def assert_same(one: Sample, other: Sample) -> None:
         a, b = getattr(one, field.name), getattr(other, field.name)
         if isinstance(a, np.ndarray):
             assert a.dtype == b.dtype
-            assert a.tobytes() == b.tobytes(), field.name  # to the bit: -0.0 and denormal numbers too
+            assert a.tobytes() == b.tobytes(), field.name  # bit for bit, including -0.0 and denormal numbers
         elif isinstance(a, RoutingTrace):
             assert isinstance(b, RoutingTrace)
             assert a.checksum == b.checksum
@@ -72,7 +72,7 @@ def assert_same(one: Sample, other: Sample) -> None:
 
 @settings(deadline=None)  # a disk may be slow
 @given(st.lists(groups(), max_size=3))
-def test_groups_come_back_from_disk_as_they_were(tmp_path_factory, batch):
+def test_groups_are_unchanged_after_saving_and_reading(tmp_path_factory, batch):
     path = tmp_path_factory.mktemp("rollouts") / "step.jsonl"
     write_groups(path, batch, weight_version=4)
     back = read_groups(path)
@@ -83,13 +83,13 @@ def test_groups_come_back_from_disk_as_they_were(tmp_path_factory, batch):
 
 
 @given(st.lists(groups(), max_size=3))
-def test_samples_come_back_from_bytes_as_they_were_without_their_traces_and_text(batch):
+def test_encoded_samples_keep_everything_but_traces_and_text(batch):
     samples = [sample for group in batch for sample in group.samples]
     for one, other in zip(samples, decode_samples(encode_samples(samples)), strict=True):
         assert_same(dataclasses.replace(one, trace=None, response=None), other)
 
 
-def test_a_trace_adds_nothing_to_what_travels_between_ranks():
+def test_a_trace_adds_nothing_to_the_bytes_sent_between_ranks():
     (sample,) = one_group().samples
     assert encode_samples([sample.with_trace(some_trace(5))]) == encode_samples([sample])
 
@@ -107,7 +107,7 @@ def saved(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_file_tells_people_what_was_answered(tmp_path):
+def test_a_saved_file_has_readable_prompts_and_responses(tmp_path):
     header, first, _ = saved(tmp_path).read_bytes().splitlines()
     assert orjson.loads(header).items() >= {"format": 2, "weight_version": 7, "groups": 2}.items()
     assert orjson.loads(first)["prompt"]["text"] == "1+1="
@@ -143,7 +143,7 @@ def test_a_file_without_traces_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(("num_experts", "form"), [(16, "zlib"), (256, "raw")])
-def test_a_trace_is_compressed_where_it_pays(tmp_path, num_experts, form):
+def test_a_trace_is_compressed_only_if_that_saves_space(tmp_path, num_experts, form):
     trace = some_trace(200, layers=8, top_k=4, num_experts=num_experts, missing=0.0)
     sample = Sample.start(Prompt("p", "", tuple(range(200)), "", ""), 0).with_trace(trace)
     path = tmp_path / "step.jsonl"
@@ -157,14 +157,14 @@ def test_a_trace_is_compressed_where_it_pays(tmp_path, num_experts, form):
 
 
 def edit(path: Path, line: int, change) -> None:
-    """With the checksums that the changed file has to have."""
+    """Changes a line of the file, and updates the checksums."""
     records = [orjson.loads(each) for each in path.read_bytes().splitlines()]
     change(records[line - 1])
     path.write_bytes(sealed(records))
 
 
 def sealed(records: list[dict[str, Any]]) -> bytes:
-    """The lines of a rollout file, by the format's description alone."""
+    """Returns the lines of a rollout file, written from the format's description."""
     lines, checksum = [], ""
     for record in records:
         body = orjson.dumps({key: value for key, value in record.items() if key != "checksum"})[:-1]
@@ -206,14 +206,14 @@ def sealed(records: list[dict[str, Any]]) -> bytes:
         (lambda r: r["samples"][0].update(trace=written(some_trace(6))), "trace: 6 rows for 5 tokens"),
     ],
 )
-def test_a_damaged_record_is_refused_with_file_line_and_field(tmp_path, change, message):
+def test_the_error_for_a_damaged_record_names_file_line_and_field(tmp_path, change, message):
     path = saved(tmp_path)
     edit(path, 3, change)
     with pytest.raises(StoreError, match=rf"step\.jsonl:3: not a group: .*{message}"):
         read_groups(path)
 
 
-def test_a_trace_that_grows_without_end_is_refused_before_it_fills_the_memory(tmp_path):
+def test_a_compressed_trace_that_grows_too_large_is_refused_in_time(tmp_path):
     path = saved(tmp_path)
     bomb = "zlib:" + base64.b64encode(zlib.compress(bytes(64 << 20))).decode()
     edit(path, 3, lambda record: record["samples"][0].update(trace=bomb))
@@ -224,7 +224,7 @@ def test_a_trace_that_grows_without_end_is_refused_before_it_fills_the_memory(tm
     tracemalloc.stop()
 
 
-def test_a_file_that_is_no_rollout_or_is_cut_off_is_refused(tmp_path):
+def test_a_file_that_is_truncated_or_not_a_rollout_is_refused(tmp_path):
     path = saved(tmp_path)
     lines = path.read_bytes().splitlines(keepends=True)
     for content, message in [

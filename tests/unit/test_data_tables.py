@@ -1,4 +1,4 @@
-"""Parquet and Arrow files: the right values as text, only the columns asked for, and one error for what is damaged."""
+"""Parquet and Arrow files: correct values as text, only requested columns, and one error for damaged files."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def answers(column: pa.Array, write, tmp_path: Path) -> list[str]:
     ],
     ids=lambda value: str(value.type) if isinstance(value, pa.Array) else None,
 )
-def test_an_answer_is_text_without_exponent(tmp_path, write, column, texts):
+def test_a_number_is_read_as_text_without_exponent(tmp_path, write, column, texts):
     assert answers(column, write, tmp_path) == texts
 
 
@@ -79,13 +79,13 @@ def test_an_answer_is_text_without_exponent(tmp_path, write, column, texts):
     ],
     ids=str,
 )
-def test_an_answer_that_is_none_is_named_by_its_row(tmp_path, column, found):
+def test_the_error_names_the_row_of_an_unusable_answer(tmp_path, column, found):
     with pytest.raises(DataError, match=rf"data\.parquet: row 0: answer: {found}"):
         answers(column, write_parquet, tmp_path)
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_rows_come_in_their_order_with_their_place(tmp_path, write):
+def test_rows_come_in_order_with_their_location(tmp_path, write):
     path = write(TABLE, tmp_path / "data")
     records = list(read_records(path))
     assert [dict(record.values) for record in records] == TABLE.to_pylist()
@@ -94,7 +94,7 @@ def test_rows_come_in_their_order_with_their_place(tmp_path, write):
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_only_the_columns_asked_for_are_read(tmp_path, write):
+def test_only_requested_columns_are_read(tmp_path, write):
     records = list(read_records(write(TABLE, tmp_path / "data"), {"answer", "verifier"}))
     assert [dict(record.values) for record in records] == [{"answer": text} for text in "123"]
     with pytest.raises(DataError, match=r"row 0: no field 'promt'; did you mean 'prompt'\?"):
@@ -102,7 +102,7 @@ def test_only_the_columns_asked_for_are_read(tmp_path, write):
 
 
 def test_a_media_column_is_not_decoded(tmp_path):
-    """Hugging Face's readers would decode it: torchcodec for audio, PIL for an image."""
+    """Hugging Face's readers would decode it with torchcodec or PIL."""
     value = {"dtype": "string", "_type": "Value"}
     media = pa.array([{"bytes": b"RIFF", "path": None}], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
     for kind in ("Audio", "Image", "Video"):
@@ -114,14 +114,14 @@ def test_a_media_column_is_not_decoded(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["numpy", "torch", "arrow", "columns"])
-def test_a_saved_data_set_is_read_the_same_whatever_its_format(tmp_path, form):
+def test_a_saved_data_set_is_read_the_same_with_any_format_setting(tmp_path, form):
     rows = datasets.Dataset.from_dict({"prompt": ["q1", "q2"], "answer": [1, 2]})
     rows = rows.with_format("python", columns=["prompt"]) if form == "columns" else rows.with_format(form)
     rows.save_to_disk(str(tmp_path / form))
     assert [(r.field("prompt"), r.text("answer")) for r in read_records(tmp_path / form)] == [("q1", "1"), ("q2", "2")]
 
 
-def test_objects_that_are_stored_as_json_text_are_objects(tmp_path):
+def test_objects_stored_as_json_text_are_read_as_objects(tmp_path):
     features = datasets.Features({"prompt": datasets.List(datasets.Json()), "extra": datasets.Json()})
     messages = [{"role": "user", "content": "1+1="}, {"role": "user", "content": "2", "n": 3}]
     rows = datasets.Dataset.from_dict({"prompt": [messages, None], "extra": [{"a": [1]}, None]}, features=features)
@@ -136,7 +136,7 @@ def test_objects_that_are_stored_as_json_text_are_objects(tmp_path):
 
 @pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.6, 0.9, 0.99])
-def test_a_file_that_is_cut_off_is_named(tmp_path, write, share):
+def test_the_error_names_a_truncated_file(tmp_path, write, share):
     path = write(TABLE, tmp_path / "data")
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * share)])
@@ -144,8 +144,8 @@ def test_a_file_that_is_cut_off_is_named(tmp_path, write, share):
         list(read_records(path))
 
 
-def test_a_stream_that_is_cut_off_between_batches_is_named(tmp_path):
-    """pyarrow would read it as a shorter one."""
+def test_the_error_names_a_stream_truncated_between_batches(tmp_path):
+    """pyarrow would read it as a shorter stream."""
     path = write_arrow_stream(TABLE, tmp_path / "data")
     with path.open("rb") as file, pa.ipc.open_stream(file) as reader:
         reader.read_next_batch()
@@ -156,7 +156,7 @@ def test_a_stream_that_is_cut_off_between_batches_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_a_file_without_rows_or_with_text_that_is_none_is_named(tmp_path, write):
+def test_the_error_names_a_file_without_rows_or_with_invalid_text(tmp_path, write):
     with pytest.raises(DataError, match=r"data\..*: has no rows"):
         list(read_records(write(TABLE.slice(0, 0), tmp_path / "data")))
     broken = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])
@@ -175,7 +175,7 @@ def test_pages_are_checked_if_they_have_a_checksum(tmp_path):
         list(read_records(path))
 
 
-def test_a_column_that_is_there_twice_is_named(tmp_path):
+def test_the_error_names_a_duplicate_column(tmp_path):
     table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"])
     with pytest.raises(DataError, match=r"data\.arrow: has two columns 'prompt'"):
         list(read_records(write_arrow_file(table, tmp_path / "data")))
@@ -189,14 +189,14 @@ def test_a_column_that_is_there_twice_is_named(tmp_path):
         ({"prompt": ["c"], "answer": ["3"], "id": ["x"]}, r"1\.parquet: has no column 'id', but 2\.parquet has"),
     ],
 )
-def test_shards_whose_columns_differ_are_named(tmp_path, second, message):
+def test_the_error_names_shards_with_different_columns(tmp_path, second, message):
     write_parquet(TABLE, tmp_path / "1")
     write_parquet(pa.table(second), tmp_path / "2")
     with pytest.raises(DataError, match=message):
         list(read_records(tmp_path))
 
 
-def test_shards_may_differ_in_columns_that_are_not_read_and_in_the_width_of_a_type(tmp_path):
+def test_shards_may_differ_in_unread_columns_and_type_widths(tmp_path):
     write_parquet(pa.table({"answer": pa.array([1], pa.int32()), "note": [1]}), tmp_path / "1")
     write_parquet(pa.table({"answer": pa.array([2.5]), "other": ["x"]}), tmp_path / "2")
     write_parquet(pa.table({"answer": pa.array([None], pa.null())}), tmp_path / "3")

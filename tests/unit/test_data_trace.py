@@ -1,4 +1,4 @@
-"""The routing trace: what it refuses, and that it comes back from bytes as it was."""
+"""The routing trace: refused inputs, encoding and decoding, checksums and appending."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def test_ids_are_kept_and_missing_rows_are_absent(made: tuple[np.ndarray, Routin
 
 
 @given(traces())
-def test_a_trace_comes_back_from_bytes_as_it_was(made: tuple[np.ndarray, RoutingTrace]) -> None:
+def test_a_trace_is_unchanged_after_encoding_and_decoding(made: tuple[np.ndarray, RoutingTrace]) -> None:
     back = RoutingTrace.from_bytes(made[1].to_bytes())
     assert_same(back, made[1])
     assert back.checksum == made[1].checksum
 
 
 @pytest.mark.parametrize(("num_experts", "dtype"), [(256, np.uint8), (257, np.uint16), (1 << 16, np.uint16)])
-def test_the_highest_expert_fits(num_experts: int, dtype: type) -> None:
+def test_the_highest_expert_id_fits_the_dtype(num_experts: int, dtype: type) -> None:
     ids = some_ids(num_experts=8)
     ids[2, 1] = num_experts - 1, num_experts - 2
     trace = make(ids, num_experts=num_experts)
@@ -106,13 +106,13 @@ def changed(row: int, column: int, *experts: int) -> np.ndarray:
         (some_ids(layers=2), r"ids: found 2 layers; expected 3: \[1, 3, 4\]"),
     ],
 )
-def test_ids_that_are_no_routes_are_refused_with_row_and_layer(ids: np.ndarray, message: str) -> None:
+def test_the_error_for_invalid_expert_ids_names_row_and_layer(ids: np.ndarray, message: str) -> None:
     with pytest.raises(TraceError, match=message):
         make(ids)
     assert issubclass(TraceError, ValueError)
 
 
-def test_the_first_and_last_of_many_equal_experts_are_found() -> None:
+def test_a_repeated_expert_is_found_at_any_position() -> None:
     for a, b in [(0, 1), (0, 7), (3, 5), (6, 7)]:
         ids = some_ids(top_k=8, num_experts=9)
         ids[1, 1, a] = ids[1, 1, b]
@@ -137,7 +137,7 @@ def test_the_first_and_last_of_many_equal_experts_are_found() -> None:
         ({"versions": (VersionSpan(0, 0, 6), VersionSpan(1, 6, 5))}, "versions: found spans"),
     ],
 )
-def test_what_does_not_fit_the_ids_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_metadata_that_does_not_fit_the_ids_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(TraceError, match=message):
         make(**changes)
 
@@ -153,13 +153,13 @@ def test_what_does_not_fit_the_ids_is_refused(changes: dict[str, Any], message: 
         ({"present": np.ones(5, dtype=np.uint8)}, "present: found uint8"),
     ],
 )
-def test_arrays_of_another_shape_or_dtype_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_arrays_with_a_wrong_shape_or_dtype_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(TraceError, match=message):
         dataclasses.replace(make(), **changes)
 
 
 def test_a_long_sequence_is_checked_in_bulk() -> None:
-    """20,000 tokens of a model of 48 layers, top-8 of 128: 0.1 s; row by row it would take minutes."""
+    """20,000 tokens, 48 layers, top-8 of 128 experts: 0.1 s. A check row by row would take minutes."""
     ids = np.tile(some_ids(200, 48, 8, 128).astype(np.int32), (100, 1, 1))
     ids[500:600] = -1
     start = time.process_time()
@@ -172,20 +172,20 @@ def test_a_long_sequence_is_checked_in_bulk() -> None:
 # ---- checksum
 
 
-def test_the_checksum_is_the_same_everywhere() -> None:
+def test_the_checksum_is_the_same_on_every_machine() -> None:
     ids = np.arange(12).reshape(2, 3, 2) % 8
     ids[1] = -1
     assert make(ids).checksum == "236f5b7d759354230f64bc8eebc3f31c"
     assert make(ids, num_experts=300).checksum == "442e236b0b94535f991d8dd68000bdfd"
 
 
-def test_the_checksum_does_not_depend_on_how_arrays_lie_in_memory() -> None:
+def test_the_checksum_does_not_depend_on_memory_layout() -> None:
     trace = make()
     strided = np.asfortranarray(trace.experts)
     assert dataclasses.replace(trace, experts=strided).checksum == trace.checksum
 
 
-def test_the_checksum_depends_on_all_that_a_trace_says() -> None:
+def test_the_checksum_depends_on_every_field_of_a_trace() -> None:
     trace = make()
     other_row, shorter = trace.experts.copy(), trace.present.copy()
     other_row[3, 1] = other_row[3, 1, ::-1]
@@ -201,8 +201,8 @@ def test_the_checksum_depends_on_all_that_a_trace_says() -> None:
     assert len({trace.checksum, *(other.checksum for other in others)}) == 1 + len(others)
 
 
-def test_damaged_bytes_are_refused() -> None:
-    """Or read as what was written: a few bits of the container say nothing of the trace."""
+def test_damaged_bytes_are_refused_or_read_unchanged() -> None:
+    """A few bits of the container do not affect the trace, so their damage is harmless."""
     trace = make()
     data = trace.to_bytes()
     refused = 0
@@ -218,7 +218,7 @@ def test_damaged_bytes_are_refused() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"\x00" * 64, pickle.dumps({"experts": 1}), make().to_bytes()[:-1]])
-def test_what_is_no_trace_is_refused(data: bytes) -> None:
+def test_bytes_that_are_not_a_trace_are_refused(data: bytes) -> None:
     with pytest.raises(TraceError, match="no routing trace"):
         RoutingTrace.from_bytes(data)
 
@@ -239,7 +239,7 @@ def test_a_trace_of_a_later_format_is_refused() -> None:
 # ---- appending
 
 
-def test_rows_follow_on_one_another() -> None:
+def test_appending_a_trace_adds_its_rows_and_versions() -> None:
     first, second = make(), make(some_ids(3, seed=1), versions=(VersionSpan(7, 0, 1), VersionSpan(8, 1, 3)))
     both = first.append(second)
     assert np.array_equal(both.experts, np.concatenate([first.experts, second.experts]))
@@ -247,7 +247,7 @@ def test_rows_follow_on_one_another() -> None:
     assert both.present.all()
 
 
-def test_rows_without_a_route_follow() -> None:
+def test_missing_rows_can_be_appended() -> None:
     trace = make().append_missing(2, 8).append_missing(1, 8).append(make(some_ids(2)))
     assert trace.present.tolist() == [True] * 5 + [False] * 3 + [True] * 2
     assert not trace.experts[5:8].any()
@@ -265,7 +265,7 @@ def test_rows_without_a_route_follow() -> None:
         (make(some_ids(top_k=3)), "top_k: found 3"),
     ],
 )
-def test_rows_of_other_routers_are_refused(other: RoutingTrace, message: str) -> None:
+def test_appending_rows_of_other_routers_is_refused(other: RoutingTrace, message: str) -> None:
     with pytest.raises(TraceError, match=message):
         make().append(other)
 
@@ -273,7 +273,7 @@ def test_rows_of_other_routers_are_refused(other: RoutingTrace, message: str) ->
 # ---- in a sample
 
 
-def test_a_sample_takes_a_trace_no_longer_than_itself() -> None:
+def test_a_trace_longer_than_its_sample_is_refused() -> None:
     sample = Sample.start(Prompt("q:1", "", (3, 4), "", ""), 2).extend([5, 6, 7], [-0.1, -0.2, -0.3], 7)
     trace = make(some_ids(4))
     assert sample.with_trace(trace).trace is trace

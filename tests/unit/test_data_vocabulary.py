@@ -1,4 +1,4 @@
-"""Token ids that the model has no embedding for: refused where they enter, with their record."""
+"""Token ids without an embedding in the model are refused when data is loaded, and the error names the record."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_rl.rewards.checked_prompts import load_prompts
 UNKNOWN = f"token {VOCAB_SIZE} \\('<tool>'\\) is not in the model's vocabulary of {VOCAB_SIZE}"
 
 
-def test_the_first_unknown_token_is_named():
+def test_the_first_unknown_token_is_reported():
     assert unknown_token([0, 4, 8], 9) is None
     assert unknown_token([], 9) is None
     assert unknown_token([0, 9, 12], 9) == "token 9 is not in the model's vocabulary of 9"
@@ -29,7 +29,7 @@ def test_the_first_unknown_token_is_named():
 
 @pytest.fixture
 def tokenizer():
-    """With one token more than the model has rows."""
+    """A tokenizer with one token more than the model has embedding rows."""
     extended = make_tokenizer()
     extended.add_tokens(["<tool>"])
     return extended
@@ -40,7 +40,7 @@ def write(path: Path, *records: dict[str, str]) -> str:
     return str(path)
 
 
-def test_a_prompt_with_an_unknown_token_is_refused_with_its_record(tmp_path, tokenizer):
+def test_the_error_names_the_record_of_a_prompt_with_an_unknown_token(tmp_path, tokenizer):
     fields = Fields("prompt", "answer", "arithmetic")
     known, unknown = ({"prompt": prompt, "answer": "2"} for prompt in ("1+1=", "1+1=<tool>"))
     path = write(tmp_path / "data.jsonl", known, unknown)
@@ -50,7 +50,7 @@ def test_a_prompt_with_an_unknown_token_is_refused_with_its_record(tmp_path, tok
 
 
 @pytest.mark.parametrize("field", ["prompt", "response"])
-def test_an_example_with_an_unknown_token_is_refused_with_its_record(tmp_path, tokenizer, field):
+def test_the_error_names_the_record_of_an_example_with_an_unknown_token(tmp_path, tokenizer, field):
     fields = Fields("prompt", "response")
     path = write(tmp_path / "data.jsonl", {"prompt": "1+1=", "response": "2", field: "2<tool>"})
     with pytest.raises(DataError, match=rf"data\.jsonl:1: {field}: {UNKNOWN}"):
@@ -58,7 +58,7 @@ def test_an_example_with_an_unknown_token_is_refused_with_its_record(tmp_path, t
     assert len(load_sft_samples(path, fields, tokenizer, 16, vocab_size=VOCAB_SIZE + 1)) == 1
 
 
-def test_an_end_token_that_the_model_lacks_is_refused(tmp_path, tokenizer):
+def test_an_eos_token_that_the_model_lacks_is_refused(tmp_path, tokenizer):
     tokenizer.eos_token = "<tool>"
     path = write(tmp_path / "data.jsonl", {"prompt": "1+1=", "response": "2"})
     with pytest.raises(DataError, match=rf"end-of-sequence token \(eos_token\): token {VOCAB_SIZE} is not in"):

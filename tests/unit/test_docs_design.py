@@ -1,4 +1,4 @@
-"""What docs/design.md says of the code is there."""
+"""The code and the files that the pages name exist."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def way() -> list[tuple[str, str]]:
     return [(file, name) for _, file, name in steps]
 
 
-def test_a_prompts_way_is_short() -> None:
+def test_the_list_of_a_prompts_steps_is_short() -> None:
     assert 20 <= len(way()) <= MAX_STEPS
 
 
 @pytest.mark.parametrize(("file", "name"), way())
-def test_each_step_of_a_prompts_way_is_there(file: str, name: str) -> None:
+def test_each_step_of_a_prompts_way_exists_in_the_code(file: str, name: str) -> None:
     body: list[ast.stmt] = ast.parse((ROOT / "megatron_rl" / file).read_text()).body
     for part in name.split("."):
         found = [
@@ -43,11 +43,11 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(p for p in (ROOT / "doc
 NAMED = re.compile(r"\b(?:tests|docs|tools|examples|benchmarks|requirements)/[\w/-]+\.\w+")
 
 
-def test_the_pages_name_files() -> None:
-    """Else what follows would look at nothing."""
+def test_the_checked_pages_name_files() -> None:
+    """Otherwise the next test would check nothing."""
     assert sum(len(NAMED.findall(page.read_text())) for page in PAGES) > 20
 
 
 @pytest.mark.parametrize("file", [*PAGES, *sorted((ROOT / "megatron_rl").rglob("*.py"))], ids=lambda file: file.name)
-def test_files_that_are_named_are_there(file: Path) -> None:
+def test_files_named_in_pages_and_docstrings_exist(file: Path) -> None:
     assert [name for name in NAMED.findall(file.read_text()) if not (ROOT / name).exists()] == []

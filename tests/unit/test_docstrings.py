@@ -17,7 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 
 def fragments(source: str) -> list[str]:
-    """Line and opening of each docstring that begins with a fragment."""
+    """Returns line and opening of each docstring that begins with a fragment."""
     found = []
     for node in ast.walk(ast.parse(source)):
         text = ast.get_docstring(node) if isinstance(node, DOCUMENTED) else None
@@ -26,7 +26,7 @@ def fragments(source: str) -> list[str]:
     return found
 
 
-def test_a_fragment_is_found() -> None:
+def test_the_check_finds_a_docstring_that_begins_with_a_fragment() -> None:
     source = '"""Opens well."""\nclass A:\n    """Of a run."""\n    def f(self):\n        """Often right."""\n'
     assert fragments(source) == ["2: Of a run."]
 

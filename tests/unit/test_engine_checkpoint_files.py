@@ -1,4 +1,4 @@
-"""The order in which a checkpoint reaches the disk, what a failed write leaves, and the digests of a model's files."""
+"""The order of writes of a checkpoint, failed writes and deletions, and digests of a model's files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def save(checkpoint: Any, root: Path, step: int) -> None:
     checkpoint.save_checkpoint(root, networks, IDENTITY, State(step=step, cursor={}))
 
 
-def test_all_is_on_the_disk_before_the_checkpoint_has_its_name(
+def test_all_files_are_synced_before_the_checkpoint_gets_its_final_name(
     tmp_path: Path, checkpoint: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "checkpoints"
@@ -78,10 +78,10 @@ def test_all_is_on_the_disk_before_the_checkpoint_has_its_name(
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 @pytest.mark.parametrize("call", range(5))
-def test_a_write_that_fails_costs_no_older_checkpoint(
+def test_a_failed_write_keeps_older_checkpoints(
     tmp_path: Path, checkpoint: Any, monkeypatch: pytest.MonkeyPatch, call: int, number: int
 ) -> None:
-    """At each point where the system may refuse."""
+    """Each of the system calls may fail."""
     root = tmp_path / "checkpoints"
     save(checkpoint, root, 1)
     calls: list[str] = []
@@ -107,8 +107,10 @@ def test_a_write_that_fails_costs_no_older_checkpoint(
     read_manifest(root / "step-000001")
 
 
-def test_older_checkpoints_go_whole(tmp_path: Path, checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A deletion that is cut off leaves none that looks complete and lacks files."""
+def test_an_interrupted_deletion_leaves_no_incomplete_checkpoint(
+    tmp_path: Path, checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A partly deleted checkpoint must not look complete."""
     for step in (1, 2, 3):
         save(checkpoint, tmp_path, step)
 
@@ -128,7 +130,7 @@ def test_older_checkpoints_go_whole(tmp_path: Path, checkpoint: Any, monkeypatch
 # ---- models ----------------------------------------------------------------------------------------------------
 
 
-def test_a_models_files_are_told_apart(tmp_path: Path) -> None:
+def test_file_digests_tell_a_models_files_apart(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "README.md").write_text("not read")

@@ -1,4 +1,4 @@
-"""Answers that are spoilt at random: an error of the project's own, or what an independent reading finds in them."""
+"""Randomly damaged answers of a server: a RolloutError, or the same content as an independent reader finds."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def check_decoder(found: Any) -> None:
 
 @FEW
 @given(spoilt())
-def test_a_spoilt_answer_is_refused_or_read_right(found: Any) -> None:
+def test_a_damaged_answer_is_refused_or_read_correctly(found: Any) -> None:
     check_decoder(found)
 
 
 @pytest.mark.slow
 @MANY
 @given(spoilt())
-def test_ten_thousand_spoilt_answers_are_refused_or_read_right(found: Any) -> None:
+def test_many_damaged_answers_are_refused_or_read_correctly(found: Any) -> None:
     check_decoder(found)
 
 
 def test_good_answers_are_accepted() -> None:
-    """Else a decoder that refuses everything would pass."""
+    """Otherwise a decoder that refuses everything would pass."""
     for found in GOOD:
         assert read_strictly(found) is not None
         check_decoder(found)

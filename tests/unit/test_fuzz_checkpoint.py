@@ -1,7 +1,7 @@
 """Damaged run directories: manifests, configurations, checkpoint directories and metrics files with changed bytes and
-values. Only the project's own errors come out, and nothing damaged or of another run is taken for good.
+values. They raise only the project's own errors, and nothing damaged or of another run is accepted.
 
-What is called is what a resume calls before it changes anything, on one rank and without a model.
+The tests call the functions that a resume calls before it changes anything, on one rank and without a model.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ IDENTITY = Identity(
 SHARD = b"weights" * 100
 
 counts: collections.Counter[str] = collections.Counter()
-"""What came of the damaged directories, for `pytest -s`."""
+"""Outcomes of the damaged directories, shown with `pytest -s`."""
 
 
 def manifest(step: int) -> Manifest:
@@ -137,7 +137,7 @@ def changed_bytes(draw: st.DrawFn, content: bytes) -> bytes:
 
 @st.composite
 def changed_values(draw: st.DrawFn, content: bytes) -> bytes:
-    """One value of a JSON object replaced, removed or added, at any depth; with a right digest of the whole or not."""
+    """Replaces, removes or adds one value of a JSON object at any depth, with or without a correct digest."""
     tree = orjson.loads(content)
     node: Any = tree
     while True:
@@ -166,7 +166,7 @@ def changed_values(draw: st.DrawFn, content: bytes) -> bytes:
 
 @st.composite
 def damages(draw: st.DrawFn) -> dict[str, bytes | None]:
-    """The directory's files, one to three of them changed or deleted (None)."""
+    """Draws the directory's files, with one to three of them changed or deleted (None)."""
     files: dict[str, bytes | None] = dict(FILES)
     for name in draw(st.lists(st.sampled_from(MUTABLE), min_size=1, max_size=3, unique=True)):
         content = FILES[name]
@@ -186,7 +186,7 @@ def damages(draw: st.DrawFn) -> dict[str, bytes | None]:
 
 
 def check(files: dict[str, bytes | None]) -> None:
-    """Either the resume takes a checkpoint that is as it was written, or it raises a UserError; and changes nothing."""
+    """Checks that a resume takes an undamaged checkpoint or raises a UserError, and changes no file."""
     from megatron_rl.engine.checkpoint import find_checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
@@ -218,7 +218,7 @@ def check(files: dict[str, bytes | None]) -> None:
 
 
 def check_accepted(directory: Path, found: Manifest | None, run: RunDir) -> None:
-    """By what was written, not by the code under test: equal content, and never of another run."""
+    """Compares the accepted checkpoint with the written one, and checks that it is of this run."""
     assert found is not None
     step = int(directory.name[5:])
     assert orjson.loads(found.to_bytes()) == orjson.loads(FILES[f"checkpoints/step-{step:06d}/manifest.json"])
@@ -228,24 +228,24 @@ def check_accepted(directory: Path, found: Manifest | None, run: RunDir) -> None
 
 @FEW
 @given(damages())
-def test_a_damaged_run_directory_is_refused_or_passed_over(files: dict[str, bytes | None]) -> None:
+def test_damage_in_a_run_directory_is_refused_or_skipped(files: dict[str, bytes | None]) -> None:
     check(files)
 
 
 @pytest.mark.slow
 @MANY
 @given(damages())
-def test_a_damaged_run_directory_is_refused_or_passed_over_10000(files: dict[str, bytes | None]) -> None:
+def test_damage_in_many_run_directories_is_refused_or_skipped(files: dict[str, bytes | None]) -> None:
     check(files)
 
 
-def test_an_undamaged_one_is_accepted() -> None:
+def test_an_undamaged_run_directory_is_accepted() -> None:
     counts.clear()
     check(dict(FILES))
     assert counts == {"accepted, 0 passed over": 1}
 
 
-# ---- cases that were found -------------------------------------------------------------------------------------
+# ---- cases found by fuzzing ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_an_undamaged_one_is_accepted() -> None:
         b"[" * 5000,
     ],
 )
-def test_a_damaged_manifest_is_one_error(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_manifest_gives_one_error(tmp_path: Path, content: bytes) -> None:
     directory = tmp_path / "step-000003"
     directory.mkdir()
     (directory / "manifest.json").write_bytes(content)
@@ -272,7 +272,7 @@ def test_a_damaged_manifest_is_one_error(tmp_path: Path, content: bytes) -> None
         read_manifest(directory)
 
 
-def test_a_manifest_of_an_older_format_is_refused_and_not_passed_over(tmp_path: Path) -> None:
+def test_a_manifest_of_an_older_format_is_refused_and_not_skipped(tmp_path: Path) -> None:
     directory = tmp_path / "step-000003"
     directory.mkdir()
     (directory / "manifest.json").write_bytes(orjson.dumps({"format": 2, "layout": {}, "files": [], "state": {}}))
@@ -281,7 +281,7 @@ def test_a_manifest_of_an_older_format_is_refused_and_not_passed_over(tmp_path: 
     assert not isinstance(error.value, DamagedError)
 
 
-def test_a_whole_manifest_in_another_steps_directory_is_damaged(tmp_path: Path) -> None:
+def test_a_manifest_in_the_directory_of_another_step_counts_as_damaged(tmp_path: Path) -> None:
     directory = tmp_path / "step-000009"
     directory.mkdir()
     (directory / "manifest.json").write_bytes(FILES["checkpoints/step-000003/manifest.json"])
@@ -298,7 +298,7 @@ def test_a_whole_manifest_in_another_steps_directory_is_damaged(tmp_path: Path) 
         ({"models": {}}, "of policy, but this run has"),
     ],
 )
-def test_what_a_run_began_with_is_compared(change: dict[str, Any], words: str) -> None:
+def test_run_data_model_and_layout_must_match_the_manifest(change: dict[str, Any], words: str) -> None:
     directory = Path("step-000003")
     check_identity(directory, manifest(3), LAYOUT, IDENTITY)
     with pytest.raises(CheckpointError, match=words):
@@ -307,7 +307,7 @@ def test_what_a_run_began_with_is_compared(change: dict[str, Any], words: str) -
         check_identity(directory, manifest(3), {**LAYOUT, "tp": 2}, IDENTITY)
 
 
-def test_a_million_steps_are_in_order(tmp_path: Path) -> None:
+def test_checkpoints_beyond_a_million_steps_are_in_order(tmp_path: Path) -> None:
     for step in (999_999, 1_000_000, 2):
         directory = tmp_path / f"step-{step:06d}"
         directory.mkdir()

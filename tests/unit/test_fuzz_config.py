@@ -1,4 +1,4 @@
-"""Configurations at random: each is refused by one ConfigError, or means what YAML 1.2 and its writer say."""
+"""Random configurations: each is refused by one ConfigError, or read with the meaning of YAML 1.2."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_rl.config.sections import sections_of_kinds
 from megatron_rl.config.sources import PRESETS
 from megatron_rl.errors import UserError
 
-# What each means in YAML 1.2, from the specification's examples.
+# Scalars and their meaning in YAML 1.2, from the specification's examples.
 SCALARS: list[tuple[str, Any]] = [
     *[("0", 0), ("1", 1), ("2", 2), ("8", 8), ("010", 10), ("0o10", 8), ("0x10", 16), ("+3", 3), ("-1", -1)],
     *[("1:30", "1:30"), ("1_000", "1_000"), ("0b11", "0b11"), ("yes", "yes"), ("off", "off"), ("2026-01-31",) * 2],
@@ -87,7 +87,7 @@ VALUES: dict[str, list[Any]] = {
     "gae_lambda": [0, 1],
     **{key: [0.1, 1] for key in ("tau_positive", "tau_negative", "delta", "beta")},
 }
-"""By key of a kind, values that at least one kind takes."""
+"""For each key of a kind, values that at least one kind accepts."""
 scalars = st.sampled_from(SCALARS)
 texts = st.one_of(scalars.map(lambda pair: pair[0]), st.sampled_from(ODD), st.text(max_size=20))
 names = st.one_of(st.sampled_from(KEYS), st.sampled_from(KEYS).map(lambda key: key + "x"), st.text(max_size=8))
@@ -109,7 +109,7 @@ overrides = st.lists(
 
 @st.composite
 def kinds(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
-    """A section that comes in kinds: mostly whole, some without their kind, some with a key of another kind."""
+    """Draws a section with kinds: mostly complete, sometimes without its kind or with a key of another kind."""
     section = draw(st.sampled_from(sorted(KINDS)))
     its = KINDS[section]
     kind = draw(st.sampled_from(sorted(its.members)))
@@ -123,7 +123,7 @@ def kinds(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
 
 @st.composite
 def layers_of_kinds(draw: st.DrawFn) -> tuple[str, list[str]]:
-    """Presets, and sections of kinds over them in the file and in the overrides."""
+    """Draws presets, and sections with kinds over them in the file and in the overrides."""
     presets = draw(st.lists(st.sampled_from(PRESET_NAMES), max_size=2))
     in_file = dict(draw(st.lists(kinds(), max_size=3)))
     inner = {section.partition(".")[2]: values for section, values in in_file.items()}
@@ -150,7 +150,7 @@ trees = st.recursive(
 
 @st.composite
 def edited(draw: st.DrawFn) -> str:
-    """The base text with a few pieces taken out, put in, or moved."""
+    """Draws the base text with a few pieces removed, added or moved."""
     text = BASE
     for _ in range(draw(st.integers(0, 4))):
         start = draw(st.integers(0, len(text)))
@@ -162,15 +162,18 @@ def edited(draw: st.DrawFn) -> str:
 
 @st.composite
 def overlaid(draw: st.DrawFn) -> str:
-    """The base with one more section, of any values, in JSON."""
+    """Draws the base with one more section of any values, in JSON."""
     key = draw(st.sampled_from([k for k in KEYS if "." not in k and f"\n{k}:" not in f"\n{BASE}"]))
     return BASE + f"{key}: {json.dumps(draw(trees), ensure_ascii=draw(st.booleans()))}\n"
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[str, list[str]]:
-    """A third is mostly right, so that what is accepted is looked at too; a third has only one of the two at random;
-    and some are layers of sections that come in kinds."""
+    """Draws (file, overrides).
+
+    A third is mostly valid, to test accepted ones too. In a third only the file or only the overrides are random.
+    Some are layers of sections with kinds.
+    """
     whole = st.sampled_from([BASE, RL])
     sensible = st.lists(st.sampled_from(SENSIBLE), max_size=4)
     anything = st.one_of(edited(), overlaid(), texts)
@@ -181,7 +184,7 @@ def cases(draw: st.DrawFn) -> tuple[str, list[str]]:
 
 
 def check(directory: Path, text: str, given_overrides: list[str]) -> str:
-    """What became of it: `accepted`, `contradicts` (check_config refuses it) or `refused`."""
+    """Loads a configuration; returns `accepted`, `contradicts` (check_config refuses it) or `refused`."""
     path = write(directory / "a.yaml", "")
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     started = time.process_time()
@@ -207,7 +210,7 @@ def check(directory: Path, text: str, given_overrides: list[str]) -> str:
 
 
 def _check_kinds(config: Config) -> None:
-    """A section that comes in kinds has the keys of its own kind, and no others."""
+    """Checks that a section with kinds has exactly the keys of its own kind."""
     values = config.model_dump(mode="json")["objective"]
     for section, its in KINDS.items():
         found = values[section.rpartition(".")[2]]
@@ -215,7 +218,7 @@ def _check_kinds(config: Config) -> None:
 
 
 def _check_overrides(config: Config, given_overrides: list[str]) -> None:
-    """The last one to set a key, or a section around it, decides; it is compared if its meaning is in SCALARS."""
+    """Checks the last override of each key or of a section around it, if SCALARS has its meaning."""
     meaning = dict(SCALARS)
     values = config.model_dump(mode="json")
     for number, override in enumerate(given_overrides):
@@ -247,14 +250,14 @@ def run(directory: Path, examples: int) -> collections.Counter[str]:
     return outcomes
 
 
-def test_a_few_configurations(tmp_path: Path) -> None:
+def test_random_configurations_are_refused_or_read_correctly(tmp_path: Path) -> None:
     outcomes = run(tmp_path, 200)
     assert outcomes["refused"] > 50
     assert outcomes["accepted"] + outcomes["contradicts"] > 30
 
 
 @pytest.mark.slow
-def test_many_configurations(tmp_path: Path) -> None:
+def test_many_random_configurations_are_refused_or_read_correctly(tmp_path: Path) -> None:
     outcomes = run(tmp_path, 10_000)
     print(dict(outcomes))
     assert sum(outcomes.values()) >= 9_000

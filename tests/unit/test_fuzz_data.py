@@ -1,6 +1,6 @@
-"""Damaged data files: right rows or DataError, and nothing else.
+"""Damaged data files give correct rows or a DataError, and nothing else.
 
-What is accepted must equal what an independent reader sees: `json` line by line, or pyarrow with a whole file at once.
+Accepted rows must equal those of an independent reader: `json` line by line, or pyarrow on a whole file at once.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def arrow_stream(path: Path, variant: int) -> Path:
 
 
 def saved(path: Path, variant: int) -> Path:
-    """Returns the file of it that is to be damaged."""
+    """Saves a data set; returns the file to damage."""
     table = datasets.Dataset(TABLES[variant % len(TABLES)])
     table.with_format("numpy" if variant % 2 else None).save_to_disk(str(path / "qa"), num_shards=1 + variant % 2)
     files = sorted((path / "qa").iterdir())
@@ -113,7 +113,7 @@ def damaged(data: bytes, damage: list[tuple[str, int, int, bytes]]) -> bytes:
 
 
 def is_plain_json(path: Path) -> bool:
-    """Whether orjson, which is strict, takes every line as an object."""
+    """Returns whether orjson, which is strict, accepts every line as an object."""
     try:
         lines = [orjson.loads(line) for line in path.read_bytes().split(b"\n") if line.strip(b" \t\r")]
     except orjson.JSONDecodeError:
@@ -159,11 +159,11 @@ def check_damaged(kind: str, seen: Counter[str], tmp_path: Path) -> Callable[[in
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_damaged_files(kind, seen, tmp_path):
+def test_damaged_files_are_refused_or_read_correctly(kind, seen, tmp_path):
     run(check_damaged(kind, seen, tmp_path), 40, st.integers(0, 29), DAMAGE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", WRITERS)
-def test_damaged_files_at_length(kind, seen, tmp_path):
+def test_many_damaged_files_are_refused_or_read_correctly(kind, seen, tmp_path):
     run(check_damaged(kind, seen, tmp_path), 2000, st.integers(0, 29), DAMAGE)

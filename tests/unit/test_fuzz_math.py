@@ -1,4 +1,4 @@
-"""The math verifier on generated answers: verdicts against exact arithmetic, and no exception but ValueError."""
+"""The math verifier on generated answers: verdicts match exact arithmetic, and only ValueError is raised."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ numbers = st.one_of(
 
 
 def decimal(value: Fraction) -> str | None:
-    """Its finite decimal, None if there is none of 20 places."""
+    """Returns the value as a decimal, or None if it needs more than 20 places."""
     scaled = value * 10**20
     if scaled.denominator != 1:
         return None
@@ -77,7 +77,7 @@ WRAPPERS = (r"\boxed{%s}", r"so $\boxed{%s}$.", r"<answer>%s</answer>", r"\fbox{
 
 
 def written_digits(form: str, value: Fraction) -> tuple[int, Fraction] | None:
-    """How many digits a decimal has, and the size of its last place; None for what is written exactly."""
+    """Returns the number of digits of a decimal and the size of its last place, or None for exact forms."""
     shift = 3 if form == "scientific" else 0
     text = decimal(value * 10**shift)
     if text is None or form in ("fraction", "not reduced", "slash", "thousands", "mixed"):
@@ -89,7 +89,10 @@ def written_digits(form: str, value: Fraction) -> tuple[int, Fraction] | None:
 
 
 def is_rounded(*both: tuple[Fraction, tuple[int, Fraction] | None]) -> bool:
-    """Six digits or more of a number that is no integer, rounded or cut at the last: docs/verifiers.md."""
+    """Returns whether one number is the other, rounded or cut to six digits or more, and is no integer.
+
+    docs/verifiers.md describes this rule.
+    """
     decimals = [each for each in both if each[1] is not None]
     if not decimals:
         return False
@@ -104,7 +107,7 @@ def is_rounded(*both: tuple[Fraction, tuple[int, Fraction] | None]) -> bool:
 
 @st.composite
 def number_cases(draw: st.DrawFn) -> tuple[str, str, bool]:
-    """Reference, response, and whether the two numbers are equal, or one is the other rounded."""
+    """Draws reference, response, and whether their numbers are equal up to rounding."""
     one = draw(numbers)
     near = st.sampled_from([one + 1, -one, one * 10, one / 10, one + Fraction(1, 10**7), 1 / one if one else one])
     other = draw(st.one_of(st.just(one), near, numbers))
@@ -152,7 +155,7 @@ def polynomial_cases(draw: st.DrawFn) -> tuple[str, str, bool]:
     return texts[0], rf"\boxed{{{texts[1]}}}", one == other
 
 
-# ---- anything at all
+# ---- arbitrary text
 
 _PIECES = r"""
     \boxed{ \fbox{ } { ( ) [ ] \{ \} $ $$ \( \) \[ \] \frac \dfrac{1}{2} \sqrt \sqrt[3] ^ _ ^{ = < > \le \ne , ; . .. :
@@ -166,7 +169,7 @@ anything = st.one_of(fragments, st.text(max_size=30), fragments.map(lambda text:
 
 
 def check_anything(pair: tuple[str, str]) -> str:
-    """No exception but ValueError for what is refused when data is loaded, and the same verdict twice."""
+    """Checks that only refused references raise, and only ValueError, and that a second verdict is the same."""
     reference, response = pair
     problem = check_answer("math", reference)
     if problem is not None:
@@ -181,9 +184,9 @@ def check_anything(pair: tuple[str, str]) -> str:
     return "right" if found else "wrong"
 
 
-# ---- entries
+# ---- tests
 
-# Cases, check, and examples: by default and in `slow`. math-verify's parser takes its time over a polynomial.
+# (cases, check, examples by default, examples in `slow`). math-verify's parser is slow on polynomials.
 SUITES: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], str], int, int]] = {
     "numbers": (number_cases(), check_number, 200, 10_000),
     "polynomials": (polynomial_cases(), check_number, 30, 1_000),
@@ -205,14 +208,14 @@ def run(suite: str, slow: bool) -> Counter[str]:
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_generated_answers(suite: str) -> None:
-    assert len(run(suite, slow=False)) >= 2  # neither all right nor all wrong
+def test_generated_answers_get_the_right_verdict(suite: str) -> None:
+    assert len(run(suite, slow=False)) >= 2  # some are right and some are wrong
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("suite", SUITES)
-def test_ten_thousand_generated_answers(suite: str) -> None:
+def test_many_generated_answers_get_the_right_verdict(suite: str) -> None:
     counts = run(suite, slow=True)
     print(suite, dict(counts))
     assert len(counts) >= 2

@@ -1,4 +1,4 @@
-"""Model directories at random: each is refused by one ModelError, or holds what safetensors' own reader gives."""
+"""Randomly damaged model directories: each gives one ModelError, or the values of safetensors' own reader."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from megatron_rl.models.weights_io import TensorFiles
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 INDEX = "model.safetensors.index.json"
-FIELDS = {  # of config.json, and what they are called here
+FIELDS = {  # name in config.json: name in Architecture
     "hidden_size": "hidden_size",
     "num_hidden_layers": "num_layers",
     "num_attention_heads": "num_heads",
@@ -65,7 +65,7 @@ NOT_FINITE = [b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f", b"\x00\x00\x80\xff", b"\
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two files of weights and an index."""
+    """An undamaged directory with two files of weights and an index."""
     directory = tmp_path_factory.mktemp("models") / "whole"
     make_tiny_model(
         directory, num_layers=1, hidden_size=16, num_heads=2, num_kv_heads=1, head_dim=8, num_experts=2,
@@ -79,7 +79,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _set_somewhere(draw: Draw, tree: Any) -> Any:
-    """A value of the tree replaced, taken out or doubled under another name, at any depth."""
+    """Replaces, removes or duplicates a value of the tree at any depth."""
     if isinstance(tree, dict) and tree and draw(st.integers(0, 3)):
         tree = dict(tree)
         key = draw(st.sampled_from(sorted(tree)))
@@ -112,7 +112,7 @@ def _header(draw: Draw, data: bytes) -> bytes:
 
 
 def _value(draw: Draw, data: bytes) -> bytes:
-    """One value, in place: perhaps not finite."""
+    """Overwrites one value, perhaps with a non-finite one."""
     start = 8 + struct.unpack("<Q", data[:8])[0]
     if start + 4 > len(data):
         return data[:-1]
@@ -121,7 +121,7 @@ def _value(draw: Draw, data: bytes) -> bytes:
 
 
 def damaged(draw: Draw, files: dict[str, bytes]) -> dict[str, bytes]:
-    """Some of the files, in another state."""
+    """Returns some of the files, damaged."""
     changed: dict[str, bytes] = {}
     for _ in range(draw(st.integers(1, 2))):
         name = draw(st.sampled_from(sorted(files)))
@@ -134,7 +134,12 @@ def damaged(draw: Draw, files: dict[str, bytes]) -> dict[str, bytes]:
                 data = json.dumps(_set_somewhere(draw, json.loads(data))).encode("utf-8", "surrogatepass")
             else:
                 data = _header(draw, data) if how == 1 else _value(draw, data)
-        except (ValueError, RecursionError, struct.error, MemoryError):  # it was damaged beyond that before
+        except (
+            ValueError,
+            RecursionError,
+            struct.error,
+            MemoryError,
+        ):  # an earlier change has already damaged it too much
             data = _cut(draw, data, BYTES)
         changed[name] = data
     return changed
@@ -178,7 +183,7 @@ def run(whole: Path, directory: Path, examples: int) -> collections.Counter[str]
     def each(data: st.DataObject) -> None:
         changed = damaged(data.draw, files)
         for name, content in changed.items():
-            (directory / name).unlink()  # another file: the one before may still be mapped
+            (directory / name).unlink()  # creates a new file: the old one may still be mapped
             (directory / name).write_bytes(content)
         try:
             outcomes[check(directory)] += 1
@@ -192,14 +197,14 @@ def run(whole: Path, directory: Path, examples: int) -> collections.Counter[str]
     return outcomes
 
 
-def test_a_few_directories(whole: Path, tmp_path: Path) -> None:
+def test_damaged_model_directories_are_refused_or_read_correctly(whole: Path, tmp_path: Path) -> None:
     outcomes = run(whole, tmp_path / "model", 200)
     assert outcomes["refused"] > 50
     assert outcomes["accepted"] > 10
 
 
 @pytest.mark.slow
-def test_many_directories(whole: Path, tmp_path: Path) -> None:
+def test_many_damaged_model_directories_are_refused_or_read_correctly(whole: Path, tmp_path: Path) -> None:
     outcomes = run(whole, tmp_path / "model", 10_000)
     print(dict(outcomes))
     assert sum(outcomes.values()) >= 9_000

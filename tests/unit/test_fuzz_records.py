@@ -1,4 +1,4 @@
-"""Odd values, columns of any type, directories and specifications as a data set: right rows or DataError."""
+"""Odd values, columns of any type, directories and specifications give correct rows or a DataError."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ TEMPLATE = (
 
 def check_values(seen: Counter[str], tmp_path: Path) -> Callable[[list, bool, bool], None]:
     tokenizer = make_tokenizer()
-    tokenizer.unk_token = None  # of characters beyond its alphabet it makes <pad>
+    tokenizer.unk_token = None  # unknown characters become <pad>
     tokenizer.chat_template = TEMPLATE
 
     def check(records: list[Any], chat: bool, ascii_only: bool) -> None:
@@ -95,7 +95,7 @@ def check_values(seen: Counter[str], tmp_path: Path) -> Callable[[list, bool, bo
 
 
 def check_used(record: dict[str, Any], prompt: Any, chat: bool) -> None:
-    if prompt.verifier:  # of RL prompts; a supervised example has neither verifier nor answer
+    if prompt.verifier:  # only RL prompts have a verifier and an answer
         answer = record["answer"]
         assert prompt.answer == (answer if isinstance(answer, str) else json.dumps(answer))
         assert prompt.verifier == (record.get("verifier") or OWN)
@@ -112,7 +112,7 @@ def test_odd_values(seen, tmp_path):
 
 
 @pytest.mark.slow
-def test_odd_values_at_length(seen, tmp_path):
+def test_many_odd_values_are_refused_or_read_correctly(seen, tmp_path):
     run(check_values(seen, tmp_path), 3000, RECORDS, st.booleans(), st.booleans())
 
 
@@ -129,7 +129,7 @@ COLUMNS = st.sampled_from(
 
 
 def column(data: st.DataObject, kind: pa.DataType, rows: int) -> pa.Array:
-    """Random bytes as the column's values, with nulls: dates and texts that no reader may like among them."""
+    """Returns a column of random bytes and nulls. It may contain dates and texts that readers reject."""
     if pa.types.is_dictionary(kind):
         return column(data, kind.value_type, rows).dictionary_encode().cast(kind)
     if pa.types.is_primitive(kind) or pa.types.is_decimal(kind):
@@ -158,7 +158,7 @@ def check_columns(seen: Counter[str], tmp_path: Path) -> Callable[[st.DataObject
             else:
                 feather.write_feather(table, path, compression="uncompressed")
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError):
-            return  # not a type that the writer knows, or a table without columns
+            return  # the writer does not know the type, or the table has no columns
         try:
             found = [dict(record.values) for record in read_records(path)]
         except DataError as error:
@@ -181,7 +181,7 @@ def test_columns_of_any_type(seen, tmp_path):
 
 
 @pytest.mark.slow
-def test_columns_of_any_type_at_length(seen, tmp_path):
+def test_many_columns_of_any_type_are_refused_or_read_correctly(seen, tmp_path):
     run(check_columns(seen, tmp_path), 3000, st.data())
 
 
@@ -230,12 +230,12 @@ def check_directories(seen: Counter[str], tmp_path: Path) -> Callable[[list[str]
     return check
 
 
-def test_directories(seen, tmp_path):
+def test_random_directories_are_refused_or_read_correctly(seen, tmp_path):
     run(check_directories(seen, tmp_path), 60, NAMES)
 
 
 @pytest.mark.slow
-def test_directories_at_length(seen, tmp_path):
+def test_many_random_directories_are_refused_or_read_correctly(seen, tmp_path):
     run(check_directories(seen, tmp_path), 3000, NAMES)
 
 
@@ -251,7 +251,7 @@ SPECS = st.lists(
 ).map(",".join)
 
 
-def test_arithmetic_specifications(seen):
+def test_random_arithmetic_specifications_are_refused_or_read_correctly(seen):
     def check(spec: str) -> None:
         try:
             task = ArithmeticTask.parse(f"arithmetic:{spec}")

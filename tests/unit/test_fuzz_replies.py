@@ -1,5 +1,4 @@
-"""Replies that are spoilt at random, over a socket: an error of the project's own, or read right; and the next one is
-heard."""
+"""Randomly damaged replies over a socket: a RolloutError or a correct answer; the next reply is then read correctly."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from megatron_rl.rollout.client import SGLangClient
 
 
 class Scripted:
-    """An HTTP server that answers with the bytes it is given, or with a good answer, and a client of it."""
+    """An HTTP server that answers with given bytes or with a good answer, and its client."""
 
     def __init__(self) -> None:
         self.loop = BackgroundLoop()
@@ -96,7 +95,7 @@ STATUSES += [b"100 Continue", b"999 -", b"99 -", b"2000 -", b"abc", b"\xff"]
 
 @st.composite
 def replies(draw: st.DrawFn) -> tuple[bytes, bytes | None]:
-    """The bytes on the wire; and the body, where it must be looked at: all else must be refused."""
+    """Draws the bytes on the wire, and the body if it may be accepted; otherwise the reply must be refused."""
     body = json.dumps(draw(spoilt())).encode()
     status, headers = b"200 OK", [JSON]
     length: int | None = len(body)
@@ -118,7 +117,7 @@ def replies(draw: st.DrawFn) -> tuple[bytes, bytes | None]:
         packed = gzip.compress(body)
         at = draw(st.integers(0, len(packed) - 1))
         packed = packed[:at] + draw(st.binary(min_size=1, max_size=2)) + packed[at + 1 :]
-        # A damage to gzip's header may leave the body whole.
+        # Damage to gzip's header may leave the body intact.
         headers, length = [*headers, b"Content-Encoding: " + encoding], len(packed)
         return reply(status, headers, packed, length), body if encoding == b"gzip" else None
     elif kind == "length":
@@ -139,14 +138,14 @@ def scripted() -> Iterator[Scripted]:
 
 
 def check_transport(scripted: Scripted, wire: bytes, body: bytes | None) -> None:
-    """One spoilt reply, and after it a good one, which must not suffer from it."""
+    """Sends a damaged reply and then a good one, which must be accepted."""
     tries, client_module.MAX_TRIES = client_module.MAX_TRIES, 1
     try:
         completion = scripted.ask(wire)
     except RolloutError:
         pass
     else:
-        if body is None:  # spoilt so that nothing can be said of it but that it holds one of these whole
+        if body is None:  # an accepted reply must then contain one of these bodies unchanged
             assert any(as_read(completion) == read_strictly(good) for good in GOOD)
         else:
             assert as_read(completion) == read_strictly(json.loads(body))
@@ -157,16 +156,14 @@ def check_transport(scripted: Scripted, wire: bytes, body: bytes | None) -> None
 
 @FEW
 @given(reply=replies())
-def test_a_spoilt_reply_is_an_error_or_read_right_and_the_next_one_is_heard(
-    scripted: Scripted, reply: tuple[bytes, bytes | None]
-) -> None:
+def test_a_damaged_reply_does_not_affect_the_next_reply(scripted: Scripted, reply: tuple[bytes, bytes | None]) -> None:
     check_transport(scripted, *reply)
 
 
 @pytest.mark.slow
 @MANY
 @given(reply=replies())
-def test_ten_thousand_spoilt_replies_are_errors_or_read_right(
+def test_many_damaged_replies_do_not_affect_the_next_reply(
     scripted: Scripted, reply: tuple[bytes, bytes | None]
 ) -> None:
     check_transport(scripted, *reply)
@@ -185,7 +182,7 @@ def test_ten_thousand_spoilt_replies_are_errors_or_read_right(
         (reply(b"200 OK", [JSON], BODY[:-30], len(BODY) - 30), "the answer is not JSON"),
     ],
 )
-def test_a_reply_that_is_no_answer_is_named_at_once(scripted: Scripted, wire: bytes, message: str) -> None:
+def test_a_wrong_reply_is_an_error_without_a_retry(scripted: Scripted, wire: bytes, message: str) -> None:
     with pytest.raises(RolloutError, match=message) as caught:
         scripted.ask(wire)
     assert "tried" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Damaged rollout files and routing traces: refused in the project's own words, or read as what was written."""
+"""Damaged rollout files and routing traces: refused with the project's own errors, or read as they were written."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def make_groups() -> list[Group]:
 
 
 def dump(value: Any) -> bytes:
-    """With NaN, infinities and integers of any length, which orjson does not write."""
+    """Writes JSON with NaN, infinities and integers of any length, which orjson cannot write."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def sealed(records: list[Any]) -> bytes:
-    """Lines with the checksums that they have to have, by the format's description alone."""
+    """Returns lines with correct checksums, written from the format's description."""
     lines, checksum = [], ""
     for record in records:
         body = dump({key: value for key, value in record.items() if key != "checksum"})[:-1]
@@ -114,7 +114,7 @@ def moved_lines(data: bytes, rng: random.Random) -> bytes:
 
 
 def changed_value(tree: Any, rng: random.Random) -> None:
-    """One value somewhere in the tree, which is changed in place."""
+    """Changes one value somewhere in the tree, in place."""
     while True:
         keys = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
         key = rng.choice(keys)
@@ -138,7 +138,7 @@ def changed_records(data: bytes, rng: random.Random) -> list[Any]:
     return records
 
 
-# ---- what is read must be what was written -----------------------------------------------------------------------
+# ---- comparison with the written content -------------------------------------------------------------------------
 
 
 def plain(group: Group) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def plain(group: Group) -> dict[str, Any]:
 
 
 def as_read(record: dict[str, Any]) -> dict[str, Any]:
-    """What a line says, by a reading that shares nothing with the store but the trace's."""
+    """Returns the content of a line, read without the store's code, except for traces."""
     import base64
     import zlib
 
@@ -183,13 +183,13 @@ def as_read(record: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def whole_file(path: Path) -> tuple[bytes, list[dict[str, Any]]]:
-    """(its bytes, what they say)."""
+    """Returns (bytes, content) of an undamaged file."""
     write_groups(path, make_groups(), weight_version=0, temperature=1.0, vocab_size=45)
     return path.read_bytes(), [plain(group) for group in make_groups()]
 
 
 def check_file(path: Path, damage: str, seed: int) -> str:
-    """'refused' or 'accepted'; anything else is an error."""
+    """Damages and reads a file; returns 'refused' or 'accepted'."""
     rng = random.Random(seed)
     whole, written = whole_file(path.with_name("whole.jsonl"))
     if damage == "values":
@@ -219,7 +219,7 @@ def check_file(path: Path, damage: str, seed: int) -> str:
 
 
 def resealed_trace(data: bytes, rng: random.Random) -> bytes:
-    """The trace with a value of its header changed, and the checksum that it then has to have."""
+    """Changes a value in a trace's header, and updates the checksum."""
     arrays = safetensors.numpy.load(data)
     header = orjson.loads(arrays["header"].tobytes())
     changed_value(header, rng)
@@ -292,8 +292,8 @@ def test_many_damaged_traces_are_refused_or_harmless(case: tuple[str, int]) -> N
 
 
 @pytest.mark.parametrize("damage", ["bytes", "lines", "values"])
-def test_nothing_is_accepted_that_differs_by_a_byte(path: Path, damage: str) -> None:
-    """Of 200 files that differ from what was written."""
+def test_a_file_that_differs_by_one_byte_is_refused(path: Path, damage: str) -> None:
+    """Damages 200 files without updating checksums. A file that is equal by chance is accepted."""
     for seed in range(200):
         outcome = check_file(path, damage, seed)
         same = path.read_bytes() == whole_file(path.with_name("whole.jsonl"))[0]
@@ -301,6 +301,6 @@ def test_nothing_is_accepted_that_differs_by_a_byte(path: Path, damage: str) -> 
 
 
 def test_a_whole_file_is_accepted(path: Path) -> None:
-    """Else the fuzzer would pass on a reader that refuses all."""
+    """Otherwise the fuzzer would pass with a reader that refuses everything."""
     write_groups(path, make_groups(), weight_version=0)
     assert [plain(group) for group in read_groups(path)] == [plain(group) for group in make_groups()]

@@ -1,4 +1,4 @@
-"""The console: plain lines where there is no terminal, a drawing where there is one, nothing off rank 0."""
+"""The console: plain lines without a terminal, a live display on one, and nothing on other ranks than 0."""
 
 import io
 import os
@@ -12,7 +12,7 @@ from megatron_rl.lab.console import Console, PhaseTimer
 
 
 class Clock:
-    """A clock that moves only when told to."""
+    """A clock that a test sets."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -22,7 +22,7 @@ class Clock:
 
 
 def read_terminal(leader: int) -> bytes:
-    """What the terminal shows next; b"" once its other side is closed, which Linux reports as an error."""
+    """Returns the terminal's next bytes, or b"" once its other side is closed, which Linux reports as an error."""
     try:
         return os.read(leader, 4096)
     except OSError:
@@ -34,7 +34,7 @@ def a_step(console: Console, step: int) -> None:
     console.step(step, figures, console.timer.drain())
 
 
-def test_timer_sums_a_phase_and_starts_again_after_drain() -> None:
+def test_timer_sums_a_phase_until_drain_resets_it() -> None:
     clock = Clock()
     timer = PhaseTimer(clock)
     for seconds in (1.0, 2.5):
@@ -46,7 +46,7 @@ def test_timer_sums_a_phase_and_starts_again_after_drain() -> None:
     assert timer.drain() == {}
 
 
-def test_timer_gives_one_phase_and_drains_the_others() -> None:
+def test_timer_takes_one_phase_and_drains_the_others() -> None:
     clock = Clock()
     timer = PhaseTimer(clock)
     for name in ("update", "evaluation", "evaluation"):
@@ -87,8 +87,8 @@ def test_timer_uses_a_real_clock_unless_given_one() -> None:
     assert 0.02 <= timer.drain()["time/sleep"] < 5
 
 
-def test_without_a_terminal_one_plain_line_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # as many CI services set it
+def test_without_a_terminal_each_step_prints_one_plain_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # many CI services set it
     clock, out = Clock(), io.StringIO()
     with Console(4, file=out, clock=clock) as console:
         for step in (1, 2):
@@ -109,7 +109,7 @@ def test_without_a_terminal_one_plain_line_a_step(monkeypatch: pytest.MonkeyPatc
     assert "\x1b" not in out.getvalue()
 
 
-def test_a_start_says_what_is_loaded_and_how_long_it_took() -> None:
+def test_start_up_prints_what_is_loaded_and_how_long_it_took() -> None:
     clock, out = Clock(), io.StringIO()
     with Console(4, file=out, clock=clock) as console:
         with console.starting("engine", "/models/[tiny] in fp32"):
@@ -118,10 +118,10 @@ def test_a_start_says_what_is_loaded_and_how_long_it_took() -> None:
         a_step(console, 1)
     lines = out.getvalue().splitlines()
     assert lines[:2] == ["engine: /models/[tiny] in fp32", "engine: ready after 75.0 s"]
-    assert lines[2].endswith("left 0:00:06")  # the start is no step
+    assert lines[2].endswith("left 0:00:06")  # the start does not count as a step
 
 
-def test_a_start_that_fails_is_not_called_ready() -> None:
+def test_a_failed_start_is_not_reported_as_ready() -> None:
     out = io.StringIO()
     with Console(4, file=out) as console, pytest.raises(OSError), console.starting("data", "prompts"):  # noqa: PT011
         raise OSError
@@ -138,7 +138,7 @@ def test_long_plain_lines_are_not_wrapped() -> None:
     assert len(out.getvalue().splitlines()) == 1
 
 
-def test_time_left_follows_the_latest_steps_also_after_a_resume() -> None:
+def test_time_left_is_estimated_from_the_latest_steps_after_a_resume() -> None:
     clock, out = Clock(), io.StringIO()
     with Console(100, file=out, clock=clock) as console:
         for step, seconds in enumerate([1000.0] + [1.0] * 20, start=51):
@@ -150,7 +150,7 @@ def test_time_left_follows_the_latest_steps_also_after_a_resume() -> None:
     assert lines[-1].endswith("left 0:00:29")  # the slow first step has left the window
 
 
-def test_off_rank_0_it_times_and_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_ranks_than_0_measure_time_but_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     clock, out = Clock(), io.StringIO()
     with Console(2, shows=False, file=out, clock=clock) as console:
         with console.phase("update"):
@@ -162,7 +162,7 @@ def test_off_rank_0_it_times_and_prints_nothing(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr() == ("", "")
 
 
-def test_on_a_terminal_it_draws_bar_figures_and_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_terminal_the_console_draws_bar_metrics_and_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("LINES", "40")

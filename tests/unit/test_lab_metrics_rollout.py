@@ -1,4 +1,4 @@
-"""Metrics of a rollout, on groups small enough to count by hand."""
+"""Metrics of a rollout, compared with values counted by hand."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ def sample(prompt, index, length, reward, correct, finish="stop", version=3):
 
 
 def group(index, *answers):
-    """answers: (length, reward, correct, finish reason)."""
+    """Makes a group; each answer is (length, reward, correct, finish reason)."""
     prompt = Prompt(f"p{index}", "2+2=", (1, 2, 3), "4", "math")
     return Group(index, prompt, tuple(sample(prompt, i, *answer) for i, answer in enumerate(answers)))
 
@@ -25,7 +25,7 @@ def group(index, *answers):
 MIXED = group(0, (4, 1.0, True, "stop"), (10, -0.5, False, "length"), (2, 0.0, False, "stop"))
 SOLVED = group(1, (3, 1.0, True, "stop"), (5, 1.0, True, "stop"))
 HOPELESS = group(2, (10, 0.0, False, "length"), (1, 0.0, False, "stop"))
-SHAPED = group(3, (6, 1.0, True, "stop"), (7, 0.7, True, "stop"))  # all correct, and yet it teaches
+SHAPED = group(3, (6, 1.0, True, "stop"), (7, 0.7, True, "stop"))  # all correct, but the rewards differ
 
 
 def measure(*groups, weight_version=3):
@@ -34,7 +34,7 @@ def measure(*groups, weight_version=3):
     return metrics
 
 
-def test_counts_by_hand():
+def test_rollout_metrics_by_hand():
     report = measure(MIXED, SOLVED, HOPELESS, SHAPED).finalize()
     assert (report["prompts"], report["samples"], report["tokens"]) == (4, 9, 48)
     assert report["accuracy"] == pytest.approx(5 / 9)
@@ -52,7 +52,7 @@ def test_counts_by_hand():
     assert report["response_length/wrong/mean"] == pytest.approx(23 / 4)
 
 
-def test_a_group_of_one_is_dead():
+def test_a_group_of_one_sample_counts_as_dead():
     report = measure(group(0, (4, 1.0, True, "stop"))).finalize()
     assert report["group/dead/all_correct"] == 1
     assert "response_length/wrong/mean" not in report
@@ -73,7 +73,7 @@ def test_staleness_counts_generated_tokens_by_their_own_version():
     assert report["tokens"] == report["response_length/max"] == 4
 
 
-def test_ranks_and_order_do_not_matter():
+def test_metrics_do_not_depend_on_ranks_or_order():
     whole = measure(MIXED, SOLVED, HOPELESS, SHAPED).finalize()
     merged = MetricAccumulator(ROLLOUT)
     for share in ([SHAPED], [], [HOPELESS, MIXED], [SOLVED]):
@@ -88,7 +88,7 @@ def test_an_empty_response_is_counted():
     assert (report["samples"], report["tokens"], report["response_length/max"]) == (1, 0, 0)
 
 
-def test_a_sample_without_a_verdict_is_named():
+def test_the_error_names_a_sample_without_a_verdict():
     unjudged = dataclasses.replace(MIXED.samples[1], verdict=None)
     with pytest.raises(ValueError, match="prompt 'p0' sample 1: no verdict"):
         measure(dataclasses.replace(MIXED, samples=(unjudged,)))
@@ -101,23 +101,23 @@ def overlong(reward, sampled, kept):
     return {name: value for name, value in report.items() if name.startswith("overlong")}
 
 
-def test_punishments_are_of_all_samples_and_filtering_of_those_trained_on():
+def test_punishments_cover_all_samples_and_filtering_only_trained_ones():
     sampled = [MIXED, SOLVED, HOPELESS]
     found = overlong(RewardConfig(overlong_cache=8, overlong_filter=True), sampled, [MIXED])
-    # Lengths 4, 10, 2; 3, 5; 10, 1, of which 2 are free.
+    # Lengths 4, 10, 2; 3, 5; 10, 1; the first 2 tokens are not punished.
     assert found["overlong_punishment/mean"] == pytest.approx(-(2 + 8 + 0 + 1 + 3 + 8 + 0) / 8 / 7)
     assert (found["overlong_punishment/min"], found["overlong_punishment/max"]) == (-1, 0)
     assert found["overlong_filtered"] == pytest.approx(1 / 3)
 
 
-def test_what_is_off_is_not_measured():
+def test_metrics_of_disabled_features_are_absent():
     assert overlong(RewardConfig(), [MIXED], [MIXED]) == {}
     assert "overlong_filtered" not in overlong(RewardConfig(overlong_cache=8), [MIXED], [MIXED])
     assert overlong(RewardConfig(overlong_cache=8, overlong_filter=True), [], []) == {}
 
 
-def test_masked_out_and_empty_responses_pass_through_all_of_it():
-    """A group of one empty response, and one all of whose responses are filtered."""
+def test_masked_out_and_empty_responses_are_shaped_filtered_and_measured():
+    """One group has one empty response; all responses of the other are filtered."""
     prompt = Prompt("p", "2+2=", (1, 2, 3), "4", "math")
     empty = dataclasses.replace(Sample.start(prompt, 0), finish_reason="length", verdict=Verdict(0.0, False))
     reward = RewardConfig(correct=1.0, wrong=-1.0, overlong_cache=4, overlong_filter=True)

@@ -1,4 +1,4 @@
-"""Metrics of an optimizer step: against their formulas in NumPy, and unchanged by how the batch is cut up."""
+"""Metrics of an optimizer step: equal to NumPy formulas, and independent of how the batch is divided."""
 
 import dataclasses
 import math
@@ -36,7 +36,7 @@ TAILS = {"p1": 0.01, "p50": 0.5, "p99": 0.99}
 
 
 def measure(micro_batches, config, whole, dtype=torch.float64):
-    """One accumulator, as of one rank, over its micro-batches."""
+    """Returns the accumulator of one rank over its micro-batches."""
     metrics = MetricAccumulator(TRAINING)
     for padding, sequences in enumerate(micro_batches):
         inputs = pack(sequences, dtype, padding)
@@ -194,7 +194,7 @@ def test_every_metric_of_a_correction_equals_its_formula(correction, denominator
 
 
 def of_reference(sequences, **options):
-    """The report with a reference policy that is mu, and the inputs."""
+    """Returns the report with mu as the reference policy, and the inputs."""
     inputs = pack(sequences)
     inputs = dataclasses.replace(inputs, reference_logprobs=inputs.rollout_logprobs)
     metrics = MetricAccumulator(TRAINING)
@@ -203,14 +203,14 @@ def of_reference(sequences, **options):
     return metrics.finalize(), inputs
 
 
-def test_kl_of_the_policy_from_its_reference():
+def test_kl_metrics_measure_policy_against_reference():
     report, inputs = of_reference(random_sequences(8, [5, 3]))
     log_ratio = (inputs.reference_logprobs - inputs.logprobs.detach())[inputs.loss_mask].numpy()
     assert report["kl/policy_reference/k1"] == pytest.approx(-log_ratio.mean())
     assert report["kl/policy_reference/k3"] == pytest.approx((np.exp(log_ratio) - 1 - log_ratio).mean())
 
 
-def test_where_mu_stands_for_pi_old_no_mismatch_is_reported():
+def test_no_mismatch_is_reported_if_mu_replaces_pi_old():
     report, _ = of_reference(random_sequences(8, [5, 3]), mismatch=False)
     assert not [name for name in report if name.startswith(("rho", "abs_logprob", "log_perplexity", "kl/rollout"))]
     assert "omega/mean" in report
@@ -233,7 +233,7 @@ def test_without_a_dual_clip_there_is_no_dual_fraction():
     assert not [name for name in measure([sequences], GRPO, sequences).finalize() if "dual" in name]
 
 
-def test_kl_estimates_of_the_specification():
+def test_kl_estimates_equal_the_specification():
     for p, q, k1, k3 in ((0.5, 0.4, 0.2231, 0.0231), (0.4, 0.5, -0.2231, 0.0269)):
         inputs = pack(random_sequences(0, [1]))
         mask = inputs.loss_mask
@@ -247,7 +247,7 @@ def test_kl_estimates_of_the_specification():
         report = metrics.finalize()
         assert report["kl/rollout_old/k1"] == pytest.approx(k1, abs=5e-5)
         assert report["kl/rollout_old/k3"] == pytest.approx(k3, abs=5e-5)
-        # The other pair runs the other way: from pi_old = q to pi_theta = p.
+        # The other pair has the opposite direction: from pi_old = q to pi_theta = p.
         assert report["kl/old_policy/k1"] == pytest.approx(-k1, abs=5e-5)
 
 
@@ -259,11 +259,11 @@ def test_kl_estimates_of_the_specification():
     st.integers(1, 3),
     st.integers(1, 3),
 )
-def test_ranks_micro_batches_and_order_do_not_matter(seed, lengths, name, ranks, micro_batches):
+def test_metrics_do_not_depend_on_ranks_micro_batches_or_order(seed, lengths, name, ranks, micro_batches):
     config = OBJECTIVES[name]
     sequences = random_sequences(seed, lengths)
     whole = measure([sequences], config, sequences).finalize()
-    merged = MetricAccumulator(TRAINING)  # of a rank that holds nothing
+    merged = MetricAccumulator(TRAINING)  # starts as a rank without samples
     for share in split(sequences, ranks, seed):
         merged.merge(measure(split(share, micro_batches, seed + 1), config, sequences))
     report = merged.finalize()
@@ -279,7 +279,7 @@ def test_ranks_micro_batches_and_order_do_not_matter(seed, lengths, name, ranks,
     st.sampled_from(list(OBJECTIVES)),
     st.sampled_from([torch.float32, torch.float64]),
 )
-def test_first_mini_batch_is_exact(seed, lengths, name, dtype):
+def test_metrics_of_the_first_mini_batch_are_exact(seed, lengths, name, dtype):
     config = OBJECTIVES[name].model_copy(update={"clip": MinClip(low=0.0, high=0.0)})
     sequences = random_sequences(seed, lengths, drift=0.0)
     report = measure([sequences], config, sequences, dtype).finalize()
@@ -290,13 +290,13 @@ def test_first_mini_batch_is_exact(seed, lengths, name, dtype):
             assert value == 0.0, metric
 
 
-def test_a_micro_batch_that_is_all_masked_out_adds_nothing():
+def test_a_fully_masked_micro_batch_adds_nothing_to_metrics():
     sequences, nothing = random_sequences(1, [4, 2]), random_sequences(2, [0, 0])
     expected = measure([sequences], GSPO, sequences).finalize()
     assert measure([sequences, nothing], GSPO, sequences).finalize() == expected
 
 
-def test_sft_metrics():
+def test_sft_metrics_by_hand():
     logprobs, mask = torch.tensor([math.nan, -1.0, -3.0]), torch.tensor([False, True, True])
     metrics = MetricAccumulator(SFT)
     loss = sft_loss(logprobs, mask, Denominators(2, 1)).loss

@@ -1,4 +1,4 @@
-"""The owner of a run directory: refused while alive, taken over when dead, one winner among several takers."""
+"""The owner of a run directory: kept while it lives, replaced if it is dead; one of several processes wins."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def never(_: float) -> None:
     raise AssertionError("waited")
 
 
-def test_a_living_owner_is_named(tmp_path: Path) -> None:
+def test_the_error_names_a_living_owner(tmp_path: Path) -> None:
     held = Owner.take(tmp_path)
     with pytest.raises(OwnerError, match=rf"{tmp_path} is in use by process {os.getpid()} on .*, which began at 20"):
         Owner.take(tmp_path, sleep=never)
@@ -46,14 +46,14 @@ def test_a_living_owner_is_named(tmp_path: Path) -> None:
     again.release()
 
 
-def test_an_owner_that_withdraws_was_never_there(tmp_path: Path) -> None:
+def test_an_owner_that_withdraws_leaves_no_trace(tmp_path: Path) -> None:
     Owner.take(tmp_path).release()
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     Owner.take(tmp_path).withdraw()
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_dead_process_of_this_machine_is_no_owner(tmp_path: Path) -> None:
+def test_a_dead_process_on_this_machine_is_not_an_owner(tmp_path: Path) -> None:
     code = f"from pathlib import Path; from megatron_rl.lab.owner import Owner; Owner.take(Path({str(tmp_path)!r}))"
     subprocess.run([sys.executable, "-c", f"{code}; import os; os._exit(9)"], check=False)
     (file,) = tmp_path.iterdir()
@@ -61,13 +61,15 @@ def test_a_dead_process_of_this_machine_is_no_owner(tmp_path: Path) -> None:
     Owner.take(tmp_path, sleep=never).release()
 
 
-def test_another_process_with_the_same_number_is_not_the_owner(tmp_path: Path) -> None:
+def test_another_process_with_the_same_pid_is_not_the_owner(tmp_path: Path) -> None:
     mine = owner._myself()
     say(tmp_path, {**mine, "started": mine["started"] - 60})
     Owner.take(tmp_path, sleep=never).release()
 
 
-def test_on_another_machine_the_heartbeat_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recent_heartbeat_keeps_an_owner_on_another_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = say(tmp_path, ELSEWHERE, age=SILENT_SECONDS - 60)
     waits = []
 
@@ -86,7 +88,7 @@ def test_on_another_machine_the_heartbeat_decides(tmp_path: Path, capsys: pytest
     Owner.take(tmp_path, sleep=never).release()
 
 
-def test_a_silent_owner_elsewhere_is_waited_for(tmp_path: Path) -> None:
+def test_a_silent_owner_on_another_machine_is_replaced_after_a_wait(tmp_path: Path) -> None:
     file = say(tmp_path, ELSEWHERE)
     seen = file.stat().st_mtime
     waited = []
@@ -94,7 +96,7 @@ def test_a_silent_owner_elsewhere_is_waited_for(tmp_path: Path) -> None:
     def sleep(seconds: float) -> None:
         waited.append(seconds)
         real = os.utime
-        # Time passes for who takes, and the owner stays silent.
+        # Time passes, and the owner sends no heartbeat.
         owner.os.utime = lambda path, *_: real(path, (seen + len(waited) * 61,) * 2)
 
     utime = os.utime
@@ -105,7 +107,7 @@ def test_a_silent_owner_elsewhere_is_waited_for(tmp_path: Path) -> None:
     assert len(waited) == 3
 
 
-def test_the_owner_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_owner_updates_its_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(owner, "BEAT_SECONDS", 0.02)
     held = Owner.take(tmp_path)
     (file,) = tmp_path.iterdir()
@@ -117,7 +119,7 @@ def test_the_owner_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.Monke
     held.release()
 
 
-def test_an_owner_that_was_taken_for_dead_hears_of_it(tmp_path: Path) -> None:
+def test_an_owner_that_was_replaced_gets_an_error(tmp_path: Path) -> None:
     held = Owner.take(tmp_path)
     held.check()
     taker = say(tmp_path, ELSEWHERE, number=2)
@@ -131,7 +133,7 @@ def test_an_owner_that_was_taken_for_dead_hears_of_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b'{"pid": "x"}', b'{"since": 1e300, "pid": 1, "host": 3}', b"\xff"]
 )
-def test_a_damaged_owner_file_counts_by_its_age(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_owner_file_is_judged_by_its_age(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "owner-000001.json"
     file.write_bytes(content)
     os.utime(file, (time.time() - SILENT_SECONDS - 1,) * 2)
@@ -155,7 +157,7 @@ def take(directory: str, start: float, results: multiprocessing.Queue) -> None:
 
 
 @pytest.mark.parametrize("dead", [False, True])
-def test_one_of_several_takers_wins(tmp_path: Path, dead: bool) -> None:
+def test_only_one_of_several_processes_becomes_the_owner(tmp_path: Path, dead: bool) -> None:
     context = multiprocessing.get_context("fork")
     for attempt in range(6):
         directory = tmp_path / str(attempt)

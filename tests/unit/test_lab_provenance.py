@@ -1,4 +1,4 @@
-"""The commit and the changes that a run directory records."""
+"""The commit and the uncommitted changes that a run directory records."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ def checkout(tmp_path: Path) -> Path:
     return package / "__init__.py"
 
 
-def test_git_state_of_a_clean_and_of_a_changed_checkout(checkout: Path) -> None:
+def test_git_state_tells_a_clean_from_a_changed_checkout(checkout: Path) -> None:
     clean = provenance.git_state(checkout)
     assert clean is not None
     assert len(clean.commit) == 40

@@ -15,7 +15,7 @@ CPU, CPU_PY312, NODEPS, TE_STUB = (
 
 
 def pins(file: Path) -> dict[str, Version]:
-    """Version by name; every line must be an exact pin."""
+    """Returns versions by name; every line must be an exact pin."""
     found: dict[str, Version] = {}
     for line in file.read_text().splitlines():
         if not (text := line.partition("#")[0].strip()):
@@ -51,25 +51,25 @@ def test_sglang_is_pinned_in_its_range() -> None:
     assert requirement.specifier.contains(pins(NODEPS)["sglang"])
 
 
-def test_transformer_engine_is_pinned_in_its_range_and_apart_from_the_rest() -> None:
+def test_transformer_engine_is_pinned_in_its_range_and_in_its_own_file() -> None:
     (requirement,) = declared("te")[len(declared()) :]
     assert requirement.specifier.contains(pins(TE_STUB)[canonicalize_name(requirement.name)])
     assert not pins(TE_STUB).keys() & (pins(CPU) | pins(NODEPS)).keys()
 
 
-def test_the_python_versions_differ_in_megatron_core_only() -> None:
+def test_pins_for_both_python_versions_differ_only_in_megatron_core() -> None:
     cpu, cpu_py312 = pins(CPU), pins(CPU_PY312)
     assert {name for name in cpu | cpu_py312 if cpu.get(name) != cpu_py312.get(name)} == {"megatron-core"}
     assert cpu["megatron-core"] < cpu_py312["megatron-core"]
 
 
 @pytest.mark.parametrize("file", [CPU, CPU_PY312, NODEPS], ids=lambda file: file.name)
-def test_nothing_that_needs_cuda_or_replaces_torch(file: Path) -> None:
+def test_no_pinned_package_needs_cuda_or_replaces_torch(file: Path) -> None:
     forbidden = {"torchvision", "torchaudio", "triton", "sgl-kernel", "sglang-kernel", "flashinfer-python"}
     assert not {name for name in pins(file) if name in forbidden or name.startswith(("nvidia-", "cuda-"))}
 
 
 @pytest.mark.parametrize("file", [CPU, CPU_PY312], ids=lambda file: file.name)
-def test_torch_comes_first(file: Path) -> None:
-    """A host that must take torch from another index can read off the first pin which one."""
+def test_torch_is_the_first_pin(file: Path) -> None:
+    """Hosts that install torch from another index read its version from the first line."""
     assert next(iter(pins(file))) == "torch"

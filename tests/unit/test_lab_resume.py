@@ -1,4 +1,4 @@
-"""The run directory on resume: what may change in its configuration, and its files cut back to a checkpoint."""
+"""The run directory on resume: allowed changes of its configuration, and files cut back to a checkpoint."""
 
 import errno
 from pathlib import Path
@@ -12,7 +12,7 @@ from megatron_rl.lab.run import RunDir, read_metrics
 from megatron_rl.lab.run_records import RunDirError
 
 
-def test_resume_needs_a_run(tmp_path: Path) -> None:
+def test_resume_requires_an_existing_run(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="Start without --resume"):
         RunDir.open(tmp_path / "a", changed(), resume=True)
     assert not (tmp_path / "a").exists()
@@ -40,7 +40,7 @@ def test_resume_lets_some_keys_change_and_keeps_the_earlier_records(tmp_path: Pa
     assert (tmp_path / "history" / "1" / "config.yaml").read_text() == changed(**change)
 
 
-def test_resume_with_nothing_changed_adds_no_history(tmp_path: Path) -> None:
+def test_resume_without_changes_adds_no_history(tmp_path: Path) -> None:
     start_and_end(tmp_path)
     start_and_end(tmp_path, resume=True)
     assert not (tmp_path / "history").exists()
@@ -68,7 +68,7 @@ def test_resume_refuses_another_configuration_and_names_every_key(tmp_path: Path
     assert (tmp_path / "config.yaml").read_text() == changed(), "a refused resume must change nothing"
 
 
-def test_a_key_that_a_later_version_adds_had_its_default(tmp_path: Path) -> None:
+def test_a_key_added_by_a_later_version_counts_as_its_default(tmp_path: Path) -> None:
     def config(logit_chunk_tokens: int) -> str:
         engine = {"logit_chunk_tokens": logit_chunk_tokens}
         keys = {"run_dir": "r", "model": {"path": "m"}, "data": {"train": "arithmetic:"}, "train": {"steps": 1}}
@@ -81,20 +81,20 @@ def test_a_key_that_a_later_version_adds_had_its_default(tmp_path: Path) -> None
         RunDir.open(tmp_path, config(64), resume=True)
 
 
-def test_keys_that_only_begin_like_a_free_one_are_compared(tmp_path: Path) -> None:
+def test_a_key_that_shares_a_prefix_with_a_changeable_key_is_compared(tmp_path: Path) -> None:
     start_and_end(tmp_path)
     with pytest.raises(RunDirError, match=r"evaluation\.every"):
         RunDir.open(tmp_path, changed(evaluation={"every": 1}), resume=True)
 
 
-def test_resumed_files_equal_those_of_an_uninterrupted_run(tmp_path: Path) -> None:
+def test_files_of_a_resumed_run_equal_an_uninterrupted_run(tmp_path: Path) -> None:
     straight = start(tmp_path / "straight")
     log_steps(straight, 1, 6)
     straight.close()
 
     broken = start(tmp_path / "broken")
     log_steps(broken, 1, 4)
-    broken.log_metrics(5, 0, 4, {"loss": -1.0})  # step 5 breaks off after its first mini-batch
+    broken.log_metrics(5, 0, 4, {"loss": -1.0})  # step 5 is interrupted after its first mini-batch
     broken.close()
     with broken.metrics_file.open("ab") as file:
         file.write(b'{"step":5,"mini_ba')
@@ -111,7 +111,7 @@ def test_resumed_files_equal_those_of_an_uninterrupted_run(tmp_path: Path) -> No
     assert [step for step, _ in events(straight.path, "loss")] == list(range(1, 13))
 
 
-def test_a_resume_counts_rollout_steps_not_lines_and_keeps_what_it_takes_out(tmp_path: Path) -> None:
+def test_resume_cuts_files_by_rollout_step_and_keeps_removed_lines(tmp_path: Path) -> None:
     made = start(tmp_path)
     log_steps(made, 1, 3)
     made.close()
@@ -138,7 +138,7 @@ def test_a_resume_counts_rollout_steps_not_lines_and_keeps_what_it_takes_out(tmp
     resumed.close()
 
 
-def test_a_resume_that_is_given_up_changes_nothing(tmp_path: Path) -> None:
+def test_an_abandoned_resume_changes_nothing(tmp_path: Path) -> None:
     made = start(tmp_path)
     log_steps(made, 1, 3)
     made.close()
@@ -150,7 +150,7 @@ def test_a_resume_that_is_given_up_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "left", [["logs/server-0.log"], ["owner-000003.json", "versions.json", ".config.yaml.partial"], ["checkpoints/"]]
 )
-def test_what_a_failed_start_leaves_is_no_run(tmp_path: Path, left: list[str]) -> None:
+def test_files_left_by_a_failed_start_are_not_a_run(tmp_path: Path, left: list[str]) -> None:
     for name in left:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).write_text('{"ended": 1}')
@@ -159,7 +159,7 @@ def test_what_a_failed_start_leaves_is_no_run(tmp_path: Path, left: list[str]) -
     made.close()
 
 
-def test_a_resume_without_checkpoint_would_lose_lines(tmp_path: Path) -> None:
+def test_resume_without_a_checkpoint_is_refused_if_lines_would_be_lost(tmp_path: Path) -> None:
     made = start(tmp_path)
     assert made.refuses_step_0() == ""
     log_steps(made, 1, 3)
@@ -167,7 +167,7 @@ def test_a_resume_without_checkpoint_would_lose_lines(tmp_path: Path) -> None:
     made.close()
 
 
-def test_events_reopen_without_hiding_what_they_hold(tmp_path: Path) -> None:
+def test_tensorboard_events_survive_a_resume(tmp_path: Path) -> None:
     start_and_end(tmp_path)
     made = start(tmp_path, resume=True)
     log_steps(made, 1, 2)
@@ -178,7 +178,7 @@ def test_events_reopen_without_hiding_what_they_hold(tmp_path: Path) -> None:
     assert [step for step, _ in events(tmp_path, "loss")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_line_that_cannot_be_written_is_told_and_does_not_raise(
+def test_a_line_that_cannot_be_written_is_reported_without_raising(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = start(tmp_path)
@@ -197,7 +197,7 @@ def test_a_line_that_cannot_be_written_is_told_and_does_not_raise(
     made.close()
 
 
-def test_an_owner_that_lost_the_directory_writes_no_line(tmp_path: Path) -> None:
+def test_a_run_that_lost_its_directory_writes_no_line(tmp_path: Path) -> None:
     made = start(tmp_path)
     log_steps(made, 1, 1)
     before = made.metrics_file.read_bytes()

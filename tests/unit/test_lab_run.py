@@ -1,4 +1,4 @@
-"""The run directory: created once, refused; its lines, written and read."""
+"""The run directory: creating it, refusing existing ones, and writing and reading its lines."""
 
 import errno
 import json
@@ -37,7 +37,7 @@ def test_create_freezes_configuration_versions_and_commit(tmp_path: Path) -> Non
     assert not list(path.glob(".*")), "a partial file was left behind"
 
 
-def test_create_takes_an_empty_directory(tmp_path: Path) -> None:
+def test_create_accepts_an_empty_directory(tmp_path: Path) -> None:
     start_and_end(tmp_path)
     assert (tmp_path / "config.yaml").exists()
 
@@ -52,7 +52,7 @@ def test_a_start_that_fails_leaves_the_directory_as_it_was(tmp_path: Path, exist
     assert not exists or not any(path.iterdir())
 
 
-def test_create_refuses_a_directory_that_holds_anything(tmp_path: Path) -> None:
+def test_create_refuses_a_directory_that_is_not_empty(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"Resume the run that is in it, name another run_dir") as error:
         RunDir.open(tmp_path, changed(), resume=False)
@@ -68,8 +68,8 @@ def test_create_refuses_a_file(tmp_path: Path) -> None:
     assert file.read_text() == "mine"
 
 
-def test_start_that_breaks_off_leaves_nothing_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """config.yaml is the last record to be written, so a half-written start never passes for a run."""
+def test_an_interrupted_start_leaves_nothing_to_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """config.yaml is written last, so an incomplete start never looks like a run."""
     replaced: list[str] = []
     replace = disk.os.replace
 
@@ -88,13 +88,13 @@ def test_start_that_breaks_off_leaves_nothing_to_resume(tmp_path: Path, monkeypa
     assert "versions.json" in replaced
     with pytest.raises(FileNotFoundError, match=r"no config\.yaml"):
         RunDir.open(tmp_path / "a", changed(), resume=True)
-    start(tmp_path / "a").close()  # nor does it stand in the way
+    start(tmp_path / "a").close()  # and it does not block the next start
 
 
 # ---- lines -------------------------------------------------------------------------------------------------
 
 
-def test_torn_last_line_is_left_out_when_read_and_cut_on_resume(tmp_path: Path) -> None:
+def test_a_torn_last_line_is_skipped_when_read_and_removed_on_resume(tmp_path: Path) -> None:
     made = start(tmp_path)
     log_steps(made, 1, 1)
     made.close()
@@ -105,7 +105,7 @@ def test_torn_last_line_is_left_out_when_read_and_cut_on_resume(tmp_path: Path) 
     assert made.metrics_file.read_bytes() == whole
 
 
-def test_every_line_is_whole_in_the_file_as_soon_as_it_is_logged(tmp_path: Path) -> None:
+def test_each_logged_line_is_complete_in_the_file_at_once(tmp_path: Path) -> None:
     made = start(tmp_path)
     for step in range(1, 4):
         made.log_metrics(step, 0, 0, {f"metric/{i}": float(i) for i in range(2000)})
@@ -114,7 +114,7 @@ def test_every_line_is_whole_in_the_file_as_soon_as_it_is_logged(tmp_path: Path)
         assert content.count(b"\n") == step
 
 
-def test_line_carries_its_tags_and_plain_numbers(tmp_path: Path) -> None:
+def test_a_metrics_line_has_its_tags_and_plain_numbers(tmp_path: Path) -> None:
     made = start(tmp_path)
     values = {"a": np.float32(0.5), "b": torch.tensor(2.5), "tokens": 7, "c": np.int64(3)}
     made.log_metrics(4, 1, 3, values)  # type: ignore[arg-type]
@@ -132,9 +132,7 @@ def test_line_carries_its_tags_and_plain_numbers(tmp_path: Path) -> None:
     assert isinstance(line["tokens"], int)
 
 
-def test_values_that_are_not_finite_become_null_and_are_warned_of_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_non_finite_values_become_null_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     made = start(tmp_path)
     with caplog.at_level(logging.WARNING):
         made.log_metrics(1, 0, 0, {"loss": float("nan"), "kl": 1.0})
@@ -151,7 +149,7 @@ def test_values_that_are_not_finite_become_null_and_are_warned_of_once(
     assert events(tmp_path, "kl") == [(1, 1.0)]
 
 
-def test_metric_may_not_take_the_name_of_a_tag(tmp_path: Path) -> None:
+def test_a_metric_cannot_have_the_name_of_a_tag(tmp_path: Path) -> None:
     made = start(tmp_path)
     with pytest.raises(ValueError, match="'weight_version' has the name of a tag"):
         made.log_metrics(1, 0, 0, {"weight_version": 3})
@@ -171,7 +169,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [b"not json\n", b"[1]\n", b'{"loss": 1}\n'])
-def test_reading_names_the_file_and_the_bad_line(tmp_path: Path, bad: bytes) -> None:
+def test_the_error_names_the_file_and_the_bad_line(tmp_path: Path, bad: bytes) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(b'{"step":1}\n' + bad + b'{"step":2}\n')
     with pytest.raises(RunDirError, match=r"metrics\.jsonl, line 2"):

@@ -1,4 +1,4 @@
-"""The mergeable accumulator: quantiles against NumPy's, and merging. On ranks: ranks/test_lab_sketch_ranks.py."""
+"""The mergeable accumulator: quantiles against NumPy, and merging. On ranks: ranks/test_lab_sketch_ranks.py."""
 
 import math
 
@@ -55,7 +55,7 @@ def test_quantiles_stay_within_the_extremes():
     assert report["x/min"] == report["x/p50"] == report["x/p99"] == report["x/max"]
 
 
-def test_a_ratio_is_sharp_near_one():
+def test_ratio_quantiles_are_precise_near_one():
     log_weights = 2e-5 * np.random.default_rng(0).normal(size=50_000)
     weights = np.exp(log_weights)
     report = accumulate(log_weights, {"w": Kind.RATIO}).finalize()
@@ -79,13 +79,13 @@ def test_weights_of_one_are_exact():
     assert {name: value for name, value in report.items() if value != 1} == {"w/std": 0, "w/chi2": 0}
 
 
-def test_sums_means_and_fractions():
+def test_sums_and_fractions_by_hand():
     report = accumulate(torch.tensor([True, False, False, True, True])).finalize()
     assert report["total"] == 3
     assert report["fraction"] == 0.6
 
 
-def test_no_values_leave_the_name_out_and_merge_as_nothing():
+def test_an_empty_metric_is_left_out_and_does_not_change_a_merge():
     empty = accumulate(torch.zeros(0))
     assert empty.finalize() == {"total": 0}
     full = accumulate(torch.tensor([1.0, 2.0]))
@@ -94,7 +94,7 @@ def test_no_values_leave_the_name_out_and_merge_as_nothing():
     assert full.finalize() == before
 
 
-def test_values_that_are_not_finite_are_counted_and_left_out():
+def test_non_finite_values_are_counted_and_left_out():
     values = torch.tensor([1.0, math.nan, 3.0, math.inf, -math.inf])
     report = accumulate(values, {"x": Kind.TAIL}).finalize()
     assert report["x/not_finite"] == 3
@@ -103,12 +103,12 @@ def test_values_that_are_not_finite_are_counted_and_left_out():
     assert "x/not_finite" not in accumulate(torch.ones(3), {"x": Kind.TAIL}).finalize()
 
 
-def test_a_ratio_that_overflows_is_reported_as_such():
+def test_an_overflowing_ratio_is_reported_as_infinite():
     report = accumulate(torch.tensor([0.0, 800.0], dtype=torch.float64), {"w": Kind.RATIO}).finalize()
     assert report["w/max"] == report["w/mean"] == math.inf
 
 
-def test_a_name_that_is_not_declared_is_an_error():
+def test_an_undeclared_metric_is_an_error():
     with pytest.raises(KeyError):
         accumulate(torch.ones(1)).add("vlaue", torch.ones(1))
 
@@ -124,7 +124,7 @@ def test_accumulators_of_different_metrics_do_not_merge():
     st.integers(1, 5),
     st.randoms(use_true_random=False),
 )
-def test_order_and_partition_do_not_matter(values, parts, random):
+def test_results_do_not_depend_on_order_or_partition(values, parts, random):
     kinds = {"total": Kind.SUM, "fraction": Kind.MEAN, "value": Kind.TAIL}
     whole = accumulate(np.array(values), kinds).finalize()
     random.shuffle(values)
@@ -134,5 +134,5 @@ def test_order_and_partition_do_not_matter(values, parts, random):
     report = merged.finalize()
     assert report.keys() == whole.keys()
     for name, value in whole.items():
-        scale = 1e-3 if name == "value/std" else 1e-6  # the std of equal numbers near 1e6 is their rounding
+        scale = 1e-3 if name == "value/std" else 1e-6  # the std of equal numbers near 1e6 is only rounding
         assert report[name] == pytest.approx(value, rel=1e-9, abs=scale)

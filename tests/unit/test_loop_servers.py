@@ -1,4 +1,4 @@
-"""How a run reaches its rollout servers, and how it leaves them. Nothing is trained."""
+"""How a run connects to its rollout servers and disconnects. Nothing is trained."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def config(tmp_path: Path) -> Config:
     )
 
 
-def test_leaders_begin_with_servers_far_apart(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaders that all began with the first server would send all their groups to it and its neighbours."""
+def test_leaders_start_with_servers_that_are_far_apart(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If all leaders started with the first server, they would use only that one and the next ones."""
     urls = [f"http://127.0.0.1:{port}" for port in range(1000, 1008)]
     monkeypatch.setattr(connections, "broadcast_bytes", lambda *_: orjson.dumps([urls, "key"]))
     first = []
@@ -46,10 +46,10 @@ def test_leaders_begin_with_servers_far_apart(config: Config, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("where", ["begins", "runs"])
-def test_a_run_that_fails_leaves_its_servers_fit_for_the_next(
+def test_a_failed_run_leaves_its_servers_usable_for_the_next_run(
     config: Config, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """Closing the publisher is what tells servers that run elsewhere that this trainer is gone."""
+    """Closing the publisher tells servers that run elsewhere that this trainer has left."""
     told = []
 
     class Publisher:

@@ -1,4 +1,4 @@
-"""config.json read into an Architecture, and everything in it that is refused."""
+"""Reading config.json into an Architecture, and refusing unsupported settings."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def read(directory: Path, base: dict, **changes: object) -> Architecture:
     return read_architecture(directory)
 
 
-def test_qwen3_30b_a3b(tmp_path):
+def test_the_configuration_of_qwen3_30b_a3b_is_read(tmp_path):
     assert read(tmp_path, MOE) == Architecture(
         model_type="qwen3_moe",
         num_layers=48,
@@ -97,14 +97,14 @@ def test_qwen3_30b_a3b(tmp_path):
     )
 
 
-def test_dense(tmp_path):
+def test_the_configuration_of_a_dense_model_is_read(tmp_path):
     arch = read(tmp_path, DENSE)
     assert (arch.model_type, arch.tied_embeddings, arch.num_experts) == ("qwen3", True, 0)
     assert not arch.is_moe(0)
 
 
-def test_what_transformers_5_writes_reads_the_same(tmp_path):
-    """num_local_experts and rope_parameters in place of num_experts and rope_theta."""
+def test_a_configuration_saved_by_transformers_5_is_read_the_same(tmp_path):
+    """transformers 5 writes num_local_experts and rope_parameters instead of num_experts and rope_theta."""
     from transformers import Qwen3Config, Qwen3MoeConfig
 
     for base, config in ((MOE, Qwen3MoeConfig), (DENSE, Qwen3Config)):
@@ -120,7 +120,7 @@ def test_what_transformers_5_writes_reads_the_same(tmp_path):
     ("mlp_only", "step", "dense"),
     [([], 1, ()), ([0, 2], 1, (0, 2)), ([], 2, (0, 2, 4)), ([1], 3, (0, 1, 3, 4)), (None, 1, ())],
 )
-def test_dense_layers_are_those_of_transformers(tmp_path, mlp_only, step, dense):
+def test_dense_layers_match_transformers(tmp_path, mlp_only, step, dense):
     from transformers import AutoConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeMLP
 
@@ -180,7 +180,7 @@ def test_dense_layers_are_those_of_transformers(tmp_path, mlp_only, step, dense)
         ),
     ],
 )
-def test_refused(tmp_path, change, message):
+def test_unsupported_settings_are_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as caught:
         read(tmp_path, MOE, **change)
     assert str(tmp_path / "config.json") in str(caught.value)
@@ -232,17 +232,17 @@ def test_fields_that_change_nothing_are_accepted(tmp_path, fields):
         ("add_cross_attention", True),
     ],
 )
-def test_such_a_field_with_another_value_is_refused(tmp_path, field, value):
+def test_an_inert_field_with_another_value_is_refused(tmp_path, field, value):
     with pytest.raises(ModelError, match=rf"{field} is .*; expected .*no other value is supported"):
         read(tmp_path, MOE, **{field: value})
 
 
-def test_a_familys_own_fields_are_not_every_familys(tmp_path):
+def test_fields_of_one_family_are_refused_in_another(tmp_path):
     with pytest.raises(ModelError, match="not understood: shared_expert_intermediate_size = 0"):
         read(tmp_path, DENSE, shared_expert_intermediate_size=0)
 
 
-def test_the_whole_of_a_configuration_that_transformers_5_writes_is_read(tmp_path):
+def test_a_full_configuration_written_by_transformers_5_is_read(tmp_path):
     from transformers import Qwen3Config, Qwen3MoeConfig
 
     for base, config in ((MOE, Qwen3MoeConfig), (DENSE, Qwen3Config)):
@@ -251,7 +251,7 @@ def test_the_whole_of_a_configuration_that_transformers_5_writes_is_read(tmp_pat
         assert read_architecture(tmp_path) == before
 
 
-def test_a_refusal_shows_the_short_parts_of_an_object(tmp_path):
+def test_the_error_for_a_refused_object_shows_its_short_parts(tmp_path):
     kept = [f"model.layers.{layer}.mlp.gate" for layer in range(200)]
     with pytest.raises(ModelError) as caught:
         read(tmp_path, MOE, quantization_config={"modules_to_not_convert": kept, "quant_method": "fp8"})
@@ -259,7 +259,7 @@ def test_a_refusal_shows_the_short_parts_of_an_object(tmp_path):
     assert len(str(caught.value).removeprefix(str(tmp_path))) < 250
 
 
-def test_a_dense_model_refuses_the_fields_of_experts_and_needs_head_dim(tmp_path):
+def test_a_dense_model_refuses_expert_fields_and_requires_head_dim(tmp_path):
     with pytest.raises(ValueError, match="not understood: num_experts = 8"):
         read(tmp_path, DENSE, num_experts=8)
     with pytest.raises(ValueError, match="head_dim is missing"):
@@ -270,7 +270,7 @@ def test_a_dense_model_refuses_the_fields_of_experts_and_needs_head_dim(tmp_path
     assert read(tmp_path, MOE, head_dim=None).head_dim == 64
 
 
-def test_no_file_and_no_json(tmp_path):
+def test_a_missing_file_and_invalid_json_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="model directory"):
         read_architecture(tmp_path)
     (tmp_path / "config.json").write_text("{")
@@ -292,7 +292,7 @@ def test_no_file_and_no_json(tmp_path):
         (b'{"rope_scaling": {"factor": 1, "factor": 2}}', "factor is given twice; keep one"),
     ],
 )
-def test_a_damaged_file_is_one_error_that_names_it(tmp_path, content, told):
+def test_a_damaged_file_gives_one_error_that_names_it(tmp_path, content, told):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ModelError) as caught:
         read_architecture(tmp_path)
@@ -300,12 +300,12 @@ def test_a_damaged_file_is_one_error_that_names_it(tmp_path, content, told):
     assert told in str(caught.value)
 
 
-def test_a_directory_in_place_of_the_file(tmp_path):
+def test_a_directory_in_place_of_config_json_is_an_error(tmp_path):
     (tmp_path / "config.json").mkdir()
     with pytest.raises(ModelError, match=r"config\.json cannot be read: Is a directory"):
         read_architecture(tmp_path)
 
 
-def test_importable_without_torch():
+def test_the_architecture_module_imports_without_torch():
     code = "import sys; import megatron_rl.models.architecture; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

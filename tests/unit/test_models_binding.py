@@ -1,4 +1,4 @@
-"""Weights cut into shards and put together again, without files or processes."""
+"""Weights divided into shards and put together again, without files or processes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from megatron_rl.models.weight import COLUMNS, GATE_UP, VOCABULARY, Piece, group
 def fill_rank(
     hf: dict[str, Tensor], arch: Architecture, layout: Layout, rank: int, transformer_engine: bool
 ) -> tuple[list[nn.Module], list[dict[str, Tensor]]]:
-    """The rank's stages filled by the package, and what the reference says is in them."""
+    """Returns the rank's stages as filled by the package, and their expected parameters from the reference."""
     ranks = model_ranks(layout, rank)
     chunks, expected = [], []
     for layers in chunk_layers(arch, layout.coordinates(rank).pp, layout.pp, layout.vpp):
@@ -98,7 +98,7 @@ def models_and_layouts(draw: st.DrawFn) -> tuple[Architecture, Layout]:
 
 @settings(max_examples=60, deadline=None)
 @given(models_and_layouts(), st.booleans())
-def test_every_layout_holds_the_reference_and_gives_the_checkpoint_back(case, transformer_engine):
+def test_every_layout_loads_the_reference_and_exports_the_checkpoint(case, transformer_engine):
     arch, layout = case
     hf = hf_tensors(arch)
     ranks = []
@@ -118,7 +118,7 @@ def test_every_layout_holds_the_reference_and_gives_the_checkpoint_back(case, tr
 
 
 @pytest.mark.parametrize("mutation", ["q and k", "gate and up", "two experts", "two layers' routers"])
-def test_a_swap_is_seen(monkeypatch, mutation):
+def test_swapped_weights_are_detected(monkeypatch, mutation):
     arch = moe_architecture(num_heads=2)  # q and k have the same shape
     family = family_of(arch)
     original = family.weights
@@ -151,13 +151,13 @@ def test_a_swap_is_seen(monkeypatch, mutation):
     assert differs(*fill_rank(hf_tensors(arch), arch, layout, 0, False)) != []
 
 
-def test_pieces_by_hand():
+def test_shard_pieces_by_hand():
     # Two key-value heads of width 2, two query heads each, over two ranks.
     assert grouped_qkv(2).cut([8, 4, 4], rank=1, size=2) == (
         8,
         (Piece(0, 4, 4, 0), Piece(1, 2, 2, 4), Piece(2, 2, 2, 6)),
     )
-    # More ranks than key-value heads: a rank's shard begins inside a group.
+    # With more ranks than key-value heads, a rank's shard begins inside a group.
     assert grouped_qkv(1).cut([4, 2, 2], rank=1, size=2) == (4, (Piece(1, 0, 2, 0), Piece(2, 0, 2, 2)))
     assert GATE_UP.cut([6, 6], rank=2, size=3) == (4, (Piece(0, 4, 2, 0), Piece(1, 4, 2, 2)))
     assert COLUMNS.cut([6], rank=1, size=2) == (3, (Piece(0, 3, 3, 0),))
@@ -177,14 +177,14 @@ def test_the_family_lists_the_checkpoint_in_order(arch):
     ("name", "size"),
     [("mlp.linear_fc1", 4), ("self_attention.linear_proj", 3), ("self_attention.linear_qkv", 3)],
 )
-def test_what_does_not_divide_is_named(name, size):
+def test_the_error_names_a_weight_that_does_not_divide(name, size):
     arch = dense_architecture(ffn_hidden_size=10)
     weights = {weight.name: weight for weight in weights_of(arch)}
     with pytest.raises(ValueError, match=rf"layers\.0\.{name}\.weight: .* {size} shards; choose"):
         weights[f"decoder.layers.0.{name}.weight"].cut(0, size)
 
 
-def test_experts_that_do_not_divide_are_named():
+def test_the_error_names_experts_that_do_not_divide():
     with pytest.raises(ValueError, match="4 experts do not divide over 3"):
         bind([], moe_architecture(), ModelRanks(ep_size=3), weight_names())
 
@@ -227,7 +227,7 @@ def test_a_stage_that_does_not_fit_is_refused(change, message):
         bind(bad_stages(change), moe_architecture(), ModelRanks(), weight_names())
 
 
-def test_another_ranks_expert_is_refused():
+def test_an_expert_of_another_rank_is_refused():
     arch = moe_architecture()
     parameters = chunk_parameters(hf_tensors(arch), arch, range(4), ep=(0, 2), transformer_engine=True)
     parameters["decoder.layers.0.mlp.experts.linear_fc1.weight2"] = torch.zeros(8, 12)
@@ -235,7 +235,7 @@ def test_another_ranks_expert_is_refused():
         bind([stage_module(parameters, range(4))], arch, ModelRanks(ep_size=2), weight_names(True))
 
 
-def test_layers_are_numbered_by_layer_number_and_not_by_place():
+def test_layers_are_numbered_by_their_global_layer_number():
     arch = moe_architecture(dense_layers=())
     stage = stage_module(chunk_parameters(hf_tensors(arch), arch, [2, 3]), [2, 3])
     names = [slot.weight.name for slot in bind([stage], arch, ModelRanks(), weight_names())]

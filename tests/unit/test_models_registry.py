@@ -1,4 +1,4 @@
-"""Families of models stand in megatron_rl.models alone: what each file declares, and that no other room knows one."""
+"""Model families: the attributes that each file declares, and that only megatron_rl.models mentions a family."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PREFIXES = {re.match("[a-z]+", model_type)[0] for model_type in MODULES}  # type
 
 
 def mentions(source: str) -> Iterator[str]:
-    """Names of families anywhere in the text, and expressions that ask which family a model is of."""
+    """Yields names of families in the text, and expressions that ask for a model's family."""
     for number, line in enumerate(source.splitlines(), start=1):
         if any(prefix in line.lower() for prefix in PREFIXES):
             yield f"{number}: {line.strip()}"
@@ -48,12 +48,12 @@ def test_no_other_room_names_a_family(path: Path) -> None:
         "weights = FAMILIES[arch.family]",
     ],
 )
-def test_a_mention_would_be_seen(source: str) -> None:
+def test_the_check_finds_a_mention_of_a_family(source: str) -> None:
     assert list(mentions(source))
 
 
 @pytest.mark.parametrize("model_type", MODULES)
-def test_a_familys_file_declares_what_is_asked_of_it(model_type: str) -> None:
+def test_each_family_declares_its_required_attributes(model_type: str) -> None:
     family = find_family(model_type)
     assert model_type == family.MODEL_TYPE
     for name in (family.CAUSAL_LM, family.VALUE_MODEL):
@@ -63,21 +63,21 @@ def test_a_familys_file_declares_what_is_asked_of_it(model_type: str) -> None:
     assert all(callable(getattr(family, name)) for name in ("read", "weights", "server_caveats"))
 
 
-def test_families_are_read_without_torch() -> None:
+def test_family_modules_import_without_torch() -> None:
     code = "; ".join(
         ["import sys", *(f"import {module}" for module in MODULES.values()), "sys.exit('torch' in sys.modules)"]
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_what_servers_compute_otherwise() -> None:
+def test_server_caveats_name_dense_layers() -> None:
     assert list(server_caveats(moe_architecture(dense_layers=()))) == []
     assert list(server_caveats(dense_architecture())) == []
     (caveat,) = server_caveats(moe_architecture(dense_layers=(1,)))
     assert caveat.startswith("layers [1] are dense, but SGLang")
 
 
-def test_a_model_without_norms_on_its_heads_has_no_weights_for_them() -> None:
+def test_a_model_without_qk_norm_has_no_qk_norm_weights() -> None:
     with_norms, without = (
         {weight.name for weight in weights_of(dense_architecture(num_layers=1, qk_norm=qk_norm))}
         for qk_norm in (True, False)

@@ -1,4 +1,4 @@
-"""Hugging Face directories that are damaged, misleading or hold values that are not finite: each is refused by name."""
+"""Hugging Face directories that are damaged, inconsistent or not finite are refused, and the error names the file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_rl.models.weights_io import TensorFiles, load_weights
 
 
 def refusal(directory: Path, arch: Architecture) -> str:
-    """What check_weights and load_weights both say; the first sees it before anything is built."""
+    """Returns the error that both check_weights and load_weights raise; the first runs before anything is built."""
     with pytest.raises(ModelError) as loaded:
         load_weights([empty_stage(arch)], arch, directory, ModelRanks(), weight_names())
     with pytest.raises(ModelError) as checked:
@@ -31,7 +31,7 @@ def refusal(directory: Path, arch: Architecture) -> str:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_a_weight_that_is_not_finite_is_named(moe, dtype, bad):
+def test_the_error_names_a_non_finite_weight(moe, dtype, bad):
     directory, arch = moe
     name = "model.layers.2.mlp.experts.3.down_proj.weight"
 
@@ -42,10 +42,10 @@ def test_a_weight_that_is_not_finite_is_named(moe, dtype, bad):
     edit(directory, change)
     expected = f"{directory / 'model.safetensors'}: {name} holds NaN or infinity; "
     assert refusal(directory, arch).startswith(expected)
-    check_weights(directory)  # the headers are those of a whole model
+    check_weights(directory)  # the headers are those of a complete model
 
 
-def test_every_tensor_of_the_model_is_looked_at(moe):
+def test_every_tensor_is_checked_for_non_finite_values(moe):
     directory, arch = moe
     for name in hf_shapes(arch):
         whole_file = (directory / "model.safetensors").read_bytes()
@@ -73,7 +73,7 @@ def test_every_tensor_of_the_model_is_looked_at(moe):
         ("folder.safetensors", "folder.safetensors is not a whole safetensors file"),
     ],
 )
-def test_an_index_that_points_elsewhere(tmp_path, value, told):
+def test_an_index_that_points_outside_its_directory_is_refused(tmp_path, value, told):
     directory, arch = make_sharded(tmp_path / "hf")
     save_file({"model.embed_tokens.weight": torch.zeros(37, 16)}, tmp_path / "outside.safetensors")
     (directory / "folder.safetensors").mkdir()
@@ -98,7 +98,7 @@ def test_an_index_that_points_elsewhere(tmp_path, value, told):
         ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "a is given twice; keep one"),
     ],
 )
-def test_an_index_that_is_none(tmp_path, text, told):
+def test_a_malformed_index_is_refused(tmp_path, text, told):
     directory, arch = make_sharded(tmp_path / "hf")
     (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     assert told in refusal(directory, arch)
@@ -106,7 +106,7 @@ def test_an_index_that_is_none(tmp_path, text, told):
     assert "is not valid JSON" in refusal(directory, arch)
 
 
-def test_a_tensor_that_two_files_hold(tmp_path):
+def test_a_tensor_in_two_files_is_refused(tmp_path):
     directory, _ = make_sharded(tmp_path / "hf")
     index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
     first, second = sorted(set(index.values()))[:2]
@@ -145,7 +145,7 @@ def test_headers_are_checked_before_anything_is_built(moe):
         (lambda d: (d / "tokenizer_config.json").write_bytes(b"\xff"), "its tokenizer cannot be loaded: "),
     ],
 )
-def test_a_tokenizer_that_is_missing_or_damaged(moe, damage, told):
+def test_a_missing_or_damaged_tokenizer_is_refused(moe, damage, told):
     directory, _ = moe
     check_model(directory)
     check_files(directory)
@@ -157,7 +157,7 @@ def test_a_tokenizer_that_is_missing_or_damaged(moe, damage, told):
         assert told in str(caught.value)
 
 
-def test_errors_are_of_the_family_that_the_command_line_prints(tmp_path):
+def test_weight_errors_are_user_errors(tmp_path):
     for missing in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(UserError):
             check_weights(missing)

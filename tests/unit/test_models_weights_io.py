@@ -1,4 +1,4 @@
-"""Hugging Face directories read into stages and written from them."""
+"""Reading Hugging Face directories into stages, and writing them from stages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tied(tmp_path) -> tuple[Path, Architecture]:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_loads_what_transformers_saved(tmp_path, sharded):
+def test_weights_saved_by_transformers_are_loaded(tmp_path, sharded):
     directory, arch = make_sharded(tmp_path / "hf") if sharded else make(tmp_path / "hf", "qwen3_moe")
     stage = empty_stage(arch)
     assert load_weights([stage], arch, directory, ModelRanks(), weight_names()) == ()
@@ -120,7 +120,7 @@ def test_the_last_stage_of_a_tied_model_gets_the_embedding(tied):
         ),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(moe, change, message):
+def test_the_error_names_tensors_that_do_not_fit(moe, change, message):
     directory, arch = moe
     edit(directory, change)
     with pytest.raises(ValueError, match=message) as caught:
@@ -144,7 +144,7 @@ def test_a_stray_output_layer_must_be_the_tied_embedding(tied):
         load_weights([empty_stage(arch)], arch, directory, ModelRanks(), weight_names())
 
 
-def test_broken_directories(tmp_path):
+def test_broken_model_directories_are_refused(tmp_path):
     directory, arch = make_sharded(tmp_path / "hf")
 
     def load() -> None:
@@ -169,7 +169,7 @@ def test_broken_directories(tmp_path):
         load()
     header = (
         b'{"x":{"dtype":"F32","data_offsets":[0,4],"shape":"' + b"x" * 5000 + b'"}}'
-    )  # the library quotes all of it
+    )  # the library quotes the whole header
     (directory / first).write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     with pytest.raises(ValueError, match=f"{first} is not a whole safetensors file") as error:
         load()
@@ -185,7 +185,7 @@ def test_broken_directories(tmp_path):
         load()
 
 
-def test_tensor_files_lists_shapes_and_dtypes_and_reads_columns(moe):
+def test_tensor_files_lists_shapes_and_dtypes_and_reads_column_ranges(moe):
     directory, arch = moe
     files = TensorFiles(directory)
     assert {name: files.shape(name) for name in files.names} == dict(sorted(hf_shapes(arch).items()))
@@ -201,7 +201,7 @@ def test_tensor_files_lists_shapes_and_dtypes_and_reads_columns(moe):
 
 
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 3000])
-def test_a_saved_directory_is_the_same_model_to_transformers(model, tmp_path, max_shard_bytes):
+def test_transformers_computes_the_same_with_a_saved_directory(model, tmp_path, max_shard_bytes):
     directory, arch = model
     stage = empty_stage(arch)
     load_weights([stage], arch, directory, ModelRanks(), weight_names())
@@ -220,7 +220,7 @@ def test_a_saved_directory_is_the_same_model_to_transformers(model, tmp_path, ma
     assert all(file.stat().st_mode & stat.S_IRGRP for file in saved.iterdir())
 
 
-def test_shards_are_bounded_and_listed(moe, tmp_path):
+def test_shards_have_a_size_limit_and_are_listed_in_the_index(moe, tmp_path):
     directory, _ = moe
     saved = tmp_path / "saved"
     save_weights(files_of(directory).items(), saved, directory, 3000, torch.float32)
@@ -235,11 +235,11 @@ def test_shards_are_bounded_and_listed(moe, tmp_path):
         assert {name for name, file in index["weight_map"].items() if file == shard.name} == set(tensors)
         sizes.append(sum(t.nbytes for t in tensors.values()))
         assert sizes[-1] <= 3000 or len(tensors) == 1
-    assert all(a + b > 3000 for a, b in itertools.pairwise(sizes))  # none was begun while there was room
+    assert all(a + b > 3000 for a, b in itertools.pairwise(sizes))  # no shard starts while the previous one has room
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in files_of(directory).values())
 
 
-def test_another_dtype_changes_one_field_of_the_config(moe, tmp_path):
+def test_saving_in_another_dtype_changes_only_dtype_in_the_config(moe, tmp_path):
     directory, _ = moe
     saved = tmp_path / "saved"
     save_weights(files_of(directory).items(), saved, directory, 10**9, torch.bfloat16)
@@ -248,8 +248,8 @@ def test_another_dtype_changes_one_field_of_the_config(moe, tmp_path):
     assert {t.dtype for t in files_of(saved).values()} == {torch.bfloat16}
 
 
-def test_only_one_shard_is_held(moe, tmp_path, monkeypatch):
-    """The writer takes what comes next only when there is room for it, and lets go of what it wrote."""
+def test_only_one_shard_is_held_in_memory(moe, tmp_path, monkeypatch):
+    """The writer reads the next tensor only if there is room for it, and frees written ones."""
     directory, _ = moe
     held: list[int] = []
     save = weights_io.save_file
@@ -293,7 +293,7 @@ def test_an_incomplete_stream_leaves_nothing_behind(moe, tmp_path, change, messa
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
-def test_a_failing_stream_and_a_killed_run_leave_nothing_behind(moe, tmp_path):
+def test_a_failed_stream_leaves_nothing_behind_and_removes_old_leftovers(moe, tmp_path):
     directory, _ = moe
     leftover = tmp_path / ".saved.partial"
     leftover.mkdir()
@@ -313,7 +313,7 @@ def test_a_failing_stream_and_a_killed_run_leave_nothing_behind(moe, tmp_path):
     assert "7.safetensors" not in {p.name for p in (tmp_path / "saved").iterdir()}
 
 
-def test_an_existing_directory_is_not_touched(moe, tmp_path):
+def test_an_existing_directory_is_not_changed(moe, tmp_path):
     directory, _ = moe
     target = tmp_path / "saved"
     shutil.copytree(directory, target)

@@ -1,4 +1,4 @@
-"""Group advantages: the specification's numbers, and what holds for any group."""
+"""Group advantages: the specification's numbers, and properties of any group."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ LEAVE_ONE_OUT = GroupAdvantage(baseline="leave-one-out", std="none")
 REWARDS_ALONE = GroupAdvantage(baseline="none", std="none")
 
 
-def test_rewards_that_differ_by_rounding_are_equal_however_small_they_are():
+def test_rewards_that_differ_only_by_rounding_count_as_equal():
     for group in ([0.1 + 0.2 - 0.3, 0.0, 0.0, 0.0], [-1e-10, -2e-10], [1e-200, 0.0], [0.1 + 0.2, 0.3]):
         for config in (POPULATION, SAMPLE, MEAN_ONLY, LEAVE_ONE_OUT):
             assert not group_advantages(group, config).any(), (group, config)
@@ -37,7 +37,7 @@ rewards = st.lists(st.floats(-10, 10, allow_nan=False).map(lambda x: round(x, 3)
         (LEAVE_ONE_OUT, 2, 6 / 7, -2 / 7),
     ],
 )
-def test_of_eight_so_many_are_correct(config, correct, right, wrong):
+def test_advantages_of_a_group_of_eight_by_hand(config, correct, right, wrong):
     advantages = group_advantages([1.0] * correct + [0.0] * (8 - correct), config)
     assert advantages.dtype == np.float64
     np.testing.assert_allclose(advantages, [right] * correct + [wrong] * (8 - correct), atol=5e-5)
@@ -47,12 +47,12 @@ def test_of_eight_so_many_are_correct(config, correct, right, wrong):
     "config", [POPULATION, SAMPLE, MEAN_ONLY, LEAVE_ONE_OUT, GroupAdvantage(baseline="none", std="sample")]
 )
 @pytest.mark.parametrize("group", [[1.0], [0.0], [0.1] * 3, [-1.0] * 8, [0.1 + 0.2, 0.3]])
-def test_a_group_that_teaches_nothing_has_advantage_zero(config, group):
+def test_a_group_of_equal_rewards_has_zero_advantages(config, group):
     assert all_equal(np.array(group))
     assert (group_advantages(group, config) == 0).all()
 
 
-def test_without_baseline_and_std_the_rewards_stand_and_are_copied():
+def test_without_baseline_and_std_advantages_are_a_copy_of_the_rewards():
     group = np.array([1.0, 1.0])
     advantages = group_advantages(group, REWARDS_ALONE)
     advantages[0] = 5.0
@@ -66,7 +66,7 @@ def test_a_small_but_real_difference_is_normalised_in_float64():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("config", [SAMPLE, LEAVE_ONE_OUT, REWARDS_ALONE])
-def test_a_reward_that_is_not_finite_is_an_error_that_names_it(bad, config):
+def test_the_error_names_a_non_finite_reward(bad, config):
     with pytest.raises(ValueError, match=f"response 2 .* has reward {bad}"):
         group_advantages([0.0, 1.0, bad], config)
 
@@ -87,7 +87,7 @@ def test_normalised_advantages_have_mean_zero_and_unit_spread(group, config):
 
 @settings(deadline=None)
 @given(rewards)
-def test_leave_one_out_is_the_reward_less_the_mean_of_the_others(group):
+def test_leave_one_out_subtracts_the_mean_of_the_other_rewards(group):
     if len(group) > 1 and not all_equal(np.array(group)):
         expected = [reward - np.mean(group[:i] + group[i + 1 :]) for i, reward in enumerate(group)]
         np.testing.assert_allclose(group_advantages(group, LEAVE_ONE_OUT), expected, atol=1e-9)
@@ -99,8 +99,8 @@ def test_leave_one_out_is_the_reward_less_the_mean_of_the_others(group):
     st.sampled_from(["mean", "leave-one-out", "none"]),
     st.sampled_from(["population", "sample", "none"]),
 )
-def test_advantages_are_finite_whatever_the_group(group, baseline, std):
-    """Of one, of equal rewards, of any size: there is no NaN."""
+def test_advantages_are_finite_for_any_group(group, baseline, std):
+    """No group gives NaN, including groups of a single response or of equal rewards."""
     advantages = group_advantages(group, GroupAdvantage(baseline=baseline, std=std))
     assert advantages.shape == (len(group),)
     assert np.isfinite(advantages).all()
@@ -108,7 +108,7 @@ def test_advantages_are_finite_whatever_the_group(group, baseline, std):
 
 @settings(deadline=None)
 @given(rewards, st.sampled_from([POPULATION, SAMPLE, MEAN_ONLY, LEAVE_ONE_OUT]), st.randoms(use_true_random=False))
-def test_order_and_a_constant_shift_do_not_matter(group, config, random):
+def test_advantages_do_not_depend_on_order_or_a_constant_shift(group, config, random):
     order = list(range(len(group)))
     random.shuffle(order)
     advantages = group_advantages(group, config)

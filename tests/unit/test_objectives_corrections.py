@@ -1,4 +1,4 @@
-"""Mismatch corrections: against the reference, what each does to the denominators, and that none counts twice."""
+"""Mismatch corrections: against the reference, their effect on denominators, and that each is applied only once."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_loss_and_gradient_equal_the_reference(correction, name, denominator):
 
 @settings(deadline=None, max_examples=60)
 @given(SEEDS, SOME_LENGTHS, st.sampled_from(CORRECTIONS), st.sampled_from(AGGREGATIONS), st.integers(1, 4))
-def test_order_and_micro_batches_do_not_matter(seed, lengths, correction, aggregation, parts):
+def test_results_do_not_depend_on_order_or_micro_batches(seed, lengths, correction, aggregation, parts):
     config = corrected(GRPO.model_copy(update={"aggregation": aggregation, "constant_length": 9}), correction)
     sequences = random_sequences(seed, lengths, mismatch=0.5)
     whole, gradient = loss_and_gradient(sequences, config)
@@ -114,7 +114,7 @@ def factors(correction, rho=(0.25, 8.0), advantage=1.0, denominator="old"):
         (IcePop(low=0.2, high=5.0), [0.25, 0]),
     ],
 )
-def test_factors(correction, expected):
+def test_correction_factors_by_hand(correction, expected):
     found = factors(correction)
     np.testing.assert_allclose(found.factor, expected, atol=1e-12)
     if found.masked is not None:
@@ -129,24 +129,24 @@ def test_factors(correction, expected):
     [
         ((0.5, 0.5), -1.0, 0.6, 0.0),  # mean log(mu/pi_theta) = log 2 = 0.69
         ((0.5, 0.5), -1.0, 0.7, 1.0),
-        ((0.25, 0.25), -1.0, math.log(4), 1.0),  # delta itself is no more than delta
+        ((0.25, 0.25), -1.0, math.log(4), 1.0),  # equal to delta is not above delta
         ((0.5, 0.5), 1.0, 0.6, 1.0),  # good responses stay
-        ((2.0, 2.0), -1.0, 0.6, 1.0),  # and so do those that pi_theta has not moved away from
+        ((2.0, 2.0), -1.0, 0.6, 1.0),  # so do responses that are not less likely than under mu
         ((0.25, 1.0), -1.0, 0.6, 0.0),  # the mean over the response, not each token
     ],
 )
 @pytest.mark.parametrize("denominator", ["old", "rollout"])
-def test_the_off_policy_sequence_mask(rho, advantage, delta, factor, denominator):
+def test_the_off_policy_sequence_mask_by_hand(rho, advantage, delta, factor, denominator):
     found = factors(SequenceMask(delta=delta), rho, advantage, denominator)
     assert found.factor.tolist() == [factor] * 2
     assert found.masked.tolist() == [factor == 0] * 2
 
 
-# Once and not twice
+# Applied only once
 
 
 @pytest.mark.parametrize("kind", REWEIGHING)
-def test_a_ratio_against_mu_is_bounded_and_not_multiplied_again(kind):
+def test_a_correction_bounds_a_ratio_against_mu_without_multiplying_it_again(kind):
     wide = correction_of(kind, high=1e6)
     sequences = random_sequences(7, [4, 6, 2], mismatch=0.5)
     bypassed = FREE.model_copy(update={"denominator": "rollout"})
@@ -158,7 +158,7 @@ def test_a_ratio_against_mu_is_bounded_and_not_multiplied_again(kind):
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS, ids=str)
-def test_without_mismatch_a_correction_does_nothing(correction):
+def test_a_correction_changes_nothing_without_mismatch(correction):
     sequences = random_sequences(3, [4, 0, 6], mismatch=0.0, drift=0.0)
     expected, wanted = loss_and_gradient(sequences, GRPO)
     outputs, gradient = loss_and_gradient(sequences, corrected(GRPO, correction))
@@ -168,8 +168,8 @@ def test_without_mismatch_a_correction_does_nothing(correction):
 
 @settings(deadline=None, max_examples=40)
 @given(SEEDS, SOME_LENGTHS, st.sampled_from(CORRECTIONS))
-def test_the_factor_carries_no_gradient(seed, lengths, correction):
-    """The gradient is the factor times that of the surrogate alone."""
+def test_the_correction_factor_has_no_gradient(seed, lengths, correction):
+    """The gradient is the factor times the gradient of the surrogate without correction."""
     sequences = random_sequences(seed, lengths, mismatch=0.5)
     config = corrected(FREE.model_copy(update={"aggregation": "seq-mean-token-sum"}), correction)
     outputs, gradient = loss_and_gradient(sequences, config)
@@ -184,8 +184,8 @@ def test_the_factor_carries_no_gradient(seed, lengths, correction):
 
 @pytest.mark.parametrize("correction", CORRECTIONS, ids=str)
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_what_is_dropped_keeps_or_leaves_the_denominators(correction, aggregation):
-    """Leaves: as if it had been masked out of the batch. Keeps: as if its advantage were 0."""
+def test_dropped_tokens_count_in_denominators_unless_they_are_rejected(correction, aggregation):
+    """A rejected token counts as masked out. Any other dropped token counts with advantage 0."""
     config = GRPO.model_copy(update={"aggregation": aggregation, "constant_length": 9})
     sequences = random_sequences(12, [5, 3, 8, 2], mismatch=1.0)
     outputs, _ = loss_and_gradient(sequences, corrected(config, correction))
@@ -206,7 +206,7 @@ def test_what_is_dropped_keeps_or_leaves_the_denominators(correction, aggregatio
     assert outputs.loss.item() == pytest.approx(policy_loss(by_hand, config, sizes).loss.item(), abs=1e-12)
 
 
-def test_only_rejection_leaves_the_denominators():
+def test_only_rejected_tokens_leave_the_denominators():
     each: list[CorrectionConfig] = [NoCorrection(), *CORRECTIONS]
     assert {c.kind for c in each if leaves_denominators(corrected(GRPO, c))} == {"mis"}
     assert {c.kind for c in each if not leaves_denominators(corrected(GRPO, c))} >= {"none", "tis", "icepop"}
@@ -218,7 +218,7 @@ def test_only_rejection_leaves_the_denominators():
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("kind", ["mis", "icepop"])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_batch_whose_tokens_are_all_rejected_gives_zero(name, kind, aggregation):
+def test_a_batch_with_all_tokens_rejected_gives_zero(name, kind, aggregation):
     update = {"aggregation": aggregation, "constant_length": 9, "correction": correction_of(kind, low=1e6, high=1e6)}
     config = OBJECTIVES[name].model_copy(update=update)
     sequences = random_sequences(1, [3, 0, 4])
@@ -228,7 +228,7 @@ def test_a_batch_whose_tokens_are_all_rejected_gives_zero(name, kind, aggregatio
 
 
 @pytest.mark.parametrize("correction", CORRECTIONS, ids=str)
-def test_a_batch_that_is_all_masked_out_gives_zero(correction):
+def test_a_fully_masked_batch_gives_zero(correction):
     inputs = pack(random_sequences(1, [0, 0]))
     outputs = policy_loss(inputs, corrected(GRPO, correction), Denominators(0, 0))
     outputs.loss.backward()
@@ -236,7 +236,7 @@ def test_a_batch_that_is_all_masked_out_gives_zero(correction):
     assert (gradient_of(inputs.logprobs) == 0).all()
 
 
-def test_a_dropped_ratio_that_overflows_does_no_harm():
+def test_a_dropped_ratio_may_overflow():
     inputs = dataclasses.replace(
         one_response([1.0, 1.0], -1.0, torch.float32),
         old_logprobs=torch.tensor([-500.0, 0.0]),
@@ -252,7 +252,7 @@ def test_a_dropped_ratio_that_overflows_does_no_harm():
 
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3", "unbiased"])
-def test_the_kl_of_a_rejected_token_that_overflows_does_no_harm(kind):
+def test_the_kl_of_a_rejected_token_may_overflow(kind):
     inputs = dataclasses.replace(
         one_response([1.0, 1.0], -1.0, torch.float32),
         old_logprobs=torch.tensor([-500.0, 0.0]),

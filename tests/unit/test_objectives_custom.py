@@ -1,4 +1,4 @@
-"""A user's own objective: called in the place of policy_loss, and refused with a line that says why."""
+"""A user's own objective: called instead of policy_loss, and refused with a reason if it is invalid."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def call(function_name):
     return inputs, get_objective(config)(inputs, config, denominators(SEQUENCES))
 
 
-def test_without_one_the_switches_stand():
+def test_policy_loss_is_used_without_a_custom_objective():
     assert get_objective(ObjectiveConfig()) is policy_loss
 
 
-def test_it_is_called_with_what_policy_loss_is_called_with():
+def test_a_custom_objective_gets_the_arguments_of_policy_loss():
     inputs, outputs = call("doubled")
     plain = policy_loss(inputs, GRPO, denominators(SEQUENCES))
     assert outputs.loss.item() == 2 * plain.loss.item()
@@ -47,7 +47,7 @@ def test_it_is_called_with_what_policy_loss_is_called_with():
         (":doubled", "cannot be imported"),
     ],
 )
-def test_one_that_is_not_there_is_refused(name, reason):
+def test_a_missing_custom_objective_is_refused(name, reason):
     with pytest.raises(ObjectiveError, match=rf"objective\.custom: .*{reason}"):
         get_objective(ObjectiveConfig(custom=name))
 
@@ -105,6 +105,6 @@ bool_factor = replaced("correction", factor=torch.ones(7, dtype=torch.bool))
         ("bool_factor", "factor: dtype torch.bool, expected float"),
     ],
 )
-def test_outputs_that_no_objective_gives_are_refused(name, reason):
+def test_invalid_outputs_of_a_custom_objective_are_refused(name, reason):
     with pytest.raises(ObjectiveError, match=rf"objective\.custom: '.*:{name}'.*{reason}"):
         call(name)

@@ -1,4 +1,4 @@
-"""KL estimators: the specification's numbers, and what they estimate, over a whole distribution."""
+"""KL estimators: the specification's numbers, and expectations over a whole distribution."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from megatron_rl.objectives.policy_loss import policy_loss
 @pytest.mark.parametrize(
     ("p", "q", "expected"), [(0.5, 0.4, (0.2231, 0.0249, 0.0231)), (0.4, 0.5, (-0.2231, 0.0249, 0.0269))]
 )
-def test_numbers_of_the_specification(p, q, expected):
+def test_kl_estimators_equal_the_numbers_of_the_specification(p, q, expected):
     log_ratio = torch.tensor(math.log(q / p), dtype=torch.float64)
     found = [estimate(log_ratio).item() for estimate in (k1, k2, k3)]
     assert found == pytest.approx(expected, abs=5e-5)
@@ -43,7 +43,7 @@ def distributions(seed, count=3):
 
 
 @given(st.integers(0, 10**6))
-def test_expectations_over_the_samples_are_the_kl(seed):
+def test_the_expectation_of_unbiased_estimators_is_the_kl(seed):
     policy, reference, old = distributions(seed)
     log_ratio = reference - policy
     exact = (policy.exp() * (policy - reference)).sum().item()
@@ -55,7 +55,7 @@ def test_expectations_over_the_samples_are_the_kl(seed):
 
 
 @given(st.integers(0, 10**6))
-def test_the_gradient_of_the_unbiased_form_is_that_of_the_kl(seed):
+def test_the_gradient_of_the_unbiased_estimator_is_the_kl_gradient(seed):
     _, reference, old = distributions(seed)
     logits = distributions(seed)[0].clone().requires_grad_()
     policy = logits.log_softmax(-1)
@@ -64,7 +64,7 @@ def test_the_gradient_of_the_unbiased_form_is_that_of_the_kl(seed):
     torch.testing.assert_close(found, exact)
 
 
-def test_equal_policies_have_none():
+def test_equal_policies_have_zero_kl():
     zero = torch.zeros(3)
     assert not any(estimate(zero).any() for estimate in (k1, k2, k3))
     assert not unbiased(zero, torch.ones(3)).any()
@@ -74,7 +74,7 @@ def test_equal_policies_have_none():
 
 
 def with_reference(sequences, seed=9):
-    """The packed inputs, and log pi_ref of the masked-in tokens of each sequence."""
+    """Returns the packed inputs, and log pi_ref of the masked-in tokens of each sequence."""
     inputs = pack(sequences, padding=2)
     rng = np.random.default_rng(seed)
     shifts = rng.normal(0, 0.4, len(inputs.logprobs))
@@ -88,7 +88,7 @@ def with_reference(sequences, seed=9):
 
 
 def holding(sequence, part):
-    """The sequence with log pi_ref of its masked-in tokens."""
+    """Returns the sequence with log pi_ref of its masked-in tokens."""
     whole = np.full(len(sequence.mask), np.nan)
     whole[sequence.mask] = part
     return dataclasses.replace(sequence, reference=whole)
@@ -97,7 +97,7 @@ def holding(sequence, part):
 @pytest.mark.parametrize("denominator", ["old", "rollout"])
 @pytest.mark.parametrize("name", ["grpo", "dapo", "gspo"])
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3", "unbiased"])
-def test_kl_in_the_loss_is_the_formula(kind, name, denominator):
+def test_kl_in_the_loss_equals_the_formula(kind, name, denominator):
     config = OBJECTIVES[name].model_copy(update={"denominator": denominator})
     with_kl = config.model_copy(update={"kl": kl_of(kind, beta=0.3)})
     sequences = random_sequences(4, [3, 0, 5, 1])
@@ -112,8 +112,8 @@ def test_kl_in_the_loss_is_the_formula(kind, name, denominator):
     assert (inputs.logprobs.grad[~inputs.loss_mask] == 0).all()
 
 
-def test_where_the_policy_is_its_reference_only_k1_has_a_gradient():
-    """Of mean zero over samples of the policy; the others have none at all."""
+def test_only_k1_has_a_gradient_if_the_policy_equals_its_reference():
+    """The mean of k1's gradient over samples of the policy is zero; the others have no gradient."""
     sequences = random_sequences(4, [3, 5])
     inputs, _ = with_reference(sequences)
     config = DAPO.model_copy(update={"aggregation": "token-mean"})
@@ -128,7 +128,7 @@ def test_where_the_policy_is_its_reference_only_k1_has_a_gradient():
         torch.testing.assert_close(gradients[1] - gradients[0], expected, atol=1e-12, rtol=0)
 
 
-def test_what_a_correction_takes_out_of_the_denominators_has_no_kl_and_what_it_drops_has():
+def test_rejected_tokens_have_no_kl_but_dropped_tokens_have():
     sequences = random_sequences(4, [4, 4], mismatch=1.0)
     inputs, references = with_reference(sequences)
     kl = KL(kind="k3", beta=1.0)
@@ -147,7 +147,7 @@ def test_what_a_correction_takes_out_of_the_denominators_has_no_kl_and_what_it_d
         assert outputs.loss.item() - without.loss.item() == pytest.approx(terms.sum() / whole.tokens)
 
 
-def test_a_kl_needs_its_reference():
+def test_kl_requires_reference_log_probs():
     sequences = random_sequences(4, [3])
     config = DAPO.model_copy(update={"kl": KL(kind="k3", beta=1.0)})
     with pytest.raises(ValueError, match="needs reference_logprobs"):

@@ -1,5 +1,5 @@
-"""Each mistake that this field makes, put into the package on purpose: the check that guards against it goes red with
-it, and green without."""
+"""Common mistakes of this field, put into the package on purpose: the check for each fails with it, and passes without
+it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def denominator_of_the_micro_batch(patch: pytest.MonkeyPatch) -> None:
 
 
 def length_with_unmasked_tokens(patch: pytest.MonkeyPatch) -> None:
-    """|y| is the length of prompt and response, tool output and padding."""
+    """Counts prompt, tool output and padding in |y|."""
     real = ratios.Tokens.of
 
     def of(inputs: Any) -> ratios.Tokens:
@@ -118,7 +118,7 @@ def correction_twice(patch: pytest.MonkeyPatch) -> None:
 
 
 def correction_beside_the_ratio(patch: pytest.MonkeyPatch) -> None:
-    """min(omega, C) times a ratio that is omega already."""
+    """Multiplies a ratio that is omega already by min(omega, C)."""
     real = corrections.truncated
 
     def beside(tokens: Any, tis: Any, denominator: Any) -> Correction:
@@ -157,12 +157,12 @@ def kl_without_a_gradient(patch: pytest.MonkeyPatch) -> None:
 
 
 def mask_dropped_in_the_mean(patch: pytest.MonkeyPatch) -> None:
-    """The geometric mean is over all positions of a sequence, of which those without a token add 0."""
+    """Takes the geometric mean over all positions of a sequence; masked-out positions add 0."""
     length_with_unmasked_tokens(patch)
 
 
 def live_sequence_ratio(patch: pytest.MonkeyPatch) -> None:
-    """GSPO-token without its stop-gradient."""
+    """Removes the stop-gradient of GSPO-token."""
     patch.setitem(
         ratios.RATIOS, "sequence-token", lambda log_ratio, tokens: ratios.sequence(log_ratio, tokens) + log_ratio
     )
@@ -173,7 +173,7 @@ def sum_for_the_mean(patch: pytest.MonkeyPatch) -> None:
 
 
 def mean_for_the_sum(patch: pytest.MonkeyPatch) -> None:
-    """TOPR's taper of the length-normalised ratio."""
+    """Applies TOPR's taper to the length-normalised ratio."""
     patch.setitem(ratios.RATIOS, "sequence-product", ratios.sequence)
 
 
@@ -217,7 +217,7 @@ def baseline_of_the_batch(patch: pytest.MonkeyPatch) -> None:
 
 
 def gae_through_observations(patch: pytest.MonkeyPatch) -> None:
-    """The recursion runs over every position of the response, tool output included."""
+    """Runs the recursion over every position of the response, including tool output."""
 
     def every(packed: PackedBatch, outcomes: Any) -> Any:
         yield outcomes[0], np.arange(1, 7)
@@ -230,7 +230,7 @@ def value_clip_of_the_smaller(patch: pytest.MonkeyPatch) -> None:
 
 
 class Smaller:
-    """torch.maximum, but the smaller of two squared errors."""
+    """Stands in for torch.maximum, but takes the smaller of two squared errors."""
 
     def __init__(self, maximum: Any) -> None:
         self._maximum = maximum
@@ -304,7 +304,7 @@ TWO_BY_TWO: list[tuple[Patch, Callable[[], None]]] = [
 @pytest.mark.parametrize(
     ("mistake", "check"), TWO_BY_TWO, ids=[f"{n}-{m.__name__}" for n, (m, _) in enumerate(TWO_BY_TWO)]
 )
-def test_the_check_goes_red_with_the_mistake_and_is_green_without(
+def test_the_check_fails_with_the_mistake_and_passes_without_it(
     monkeypatch: pytest.MonkeyPatch, mistake: Patch, check: Callable[[], None]
 ) -> None:
     check()

@@ -1,4 +1,4 @@
-"""GRPO, DAPO, GSPO, GSPO-token: numbers by hand, a float64 reference, what must not change a loss."""
+"""GRPO, DAPO, GSPO, GSPO-token: numbers by hand, a float64 reference, and invariances of the loss."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ from megatron_rl.objectives.policy_loss import policy_loss, sft_loss
 # Numbers worked out by hand
 
 
-def test_gspo_ratio_of_the_specification():
+def test_the_gspo_ratio_equals_the_specification():
     unclipped = GSPO.model_copy(update={"clip": MinClip(low=0.5, high=0.5)})
     outputs = policy_loss(one_response([1.10, 0.95, 1.30, 0.90], 1.0), unclipped, Denominators(4, 1))
     assert outputs.loss.item() == pytest.approx(-1.0515, abs=5e-5)
@@ -38,9 +38,9 @@ def test_gspo_ratio_of_the_specification():
 @pytest.mark.parametrize(
     ("ratio", "advantage", "objective", "slope"),
     [
-        (1.5, 1.0, 1.28, 0.0),  # above, good: bounded at 1 + high
-        (1.5, -1.0, -1.5, -1.5),  # above, bad: the gradient must go on pushing down
-        (0.5, 1.0, 0.5, 0.5),  # below, good: the gradient must go on pushing up
+        (1.5, 1.0, 1.28, 0.0),  # above the band, good: bounded at 1 + high
+        (1.5, -1.0, -1.5, -1.5),  # above the band, bad: the gradient must still push down
+        (0.5, 1.0, 0.5, 0.5),  # below the band, good: the gradient must still push up
         (0.5, -1.0, -0.8, 0.0),  # below, bad: bounded at 1 - low
         (1.1, 2.0, 2.2, 2.2),
         (0.9, -2.0, -1.8, -1.8),
@@ -48,7 +48,7 @@ def test_gspo_ratio_of_the_specification():
         (5.0, 1.0, 1.28, 0.0),
     ],
 )
-def test_clip_by_sign_of_the_advantage(ratio, advantage, objective, slope):
+def test_the_clip_depends_on_the_sign_of_the_advantage(ratio, advantage, objective, slope):
     config = DAPO.model_copy(update={"clip": MinClip(low=0.2, high=0.28, dual=3.0)})
     inputs = one_response([ratio], advantage)
     outputs = policy_loss(inputs, config, Denominators(1, 1))
@@ -64,8 +64,8 @@ def test_clip_by_sign_of_the_advantage(ratio, advantage, objective, slope):
     assert clipping.active_dual.item() == (ratio == 5.0 and advantage < 0)
 
 
-def test_aggregations_of_two_responses():
-    # Ratio 1 throughout: a term is its advantage. Responses of 1 and 3 tokens with advantages 1 and -2.
+def test_aggregations_of_two_responses_by_hand():
+    # All ratios are 1, so a term is its advantage. Responses of 1 and 3 tokens have advantages 1 and -2.
     sequences = [
         dataclasses.replace(sequence, logprobs=sequence.old, advantage=advantage)
         for sequence, advantage in zip(random_sequences(0, [1, 3]), [1.0, -2.0], strict=True)
@@ -144,12 +144,12 @@ def test_any_batch_equals_the_reference(seed, lengths, name, aggregation):
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
 
 
-# What must not change a loss
+# Invariances
 
 
 @settings(deadline=None, max_examples=40)
 @given(SEEDS, SOME_LENGTHS, st.sampled_from(list(OBJECTIVES)), st.sampled_from(AGGREGATIONS), st.integers(1, 4))
-def test_order_and_micro_batches_do_not_matter(seed, lengths, name, aggregation, parts):
+def test_results_do_not_depend_on_order_or_micro_batches(seed, lengths, name, aggregation, parts):
     config = OBJECTIVES[name].model_copy(update={"aggregation": aggregation, "constant_length": 9})
     sequences = random_sequences(seed, lengths)
     whole, gradient = loss_and_gradient(sequences, config)
@@ -166,8 +166,8 @@ def test_order_and_micro_batches_do_not_matter(seed, lengths, name, aggregation,
         assert got[key] == pytest.approx(value, abs=1e-12)
 
 
-def test_denominators_of_each_micro_batch_would_be_seen():
-    # What the test above must catch: micro-batches that normalise by themselves give another loss.
+def test_denominators_of_single_micro_batches_would_change_the_loss():
+    # The test above must catch micro-batches with their own denominators, which give another loss.
     sequences = random_sequences(3, [2, 6, 4])
     whole, _ = loss_and_gradient(sequences, GRPO)
     alone = sum(loss_and_gradient([sequence], GRPO)[0].loss.item() for sequence in sequences)
@@ -176,7 +176,7 @@ def test_denominators_of_each_micro_batch_would_be_seen():
 
 @settings(deadline=None, max_examples=40)
 @given(SEEDS, SOME_LENGTHS)
-def test_token_mean_is_sequence_mean_only_at_equal_lengths(seed, lengths):
+def test_token_mean_equals_sequence_mean_only_at_equal_lengths(seed, lengths):
     sequences = random_sequences(seed, lengths)
     free = DAPO.model_copy(update={"clip": MinClip(low=0.99, high=99.0)})  # so that every token has a gradient
     by_token, token_gradient = loss_and_gradient(sequences, free)
@@ -191,7 +191,7 @@ def test_token_mean_is_sequence_mean_only_at_equal_lengths(seed, lengths):
 
 @settings(deadline=None, max_examples=30)
 @given(SEEDS, st.integers(1, 6), st.integers(1, 6))
-def test_on_policy_at_equal_lengths_all_objectives_have_one_gradient(seed, length, count):
+def test_all_objectives_have_the_same_gradient_on_policy_at_equal_lengths(seed, length, count):
     sequences = random_sequences(seed, [length] * count, drift=0.0)
     gradients = [loss_and_gradient(sequences, config)[1] for config in OBJECTIVES.values()]
     assert np.abs(gradients[0]).max() > 0
@@ -201,7 +201,7 @@ def test_on_policy_at_equal_lengths_all_objectives_have_one_gradient(seed, lengt
 
 @settings(deadline=None, max_examples=40)
 @given(SEEDS, SOME_LENGTHS, st.sampled_from(AGGREGATIONS))
-def test_gspo_token_is_gspo_in_value_clip_and_gradient(seed, lengths, aggregation):
+def test_gspo_token_equals_gspo_in_value_clip_and_gradient(seed, lengths, aggregation):
     update = {"aggregation": aggregation, "constant_length": 9}
     sequences = random_sequences(seed, lengths)
     gspo, gradient = loss_and_gradient(sequences, GSPO.model_copy(update=update))
@@ -212,7 +212,7 @@ def test_gspo_token_is_gspo_in_value_clip_and_gradient(seed, lengths, aggregatio
     np.testing.assert_allclose(token_gradient, gradient, atol=1e-12)
 
 
-def test_gspo_gradient_is_that_of_the_paper():
+def test_the_gspo_gradient_equals_the_paper():
     # mean_i s_i A_i (1/|y_i|) sum_t grad log pi, here with a clip that never acts.
     sequences = random_sequences(5, [4, 2, 7])
     config = GSPO.model_copy(update={"clip": MinClip(low=0.9, high=9.0)})
@@ -230,7 +230,7 @@ def test_gspo_gradient_is_that_of_the_paper():
 
 @settings(deadline=None, max_examples=20)
 @given(SEEDS, SOME_LENGTHS, st.sampled_from(list(OBJECTIVES)), st.sampled_from([torch.float32, torch.float64]))
-def test_first_mini_batch_is_exact(seed, lengths, name, dtype):
+def test_the_first_mini_batch_is_exact(seed, lengths, name, dtype):
     config = OBJECTIVES[name].model_copy(update={"clip": MinClip(low=0.0, high=0.0)})
     sequences = random_sequences(seed, lengths, drift=0.0)
     outputs, gradient = loss_and_gradient(sequences, config, dtype)
@@ -244,7 +244,7 @@ def test_first_mini_batch_is_exact(seed, lengths, name, dtype):
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_batch_that_is_all_masked_out_gives_zero(name, aggregation):
+def test_a_fully_masked_batch_gives_zero(name, aggregation):
     config = OBJECTIVES[name].model_copy(update={"aggregation": aggregation, "constant_length": 9})
     inputs = pack(random_sequences(1, [0, 0]))
     outputs = policy_loss(inputs, config, Denominators(0, 0))
@@ -274,15 +274,15 @@ def test_a_clipped_ratio_that_overflows_has_no_gradient(name):
     assert gradient_of(inputs.logprobs).tolist() == [0.0, 0.0]
 
 
-def test_the_gradient_flows_through_the_policy_alone():
-    # An engine that hands in its own forward pass as pi_old must not lose the gradient.
+def test_the_gradient_flows_only_through_the_policy():
+    # The gradient must remain if an engine passes its own forward pass as pi_old.
     inputs = one_response([1.0, 0.5], 1.0)
     policy_loss(dataclasses.replace(inputs, old_logprobs=inputs.logprobs), GRPO, Denominators(2, 1)).loss.backward()
     assert gradient_of(inputs.logprobs).tolist() == [-0.5, -0.5]
 
 
 @pytest.mark.parametrize("config", [*FAMILY.values(), GRPO], ids=str)
-def test_nothing_but_the_policys_log_probs_gets_a_gradient(config):
+def test_only_the_policys_log_probs_get_a_gradient(config):
     kl = UnbiasedKL(beta=0.1)
     inputs = pack(random_sequences(3, [4, 2, 5], mismatch=0.3))
     others = ("old_logprobs", "rollout_logprobs", "advantages", "reference_logprobs", "router_shift")
@@ -304,7 +304,7 @@ def test_values_for_metrics_are_detached():
 # Errors
 
 
-def test_inputs_of_another_shape_or_dtype_are_named():
+def test_the_error_names_an_input_with_a_wrong_shape_or_dtype():
     inputs = one_response([1.0, 1.0], 1.0)
     with pytest.raises(ValueError, match=r"advantages: shape \(3,\), expected that of logprobs, \(2,\)"):
         dataclasses.replace(inputs, advantages=torch.zeros(3))
@@ -313,18 +313,18 @@ def test_inputs_of_another_shape_or_dtype_are_named():
 
 
 @pytest.mark.parametrize(("tokens", "sequences"), [(1, 2), (-1, -2), (5, -1)])
-def test_denominators_that_no_mini_batch_has(tokens, sequences):
+def test_impossible_denominators_are_an_error(tokens, sequences):
     with pytest.raises(ValueError, match="denominators"):
         Denominators(tokens, sequences)
 
 
-def test_constant_length_needs_its_constant():
+def test_constant_length_aggregation_requires_its_constant():
     config = ObjectiveConfig(aggregation="constant-length")
     with pytest.raises(ValueError, match=r"objective\.constant_length: not set"):
         policy_loss(one_response([1.0], 1.0), config, Denominators(1, 1))
 
 
-def test_advantages_of_zero_leave_no_gradient():
+def test_zero_advantages_give_no_gradient():
     sequence = dataclasses.replace(random_sequences(4, [3])[0], advantage=0.0)
     outputs, gradient = loss_and_gradient([sequence], GSPO)
     assert outputs.loss.item() == 0

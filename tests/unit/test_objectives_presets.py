@@ -1,4 +1,4 @@
-"""Every preset against its paper's formula, the specification's numbers, and what its gradient must be."""
+"""Every preset: its paper's formula, the specification's numbers, and properties of its gradient."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from megatron_rl.objectives.policy_loss import policy_loss
 names = st.sampled_from(sorted(FAMILY))
 
 
-def test_every_preset_has_a_reference():
+def test_every_preset_has_a_reference_formula():
     assert set(FAMILY) == set(PAPERS)
 
 
 @pytest.mark.parametrize("drift", [1.5, 0.5, 5e-4])
 @pytest.mark.parametrize("name", FAMILY)
-def test_loss_and_gradient_are_the_papers(name, drift):
+def test_loss_and_gradient_equal_the_papers_formula(name, drift):
     for seed in range(4):
         sequences = random_sequences(seed, [3, 0, 5, 1, 7, 2], drift=drift, mismatch=1.0)
         outputs, gradient = loss_and_gradient(sequences, FAMILY[name], padding=3)
@@ -46,14 +46,14 @@ def test_loss_and_gradient_are_the_papers(name, drift):
         assert outputs.loss.item() == pytest.approx(loss, rel=1e-9)
         np.testing.assert_allclose(gradient, expected, atol=1e-7 * np.abs(expected).max())
         single, single_gradient = loss_and_gradient(sequences, FAMILY[name], torch.float32)
-        if name not in ("gspo", "gspo_token"):  # whose clip is as narrow as the rounding of float32
+        if name not in ("gspo", "gspo_token"):  # their clip is as narrow as float32 rounding
             assert single.loss.item() == pytest.approx(loss, abs=1e-6 * max(1, abs(loss)))
             np.testing.assert_allclose(single_gradient, expected, atol=1e-6)
 
 
 @settings(deadline=None, max_examples=60)
 @given(SEEDS, SOME_LENGTHS, names)
-def test_any_batch_is_the_papers(seed, lengths, name):
+def test_any_batch_equals_the_papers_formula(seed, lengths, name):
     sequences = random_sequences(seed, lengths, mismatch=0.7)
     outputs, gradient = loss_and_gradient(sequences, FAMILY[name])
     loss, expected = differentiated(sequences, lambda live, frozen: paper_loss(sequences, name, live, frozen))
@@ -63,7 +63,7 @@ def test_any_batch_is_the_papers(seed, lengths, name):
 
 @settings(deadline=None, max_examples=60)
 @given(SEEDS, SOME_LENGTHS, names, st.integers(1, 4))
-def test_order_packing_and_micro_batches_do_not_matter(seed, lengths, name, parts):
+def test_results_do_not_depend_on_order_packing_or_micro_batches(seed, lengths, name, parts):
     sequences = random_sequences(seed, lengths)
     whole, gradient = loss_and_gradient(sequences, FAMILY[name])
     wanted = dict(zip(token_keys(sequences), gradient, strict=True))
@@ -82,7 +82,7 @@ def test_order_packing_and_micro_batches_do_not_matter(seed, lengths, name, part
 
 @settings(deadline=None, max_examples=60)
 @given(SEEDS, SOME_LENGTHS, st.sampled_from(sorted(FAMILY)), st.sampled_from([0.3, 0.01]))
-def test_any_batch_with_advantages_by_token_is_the_reference(seed, lengths, name, drift):
+def test_any_batch_with_per_token_advantages_equals_the_reference(seed, lengths, name, drift):
     sequences = random_sequences(seed, lengths, drift=drift, by_token=True)
     outputs, gradient = loss_and_gradient(sequences, FAMILY[name])
     loss, expected = reference(sequences, FAMILY[name])
@@ -91,7 +91,7 @@ def test_any_batch_with_advantages_by_token_is_the_reference(seed, lengths, name
 
 
 @pytest.mark.parametrize("name", ["ppo", "dapo", "grpo", "dr_grpo", "gspo_token"])
-def test_with_advantages_by_token_it_is_the_papers(name):
+def test_loss_with_per_token_advantages_equals_the_papers_formula(name):
     clipped = 0
     for seed in range(4):
         sequences = random_sequences(seed, [3, 0, 5, 1, 7, 2], drift=0.3, by_token=True)
@@ -105,8 +105,8 @@ def test_with_advantages_by_token_it_is_the_papers(name):
 
 @settings(deadline=None, max_examples=40)
 @given(SEEDS, SOME_LENGTHS, st.booleans())
-def test_gspo_token_parts_from_gspo_where_the_advantage_varies_within_a_response(seed, lengths, by_token):
-    """All tokens of a response have one ratio, so value and clip agree; but each advantage pushes its own token."""
+def test_gspo_token_differs_from_gspo_if_advantages_vary_in_a_response(seed, lengths, by_token):
+    """All tokens of a response share a ratio, so value and clip agree, but each advantage acts on its own token."""
     sequences = random_sequences(seed, lengths, by_token=by_token)
     for clip in (MinClip(low=0.9, high=9.0), MinClip(low=0.05, high=0.05)):
         (gspo, whole), (token, own) = (
@@ -125,8 +125,8 @@ def test_gspo_token_parts_from_gspo_where_the_advantage_varies_within_a_response
 
 @settings(deadline=None, max_examples=60)
 @given(SEEDS, st.integers(1, 6), st.integers(1, 5), names)
-def test_on_policy_without_mismatch_the_gradient_is_that_of_the_weighted_advantages(seed, length, count, name):
-    """At equal lengths they all have one gradient, up to the constant of the aggregation."""
+def test_on_policy_gradients_are_the_weighted_advantages(seed, length, count, name):
+    """At equal lengths all presets have the same gradient, up to a constant of the aggregation."""
     sequences = random_sequences(seed, [length] * count, drift=0.0, mismatch=0.0)
     _, gradient = loss_and_gradient(sequences, FAMILY[name])
     scale = {"seq-mean-token-sum": length, "constant-length": length / 3000}.get(FAMILY[name].aggregation, 1)
@@ -136,7 +136,7 @@ def test_on_policy_without_mismatch_the_gradient_is_that_of_the_weighted_advanta
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", FAMILY)
-def test_on_the_first_mini_batch_nothing_is_clipped(name, dtype):
+def test_nothing_is_clipped_on_the_first_mini_batch(name, dtype):
     clip = FAMILY[name].clip
     narrow = {key: 0.0 for key in ("low", "high") if getattr(clip, key, None) is not None}
     config = FAMILY[name].model_copy(update={"clip": clip.model_copy(update=narrow), "denominator": "old"})
@@ -150,7 +150,7 @@ def test_on_the_first_mini_batch_nothing_is_clipped(name, dtype):
 @settings(deadline=None, max_examples=60)
 @given(SEEDS, SOME_LENGTHS, names, st.booleans(), st.sampled_from([torch.float32, torch.float64]))
 def test_the_first_mini_batch_of_any_batch_is_exact(seed, lengths, name, by_token, dtype):
-    """Whatever the mismatch with mu: every ratio is 1 and every clip fraction 0 to the last bit."""
+    """Every ratio is exactly 1 and every clip fraction exactly 0, for any mismatch with mu."""
     clip = FAMILY[name].clip
     narrow = {key: 0.0 for key in ("low", "high") if getattr(clip, key, None) is not None}
     config = FAMILY[name].model_copy(update={"clip": clip.model_copy(update=narrow), "denominator": "old"})
@@ -169,7 +169,7 @@ def test_the_first_mini_batch_of_any_batch_is_exact(seed, lengths, name, by_toke
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_minirl_on_the_first_mini_batch_masks_nothing_though_its_ratio_is_against_mu(dtype):
+def test_minirl_masks_nothing_on_the_first_mini_batch(dtype):
     sequences = random_sequences(3, [4, 0, 7], drift=0.0, mismatch=0.7)
     clipping = loss_and_gradient(sequences, FAMILY["minirl"], dtype)[0].values.clipping
     assert not (clipping.below | clipping.above).any()
@@ -179,7 +179,7 @@ def test_minirl_on_the_first_mini_batch_masks_nothing_though_its_ratio_is_agains
 
 
 def slope(ratio, advantage, config, mismatch=1.0):
-    """(J, its gradient in log pi) of one token with r = ratio and rho = mismatch; log pi = log r."""
+    """Returns (J, dJ/d log pi, clipping) of one token with r = ratio and rho = mismatch; log pi = log r."""
     inputs = one_response([ratio], advantage)
     inputs = dataclasses.replace(inputs, rollout_logprobs=torch.full((1,), -math.log(mismatch), dtype=torch.float64))
     outputs = policy_loss(inputs, config, Denominators(1, 1))
@@ -188,13 +188,13 @@ def slope(ratio, advantage, config, mismatch=1.0):
 
 
 @pytest.mark.parametrize(("ratio", "weight"), [(2.0, 0.7864), (0.8, 0.9901), (1.0, 1.0)])
-def test_sapo_of_the_specification(ratio, weight):
+def test_sapo_equals_the_specification(ratio, weight):
     value, gradient, _ = slope(ratio, 1.0, FAMILY["sapo"])
     assert gradient == pytest.approx(weight * ratio, abs=1e-4)
     assert value == pytest.approx(4 / (1 + math.exp(1 - ratio)))
 
 
-def test_the_gate_is_steeper_for_negative_advantages_and_flat_far_away():
+def test_the_soft_gate_is_steeper_for_negative_advantages_and_saturates():
     _, negative, _ = slope(2.0, -1.0, FAMILY["sapo"])
     p = 1 / (1 + math.exp(-1.05))
     assert negative == pytest.approx(-2.0 * 4 * p * (1 - p))
@@ -228,11 +228,11 @@ def test_cispo_bounds_the_weight_from_above_and_keeps_every_gradient(ratio, adva
         (0.7, 2.0, 1.0, 1.4),
     ],
 )
-def test_minirl_masks_by_staleness_and_weighs_by_both(ratio, mismatch, advantage, gradient):
+def test_minirl_masks_by_staleness_and_weights_by_staleness_and_mismatch(ratio, mismatch, advantage, gradient):
     assert slope(ratio, advantage, FAMILY["minirl"], mismatch)[1] == pytest.approx(gradient)
 
 
-def test_topr_tapers_bad_responses_as_a_whole():
+def test_topr_tapers_whole_responses_with_negative_advantages():
     inputs = one_response([0.5, 0.8], -1.0)
     policy_loss(inputs, FAMILY["topr"], Denominators(2, 1)).loss.backward()
     np.testing.assert_allclose(gradient_of(inputs.logprobs), [0.4, 0.4])
@@ -242,11 +242,11 @@ def test_topr_tapers_bad_responses_as_a_whole():
         np.testing.assert_allclose(gradient_of(inputs.logprobs), [expected] * 2)
 
 
-def test_gmpo_holds_each_token_before_the_mean():
+def test_gmpo_clips_each_token_before_the_mean():
     inputs = one_response([math.exp(1.0), math.exp(-1.0)], 1.0)
     outputs = policy_loss(inputs, FAMILY["gmpo"], Denominators(2, 1))
     outputs.loss.backward()
-    mean = math.exp((0.4 - 1.0) / 2)  # only what the advantage drives on is held
+    mean = math.exp((0.4 - 1.0) / 2)  # only a ratio that the advantage pushes further is clipped
     assert -outputs.loss.item() == pytest.approx(mean)
     np.testing.assert_allclose(-gradient_of(inputs.logprobs), [0.0, mean / 2])
     clipping = outputs.values.clipping
@@ -259,7 +259,7 @@ def test_gmpo_holds_each_token_before_the_mean():
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_zero_length_responses_and_masked_out_batches(name):
+def test_empty_responses_and_fully_masked_batches_change_nothing(name):
     nothing = pack(random_sequences(1, [0, 0]))
     outputs = policy_loss(nothing, FAMILY[name], Denominators(0, 0))
     outputs.loss.backward()
@@ -273,7 +273,7 @@ def test_zero_length_responses_and_masked_out_batches(name):
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_advantages_of_zero_leave_no_gradient(name):
+def test_zero_advantages_give_no_gradient(name):
     sequences = [dataclasses.replace(s, advantage=0.0) for s in random_sequences(4, [3, 2])]
     outputs, gradient = loss_and_gradient(sequences, FAMILY[name])
     assert outputs.loss.item() == 0
@@ -294,7 +294,7 @@ def test_without_bounds_nothing_is_clipped():
 
 
 def per_token(seed, n, drift=0.05):
-    """(inputs of one response with an advantage of each token, and its arrays)."""
+    """Returns inputs of one response with per-token advantages, and their arrays."""
     rng = np.random.default_rng(seed)
     old, mu = -rng.exponential(1.0, (2, n))
     new, advantages = old + drift * rng.normal(size=n), rng.normal(size=n)
@@ -309,7 +309,7 @@ def per_token(seed, n, drift=0.05):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_gspo_token_with_an_advantage_of_each_token(seed):
+def test_gspo_token_with_per_token_advantages_by_hand(seed):
     """[2507.18071, section 4.3]: one ratio for the response, and each token's own advantage and gradient."""
     inputs, new, old, advantages = per_token(seed, 7)
     clip = MinClip(low=0.01, high=0.02)
@@ -320,7 +320,7 @@ def test_gspo_token_with_an_advantage_of_each_token(seed):
     assert outputs.loss.item() == pytest.approx(-terms.mean())
     gone = ((s > 1.02) & (advantages > 0)) | ((s < 0.99) & (advantages < 0))
     np.testing.assert_allclose(-gradient_of(inputs.logprobs), np.where(gone, 0.0, s * advantages / 7), atol=1e-12)
-    # GSPO's own ratio would give every token the mean of these.
+    # GSPO's ratio would give every token the mean of these gradients.
     inputs.logprobs.grad = None
     policy_loss(inputs, FAMILY["gspo"].model_copy(update={"clip": clip}), Denominators(7, 1)).loss.backward()
     mean = np.where(gone, 0.0, s * advantages / 7).mean()
@@ -328,7 +328,7 @@ def test_gspo_token_with_an_advantage_of_each_token(seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_ppo_with_an_advantage_of_each_token(seed):
+def test_ppo_with_per_token_advantages_by_hand(seed):
     inputs, new, old, advantages = per_token(seed, 9, drift=0.3)
     outputs = policy_loss(inputs, FAMILY["ppo"], Denominators(9, 1))
     outputs.loss.backward()

@@ -1,4 +1,4 @@
-"""RSPO's router shift in the loss: numbers by hand for every ratio, before the clip, without a gradient."""
+"""RSPO's router shift in the loss: numbers by hand for every ratio. It applies before the clip and has no gradient."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def with_shift(ratios, advantage, shift):
         ("geometric", math.sqrt(1.35 * 0.48), [math.sqrt(1.35 * 0.48) / 2] * 2),
     ],
 )
-def test_the_ratio_is_multiplied_by_the_shift(ratio, value, gradient):
+def test_the_router_shift_multiplies_the_ratio(ratio, value, gradient):
     inputs = with_shift([1.5, 0.6], 1.0, [0.9, 0.5])
     outputs = policy_loss(inputs, ObjectiveConfig(ratio=ratio, clip=OPEN, router_shift=0.8), MEAN)
     outputs.loss.backward()
@@ -44,21 +44,21 @@ def test_the_ratio_is_multiplied_by_the_shift(ratio, value, gradient):
     assert inputs.router_shift.grad is None
     assert outputs.values.floored is not None
     assert outputs.values.floored.tolist() == [False, True]
-    # What describes the policy does not know of the routers.
+    # Metrics of the policy do not include the router shift.
     assert outputs.values.log_sequence_ratio.exp().item() == pytest.approx(math.sqrt(1.5 * 0.6))
 
 
 @pytest.mark.parametrize(
     ("ratio", "shift", "advantage", "value", "slope", "clipped"),
     [
-        (1.3, 0.9, 1.0, 1.17, 1.17, ""),  # 1.3 alone were beyond the band; after the clip it would be 1.2 * 0.9
+        (1.3, 0.9, 1.0, 1.17, 1.17, ""),  # 1.3 alone is outside the band; a shift after the clip would give 1.2 * 0.9
         (1.5, 0.9, 1.0, 1.2, 0.0, "high"),
         (0.85, 0.9, -1.0, -0.8, 0.0, "low"),  # the shift moves it out of the band
         (0.85, 0.9, 1.0, 0.765, 0.765, ""),
         (1.0, 1.0, -1.0, -1.0, -1.0, ""),
     ],
 )
-def test_the_shift_comes_before_the_clip(ratio, shift, advantage, value, slope, clipped):
+def test_the_router_shift_is_applied_before_the_clip(ratio, shift, advantage, value, slope, clipped):
     inputs = with_shift([ratio], advantage, [shift])
     outputs = policy_loss(inputs, ObjectiveConfig(router_shift=0.5), Denominators(1, 1))
     outputs.loss.backward()
@@ -68,11 +68,11 @@ def test_the_shift_comes_before_the_clip(ratio, shift, advantage, value, slope, 
     assert (found.active_high.item(), found.active_low.item()) == (clipped == "high", clipped == "low")
 
 
-def test_rspo_holds_each_token_before_the_mean():
+def test_rspo_clips_each_token_before_the_mean():
     inputs = with_shift([math.exp(0.5), math.exp(-0.3)], -1.0, [math.exp(-0.2), 0.1])
     outputs = policy_loss(inputs, FAMILY["rspo"], MEAN)
     outputs.loss.backward()
-    second = max(-0.3 + math.log(0.8), -0.4)  # held: the advantage drives it on
+    second = max(-0.3 + math.log(0.8), -0.4)  # clipped: the advantage pushes it further
     assert second == -0.4
     mean = math.exp((0.5 - 0.2 + second) / 2)
     assert outputs.loss.item() == pytest.approx(mean)
@@ -81,7 +81,7 @@ def test_rspo_holds_each_token_before_the_mean():
 
 
 @pytest.mark.parametrize("kind", ["mask", "weight", "tapered"])
-def test_a_weight_is_shifted_too(kind):
+def test_the_router_shift_also_multiplies_weights(kind):
     inputs = with_shift([0.9], -1.0, [0.95])
     policy_loss(inputs, ObjectiveConfig(clip=clip_of(kind), router_shift=0.5), Denominators(1, 1)).loss.backward()
     assert inputs.logprobs.grad.item() == pytest.approx(0.9 * 0.95)
@@ -91,7 +91,7 @@ def test_a_weight_is_shifted_too(kind):
 
 
 @pytest.mark.parametrize("config", [*OBJECTIVES.values(), FAMILY["gmpo"]], ids=[*OBJECTIVES, "gmpo"])
-def test_a_shift_of_1_and_none_at_all_change_nothing(config):
+def test_a_router_shift_of_1_and_a_missing_one_change_nothing(config):
     inputs = pack(random_sequences(3, [4, 0, 7]))
     sizes = Denominators(11, 2)
     plain = policy_loss(dataclasses.replace(inputs, router_shift=None), config, sizes)
@@ -104,11 +104,11 @@ def test_a_shift_of_1_and_none_at_all_change_nothing(config):
     assert policy_loss(inputs, with_floor, sizes).loss.item() != plain.loss.item()
 
 
-def test_a_shift_of_0_is_the_floor():
+def test_a_router_shift_of_0_is_raised_to_the_floor():
     inputs = with_shift([1.0], 1.0, [0.0])
     assert policy_loss(inputs, FAMILY["rspo"], Denominators(1, 1)).loss.item() == pytest.approx(-0.8)
 
 
-def test_a_shift_of_another_shape_is_refused():
+def test_a_router_shift_with_a_wrong_shape_is_refused():
     with pytest.raises(ValueError, match=r"router_shift: shape \(3,\), expected that of logprobs, \(2,\)"):
         with_shift([1.0, 1.0], 1.0, [1.0, 1.0, 1.0])

@@ -1,4 +1,4 @@
-"""The critic's loss: numbers by hand, a float64 reference, what must not change it."""
+"""The critic's loss: numbers by hand, a float64 reference, and invariances."""
 
 import numpy as np
 import pytest
@@ -18,11 +18,11 @@ from megatron_rl.objectives.value import ValueInputs, value_loss
     [
         (0.1, 1.0, 0.405, -0.9, False),  # within the band: the plain square
         (0.5, 1.0, 0.32, 0.0, True),  # moved past the band towards the target: bounded at 0.2, no gradient
-        (0.5, 0.0, 0.125, 0.5, False),  # moved past it away from the target: the gradient must go on pulling back
+        (0.5, 0.0, 0.125, 0.5, False),  # moved past it away from the target: the gradient must still pull back
         (-0.5, -1.0, 0.32, 0.0, True),
     ],
 )
-def test_clip_by_hand(value, target, loss, slope, clipped):
+def test_the_value_clip_by_hand(value, target, loss, slope, clipped):
     inputs = inputs_of([value], [0.0], [target])
     outputs = value_loss(inputs, 0.2, Denominators(1, 1))
     outputs.loss.backward()
@@ -32,12 +32,12 @@ def test_clip_by_hand(value, target, loss, slope, clipped):
 
 
 @given(st.integers(0, 10**6), st.integers(1, 9), st.sampled_from([None, 0.1, 0.5]))
-def test_loss_and_gradient_are_the_formulas(seed, n, clip):
+def test_loss_and_gradient_equal_the_formulas(seed, n, clip):
     rng = np.random.default_rng(seed)
     values, old, returns = rng.normal(size=(3, n))
     mask = rng.random(n) < 0.7
     tokens = int(mask.sum())
-    hidden = np.where(mask, (values, old, returns), np.nan)  # is never read
+    hidden = np.where(mask, (values, old, returns), np.nan)  # NaN must never be read
     inputs = inputs_of(hidden[0], hidden[1], hidden[2], mask)
     outputs = value_loss(inputs, clip, Denominators(tokens, min(tokens, 1)))
     outputs.loss.backward()
@@ -52,7 +52,7 @@ def test_loss_and_gradient_are_the_formulas(seed, n, clip):
         assert gradient_of(inputs.values)[t].item() == pytest.approx((ends[0] - ends[1]) / (2 * step), abs=1e-6)
 
 
-def test_micro_batches_add_up():
+def test_losses_of_micro_batches_add_up_to_the_loss_of_the_batch():
     rng = np.random.default_rng(0)
     values, old, returns = rng.normal(size=(3, 7))
     whole = value_loss(inputs_of(values, old, returns), 0.2, Denominators(7, 2)).loss
@@ -63,7 +63,7 @@ def test_micro_batches_add_up():
     assert sum(part.item() for part in parts) == pytest.approx(whole.item())
 
 
-def test_nothing_masked_in_is_zero_with_a_gradient_of_zero():
+def test_a_fully_masked_batch_has_zero_loss_and_gradient():
     inputs = inputs_of([float("nan")] * 2, [0.0] * 2, [0.0] * 2, [False, False])
     loss = value_loss(inputs, 0.2, Denominators(0, 0)).loss
     loss.backward()
@@ -71,7 +71,7 @@ def test_nothing_masked_in_is_zero_with_a_gradient_of_zero():
     assert (gradient_of(inputs.values) == 0).all()
 
 
-def test_another_shape_is_an_error_that_names_the_field():
+def test_the_error_names_a_field_with_a_wrong_shape():
     with pytest.raises(ValueError, match=r"returns: shape \(1,\)"):
         inputs_of([1.0, 2.0], [1.0, 2.0], [1.0])
 
@@ -86,7 +86,7 @@ def report_of(values, returns, outcomes):
     return metrics.finalize()
 
 
-def test_nothing_but_the_values_gets_a_gradient():
+def test_only_the_values_get_a_gradient():
     inputs = inputs_of([0.1, 0.9, -0.3], [0.0, 0.5, 0.0], [1.0, 0.0, 0.5])
     others = {"old_values": inputs.old_values.requires_grad_(), "returns": inputs.returns.requires_grad_()}
     value_loss(inputs, 0.2, Denominators(3, 1)).loss.backward()
@@ -94,7 +94,7 @@ def test_nothing_but_the_values_gets_a_gradient():
     assert {name: leaf.grad for name, leaf in others.items()} == dict.fromkeys(others)
 
 
-def test_explained_variance():
+def test_explained_variance_equals_its_formula():
     values, returns, outcomes = [0.0, 1.0, 2.0, 4.0], [0.5, 1.0, 2.5, 3.0], [0.0, 0.0, 1.0, 1.0]
     report = report_of(values, returns, outcomes)
     explained = explained_variance(report)
@@ -103,7 +103,7 @@ def test_explained_variance():
         assert explained[f"explained_variance{name}"] == pytest.approx(expected)
     assert report["loss"] == pytest.approx(np.mean(np.square(np.subtract(returns, values))) / 2)
     assert explained_variance(report_of([0.0, 1.0], [1.0, 1.0], [2.0, 2.0])) == {}
-    equal = [0.9] * 1237  # whose standard deviation is a rounding error
+    equal = [0.9] * 1237  # their standard deviation is only a rounding error
     assert explained_variance(report_of([0.5] * 1237, equal, equal)) == {}
     perfect = explained_variance(report_of(returns, returns, returns))
     assert perfect["explained_variance"] == pytest.approx(1)

@@ -38,17 +38,17 @@ def test_a_known_warning_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=["other text", "our module", "other category", "text within"],
 )
-def test_any_other_warning_shows(
+def test_any_other_warning_is_shown(
     monkeypatch: pytest.MonkeyPatch, text: str, module: str, category: type[Warning]
 ) -> None:
     monkeypatch.setattr(sys, "warnoptions", [])
     assert shown(text, module, category)
 
 
-def test_a_user_who_asks_for_warnings_sees_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_warnings_are_shown_if_the_user_asks_for_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "warnoptions", ["default"])
     assert shown(FULL_SCOPE, CONFIG_MODULE)
 
 
-def test_none_is_aimed_at_this_package() -> None:
+def test_no_known_warning_pattern_matches_this_package() -> None:
     assert not [known for known in EVERYWHERE + ON_CPU if re.match(known.module, "megatron_rl.engine.model")]

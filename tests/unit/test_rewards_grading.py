@@ -1,4 +1,4 @@
-"""Verifiers, the processes that run them, and the judging of groups."""
+"""Verifiers, the processes that run them, and the grading of groups."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RESPONSES = ("a", "b", "c")
 
 
 def group(verifier: str, answer: str = "a", responses: tuple[str, ...] = RESPONSES, index: int = 0) -> Group:
-    """Response token i stands for responses[i]; decode below turns it back."""
+    """Makes a group; response token i means responses[i], and `decode` below reverses that."""
     prompt = Prompt(f"q:{index}", "?", (7, 7), answer, verifier)
     samples = [Sample.start(prompt, i).extend([i], [-1.0], 0) for i in range(len(responses))]
     return Group(index, prompt, tuple(samples))
@@ -45,7 +45,7 @@ def judges():
     ("response", "correct"),
     [
         ("3+5=8#8", True),
-        ("nonsense#8", True),  # the steps are not judged
+        ("nonsense#8", True),  # the steps are not graded
         ("3+5=8#80", False),
         ("3+5=8#08", False),
         ("3+5=8#8 ", False),
@@ -54,7 +54,7 @@ def judges():
         ("", False),
     ],
 )
-def test_arithmetic_reads_the_one_marked_answer(response, correct):
+def test_the_arithmetic_verifier_reads_the_marked_answer(response, correct):
     prompt = Prompt("", "3+5=", (), "8", "arithmetic")
     assert verify_arithmetic(prompt, response) == Verdict(float(correct), correct)
 
@@ -76,12 +76,12 @@ def test_arithmetic_reads_the_one_marked_answer(response, correct):
         ("72", "", False),
     ],
 )
-def test_math_compares_expressions(answer, response, correct):
+def test_the_math_verifier_compares_expressions(answer, response, correct):
     assert verify_math(Prompt("", "", (), answer, "math"), response) == Verdict(float(correct), correct)
 
 
-def test_math_works_off_the_main_thread():
-    """math-verify's own time limit, by signals, does not."""
+def test_the_math_verifier_works_outside_the_main_thread():
+    """math-verify's own time limit uses signals and works only in the main thread."""
     found = []
     prompt = Prompt("", "", (), "72", "math")
     thread = threading.Thread(target=lambda: found.append(verify_math(prompt, "\\boxed{72}")))
@@ -109,7 +109,7 @@ def test_verifiers_are_found_by_name():
         (":check", "Empty module name"),
     ],
 )
-def test_a_verifier_that_is_not_there_is_named(name, message, judges):
+def test_the_error_names_a_missing_verifier(name, message, judges):
     for attempt in (lambda: get_verifier(name), lambda: grade([group(name)], decode, judges)):
         with pytest.raises(RewardError) as caught:
             attempt()
@@ -117,11 +117,11 @@ def test_a_verifier_that_is_not_there_is_named(name, message, judges):
         assert message in str(caught.value)
 
 
-# ---- judging -----------------------------------------------------------------------------------------------------
+# ---- grading -----------------------------------------------------------------------------------------------------
 
 
 def test_every_sample_gets_its_own_verdict(judges):
-    """Groups of three verifiers, one of which runs here and two in other processes."""
+    """The groups have three verifiers: one runs in this process, and two in other processes."""
     mine = "verifier_examples:shaped"
     batch = [
         group(mine, "b", index=0),
@@ -143,7 +143,7 @@ def test_every_sample_gets_its_own_verdict(judges):
     assert verdicts(batch)[0] == [None] * 3
 
 
-def test_groups_may_differ_in_size_and_be_none(judges):
+def test_groups_may_differ_in_size_and_there_may_be_none(judges):
     batch = [group("arithmetic", responses=()), group("arithmetic", responses=("a",))]
     assert [len(g.samples) for g in grade(batch, decode, judges)] == [0, 1]
     assert grade([], decode, judges) == []
@@ -159,7 +159,7 @@ def test_groups_may_differ_in_size_and_be_none(judges):
         ("math", [0, 1, 2], "the reference answer '' cannot be read"),
     ],
 )
-def test_a_verifier_that_fails_loses_that_verdict_only(judges, caplog, verifier, lost, reason):
+def test_a_verifier_that_fails_loses_only_that_verdict(judges, caplog, verifier, lost, reason):
     with caplog.at_level(logging.WARNING):
         graded = grade([group(verifier, answer="", index=4)], decode, judges)
     found = verdicts(graded)[0]
@@ -176,7 +176,7 @@ def test_a_verifier_that_fails_loses_that_verdict_only(judges, caplog, verifier,
         ("verifier_examples:dies", "its process ended with exit status 3"),
     ],
 )
-def test_a_verifier_that_hangs_or_dies_costs_that_answer_only(verifier, reason, caplog):
+def test_a_verifier_that_hangs_or_dies_loses_only_that_verdict(verifier, reason, caplog):
     with Judges(workers=1, deadline=2.0) as pool, caplog.at_level(logging.WARNING):
         for _ in range(2):  # the worker is started again
             graded = grade([group(verifier, index=5)], decode, pool)
@@ -186,7 +186,7 @@ def test_a_verifier_that_hangs_or_dies_costs_that_answer_only(verifier, reason, 
     assert f"'q:5' sample 1: {reason}" in caplog.text
 
 
-def test_judging_is_spread_over_processes_which_end_with_the_pool():
+def test_grading_is_spread_over_processes_that_end_with_the_pool():
     batch = [group("verifier_examples:whose_process", index=i) for i in range(40)]
     before = set(psutil.Process().children())
     with Judges(workers=3) as pool:
@@ -200,14 +200,14 @@ def test_judging_is_spread_over_processes_which_end_with_the_pool():
     assert not any(process.is_running() for process in started | keepers)
 
 
-def test_arithmetic_starts_no_process():
+def test_the_arithmetic_verifier_starts_no_process():
     before = psutil.Process().children()
     with Judges() as pool:
         grade([group("arithmetic")], decode, pool)
         assert psutil.Process().children() == before
 
 
-def test_without_a_pool_one_is_made_for_the_call():
+def test_grading_without_a_pool_creates_a_temporary_one():
     before = psutil.Process().children()
     assert verdicts(grade([group("verifier_examples:shaped")], decode))[0][0] == Verdict(1.0, True)
     assert psutil.Process().children() == before

@@ -1,5 +1,5 @@
-"""The workers of verifiers, as real processes: whatever a verifier does costs its answer and not the run, no process
-survives a trainer, and no secret reaches one."""
+"""Verifier workers as real processes: a failing verifier loses only its verdict, no worker survives the trainer, and no
+secret reaches a worker."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def judges() -> Iterator[Judges]:
 
 
 def reason(found: list[Verdict | Failure]) -> str:
-    """Of the one in the middle; the others are right."""
+    """Returns the reason of the middle verdict's failure; the other verdicts are right."""
     assert (found[0], found[2]) == (RIGHT, RIGHT)
     assert isinstance(found[1], Failure), found[1]
     return found[1].reason
 
 
-# ---- what a verifier may do
+# ---- failing verifiers
 
 
 @pytest.mark.parametrize(
@@ -56,16 +56,16 @@ def reason(found: list[Verdict | Failure]) -> str:
         ("Unprintable", "Unprintable"),
     ],
 )
-def test_whatever_a_verifier_raises_costs_that_answer_only(judges: Judges, kind: str, said: str) -> None:
+def test_any_exception_of_a_verifier_loses_only_that_verdict(judges: Judges, kind: str, said: str) -> None:
     assert reason(ask(judges, "raises_what_it_is_told", kind)) == said
 
 
-def test_a_verifier_that_recurses_for_ever_costs_that_answer_only(judges: Judges) -> None:
+def test_endless_recursion_in_a_verifier_loses_only_that_verdict(judges: Judges) -> None:
     assert reason(ask(judges, "recurses")).startswith("RecursionError: maximum recursion depth exceeded")
 
 
-def test_a_verifier_cannot_fill_the_memory(judges: Judges) -> None:
-    """It holds 1 GiB, which it does without the limit."""
+def test_a_verifier_cannot_exceed_its_memory_limit(judges: Judges) -> None:
+    """The verifier allocates 1 GiB; without the limit this succeeds."""
     assert reason(ask(judges, "hogs")).startswith("MemoryError")
     with Judges(workers=1, deadline=60.0) as unbounded:
         assert ask(unbounded, "hogs") == [RIGHT] * 3
@@ -75,16 +75,16 @@ def test_a_verifier_cannot_fill_the_memory(judges: Judges) -> None:
     ("function", "said"),
     [("closes_descriptors", "its connection is closed"), ("stops", "took over 3 s")],
 )
-def test_a_worker_that_falls_silent_is_ended(judges: Judges, function: str, said: str) -> None:
+def test_a_silent_worker_is_killed(judges: Judges, function: str, said: str) -> None:
     before = family()
     start = time.monotonic()
     assert reason(ask(judges, function)) == said
     assert time.monotonic() - start < 30
-    assert wait_for(lambda: len(family() - before) == 2)  # a keeper and the worker that followed
+    assert wait_for(lambda: len(family() - before) == 2)  # a keeper and the new worker
 
 
 @pytest.mark.parametrize("function", ["writes_to_every_descriptor", "forges_a_reply"])
-def test_what_a_verifier_writes_is_never_a_verdict(judges: Judges, function: str, capfd) -> None:
+def test_output_of_a_verifier_is_never_read_as_a_verdict(judges: Judges, function: str, capfd) -> None:
     found = ask(judges, function, responses="aba")
     assert "that is no" in reason(found)
     assert "reward" not in capfd.readouterr().out
@@ -94,7 +94,7 @@ def test_a_worker_imports_no_torch(judges: Judges) -> None:
     assert ask(judges, "sees_modules", responses="a") == [Verdict(0.0, True)]
 
 
-def test_a_long_response_arrives_whole(judges: Judges) -> None:
+def test_a_long_response_reaches_the_verifier_complete(judges: Judges) -> None:
     assert judges.judge(
         "verifier_examples:is_slow_to_read", [ResponseTask(Prompt("q", "?", (), "", "v"), "é" * 3_000_000)]
     ) == [Verdict(3_000_000.0, True)]
@@ -120,7 +120,7 @@ def test_sending_and_receiving_share_one_deadline(monkeypatch: pytest.MonkeyPatc
     assert left[0] < 0.6
 
 
-def test_files_of_the_working_directory_are_no_modules_of_the_workers(
+def test_workers_do_not_import_modules_from_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "socket.py").write_text("raise SystemExit('not the one that was meant')\n")
@@ -131,7 +131,7 @@ def test_files_of_the_working_directory_are_no_modules_of_the_workers(
     assert worker_environment()["PYTHONPATH"] == f"{tmp_path}{os.pathsep}/elsewhere"
 
 
-def test_workers_see_gpus_only_if_the_configuration_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_see_gpus_only_if_the_configuration_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     for environment, seen in (((), ""), (("CUDA_VISIBLE_DEVICES",), "3")):
         with Judges(workers=1, environment=environment) as pool:
@@ -189,8 +189,8 @@ def wait_for(condition, seconds: float = 20.0) -> bool:
 
 
 @pytest.mark.parametrize("function", ["hangs_in_c", "stops", "stops_with_child"])
-def test_nothing_survives_a_trainer_that_is_killed(function: str) -> None:
-    """A worker that computes in C, one that is stopped, and one whose child has a session of its own."""
+def test_no_worker_survives_a_killed_trainer(function: str) -> None:
+    """The worker computes in C, is suspended, or has a child in its own session."""
     mark = f"mark-{os.getpid()}-{function}"
     path = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     parent = subprocess.Popen([sys.executable, "-c", PARENT, function, mark], env=path, stdout=subprocess.PIPE)
@@ -219,7 +219,7 @@ def test_nothing_survives_a_trainer_that_is_killed(function: str) -> None:
                 process.kill()
 
 
-def test_closing_leaves_no_process() -> None:
+def test_closing_the_pool_leaves_no_process() -> None:
     before = family()
     with Judges(workers=2) as judges:
         ask(judges, "stops_with_child", f"mark-{os.getpid()}-close", "aaaa")
@@ -242,7 +242,7 @@ def test_closing_leaves_no_process() -> None:
         ("verifier_exits:check", "SystemExit"),
     ],
 )
-def test_a_verifier_that_does_not_start_is_an_error_that_names_the_key(
+def test_the_error_for_a_verifier_that_does_not_start_names_its_key(
     name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "verifier_broken.py").write_text("undefined\n")
@@ -254,7 +254,7 @@ def test_a_verifier_that_does_not_start_is_an_error_that_names_the_key(
     assert repr(name) in str(caught.value)
 
 
-def test_a_built_in_verifier_needs_no_process() -> None:
+def test_checking_a_built_in_verifier_starts_no_process() -> None:
     before = family()
     check_verifier(config_of("math"))
     check_verifier(config_of("nowhere:check", replay_from="/run"))
@@ -266,7 +266,7 @@ def config_of(verifier: str, **rollout: str) -> Config:
     return Config.model_validate({"run_dir": "/run", "data": {"train": "/data", "verifier": verifier}, **sections})
 
 
-def test_the_configuration_decides_workers_time_and_memory() -> None:
+def test_the_configuration_sets_workers_timeout_and_memory() -> None:
     config = RewardConfig(workers=3, timeout=4.5, memory_mib=None, environment=("A",))
     judges = Judges.of(config)
     assert (judges._workers, judges._deadline, judges._memory_mib) == (3, 4.5, 0)
@@ -274,7 +274,7 @@ def test_the_configuration_decides_workers_time_and_memory() -> None:
     assert Judges.of(RewardConfig())._workers == default_workers()
 
 
-def test_workers_are_shared_among_the_ranks_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_number_of_workers_is_divided_among_ranks_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_rl.rewards.judges.usable_cores", lambda: 64)
     assert default_workers() == 16
     monkeypatch.setenv("WORLD_SIZE", "128")

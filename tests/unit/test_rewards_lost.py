@@ -1,4 +1,4 @@
-"""A sample whose verdict is lost is as if it had not been sampled: for its group, its loss and metrics of rewards."""
+"""A sample with a lost verdict has no effect on its group's advantages, on the loss and on reward metrics."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ MIXED = group(RIGHT, LOST, WRONG, LOST, RIGHT)
 
 @pytest.mark.parametrize("baseline", ["mean", "leave-one-out", "none"])
 @pytest.mark.parametrize("std", ["population", "sample", "none"])
-def test_advantages_are_those_of_the_group_without_it(baseline: str, std: str) -> None:
+def test_advantages_ignore_samples_with_lost_verdicts(baseline: str, std: str) -> None:
     advantage = GroupAdvantage.model_validate({"baseline": baseline, "std": std})
     found = with_advantages([MIXED, group(LOST, LOST, index=1)], config(advantage))
     expected = group_advantages([1.0, 0.25, 1.0], advantage)
@@ -56,8 +56,8 @@ def test_advantages_are_those_of_the_group_without_it(baseline: str, std: str) -
     assert [found[i].advantage for i in (1, 3, 5, 6)] == [0.0] * 4
 
 
-def test_a_penalised_group_is_as_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With KL in the reward, rewards are compared after the forward passes (engine.packed_advantages)."""
+def test_penalised_advantages_ignore_samples_with_lost_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With KL in the reward, advantages are computed after the forward passes (engine.packed_advantages)."""
     monkeypatch.setattr(packed_advantages, "_gather", lambda mine, _: [mine])
     place = SimpleNamespace(speaks_for_stage=True)
     advantage = GroupAdvantage(baseline="mean", std="none")
@@ -76,7 +76,7 @@ def test_a_penalised_group_is_as_without_it(monkeypatch: pytest.MonkeyPatch) -> 
     assert found["with"].any()
 
 
-def test_it_has_no_token_in_the_loss_and_stays_in_its_place() -> None:
+def test_a_sample_with_a_lost_verdict_is_masked_out_and_keeps_its_position() -> None:
     (masked,) = without_lost([MIXED])
     assert [s.response_tokens for s in masked.samples] == [1, 0, 3, 0, 5]
     assert [s.verdict for s in masked.samples] == [s.verdict for s in MIXED.samples]
@@ -84,20 +84,20 @@ def test_it_has_no_token_in_the_loss_and_stays_in_its_place() -> None:
     assert not masked.samples[1].rollout_logprobs.any()
 
 
-def test_no_reward_is_made_of_it() -> None:
+def test_a_lost_verdict_is_not_shaped_into_a_reward() -> None:
     (shaped,) = shape_rewards([MIXED], RewardConfig(wrong=-1.0, correct=2.0, overlong_cache=4), 5)
     assert [s.verdict for s in shaped.samples if s.verdict and s.verdict.lost] == [LOST, LOST]
     assert [s.verdict.reward for s in shaped.samples if s.verdict and not s.verdict.lost] == [2.0, -1.5, 1.0]
 
 
-def test_it_comes_back_from_disk_and_from_other_ranks(tmp_path: Path) -> None:
+def test_a_lost_verdict_is_kept_on_disk_and_between_ranks(tmp_path: Path) -> None:
     write_groups(tmp_path / "a.jsonl", [MIXED], weight_version=3)
     saved = read_groups(tmp_path / "a.jsonl")[0].samples
     sent = decode_samples(encode_samples(MIXED.samples))
     assert [s.verdict for s in saved] == [s.verdict for s in sent] == [RIGHT, LOST, WRONG, LOST, RIGHT]
 
 
-def test_metrics_count_it_and_leave_it_out() -> None:
+def test_metrics_count_lost_verdicts_and_leave_their_samples_out() -> None:
     metrics = MetricAccumulator(ROLLOUT)
     rollout_metrics(metrics, [MIXED, group(LOST, LOST, index=1), group(RIGHT, LOST, index=2)], 3)
     report = metrics.finalize()
@@ -112,14 +112,14 @@ def test_metrics_count_it_and_leave_it_out() -> None:
     assert report["group/dead/all_wrong"] == 0
 
 
-def test_a_group_is_mixed_by_the_answers_that_have_a_verdict() -> None:
+def test_only_samples_with_a_verdict_decide_if_a_group_is_mixed() -> None:
     assert Tally.of(MIXED) == Tally(0, 2, 3)
-    assert not Tally.of(group(RIGHT, LOST)).mixed  # not for being less right than there are samples
+    assert not Tally.of(group(RIGHT, LOST)).mixed  # even though not all samples are right
     assert not Tally.of(group(WRONG, LOST)).mixed
     assert not Tally.of(group(LOST)).mixed
 
 
-def test_an_evaluation_counts_it_as_wrong_and_says_so() -> None:
+def test_an_evaluation_counts_lost_verdicts_as_wrong_and_reports_them() -> None:
     report = evaluation([group(RIGHT, LOST), group(RIGHT, WRONG)])
     assert (report["avg_at_k"], report["pass_at_1"], report["lost_verdicts"]) == (0.5, 0.5, 1.0)
     assert report["reward"] == pytest.approx(2.25 / 3)

@@ -1,4 +1,4 @@
-"""The math verifier gives the verdict that a person would; what it cannot read is refused; nothing takes long."""
+"""The math verifier: verdicts match a person's, unreadable references are refused, and nothing takes long."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ def verdict(reference: str, response: str) -> bool:
     return found.correct
 
 
-def test_the_verdicts_are_those_of_a_person() -> None:
-    """Bombs among them: one that is computed runs into the time limit of the test."""
+def test_verdicts_match_a_persons_verdicts() -> None:
+    """Some expressions are too expensive to compute: computing one would exceed the test's time limit."""
     found = [(*case, verdict(case[0], case[1])) for case in VERDICTS]
     assert [case[:4] for case in found if case[2] != case[4]] == []
 
 
 @pytest.mark.parametrize(("reference", "response", "correct"), KNOWN)
-def test_the_verdicts_that_the_documentation_owns_up_to(reference: str, response: str, correct: bool) -> None:
+def test_known_wrong_verdicts_match_the_documentation(reference: str, response: str, correct: bool) -> None:
     assert verdict(reference, response) == correct
 
 
-def test_the_table_has_as_many_wrong_answers_as_right_ones() -> None:
+def test_the_table_has_similar_numbers_of_right_and_wrong_answers() -> None:
     right = sum(case[2] for case in VERDICTS)
     assert len(VERDICTS) >= 300
     assert len({case[:2] for case in VERDICTS}) == len(VERDICTS)
     assert 0.4 < right / len(VERDICTS) < 0.6
 
 
-def test_a_verdict_does_not_depend_on_those_before_it() -> None:
-    """math-verify keeps what it has parsed in caches."""
+def test_a_verdict_does_not_depend_on_earlier_verdicts() -> None:
+    """math-verify caches parsed expressions."""
     cases = [case for case in VERDICTS if len(case[1]) < 100][::5]
     for case in [*cases, *reversed(cases)]:
         assert verdict(case[0], case[1]) == case[2], case
@@ -65,7 +65,7 @@ def test_every_reference_of_the_table_can_be_read(reference: str) -> None:
         "\n",
     ],
 )
-def test_what_cannot_be_read_is_refused_as_a_reference(reference: str) -> None:
+def test_an_unreadable_reference_is_refused(reference: str) -> None:
     problem = check_answer("math", reference)
     assert problem is not None
     assert problem.startswith(repr(reference[:100]))
@@ -75,7 +75,7 @@ def test_what_cannot_be_read_is_refused_as_a_reference(reference: str) -> None:
 
 
 @pytest.mark.parametrize("reference", ["\\$18", "\\frac{1}\n{2}", "So it is $\\boxed{18}$.", "1e-05", "1.8e19", "18"])
-def test_a_reference_may_be_written_in_many_ways(reference: str) -> None:
+def test_references_in_many_notations_are_accepted(reference: str) -> None:
     assert check_answer("math", reference) is None
 
 

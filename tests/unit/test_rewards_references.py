@@ -1,4 +1,4 @@
-"""Reference answers are tried before anything is sampled: `check_answer`, and the processes that ask it."""
+"""Reference answers are checked before anything is sampled: `check_answer`, and the processes that call it."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ def prompt(answer: str, verifier: str = "math") -> Prompt:
 
 
 @pytest.mark.parametrize("answer", ["18", "-3.50", "1e22", "6.02e23", "\\frac{1}{2}", "x + 1", "1" * 900, "(1, 2)"])
-def test_the_math_verifier_takes_what_it_can_judge_by(answer):
+def test_the_math_verifier_accepts_usable_references(answer):
     assert check_answer("math", answer) is None
     assert verify_math(prompt(answer), f"\\boxed{{{answer}}}") is not None
 
 
 @pytest.mark.parametrize("answer", UNREADABLE)
-def test_the_math_verifier_refuses_the_references_that_would_end_a_run(answer):
+def test_the_math_verifier_refuses_unusable_references(answer):
     assert check_answer("math", answer)
     with pytest.raises(ValueError, match="the reference answer"):
         verify_math(prompt(answer), "\\boxed{18}")
 
 
-def test_the_arithmetic_verifier_refuses_what_any_or_no_response_would_match():
+def test_the_arithmetic_verifier_refuses_unusable_references():
     assert check_answer("arithmetic", "19") is None
     assert check_answer("arithmetic", "")
     assert check_answer("arithmetic", "1#9")
 
 
-def test_a_verifier_without_a_check_takes_every_answer_and_is_asked_once(monkeypatch):
+def test_a_verifier_without_check_answer_accepts_all_and_is_asked_once(monkeypatch):
     assert check_answer("verifier_examples:shaped", "") is None
     asked = []
     check = Judges.check
@@ -50,8 +50,8 @@ def test_a_verifier_without_a_check_takes_every_answer_and_is_asked_once(monkeyp
     assert [each.answer for each in asked] == [""]
 
 
-def test_references_are_checked_once_each_in_processes_of_their_own():
-    """One for which the check raises is as bad as one that is refused. A user's may refuse numbers."""
+def test_each_reference_is_checked_once_in_a_worker_process():
+    """A reference counts as bad if the check refuses it or raises. A user's check may refuse numbers."""
     checked = "verifier_examples:checked"
     prompts = [prompt(a, checked) for a in ("good", "bad", "bad", "raises", "7")] + [prompt("\\")]
     problems = check_references(prompts)
@@ -63,14 +63,14 @@ def test_references_are_checked_once_each_in_processes_of_their_own():
 @pytest.mark.parametrize(
     ("answer", "said"), [("dies", "its process ended with exit status 3"), ("hangs", "took over 0.5 s")]
 )
-def test_a_check_of_a_users_that_does_not_answer_is_one_error_at_once(answer: str, said: str) -> None:
+def test_a_users_check_that_does_not_answer_gives_one_error_at_once(answer: str, said: str) -> None:
     name = "verifier_examples:unanswering"
     prompts = [prompt("good", name)] + [prompt(f"{answer}{n or ''}", name) for n in range(40)]
     with pytest.raises(RewardError, match=f"verifier '{name}': its check_answer .*'{answer}'.*{said}"):
         check_references(prompts, lambda: Judges(1, 0.5))
 
 
-def test_a_verifier_that_is_slow_to_import_is_waited_for(tmp_path, monkeypatch):
+def test_a_slow_import_of_a_verifier_does_not_count_as_a_timeout(tmp_path, monkeypatch):
     (tmp_path / "verifier_slow.py").write_text(
         "import time\ntime.sleep(2)\ndef judge(prompt, response): ...\n"
         "judge.check_answer = lambda answer: 'is bad' if answer == 'bad' else None\n"
@@ -81,17 +81,17 @@ def test_a_verifier_that_is_slow_to_import_is_waited_for(tmp_path, monkeypatch):
     assert problems == {(name, "bad"): "is bad"}
 
 
-def test_a_verifier_that_cannot_be_imported_is_an_error_and_no_bad_reference():
+def test_a_failed_verifier_import_is_not_reported_as_a_bad_reference():
     with pytest.raises(RewardError, match="No module named 'nowhere'"):
         check_references([prompt("18", "nowhere:judge")])
 
 
-def test_a_reference_over_which_a_built_in_verifier_takes_too_long_is_not_refused(monkeypatch):
+def test_a_slow_built_in_check_does_not_refuse_the_reference(monkeypatch):
     monkeypatch.setattr("megatron_rl.rewards.judges._Worker.ask", lambda *given: Failure("took over 1 s", silent=True))
     assert check_references([prompt("x + 1"), prompt("x + 2")], lambda: Judges(1, 1.0)) == {}
 
 
-def test_only_plain_digits_are_taken_for_a_number(monkeypatch):
+def test_only_ascii_digits_skip_the_check_as_plain_numbers(monkeypatch):
     asked = []
 
     def asks(self, name, prompts):
@@ -103,12 +103,12 @@ def test_only_plain_digits_are_taken_for_a_number(monkeypatch):
     assert [each.answer for each in asked] == ["١٨"]
 
 
-def test_no_process_starts_for_plain_numbers(monkeypatch):
+def test_checking_plain_numbers_starts_no_process(monkeypatch):
     monkeypatch.setattr("megatron_rl.rewards.judges._Worker", None)
     assert check_references([prompt("18"), prompt("-2.5"), prompt("19", "arithmetic")]) == {}
 
 
-def test_the_caller_says_what_the_workers_are():
+def test_the_caller_provides_the_pool_of_workers():
     made = []
 
     def make() -> Judges:

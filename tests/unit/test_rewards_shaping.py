@@ -1,4 +1,4 @@
-"""DAPO's rewards: equation 13 by hand and by its properties, and that shaping happens once, filtering last."""
+"""DAPO's rewards: values and properties of equation 13; shaping happens only once, and filtering last."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ MIXED = group(
         (90000, -1.0),
     ],
 )
-def test_equation_13_with_the_papers_lengths(tokens: int, punishment: float) -> None:
+def test_the_overlong_punishment_equals_equation_13_at_the_papers_lengths(tokens: int, punishment: float) -> None:
     assert overlong_punishment(tokens, longest=20480, cache=4096) == punishment
 
 
@@ -65,7 +65,7 @@ lengths = st.integers(2, 50000).flatmap(lambda longest: st.tuples(st.just(longes
 
 
 @given(lengths, st.integers(0, 60000))
-def test_the_punishment_falls_from_0_to_minus_1_in_even_steps(bounds: tuple[int, int], tokens: int) -> None:
+def test_the_punishment_falls_from_0_to_minus_1_linearly(bounds: tuple[int, int], tokens: int) -> None:
     longest, cache = bounds
     here, next_ = (overlong_punishment(n, longest, cache) for n in (tokens, tokens + 1))
     assert -1 <= next_ <= here <= 0
@@ -75,7 +75,7 @@ def test_the_punishment_falls_from_0_to_minus_1_in_even_steps(bounds: tuple[int,
 
 @given(lengths)
 def test_the_punishment_is_continuous_at_both_knots(bounds: tuple[int, int]) -> None:
-    """What the middle piece gives at its ends is what the pieces beside it give."""
+    """The middle piece of the function meets the outer pieces at both of its ends."""
     longest, cache = bounds
     middle = {n: ((longest - cache) - n) / cache for n in (longest - cache, longest)}
     assert middle == {n: overlong_punishment(n, longest, cache) for n in middle} == {longest - cache: 0, longest: -1}
@@ -84,7 +84,7 @@ def test_the_punishment_is_continuous_at_both_knots(bounds: tuple[int, int]) -> 
 # ---- shaping -----------------------------------------------------------------------------------------------------
 
 
-def test_the_reward_is_replaced_and_then_punished_and_accuracy_stays() -> None:
+def test_shaping_replaces_and_punishes_the_reward_but_keeps_accuracy() -> None:
     found = verdicts(shape_rewards([MIXED], DAPO, LONGEST))
     assert found == [Verdict(1.0, True), Verdict(0.5, True), Verdict(-2.0, False), Verdict(-1.0, False)]
     assert verdicts([MIXED])[0] == Verdict(0.7, True)
@@ -100,30 +100,30 @@ def test_the_reward_is_replaced_and_then_punished_and_accuracy_stays() -> None:
         (RewardConfig(overlong_filter=True), [0.7, 0.7, 0.2, 0.2]),
     ],
 )
-def test_what_is_not_set_stays_the_verifiers(reward: RewardConfig, expected: list[float]) -> None:
+def test_unset_rewards_keep_the_verifiers_value(reward: RewardConfig, expected: list[float]) -> None:
     found = verdicts(shape_rewards([MIXED], reward, LONGEST))
     assert [v.reward for v in found if v] == pytest.approx(expected)
     assert [v.correct for v in found if v] == [True, True, False, False]
 
 
-def test_tokens_that_the_policy_did_not_generate_are_not_punished() -> None:
+def test_tokens_not_generated_by_the_policy_are_not_punished() -> None:
     grown = sample(0, 5, 0.0, True).extend([9] * 50, None, 3)
     assert verdicts(shape_rewards([group(grown)], DAPO, LONGEST)) == [Verdict(1.0, True)]
 
 
-def test_groups_of_none_and_of_one_pass() -> None:
+def test_empty_groups_and_single_samples_are_shaped() -> None:
     assert shape_rewards([], DAPO, LONGEST) == filter_overlong([], DAPO) == []
     assert verdicts(shape_rewards([group(), group(sample(0, 0, 0.0, False))], DAPO, LONGEST)) == [Verdict(-1.0, False)]
 
 
-def test_a_sample_without_a_verdict_is_named() -> None:
+def test_the_error_names_a_sample_without_a_verdict() -> None:
     unjudged = dataclasses.replace(MIXED.samples[1], verdict=None)
     with pytest.raises(ValueError, match="prompt 'p' sample 1: no verdict"):
         shape_rewards([group(unjudged)], DAPO, LONGEST)
 
 
-def test_saved_rollouts_are_shaped_as_fresh_ones_are(tmp_path: Path) -> None:
-    """The file has the verifier's verdict, exactly: so a replay does not punish what is punished already."""
+def test_saved_rollouts_are_shaped_like_fresh_ones(tmp_path: Path) -> None:
+    """The file has the verifier's unshaped verdicts, so a replay does not punish a response twice."""
     write_groups(tmp_path / "a.jsonl", [MIXED], weight_version=3)
     saved = read_groups(tmp_path / "a.jsonl")
     assert verdicts(saved) == verdicts([MIXED])
@@ -133,7 +133,7 @@ def test_saved_rollouts_are_shaped_as_fresh_ones_are(tmp_path: Path) -> None:
 # ---- overlong filtering ------------------------------------------------------------------------------------------
 
 
-def test_a_truncated_response_is_masked_out_and_the_others_stay() -> None:
+def test_only_truncated_responses_are_masked_out() -> None:
     shaped = shape_rewards([MIXED], DAPO, LONGEST)
     (filtered,) = filter_overlong(shaped, RewardConfig(overlong_filter=True))
     assert [s.response_tokens for s in filtered.samples] == [6, 8, 0, 0]
@@ -145,5 +145,5 @@ def test_a_truncated_response_is_masked_out_and_the_others_stay() -> None:
     assert all(a is b for a, b in zip(filtered.samples[:2], shaped[0].samples[:2], strict=True))
 
 
-def test_nothing_is_filtered_unless_it_is_asked_for() -> None:
+def test_nothing_is_filtered_by_default() -> None:
     assert filter_overlong([MIXED], DAPO) == [MIXED]

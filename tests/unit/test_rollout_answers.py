@@ -1,4 +1,4 @@
-"""A server's answer: which rows and layers its routes are, how it ended, and what is refused. Without a server."""
+"""A server's answer, read without a server: rows and layers of routes, how a response ended, and refused answers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def encode(ids: np.ndarray) -> str:
 
 
 def ids_of(rows: int = ROWS) -> np.ndarray:
-    """[rows, 4, 2]: each row and layer has experts of its own; layers 0 and 2 have none, so SGLang leaves zeros."""
+    """Returns ids [rows, 4, 2] that differ by row and layer. Layers 0 and 2 are dense, so SGLang leaves zeros."""
     rng = np.random.default_rng(rows)
     ids = rng.permuted(np.tile(np.arange(8), (rows, 4, 1)), axis=-1)[..., :2]
     ids[:, [0, 2]] = 0
@@ -63,7 +63,7 @@ def spans(*spans: tuple[str, int, int]) -> list[dict[str, Any]]:
     return [{"version": version, "start": start, "end": end} for version, start, end in spans]
 
 
-def test_layers_with_experts_are_taken_in_their_order() -> None:
+def test_routes_of_moe_layers_are_read_in_layer_order() -> None:
     trace = read(answer()).trace
     assert trace is not None
     assert np.array_equal(trace.experts, ids_of()[:, [1, 3]])
@@ -73,13 +73,13 @@ def test_layers_with_experts_are_taken_in_their_order() -> None:
     assert trace.experts.dtype == np.uint8
 
 
-def test_without_being_asked_for_there_is_no_trace() -> None:
+def test_there_is_no_trace_unless_it_is_requested() -> None:
     assert read(answer(), routes=None).trace is None
     assert read(answer(routed_experts=...), routes=None).trace is None
 
 
-def test_a_row_has_the_version_of_the_token_sampled_from_it() -> None:
-    """Rows 0 and 1 belong to the prompt; row 2, its last, made the first sampled token."""
+def test_a_row_has_the_weight_version_of_the_token_sampled_from_it() -> None:
+    """Rows 0 to 2 belong to the prompt; the first sampled token comes from row 2."""
     given = answer(weight_versions=spans(("6", 0, 1), ("7", 1, 3), ("8", 3, 5)))
     trace = read(given).trace
     assert trace is not None
@@ -87,8 +87,8 @@ def test_a_row_has_the_version_of_the_token_sampled_from_it() -> None:
     assert trace.present.all()
 
 
-def test_of_a_retracted_request_only_the_last_versions_rows_are_known() -> None:
-    """The others were computed again, after the retraction, under weights that did not sample their tokens."""
+def test_a_retracted_request_keeps_only_the_last_weight_versions_rows() -> None:
+    """The earlier rows were computed again after the retraction, under weights that did not sample their tokens."""
     two = spans(("6", 0, 2), ("7", 2, 5))
     trace = read(answer(weight_versions=two, num_retractions=1)).trace
     assert trace is not None
@@ -107,7 +107,7 @@ def test_rows_that_the_server_never_wrote_are_missing() -> None:
     assert trace.present.tolist() == [False, True, True, True, False, True, True]
 
 
-def test_with_one_expert_a_token_zeros_are_expert_0() -> None:
+def test_zeros_mean_expert_0_if_top_k_is_1() -> None:
     ids = ids_of()[..., :1]
     ids[2] = 0
     trace = read(answer(routed_experts=encode(ids)), dataclasses.replace(SPEC, top_k=1)).trace
@@ -142,14 +142,14 @@ def changed(change: Callable[[np.ndarray], Any]) -> str:
         (encode(np.zeros_like(ids_of())), "found no route in any of 7 rows; expected some"),
     ],
 )
-def test_bad_routes_are_an_error_that_names_server_request_and_field(routed_experts: Any, message: str) -> None:
+def test_the_error_for_bad_routes_names_server_request_and_field(routed_experts: Any, message: str) -> None:
     with pytest.raises(RolloutError) as caught:
         read(answer(routed_experts=routed_experts))
     assert str(caught.value).startswith("http://a:1: request r: routed_experts: ")
     assert message in str(caught.value)
 
 
-def test_an_aborted_answer_has_the_rows_that_ran_or_no_trace() -> None:
+def test_an_aborted_answer_has_the_computed_rows_or_no_trace() -> None:
     trace = read(answer(tokens=2, reason="abort")).trace
     assert trace is not None
     assert trace.rows == PROMPT + 1
@@ -160,7 +160,7 @@ def test_an_aborted_answer_has_the_rows_that_ran_or_no_trace() -> None:
         read(answer(tokens=2, reason="abort", routed_experts=encode(ids_of())))
 
 
-def test_routes_are_those_of_the_models_layers_with_experts() -> None:
+def test_the_route_spec_lists_the_models_moe_layers() -> None:
     mixed = dataclasses.replace(ARCHITECTURE, dense_layers=(0, 5))
     spec = RouteSpec.of(mixed)
     assert spec == RouteSpec(num_layers=8, moe_layers=(1, 2, 3, 4, 6, 7), top_k=2, num_experts=16)
@@ -182,7 +182,7 @@ def test_a_trace_of_another_model_is_refused(changes: dict[str, Any], message: s
         dataclasses.replace(SPEC, **changes).check(trace)
 
 
-# ---- how a response ended, and values that are of the right type and yet of no use
+# ---- how a response ended, and values with the right type but no meaning
 
 STOP = {"type": "stop", "matched": 4}
 
@@ -209,7 +209,7 @@ STOP = {"type": "stop", "matched": 4}
         ({"output_token_logprobs": [[-0.5, True, None]] * 5}, 5, "output_token_logprobs.0.1: found True"),
     ],
 )
-def test_an_answer_that_does_not_hold_together_is_one_error(meta: dict[str, Any], longest: int, message: str) -> None:
+def test_an_inconsistent_answer_gives_one_error(meta: dict[str, Any], longest: int, message: str) -> None:
     with pytest.raises(RolloutError) as caught:
         read(answer(**meta), longest=longest)
     assert str(caught.value).startswith("http://a:1: request r: ")
@@ -217,7 +217,7 @@ def test_an_answer_that_does_not_hold_together_is_one_error(meta: dict[str, Any]
     assert len(str(caught.value)) < 300
 
 
-def test_a_response_that_stopped_is_as_long_as_it_is() -> None:
+def test_a_stopped_response_may_be_shorter_than_the_limit() -> None:
     found = read(answer(finish_reason=STOP), longest=9)
     assert (found.finish_reason, len(found.token_ids)) == ("stop", 5)
     lowest = float(np.finfo(np.float32).min)

@@ -1,4 +1,4 @@
-"""Dynamic sampling: which groups are kept and how many prompts are asked, on tallies and in whole runs."""
+"""Dynamic sampling: which groups are kept, and how many prompts are requested."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_rl.config.schema import DynamicSamplingConfig
 from megatron_rl.data.sample import Group, Prompt, Sample, Verdict
 from megatron_rl.rollout.dynamic import DynamicSamplingError, Search, Tally
 
-SIZE = 4  # of a group
+SIZE = 4  # samples of a group
 
 
 def group(index: int, *verdicts: tuple[float, bool]) -> Group:
@@ -25,7 +25,7 @@ def group(index: int, *verdicts: tuple[float, bool]) -> Group:
 
 
 def run(search: Search, correct: list[int]) -> tuple[Search, list[int]]:
-    """The search over prompts with so many right answers each, over and over, and the prompts of each round."""
+    """Runs a search over prompts with `correct` right answers each, repeated. Returns it and the prompts per round."""
     answers = itertools.cycle(correct)
     rounds = []
     while count := search.next_count():
@@ -36,7 +36,7 @@ def run(search: Search, correct: list[int]) -> tuple[Search, list[int]]:
 
 
 def kept(search: Search) -> list[int]:
-    """Indexes of the prompts whose groups are kept, in their new order."""
+    """Returns the indexes of prompts whose groups are kept, in their new order."""
     groups = [group(tally.index) for tally in search.tallies]
     found = search.keep(groups)
     assert [g.index for g in found] == list(range(len(found)))
@@ -49,20 +49,20 @@ def kept(search: Search) -> list[int]:
 @pytest.mark.parametrize(
     ("verdicts", "mixed"),
     [
-        ([(1.0, True), (0.3, True)], False),  # all right, though the longer one is punished
+        ([(1.0, True), (0.3, True)], False),  # both right, although the longer one is punished
         ([(-1.0, False), (-2.0, False)], False),
-        ([(0.5, True), (0.5, False)], True),  # rewards alike, and yet one is right and one wrong
+        ([(0.5, True), (0.5, False)], True),  # equal rewards, but one is right and one wrong
         ([(1.0, True), (-1.0, False)], True),
         ([(1.0, True)], False),
         ([(0.0, False)], False),
         ([], False),
     ],
 )
-def test_accuracy_decides_and_not_the_reward(verdicts: list[tuple[float, bool]], mixed: bool) -> None:
+def test_accuracy_and_not_reward_decides_if_a_group_is_mixed(verdicts: list[tuple[float, bool]], mixed: bool) -> None:
     assert Tally.of(group(0, *verdicts)).mixed is mixed
 
 
-def test_a_group_without_any_verdict_was_answered_neither_right_nor_wrong() -> None:
+def test_a_group_without_verdicts_counts_as_neither_right_nor_wrong() -> None:
     search = Search(DynamicSamplingConfig(), 1).after([Tally(0, 0, 0), Tally(1, 0, SIZE), Tally(2, SIZE, SIZE)])
     figures = search.figures()
     assert (figures["all_correct"], figures["all_wrong"], figures["prompts"]) == (1, 1, 3)
@@ -72,7 +72,7 @@ def test_a_group_without_any_verdict_was_answered_neither_right_nor_wrong() -> N
 
 
 def test_a_search_by_hand() -> None:
-    """4 wanted, half more asked than are missing: 6, of which 2 are mixed; 3, of which 1 is; 2, of which both are."""
+    """4 groups are wanted; each round requests 1.5 times the missing ones: 6 (2 mixed), 3 (1 mixed), 2 (2 mixed)."""
     config = DynamicSamplingConfig(oversample=1.5, max_refills=2)
     search, rounds = run(Search(config, wanted=4), [0, 1, 4, 4, 3, 0, 0, 4, 2, 2, 2])
     assert rounds == [6, 3, 2]
@@ -91,7 +91,7 @@ def test_a_search_by_hand() -> None:
     ("wanted", "oversample", "asked"),
     [(512, 1.5, 768), (10, 1.1, 11), (30, 1.1, 33), (7, 1.0, 7), (1, 1.01, 2), (3, 1.5, 5)],
 )
-def test_the_first_round_asks_no_more_than_it_should(wanted: int, oversample: float, asked: int) -> None:
+def test_the_first_round_requests_the_oversampled_number_of_prompts(wanted: int, oversample: float, asked: int) -> None:
     assert Search(DynamicSamplingConfig(oversample=oversample), wanted).next_count() == asked
 
 
@@ -101,7 +101,7 @@ def test_the_first_round_asks_no_more_than_it_should(wanted: int, oversample: fl
     max_refills=st.integers(0, 6),
     correct=st.lists(st.integers(0, SIZE), min_size=1, max_size=40),
 )
-def test_a_search_ends_with_the_first_mixed_groups_or_an_error(
+def test_a_search_keeps_the_first_mixed_groups_or_raises_an_error(
     wanted: int, oversample: float, max_refills: int, correct: list[int]
 ) -> None:
     config = DynamicSamplingConfig(oversample=oversample, max_refills=max_refills)
@@ -110,7 +110,7 @@ def test_a_search_ends_with_the_first_mixed_groups_or_an_error(
     try:
         search, rounds = run(Search(config, wanted), correct)
     except DynamicSamplingError:
-        # Then the fewest prompts that all its rounds ask have too few mixed groups.
+        # Even the smallest number of prompts over all rounds has too few mixed groups.
         assert len([index for index in mixed if index < wanted + max_refills]) < wanted
         return
     assert kept(search) == mixed[:wanted]
@@ -123,7 +123,7 @@ def test_a_search_ends_with_the_first_mixed_groups_or_an_error(
 
 
 @given(st.lists(st.integers(0, SIZE), min_size=12, max_size=12), st.integers(1, 5), st.randoms())
-def test_how_prompts_are_shared_decides_nothing(correct: list[int], leaders: int, random) -> None:
+def test_the_result_does_not_depend_on_how_leaders_share_prompts(correct: list[int], leaders: int, random) -> None:
     tallies = [Tally(index, count, SIZE) for index, count in enumerate(correct)]
     alone = Search(DynamicSamplingConfig(), wanted=3).after(tallies)
     shuffled = random.sample(tallies, len(tallies))
@@ -136,7 +136,7 @@ def test_how_prompts_are_shared_decides_nothing(correct: list[int], leaders: int
 
 
 @pytest.mark.parametrize("indexes", [[0, 2], [0, 0], [1, 2]])
-def test_a_group_that_is_lost_or_doubled_is_an_error(indexes: list[int]) -> None:
+def test_a_lost_or_duplicate_group_is_an_error(indexes: list[int]) -> None:
     with pytest.raises(ValueError, match="a group was lost, judged twice or numbered wrongly"):
         Search(DynamicSamplingConfig(), 3).after([Tally(index, 1, SIZE) for index in indexes])
 
@@ -148,7 +148,7 @@ def test_a_group_that_is_lost_or_doubled_is_an_error(indexes: list[int]) -> None
         ([0], "0 were answered all right and 12 all wrong", "easier prompts"),
     ],
 )
-def test_prompts_without_mixed_groups_end_the_search(correct: list[int], tally: str, hint: str) -> None:
+def test_a_search_without_mixed_groups_is_an_error(correct: list[int], tally: str, hint: str) -> None:
     search = Search(DynamicSamplingConfig(oversample=1.0, max_refills=2), wanted=4)
     with pytest.raises(DynamicSamplingError) as caught:
         run(search, correct)

@@ -1,4 +1,4 @@
-"""pass@k against a count of all draws, and the figures of an evaluation."""
+"""pass@k against a count of all draws, and the metrics of an evaluation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_rl.rollout.evaluate import evaluation, pass_at_k
 
 
 @pytest.mark.parametrize("samples", range(1, 8))
-def test_pass_at_k_is_the_share_of_draws_with_a_right_one(samples: int) -> None:
+def test_pass_at_k_is_the_fraction_of_draws_with_a_right_answer(samples: int) -> None:
     for correct in range(samples + 1):
         for k in range(1, samples + 1):
             draws = list(itertools.combinations(range(samples), k))
@@ -37,7 +37,7 @@ def judged(number: int, correct: bool, tokens: int, finish_reason: FinishReason)
     return dataclasses.replace(sample, verdict=Verdict(2.0 * correct, correct), finish_reason=finish_reason)
 
 
-def test_the_figures_of_an_evaluation() -> None:
+def test_evaluation_metrics_by_hand() -> None:
     prompt = Prompt("p", "", (1, 2), "", "arithmetic")
     right = [judged(n, True, 10, "stop") for n in range(4)]
     half = [judged(n, n == 3, 20, "length" if n else "stop") for n in range(4)]

@@ -1,4 +1,4 @@
-"""The command that starts a server, and what is refused before it is started."""
+"""The command that starts a server, and options that are refused before the start."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def flags(command: list[str]) -> dict[str, str]:
     return {a: b for a, b in zip(command, [*command[1:], ""], strict=True) if a.startswith("--")}
 
 
-def test_a_gpu_gets_the_stock_server_and_none_of_the_cpus_flags() -> None:
+def test_a_gpu_gets_the_stock_server_without_cpu_flags() -> None:
     command, environment = sglang_command(
         options(device="auto", dtype="bf16", tp=4, first_gpu=8, extra_flags=("--ep-size", "4")), has_gpu=True
     )
@@ -48,12 +48,12 @@ def test_a_cpu_gets_the_cpu_layer(device: str, has_gpu: bool) -> None:
     assert environment["SGLANG_CPU_OMP_THREADS_BIND"] == "0-3|4-7"
 
 
-def test_fewer_cores_than_ranks_are_one_thread_each() -> None:
+def test_each_rank_gets_one_thread_if_there_are_fewer_cores_than_ranks() -> None:
     _, environment = sglang_command(options(tp=4, threads=2), has_gpu=False)
     assert environment["OMP_NUM_THREADS"] == "1"
 
 
-def test_the_command_carries_seed_and_sizes() -> None:
+def test_the_command_contains_seed_and_sizes() -> None:
     command, _ = sglang_command(options(seed=7, max_total_tokens=99, max_running_requests=11), has_gpu=False)
     found = flags(command)
     names = ("--random-seed", "--max-total-tokens", "--max-running-requests", "--model-path")
@@ -61,22 +61,22 @@ def test_the_command_carries_seed_and_sizes() -> None:
 
 
 @pytest.mark.parametrize("has_gpu", [False, True])
-def test_routes_are_returned_only_where_they_are_wanted(has_gpu: bool) -> None:
+def test_routes_are_requested_from_sglang_only_if_wanted(has_gpu: bool) -> None:
     for wanted in (False, True):
         command, _ = sglang_command(options(device="auto", return_routed_experts=wanted), has_gpu)
         assert ("--enable-return-routed-experts" in command) is wanted
 
 
-def test_a_pool_starts_servers_that_return_routes_only_where_they_are_wanted(tmp_path: Path) -> None:
+def test_a_pool_starts_servers_with_routes_only_if_wanted(tmp_path: Path) -> None:
     for wanted in (False, True):
         pool = Pool(RolloutConfig(), EngineConfig(), tmp_path, tmp_path, 0, return_routed_experts=wanted)
         assert pool._options(0, 1).return_routed_experts is wanted
 
 
-def test_each_run_gives_its_servers_a_new_key_and_those_of_others_theirs(tmp_path: Path) -> None:
+def test_each_run_makes_a_new_key_for_its_own_servers_only(tmp_path: Path) -> None:
     pools = [Pool(RolloutConfig(), EngineConfig(), tmp_path, tmp_path, 0) for _ in range(2)]
     keys = [pool._options(0, 1).api_key for pool in pools]
-    assert keys == [pool.api_key for pool in pools]  # which the leaders are told
+    assert keys == [pool.api_key for pool in pools]  # the leaders get this key
     assert all(key is not None and len(key) >= 40 for key in keys)
     assert keys[0] != keys[1]
     others = RolloutConfig.model_validate({"servers": {"urls": ["http://a:1"]}})
@@ -101,7 +101,7 @@ def test_sglang_without_kernels_is_refused_on_a_gpu(
 
 
 @pytest.mark.parametrize(("gpus", "extra", "fits"), [(4, (), False), (6, (), True), (1, ("--base-gpu-id=0",), True)])
-def test_a_server_without_gpus_of_its_own_is_refused(gpus: int, extra: tuple[str, ...], fits: bool) -> None:
+def test_a_server_is_refused_if_too_few_gpus_are_left(gpus: int, extra: tuple[str, ...], fits: bool) -> None:
     wanted = options(device="cuda", first_gpu=4, tp=2, extra_flags=extra)
     if fits:
         server_module._check_gpus(wanted, gpus)
@@ -149,11 +149,11 @@ found = {"key": settings.api_key, "log": str(settings), "environment": dict(os.e
 print(json.dumps(found))
 """,
 }
-"""A pretended SGLang: what is asked for settings, and a server that tells what it was given."""
+"""A fake SGLang: the modules that read settings, and a server that prints its settings."""
 
 
-def test_sglang_has_the_key_in_its_settings_alone(tmp_path: Path) -> None:
-    """Not in its arguments, its log or what its processes inherit; and its ranks meet at a file, not at a port."""
+def test_the_api_key_appears_only_in_sglangs_settings(tmp_path: Path) -> None:
+    """The key is not in arguments, log or inherited environment. SGLang's ranks meet at a file, not at a port."""
     for name, text in SGLANG.items():
         file = tmp_path / "sglang" / name
         file.parent.mkdir(parents=True, exist_ok=True)

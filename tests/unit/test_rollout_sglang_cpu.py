@@ -1,6 +1,6 @@
-"""The CPU layer's stand-ins: names resolve, calls raise, and nothing else in the environment sees them.
+"""The CPU layer's stand-ins: names resolve, calls raise, and other processes do not see them.
 
-That SGLang's numbers are right behind them is in test_rollout_logprobs.py. Each check runs in a process of its own.
+test_rollout_logprobs.py checks SGLang's numbers with these stand-ins. Each check here runs in its own process.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def test_importing_the_module_installs_nothing() -> None:
         "import triton\n@triton.heuristics({})\n@triton.jit\ndef kernel(x): ...\nkernel[(1,)](1)",
     ],
 )
-def test_what_has_no_stand_in_raises_when_called(call: str) -> None:
+def test_a_stand_in_raises_when_it_is_called(call: str) -> None:
     ended = run(INSTALL + call)
     assert "NotImplementedError: " in ended.stderr
     assert "was called, but there is no GPU" in ended.stderr
 
 
-def test_the_few_names_with_a_meaning() -> None:
+def test_the_few_implemented_stand_ins_work() -> None:
     ended = run(
         INSTALL + "import triton, triton.language as tl\n"
         "assert [triton.cdiv(a, 4) for a in (0, 1, 4, 5)] == [0, 1, 1, 2]\n"
@@ -71,7 +71,7 @@ def test_the_few_names_with_a_meaning() -> None:
     assert ended.returncode == 0, ended.stderr
 
 
-def test_an_installed_package_comes_first(tmp_path: Path) -> None:
+def test_an_installed_package_wins_over_its_stand_in(tmp_path: Path) -> None:
     (tmp_path / "sgl_kernel.py").write_text("real = 1")
     ended = run(INSTALL + "import sgl_kernel; assert sgl_kernel.real == 1", PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert ended.returncode == 0, ended.stderr
@@ -80,8 +80,8 @@ def test_an_installed_package_comes_first(tmp_path: Path) -> None:
 @pytest.mark.server
 @pytest.mark.slow
 @pytest.mark.parametrize("package", PACKAGES)
-def test_sglang_does_not_import_without_each_stand_in(package: str) -> None:
-    """An upgrade of SGLang that makes one needless turns this red."""
+def test_sglang_cannot_be_imported_without_each_stand_in(package: str) -> None:
+    """This fails if an upgrade of SGLang makes a stand-in unnecessary."""
     ended = run(
         INSTALL + f"del sglang_cpu.PACKAGES[{package!r}]\n"
         "import sglang.launch_server, sglang.srt.managers.scheduler, sglang.srt.models.qwen3_moe",

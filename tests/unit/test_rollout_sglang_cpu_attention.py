@@ -1,4 +1,4 @@
-"""Attention of many sequences at once equals that of one after another. The real server: test_rollout_logprobs.py."""
+"""Attention of many sequences at once equals attention one by one. test_rollout_logprobs.py tests the real server."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ def unexpected(*args: object, **kwargs: object) -> Tensor:
 
 
 def problem(q_lens: list[int], kv_lens: list[int]) -> tuple[tuple[Tensor, ...], Tensor]:
-    """(query, output, k_cache, v_cache, req_to_token, rows, kv_lens, prefixes, q_lens) with slots in random order, and
-    the right output."""
+    """Returns (query, output, k_cache, v_cache, req_to_token, rows, kv_lens, prefixes, q_lens) and the expected output.
+
+    Cache slots are in random order.
+    """
     g = torch.Generator().manual_seed(0)
     n, slots, longest = len(q_lens), sum(kv_lens) + 5, max(kv_lens) + 3
     query = torch.randn(sum(q_lens), HEADS, HEAD_DIM, generator=g)
     keys, values = (torch.randn(slots, KV_HEADS, HEAD_DIM, generator=g) for _ in range(2))
     rows = torch.randperm(n + 2, generator=g)[:n]
-    req_to_token = torch.full((n + 2, longest), 10**6)  # what is beyond a sequence's end may be anything
+    req_to_token = torch.full((n + 2, longest), 10**6)  # values beyond a sequence's end may be anything
     free, expected, first = torch.randperm(slots, generator=g), [], 0
     for row, q_len, kv_len in zip(rows.tolist(), q_lens, kv_lens, strict=True):
         at, free = free[:kv_len], free[kv_len:]
@@ -44,7 +46,7 @@ def problem(q_lens: list[int], kv_lens: list[int]) -> tuple[tuple[Tensor, ...], 
 
 @pytest.mark.parametrize("max_scores", [1, 60, 1 << 22])
 @pytest.mark.parametrize(("q_lens", "kv_lens"), [([3], [3]), ([1, 5, 2, 4], [1, 9, 2, 11]), ([7, 1, 1], [7, 30, 8])])
-def test_new_tokens_attend_to_their_own_past(
+def test_new_tokens_attend_only_to_their_own_sequence(
     monkeypatch: pytest.MonkeyPatch, max_scores: int, q_lens: list[int], kv_lens: list[int]
 ) -> None:
     monkeypatch.setattr(attention, "MAX_SCORES", max_scores)
@@ -53,14 +55,14 @@ def test_new_tokens_attend_to_their_own_past(
 
 
 @pytest.mark.parametrize("max_scores", [1, 20, 1 << 22])
-def test_one_new_token_a_sequence(monkeypatch: pytest.MonkeyPatch, max_scores: int) -> None:
+def test_decode_attends_with_one_new_token_per_sequence(monkeypatch: pytest.MonkeyPatch, max_scores: int) -> None:
     monkeypatch.setattr(attention, "MAX_SCORES", max_scores)
     arguments, expected = problem([1] * 5, [4, 1, 12, 7, 2])
     torch.testing.assert_close(attention.decode(unexpected, None, *arguments[:7], **OPTIONS), expected)
 
 
 @pytest.mark.parametrize("change", [{"causal": False}, {"sliding_window_size": 4}])
-def test_the_rest_is_left_to_sglang(change: dict[str, object]) -> None:
+def test_unsupported_options_are_left_to_sglang(change: dict[str, object]) -> None:
     arguments, _ = problem([1], [4])
     calls: list[dict[str, object]] = []
 

@@ -1,4 +1,4 @@
-"""Saved rollouts as the source of a run's groups, whatever layout wrote them."""
+"""Saved rollouts of any layout as the source of a run's groups."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def save(run_dir: Path, *shares: list[Group], **header: Any) -> None:
 
 
 def saved_groups(run_dir: Path, step: int, share: int, of: int, **options: Any) -> list[Group]:
-    """For a run that wants what is there."""
+    """Reads a share of a step, for a run that wants exactly the saved groups."""
     files = sorted((run_dir / "rollouts").glob("*.jsonl"))
     groups = [group for file in files for group in read_groups(file)]
     wanted = Wanted(len(groups), len(groups[0].samples), max_tokens=4, temperature=0.7, vocab_size=9)
     return read_saved(run_dir, step, share, of, wanted=wanted, **options)
 
 
-def test_groups_are_dealt_out_anew(tmp_path: Path) -> None:
+def test_saved_groups_are_shared_among_any_number_of_leaders(tmp_path: Path) -> None:
     save(tmp_path, [group(3, None), group(0, None)], [group(2, None), group(1, None)])
     assert [g.index for g in saved_groups(tmp_path, 1, 0, 1)] == [0, 1, 2, 3]
     assert [g.index for g in saved_groups(tmp_path, 1, 1, 2)] == [1, 3]
@@ -59,7 +59,7 @@ def test_groups_are_dealt_out_anew(tmp_path: Path) -> None:
         saved_groups(tmp_path, 2, 0, 1)
 
 
-def test_traces_come_with_their_samples(tmp_path: Path) -> None:
+def test_saved_traces_are_read_with_their_samples(tmp_path: Path) -> None:
     save(tmp_path, [group(0, trace(), trace())], [group(1, trace(), trace())])
     for found in saved_groups(tmp_path, 1, 0, 1, needs_traces=SPEC):
         for sample in found.samples:
@@ -67,7 +67,7 @@ def test_traces_come_with_their_samples(tmp_path: Path) -> None:
             assert sample.trace.checksum == trace().checksum
 
 
-def test_a_sample_without_the_trace_that_is_needed_is_named_with_its_file(tmp_path: Path) -> None:
+def test_the_error_names_the_file_and_sample_of_a_missing_trace(tmp_path: Path) -> None:
     save(tmp_path, [group(0, trace(), trace())], [group(1, trace(), None)])
     assert len(saved_groups(tmp_path, 1, 0, 1)) == 2
     with pytest.raises(StoreError, match=r"step-000001-dp-0001\.jsonl: prompt 'p1' sample 1: trace: none is there"):
@@ -75,7 +75,7 @@ def test_a_sample_without_the_trace_that_is_needed_is_named_with_its_file(tmp_pa
     assert len(saved_groups(tmp_path, 1, 0, 2, needs_traces=SPEC)) == 1  # another leader's share
 
 
-def test_a_trace_of_another_model_is_named_with_its_file(tmp_path: Path) -> None:
+def test_the_error_names_the_file_and_sample_of_another_models_trace(tmp_path: Path) -> None:
     save(tmp_path, [group(0, trace(), trace(num_experts=9))])
     with pytest.raises(
         StoreError, match=r"dp-0000\.jsonl: prompt 'p0' sample 1: trace: num_experts: found 9; expected 8"
@@ -85,7 +85,7 @@ def test_a_trace_of_another_model_is_named_with_its_file(tmp_path: Path) -> None
         saved_groups(tmp_path, 1, 0, 1, needs_traces=dataclasses.replace(SPEC, top_k=3))
 
 
-# ---- rollouts that this run did not ask for ----------------------------------------------------------------------
+# ---- rollouts that do not fit this run ---------------------------------------------------------------------------
 
 
 def two_by_two() -> list[Group]:
@@ -104,7 +104,9 @@ def two_by_two() -> list[Group]:
         ([[group(0, None, None), group(3, None, None)]], "{file}: group 1 is missing, and 0 more"),
     ],
 )
-def test_other_groups_than_the_run_asks_for_are_refused(tmp_path: Path, shares: list[Any], message: str) -> None:
+def test_saved_groups_of_a_different_number_or_size_are_refused(
+    tmp_path: Path, shares: list[Any], message: str
+) -> None:
     save(tmp_path, *shares)
     file, other = (rollout_file(tmp_path / "rollouts", 1, dp) for dp in (0, 1))
     with pytest.raises(StoreError) as error:
@@ -126,7 +128,9 @@ def test_other_groups_than_the_run_asks_for_are_refused(tmp_path: Path, shares: 
         ({}, {"max_tokens": 3}, "prompt 'p0' sample 0: 4 tokens, but data.max_prompt_tokens + rollout.max_response_"),
     ],
 )
-def test_rollouts_of_another_kind_of_run_are_refused(tmp_path: Path, header: Any, wanted: Any, message: str) -> None:
+def test_rollouts_of_a_run_with_other_settings_are_refused(
+    tmp_path: Path, header: Any, wanted: Any, message: str
+) -> None:
     save(tmp_path, two_by_two(), **header)
     asked = Wanted(2, 2, max_tokens=4, temperature=0.7, vocab_size=9)
     with pytest.raises(StoreError) as error:
@@ -134,7 +138,7 @@ def test_rollouts_of_another_kind_of_run_are_refused(tmp_path: Path, header: Any
     assert str(error.value).startswith(f"{rollout_file(tmp_path / 'rollouts', 1, 0)}: {message}")
 
 
-def test_what_an_older_header_does_not_tell_is_not_asked_for(tmp_path: Path) -> None:
+def test_fields_missing_from_an_older_header_are_not_checked(tmp_path: Path) -> None:
     save(tmp_path, two_by_two(), temperature=None, vocab_size=None)
     check_headers(tmp_path, 1, Wanted(2, 2, max_tokens=4, temperature=1.0, vocab_size=7))
 
@@ -161,10 +165,8 @@ def test_samples_that_cannot_be_trained_on_are_refused(tmp_path: Path, change: A
     ("leaders", "groups", "servers", "most"),
     [(32, 2, 16, 4), (16, 1, 32, 1), (3, 4, 16, 1), (4, 8, 4, 8), (2, 5, 3, 4)],
 )
-def test_leaders_that_do_not_know_of_each_other_use_all_servers(
-    leaders: int, groups: int, servers: int, most: int
-) -> None:
-    """32 leaders that all began with the first server sent all of their groups to two of sixteen."""
+def test_independent_leaders_together_use_all_servers(leaders: int, groups: int, servers: int, most: int) -> None:
+    """If 32 leaders all started with the first server, they would send all groups to two of sixteen servers."""
     urls = [f"http://127.0.0.1:{1000 + n}" for n in range(servers)]
     sampling = Sampling(8, 1, 1.0, concurrency=1000, vocab_size=9, versions=frozenset({0}))
     count = Counter[str]()

@@ -1,4 +1,4 @@
-"""Connections to a small real HTTP server: what a cancelled request leaves behind."""
+"""Connections to a small real HTTP server: cancelled requests, and the cost of a request."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REPLY = b"HTTP/1.1 200 OK\r\nContent-Length: 4000\r\n\r\n" + b"x" * 4000
 
 
 async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Answers slowly and in two parts, so that a request can be cancelled at every point."""
+    """Answers slowly in two parts, so that a request can be cancelled at every point."""
     try:
         while await reader.readuntil(b"\r\n\r\n"):
             await asyncio.sleep(0.002)
@@ -31,8 +31,8 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 @pytest.mark.parametrize("turns", range(24))
-def test_a_cancelled_request_leaves_no_connection_that_serves_no_more(turns: int) -> None:
-    """Cancelled after so many turns of the event loop, from before the connection is made until it answers."""
+def test_a_cancelled_request_leaves_no_broken_connection(turns: int) -> None:
+    """Cancels the request after `turns` turns of the event loop: from before the connection is made to the answer."""
 
     async def run() -> None:
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
@@ -53,7 +53,7 @@ def test_a_cancelled_request_leaves_no_connection_that_serves_no_more(turns: int
 
 
 async def calls_of_each(requests: int, transport: httpx.AsyncBaseTransport) -> float:
-    """How many functions are called for each of so many requests at a time."""
+    """Returns the number of function calls per request, with `requests` requests at a time."""
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     async with httpx.AsyncClient(transport=transport, base_url=f"http://127.0.0.1:{port}", timeout=None) as http:
@@ -65,14 +65,14 @@ async def calls_of_each(requests: int, transport: httpx.AsyncBaseTransport) -> f
     return sum(entry.callcount for entry in profile.getstats()) / requests
 
 
-def test_a_request_costs_no_more_among_many_than_among_few() -> None:
-    """httpx's own pool walks over all its connections whenever a request starts or ends."""
+def test_the_cost_of_a_request_does_not_grow_with_their_number() -> None:
+    """httpx's own pool visits all its connections whenever a request starts or ends."""
 
     def growth(transport: Callable[[], httpx.AsyncBaseTransport]) -> float:
         few, many = (asyncio.run(calls_of_each(requests, transport())) for requests in (10, 90))
         return many / few
 
-    asyncio.run(calls_of_each(1, httpx.AsyncHTTPTransport()))  # what is imported at the first request is not counted
+    asyncio.run(calls_of_each(1, httpx.AsyncHTTPTransport()))  # the imports of the first request are not counted
     assert growth(Connections) < 1.2
     everything = httpx.Limits(max_connections=None)
-    assert growth(lambda: httpx.AsyncHTTPTransport(limits=everything)) > 2  # so the count does show it
+    assert growth(lambda: httpx.AsyncHTTPTransport(limits=everything)) > 2  # so the count can detect growth

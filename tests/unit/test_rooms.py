@@ -1,4 +1,4 @@
-"""A name means one thing in the whole package. Which room may import which is a contract in pyproject.toml."""
+"""Names of modules and classes are unique in the package. Import rules are contracts in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_no_two_classes_have_the_same_name() -> None:
 
 
 def test_no_python_file_is_longer_than_400_lines() -> None:
-    """A longer one is split by what its parts do (CONTRIBUTING.md)."""
+    """Split a longer file by what its parts do (CONTRIBUTING.md)."""
     folders = [ROOT / name for name in ("megatron_rl", "tests", "examples", "tools", "benchmarks")]
     files = [file for folder in folders for file in folder.rglob("*.py") if "__pycache__" not in file.parts]
     lines = {str(f.relative_to(ROOT)): f.read_bytes().count(b"\n") for f in [ROOT / "setup.py", *files]}

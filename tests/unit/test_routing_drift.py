@@ -1,4 +1,4 @@
-"""Routing metrics against hand-computed vectors and a reference in plain Python, however the rows are cut up."""
+"""Routing metrics against values by hand and a plain Python reference, for any division of rows."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def compare(a: Sequence[Sequence[int]], b: Sequence[Sequence[int]], valid: Seque
     return found.finalize()
 
 
-def test_common_counts_experts_of_both_whatever_their_order() -> None:
+def test_common_counts_shared_experts_in_any_order() -> None:
     a = torch.tensor([[0, 1, 2], [0, 1, 2], [0, 1, 2]], dtype=torch.uint8)
     b = torch.tensor([[2, 0, 1], [0, 1, 5], [3, 4, 5]])
     assert common(a, b).tolist() == [3, 2, 0]
 
 
-def test_changes_by_hand() -> None:
-    # The same; another order; one expert of three; all; and a row that does not count.
+def test_routing_changes_by_hand() -> None:
+    # Rows: equal; another order; one of three experts differs; all differ; not valid.
     a = [[0, 1, 2], [0, 1, 2], [0, 1, 2], [0, 1, 2], [0, 1, 2]]
     b = [[0, 1, 2], [1, 0, 2], [0, 1, 3], [3, 4, 5], [5, 4, 3]]
     report = compare(a, b, [True, True, True, True, False])
@@ -53,7 +53,7 @@ def test_changes_by_hand() -> None:
     assert not [name for name in report if PAIRS[1] in name or "entropy" in name or "max_vio" in name]
 
 
-def test_one_expert_of_eight_differs_eightfold_in_the_two_published_measures() -> None:
+def test_the_two_published_measures_differ_eightfold_for_one_of_eight_experts() -> None:
     found = RoutingStats([0], 9, 8, CPU)
     found.expect(PAIR, 0, torch.tensor([True]))
     found.compare(PAIR, 0, 0, torch.arange(8)[None], torch.tensor([[0, 1, 2, 3, 4, 5, 6, 8]]))
@@ -62,7 +62,7 @@ def test_one_expert_of_eight_differs_eightfold_in_the_two_published_measures() -
     assert report[f"routing/expert_change/{PAIR}/layer_00"] == 1 / 8
 
 
-def test_over_layers_each_counts_the_same_and_the_extremes_are_there() -> None:
+def test_layers_have_equal_weight_and_the_extremes_are_reported() -> None:
     found = stats()
     ids = torch.tensor([[0, 1, 2]])
     for layer, gap, rows in ((1, 3.0, 1), (4, 1.0, 2)):
@@ -76,7 +76,7 @@ def test_over_layers_each_counts_the_same_and_the_extremes_are_there() -> None:
     assert not [name for name in report if "live_overlap" in name]  # no row was replayed
 
 
-def test_a_router_by_hand() -> None:
+def test_router_metrics_by_hand() -> None:
     logits = torch.tensor([[4.0, 3, 2, 1, 0, 0], [0, 0, 0, 0, 0, 0], [9, 9, 9, 9, 9, 9]])
     used = torch.tensor([[0, 1, 2], [0, 1, 3], [5, 5, 5]])
     live = torch.tensor([[0, 1, 2], [0, 1, 2], [5, 5, 5]])
@@ -88,16 +88,16 @@ def test_a_router_by_hand() -> None:
     entropy = -sum(w / sum(weights) * math.log(w / sum(weights)) for w in weights)
     assert report["routing/entropy/layer_04"] == pytest.approx((entropy + math.log(6)) / 2, rel=1e-6)
     assert report["routing/margin/layer_04"] == 0.5  # 2 - 1, and 0
-    assert report["routing/live_overlap/layer_04"] == pytest.approx(2 / 3)  # of the one replayed row
+    assert report["routing/live_overlap/layer_04"] == pytest.approx(2 / 3)  # one row is replayed
     assert report["routing/fallback/layer_04"] == 1 / 2
     assert report["routing/max_vio/layer_04"] == 1.0  # loads 2 2 1 1 0 0, their mean 1
     assert report["routing/dead_experts/layer_04"] == 2
     assert not [name for name in report if name.endswith("layer_01")]
-    for over in ("mean", "min", "max"):  # of the layers that have rows
+    for over in ("mean", "min", "max"):  # over layers that have rows
         assert report[f"routing/margin/{over}"] == 0.5
 
 
-def test_nothing_is_said_of_a_replay_that_does_not_take_place() -> None:
+def test_replay_metrics_are_absent_without_replay() -> None:
     found = stats()
     ids = torch.tensor([[0, 1, 2]])
     found.observe_router(1, torch.randn(1, EXPERTS), ids, ids, None, torch.tensor([True]))
@@ -106,7 +106,7 @@ def test_nothing_is_said_of_a_replay_that_does_not_take_place() -> None:
     assert not [name for name in report if "overlap" in name or "fallback" in name]
 
 
-def test_an_accumulator_without_rows_says_nothing() -> None:
+def test_an_accumulator_without_rows_reports_nothing() -> None:
     found = stats()
     assert found.finalize() == {}
     feed(found, draw(0, 5), torch.zeros(5, dtype=torch.bool), 0)
@@ -114,21 +114,21 @@ def test_an_accumulator_without_rows_says_nothing() -> None:
     assert found.finalize() == {}
 
 
-def test_a_probability_that_underflowed_adds_no_entropy() -> None:
+def test_an_underflowed_probability_adds_no_entropy() -> None:
     found = stats()
     ids, valid = torch.tensor([[0, 1, 2]]), torch.tensor([True])
     found.observe_router(1, torch.tensor([[0.0, 0, 0, 0, -math.inf, -math.inf]]), ids, ids, None, valid)
     assert found.finalize()["routing/entropy/layer_01"] == pytest.approx(math.log(4))
 
 
-def test_there_is_no_margin_where_every_expert_is_chosen() -> None:
+def test_there_is_no_margin_if_every_expert_is_chosen() -> None:
     found = RoutingStats([0], 2, 2, CPU)
     ids = torch.tensor([[1, 0]])
     found.observe_router(0, torch.tensor([[0.0, 1.0]]), ids, ids, None, torch.tensor([True]))
     assert not [name for name in found.finalize() if "margin" in name]
 
 
-def test_a_pair_that_is_not_declared_or_expected_is_an_error() -> None:
+def test_an_undeclared_or_unexpected_pair_is_an_error() -> None:
     found, ids = stats(), torch.tensor([[0, 1, 2]])
     with pytest.raises(ValueError, match="found 'rolout_old'; expected one of rollout_old/effective, "):
         found.expect("rolout_old", 0, torch.tensor([True]))
@@ -136,15 +136,15 @@ def test_a_pair_that_is_not_declared_or_expected_is_an_error() -> None:
         found.compare(PAIR, 0, 1, ids, ids)
 
 
-def test_the_backward_graph_is_not_held() -> None:
+def test_the_autograd_graph_is_not_kept_alive() -> None:
     found = stats()
     ids = torch.tensor([[0, 1, 2]])
     found.observe_router(1, torch.randn(1, EXPERTS, requires_grad=True), ids, ids, None, torch.tensor([True]))
     assert not any(sums.requires_grad for sums in found.sums())
 
 
-def test_nothing_waits_for_the_device_before_finalize() -> None:
-    """A fake tensor has no values, so it refuses whatever would wait for them: item, nonzero, bincount."""
+def test_nothing_synchronises_with_the_device_before_finalize() -> None:
+    """A fake tensor has no values, so it refuses calls that wait for values: item, nonzero, bincount."""
     with FakeTensorMode():
         found = stats()
         feed(found, draw(0, 5), slice(None), 0)
@@ -172,7 +172,7 @@ def feed(
     layers: Sequence[int] = LAYERS,
     pair: str = PAIR,
 ) -> None:
-    """What a rank that holds these rows and layers sees of a micro-batch."""
+    """Feeds a micro-batch as a rank with these rows and layers sees it."""
     d = {name: values[rows] for name, values in data.items()}
     found.expect(pair, micro_batch, d["valid"])
     for layer in layers:
@@ -190,7 +190,7 @@ def report_of(data: dict[str, Tensor]) -> dict[str, float]:
 
 
 def reduced(ranks: Sequence[RoutingStats]) -> dict[str, float]:
-    """What all of them report after their sums are added up."""
+    """Returns the report of all ranks after their sums are added up."""
     for parts in zip(*(rank.sums() for rank in ranks), strict=True):
         parts[0].copy_(torch.stack(parts).sum(0))
     return ranks[0].finalize()
@@ -201,9 +201,9 @@ seeds, counts = st.integers(0, 2**20), st.integers(1, 40)
 
 @settings(max_examples=40)
 @given(seed=seeds, rows=counts, data=st.data())
-def test_cutting_rows_into_micro_batches_and_ranks_changes_nothing(seed: int, rows: int, data: st.DataObject) -> None:
+def test_metrics_do_not_depend_on_micro_batches_or_ranks(seed: int, rows: int, data: st.DataObject) -> None:
     drawn = draw(seed, rows)
-    # Three ranks of two micro-batches; each row in any of them, some of them empty.
+    # Three ranks with two micro-batches each; rows are in any of them, and some are empty.
     owner = torch.tensor(data.draw(st.lists(st.integers(0, 5), min_size=rows, max_size=rows)))
     ranks = [stats() for _ in range(3)]
     for part in range(6):
@@ -215,9 +215,9 @@ def test_cutting_rows_into_micro_batches_and_ranks_changes_nothing(seed: int, ro
 
 @settings(max_examples=40)
 @given(seed=seeds, rows=counts)
-def test_cutting_layers_into_pipeline_stages_changes_nothing(seed: int, rows: int) -> None:
+def test_metrics_do_not_depend_on_pipeline_stages(seed: int, rows: int) -> None:
     drawn = draw(seed, rows)
-    stages = [stats() for _ in range(3)]  # the last without routers
+    stages = [stats() for _ in range(3)]  # the last one has no routers
     for stage, layers in zip(stages, ([LAYERS[0]], [LAYERS[1]], []), strict=True):
         for part, pair in ((slice(0, rows // 2), PAIR), (slice(rows // 2, None), PAIR), (slice(None), RERUN)):
             feed(stage, drawn, part, int(part.start == rows // 2), layers, pair)
@@ -233,7 +233,7 @@ def test_cutting_layers_into_pipeline_stages_changes_nothing(seed: int, rows: in
 
 @settings(max_examples=40)
 @given(seed=seeds, rows=counts)
-def test_what_stands_in_padding_is_never_read(seed: int, rows: int) -> None:
+def test_values_in_padding_are_never_read(seed: int, rows: int) -> None:
     drawn = draw(seed, rows)
     padding = ~drawn["valid"]
     spoilt = {name: values.clone() for name, values in drawn.items()}
@@ -247,7 +247,7 @@ def test_what_stands_in_padding_is_never_read(seed: int, rows: int) -> None:
 
 @settings(max_examples=40)
 @given(seed=seeds, rows=counts)
-def test_the_order_of_a_rows_experts_counts_for_the_first_alone(seed: int, rows: int) -> None:
+def test_the_order_of_a_rows_experts_affects_only_top1_change(seed: int, rows: int) -> None:
     drawn = draw(seed, rows)
     turned = report_of({**drawn, "used": drawn["used"].roll(1, dims=-1)})
     report = report_of(drawn)
@@ -263,7 +263,7 @@ def test_the_order_of_a_rows_experts_counts_for_the_first_alone(seed: int, rows:
 
 @settings(max_examples=20)
 @given(seed=seeds, rows=counts)
-def test_ids_of_any_integer_type_and_logits_in_bf16(seed: int, rows: int) -> None:
+def test_ids_of_any_integer_type_and_bf16_logits_are_accepted(seed: int, rows: int) -> None:
     drawn = draw(seed, rows)
     drawn["logits"] = drawn["logits"].bfloat16()
     narrow = {**drawn, "logits": drawn["logits"].float(), "used": drawn["used"].byte(), "live": drawn["live"].short()}

@@ -1,4 +1,4 @@
-"""Signals and clocks that end a run early, and the evaluation that a stopped run owes."""
+"""Signals and time limits that end a run early, and the evaluation that a stopped run still has to make."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def signals() -> Iterator[Signals]:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_the_first_signal_is_noted(signals: Signals, number: signal.Signals) -> None:
+def test_the_first_signal_is_recorded(signals: Signals, number: signal.Signals) -> None:
     assert signals.received == ""
     os.kill(os.getpid(), number)
     assert signals.received == number.name
 
 
-def test_signals_are_given_back() -> None:
+def test_signal_handlers_are_restored() -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     caught = Signals(tells=False)
     caught.catch()
@@ -47,7 +47,7 @@ def test_signals_are_given_back() -> None:
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
-    """As of a job that a shell has started in the background."""
+    """A shell ignores signals for its background jobs."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         caught = Signals(tells=False)
@@ -60,7 +60,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_second_signal_is_one_only_after_the_echo(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_signal_counts_only_after_the_echo_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     caught = Signals(tells=False, clock=lambda: now[0])
     killed: list[int] = []
@@ -81,7 +81,7 @@ def test_the_first_signal_says_what_will_happen(capfd: pytest.CaptureFixture[str
     assert "SIGTERM: the run stops at the end of this step, with a checkpoint" in capfd.readouterr().err
 
 
-def test_a_signal_ends_a_wait_and_cancels_what_was_waited_for(signals: Signals) -> None:
+def test_a_signal_ends_a_wait_and_cancels_its_task(signals: Signals) -> None:
     loop = BackgroundLoop()
     cancelled = threading.Event()
 
@@ -100,11 +100,11 @@ def test_a_signal_ends_a_wait_and_cancels_what_was_waited_for(signals: Signals) 
     assert cancelled.wait(10)
     with pytest.raises(Interrupted), signals.interrupt():
         raise AssertionError("a wait that begins after the signal")
-    os.kill(os.getpid(), signal.SIGTERM)  # outside of a wait nothing is raised
+    os.kill(os.getpid(), signal.SIGTERM)  # without a wait nothing is raised
     loop.close()
 
 
-def test_a_checkpoint_is_due_by_the_clock() -> None:
+def test_a_checkpoint_is_due_after_the_configured_minutes() -> None:
     now = [0.0]
     clock = Clock(checkpoint_minutes=2.0, max_minutes=None, clock=lambda: now[0])
     now[0] = 500.0  # the start took long
@@ -120,8 +120,8 @@ def test_a_checkpoint_is_due_by_the_clock() -> None:
     assert not clock.time_up
 
 
-def test_a_run_that_sets_nothing_is_saved_by_the_clock() -> None:
-    """A crash costs half an hour, and not the whole run."""
+def test_a_run_with_default_settings_saves_every_half_hour() -> None:
+    """A crash then loses at most half an hour, not the whole run."""
     now = [0.0]
     clock = Clock(CheckpointConfig().minutes, None, clock=lambda: now[0])
     clock.begin()
@@ -131,10 +131,10 @@ def test_a_run_that_sets_nothing_is_saved_by_the_clock() -> None:
     assert clock.checkpoint_due
 
 
-def test_time_is_up_before_a_step_that_would_end_too_late() -> None:
+def test_time_is_up_if_the_next_step_would_end_too_late() -> None:
     now = [0.0]
     clock = Clock(checkpoint_minutes=None, max_minutes=10.0, clock=lambda: now[0])
-    now[0] = 100.0  # counts: a job's limit does not wait for the weights
+    now[0] = 100.0  # the start counts too, as a job's time limit includes it
     clock.begin()
     for end, up in ((200.0, False), (350.0, False), (440.0, False), (500.0, True)):
         now[0] = end
@@ -144,8 +144,8 @@ def test_time_is_up_before_a_step_that_would_end_too_late() -> None:
 
 
 @pytest.mark.parametrize("moment", ["before", "during", "never"])
-def test_an_evaluation_that_a_stop_prevents_is_owed(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the checkpoint says so, so that the resumed run makes it."""
+def test_an_evaluation_that_a_stop_prevents_is_recorded_as_owed(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint records it, so that the resumed run makes the evaluation."""
     trainer: Any = SimpleNamespace(watch=SimpleNamespace(stopping="SIGTERM" if moment == "before" else ""))
     evaluator = Evaluator(EvalConfig(), trainer, None, None)
     progress = Progress(4, 8, PromptCursor(0))
@@ -164,7 +164,7 @@ def test_an_evaluation_that_a_stop_prevents_is_owed(moment: str, monkeypatch: py
 
 
 @pytest.mark.parametrize("owes", [True, False])
-def test_an_evaluation_after_the_last_step_is_not_lost_in_silence(owes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_evaluation_after_the_last_step_is_reported(owes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluator_module, "broadcast_bytes", lambda data, _: data)
     trainer: Any = SimpleNamespace(place=SimpleNamespace(control=None))
     progress = Progress(8, 8, PromptCursor(0), owes_evaluation=owes)
@@ -172,7 +172,7 @@ def test_an_evaluation_after_the_last_step_is_not_lost_in_silence(owes: bool, mo
         Evaluator(EvalConfig(), trainer, None, None).check_made(progress)
 
 
-def test_a_signal_that_another_thread_is_given_ends_the_wait_all_the_same() -> None:
+def test_a_signal_delivered_to_another_thread_also_ends_the_wait() -> None:
     loop, signals = BackgroundLoop(), Signals(tells=False)
     finished = []
 

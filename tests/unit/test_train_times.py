@@ -1,6 +1,6 @@
-"""Where the time of each phase is logged: with the step, the evaluation or the checkpoint that it was spent on.
+"""The time of each phase is logged with its step, evaluation or checkpoint.
 
-The loop and its parts are real; what takes time in them moves a clock instead.
+The loop and its parts are real, but slow operations only advance a clock.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class HandClock:
 
 @pytest.fixture
 def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Of a run of three steps that evaluated and saved after the second and the last."""
+    """The directory of a run of three steps, with evaluations and checkpoints after the second and the last."""
     clock = HandClock()
     config = Config(
         run_dir=tmp_path / "run",
@@ -99,7 +99,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(trainer, "update", update)
     monkeypatch.setattr(trainer, "export", lambda *_: None)
-    monkeypatch.setattr(watch, "agree", lambda *_: None)  # nobody else is there
+    monkeypatch.setattr(watch, "agree", lambda *_: None)  # there are no other ranks
     monkeypatch.setattr(trainer, "writing", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(Evaluator, "check_made", lambda *_: None)
     monkeypatch.setattr(trainer_module, "save_checkpoint", clock.takes(CHECKPOINT))
@@ -118,13 +118,13 @@ def times(file: Path) -> list[tuple[int, dict[str, float]]]:
     return [(line["step"], {k: v for k, v in line.items() if k.startswith("time/")}) for line in read_metrics(file)]
 
 
-def test_a_steps_line_has_the_time_of_its_own_phases_only(run_dir: Path) -> None:
-    """Not of the evaluation and the checkpoint before it, nor, the first, of the start's weight sync."""
+def test_a_steps_line_has_only_the_times_of_its_own_phases(run_dir: Path) -> None:
+    """Times of earlier evaluations and checkpoints are excluded, and of the first weight sync too."""
     step = {"time/rollout": ROLLOUT, "time/update": UPDATE, "time/weight sync": SYNC}
     assert times(run_dir / "metrics.jsonl") == [(1, step), (2, step), (3, step)]
 
 
-def test_evaluations_and_checkpoints_have_their_own(run_dir: Path) -> None:
+def test_evaluations_and_checkpoints_log_their_own_times(run_dir: Path) -> None:
     evaluation, checkpoint = {"time/evaluation": EVALUATION}, {"time/checkpoint": CHECKPOINT}
     assert times(run_dir / "eval.jsonl") == [(0, evaluation), (2, evaluation), (3, evaluation)]
     assert times(run_dir / "checkpoints.jsonl") == [(2, checkpoint), (3, checkpoint)]

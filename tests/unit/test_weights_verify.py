@@ -1,4 +1,4 @@
-"""What tells right weights from wrong ones, and how a sync waits for servers. Without a server."""
+"""How a weight sync detects wrong weights and waits for servers, tested without a server."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from megatron_rl.weights.verify import Asked, SampledAnswer, ask_servers, verify
 RNG = np.random.default_rng(0)
 EXPECTED = [-3.0 * RNG.random(9).astype(np.float32) for _ in range(2)]
 SAMPLED = [-2.0 * RNG.random(9).astype(np.float32) for _ in range(2)]
-RESPONSE = 6  # of the nine
+RESPONSE = 6  # of the nine tokens
 
 
 def asked(scored: float = 0.0, sampled: float = 0.0, one_token: float = 0.0, **changes: Any) -> Asked:
-    """Two servers; the second is off by so much, on all tokens or on a sampled one."""
+    """Answers of two servers. The second differs by these amounts, on all tokens or on one sampled token."""
     answers = []
     for url, off, logprobs in (("a", 0.0, SAMPLED[0]), ("b", sampled, SAMPLED[1])):
         served = (logprobs[-RESPONSE:] - off).tolist()
@@ -57,12 +57,12 @@ def check(found: Asked, bound: float = 0.1, temperature: float = 1.0) -> None:
     verify(found, EXPECTED, SAMPLED, bound, temperature)
 
 
-def test_what_rounding_does_passes() -> None:
+def test_differences_from_rounding_pass() -> None:
     check(asked())
     check(asked(scored=0.09, sampled=0.09))
     check(asked(one_token=0.4))  # in bf16 one token may go to other experts
     check(asked(scored=9e-6, sampled=9e-6), bound=1e-5)
-    check(asked(sampled=0.19), temperature=0.5)  # logits / .5 round twice as coarsely
+    check(asked(sampled=0.19), temperature=0.5)  # dividing logits by .5 doubles their rounding
 
 
 @pytest.mark.parametrize(
@@ -77,33 +77,33 @@ def test_what_rounding_does_passes() -> None:
         (asked(checksums={"a": "x", "b": "y"}), 0.1, "servers hold different weights, by checksum"),
     ],
 )
-def test_what_it_does_not_is_an_error_that_names_the_server(found: Asked, bound: float, message: str) -> None:
+def test_the_error_names_a_server_with_larger_differences(found: Asked, bound: float, message: str) -> None:
     with pytest.raises(WeightSyncError, match=message):
         check(found, bound)
 
 
-def test_the_bound_lets_honest_bf16_servers_of_an_fp32_engine_pass() -> None:
+def test_the_default_bound_allows_bf16_servers_with_an_fp32_engine() -> None:
     unset = WeightsConfig()
     assert (bound_of(unset, exact=True), bound_of(unset, exact=False)) == (1e-5, 0.1)
     assert bound_of(WeightsConfig(verify_bound=0.3), exact=True) == 0.3
 
 
 @pytest.mark.parametrize("form", [(2, "float32"), (1, "bfloat16")])
-def test_checksums_are_compared_among_servers_that_hold_the_weights_alike(form: tuple[int, str]) -> None:
-    """SGLang's checksum of equal weights depends on how they are cut and rounded."""
+def test_checksums_are_compared_among_servers_with_the_same_tp_and_dtype(form: tuple[int, str]) -> None:
+    """SGLang's checksum of equal weights depends on tensor parallelism and dtype."""
     check(asked(checksums={"a": "x", "b": "y"}, forms={"a": (1, "float32"), "b": form}))
     with pytest.raises(WeightSyncError, match="different weights"):
         check(asked(checksums={"a": "x", "b": "y"}, forms={"a": form, "b": form}))
 
 
-def test_a_refusal_names_the_key_that_lets_coarser_kernels_pass() -> None:
+def test_the_error_names_the_key_that_allows_coarser_kernels() -> None:
     for found in (asked(scored=0.3), asked(sampled=0.3)):
         with pytest.raises(WeightSyncError, match=r"raise weights\.verify_bound"):
             check(found)
 
 
 class Served:
-    """Of a client only what a verification asks of it; the first `aborts` answers are aborted and empty."""
+    """A client with only the methods that a verification calls; its first `aborts` answers are aborted and empty."""
 
     url, deadline = "http://a:1", 10.0
 
@@ -130,7 +130,7 @@ def ask(served: Served, directory: Path) -> Asked:
     return asyncio.run(ask_servers([served], read_architecture(directory), 1.0, 1))  # type: ignore[list-item]
 
 
-def test_an_aborted_answer_is_sampled_again_and_a_server_that_aborts_all_is_named(tiny_model_dir: Path) -> None:
+def test_aborted_answers_are_retried_until_the_error_names_the_server(tiny_model_dir: Path) -> None:
     assert [answer.logprobs for answer in ask(Served(aborts=2), tiny_model_dir).answers] == [[-1.0]] * 4
     with pytest.raises(RolloutError, match=r"^http://a:1: .*the server aborted it 3 times"):
         ask(Served(aborts=99), tiny_model_dir)
@@ -148,7 +148,7 @@ def test_only_fp32_on_a_cpu_is_exact(tiny_model_dir: Path, info: dict[str, Any],
 # ---- waiting
 
 
-def test_a_refusal_is_heard_while_others_are_still_waited_for() -> None:
+def test_a_refusal_ends_the_wait_for_the_other_servers() -> None:
     waiting, refused = Future[None](), Future[None]()
     refused.set_exception(RolloutError("http://b:1/x: status 400: no"))
     start = time.monotonic()
@@ -157,7 +157,7 @@ def test_a_refusal_is_heard_while_others_are_still_waited_for() -> None:
     assert time.monotonic() - start < 5.0
 
 
-def test_a_server_that_does_not_answer_is_named() -> None:
+def test_the_error_names_a_server_that_does_not_answer() -> None:
     done, waiting = Future[None](), Future[None]()
     done.set_result(None)
     with pytest.raises(WeightSyncError, match=r"no answer within weights.timeout, 0\.1 s, from http://b:1$"):
@@ -165,7 +165,7 @@ def test_a_server_that_does_not_answer_is_named() -> None:
 
 
 class Refusing:
-    """Of a client only what a join asks of it."""
+    """A client with only the methods that joining a group calls."""
 
     url = "http://127.0.0.1:1"
 
@@ -179,8 +179,8 @@ class Refusing:
         raise RolloutError(f"{self.url}/init_weights_update_group: status 400: no such backend")
 
 
-def test_a_server_that_does_not_join_is_heard_at_once() -> None:
-    """Our own rank waits for it until weights.timeout."""
+def test_a_server_that_refuses_to_join_is_an_error_at_once() -> None:
+    """Otherwise our own rank would wait until weights.timeout."""
     loop = BackgroundLoop()
     routes = [CollectiveRoute([Refusing()], loop, torch.device("cpu"), 60.0) for _ in range(2)]  # type: ignore[list-item]
     start = time.monotonic()
@@ -196,8 +196,8 @@ def test_a_server_that_does_not_join_is_heard_at_once() -> None:
 @pytest.mark.parametrize(
     ("addresses", "address"), [(["127.0.0.1"] * 2, "127.0.0.1"), (["127.0.0.1", "192.0.2.1"], "0.0.0.0")]
 )
-def test_the_group_meets_at_no_more_addresses_than_its_servers_reach(addresses: list[str], address: str) -> None:
-    """What listens there takes orders from anyone."""
+def test_the_rendezvous_listens_only_on_addresses_that_servers_need(addresses: list[str], address: str) -> None:
+    """The rendezvous accepts commands from anyone who can reach it."""
     store = _listen(addresses, 3, timedelta(seconds=60))
     found = [c.laddr.ip for c in psutil.Process().net_connections("tcp") if c.laddr.port == store.port and not c.raddr]
     assert found == [address]
@@ -210,7 +210,9 @@ class Reads:
         assert Path(path, "model.safetensors").is_file()
 
 
-def test_a_run_resumed_from_an_older_step_keeps_what_it_has_just_written(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_run_resumed_from_an_older_step_keeps_the_versions_it_just_wrote(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
     loop = BackgroundLoop()
     route = DiskRoute([Reads()], loop, tmp_path, tiny_model_dir, torch.float32, 60.0)  # type: ignore[list-item]
     weights = [list(load_file(tiny_model_dir / "model.safetensors").items())]
@@ -222,7 +224,7 @@ def test_a_run_resumed_from_an_older_step_keeps_what_it_has_just_written(tiny_mo
     loop.close()
 
 
-def test_an_old_version_that_cannot_be_removed_does_not_end_the_run(
+def test_an_old_weight_version_that_cannot_be_removed_does_not_end_the_run(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*given: Any, **keywords: Any) -> None:
@@ -237,8 +239,8 @@ def test_an_old_version_that_cannot_be_removed_does_not_end_the_run(
     loop.close()
 
 
-def test_only_the_groups_connected_sockets_are_cut() -> None:
-    """That this wakes a rank in a broadcast was tried with gloo; that the listening one must stay, too."""
+def test_only_the_connected_sockets_of_the_group_are_closed() -> None:
+    """Tried with gloo: closing these wakes a rank in a broadcast, and the listening socket must stay open."""
     before = _open_sockets()
     with socket.create_server(("127.0.0.1", 0)) as listening, socket.create_connection(listening.getsockname()) as one:
         other, _ = listening.accept()

@@ -1,12 +1,12 @@
-"""Transformer Engine without a GPU: its own Python, over stand-ins for what is compiled.
+"""Transformer Engine without a GPU: its own Python code over stand-ins for its compiled parts.
 
 Call `load(directory)`, which makes the package in `directory` importable, before use_device("cpu"). Then import
-Megatron-Core and call `install_kernels()`, which puts arithmetic on the CPU behind the few functions that Megatron-Core
+Megatron-Core and call `install_kernels()`, which implements on the CPU the few functions that Megatron-Core
 calls. Each such call is bound to Transformer Engine's own signature first, so that a wrong argument is a TypeError.
 
-What this shows: that the modules are built, marked, loaded, exported and called as Transformer Engine and Megatron-Core
-expect of each other, and that gradients are reduced over the right ranks. What it cannot show: anything of the kernels
-(their numbers, dtypes and speed), of attention under context parallelism, of DeepEP and of NCCL.
+This tests that modules are built, marked, loaded, exported and called as Transformer Engine and Megatron-Core expect,
+and that gradients are reduced over the right ranks. It cannot test kernels (their numbers, dtypes and speed), attention
+under context parallelism, DeepEP or NCCL.
 """
 
 from te_stub.compiled import load

@@ -1,4 +1,4 @@
-"""Stand-ins for Transformer Engine's compiled module and for triton, as far as importing Transformer Engine goes."""
+"""Stand-ins for Transformer Engine's compiled module and for triton, sufficient to import Transformer Engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._triton import has_triton_package
 
 
 class _Constants(type):
-    """A C++ enumeration or class: each name that is asked of it is a constant, counted from 0."""
+    """A C++ enumeration or class: each requested name is a constant, counted from 0."""
 
     def __getattr__(cls, name: str) -> int:
         if name.startswith("__"):
@@ -24,7 +24,7 @@ class _Constants(type):
         return value
 
 
-# Those whose values or members Transformer Engine reads while it is imported.
+# Enumerations whose members Transformer Engine reads during its import.
 _ENUMERATIONS = {
     "DType": {
         "kByte": 0,
@@ -41,7 +41,7 @@ _ENUMERATIONS = {
 
 
 class _Absent(types.ModuleType):
-    """Every name resolves, and a function that is called without a body raises."""
+    """A module in which every name resolves; its functions raise when they are called."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -56,12 +56,12 @@ class _Absent(types.ModuleType):
 
 
 def _decorator(*args: Any, **kwargs: Any) -> Any:
-    """@triton.jit, @triton.jit(...), @triton.autotune(...)."""
+    """Stands in for @triton.jit, @triton.jit(...) and @triton.autotune(...)."""
     return args[0] if args and callable(args[0]) else lambda kernel: kernel
 
 
 def _triton() -> dict[str, types.ModuleType]:
-    """Kernels are defined, and never launched."""
+    """Returns stand-ins for triton; kernels can be defined, but not launched."""
     names = ("triton", "triton.language", "triton.language.core", "triton.language.standard")
     modules = {name: _Absent(name) for name in names}
     for name, module in modules.items():
@@ -75,14 +75,14 @@ def _triton() -> dict[str, types.ModuleType]:
 
 
 def load(directory: Path) -> None:
-    """Raises ImportError when Transformer Engine's Python is not in `directory`."""
-    os.environ["NVTE_PROJECT_BUILDING"] = "1"  # leaves the shared library alone
+    """Raises ImportError if Transformer Engine's Python code is not in `directory`."""
+    os.environ["NVTE_PROJECT_BUILDING"] = "1"  # does not load the shared library
     sys.path.insert(0, str(directory))
     extension = _Absent("transformer_engine_torch")
     vars(extension).update({name: enum.IntEnum(name, members) for name, members in _ENUMERATIONS.items()})
     vars(extension).update(get_cudnn_version=lambda: 91500, get_num_cublas_streams=lambda: 1)
     sys.modules["transformer_engine_torch"] = extension
-    if not has_triton_package():  # torch keeps the answer, and goes without
+    if not has_triton_package():  # torch caches the answer and then does not use triton
         sys.modules.update(_triton())
     onnx = "transformer_engine.pytorch.onnx_extensions"  # needs two more packages, for export only
     sys.modules[onnx] = _Absent(onnx)
@@ -92,6 +92,6 @@ def load(directory: Path) -> None:
     package = sys.modules["transformer_engine"] = importlib.util.module_from_spec(spec)
     import transformer_engine.common as common
 
-    common.load_framework_extension = lambda framework: None  # it would look for the shared library
+    common.load_framework_extension = lambda framework: None  # the original would look for the shared library
     spec.loader.exec_module(package)
-    import transformer_engine.pytorch  # noqa: F401  the package itself passes over an ImportError
+    import transformer_engine.pytorch  # noqa: F401  the package itself ignores an ImportError

@@ -1,7 +1,7 @@
-"""Arithmetic on the CPU behind the functions of Transformer Engine that Megatron-Core calls.
+"""CPU implementations of the Transformer Engine functions that Megatron-Core calls.
 
-Each body takes the arguments by the names that Transformer Engine gives them; those that it takes in `**_` do not bear
-on the result here. Modules keep their constructors, parameters and attributes: only `forward` is replaced.
+Each body has Transformer Engine's argument names; arguments in `**_` do not change the result here. Modules keep their
+constructors, parameters and attributes: only `forward` is replaced.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor
 
 
 def install_kernels() -> None:
-    """After megatron.core is imported: it holds some of the functions under names of its own."""
+    """Must be called after the import of megatron.core, which holds some of the functions under its own names."""
     torch.cuda.is_available = lambda: True  # modules refuse to be built without
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
-    arange = torch.arange  # Megatron-Core's dispatcher, with fused permutation only: the CPU layer does without
+    arange = torch.arange  # for Megatron-Core's dispatcher with fused permutation, which the CPU layer does not use
     torch.arange = lambda *args, device=None, **kwargs: arange(*args, **kwargs)
     import transformer_engine.pytorch as te
     import transformer_engine_torch as extension
@@ -58,7 +58,7 @@ def install_kernels() -> None:
 
 
 def _bound(real: Callable[..., Any], body: Callable[..., Any]) -> Callable[..., Any]:
-    """`body` with the signature of `real`, checked at each call; the compiled functions have none to check."""
+    """Returns `body` with the signature of `real`, checked at each call; compiled functions have no signature."""
     signature = inspect.signature(real)
 
     @functools.wraps(real)
@@ -96,7 +96,7 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _enter(module: Any, x: Tensor) -> Tensor:
-    """What a column-parallel linear layer does to its input."""
+    """Applies the input communication of a column-parallel linear layer."""
     from megatron.core.tensor_parallel import mappings
 
     if module.parallel_mode != "column" or module.tp_size == 1:
@@ -107,7 +107,7 @@ def _enter(module: Any, x: Tensor) -> Tensor:
 
 
 def _leave(module: Any, x: Tensor) -> Tensor:
-    """What a row-parallel linear layer does to its output."""
+    """Applies the output communication of a row-parallel linear layer."""
     from megatron.core.tensor_parallel import mappings
 
     if module.parallel_mode != "row" or module.tp_size == 1:
@@ -127,7 +127,7 @@ def attention(
     attn_mask_type: str,
     **_: Any,
 ) -> Tensor:
-    """Packed sequences, one after another: [T, heads, D] -> [T, heads * D]."""
+    """Computes attention of packed sequences one by one: [T, heads, D] -> [T, heads * D]."""
     assert (qkv_format, attn_mask_type, cu_seqlens_q.dtype) == ("thd", "padding_causal", torch.int32)
     lengths = cu_seqlens_q.diff().tolist()
     outputs = [
@@ -153,7 +153,7 @@ def rotate(
 
 
 def gemm(A: Tensor, B: Tensor, out_dtype: torch.dtype, layout: str, out: None, bias: None, **_: Any) -> list[Tensor]:
-    """The router's. Column-major, as in BLAS: the operands are read from right to left."""
+    """The router's matrix product. Column-major as in BLAS: operands are read from right to left."""
     assert out is None
     assert bias is None
     left, right = {"TN": (B, A.T), "NN": (B, A), "NT": (B.T, A)}[layout]
@@ -161,7 +161,7 @@ def gemm(A: Tensor, B: Tensor, out_dtype: torch.dtype, layout: str, out: None, b
 
 
 def permute(inp: Tensor, routing_map: Tensor, map_type: str, **_: Any) -> tuple[Tensor, Tensor]:
-    """Rows by expert, and the row of the input that each came from."""
+    """Returns rows sorted by expert, and the input row of each."""
     assert map_type == "mask"
     rows = routing_map.bool().T.nonzero()[:, 1]
     return inp.index_select(0, rows), rows
