@@ -49,12 +49,12 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-re
 test: install
 	$(PYTEST) --timeout 300 -m "not slow and not gpu"
 
-# Without ranks, servers or runs.
+# Without processes, ranks, servers and runs.
 test-fast: install
 	$(PYTEST) --timeout 300 -m "not slow and not gpu" tests/unit
 
 test-all: install
-	$(PYTEST) --timeout 1800
+	$(PYTEST) --timeout 1800 --hypothesis-profile thorough
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -15,7 +15,9 @@ from megatron_rl.rollout.client import SGLangClient
 from megatron_rl.rollout.server import Server, ServerOptions, free_ports
 
 # A slow example on a busy machine is not a failure.
-settings.register_profile("megatron_rl", parent=settings.default, deadline=None)
+# `make test-all` takes the thorough profile.
+settings.register_profile("megatron_rl", parent=settings.default, deadline=None, max_examples=40)
+settings.register_profile("thorough", parent=settings.default, deadline=None, max_examples=500)
 settings.load_profile("megatron_rl")
 
 # Failed asserts in these files then show both sides, as in test files.

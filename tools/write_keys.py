@@ -11,7 +11,7 @@ import itertools
 import json
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -49,6 +49,8 @@ class Section:
     discriminator: str | None
     nullable: bool
     default: Any
+    meaning: str = field(default="", compare=False)
+    """The docstring below its field."""
 
 
 def write_page() -> str:
@@ -66,7 +68,7 @@ def write_page() -> str:
                 shown[section.key] = section
             parts.append(write_section(section))
         if repeated:
-            parts.append(f"Sections that are the same as for `megatron-rl train`: {', '.join(repeated)}.\n")
+            parts.append(f"`megatron-rl sft` also has these sections of `megatron-rl train`: {', '.join(repeated)}.\n")
     return "\n".join(parts)
 
 
@@ -74,25 +76,28 @@ def list_sections(section: Section) -> Iterator[Section]:
     """Yields the section and, in the order of the schema, all sections below it."""
     yield section
     for cls in section.kinds:
-        for name, field in cls.model_fields.items():
-            if below := as_section(f"{section.key}.{name}" if section.key else name, field):
+        meanings = field_docstrings(cls)
+        for name, info in cls.model_fields.items():
+            if below := as_section(f"{section.key}.{name}" if section.key else name, info, meanings[name]):
                 yield from list_sections(below)
 
 
-def as_section(key: str, field: FieldInfo) -> Section | None:
-    """None for a field that holds a plain value."""
-    kinds, discriminator = _models(field.annotation)
+def as_section(key: str, info: FieldInfo, meaning: str = "") -> Section | None:
+    """Returns None for a field that holds a plain value."""
+    kinds, discriminator = _models(info.annotation)
     if not kinds:
         return None
-    discriminator = field.discriminator if isinstance(field.discriminator, str) else discriminator
-    nullable = NoneType in _alternatives(field.annotation)
-    return Section(key, kinds, discriminator, nullable, _default_of(field))
+    discriminator = info.discriminator if isinstance(info.discriminator, str) else discriminator
+    nullable = NoneType in _alternatives(info.annotation)
+    return Section(key, kinds, discriminator, nullable, _default_of(info), meaning)
 
 
 def write_section(section: Section) -> str:
     lines = [f"### `{section.key}`\n"] if section.key else []
     if len(section.kinds) == 1:
         lines += _opening(section.kinds[0])
+    if section.meaning:
+        lines.append(f"{section.meaning}\n")
     if section.key:
         lines += _default_line(section)
     for cls in section.kinds:
@@ -128,12 +133,12 @@ def _kind(cls: type[BaseModel], discriminator: str | None) -> str:
 
 def _rows(section: Section, cls: type[BaseModel]) -> Iterator[str]:
     meanings = field_docstrings(cls)
-    for name, field in cls.model_fields.items():
+    for name, info in cls.model_fields.items():
         key = f"{section.key}.{name}" if section.key else name
-        if as_section(key, field) is not None:
+        if as_section(key, info) is not None:
             continue
-        default = getattr(section.default, name) if isinstance(section.default, cls) else _default_of(field)
-        cells = [f"`{key}`", describe_type(field.annotation, field.metadata), _shown(default), meanings[name]]
+        default = getattr(section.default, name) if isinstance(section.default, cls) else _default_of(info)
+        cells = [f"`{key}`", describe_type(info.annotation, info.metadata), _shown(default), meanings[name]]
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
@@ -145,15 +150,15 @@ def field_docstrings(cls: type[BaseModel]) -> dict[str, str]:
             continue
         tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
         (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef))
-        for field, text in itertools.pairwise(body):
+        for target, text in itertools.pairwise(body):
             if (
-                isinstance(field, ast.AnnAssign)
-                and isinstance(field.target, ast.Name)
+                isinstance(target, ast.AnnAssign)
+                and isinstance(target.target, ast.Name)
                 and isinstance(text, ast.Expr)
                 and isinstance(text.value, ast.Constant)
                 and isinstance(text.value.value, str)
             ):
-                found[field.target.id] = " ".join(text.value.value.split())
+                found[target.target.id] = " ".join(text.value.value.split())
     return found
 
 
@@ -188,8 +193,8 @@ def _bounds(item: Any) -> Iterator[str]:
             yield f"{sign} {bound:g}"
 
 
-def _default_of(field: FieldInfo) -> Any:
-    return field.get_default(call_default_factory=True)
+def _default_of(info: FieldInfo) -> Any:
+    return info.get_default(call_default_factory=True)
 
 
 def _shown(default: Any) -> str:

@@ -29,8 +29,9 @@ def k3(log_ratio: Tensor) -> Tensor:
 
 
 def unbiased(log_ratio: Tensor, log_importance: Tensor) -> Tensor:
-    """k3 times r = exp(log_importance), for samples that are not of p = pi_theta but of pi_old: unbiased again, in
-    value and in gradient (DeepSeek-V3.2). log_importance = log pi_theta - log pi_old, of log_ratio's shape."""
+    """k3 times r = exp(log_importance), for samples of another policy than p = pi_theta: unbiased in value and in
+    gradient (DeepSeek-V3.2). log_importance = log pi_theta - log pi_old, of log_ratio's shape; mu takes the place of
+    pi_old under `denominator: rollout`."""
     return log_importance.exp() * k3(log_ratio)
 
 
