@@ -28,7 +28,7 @@ from megatron_rl.lab.run import read_metrics
 from megatron_rl.ranks import watcher
 from megatron_rl.ranks.heartbeat import _listening_host
 
-SECONDS = 3.0
+SECONDS = 5.0
 SCENARIOS = ("stop-0", "stop-1", "kill-0", "kill-1", "hold", "raise")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from forks import Forks
-from rl_runs import MINI_BATCHES, run_all, save_rollouts, write_config
+from rl_runs import GROUP, MINI_BATCHES, PROMPTS, run_all, save_rollouts, write_config
 from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_model
 
@@ -148,7 +148,7 @@ def test_a_kl_term_is_measured_and_changes_the_gradient(forks: Forks, setting: P
         with_kl = lines(setting.parent / name)[0]
         assert with_kl["kl/policy_reference/k3"] > 0.1
         assert with_kl["ratio/min"] == with_kl["ratio/max"] == 1
-        assert with_kl["grad_norm"] != pytest.approx(first["grad_norm"], rel=1e-2)
+        assert with_kl["grad_norm"] != pytest.approx(first["grad_norm"], rel=1e-4)
     assert lines(setting.parent / "kl-in-loss")[0]["loss"] == pytest.approx(
         first["loss"] + 0.2 * by_response(setting), rel=1e-4
     )
@@ -257,7 +257,8 @@ def test_a_non_finite_kl_penalty_gives_one_error(forks: Forks, setting: Path, tm
     command += [*overrides(setting, name, tmp_path / "run").split(), f"model.reference={reference}"]
     done = forks.run(*command)
     assert done.returncode == 2
-    assert "sample 0 of this step, and 31 more: the critic's value of a token, or the log-prob of" in done.stderr
+    others = PROMPTS * GROUP - 1
+    assert f"sample 0 of this step, and {others} more: the critic's value of a token, or the log-prob" in done.stderr
     assert "Traceback" not in done.stderr
 
 

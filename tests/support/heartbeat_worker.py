@@ -74,6 +74,8 @@ def fork(rank: int, seconds: float, out: Path, scenario: str) -> int:
 
 def play(pids: list[int], out: Path, scenario: str) -> None:
     while not all((out / f"watched-{rank}").exists() for rank in RANKS):
+        if any(os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) for pid in pids):
+            break  # its end and its words are the result
         time.sleep(0.05)
     fault, _, victim = scenario.partition("-")
     time.sleep(0.5)

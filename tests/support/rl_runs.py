@@ -21,7 +21,7 @@ from megatron_rl.data.trace import RoutingTrace
 from megatron_rl.data.versions import VersionSpan
 from megatron_rl.lab.run import read_metrics
 
-STEPS, PROMPTS, GROUP, MINI_BATCHES = 2, 8, 4, 4
+STEPS, PROMPTS, GROUP, MINI_BATCHES = 2, 4, 4, 4
 
 
 def save_rollouts(
