@@ -14,6 +14,7 @@ from megatron_rl.config.load import C, ConfigError, dump_config
 from megatron_rl.config.resolve import resolve
 from megatron_rl.config.schema import Config, Device, EngineDtype, Recompute, ServerDtype, SftConfig
 from megatron_rl.errors import UserError
+from megatron_rl.garbage import collect_rarely
 from megatron_rl.ranks.agreement import agree, end, explain_fault, tell
 from megatron_rl.ranks.world import read_world
 from megatron_rl.stop import Stopped
@@ -197,6 +198,7 @@ def _show(cls: type[C], path: Path, overrides: Sequence[str], world_size: int | 
 
 def main() -> None:
     """One `error:` and exit status 2 for what the user can fix; a traceback and status 1 for anything else."""
+    collect_rarely()
     try:
         app()
     except Stopped as stopped:  # rank 0 has said why

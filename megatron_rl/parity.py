@@ -26,6 +26,7 @@ from megatron_rl.config.servers import url_problem
 from megatron_rl.data.sample import Prompt, Sample
 from megatron_rl.data.vocabulary import unknown_token
 from megatron_rl.errors import UserError
+from megatron_rl.garbage import collect_rarely
 from megatron_rl.models.architecture import read_architecture
 
 BOUNDS = {"fp32": (2e-5, 1e-4), "bf16": (0.1, 0.2)}
@@ -323,4 +324,5 @@ def _relative(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32])
 
 
 if __name__ == "__main__":
+    collect_rarely()
     worker(ParitySpec(**json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]))

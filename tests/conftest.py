@@ -11,6 +11,7 @@ from forks import Forks
 from hypothesis import settings
 from tiny_models import make_tiny_model
 
+from megatron_rl.garbage import collect_rarely
 from megatron_rl.rollout.client import SGLangClient
 from megatron_rl.rollout.server import Server, ServerOptions, free_ports
 
@@ -19,6 +20,8 @@ from megatron_rl.rollout.server import Server, ServerOptions, free_ports
 settings.register_profile("megatron_rl", parent=settings.default, deadline=None, max_examples=40)
 settings.register_profile("thorough", parent=settings.default, deadline=None, max_examples=500)
 settings.load_profile("megatron_rl")
+
+collect_rarely()
 
 # Failed asserts in these files then show both sides, as in test files.
 pytest.register_assert_rewrite("objective_checks", "resume_runs")

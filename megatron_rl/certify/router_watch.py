@@ -158,7 +158,7 @@ def _count(totals: dict[str, list[int]], traces: Sequence[RoutingTrace], layers:
     Padding repeats its sequence and routes live, so a token may have several rows. Exactly one may use its own trace.
     """
     present = sum(int(trace.present.sum()) for trace in traces) * layers
-    live = sum(LENGTHS) * layers - present
+    live = sum(LENGTHS[: len(traces)]) * layers - present
     replayed = sum(counts[0] == 1 for counts in totals.values())
     routed_live = sum(counts[0] == 0 and counts[1] > 0 and counts[2] == 0 for counts in totals.values())
     strange = sum(counts[2] for counts in totals.values() if counts[0] != 1)

@@ -23,6 +23,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from megatron_rl.garbage import collect_rarely
 from megatron_rl.rollout.sglang_launch import launch
 
 
@@ -134,6 +135,7 @@ def register_hooks() -> None:
 
 
 if __name__ == "__main__":
+    collect_rarely()
     sys.meta_path.append(Finder())
     register_hooks()
     launch(sys.argv[1:])

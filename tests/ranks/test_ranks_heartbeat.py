@@ -118,18 +118,27 @@ def stop_a_rank(command: list[str], metrics: Path, victim: str) -> set[int]:
     assert run.wait(timeout=60) == LostRankError.status
     assert time.monotonic() - stopped < 30  # the launcher and the watcher wait 10 s for the stopped rank to end
     assert not any(rank.is_running() for rank in ranks.values())
-    name = rf"rank {victim} on host {re.escape(socket.gethostname())} \(pid {ranks[victim].pid}\)"
-    said = stderr.read_text(errors="replace")
-    assert re.search(f"^error: {name} has (been stopped|not been heard from)", said, re.MULTILINE), said[-3000:]
-    lines = read_metrics(metrics)
-    assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+    assert_told(stderr.read_text(errors="replace"), victim, ranks[victim].pid, metrics)
     return servers
 
 
+def assert_told(said: str, victim: str, pid: int, metrics: Path) -> None:
+    name = rf"rank {victim} on host {re.escape(socket.gethostname())} \(pid {pid}\)"
+    assert re.search(f"^error: {name} has (been stopped|not been heard from)", said, re.MULTILINE), said[-3000:]
+    lines = read_metrics(metrics)
+    assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+
+
 @pytest.mark.distributed
-def test_a_suspended_rank_ends_the_training_run(tiny_model_dir: Path, tmp_path: Path) -> None:
-    command = torchrun(2, "-m", "megatron_rl", "sft", str(write_sft(tmp_path, tiny_model_dir)))
-    stop_a_rank(command, tmp_path / "run" / "metrics.jsonl", "1")
+def test_a_suspended_rank_ends_the_training_run(forks: Forks, tiny_model_dir: Path, tmp_path: Path) -> None:
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    run = forks.start("-m", "megatron_rl", "sft", write_sft(tmp_path, tiny_model_dir), ranks=2)
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert forks.poll(run), run.stderr[-3000:]
+        time.sleep(0.1)
+    os.kill(run.pids[1], signal.SIGSTOP)
+    assert forks.wait(run, timeout=30).status == [LostRankError.status, -signal.SIGKILL]
+    assert_told(run.stderr, "1", run.pids[1], metrics)
 
 
 @pytest.mark.slow

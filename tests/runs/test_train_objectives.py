@@ -129,7 +129,7 @@ def test_first_step_advantages_follow_from_zero_values(setting: Path) -> None:
     normalised = [(each - everything.mean()) / everything.std(ddof=1) for each in tokens]
     means = np.array([each.mean() for each in normalised])
     first_step = [line for line in lines(setting.parent / "ppo") if line["step"] == 1]
-    found = [line["advantage/mean"] for line in first_step]  # two groups of four responses, mean over sequences
+    found = [line["advantage/mean"] for line in first_step]  # groups of four responses, mean over sequences
     np.testing.assert_allclose(found, means.reshape(MINI_BATCHES, -1).mean(1), rtol=1e-5)
     rewards = np.concatenate([np.full(len(each), each[-1]) for each in tokens])
     np.testing.assert_allclose(
@@ -161,7 +161,7 @@ def by_response(setting: Path) -> float:
 
     from megatron_rl.data.store import read_groups
 
-    groups = read_groups(setting.parent / "saved" / "rollouts" / "step-000001-dp-0000.jsonl")[:2]
+    groups = read_groups(setting.parent / "saved" / "rollouts" / "step-000001-dp-0000.jsonl")[: PROMPTS // MINI_BATCHES]
     models = [
         AutoModelForCausalLM.from_pretrained(setting.parent / name, dtype=torch.float32) for name in ("model", "other")
     ]

@@ -28,6 +28,8 @@ from typing import Any, Self
 
 from paths import ROOT, SUPPORT
 
+from megatron_rl.garbage import collect_rarely
+
 HOST = "127.0.0.1"
 GRACE_SECONDS = 10.0
 """Seconds until a rank is killed if it does not end after another rank failed."""
@@ -244,6 +246,7 @@ def _result(log: Path, rank: int) -> Path:
 
 
 def serve() -> None:
+    collect_rarely()
     _import_everything()
     gc.freeze()  # a collection in a rank would touch, and so copy, the pages of everything that was imported
     _say({"ready": os.getpid()})
