@@ -42,8 +42,8 @@ demo test test-fast test-all: export OMP_NUM_THREADS := 1
 demo: install
 	$(BIN)/python examples/demo/run.py --preset $(PRESET)
 
-# Two workers, each with whole files, in this order: the files that take longest come first. Ranks that wait for each
-# other can wait for ever: no test may take longer than `--timeout` seconds.
+# Two workers, each with whole files; the short files of tests/unit come last, so both end at about the same time. Ranks
+# that wait for each other can wait for ever: no test may take longer than `--timeout` seconds.
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: install

@@ -3,9 +3,10 @@
     python -m megatron_rl.rollout.sglang_cpu --model-path DIR --device cpu ...
 
 `megatron_rl.rollout.server` writes this command, for the CPU only. Importing this module elsewhere does nothing.
-SGLang spawns its scheduler and detokenizer, so that each imports torch and SGLang again. Here they are forked: no CUDA
-context and no thread that a fork could lose exists at that time. It halves the time to start, and they have the
-stand-ins too.
+SGLang spawns its scheduler and detokenizer, and each imports torch and SGLang again. Here they are forked, which halves
+the time to start: at that time there is no CUDA context and no thread that a fork could lose. With data parallelism a
+thread starts the schedulers, so they are spawned. A spawned process runs its parent's main module again under the name
+`__mp_main__`, so it has the stand-ins too.
 
 SGLang imports GPU packages that its CPU path does not use. A stand-in serves such an import only if the real package is
 missing. Its names resolve, and raise if they are called; the few names that must work while modules are defined are
@@ -127,15 +128,19 @@ def register_hooks() -> None:
     backend = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
     HookRegistry.register(f"{backend}._run_sdpa_forward_extend", sglang_cpu_attention.extend, HookType.AROUND)
     HookRegistry.register(f"{backend}._run_sdpa_forward_decode", sglang_cpu_attention.decode, HookType.AROUND)
-    HookRegistry.register(
-        "sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes",
-        lambda *args, **options: multiprocessing.set_start_method("fork", force=True),
-        HookType.BEFORE,
-    )
+    launcher = "sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes"
+    HookRegistry.register(launcher, fork_processes, HookType.BEFORE)
 
 
-if __name__ == "__main__":
+def fork_processes(engine: object, server_args: Any, *args: object, **options: object) -> None:
+    """Makes SGLang fork its processes if it starts them from its main thread."""
+    if server_args.dp_size == 1:
+        multiprocessing.set_start_method("fork", force=True)
+
+
+if __name__ in ("__main__", "__mp_main__"):
     collect_rarely()
     sys.meta_path.append(Finder())
     register_hooks()
+if __name__ == "__main__":
     launch(sys.argv[1:])
