@@ -15,6 +15,7 @@ T = TypeVar("T")
 WAKE_SECONDS = 1.0
 """Python runs a signal's handler only once the main thread wakes. A signal does not wake it if the kernel gives it to
 another thread, or if it comes a moment before the wait begins."""
+CLOSE_SECONDS = 5.0
 
 
 class BackgroundLoop:
@@ -37,6 +38,16 @@ class BackgroundLoop:
             answer.cancel()  # does nothing if it is done
 
     def close(self) -> None:
+        """Cancels what still runs and gives it a moment to clean up."""
+        self.start(_cancel_others()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    if others:
+        await asyncio.wait(others, timeout=CLOSE_SECONDS)

@@ -79,8 +79,11 @@ def transformers_model(model_dir: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
 
 
-def assert_routed_as_transformers(model_dir: Path, prompt: list[int], completion: Completion) -> int:
-    """Compares rows and layers, with experts in the order of their scores. Returns how many had no near ties."""
+def assert_routed_as_transformers(model_dir: Path, prompt: list[int], completion: Completion) -> tuple[int, int]:
+    """Compares rows and layers, with experts in the order of their scores, unless experts nearly tie.
+
+    Returns how many were compared, and how many there are.
+    """
     trace, tokens = completion.trace, [*prompt, *completion.token_ids]
     assert trace is not None
     assert trace.rows == len(tokens) - 1
@@ -90,9 +93,9 @@ def assert_routed_as_transformers(model_dir: Path, prompt: list[int], completion
         logits = transformers_model(model_dir)(torch.tensor([tokens]), output_router_logits=True).router_logits
     scores, expected = torch.stack(logits, dim=1)[:-1].sort(dim=-1, descending=True)
     clear = (scores.diff(dim=-1)[..., : trace.top_k] < -MARGIN).all(-1).numpy()
-    assert clear.mean() > 0.98
+    assert clear.any()
     assert np.array_equal(trace.experts[clear], expected[..., : trace.top_k].numpy()[clear])
-    return int(clear.sum())
+    return int(clear.sum()), clear.size
 
 
 def test_routes_of_a_batch_equal_transformers_routes(url: str, model_dir: Path) -> None:
@@ -103,8 +106,9 @@ def test_routes_of_a_batch_equal_transformers_routes(url: str, model_dir: Path) 
         return await asyncio.gather(*(generate(client, prompt, spec_of(model_dir)) for prompt in prompts))
 
     completions = call(url, sample)
-    compared = [assert_routed_as_transformers(model_dir, p, c) for p, c in zip(prompts, completions, strict=True)]
-    assert sum(compared) > 1000
+    counts = [assert_routed_as_transformers(model_dir, p, c) for p, c in zip(prompts, completions, strict=True)]
+    compared, routed = np.sum(counts, axis=0)
+    assert compared > 0.98 * routed > 1000
     # The comparison can fail: a trace shifted by one row is different.
     for prompt, completion in zip(prompts, completions, strict=True):
         assert completion.trace is not None

@@ -174,11 +174,14 @@ def test_a_missing_evaluation_after_the_last_step_is_reported(owes: bool, monkey
 
 def test_a_signal_delivered_to_another_thread_also_ends_the_wait() -> None:
     loop, signals = BackgroundLoop(), Signals(tells=False)
-    finished = []
+    ends = []
 
     async def wait_long() -> None:
-        await asyncio.sleep(20)
-        finished.append(True)
+        try:
+            await asyncio.sleep(20)
+            ends.append("finished")
+        finally:
+            ends.append("cleaned up")
 
     def deliver() -> None:
         time.sleep(0.2)
@@ -193,4 +196,4 @@ def test_a_signal_delivered_to_another_thread_also_ends_the_wait() -> None:
         signals.release()
         loop.close()
     assert signals.received == "SIGTERM"
-    assert not finished
+    assert ends == ["cleaned up"]
