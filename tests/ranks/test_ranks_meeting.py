@@ -119,6 +119,14 @@ LAUNCHES = {
     "same mistake": (None, [*COMMAND, "optim.lr=fast"], [*COMMAND, "optim.lr=fast"], {}, None),
 }
 
+# What rank 1 calls first.
+BEFORE: dict[str, list[tuple[str, ...]]] = {
+    "fault": [("patches:fault_deep_in_a_library", "TypeError")],
+    "deep fault": [("patches:fault_deep_in_a_library", "FileNotFoundError")],
+    "run_dir not shared": [("patches:wait_less",)],
+    "alone": [("patches:wait_less",)],
+}
+
 
 @pytest.fixture(scope="module")
 def launched(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Rank]]:
@@ -138,21 +146,21 @@ def launched(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         started[name] = [
             forks.start(
                 *("-m", "megatron_rl", *arguments[rank]),
-                before=[("patches:fault_deep_in_a_library", "TypeError")] if name == "fault" and rank else [],
+                before=BEFORE.get(name, []) if rank else [],
                 environment={**world, "RANK": str(rank), **(more if rank else {})},
                 directory=directories[rank],
             )
             for rank in (0, 1)
         ]
     alone = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(ports))}
-    for name, environment, file, fault in [
-        ("alone", alone, "missing.yaml", ""),
-        ("no address", {"WORLD_SIZE": "2", "RANK": "1"}, "sft.yaml", ""),
-        ("malformed", {"WORLD_SIZE": "two", "RANK": "1"}, "sft.yaml", ""),
-        ("deep fault", {}, "sft.yaml", "FileNotFoundError"),
+    for name, environment, file in [
+        ("alone", alone, "missing.yaml"),
+        ("no address", {"WORLD_SIZE": "2", "RANK": "1"}, "sft.yaml"),
+        ("malformed", {"WORLD_SIZE": "two", "RANK": "1"}, "sft.yaml"),
+        ("deep fault", {}, "sft.yaml"),
     ]:
-        before = [("patches:fault_deep_in_a_library", fault)] if fault else []
         command = ("-m", "megatron_rl", "sft", file)
+        before = BEFORE.get(name, [])
         started[name] = [forks.start(*command, before=before, environment=environment, directory=template)]
     ended = {name: [forks.wait(run, SECONDS) for run in runs] for name, runs in started.items()}
     return {name: [Rank(run.returncode, run.stdout, run.stderr) for run in runs] for name, runs in ended.items()}
@@ -240,11 +248,11 @@ def test_malformed_launcher_variables_give_one_error(launched: dict[str, list[Ra
 # ---- real launchers ----------------------------------------------------------------------------------------------
 
 
-def agents(directories: list[Path], *arguments: str) -> list[subprocess.CompletedProcess[str]]:
-    """Runs torchrun with two ranks on each node."""
+def agents(directories: list[Path], *arguments: str, ranks: int = 2) -> list[subprocess.CompletedProcess[str]]:
+    """Runs torchrun with `ranks` ranks on each node."""
     (port,) = free_ports(1)
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    launcher = ["-m", "torch.distributed.run", "--nnodes", str(len(directories)), "--nproc-per-node", "2"]
+    launcher = ["-m", "torch.distributed.run", "--nnodes", str(len(directories)), "--nproc-per-node", str(ranks)]
     running = [
         subprocess.Popen(
             [
@@ -271,10 +279,10 @@ def test_the_launcher_without_the_model_reports_it_once(tmp_path: Path) -> None:
     first = node(tmp_path / "0", str(tmp_path / "run"))
     second = shutil.copytree(first, tmp_path / "1")
     shutil.rmtree(second / "model")
-    zero, one = agents([first, second], "sft", "sft.yaml")
+    zero, one = agents([first, second], "sft", "sft.yaml", ranks=1)
     assert zero.returncode != 0
     assert one.returncode != 0
-    told = f"rank 2 on host {HOST}: model.path: model/config.json does not exist"
+    told = f"rank 1 on host {HOST}: model.path: model/config.json does not exist"
     assert one.stderr.count(told) == 1
     assert f"error: {told}" in one.stderr
     assert zero.stderr.count("error: ") == 1

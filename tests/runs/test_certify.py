@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +15,7 @@ from tiny_models import make_tiny_model
 from megatron_rl.certify import VOCABULARY, CertifyError, run
 from megatron_rl.certify.result import CertificateResult, CertificateSpec
 from megatron_rl.certify.samples import LENGTHS, make_trace, token_of
+from megatron_rl.cli import app
 from megatron_rl.models.architecture import read_architecture
 from megatron_rl.models.random_model import make_random_model
 
@@ -26,18 +25,8 @@ TOKENS, MOE_LAYERS = sum(LENGTHS), 7
 TRACE_BYTES = {"tp=1": 270 * 7 * 4, "tp=2": 137 * 7 * 4, "cp=2,ep=2": 142 * 7 * 4, "tp=2,pp=2,ep=2": 137 * 4 * 4}
 
 
-def certify(*options: str) -> tuple[int, list[dict[str, Any]]]:
-    command = [sys.executable, "-m", "megatron_rl", "certify", "--device", "cpu", "--json", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert lines, done.stderr[-3000:]
-    return done.returncode, lines
-
-
 @pytest.fixture
 def check(forked_ranks: None, capsys: pytest.CaptureFixture[str]) -> Check:
-    """Forks the ranks. Only test_a_users_own_model_is_certified starts real ones."""
-
     def check(layouts: list[str], recompute: str) -> None:
         status = run(None, layouts, [recompute], device="cpu", as_json=True)
         lines = capsys.readouterr().out.splitlines()
@@ -121,10 +110,13 @@ def test_a_broken_replay_is_not_certified(forks: Forks, model: Path, tmp_path: P
     assert result.passed == (mutation == "none"), result
 
 
-def test_a_users_own_model_is_certified(tmp_path: Path) -> None:
+def test_a_users_own_model_is_certified(forked_ranks: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     small = make_tiny_model(tmp_path / "small", num_layers=3, mlp_only_layers=(1,), norm_topk_prob=False)
-    status, (result,) = certify("--model", str(small), "--layout", "tp=1", "--recompute", "none")
-    assert (status, result["passed"]) == (0, True), result
+    options = ["--device", "cpu", "--json", "--layout", "tp=1", "--recompute", "none"]
+    with pytest.raises(SystemExit) as end:
+        app(["certify", "--model", str(small), *options])
+    (result,) = (json.loads(line) for line in capfd.readouterr().out.splitlines() if line.startswith("{"))
+    assert (end.value.code, result["passed"]) == (0, True), result
     assert result["replayed_rows"] + result["live_rows"] == TOKENS * 2
 
 

@@ -298,33 +298,25 @@ def test_every_command_reports_a_damaged_model_in_the_same_words(
 
 
 @pytest.mark.server
-def test_serve_passes_its_own_and_extra_flags_to_sglang(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_serve_passes_its_own_and_extra_flags_to_sglang(forks: Forks, tiny_model_dir: Path) -> None:
     (port,) = free_ports(1)
     options = ["--port", str(port), "--device", "cpu", "--dtype", "fp32", "--max-total-tokens", "2048"]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "megatron_rl", "serve", str(tiny_model_dir), *options, "--", "--log-level", "error"],
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        # These tests may run as a background job of a shell, which ignores interrupts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    server = forks.start("-m", "megatron_rl", "serve", tiny_model_dir, *options, "--", "--log-level", "error")
     try:
-        info = ask(f"http://127.0.0.1:{port}/server_info", server)
+        info = ask(f"http://127.0.0.1:{port}/server_info", lambda: forks.poll(server))
         assert info["model_path"] == str(tiny_model_dir)
         assert (info["dtype"], info["device"]) == ("float32", "cpu")
         assert info["max_total_tokens"] == 2048
         assert info["log_level"] == "error"
     finally:
-        server.send_signal(signal.SIGINT)
-        assert server.wait(timeout=60) == 130
+        os.kill(server.pids[0], signal.SIGINT)
+        assert forks.wait(server, 60).status == [130]
 
 
-def ask(url: str, server: subprocess.Popen[bytes], seconds: float = 180.0) -> dict[str, object]:
+def ask(url: str, is_alive: Callable[[], bool], seconds: float = 180.0) -> dict[str, object]:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        assert server.poll() is None, f"the server ended with status {server.returncode}"
+        assert is_alive()
         try:
             answer = httpx.get(url, timeout=5.0)
             if answer.status_code == 200:

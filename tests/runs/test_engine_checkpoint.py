@@ -10,7 +10,6 @@ import subprocess
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from forks import Forks
@@ -49,20 +48,19 @@ def start(config: Path, *options: str) -> subprocess.Popen[bytes]:
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_run(forks: Forks, setting: Path) -> None:
     run_dir = setting.parent / "killed"
     options = (f"run_dir={run_dir}", f"train.steps={STEPS}", "optim.warmup_steps=5")
-    process = start(setting, *options)
+    command = ("-m", "megatron_rl", "train", setting, *options)
+    killed = forks.start(*command, ranks=2)
     deadline = time.monotonic() + 120
     while not list(run_dir.glob("checkpoints/step-*/manifest.json")):
         assert time.monotonic() < deadline
-        assert process.poll() is None
+        assert forks.poll(killed), killed.stderr
         time.sleep(0.02)
     time.sleep(random.Random(0).uniform(0.0, 1.0))
-    family = [*psutil.Process(process.pid).children(recursive=True), process]  # torchrun's ranks have their own groups
-    for each in family:
-        each.kill()
-    process.wait()
+    forks.kill(killed)
+    forks.wait(killed)
     done = len(read_metrics(run_dir / "metrics.jsonl"))
 
-    resumed = forks.run("-m", "megatron_rl", "train", setting, *options, "--resume", ranks=2)
+    resumed = forks.run(*command, "--resume", ranks=2)
     assert resumed.status == [0, 0], resumed.stderr
     assert done < STEPS * 4, "the run was over before it was killed; the test shows nothing"
     for name, weight in weights(setting.parent / "whole").items():

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from forks import Forks
-from rl_runs import MINI_BATCHES, STEPS, environment, losses, run_all, save_rollouts, weights, write_config
+from rl_runs import MINI_BATCHES, STEPS, losses, run_all, save_rollouts, weights, write_config
 from tiny_models import make_tiny_model
 
 from megatron_rl.lab.run import read_metrics
@@ -156,10 +154,8 @@ def test_rejected_tokens_leave_the_denominators_on_all_ranks(forks: Forks, setti
     assert any(0.05 < fraction < 0.95 for fraction in masked)
 
 
-def test_one_rank_needs_no_launcher(setting: tuple[Path, Path], tmp_path: Path) -> None:
+def test_one_rank_needs_no_launcher(forks: Forks, setting: tuple[Path, Path], tmp_path: Path) -> None:
     config, reference = setting
-    command = [sys.executable, "-m", "megatron_rl", "train", str(config), f"run_dir={tmp_path / 'run'}"]
-    alone = {key: value for key, value in environment().items() if key not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
-    done = subprocess.run(command, env=alone, capture_output=True, text=True, check=False)
+    done = forks.run("-m", "megatron_rl", "train", config, f"run_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same(tmp_path / "run", reference)

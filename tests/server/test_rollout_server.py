@@ -154,7 +154,7 @@ def test_the_tether_refuses_to_share_its_callers_process_group() -> None:
 
 
 @pytest.mark.server
-def test_a_missing_model_gives_one_error_with_the_end_of_the_log(tmp_path: Path) -> None:
+def test_a_missing_model_gives_one_error_with_the_end_of_the_log(forked_servers: None, tmp_path: Path) -> None:
     server = Server(options(tmp_path / "missing"), tmp_path / "logs" / "server.log")
     try:
         with pytest.raises(ServerError, match="ended with status 1; the end of its log") as caught:
@@ -170,7 +170,9 @@ def test_a_missing_model_gives_one_error_with_the_end_of_the_log(tmp_path: Path)
 
 
 @pytest.mark.server
-def test_stop_leaves_no_process_and_may_be_called_twice(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_stop_leaves_no_process_and_may_be_called_twice(
+    forked_servers: None, tiny_model_dir: Path, tmp_path: Path
+) -> None:
     server = Server(options(tiny_model_dir), tmp_path / "server.log")
     try:
         with pytest.raises(ServerError, match=r"did not answer within 0\.5 s"):

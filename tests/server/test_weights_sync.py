@@ -36,7 +36,7 @@ def exported(forks: Forks, trained: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="module")
-def untempered(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def untempered(forked_servers: None, exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A second server, started with the exported model, which reports log-probs without the temperature."""
     (port,) = free_ports(1)
     options = ServerOptions(model=exported, port=port, dtype="fp32", max_total_tokens=1024, threads=1)

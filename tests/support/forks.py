@@ -279,6 +279,12 @@ def _import_everything() -> None:
     for module in ("train", "sft", "parity", "certify.ranks", "engine.policy", "engine.critic", "cli"):
         importlib.import_module(f"megatron_rl.{module}")
 
+    import sglang_forks
+
+    from megatron_rl.rollout import server
+
+    server._start = sglang_forks.forking(server._start)
+
 
 def _reap(running: set[int]) -> None:
     while running:

@@ -24,6 +24,13 @@ def slow_steps(seconds: float) -> None:
     Trainer.update = slow  # type: ignore[method-assign]
 
 
+def wait_less() -> None:
+    """Makes a rank wait two seconds for another rank's answers and marks, not ten."""
+    from megatron_rl.ranks import marks, meeting
+
+    meeting.ANSWER_SECONDS = marks.SEEN_SECONDS = 2.0
+
+
 def made_up_rollouts(seconds: float = 0.0) -> None:
     """Makes up answers without servers. The second rollout prints a line and takes `seconds`, if that is not 0."""
     from dynamic_worker import MadeUp, replace_servers
