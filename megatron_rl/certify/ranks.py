@@ -59,7 +59,7 @@ def _certify(policy: Policy, text: str) -> CertificateResult:
     from megatron_rl.certify.spoil import Spoiled, cases, refuses_fusion
 
     samples = make_samples(policy.arch)
-    forward, backward, held = _prove(policy, samples, Spoiled())
+    forward, backward, held = _prove(policy, samples, Spoiled(), trains=True)
     problems = [] if forward.holds else [f"forward: {forward}"]
     if backward is not None and not backward.holds:
         problems.append(f"recomputation: {backward}")
@@ -78,8 +78,13 @@ def _certify(policy: Policy, text: str) -> CertificateResult:
     )
 
 
-def _prove(policy: Policy, samples: list[Sample], case: Spoiled) -> tuple[ReplayCount, ReplayCount | None, int]:
-    """(verdict on the forward pass, verdict on the recomputation or None, bytes of routes on this rank)."""
+def _prove(
+    policy: Policy, samples: list[Sample], case: Spoiled, *, trains: bool
+) -> tuple[ReplayCount, ReplayCount | None, int]:
+    """Returns the verdict on the forward pass, that on the recomputation or None, and bytes of routes on this rank.
+
+    Without `trains` there is no backward pass.
+    """
     from megatron_rl.certify.router_watch import RouterWatch, judge, share_rows
     from megatron_rl.engine.distribute import TrainSample, distribute
     from megatron_rl.routing.exchange import RouteExchange
@@ -91,12 +96,15 @@ def _prove(policy: Policy, samples: list[Sample], case: Spoiled) -> tuple[Replay
     exchange = RouteExchange(policy.arch, policy.routers.layers, place, layout)
     (mini_batch,) = distribute(numbered, place, layout, mini_batches=1, max_tokens=64, routes=exchange)
     routes = [case.routes(each).to(policy.device) for each in mini_batch.routes or ()]
-    recomputes = policy.engine.recompute == "full"
+    recomputes = trains and policy.engine.recompute == "full"
     routing = case.routing_pass(policy.routers, routes)
     masks = [torch.as_tensor(batch.loss_mask, device=policy.device) for batch in mini_batch.micro_batches]
     watch = RouterWatch(policy)
     with watch.on(recomputes):
-        policy.gradients(mini_batch.micro_batches, lambda i, logprobs, _: -(logprobs * masks[i]).sum(), routing)
+        if trains:
+            policy.gradients(mini_batch.micro_batches, lambda i, logprobs, _: -(logprobs * masks[i]).sum(), routing)
+        else:
+            policy.logprobs(mini_batch.micro_batches, routing=routing)
     rows = share_rows(watch.rows, place)
     forward = judge(watch.forward, rows, samples, place)
     backward = judge(watch.backward, rows, samples, place) if recomputes else None
@@ -104,7 +112,7 @@ def _prove(policy: Policy, samples: list[Sample], case: Spoiled) -> tuple[Replay
 
 
 def _is_caught(policy: Policy, samples: list[Sample], case: Spoiled) -> bool:
-    forward, backward, _ = _prove(policy, samples, case)
+    forward, backward, _ = _prove(policy, samples, case, trains=case.backward)
     if case.backward:
         return forward.holds and backward is not None and not backward.holds
     return not forward.holds
