@@ -31,7 +31,7 @@ def train(config: Config, resume: bool = False) -> None:
         trainer, progress = parts.trainer, parts.progress
         parts.publisher.start(progress.step)
         parts.evaluator.evaluate(progress)  # before the first step, or owed by a run that was stopped
-        trainer.console.timer.drain()  # the first weight sync is no step's
+        trainer.journal.timer.drain()  # the first weight sync is no step's
         while progress.step < progress.steps:
             batch = parts.rollouts.next(progress)
             mini_batches = schedule(parts, with_advantages(batch.groups, config))
@@ -75,7 +75,7 @@ def _reward(group: Group, index: int) -> float:
 def schedule(parts: Parts, samples: Sequence[TrainSample]) -> list[MiniBatch]:
     """Cuts all leaders' samples into this rank's packed micro-batches. Collective."""
     config, trainer = parts.config, parts.trainer
-    with trainer.phase("schedule"):
+    with trainer.journal.phase("schedule"):
         return distribute(
             samples,
             trainer.place,
@@ -93,7 +93,7 @@ def finish_step(parts: Parts, batch: RolloutBatch) -> None:
     progress.owes_evaluation = progress.due(parts.config.eval.every)
     published = parts.publisher.publish(progress.step)
     traces = parts.routes.drain() if parts.routes else {}
-    times = trainer.finish_step({**published, **traces}, last=progress.step == progress.steps)
+    times = trainer.end_step({**published, **traces}, last=progress.step == progress.steps)
     shown = {
         "reward": batch.metrics["rollout/reward/mean"],
         "accuracy": batch.metrics["rollout/accuracy"],

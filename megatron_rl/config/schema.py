@@ -289,6 +289,21 @@ class CheckpointConfig(Frozen):
     """Number of checkpoints to keep; older ones are deleted."""
 
 
+class WandbConfig(Frozen):
+    project: str
+    """Project of Weights & Biases. The key comes from `wandb login` or WANDB_API_KEY; with WANDB_MODE=offline the run
+    stays in run_dir/wandb, and `wandb sync` sends it later."""
+    entity: str | None = None
+    """User or team that owns the project. Defaults to null: the account's own."""
+    group: str | None = None
+    """Runs of one group are shown together."""
+
+
+class LabConfig(Frozen):
+    wandb: WandbConfig | None = None
+    """Sends the metrics to Weights & Biases too; needs the extra [wandb]. Defaults to null: only run_dir has them."""
+
+
 class TrainConfig(Frozen):
     steps: PositiveInt
     """Rollout steps; each makes `mini_batches` optimizer steps."""
@@ -328,6 +343,7 @@ class Config(Frozen):
     weights: WeightsConfig = WeightsConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    lab: LabConfig = LabConfig()
 
 
 class SftDataConfig(Frozen):
@@ -366,3 +382,4 @@ class SftConfig(Frozen):
     batch_size: PositiveInt = 64
     """Examples of one optimizer step, over all data-parallel ranks."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    lab: LabConfig = LabConfig()

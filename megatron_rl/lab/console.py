@@ -1,4 +1,4 @@
-"""Shows a run on the console and times its phases.
+"""Shows a run on the console.
 
 A terminal shows a progress bar over rollout steps with the time left, the latest figures, and the time of each phase. A
 log file gets one plain line per step.
@@ -20,42 +20,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-PREFIX = "time/"
+from megatron_rl.lab.timer import PREFIX
+
 _PACE_STEPS = 20  # the time left follows from the mean pace of the latest steps
 
 
-class PhaseTimer:
-    """Sums the seconds of each phase until they are drained. Works on every rank.
-
-    It reads the host's monotonic clock, so work that CUDA has queued counts in the phase that waits for it. A phase
-    inside another counts in both.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
-        self._seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = self._clock()
-        try:
-            yield
-        finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - start
-
-    def take(self, name: str) -> dict[str, float]:
-        """Returns {"time/<name>": seconds} of one phase, and removes it from the next drain."""
-        return {PREFIX + name: self._seconds.pop(name)}
-
-    def drain(self) -> dict[str, float]:
-        """Returns {"time/<phase>": seconds} since the last drain, in the order in which the phases first ended."""
-        drained = {PREFIX + name: seconds for name, seconds in self._seconds.items()}
-        self._seconds.clear()
-        return drained
-
-
 class Console:
-    """Shows a run on rank 0. On other ranks (`shows=False`) it times phases and prints nothing.
+    """Shows a run on rank 0. On other ranks (`shows=False`) it prints nothing.
 
     Use it as a context manager, so that an error leaves the terminal usable.
     """
@@ -68,7 +39,6 @@ class Console:
         file: TextIO | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.timer = PhaseTimer(clock)
         self._total_steps = total_steps
         self._step = 0
         self._clock = clock
@@ -105,11 +75,10 @@ class Console:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Times the phase by `timer`, and shows its name while it runs."""
+        """Shows the phase's name while it runs."""
         outer, self._phase = self._phase, name
         try:
-            with self.timer.phase(name):
-                yield
+            yield
         finally:
             self._phase = outer
 
@@ -125,7 +94,7 @@ class Console:
         self._ends.append(now)
 
     def step(self, step: int, figures: Mapping[str, float], times: Mapping[str, float]) -> None:
-        """Shows the finished step, numbered from 1; `times` are what the timer drained."""
+        """Shows the finished step, numbered from 1; `times` are the seconds of its phases by name."""
         self._step = step
         self._ends.append(self._clock())
         self._figures |= {

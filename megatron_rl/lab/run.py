@@ -11,28 +11,26 @@
     eval.jsonl         one line per evaluation on held-out prompts: step, weight_version, time, then the metrics
     checkpoints.jsonl  one line per checkpoint: step, time, and the seconds that it took
     tensorboard/       the figures of metrics.jsonl and eval.jsonl as events, over optimizer steps
+    wandb/             the same for Weights & Biases, if lab.wandb is set
     rollouts/  checkpoints/  logs/
 
-Rank 0 opens and writes the directory; the other ranks attach to it for its paths.
+Rank 0 opens and writes the directory; the other ranks attach to it for its paths. lab/journal.py makes the lines.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import math
 import os
 import re
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 
-from megatron_rl.disk import explain, sync_directory, writes
+from megatron_rl.disk import sync_directory, writes
 from megatron_rl.errors import FileInTheWayError
-from megatron_rl.lab.owner import Owner, OwnerError
+from megatron_rl.lab.owner import Owner
 from megatron_rl.lab.run_records import (
     RECORDS,
     RUN_FILE,
@@ -43,13 +41,8 @@ from megatron_rl.lab.run_records import (
     read_run_id,
     write_records,
 )
+from megatron_rl.lab.sinks import JsonlSink, Sink, TensorBoardSink
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
-logger = logging.getLogger(__name__)
-
-_TAGS = ("step", "mini_batch", "weight_version", "time")
 # Files that a start may leave if it ended before its run began. They do not block the next start.
 _LEFTOVERS = re.compile(
     r"owner-\d+\.json|\..*|logs|rollouts|checkpoints|" + "|".join(map(re.escape, (RUN_FILE, *RECORDS[:-1])))
@@ -58,10 +51,7 @@ _ROLLOUTS = re.compile(r"step-(\d+)-.*")
 
 
 class RunDir:
-    """Paths of a run directory and the writer of its metrics.
-
-    `step` is the number of a rollout step. On ranks other than 0 (`attach`) log calls do nothing.
-    """
+    """Paths of a run directory, and its state before and after a run."""
 
     def __init__(
         self,
@@ -82,17 +72,13 @@ class RunDir:
         self.metrics_file = path / "metrics.jsonl"
         self.eval_file = path / "eval.jsonl"
         self.checkpoints_file = path / "checkpoints.jsonl"
-        self.failure = ""
-        """Why the first failed write failed, in words for the user; empty if all writes succeeded."""
+        self.optimizer_steps = 0
+        """Optimizer steps with a line in metrics.jsonl, after `begin`."""
         self._owner = owner
         self._config_yaml = config_yaml
         self._resumes = resumes
         self._began = False
         self._is_new = is_new
-        self._optimizer_steps = 0
-        self._events: SummaryWriter | None = None
-        self._hide_events_from: int | None = None
-        self._warned: set[str] = set()
 
     @property
     def _files(self) -> list[Path]:
@@ -133,8 +119,8 @@ class RunDir:
         """Gives the other ranks the paths of the directory that rank 0 has opened; it writes nothing."""
         return cls(path, None)
 
-    def begin(self, last_step: int = -1, damaged: Sequence[Path] = ()) -> None:
-        """Prepares the directory for this start. Only its owner calls it, before anything is logged.
+    def begin(self, last_step: int = -1, damaged: Sequence[Path] = ()) -> list[Sink]:
+        """Prepares the directory for this start, and returns what writes lines into it. Only its owner calls it.
 
         A resumed run continues after `last_step` (-1: without a checkpoint). Later lines and rollouts move to history/,
         so that the files equal the files of an uninterrupted run. The `damaged` checkpoints move there too. The lines
@@ -145,13 +131,16 @@ class RunDir:
         with writes(f"run_dir {self.path}", self.path):
             for directory in (self.rollouts, self.checkpoints, self.logs):
                 directory.mkdir(parents=True, exist_ok=True)
+            hide_from = None
             if self._resumes:
-                self._take_out(last_step, damaged, history)
+                self.optimizer_steps = self._take_out(last_step, damaged, history)
+                hide_from = self.optimizer_steps + 1  # TensorBoard hides the interrupted run's later events
             else:
                 self.id = name_run(self.path)
             write_records(self.path, self._config_yaml, history)
             self._owner.settle()
         self._began = True
+        return [JsonlSink(self.path, self._owner), TensorBoardSink(self.path / "tensorboard", hide_from)]
 
     def refuses_step_0(self) -> str:
         """Returns why a resume without any checkpoint would lose work; empty if nothing would be lost."""
@@ -163,38 +152,8 @@ class RunDir:
             "start again at step 0 and to lose them. Start a new run in another run_dir, or put a checkpoint back"
         )
 
-    def log_metrics(self, step: int, mini_batch: int, weight_version: int, metrics: Mapping[str, float]) -> None:
-        """Appends the line of one optimizer step; a metric that is not finite becomes null (warned once)."""
-        if self._owner is None:
-            return
-        tags = {"step": step, "mini_batch": mini_batch, "weight_version": weight_version}
-        values = self._append(self.metrics_file, tags, metrics)
-        self._optimizer_steps += 1
-        self._plot("", values)
-
-    def log_eval(self, step: int, weight_version: int, metrics: Mapping[str, float]) -> None:
-        """Appends the line of one evaluation, made after `step` (0: before the first)."""
-        if self._owner is None:
-            return
-        values = self._append(self.eval_file, {"step": step, "weight_version": weight_version}, metrics)
-        self._plot("eval/", values)
-
-    def log_checkpoint(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends the line of the checkpoint of `step`."""
-        if self._owner is not None:
-            self._append(self.checkpoints_file, {"step": step}, metrics)
-
-    def sync(self) -> None:
-        """Waits until all lines are on the disk, so that no checkpoint outlives the lines before it. Raises OSError."""
-        if self._owner is None:
-            return
-        for file in self._files:
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-
     def close(self) -> None:
-        """Closes the events and releases the directory. Nothing can be logged afterwards."""
-        self._close_events()
+        """Releases the directory. Close the journal first."""
         if self._owner is None:
             return
         owner, self._owner = self._owner, None
@@ -208,17 +167,9 @@ class RunDir:
                     if directory.is_dir() and not any(directory.iterdir()):
                         directory.rmdir()
 
-    def _close_events(self) -> None:
-        if self._events is not None:
-            with self._noting("tensorboard", self.path / "tensorboard"):
-                self._events.close()
-            self._events = None
-
-    def _take_out(self, last_step: int, damaged: Sequence[Path], history: History) -> None:
-        for file in self._files:
-            kept = _cut(file, last_step, history)
-            if file == self.metrics_file:
-                self._optimizer_steps = kept
+    def _take_out(self, last_step: int, damaged: Sequence[Path], history: History) -> int:
+        """Returns the number of optimizer steps that keep their lines."""
+        kept = {file: _cut(file, last_step, history) for file in self._files}
         for file in sorted(self.rollouts.iterdir()):
             match = _ROLLOUTS.fullmatch(file.name)
             if match and int(match[1]) > last_step:
@@ -226,60 +177,7 @@ class RunDir:
         for checkpoint in damaged:
             history.take(checkpoint, "checkpoints")
         sync_directory(self.checkpoints)
-        # TensorBoard hides the interrupted run's events from the next optimizer step on.
-        self._hide_events_from = self._optimizer_steps + 1
-
-    @contextlib.contextmanager
-    def _noting(self, what: str, path: Path) -> Iterator[None]:
-        """Records a failed write in `failure` instead of raising: all ranks must hear of it before this rank ends."""
-        try:
-            yield
-        except OSError as error:
-            self.failure = self.failure or f"{what} was not written: {explain(error, path)}"
-        except OwnerError as error:
-            self.failure = self.failure or str(error)
-
-    def _append(self, file: Path, tags: Mapping[str, int], metrics: Mapping[str, float]) -> dict[str, float | None]:
-        reserved = [name for name in metrics if name in _TAGS]
-        if reserved:
-            raise ValueError(f"metric {reserved[0]!r} has the name of a tag of {file.name}: give it another")
-        values = {name: self._finite(name, value, tags["step"]) for name, value in metrics.items()}
-        line = orjson.dumps({**tags, "time": time.time(), **values}, option=orjson.OPT_APPEND_NEWLINE)
-        with self._noting(f"the line of step {tags['step']} in {file.name}", file):
-            assert self._owner is not None
-            self._owner.check()
-            with file.open("ab") as stream:  # closed after each line: flushed, and never open while it is cut
-                stream.write(line)
-        return values
-
-    def _finite(self, name: str, value: float, step: int) -> float | None:
-        # float() also takes the scalars of NumPy and torch.
-        number = int(value) if isinstance(value, int) else float(value)
-        if math.isfinite(number):
-            return number
-        if name not in self._warned:
-            self._warned.add(name)
-            logger.warning(
-                "metric %s is %s at step %d: JSON has no such number, so it is written as null (said once)",
-                name,
-                number,
-                step,
-            )
-        return None
-
-    def _plot(self, prefix: str, values: Mapping[str, float | None]) -> None:
-        if self.failure:
-            return
-        with self._noting("tensorboard", self.path / "tensorboard"):
-            if self._events is None:
-                from torch.utils.tensorboard import SummaryWriter  # here: it takes over a second to import
-
-                self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._hide_events_from)
-                self._hide_events_from = None
-            for name, value in values.items():
-                if value is not None:
-                    self._events.add_scalar(prefix + name, value, self._optimizer_steps)
-            self._events.flush()
+        return kept.get(self.metrics_file, 0)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "checkpoint",
     "engine.heartbeat",
     "eval",
+    "lab",
     "rollout.servers",
     "rollout.concurrency",
     "rollout.deadline",

@@ -47,9 +47,9 @@ class Evaluator:
         config, trainer = self._config, self._trainer
         count = min(len(self._heldout), config.prompts or len(self._heldout))
         prompts = [(i, self._heldout[i]) for i in range(count)]
-        with trainer.phase("evaluation"):
+        with trainer.journal.phase("evaluation"):
             sampled = self._environment.sample(prompts, samples=config.samples, temperature=config.temperature)
             groups = self._environment.judge(sampled)
-        report = evaluation(groups) | trainer.console.timer.take("evaluation")
-        trainer.run.log_eval(step, step, report)
+        report = evaluation(groups) | trainer.journal.timer.take("evaluation")
+        trainer.journal.log_evaluation(step, step, report)
         trainer.console.heldout(report["avg_at_k"])

@@ -76,13 +76,13 @@ def _passes(config: Config, trainer: Trainer, mini_batch: MiniBatch, measures_no
     batches = mini_batch.micro_batches
     routing = _routing(config, trainer.policy, mini_batch)
     reference = values = None
-    with trainer.phase("old log-probs"):
+    with trainer.journal.phase("old log-probs"):
         old = _old(config, trainer.policy, mini_batch, routing, measures_noise)
     if trainer.reference is not None:
-        with trainer.phase("reference log-probs"):
+        with trainer.journal.phase("reference log-probs"):
             reference = [logprobs for logprobs, _ in trainer.reference.logprobs(batches)]
     if trainer.critic is not None:
-        with trainer.phase("values"):
+        with trainer.journal.phase("values"):
             values = trainer.critic.values(batches)
     return _Passes(routing, old, reference, values)
 
@@ -147,7 +147,7 @@ def measure_router_shift(trainer: Trainer, update: Update) -> None:
     if routing is None or routing.shift is None:
         return
     policy, shift = trainer.policy, routing.shift
-    with trainer.phase("router shift"):
+    with trainer.journal.phase("router shift"):
         policy.logprobs(batches, routing=routing.shift_pass(shift))
         layers = len(policy.arch.moe_layers)
         update.loss.router_shift = packed_shift(shift.distances, batches, layers, policy.layout, policy.place)

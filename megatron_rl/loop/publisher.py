@@ -31,7 +31,7 @@ class Publisher:
         """Gives all servers the policy as weight version `version`; returns what is to be logged. Collective."""
         if self._servers is None or self._sync is None:
             return {}
-        with self._trainer.phase("weight sync"):
+        with self._trainer.journal.phase("weight sync"):
             self._servers.check()
             report = self._sync.push(version)
         self.versions = frozenset({version})

@@ -15,6 +15,7 @@ from megatron_rl.data.prompts import PromptDataset
 from megatron_rl.data.sample import Group
 from megatron_rl.data.store import write_groups
 from megatron_rl.errors import UserError
+from megatron_rl.lab.journal import reduce_metrics
 from megatron_rl.lab.metrics import ROLLOUT, overlong_metrics, rollout_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.loop.environment import Environment
@@ -77,7 +78,7 @@ class Rollouts:
         rollout_metrics(metrics, shape_rewards(drawn.sampled, config.reward, longest), progress.step)
         overlong_metrics(metrics, drawn.sampled, drawn.kept, config.reward, longest)
         figures = {f"dynamic_sampling/{name}": value for name, value in drawn.figures.items()}
-        figures |= trainer.reduce(metrics, holds_samples=trainer.place.leads_replica)
+        figures |= reduce_metrics(metrics, trainer.place, holds_samples=trainer.place.leads_replica)
         shaped = shape_rewards(without_lost(drawn.kept), config.reward, longest)
         return RolloutBatch(
             filter_overlong(shaped, config.reward), {f"rollout/{name}": value for name, value in figures.items()}
@@ -166,7 +167,7 @@ class LiveGroups:
         while count := search.next_count():
             judged = self._sample(progress, count, first=len(search.tallies))
             groups += judged
-            with self._trainer.phase("rollout"):
+            with self._trainer.journal.phase("rollout"):
                 search = search.after(self._all_tallies(judged))
             check_verdicts(search.tallies)
         return groups, search
@@ -190,11 +191,11 @@ class LiveGroups:
         trainer, config = self._trainer, self._config
         prompts, progress.cursor = dataset.take(progress.cursor, count)
         share = [(i, p) for i, p in enumerate(prompts, first) if i % trainer.layout.dp == trainer.place.dp]
-        with trainer.phase("rollout"):
+        with trainer.journal.phase("rollout"):
             groups = self._environment.sample(
                 share, samples=config.group_size, temperature=config.temperature, routes=self._routes
             )
-        with trainer.phase("rewards"):
+        with trainer.journal.phase("rewards"):
             return self._environment.judge(groups)
 
 

@@ -7,7 +7,6 @@ import logging
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -31,9 +30,10 @@ from megatron_rl.engine.manifest import CheckpointError, Identity, State
 from megatron_rl.engine.network import Network, UpdateResult
 from megatron_rl.engine.packed_losses import PolicyLoss, SftLoss, ValueLoss
 from megatron_rl.lab.console import Console
+from megatron_rl.lab.journal import Journal, reduce_metrics
 from megatron_rl.lab.metrics import explained_variance
 from megatron_rl.lab.run import RunDir
-from megatron_rl.lab.sketch import MetricAccumulator
+from megatron_rl.lab.wandb_sink import WandbSink, check_wandb
 from megatron_rl.loop.networks import Networks, build_networks, identify
 from megatron_rl.loop.progress import is_due
 from megatron_rl.loop.watch import Watch
@@ -62,6 +62,7 @@ class Trainer:
         place: Place,
         networks: Networks,
         run: RunDir,
+        journal: Journal,
         console: Console,
         watch: Watch,
         *,
@@ -77,6 +78,7 @@ class Trainer:
         self.critic = networks.critic
         self.reference = networks.reference
         self.run = run
+        self.journal = journal
         self.console = console
         self.watch = watch
         self._steps = steps
@@ -84,19 +86,15 @@ class Trainer:
         self._identity: Identity | None = None  # rank 0's
         self._found: Found | None = None
         self._saved_step = 0  # of the newest checkpoint
-        self._held: tuple[int, int, int, dict[str, float]] | None = None
-
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        return self.console.phase(name)
 
     def update(
         self, mini_batch: MiniBatch, loss: PolicyLoss | SftLoss, routing: MiniBatchRouting | None = None
     ) -> dict[str, float]:
         """One optimizer step; returns its metrics, over all ranks."""
-        with self.phase("update"):
+        with self.journal.phase("update"):
             routing_pass = routing.update_pass() if routing else None
             result = self.policy.update(mini_batch.micro_batches, loss, routing_pass)
-        metrics = self.reduce(loss.metrics, holds_samples=self.policy.is_last_stage)
+        metrics = reduce_metrics(loss.metrics, self.place, holds_samples=self.policy.is_last_stage)
         if routing is not None:
             metrics |= reduce_stats(routing.stats, self.place).finalize()
         return metrics | _of_result(result)
@@ -105,19 +103,19 @@ class Trainer:
         """One optimizer step of the critic; its metrics, over all ranks, under critic/."""
         assert self.critic is not None
         result = self.step_critic(mini_batch, loss)
-        metrics = self.reduce(loss.metrics, holds_samples=self.critic.is_last_stage)
+        metrics = reduce_metrics(loss.metrics, self.place, holds_samples=self.critic.is_last_stage)
         metrics |= explained_variance(metrics) | _of_result(result)
         return {f"critic/{name}": value for name, value in metrics.items()}
 
     def step_critic(self, mini_batch: MiniBatch, loss: ValueLoss) -> UpdateResult:
         """One optimizer step of the critic, without the loss's metrics."""
         assert self.critic is not None
-        with self.phase("critic update"):
+        with self.journal.phase("critic update"):
             return self.critic.update(mini_batch.micro_batches, loss)
 
     def close(self) -> None:
-        """Writes the line that waits, and gives signals back."""
-        self.flush()
+        """Ends the journal, and gives signals back."""
+        self.journal.close()
         self.watch.close()
 
     def check_skipped(self) -> None:
@@ -125,45 +123,14 @@ class Trainer:
         for network in self.networks.trained.values():
             network.check_skipped()
 
-    def reduce(self, metrics: MetricAccumulator, holds_samples: bool) -> dict[str, float]:
-        """The metrics of all ranks together. Tensor- and context-parallel ranks hold the same samples: one counts."""
-        place = self.place
-        sums, maxima = metrics.sums.cpu(), metrics.maxima.cpu()
-        if not holds_samples or not place.speaks_for_stage:
-            empty = MetricAccumulator(metrics.kinds)
-            sums, maxima = empty.sums, empty.maxima
-        dist.all_reduce(sums, group=place.control)
-        dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=place.control)
-        total = MetricAccumulator(metrics.kinds)
-        total.sums.copy_(sums)
-        total.maxima.copy_(maxima)
-        return total.finalize()
+    def end_step(self, more: Mapping[str, float], *, last: bool = False) -> dict[str, float]:
+        """Writes the last optimizer step's line, with `more` and the seconds per phase; returns the seconds.
 
-    def log_update(self, step: int, mini_batch: int, weight_version: int, metrics: Mapping[str, float]) -> None:
-        """Writes the line of the optimizer step before this one; this one's waits for what is known only later."""
-        self.flush()
-        self._held = (step, mini_batch, weight_version, dict(metrics))
-
-    def add_to_line(self, more: Mapping[str, float]) -> None:
-        """Adds metrics to the line that waits."""
-        if self._held is not None:
-            self._held[3].update(more)
-
-    def finish_step(self, more: Mapping[str, float], *, last: bool = False) -> dict[str, float]:
-        """Writes the last optimizer step's line, with `more` and the time per phase; returns the times. Then the ranks
-        agree on how the run goes on; after the `last` step there is nothing to stop."""
-        times = self.console.timer.drain()
-        self.add_to_line({**more, **times})
-        self.flush()
-        self.watch.step_done(self.run.failure, last=last)
+        Then the ranks agree on how the run goes on; after the `last` step there is nothing to stop. Collective.
+        """
+        times = self.journal.end_step(more)
+        self.watch.step_done(self.journal.failure, last=last)
         return times
-
-    def flush(self) -> None:
-        """Writes the line that waits, as when the run ends before its step does. A line that cannot be written is told
-        by `finish_step`."""
-        held, self._held = self._held, None  # first: the heartbeat's thread may flush while this one hangs
-        if held is not None:
-            self.run.log_metrics(*held)
 
     # ---- beginning, going on, ending ---------------------------------------------------------------------------
 
@@ -204,8 +171,11 @@ class Trainer:
 
     def _begin_run(self, state: State | None) -> None:
         assert self._identity is not None
-        self.run.begin(state.step if state else -1, self._found.damaged if self._found else ())
+        sinks = self.run.begin(state.step if state else -1, self._found.damaged if self._found else ())
         self._identity = self._identity.model_copy(update={"run": self.run.id})
+        if self.config.lab.wandb is not None:
+            sinks.append(WandbSink(self.config.lab.wandb, self.run.path, self.run.id, dump_config(self.config)))
+        self.journal.open(sinks, self.run.optimizer_steps)
         remove_partial(self.run.checkpoints)
         for warning in self._found.warnings if self._found else ():
             logger.warning("%s", warning)
@@ -219,7 +189,7 @@ class Trainer:
 
     def check_interrupted(self) -> None:
         """Raises Interrupted, on every rank, if the run is to stop. Collective."""
-        self.watch.check_interrupted(self.run.failure)
+        self.watch.check_interrupted(self.journal.failure)
 
     def checkpoint(self, state: State) -> None:
         """Saves if that is due: every so many steps or minutes, after the last step, and before the run stops. Raises
@@ -236,16 +206,16 @@ class Trainer:
         """
         if state.step <= self._saved_step:
             return
-        with self.phase("checkpoint"):
+        with self.journal.phase("checkpoint"):
             with self.writing("metrics.jsonl", self.run.path):
-                self.run.sync()  # the step's own line has to be on the disk before its checkpoint is
+                self.journal.sync()  # the step's own line has to be on the disk before its checkpoint is
             save_checkpoint(self.run.checkpoints, self.networks.trained, self._identity, state)
             with self.writing("the list of checkpoints", self.run.checkpoints):
                 if self.place.rank == 0:
                     prune(self.run.checkpoints, self.config.checkpoint.keep)
         self._saved_step = state.step
         self.watch.saved()
-        self.run.log_checkpoint(state.step, self.console.timer.take("checkpoint"))
+        self.journal.log_checkpoint(state.step, self.journal.timer.take("checkpoint"))
 
     def export_all(self) -> None:
         """Writes run_dir/model, and run_dir/critic if there is one. Collective."""
@@ -299,8 +269,11 @@ def open_trainer(
             with console.starting("engine", _describe(config, layout, device)):
                 networks = build_networks(config, layout, place, device, temperature)
             watch = Watch(place.control, clock)
-            trainer = Trainer(config, layout, place, networks, run, console, watch, steps=steps, resumes=resume)
-            heartbeat.before_end = trainer.flush
+            journal = Journal(console)
+            trainer = Trainer(
+                config, layout, place, networks, run, journal, console, watch, steps=steps, resumes=resume
+            )
+            heartbeat.before_end = journal.flush
             trainer.restore()
             try:
                 yield trainer
@@ -331,6 +304,7 @@ def _open_run(config: Config | SftConfig, place: Place, resume: bool) -> Iterato
     run = RunDir.attach(config.run_dir)
     with together(place.control):
         if place.rank == 0:
+            check_wandb(config.lab.wandb)
             try:
                 run = RunDir.open(config.run_dir, dump_config(config), resume)
             except OSError as error:

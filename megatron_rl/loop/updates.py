@@ -34,7 +34,7 @@ def apply(config: Config, trainer: Trainer, update: Update, step: int, rollout: 
         metrics |= trainer.update(mini_batch, update.loss, update.routing)
     if update.value_loss is not None:
         metrics |= trainer.update_critic(mini_batch, update.value_loss)
-    trainer.log_update(step + 1, mini_batch.index, step, metrics)
+    trainer.journal.log_update(step + 1, mini_batch.index, step, metrics)
     trainer.check_skipped()
 
 
@@ -51,5 +51,5 @@ def train_critic_again(config: Config, trainer: Trainer, updates: Sequence[Updat
         results.append(trainer.step_critic(update.mini_batch, update.value_loss))
         norms = [result.grad_norm for result in results if not result.skipped]
         figures = {"critic/later/grad_norm/max": max(norms)} if norms else {}
-        trainer.add_to_line({**figures, "critic/later/skipped": float(len(results) - len(norms))})
+        trainer.journal.add({**figures, "critic/later/skipped": float(len(results) - len(norms))})
         trainer.check_skipped()

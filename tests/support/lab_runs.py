@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_rl.lab.console import Console
+from megatron_rl.lab.journal import Journal
 from megatron_rl.lab.run import RunDir, read_metrics
 
 CONFIG = {
@@ -31,22 +35,39 @@ def changed(**dotted: object) -> str:
     return yaml.safe_dump(config)
 
 
-def start(path: Path, config: str | None = None, *, resume: bool = False, last_step: int = 0) -> RunDir:
-    made = RunDir.open(path, config or changed(), resume)
-    made.begin(last_step)
-    return made
+@dataclass(frozen=True)
+class Started:
+    """A run directory and its journal, as on rank 0."""
+
+    run: RunDir
+    journal: Journal
+
+    def log(self, step: int, mini_batch: int, weight_version: int, metrics: Mapping[str, float]) -> None:
+        self.journal.log_update(step, mini_batch, weight_version, metrics)
+        self.journal.flush()
+
+    def close(self) -> None:
+        self.journal.close()
+        self.run.close()
+
+
+def start(path: Path, config: str | None = None, *, resume: bool = False, last_step: int = 0) -> Started:
+    run = RunDir.open(path, config or changed(), resume)
+    journal = Journal(Console(10, shows=False))
+    journal.open(run.begin(last_step), run.optimizer_steps)
+    return Started(run, journal)
 
 
 def start_and_end(path: Path, config: str | None = None, *, resume: bool = False) -> None:
     start(path, config, resume=resume, last_step=9).close()
 
 
-def log_steps(run_dir: RunDir, first: int, last: int) -> None:
+def log_steps(started: Started, first: int, last: int) -> None:
     for step in range(first, last + 1):
         for mini_batch in range(2):
-            run_dir.log_metrics(step, mini_batch, step - 1, {"loss": step + mini_batch / 10})
-        run_dir.log_eval(step, step, {"accuracy": step / 10})
-        run_dir.log_checkpoint(step, {"time/checkpoint": step / 2})
+            started.log(step, mini_batch, step - 1, {"loss": step + mini_batch / 10})
+        started.journal.log_evaluation(step, step, {"accuracy": step / 10})
+        started.journal.log_checkpoint(step, {"time/checkpoint": step / 2})
 
 
 def without_time(path: Path) -> list[dict[str, object]]:

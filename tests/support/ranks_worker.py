@@ -4,7 +4,7 @@ A question is a rank_examples.Example in JSON. Its answer has the losses, gradie
 mini-batch in every layout. Policies are tables from token ids to log-probs, and every token has a unique id. Looking up
 a rank's labels replaces the forward pass, and the table's gradient, summed over ranks, the parameters' gradients.
 Everything between is the trainer's own code: with_advantages, distribute, the context-parallel slices and their gather,
-prepare, the losses, and Trainer.reduce.
+prepare, the losses, and reduce_metrics.
 """
 
 from __future__ import annotations
@@ -103,9 +103,9 @@ def _answered(example: Example, setting: Setting, whole: bool) -> list[dict[str,
     import torch.distributed as dist
 
     from megatron_rl.engine.distribute import distribute
+    from megatron_rl.lab.journal import reduce_metrics
     from megatron_rl.lab.metrics import explained_variance
     from megatron_rl.loop.experience import prepare
-    from megatron_rl.loop.trainer import Trainer
     from megatron_rl.train import with_advantages
 
     layout, place = setting.layout, setting.place
@@ -129,7 +129,7 @@ def _answered(example: Example, setting: Setting, whole: bool) -> list[dict[str,
         ),
         reference=SimpleNamespace(logprobs=reference.with_entropy) if config.objective.kl.kind != "none" else None,
         critic=SimpleNamespace(values=values.of_all) if config.critic else None,
-        phase=lambda name: contextlib.nullcontext(),
+        journal=SimpleNamespace(phase=lambda name: contextlib.nullcontext()),
     )
 
     def step(mini_batch: Any, loss: Any, table: str, columns: bool) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def _answered(example: Example, setting: Setting, whole: bool) -> list[dict[str,
         dist.all_reduce(gradient, group=place.control)
         total *= counted and place.cp == 0
         dist.all_reduce(total, group=place.control)
-        metrics = Trainer.reduce(trainer, loss.metrics, holds_samples=live.is_last_stage)  # type: ignore[arg-type]
+        metrics = reduce_metrics(loss.metrics, place, holds_samples=live.is_last_stage)
         return {"loss": float(total), "gradient": gradient.tolist(), "metrics": metrics}
 
     answers = []

@@ -8,7 +8,9 @@ import time
 
 import pytest
 
-from megatron_rl.lab.console import Console, PhaseTimer
+from megatron_rl.lab.console import Console
+from megatron_rl.lab.journal import Journal
+from megatron_rl.lab.timer import PhaseTimer
 
 
 class Clock:
@@ -29,9 +31,9 @@ def read_terminal(leader: int) -> bytes:
         return b""
 
 
-def a_step(console: Console, step: int) -> None:
+def a_step(console: Console, step: int, journal: Journal | None = None) -> None:
     figures = {"reward": 0.25, "accuracy": 0.5, "tokens/s": 2091.4}
-    console.step(step, figures, console.timer.drain())
+    console.step(step, figures, journal.timer.drain() if journal else {})
 
 
 def test_timer_sums_a_phase_until_drain_resets_it() -> None:
@@ -91,12 +93,13 @@ def test_without_a_terminal_each_step_prints_one_plain_line(monkeypatch: pytest.
     monkeypatch.setenv("FORCE_COLOR", "1")  # many CI services set it
     clock, out = Clock(), io.StringIO()
     with Console(4, file=out, clock=clock) as console:
+        journal = Journal(console, clock)
         for step in (1, 2):
-            with console.phase("rollout"):
+            with journal.phase("rollout"):
                 clock.now += 30.0
-            with console.phase("update [gspo]"):
+            with journal.phase("update [gspo]"):
                 clock.now += 60.0
-            a_step(console, step)
+            a_step(console, step, journal)
         console.heldout(0.125)
         a_step(console, 3)
     first, second, heldout, third = out.getvalue().splitlines()
@@ -131,10 +134,11 @@ def test_a_failed_start_is_not_reported_as_ready() -> None:
 def test_long_plain_lines_are_not_wrapped() -> None:
     out = io.StringIO()
     with Console(4, file=out) as console:
+        journal = Journal(console)
         for i in range(30):
-            with console.phase(f"phase number {i}"):
+            with journal.phase(f"phase number {i}"):
                 pass
-        a_step(console, 1)
+        a_step(console, 1, journal)
     assert len(out.getvalue().splitlines()) == 1
 
 
@@ -153,9 +157,10 @@ def test_time_left_is_estimated_from_the_latest_steps_after_a_resume() -> None:
 def test_other_ranks_than_0_measure_time_but_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     clock, out = Clock(), io.StringIO()
     with Console(2, shows=False, file=out, clock=clock) as console:
-        with console.phase("update"):
+        journal = Journal(console, clock)
+        with journal.phase("update"):
             clock.now += 1.5
-        assert console.timer.drain() == {"time/update": 1.5}
+        assert journal.timer.drain() == {"time/update": 1.5}
         a_step(console, 1)
         console.heldout(0.5)
     assert out.getvalue() == ""
@@ -172,13 +177,14 @@ def test_on_a_terminal_the_console_draws_bar_metrics_and_phases(monkeypatch: pyt
     reader.start()
     clock = Clock()
     with open(follower, "w") as out, Console(4, file=out, clock=clock) as console:
-        with console.phase("rollout"):
+        journal = Journal(console, clock)
+        with journal.phase("rollout"):
             clock.now += 30.0
-        with console.phase("weight sync"):
+        with journal.phase("weight sync"):
             clock.now += 10.0
-        a_step(console, 1)
+        a_step(console, 1, journal)
         console.heldout(0.125)
-        with console.phase("checkpoint"):
+        with journal.phase("checkpoint"):
             deadline = time.monotonic() + 20
             while b"now: checkpoint" not in b"".join(chunks) and time.monotonic() < deadline:
                 time.sleep(0.05)

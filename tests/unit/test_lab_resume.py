@@ -94,21 +94,21 @@ def test_files_of_a_resumed_run_equal_an_uninterrupted_run(tmp_path: Path) -> No
 
     broken = start(tmp_path / "broken")
     log_steps(broken, 1, 4)
-    broken.log_metrics(5, 0, 4, {"loss": -1.0})  # step 5 is interrupted after its first mini-batch
+    broken.log(5, 0, 4, {"loss": -1.0})  # step 5 is interrupted after its first mini-batch
     broken.close()
-    with broken.metrics_file.open("ab") as file:
+    with broken.run.metrics_file.open("ab") as file:
         file.write(b'{"step":5,"mini_ba')
     resumed = start(tmp_path / "broken", resume=True, last_step=3)
     log_steps(resumed, 4, 6)
     resumed.close()
 
-    assert without_time(resumed.metrics_file) == without_time(straight.metrics_file)
-    assert without_time(resumed.eval_file) == without_time(straight.eval_file)
-    assert without_time(resumed.checkpoints_file) == without_time(straight.checkpoints_file)
-    assert without_time(straight.checkpoints_file)[-1] == {"step": 6, "time/checkpoint": 3.0}
-    assert events(resumed.path, "loss") == events(straight.path, "loss")
-    assert events(resumed.path, "eval/accuracy") == events(straight.path, "eval/accuracy")
-    assert [step for step, _ in events(straight.path, "loss")] == list(range(1, 13))
+    assert without_time(resumed.run.metrics_file) == without_time(straight.run.metrics_file)
+    assert without_time(resumed.run.eval_file) == without_time(straight.run.eval_file)
+    assert without_time(resumed.run.checkpoints_file) == without_time(straight.run.checkpoints_file)
+    assert without_time(straight.run.checkpoints_file)[-1] == {"step": 6, "time/checkpoint": 3.0}
+    assert events(resumed.run.path, "loss") == events(straight.run.path, "loss")
+    assert events(resumed.run.path, "eval/accuracy") == events(straight.run.path, "eval/accuracy")
+    assert [step for step, _ in events(straight.run.path, "loss")] == list(range(1, 13))
 
 
 def test_resume_cuts_files_by_rollout_step_and_keeps_removed_lines(tmp_path: Path) -> None:
@@ -116,23 +116,25 @@ def test_resume_cuts_files_by_rollout_step_and_keeps_removed_lines(tmp_path: Pat
     log_steps(made, 1, 3)
     made.close()
     for step in (1, 2, 3):
-        (made.rollouts / f"step-{step:06d}-dp-0000.jsonl").write_text(str(step))
-    (made.checkpoints / "step-000003").mkdir()
-    whole = {file.name: file.read_bytes() for file in (made.metrics_file, made.eval_file, made.checkpoints_file)}
+        (made.run.rollouts / f"step-{step:06d}-dp-0000.jsonl").write_text(str(step))
+    (made.run.checkpoints / "step-000003").mkdir()
+    whole = {
+        file.name: file.read_bytes() for file in (made.run.metrics_file, made.run.eval_file, made.run.checkpoints_file)
+    }
 
     resumed = RunDir.open(tmp_path, changed(), resume=True)
     assert {name: (tmp_path / name).read_bytes() for name in whole} == whole, "cut before there is a checkpoint"
-    resumed.begin(2, [made.checkpoints / "step-000003"])
-    assert [(line["step"], line["mini_batch"]) for line in read_metrics(made.metrics_file)] == [
+    resumed.begin(2, [made.run.checkpoints / "step-000003"])
+    assert [(line["step"], line["mini_batch"]) for line in read_metrics(made.run.metrics_file)] == [
         (1, 0),
         (1, 1),
         (2, 0),
         (2, 1),
     ]
-    assert [line["step"] for line in read_metrics(made.eval_file)] == [1, 2]
+    assert [line["step"] for line in read_metrics(made.run.eval_file)] == [1, 2]
     history = tmp_path / "history" / "0"
     assert {name: (tmp_path / name).read_bytes() + (history / name).read_bytes() for name in whole} == whole
-    assert sorted(file.name[:11] for file in made.rollouts.iterdir()) == ["step-000001", "step-000002"]
+    assert sorted(file.name[:11] for file in made.run.rollouts.iterdir()) == ["step-000001", "step-000002"]
     assert (history / "rollouts" / "step-000003-dp-0000.jsonl").read_text() == "3"
     assert (history / "checkpoints" / "step-000003").is_dir()
     resumed.close()
@@ -161,9 +163,9 @@ def test_files_left_by_a_failed_start_are_not_a_run(tmp_path: Path, left: list[s
 
 def test_resume_without_a_checkpoint_is_refused_if_lines_would_be_lost(tmp_path: Path) -> None:
     made = start(tmp_path)
-    assert made.refuses_step_0() == ""
+    assert made.run.refuses_step_0() == ""
     log_steps(made, 1, 3)
-    assert "no whole checkpoint, but 6 lines in metrics.jsonl" in made.refuses_step_0()
+    assert "no whole checkpoint, but 6 lines in metrics.jsonl" in made.run.refuses_step_0()
     made.close()
 
 
@@ -187,21 +189,21 @@ def test_a_line_that_cannot_be_written_is_reported_without_raising(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     log_steps(made, 1, 1)
-    before = made.metrics_file.read_bytes()
+    before = made.run.metrics_file.read_bytes()
     monkeypatch.setattr(Path, "open", full)
-    made.log_metrics(2, 0, 1, {"loss": 1.0})
+    made.log(2, 0, 1, {"loss": 1.0})
     monkeypatch.undo()
-    assert "the line of step 2 in metrics.jsonl was not written" in made.failure
-    assert "no space left on device" in made.failure
-    assert made.metrics_file.read_bytes() == before
+    assert "the line of step 2 in metrics.jsonl was not written" in made.journal.failure
+    assert "no space left on device" in made.journal.failure
+    assert made.run.metrics_file.read_bytes() == before
     made.close()
 
 
 def test_a_run_that_lost_its_directory_writes_no_line(tmp_path: Path) -> None:
     made = start(tmp_path)
     log_steps(made, 1, 1)
-    before = made.metrics_file.read_bytes()
+    before = made.run.metrics_file.read_bytes()
     (tmp_path / "owner-000002.json").write_text("{}")  # another process took it
-    made.log_metrics(2, 0, 1, {"loss": 1.0})
-    assert made.metrics_file.read_bytes() == before
-    assert "belongs to" in made.failure
+    made.log(2, 0, 1, {"loss": 1.0})
+    assert made.run.metrics_file.read_bytes() == before
+    assert "belongs to" in made.journal.failure

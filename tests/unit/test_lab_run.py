@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lab_runs import changed, events, log_steps, start, start_and_end
+from lab_runs import Started, changed, events, log_steps, start, start_and_end
 
 from megatron_rl import disk
 from megatron_rl.disk import DiskError
+from megatron_rl.lab.console import Console
+from megatron_rl.lab.journal import Journal
 from megatron_rl.lab.run import RunDir, read_metrics
 from megatron_rl.lab.run_records import RunDirError
 
@@ -33,7 +35,7 @@ def test_create_freezes_configuration_versions_and_commit(tmp_path: Path) -> Non
         "platform",
         "cpu_count",
     } <= set(versions)
-    assert all(directory.is_dir() for directory in (made.rollouts, made.checkpoints, made.logs))
+    assert all(directory.is_dir() for directory in (made.run.rollouts, made.run.checkpoints, made.run.logs))
     assert not list(path.glob(".*")), "a partial file was left behind"
 
 
@@ -98,18 +100,18 @@ def test_a_torn_last_line_is_skipped_when_read_and_removed_on_resume(tmp_path: P
     made = start(tmp_path)
     log_steps(made, 1, 1)
     made.close()
-    whole = made.metrics_file.read_bytes()
-    made.metrics_file.write_bytes(whole + b'{"step":2,"loss":0.')
-    assert [line["step"] for line in read_metrics(made.metrics_file)] == [1, 1]
+    whole = made.run.metrics_file.read_bytes()
+    made.run.metrics_file.write_bytes(whole + b'{"step":2,"loss":0.')
+    assert [line["step"] for line in read_metrics(made.run.metrics_file)] == [1, 1]
     start_and_end(tmp_path, resume=True)
-    assert made.metrics_file.read_bytes() == whole
+    assert made.run.metrics_file.read_bytes() == whole
 
 
 def test_each_logged_line_is_complete_in_the_file_at_once(tmp_path: Path) -> None:
     made = start(tmp_path)
     for step in range(1, 4):
-        made.log_metrics(step, 0, 0, {f"metric/{i}": float(i) for i in range(2000)})
-        content = made.metrics_file.read_bytes()
+        made.log(step, 0, 0, {f"metric/{i}": float(i) for i in range(2000)})
+        content = made.run.metrics_file.read_bytes()
         assert content.endswith(b"}\n")
         assert content.count(b"\n") == step
 
@@ -117,8 +119,8 @@ def test_each_logged_line_is_complete_in_the_file_at_once(tmp_path: Path) -> Non
 def test_a_metrics_line_has_its_tags_and_plain_numbers(tmp_path: Path) -> None:
     made = start(tmp_path)
     values = {"a": np.float32(0.5), "b": torch.tensor(2.5), "tokens": 7, "c": np.int64(3)}
-    made.log_metrics(4, 1, 3, values)  # type: ignore[arg-type]
-    (line,) = read_metrics(made.metrics_file)
+    made.log(4, 1, 3, values)  # type: ignore[arg-type]
+    (line,) = read_metrics(made.run.metrics_file)
     assert line.pop("time") > 1.6e9
     assert line == {
         "step": 4,
@@ -135,9 +137,9 @@ def test_a_metrics_line_has_its_tags_and_plain_numbers(tmp_path: Path) -> None:
 def test_non_finite_values_become_null_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     made = start(tmp_path)
     with caplog.at_level(logging.WARNING):
-        made.log_metrics(1, 0, 0, {"loss": float("nan"), "kl": 1.0})
-        made.log_metrics(2, 0, 0, {"loss": float("inf"), "kl": float("-inf")})
-    assert [(line["loss"], line["kl"]) for line in read_metrics(made.metrics_file)] == [
+        made.log(1, 0, 0, {"loss": float("nan"), "kl": 1.0})
+        made.log(2, 0, 0, {"loss": float("inf"), "kl": float("-inf")})
+    assert [(line["loss"], line["kl"]) for line in read_metrics(made.run.metrics_file)] == [
         (None, 1.0),
         (None, None),
     ]
@@ -152,8 +154,8 @@ def test_non_finite_values_become_null_with_one_warning(tmp_path: Path, caplog: 
 def test_a_metric_cannot_have_the_name_of_a_tag(tmp_path: Path) -> None:
     made = start(tmp_path)
     with pytest.raises(ValueError, match="'weight_version' has the name of a tag"):
-        made.log_metrics(1, 0, 0, {"weight_version": 3})
-    assert not made.metrics_file.exists()
+        made.log(1, 0, 0, {"weight_version": 3})
+    assert not made.run.metrics_file.exists()
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
@@ -161,8 +163,8 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     log_steps(created, 1, 2)
     created.close()
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    attached = RunDir.attach(tmp_path)
-    assert attached.checkpoints == created.checkpoints
+    attached = Started(RunDir.attach(tmp_path), Journal(Console(10, shows=False)))
+    assert attached.run.checkpoints == created.run.checkpoints
     log_steps(attached, 3, 3)
     attached.close()
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before

@@ -17,6 +17,7 @@ from megatron_rl import train as train_module
 from megatron_rl.config.schema import CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, TrainConfig
 from megatron_rl.data.prompts import PromptCursor
 from megatron_rl.lab.console import Console
+from megatron_rl.lab.journal import Journal
 from megatron_rl.lab.run import RunDir, read_metrics
 from megatron_rl.loop import evaluator as evaluator_module
 from megatron_rl.loop import trainer as trainer_module
@@ -63,12 +64,24 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     policy = SimpleNamespace(arch=SimpleNamespace(vocab_size=9), check_skipped=lambda: None)
     networks: Any = SimpleNamespace(policy=policy, critic=None, reference=None, trained={"policy": policy})
     run = RunDir.open(config.run_dir, "", resume=False)
-    run.begin()
     console = Console(3, shows=False, clock=clock)
+    journal = Journal(console, clock)
+    journal.open(run.begin(), 0)
     layout: Any = SimpleNamespace()
     watch = object.__new__(Watch)
     watch.__dict__.update(stopping="", checkpoint_due=False, _clock=Clock(None, None), _signals=SimpleNamespace())
-    trainer = Trainer(config, layout, place, networks, run, console, watch, steps=3, resumes=False)  # type: ignore[arg-type]
+    trainer = Trainer(
+        config,
+        layout,
+        place,  # type: ignore[arg-type]
+        networks,
+        run,
+        journal,
+        console,
+        watch,
+        steps=3,
+        resumes=False,
+    )
     publisher = object.__new__(Publisher)
     servers = SimpleNamespace(check=lambda: None)
     publisher.__dict__.update(_trainer=trainer, _servers=servers, _sync=SimpleNamespace(push=clock.takes(SYNC, {})))
@@ -76,12 +89,12 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     figures = {"rollout/reward/mean": 0.0, "rollout/accuracy": 0.0, "rollout/tokens": 70.0}
 
     def update(*_: object) -> dict[str, float]:
-        with trainer.phase("update"):
+        with journal.phase("update"):
             clock.now += UPDATE
         return {"loss": 0.0}
 
     def rollout(_: Progress) -> RolloutBatch:
-        with trainer.phase("rollout"):
+        with journal.phase("rollout"):
             clock.now += ROLLOUT
         return RolloutBatch([], figures)
 
