@@ -99,7 +99,14 @@ def _routing(config: Config, policy: Policy, mini_batch: MiniBatch) -> MiniBatch
         policy.routers,
         None if mini_batch.routes is None else [routes.to(policy.device) for routes in mini_batch.routes],
         valid,
-        RoutingStats(arch.moe_layers, arch.num_experts, arch.experts_per_token, policy.device),
+        RoutingStats(
+            arch.moe_layers,
+            arch.num_experts,
+            arch.experts_per_token,
+            policy.device,
+            micro_batches=len(valid),
+            expert_ranks=policy.layout.ep,
+        ),
         RouterShift([len(rows) for rows in valid], policy.device) if shifts else None,
     )
 

@@ -5,9 +5,12 @@
     top1_change    1[the first experts differ]
     token_layers   layers in which a token's sets differ
 
-All metrics are sums over rows, so they do not depend on how rows are divided into micro-batches and ranks. Shapes: R
-rows (tokens of a rank, padding included), K experts of a row in descending order of score. Each router calls this
-module in every micro-batch, so nothing waits for the device before `finalize`.
+All metrics but `ep_peak` are sums over rows, so they do not depend on how rows are divided into micro-batches and
+ranks. `ep_peak` says how uneven that division is: in the worst micro-batch, the rows of the fullest expert-parallel
+rank over the mean of its ranks. Such a rank runs out of memory first.
+
+Shapes: R rows (tokens of a rank, padding included), K experts of a row in descending order of score. Each router calls
+this module in every micro-batch, so nothing waits for the device before `finalize`.
 """
 
 from __future__ import annotations
@@ -26,44 +29,72 @@ RERUN = "rerun"
 PAIRS = (*(f"{pair}/{kind}" for pair in (ROLLOUT_OLD, OLD_POLICY) for kind in ("effective", "live")), RERUN)
 """effective: the experts used; live: the experts that the router would have chosen."""
 
-ROUTER = ("entropy", "margin", "live_overlap", "fallback")
+ROUTER = ("entropy", "margin", "mass", "live_overlap", "fallback")
 DRIFT = ("set_mismatch", "expert_change", "top1_change")
+COLD = 0.1
+"""A cold expert gets less than this fraction of the mean load."""
 MEANS = (*ROUTER, *(f"{measure}/{pair}" for measure in DRIFT for pair in PAIRS))
 
 
 class RoutingStats:
     """Sums of one optimizer step. Sums of several ranks and micro-batches add up: see `sums`."""
 
-    def __init__(self, layers: Sequence[int], num_experts: int, top_k: int, device: torch.device) -> None:
-        """`layers` are the global numbers of all MoE layers of the model, equal on every rank."""
+    def __init__(
+        self,
+        layers: Sequence[int],
+        num_experts: int,
+        top_k: int,
+        device: torch.device,
+        *,
+        micro_batches: int = 1,
+        expert_ranks: int = 1,
+    ) -> None:
+        """`layers` are the global numbers of all MoE layers of the model, equal on every rank. The experts are divided
+        among `expert_ranks`, in order."""
         self._layers = tuple(layers)
         self._place = {layer: place for place, layer in enumerate(layers)}
         self._top_k = top_k
         self._means = torch.zeros(len(MEANS), 2, len(layers), dtype=torch.float64, device=device)  # sum and rows
         self._load = torch.zeros(len(layers), num_experts, dtype=torch.float64, device=device)
         self._tokens = torch.zeros(len(PAIRS), 3, dtype=torch.float64, device=device)  # layers, tokens with any, tokens
+        self.rank_load = self._load.new_zeros(micro_batches, len(layers), expert_ranks)
+        """Choices of this rank's rows for the experts of each rank, by micro-batch and layer."""
+        self.peaks = self._load.new_zeros(len(layers))
+        """[layers]: `ep_peak` by layer, set by whoever knows the other ranks' `rank_load`; 0 is unknown."""
+        self._rank_of = torch.arange(num_experts, device=device) // (num_experts // expert_ranks)
         self._differing: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def observe_router(
-        self, layer: int, logits: Tensor, used: Tensor, live: Tensor, replayed: Tensor | None, valid: Tensor
+        self,
+        micro_batch: int,
+        layer: int,
+        logits: Tensor,
+        used: Tensor,
+        live: Tensor,
+        replayed: Tensor | None,
+        valid: Tensor,
     ) -> None:
         """Adds a router's choices. logits [R, experts]; used, live [R, K] ids; valid [R] bool, False on padding.
 
         replayed [R] bool is True for rows with a route to replay; None if nothing is replayed.
         """
         logits = logits.float()
+        chosen = used.long().masked_fill(~valid[:, None], 0)  # not used[valid], whose shape depends on the data
+        probabilities = logits.softmax(-1)
         # entr(0) is 0, while the log of a probability that underflowed is -inf.
-        self._add("entropy", layer, torch.special.entr(logits.softmax(-1)).sum(-1), valid)
+        self._add("entropy", layer, torch.special.entr(probabilities).sum(-1), valid)
+        self._add("mass", layer, probabilities.gather(1, chosen).double().sum(-1), valid)
         if self._top_k < logits.shape[1]:
             best = logits.topk(self._top_k + 1, dim=-1).values
             self._add("margin", layer, best[:, -2] - best[:, -1], valid)
         if replayed is not None:
             self._add("live_overlap", layer, common(used, live) / self._top_k, valid & replayed)
             self._add("fallback", layer, ~replayed, valid)
-        # Not bincount or used[valid], whose shapes depend on the data.
-        ids = used.long().masked_fill(~valid[:, None], 0).flatten()
-        self._load[self._place[layer]].index_add_(0, ids, valid.to(self._load).repeat_interleave(self._top_k))
+        ids = chosen.flatten()  # and no bincount, for the same reason
+        rows = valid.to(self._load).repeat_interleave(self._top_k)
+        self._load[self._place[layer]].index_add_(0, ids, rows)
+        self.rank_load[micro_batch, self._place[layer]].index_add_(0, self._rank_of[ids], rows)
 
     def expect(self, pair: str, micro_batch: int, valid: Tensor) -> None:
         """Announces a comparison of the routers' choices, for rows in which `valid` [R] is True.
@@ -115,7 +146,12 @@ class RoutingStats:
         load = self._load.cpu()
         total = load.sum(-1)
         report |= self._by_layer("max_vio", load.max(-1).values / load.mean(-1) - 1, total > 0)
+        report |= self._by_layer("load_cv", load.std(-1, correction=0) / load.mean(-1), total > 0)
         report |= self._by_layer("dead_experts", (load == 0).sum(-1).double(), total > 0)
+        cold = load < COLD * load.mean(-1, keepdim=True)
+        report |= self._by_layer("cold_experts", cold.double().mean(-1), total > 0)
+        peaks = self.peaks.cpu()
+        report |= self._by_layer("ep_peak", peaks, peaks > 0)
         for pair, (layers, any_layer, tokens) in zip(PAIRS, self._tokens.tolist(), strict=True):
             if tokens:
                 report[f"routing/token_layers/{pair}/mean"] = layers / tokens
@@ -129,6 +165,12 @@ class RoutingStats:
         shown = {f"layer_{layer:02d}": v for layer, v, t in zip(self._layers, values, there, strict=True) if t}
         over = {"mean": found.mean(), "min": found.min(), "max": found.max()}
         return {f"routing/{name}/{key}": float(value) for key, value in {**over, **shown}.items()}
+
+
+def peak_over_mean(rank_load: Tensor) -> Tensor:
+    """Returns the fullest rank's load over the mean of the ranks: [...] from [..., ranks]; 0 if there is none."""
+    mean = rank_load.mean(-1)
+    return (rank_load.max(-1).values / mean.where(mean > 0, 1.0)).where(mean > 0, 0.0)
 
 
 def common(a: Tensor, b: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from megatron_rl.data.trace import RoutingTrace
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.ranks.collectives import all_gather_bytes
 from megatron_rl.ranks.place import Place
-from megatron_rl.routing.drift import RoutingStats
+from megatron_rl.routing.drift import RoutingStats, peak_over_mean
 from megatron_rl.routing.slicing import RankRoutes, RouteOwner, ids_dtype, slice_routes
 
 
@@ -130,6 +130,12 @@ def reduce_stats(stats: RoutingStats, place: Place) -> RoutingStats:
         everyone = sums.cpu()
         dist.all_reduce(everyone, group=place.control)
         sums.copy_(everyone)
+    if stats.rank_load.shape[-1] > 1:
+        # These ranks dispatch their tokens to each other's experts.
+        dist.all_reduce(stats.rank_load, group=parallel_state.get_expert_tensor_and_model_parallel_group())
+        peaks = peak_over_mean(stats.rank_load).amax(0).cpu()
+        dist.all_reduce(peaks, op=dist.ReduceOp.MAX, group=place.control)
+        stats.peaks.copy_(peaks)
     return stats
 
 

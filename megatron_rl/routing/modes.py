@@ -83,7 +83,7 @@ class MiniBatchRouting:
         def observe(index: int, tap: Tap, scores: Tensor, live: Tensor, used: Tensor) -> None:
             logits = router_logits(tap, scores)
             replayed = None if routes is None else routes[index].present
-            self.stats.observe_router(tap.layer, logits, used, live, replayed, self._valid[index])
+            self.stats.observe_router(index, tap.layer, logits, used, live, replayed, self._valid[index])
 
         return observe
 

@@ -60,7 +60,7 @@ def lines(run_dir: Path) -> list[dict[str, Any]]:
 def assert_same(found: Path, expected: Path) -> None:
     assert len(lines(expected)) == STEPS * MINI_BATCHES
     for line, wanted in zip(lines(found), lines(expected), strict=True):
-        assert line.keys() == wanted.keys(), found.name
+        assert {name for name in line if "/ep_peak/" not in name} == wanted.keys(), found.name
         for name in wanted:
             if not name.startswith(("time", "trace/")):
                 assert line[name] == pytest.approx(wanted[name], rel=2e-3, abs=2e-4), (found.name, name)

@@ -68,7 +68,7 @@ def lines(run_dir: Path) -> list[dict[str, Any]]:
 def assert_same(found: Path, expected: Path) -> None:
     assert len(lines(expected)) == STEPS * MINI_BATCHES
     for line, wanted in zip(lines(found), lines(expected), strict=True):
-        assert line.keys() == wanted.keys()
+        assert {name for name in line if "/ep_peak/" not in name} == wanted.keys()
         for name in wanted:
             if name not in ("time",) and not name.startswith(("time/", "critic/explained")) and "chi2" not in name:
                 assert line[name] == pytest.approx(wanted[name], rel=5e-3, abs=2e-4), (found.name, name)

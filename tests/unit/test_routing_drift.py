@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_rl.routing.drift import PAIRS, RERUN, RoutingStats, common
+from megatron_rl.routing.drift import PAIRS, RERUN, RoutingStats, common, peak_over_mean
 
 LAYERS, EXPERTS, TOP_K = (1, 4), 6, 3
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ PAIR = PAIRS[0]
 
 
 def stats() -> RoutingStats:
-    return RoutingStats(LAYERS, EXPERTS, TOP_K, CPU)
+    return RoutingStats(LAYERS, EXPERTS, TOP_K, CPU, micro_batches=2, expert_ranks=2)
 
 
 def compare(a: Sequence[Sequence[int]], b: Sequence[Sequence[int]], valid: Sequence[bool]) -> dict[str, float]:
@@ -68,7 +68,7 @@ def test_layers_have_equal_weight_and_the_extremes_are_reported() -> None:
     for layer, gap, rows in ((1, 3.0, 1), (4, 1.0, 2)):
         logits = torch.tensor([[gap, gap, gap, 0.0, 0.0, 0.0]]).repeat(rows, 1)
         nothing = torch.zeros(rows, dtype=torch.bool)
-        found.observe_router(layer, logits, ids.repeat(rows, 1), ids.repeat(rows, 1), nothing, ~nothing)
+        found.observe_router(0, layer, logits, ids.repeat(rows, 1), ids.repeat(rows, 1), nothing, ~nothing)
     report = found.finalize()
     margins = {key.rpartition("/")[2]: value for key, value in report.items() if key.startswith("routing/margin/")}
     assert margins == {"layer_01": 3.0, "layer_04": 1.0, "mean": 2.0, "min": 1.0, "max": 3.0}
@@ -82,7 +82,7 @@ def test_router_metrics_by_hand() -> None:
     live = torch.tensor([[0, 1, 2], [0, 1, 2], [5, 5, 5]])
     found = stats()
     replayed, valid = torch.tensor([False, True, True]), torch.tensor([True, True, False])
-    found.observe_router(4, logits, used, live, replayed, valid)
+    found.observe_router(0, 4, logits, used, live, replayed, valid)
     report = found.finalize()
     weights = [math.exp(x) for x in logits[0].tolist()]
     entropy = -sum(w / sum(weights) * math.log(w / sum(weights)) for w in weights)
@@ -92,15 +92,42 @@ def test_router_metrics_by_hand() -> None:
     assert report["routing/fallback/layer_04"] == 1 / 2
     assert report["routing/max_vio/layer_04"] == 1.0  # loads 2 2 1 1 0 0, their mean 1
     assert report["routing/dead_experts/layer_04"] == 2
+    assert report["routing/load_cv/layer_04"] == pytest.approx(math.sqrt(4 / 6))
+    assert report["routing/cold_experts/layer_04"] == pytest.approx(2 / 6)
+    masses = (sum(weights[:3]) / sum(weights), 3 / 6)
+    assert report["routing/mass/layer_04"] == pytest.approx(sum(masses) / 2, rel=1e-6)
     assert not [name for name in report if name.endswith("layer_01")]
     for over in ("mean", "min", "max"):  # over layers that have rows
         assert report[f"routing/margin/{over}"] == 0.5
 
 
+def test_a_cold_expert_has_less_than_a_tenth_of_the_mean_load() -> None:
+    found = RoutingStats([0], 4, 1, CPU)
+    ids = torch.tensor([0] * 60 + [1] * 57 + [2] * 3)[:, None]  # a mean load of 30; 3 is no less than a tenth
+    found.observe_router(0, 0, torch.zeros(120, 4), ids, ids, None, torch.ones(120, dtype=torch.bool))
+    assert found.finalize()["routing/cold_experts/layer_00"] == 1 / 4
+    assert found.finalize()["routing/dead_experts/layer_00"] == 1
+
+
+def test_the_load_of_expert_ranks_is_counted_by_micro_batch_and_layer() -> None:
+    found = stats()  # experts 0 to 2 are on the first rank, 3 to 5 on the second
+    valid = torch.tensor([True, True, False])
+    for micro_batch, ids in enumerate(([[0, 1, 2], [0, 1, 3], [3, 4, 5]], [[3, 4, 5], [0, 4, 5], [0, 1, 2]])):
+        chosen = torch.tensor(ids)
+        found.observe_router(micro_batch, 4, torch.zeros(3, EXPERTS), chosen, chosen, None, valid)
+    assert found.rank_load.tolist() == [[[0, 0], [5, 1]], [[0, 0], [1, 5]]]
+    assert peak_over_mean(found.rank_load).tolist() == [[0, 5 / 3], [0, 5 / 3]]
+    # Over the whole mini-batch both ranks have the same load, so only the peak shows the imbalance.
+    assert not [name for name in found.finalize() if "ep_peak" in name]
+    found.peaks = peak_over_mean(found.rank_load).amax(0)
+    assert found.finalize()["routing/ep_peak/layer_04"] == found.finalize()["routing/ep_peak/max"] == 5 / 3
+    assert "routing/ep_peak/layer_01" not in found.finalize()
+
+
 def test_replay_metrics_are_absent_without_replay() -> None:
     found = stats()
     ids = torch.tensor([[0, 1, 2]])
-    found.observe_router(1, torch.randn(1, EXPERTS), ids, ids, None, torch.tensor([True]))
+    found.observe_router(0, 1, torch.randn(1, EXPERTS), ids, ids, None, torch.tensor([True]))
     report = found.finalize()
     assert "routing/entropy/layer_01" in report
     assert not [name for name in report if "overlap" in name or "fallback" in name]
@@ -117,14 +144,14 @@ def test_an_accumulator_without_rows_reports_nothing() -> None:
 def test_an_underflowed_probability_adds_no_entropy() -> None:
     found = stats()
     ids, valid = torch.tensor([[0, 1, 2]]), torch.tensor([True])
-    found.observe_router(1, torch.tensor([[0.0, 0, 0, 0, -math.inf, -math.inf]]), ids, ids, None, valid)
+    found.observe_router(0, 1, torch.tensor([[0.0, 0, 0, 0, -math.inf, -math.inf]]), ids, ids, None, valid)
     assert found.finalize()["routing/entropy/layer_01"] == pytest.approx(math.log(4))
 
 
 def test_there_is_no_margin_if_every_expert_is_chosen() -> None:
     found = RoutingStats([0], 2, 2, CPU)
     ids = torch.tensor([[1, 0]])
-    found.observe_router(0, torch.tensor([[0.0, 1.0]]), ids, ids, None, torch.tensor([True]))
+    found.observe_router(0, 0, torch.tensor([[0.0, 1.0]]), ids, ids, None, torch.tensor([True]))
     assert not [name for name in found.finalize() if "margin" in name]
 
 
@@ -139,7 +166,7 @@ def test_an_undeclared_or_unexpected_pair_is_an_error() -> None:
 def test_the_autograd_graph_is_not_kept_alive() -> None:
     found = stats()
     ids = torch.tensor([[0, 1, 2]])
-    found.observe_router(1, torch.randn(1, EXPERTS, requires_grad=True), ids, ids, None, torch.tensor([True]))
+    found.observe_router(0, 1, torch.randn(1, EXPERTS, requires_grad=True), ids, ids, None, torch.tensor([True]))
     assert not any(sums.requires_grad for sums in found.sums())
 
 
@@ -178,7 +205,7 @@ def feed(
     for layer in layers:
         place = LAYERS.index(layer)
         used, live = d["used"][:, place], d["live"][:, place]
-        found.observe_router(layer, d["logits"][:, place], used, live, d["replayed"], d["valid"])
+        found.observe_router(micro_batch, layer, d["logits"][:, place], used, live, d["replayed"], d["valid"])
         found.compare(pair, micro_batch, layer, used, live)
 
 
@@ -308,6 +335,9 @@ def reference_of_layer(drawn: dict[str, Tensor], place: int) -> dict[str, float]
         "margin": np.mean(ordered[:, TOP_K - 1] - ordered[:, TOP_K]),
         "max_vio": (max(loads) - np.mean(loads)) / np.mean(loads),
         "dead_experts": loads.count(0),
+        "load_cv": np.std(loads) / np.mean(loads),
+        "cold_experts": np.mean([load < 0.1 * np.mean(loads) for load in loads]),
+        "mass": np.mean([sum(row[e] for e in used[r]) for row, r in zip(p, counted, strict=True)]),
         "fallback": 1 - len(replayed) / len(counted),
     }
     if replayed:
