@@ -307,7 +307,7 @@ def check(ranks: Ranks, drawn: Example) -> None:
 
 @pytest.mark.distributed
 @settings(
-    max_examples=10,
+    max_examples=6,
     deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

@@ -1,4 +1,7 @@
-"""Two RL steps of four mini-batches on saved rollouts: losses and weights do not depend on how work is divided."""
+"""A step of four mini-batches on saved rollouts: losses and weights do not depend on how work is divided.
+
+For several steps see tests/runs/test_train_objectives.py and tests/runs/test_routing_modes.py.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from forks import Forks
-from rl_runs import MINI_BATCHES, STEPS, losses, run_all, save_rollouts, weights, write_config
+from rl_runs import MINI_BATCHES, losses, run_all, save_rollouts, weights, write_config
 from tiny_models import make_tiny_model
 
 from megatron_rl.lab.run import read_metrics
@@ -24,9 +27,9 @@ def setting(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     """(configuration, run directory of the run on one rank)."""
     root = tmp_path_factory.mktemp("invariance")
     model = make_tiny_model(root / "model", num_layers=4, mlp_only_layers=(1,))
-    save_rollouts(model, root / "saved")
-    save_rollouts(model, root / "shuffled", shuffled=True)
-    config = write_config(root / "config.yaml", model, root / "saved")
+    save_rollouts(model, root / "saved", steps=1)
+    save_rollouts(model, root / "shuffled", steps=1, shuffled=True)
+    config = write_config(root / "config.yaml", model, root / "saved", steps=1)
     run_all(
         forks,
         config,
@@ -46,7 +49,7 @@ def setting(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 def assert_same(run_dir: Path, reference: Path) -> None:
     found, expected = losses(run_dir), losses(reference)
-    assert expected.shape[0] == STEPS * MINI_BATCHES
+    assert expected.shape[0] == MINI_BATCHES
     np.testing.assert_allclose(found[:, 0], expected[:, 0], atol=1e-5, err_msg=f"loss in {run_dir.name}")
     np.testing.assert_allclose(found[:, 1:], expected[:, 1:], rtol=2e-3, atol=1e-4, err_msg=run_dir.name)
     trained = weights(reference)

@@ -86,7 +86,7 @@ def _judged(sample: Sample, correct: bool) -> Sample:
     return dataclasses.replace(sample, finish_reason="stop", verdict=Verdict(float(correct), correct))
 
 
-def write_config(path: Path, model: Path, rollouts: Path, preset: str = "gspo") -> Path:
+def write_config(path: Path, model: Path, rollouts: Path, preset: str = "gspo", steps: int = STEPS) -> Path:
     # A large eps: Adam divides by the size of the gradient. With a small eps, the rounding of a gradient near zero
     # would decide the direction of a step, and layouts would differ after a few steps.
     path.write_text(
@@ -103,7 +103,7 @@ rollout:
   max_response_tokens: 32
   replay_from: {rollouts}
 objective: {{clip: {{low: 0.05, high: 0.05}}}}
-train: {{steps: {STEPS}, mini_batches: {MINI_BATCHES}}}
+train: {{steps: {steps}, mini_batches: {MINI_BATCHES}}}
 """
     )
     return path
