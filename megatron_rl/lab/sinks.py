@@ -78,8 +78,8 @@ class JsonlSink:
 
     def sync(self) -> None:
         for file in ("metrics", "eval", "checkpoints"):
-            if self.path(file).exists():  # type: ignore[arg-type]
-                with self.path(file).open("rb") as stream:  # type: ignore[arg-type]
+            if self.path(file).exists():
+                with self.path(file).open("rb") as stream:
                     os.fsync(stream.fileno())
 
     def close(self) -> None: ...

@@ -186,7 +186,7 @@ def _run_tether(command: list[str]) -> int:
     popen: Any = SimpleNamespace(
         Popen=ForkedCommand, **{n: getattr(subprocess, n) for n in ("DEVNULL", "TimeoutExpired")}
     )
-    tether.subprocess = popen  # type: ignore[attr-defined]
+    tether.subprocess = popen
     return tether.main()
 
 
