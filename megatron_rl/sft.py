@@ -32,8 +32,7 @@ def sft(config: SftConfig, resume: bool = False) -> None:
             )
             metrics = trainer.update(mini_batch, SftLoss(mini_batch, trainer.policy.device))
             step += 1
-            trainer.journal.log_update(step, 0, 0, metrics)
-            trainer.check_skipped()
+            trainer.log_update(step, 0, 0, metrics)
             times = trainer.end_step({}, last=step == config.steps)
             tokens_per_second = metrics["tokens"] / max(sum(times.values()), 1e-9)
             trainer.console.step(step, {"loss": metrics["loss"], "tokens/s": tokens_per_second}, times)

@@ -83,7 +83,10 @@ def list_sections(section: Section) -> Iterator[Section]:
 
 
 def as_section(key: str, info: FieldInfo, meaning: str = "") -> Section | None:
-    """Returns None for a field that holds a plain value."""
+    """Returns None for a field that holds a plain value. The key of a list of sections ends with []."""
+    arguments = get_args(info.annotation)
+    if get_origin(info.annotation) is tuple and arguments[1:] == (...,) and _models(arguments[0])[0]:
+        return Section(f"{key}[]", _models(arguments[0])[0], None, False, _default_of(info), meaning)
     kinds, discriminator = _models(info.annotation)
     if not kinds:
         return None

@@ -22,6 +22,7 @@ from megatron_rl.config.bounds import (
     Reward,
     Seconds,
 )
+from megatron_rl.config.lab import LabConfig
 from megatron_rl.config.servers import VARIABLE, same_server, url_problem
 from megatron_rl.config.switches import ObjectiveConfig
 
@@ -287,21 +288,6 @@ class CheckpointConfig(Frozen):
     null disables."""
     keep: PositiveInt = 2
     """Number of checkpoints to keep; older ones are deleted."""
-
-
-class WandbConfig(Frozen):
-    project: str
-    """Project of Weights & Biases. The key comes from `wandb login` or WANDB_API_KEY; with WANDB_MODE=offline the run
-    stays in run_dir/wandb, and `wandb sync` sends it later."""
-    entity: str | None = None
-    """User or team that owns the project. Defaults to null: the account's own."""
-    group: str | None = None
-    """Runs of one group are shown together."""
-
-
-class LabConfig(Frozen):
-    wandb: WandbConfig | None = None
-    """Sends the metrics to Weights & Biases too; needs the extra [wandb]. Defaults to null: only run_dir has them."""
 
 
 class TrainConfig(Frozen):

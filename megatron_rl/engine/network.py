@@ -40,6 +40,14 @@ class NonFiniteGradientError(UserError):
     """More optimizer steps of a network than its max_skipped had a gradient that was not finite."""
 
 
+Approve = Callable[[dict[str, float]], bool]
+"""Says, from the gradient norms by kind of weight, whether the optimizer may step."""
+
+
+def always(norms: dict[str, float]) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class UpdateResult:
     """What one optimizer step says of itself, the same on every rank."""
@@ -47,7 +55,7 @@ class UpdateResult:
     grad_norm: float  # global, before clipping
     grad_norms: dict[str, float]  # the same by kind of weight
     lr: float
-    skipped: bool  # the gradient was not finite, and no weight was changed
+    skipped: bool  # the gradient was not finite or the step was not approved, and no weight was changed
 
 
 class Network:
@@ -126,20 +134,25 @@ class Network:
         forward_backward(self.stages, self.micro_batches(batches), loss, routing)
 
     def step(
-        self, batches: Sequence[PackedBatch], loss: LossFunction, routing: RoutingPass | None = None
+        self,
+        batches: Sequence[PackedBatch],
+        loss: LossFunction,
+        routing: RoutingPass | None = None,
+        approve: Approve = always,
     ) -> UpdateResult:
         """One optimizer step. With a non-finite gradient no weight and no state of the optimizer changes; the learning
-        rate's schedule goes on."""
+        rate's schedule goes on. The same if `approve`, called with the gradient norms by kind of weight, says no; it
+        must answer the same on every rank."""
         self.optimizer.zero_grad()
         self.accumulate(batches, loss, routing)
         self.scheduler.step(increment=1)
         self.optimizer.prepare_grads()
         by_kind = grad_norms(self.stages, optimizer_parts(self.optimizer), self.device, self.arch.value_head)
         total = math.hypot(*by_kind.values())
-        skipped = not math.isfinite(total)
-        if skipped:
-            self.skipped += 1
-        else:
+        is_finite, is_approved = math.isfinite(total), approve(by_kind)
+        skipped = not (is_finite and is_approved)
+        self.skipped += not is_finite
+        if not skipped:
             self.optimizer.step()
         return UpdateResult(total, by_kind, lr=self.optimizer.param_groups[0]["lr"], skipped=skipped)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import EngineConfig, OptimConfig
 from megatron_rl.data.packing import PackedBatch
-from megatron_rl.engine.network import Network, UpdateResult
+from megatron_rl.engine.network import Approve, Network, UpdateResult, always
 from megatron_rl.engine.step import LossFunction, forward
 from megatron_rl.ranks.place import Place
 from megatron_rl.routing.replay import Observer, Routers, RoutingPass
@@ -73,10 +73,14 @@ class Policy(Network):
         self.accumulate(batches, _of_columns(loss), routing)
 
     def update(
-        self, batches: Sequence[PackedBatch], loss: TokenLoss, routing: RoutingPass | None = None
+        self,
+        batches: Sequence[PackedBatch],
+        loss: TokenLoss,
+        routing: RoutingPass | None = None,
+        approve: Approve = always,
     ) -> UpdateResult:
         """One optimizer step; see Network.step."""
-        return self.step(batches, _of_columns(loss), routing)
+        return self.step(batches, _of_columns(loss), routing, approve)
 
 
 def _of_columns(loss: TokenLoss) -> LossFunction:

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
+from megatron_rl.config.lab import WandbConfig
 from megatron_rl.config.load import ConfigError
-from megatron_rl.config.schema import WandbConfig
 from megatron_rl.lab.sinks import Line
 
 logger = logging.getLogger(__name__)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from megatron_rl.engine.distribute import MiniBatch
 from megatron_rl.engine.manifest import CheckpointError, Identity, State
 from megatron_rl.engine.network import Network, UpdateResult
 from megatron_rl.engine.packed_losses import PolicyLoss, SftLoss, ValueLoss
+from megatron_rl.lab.alarms import Alarms, Firing
 from megatron_rl.lab.console import Console
 from megatron_rl.lab.journal import Journal, reduce_metrics
 from megatron_rl.lab.metrics import explained_variance
@@ -81,6 +83,7 @@ class Trainer:
         self.journal = journal
         self.console = console
         self.watch = watch
+        self.alarms = Alarms(config.lab.alarms)
         self._steps = steps
         self._resumes = resumes
         self._identity: Identity | None = None  # rank 0's
@@ -90,13 +93,21 @@ class Trainer:
     def update(
         self, mini_batch: MiniBatch, loss: PolicyLoss | SftLoss, routing: MiniBatchRouting | None = None
     ) -> dict[str, float]:
-        """One optimizer step; returns its metrics, over all ranks."""
+        """One optimizer step, unless an alarm skips it; returns its metrics, over all ranks."""
+        metrics: dict[str, float] = {}
+
+        def approve(norms: dict[str, float]) -> bool:
+            metrics.update(reduce_metrics(loss.metrics, self.place, holds_samples=self.policy.is_last_stage))
+            if routing is not None:
+                metrics.update(reduce_stats(routing.stats, self.place).finalize())
+            fired, figures = self.alarms.check({**metrics, **_of_norms(norms)}, skips=True)
+            metrics.update(figures)
+            self._tell(fired, "this optimizer step is skipped")
+            return not fired
+
         with self.journal.phase("update"):
             routing_pass = routing.update_pass() if routing else None
-            result = self.policy.update(mini_batch.micro_batches, loss, routing_pass)
-        metrics = reduce_metrics(loss.metrics, self.place, holds_samples=self.policy.is_last_stage)
-        if routing is not None:
-            metrics |= reduce_stats(routing.stats, self.place).finalize()
+            result = self.policy.update(mini_batch.micro_batches, loss, routing_pass, approve)
         return metrics | _of_result(result)
 
     def update_critic(self, mini_batch: MiniBatch, loss: ValueLoss) -> dict[str, float]:
@@ -117,6 +128,24 @@ class Trainer:
         """Ends the journal, and gives signals back."""
         self.journal.close()
         self.watch.close()
+
+    def log_update(self, step: int, mini_batch: int, weight_version: int, metrics: Mapping[str, float]) -> None:
+        """Begins the journal's line of an optimizer step, once the alarms have seen its metrics.
+
+        Raises NonFiniteGradientError as `check_skipped` does.
+        """
+        fired, figures = self.alarms.check(metrics, skips=False)
+        self._tell(fired, f"step {step}, mini-batch {mini_batch}")
+        for firing in fired:
+            if firing.alarm.action == "stop":
+                self.watch.stop(f"alarm: {firing}")
+        self.journal.log_update(step, mini_batch, weight_version, {**metrics, **figures})
+        self.check_skipped()
+
+    def _tell(self, fired: Sequence[Firing], where: str) -> None:
+        for firing in fired:
+            if firing.is_first and self.place.rank == 0:
+                logger.warning("alarm: %s (%s)", firing, where)
 
     def check_skipped(self) -> None:
         """Raises NonFiniteGradientError when a network has skipped too many optimizer steps."""
@@ -294,8 +323,12 @@ def _describe(config: Config | SftConfig, layout: Layout, device: torch.device) 
 
 
 def _of_result(result: UpdateResult) -> dict[str, float]:
-    norms = {f"grad_norm/{kind}": norm for kind, norm in result.grad_norms.items()}
-    return {"lr": result.lr, "grad_norm": result.grad_norm, **norms, "skipped": float(result.skipped)}
+    return {"lr": result.lr, **_of_norms(result.grad_norms), "skipped": float(result.skipped)}
+
+
+def _of_norms(norms: Mapping[str, float]) -> dict[str, float]:
+    by_kind = {f"grad_norm/{kind}": norm for kind, norm in norms.items()}
+    return {"grad_norm": math.hypot(*norms.values()), **by_kind}
 
 
 @contextlib.contextmanager

@@ -34,8 +34,7 @@ def apply(config: Config, trainer: Trainer, update: Update, step: int, rollout: 
         metrics |= trainer.update(mini_batch, update.loss, update.routing)
     if update.value_loss is not None:
         metrics |= trainer.update_critic(mini_batch, update.value_loss)
-    trainer.journal.log_update(step + 1, mini_batch.index, step, metrics)
-    trainer.check_skipped()
+    trainer.log_update(step + 1, mini_batch.index, step, metrics)
 
 
 def train_critic_again(config: Config, trainer: Trainer, updates: Sequence[Update]) -> None:

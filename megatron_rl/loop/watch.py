@@ -24,6 +24,7 @@ class Watch:
         self._leads = dist.get_rank(control) == 0
         self._signals = Signals(tells=self._leads)
         self._clock = clock
+        self._asked = ""
 
     def begin(self) -> None:
         """Catches signals from now on, and starts the clock of the first step."""
@@ -33,6 +34,10 @@ class Watch:
     def close(self) -> None:
         """Gives signals back to the handlers that had them."""
         self._signals.release()
+
+    def stop(self, why: str) -> None:
+        """Asks for the end of the run after this step."""
+        self._asked = self._asked or why
 
     def saved(self) -> None:
         self._clock.saved()
@@ -45,13 +50,15 @@ class Watch:
             self.stopping = ""
 
     def agree(self, failure: str = "") -> None:
-        """Tells all ranks which signals came, whether time is up or a checkpoint due, and what could not be written.
+        """Tells all ranks what asks for a stop, whether a checkpoint is due, and what could not be written.
 
         Raises DiskError, on every rank, if any rank has a `failure`. Collective.
         """
         word = {
             "failure": failure,
-            "stop": self._signals.received or ("max_minutes" if self._leads and self._clock.time_up else ""),
+            "stop": self._signals.received
+            or self._asked
+            or ("max_minutes" if self._leads and self._clock.time_up else ""),
             "checkpoint": self._leads and self._clock.checkpoint_due,
         }
         words = [orjson.loads(part) for part in all_gather_bytes(orjson.dumps(word), self._control)]

@@ -1,0 +1,50 @@
+"""What a run records, and what it watches for. Imports without torch."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import model_validator
+from pydantic_core import PydanticCustomError
+
+from megatron_rl.config.bounds import Frozen, PositiveInt
+
+
+class WandbConfig(Frozen):
+    project: str
+    """Project of Weights & Biases. The key comes from `wandb login` or WANDB_API_KEY; with WANDB_MODE=offline the run
+    stays in run_dir/wandb, and `wandb sync` sends it later."""
+    entity: str | None = None
+    """User or team that owns the project. Defaults to null: the account's own."""
+    group: str | None = None
+    """Runs of one group are shown together."""
+
+
+class Alarm(Frozen):
+    """Gives early warning: fires at an optimizer step if a metric is beyond its bound, and was in the steps before."""
+
+    metric: str
+    """Name in metrics.jsonl, such as `ratio/p99`."""
+    above: float | None = None
+    """Bound; a value above it is beyond. A value that is not finite is beyond any bound."""
+    below: float | None = None
+    """The same for a value below it. Give one of the two."""
+    steps: PositiveInt = 1
+    """Optimizer steps in a row."""
+    action: Literal["warn", "skip", "stop"] = "warn"
+    """warn: say so. skip: leave the weights as they are in this optimizer step; only metrics of the policy's update
+    count, without those of the rollout. stop: save a checkpoint after the rollout step and end with status 75."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.above is None) == (self.below is None):
+            raise PydanticCustomError("bound", "an alarm has one bound: either `above` or `below`")
+        return self
+
+
+class LabConfig(Frozen):
+    wandb: WandbConfig | None = None
+    """Sends the metrics to Weights & Biases too; needs the extra [wandb]. Defaults to null: only run_dir has them."""
+    alarms: tuple[Alarm, ...] = ()
+    """Alarms, as a list of {metric, above or below, steps, action}. metrics.jsonl has each as `alarm/METRIC/ACTION`: 1
+    if it fired."""
