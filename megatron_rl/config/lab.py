@@ -38,7 +38,7 @@ class Alarm(Frozen):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.above is None) == (self.below is None):
-            raise PydanticCustomError("bound", "an alarm has one bound: either `above` or `below`")
+            raise PydanticCustomError("bound", "one bound: either `above` or `below`")
         return self
 
 
