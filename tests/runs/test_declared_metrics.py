@@ -40,7 +40,8 @@ def fine_tune(forks: Forks, root: Path, model: Path) -> Path:
     directory = root / "sft"
     (root / "sft.yaml").write_text(
         f"run_dir: {directory}\nmodel: {{path: {model}}}\nengine: {{device: cpu, dtype: fp32}}\n"
-        "optim: {lr: 1.0e-3}\ndata: {train: 'arithmetic:terms=3,split=train,count=8'}\nsteps: 1\nbatch_size: 4\n"
+        "optim: {lr: 1.0e-3}\ndata: {train: 'arithmetic:terms=3,split=train,count=8', max_tokens: 64}\n"
+        "steps: 1\nbatch_size: 4\n"
     )
     done = forks.run("-m", "megatron_rl", "sft", root / "sft.yaml")
     assert done.returncode == 0, done.stderr[-3000:]
