@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import matplotlib
 import numpy as np
@@ -13,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, NullFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from megatron_rl.report.curves import LayerMap, SeedBand, decimate
 
@@ -80,6 +81,12 @@ class CurvePlot:
     """Steps with a vertical line: the first signs of the verdict."""
     points: int = 600
 
+    @cached_property
+    def floor(self) -> float:
+        """Half of the smallest value above 0: a band that reaches 0 ends here on a logarithmic axis."""
+        values = np.concatenate([curve.y for curve in self.curves])
+        return float(values[values > 0].min(initial=np.inf)) / 2
+
 
 def draw_curves(plot: CurvePlot) -> DrawnFigure:
     with _figure() as (figure, axes):
@@ -109,7 +116,7 @@ def _drawn(axes: Axes, curve: Curve, plot: CurvePlot) -> bool:
     thin = {} if curve.label else {"linewidth": 0.6, "alpha": 0.6}
     (line,) = axes.plot(x, y, label=curve.label or "_", color=color, marker=marker, markersize=3, **thin)
     if curve.low is not None and curve.high is not None:
-        low = np.maximum(curve.low[there], np.finfo(float).tiny) if plot.log else curve.low[there]
+        low = np.maximum(curve.low[there], plot.floor) if plot.log else curve.low[there]
         axes.fill_between(curve.x[there], low, curve.high[there], color=line.get_color(), alpha=0.2, linewidth=0)
     if curve.stopped and len(x):
         axes.plot(x[-1:], y[-1:], marker="x", color=line.get_color(), markersize=7, linestyle="")
@@ -154,13 +161,15 @@ def _figure() -> Iterator[tuple[Figure, Axes]]:
 
 
 def _plain_decades(axes: Axes) -> None:
-    """Labels a logarithmic axis 0.01, 1e-05, ...; if it spans less than a decade, its minor ticks too.
+    """Labels a logarithmic axis 0.01, 1e-05, ...; an axis of few decades has labels between them too.
 
     Plain text instead of mathematics: it is drawn several times as fast.
     """
     low, high = axes.get_ylim()
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    axes.yaxis.set_minor_formatter(FormatStrFormatter("%g") if high < 10 * low else NullFormatter())
+    axes.yaxis.set_minor_formatter(FormatStrFormatter("%g") if high < 1000 * low else NullFormatter())
+    if 10 * low <= high < 1000 * low:
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
 
 
 def _finish(figure: Figure) -> DrawnFigure:

@@ -104,7 +104,10 @@ class LoadedRun:
     def state(self) -> str:
         """How far the run is, in words."""
         done = f"{self.last_step} of {self.planned_steps} steps"
-        return f"ended after {done}" if self.ended else f"{done}: in progress, or ended early"
+        if self.ended:
+            return f"ended after {done}"
+        all_made = str(self.last_step) == self.planned_steps
+        return f"{done}: model not written yet" if all_made else f"{done}: in progress, or ended early"
 
     def tables(self) -> tuple[MetricColumns, ...]:
         return self.metrics, self.evaluations, self.checkpoints

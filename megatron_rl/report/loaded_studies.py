@@ -123,4 +123,6 @@ def _read_json(file: Path, kind: type) -> Any:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_shown, value))}]"
     return f"{value:.6g}" if isinstance(value, float) else str(value)

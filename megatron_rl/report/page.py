@@ -37,7 +37,7 @@ class StudySection:
 
 
 @dataclass(frozen=True)
-class Report:
+class ReportPage:
     studies: Sequence[StudySection]
     runs: Sequence[RunSection]
     compared: Sequence[PageFigure]
@@ -54,11 +54,11 @@ class Report:
             yield from ((f"{_plain(each.run.name)}-{figure.key}.png", figure.png) for figure in figures)
 
 
-def compose(studies: Sequence[LoadedStudy], runs: Sequence[LoadedRun]) -> Report:
+def compose(studies: Sequence[LoadedStudy], runs: Sequence[LoadedRun]) -> ReportPage:
     """Draws everything. Several runs share the points of one, so that the page does not grow with their number."""
     points = max(POINTS // max(len(runs), 1), 100)
     detailed = len(runs) <= DETAILED
-    return Report(
+    return ReportPage(
         [_study_section(study) for study in studies],
         [RunSection(run, run_figures(run, points) if detailed else []) for run in runs],
         compared_figures(runs, points) if len(runs) > 1 else [],
@@ -71,7 +71,7 @@ def _study_section(study: LoadedStudy) -> StudySection:
     return StudySection(study, arm_figures(study.arms, study.stopped), differing_keys(firsts))
 
 
-def render(report: Report) -> str:
+def render(report: ReportPage) -> str:
     """The page. All text of runs and studies is escaped."""
     environment = Environment(
         loader=PackageLoader("megatron_rl.report"),
@@ -86,7 +86,7 @@ def render(report: Report) -> str:
     )
 
 
-def write(report: Report, directory: Path) -> Path:
+def write(report: ReportPage, directory: Path) -> Path:
     """Writes report.html and figures/ into the directory, and returns the page's path. Raises DiskError."""
     with writes(f"the report in {directory}", directory):
         (directory / "figures").mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def place(sign: Sign) -> str:
     return f"step {sign.step}, {where}{layer}"
 
 
-def _title(report: Report) -> str:
+def _title(report: ReportPage) -> str:
     names = [*(section.study.name for section in report.studies), *(section.run.name for section in report.runs)]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 

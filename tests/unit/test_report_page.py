@@ -11,13 +11,13 @@ import pytest
 from made_runs import PageParser, declared_names, parse, write_lines, write_run
 
 from megatron_rl.report.command import load
-from megatron_rl.report.page import PAGE, Report, compose, render, write
+from megatron_rl.report.page import PAGE, ReportPage, compose, render, write
 from megatron_rl.report.panels import PANELS
 
 FEW = ("rollout/accuracy", "kl/old_policy/k3", "time/update")
 
 
-def report_of(*paths: Path) -> Report:
+def report_of(*paths: Path) -> ReportPage:
     return compose(*load(paths))
 
 
@@ -30,7 +30,7 @@ def words(page: PageParser) -> str:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ReportPage]:
     """A run with every declared metric, some of them null or spiked, and its report."""
     path = write_run(tmp_path_factory.mktemp("whole") / "run", steps=5, mini_batches=2, layers=4)
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
@@ -76,13 +76,13 @@ def assert_numbers(page: PageParser, path: Path, run: str) -> int:
     return count
 
 
-def test_numbers_equal_those_in_the_files(whole: tuple[Path, Report]) -> None:
+def test_numbers_equal_those_in_the_files(whole: tuple[Path, ReportPage]) -> None:
     page = parse(render(whole[1]))
     assert assert_numbers(page, whole[0], "run") > 80
     assert numbers(page)["run", "ratio/max"][0][-2:] == ["9", "1"]
 
 
-def test_every_figure_of_the_panels_is_drawn(whole: tuple[Path, Report]) -> None:
+def test_every_figure_of_the_panels_is_drawn(whole: tuple[Path, ReportPage]) -> None:
     (section,) = whole[1].runs
     drawn = {figure.key for group in section.groups for figure in group.figures}
     assert drawn == {panel.key for group in PANELS for panel in group.panels}
@@ -91,7 +91,7 @@ def test_every_figure_of_the_panels_is_drawn(whole: tuple[Path, Report]) -> None
     assert all(png.startswith(b"\x89PNG") for _, png in whole[1].images())
 
 
-def test_each_figure_has_the_definitions_of_its_metrics(whole: tuple[Path, Report]) -> None:
+def test_each_figure_has_the_definitions_of_its_metrics(whole: tuple[Path, ReportPage]) -> None:
     figures = {figure.key: figure for group in whole[1].runs[0].groups for figure in group.figures}
     for figure in figures.values():
         assert figure.definitions, figure.key
@@ -102,7 +102,7 @@ def test_each_figure_has_the_definitions_of_its_metrics(whole: tuple[Path, Repor
     assert "Largest load of an expert above the mean load" in text
 
 
-def test_the_verdict_names_rule_step_and_layer(whole: tuple[Path, Report]) -> None:
+def test_the_verdict_names_rule_step_and_layer(whole: tuple[Path, ReportPage]) -> None:
     page = parse(render(whole[1]))
     assert "step 2, mini-batch 1: ratio/max not finite. Rule not finite : a metric is null" in words(page)
     found = {row[0].partition(":")[0]: row[1:5] for row in page.rows if len(row) == 7}
@@ -110,7 +110,7 @@ def test_the_verdict_names_rule_step_and_layer(whole: tuple[Path, Report]) -> No
     assert found["experts change"] == ["warning", "step 4, mini-batch 0, layer 3", change, "1"]
 
 
-def test_the_page_needs_no_network_and_no_script(whole: tuple[Path, Report]) -> None:
+def test_the_page_needs_no_network_and_no_script(whole: tuple[Path, ReportPage]) -> None:
     page = parse(render(whole[1]))
     assert len(page.urls) > 30
     assert all(url.startswith("data:") for url in page.urls)
@@ -119,7 +119,7 @@ def test_the_page_needs_no_network_and_no_script(whole: tuple[Path, Report]) -> 
     assert "url(" not in render(whole[1])
 
 
-def test_figures_and_page_are_the_same_bytes_again(whole: tuple[Path, Report], tmp_path: Path) -> None:
+def test_figures_and_page_are_the_same_bytes_again(whole: tuple[Path, ReportPage], tmp_path: Path) -> None:
     one, other = (report_of(write_run(tmp_path / "x" / "run", names=FEW)) for _ in range(2))
     assert render(one) == render(other)
 
@@ -172,8 +172,10 @@ def test_a_run_in_progress_has_a_page_without_its_torn_line(tmp_path: Path) -> N
         file.write(b'{"step":4,"mini_batch":0,"rollout/acc')
     text = words(page_of(path))
     assert "3 of 6 steps: in progress, or ended early" in text
+    (path / "config.yaml").write_text("train: {steps: 3}\n")
+    assert "3 of 3 steps: model not written yet" in words(page_of(path))
     (path / "model").mkdir()
-    assert "ended after 3 of 6 steps" in words(page_of(path))
+    assert "ended after 3 of 3 steps" in words(page_of(path))
 
 
 def test_a_run_before_its_first_step_has_a_page(tmp_path: Path) -> None:

@@ -14,18 +14,18 @@ from megatron_rl.errors import UserError
 from megatron_rl.report.command import check_extra, choose_directory, load, run
 from megatron_rl.report.curves import seed_band
 from megatron_rl.report.loaded_runs import name_runs
-from megatron_rl.report.page import Report, compose, render
+from megatron_rl.report.page import ReportPage, compose, render
 
 SCRIPT = "Is <script>alert(1)</script> & $x$ noise?"
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ReportPage]:
     path = write_study(tmp_path_factory.mktemp("study") / "noise", {"a": [1, 2, 3], "b": [1, 2]}, question=SCRIPT)
     return path, compose(*load([path]))
 
 
-def test_a_study_shows_question_rule_verdict_and_numbers(study: tuple[Path, Report]) -> None:
+def test_a_study_shows_question_rule_verdict_and_numbers(study: tuple[Path, ReportPage]) -> None:
     page = parse(render(study[1]))
     text = " ".join(" ".join(page.text).split())
     assert SCRIPT in text
@@ -34,7 +34,7 @@ def test_a_study_shows_question_rule_verdict_and_numbers(study: tuple[Path, Repo
     assert "4 done, 1 stopped, 0 failed, 1 left of 6 runs" in text
     for row in (
         ["kind", "slope"],
-        ["confirmed", "['-0.6', '-0.4']"],
+        ["confirmed", "[-0.6, -0.4]"],
         ["slope", "-0.512346"],
         ["interval.low", "-0.55"],
         ["lengths", "[17, 50]"],
@@ -43,7 +43,7 @@ def test_a_study_shows_question_rule_verdict_and_numbers(study: tuple[Path, Repo
         assert row in page.rows
 
 
-def test_a_study_lists_its_runs_with_their_ends(study: tuple[Path, Report]) -> None:
+def test_a_study_lists_its_runs_with_their_ends(study: tuple[Path, ReportPage]) -> None:
     rows = parse(render(study[1])).rows
     assert ["a-seed-2", "a", "2", "done", "healthy", "0.2", "-", ""] in rows
     assert ["b-seed-2", "b", "2", "stopped", "healthy", "0.2", "-", "accuracy halved"] in rows
@@ -51,7 +51,7 @@ def test_a_study_lists_its_runs_with_their_ends(study: tuple[Path, Report]) -> N
     assert ["arm", "a", "b"] in rows  # the difference of the configurations
 
 
-def test_a_study_has_a_figure_of_each_metric_over_its_arms(study: tuple[Path, Report]) -> None:
+def test_a_study_has_a_figure_of_each_metric_over_its_arms(study: tuple[Path, ReportPage]) -> None:
     (section,) = study[1].studies
     assert [figure.key for figure in section.figures] == ["accuracy", "kl_updates"]
     assert [name for name, _ in study[1].images()] == ["noise-accuracy.png", "noise-kl_updates.png"]
