@@ -180,6 +180,17 @@ def certify(
     raise typer.Exit(run(model, layout or GRID, kinds, dtype, device, as_json=json))
 
 
+@app.command()
+def report(
+    paths: Annotated[list[Path], typer.Argument(metavar="RUN|STUDY...", help="run_dir of a run, directory of a study")],
+    out: Annotated[Path | None, typer.Option(help="Directory of the report; default: RUN/report.")] = None,
+) -> None:
+    """Writes a page about runs and studies, one HTML file that needs no network, and its figures as PNG."""
+    from megatron_rl.report.command import run
+
+    print(run(paths, out))
+
+
 def _refuse_world_size(world_size: int | None) -> None:
     if world_size is not None:
         raise ConfigError("--world-size: only --dry-run plans for a world; torchrun's --nproc-per-node starts one")
@@ -188,8 +199,10 @@ def _refuse_world_size(world_size: int | None) -> None:
 def _show(cls: type[C], path: Path, overrides: Sequence[str], world_size: int | None) -> None:
     """Prints all that can be said of a configuration without torch."""
     from megatron_rl.config.show import show_layout, show_schedule
+    from megatron_rl.lab.alarms import check_alarms
 
     resolved = resolve(cls, path, overrides, world_size or read_world().size)
+    check_alarms(resolved.config.lab.alarms)
     tell(resolved.notes)
     print(dump_config(resolved.config))
     show_layout(resolved.layout, resolved.arch, resolved.config.engine)

@@ -7,6 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_rl.config.lab import Alarm
+from megatron_rl.config.load import ConfigError
+from megatron_rl.lab.declared_all import DECLARATION
+
+FILE = "metrics.jsonl"
+
+
+def check_alarms(alarms: Sequence[Alarm]) -> None:
+    """Raises ConfigError if a run cannot write the metric of an alarm, which would then never fire."""
+    for number, alarm in enumerate(alarms):
+        if DECLARATION.find(FILE, alarm.metric) is None:
+            close = DECLARATION.nearest(FILE, alarm.metric)
+            raise ConfigError(
+                f"lab.alarms.{number}.metric: found {alarm.metric!r}, which no line of {FILE} has"
+                + (f"; did you mean {close!r}?" if close else "; docs/metrics.md lists all metrics")
+            )
 
 
 @dataclass(frozen=True)

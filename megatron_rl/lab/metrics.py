@@ -1,4 +1,5 @@
-"""Defines the metrics of optimizer steps and of rollouts, and adds values to them.
+"""Adds values to the metrics of optimizer steps and of rollouts, which lab/declared_updates.py and
+lab/declared_rollouts.py declare.
 
 All metrics are sums over tokens, sequences, samples or groups, so they do not depend on how these are divided into
 micro-batches and ranks. Use one accumulator per optimizer step; the caller tags its report with the mini-batch.
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from megatron_rl.config.schema import RewardConfig
 from megatron_rl.data.sample import Group, Sample, Verdict
-from megatron_rl.lab.sketch import Kind, MetricAccumulator
+from megatron_rl.lab.declared_rollouts import ROLLOUTS
+from megatron_rl.lab.declared_updates import BEYOND, CRITIC, FINE_TUNING, POLICY
+from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.objectives.advantages import all_equal
 from megatron_rl.objectives.inputs import LossInputs, LossValues, PolicyLossOutputs
 from megatron_rl.objectives.kl import k1, k3
@@ -23,75 +26,10 @@ from megatron_rl.objectives.ratios import Tokens
 from megatron_rl.objectives.value import ValueLossOutputs
 from megatron_rl.rewards.shaping import is_truncated, overlong_punishment
 
-BEYOND = (2, 10)
-"""F(tau): fraction of tokens with max(rho, 1/rho) > tau."""
-
-TRAINING: dict[str, Kind] = {
-    "loss": Kind.SUM,
-    "tokens": Kind.SUM,
-    "sequences": Kind.SUM,
-    "entropy": Kind.TAIL,
-    "advantage": Kind.TAIL,  # by sequence
-    # Ratios between pi_old, pi_theta and mu. All are by token, except the sequence ratio.
-    "ratio": Kind.RATIO,  # r = pi_theta / pi_old
-    "rho": Kind.RATIO,  # pi_old / mu
-    "omega": Kind.RATIO,  # pi_theta / mu
-    "sequence_ratio": Kind.RATIO,  # s, with the objective's denominator
-    "abs_log_sequence_ratio": Kind.TAIL,  # choose GSPO's clip from its quantiles
-    **{f"rho/beyond_{tau}": Kind.MEAN for tau in BEYOND},
-    "abs_logprob_gap": Kind.TAIL,  # |log pi_old - log mu|
-    "log_perplexity_gap": Kind.TAIL,  # log perplexity under pi_old minus log perplexity under mu, by sequence
-    # A KL is a mean only, because rho and the ratio show the tails of its terms.
-    **{
-        f"kl/{pair}/{estimate}": Kind.MEAN
-        for pair in ("rollout_old", "old_policy", "policy_reference")
-        for estimate in ("k1", "k3")
-    },
-    # Fractions of tokens, and of sequences with at least one such token.
-    **{
-        f"clip/{side}/{kind}/{unit}": Kind.MEAN
-        for side in ("low", "high")
-        for kind in ("active", "any")
-        for unit in ("token", "sequence")
-    },
-    "router_shift": Kind.TAIL,  # before its floor; only for objectives with a router shift
-    "router_shift/floored": Kind.MEAN,  # fraction of tokens that the floor raised
-    "clip/dual/token": Kind.MEAN,
-    "clip/dual/sequence": Kind.MEAN,
-    **{f"correction/{what}/{unit}": Kind.MEAN for what in ("masked", "truncated") for unit in ("token", "sequence")},
-}
-
-VALUE: dict[str, Kind] = {
-    "loss": Kind.SUM,
-    "value": Kind.TAIL,
-    "return": Kind.TAIL,  # target of the critic: A + V_old, by token
-    "residual": Kind.TAIL,  # return - value
-    "outcome": Kind.TAIL,  # the discounted rewards that followed
-    "outcome_residual": Kind.TAIL,
-    "clipped": Kind.MEAN,
-}
-
-SFT: dict[str, Kind] = {"loss": Kind.SUM, "tokens": Kind.SUM, "nll": Kind.TAIL, "entropy": Kind.TAIL}
-
-ROLLOUT: dict[str, Kind] = {
-    "prompts": Kind.SUM,
-    "samples": Kind.SUM,
-    "tokens": Kind.SUM,  # generated tokens
-    "reward": Kind.TAIL,
-    "accuracy": Kind.MEAN,
-    "lost_verdicts": Kind.SUM,  # samples without a verdict, which no other metric of rewards counts
-    # Fractions of groups. In a dead group all rewards are equal, so a baseline of the group leaves advantages of 0.
-    "group/dead": Kind.MEAN,
-    "group/dead/all_correct": Kind.MEAN,
-    "group/dead/all_wrong": Kind.MEAN,
-    "response_length": Kind.TAIL,
-    "response_length/correct": Kind.TAIL,
-    "response_length/wrong": Kind.TAIL,
-    "truncated": Kind.MEAN,
-    "overlong_punishment": Kind.TAIL,  # the number added to the reward
-    "overlong_filtered": Kind.MEAN,  # fraction of the samples trained on
-    "staleness": Kind.TAIL,  # weight versions behind, by generated token
-}
+TRAINING = POLICY.kinds()
+VALUE = CRITIC.kinds()
+SFT = POLICY.kinds(only=("loss", "tokens")) | FINE_TUNING.kinds() | POLICY.kinds(only=("entropy",))
+ROLLOUT = ROLLOUTS.kinds()
 
 
 def training_metrics(

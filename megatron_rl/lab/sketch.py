@@ -12,10 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 
 import torch
 from torch import Tensor
+
+from megatron_rl.lab.kinds import QUANTILES, Kind
 
 GROWTH = 1.01
 """A quantile is within 1% of the exact one, which is a value of the data (inverted CDF) ..."""
@@ -26,29 +27,11 @@ LARGEST = 1e7
 SIDE = math.ceil(math.log(LARGEST / SMALLEST) / math.log(GROWTH))
 BINS = 2 * SIDE + 1
 
-QUANTILES = {"p1": 0.01, "p50": 0.5, "p99": 0.99}
-
-
-class Kind(Enum):
-    """Statistics that are kept of a metric and reported."""
-
-    SUM = "sum"
-    MEAN = "mean"
-    """Mean of numbers; of truth values, the fraction that is true."""
-    TAIL = "tail"
-    """Mean, std, min, max and QUANTILES."""
-    RATIO = "ratio"
-    """TAIL of w = exp(value), with chi2 = E[w^2] - 1 and ess = E[w]^2 / E[w^2]. Ratios are added as logs, so that
-    quantiles near 1 are precise: within 1e-6 if |w - 1| < 1e-4."""
-
-    @property
-    def size(self) -> int:
-        return {Kind.SUM: 1, Kind.MEAN: 2}.get(self, TAIL_SIZE)
-
-
 # The state of a tail is the count and sum of each bin, then these.
 TOTAL, SQUARES, NOT_FINITE = 2 * BINS, 2 * BINS + 1, 2 * BINS + 2
 TAIL_SIZE = 2 * BINS + 3
+SIZES = {Kind.SUM: 1, Kind.MEAN: 2, Kind.TAIL: TAIL_SIZE, Kind.RATIO: TAIL_SIZE}
+"""Numbers in the state of each kind that can be accumulated."""
 
 
 def bin_of(values: Tensor) -> Tensor:
@@ -59,7 +42,7 @@ def bin_of(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MetricSlot:
-    """Place of a metric's state: sums[start : start + kind.size], maxima[extremes : extremes + 2]."""
+    """Place of a metric's state: sums[start : start + SIZES[kind]], maxima[extremes : extremes + 2]."""
 
     kind: Kind
     start: int
@@ -79,7 +62,7 @@ class MetricAccumulator:
         size = 0
         for position, (name, kind) in enumerate(kinds.items()):
             self._slots[name] = MetricSlot(kind, size, 2 * position)
-            size += kind.size
+            size += SIZES[kind]
         self.sums = torch.zeros(size, dtype=torch.float64, device=device)
         self.maxima = torch.full((2 * len(kinds),), -math.inf, dtype=torch.float64, device=device)
 
@@ -90,7 +73,7 @@ class MetricAccumulator:
         values = values.detach().flatten().to(self.sums)
         if not len(values):
             return
-        state = self.sums[slot.start : slot.start + slot.kind.size]
+        state = self.sums[slot.start : slot.start + SIZES[slot.kind]]
         if slot.kind is Kind.SUM:
             state += values.sum()
         elif slot.kind is Kind.MEAN:
@@ -130,7 +113,7 @@ class MetricAccumulator:
         sums, maxima = self.sums.cpu(), self.maxima.cpu()
         report: dict[str, float] = {}
         for name, slot in self._slots.items():
-            state = sums[slot.start : slot.start + slot.kind.size]
+            state = sums[slot.start : slot.start + SIZES[slot.kind]]
             if slot.kind is Kind.SUM:
                 report[name] = float(state)
             elif slot.kind is Kind.MEAN:

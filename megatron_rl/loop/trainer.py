@@ -30,7 +30,7 @@ from megatron_rl.engine.distribute import MiniBatch
 from megatron_rl.engine.manifest import CheckpointError, Identity, State
 from megatron_rl.engine.network import Network, UpdateResult
 from megatron_rl.engine.packed_losses import PolicyLoss, SftLoss, ValueLoss
-from megatron_rl.lab.alarms import Alarms, Firing
+from megatron_rl.lab.alarms import Alarms, Firing, check_alarms
 from megatron_rl.lab.console import Console
 from megatron_rl.lab.journal import Journal, reduce_metrics
 from megatron_rl.lab.metrics import explained_variance
@@ -282,6 +282,7 @@ def open_trainer(
     """
     arch = read_architecture(config.model.path)
     layout = check_config(config, arch, read_world().size)
+    check_alarms(config.lab.alarms)
     if isinstance(config, Config):
         check_companions(config, arch, layout)
     minutes = config.train.max_minutes if isinstance(config, Config) else config.max_minutes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import declared_names
 import numpy as np
 import orjson
 import pytest
@@ -99,6 +100,7 @@ def assert_same_training(run_dir: Path, reference: Path) -> None:
 
 
 def assert_sampled_as_planned(run_dir: Path) -> None:
+    assert declared_names.written(run_dir) >= declared_names.DYNAMIC
     for step, (taken, kept, figures) in enumerate(zip(TAKEN, KEPT, FIGURES, strict=True)):
         groups = saved(run_dir, step + 1)
         assert [g.index for g in groups] == [0, 1, 2, 3]

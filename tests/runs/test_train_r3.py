@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from declared_names import LIVE, written
 from forks import Forks
 from rl_runs import run_all, write_config
 from tiny_models import make_tiny_model
@@ -47,3 +48,4 @@ def test_routes_from_a_live_server_are_replayed(forks: Forks, tmp_path: Path) ->
         assert line["abs_logprob_gap/max"] < 1e-3
         assert 0 < line["routing/fallback/mean"] < 0.2  # the last row of each sample
     assert len(read_metrics(tmp_path / "run" / "eval.jsonl")) == 2
+    assert written(tmp_path / "run") >= LIVE

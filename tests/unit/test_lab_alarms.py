@@ -8,7 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from megatron_rl.config.lab import Alarm
-from megatron_rl.lab.alarms import Alarms
+from megatron_rl.config.load import ConfigError
+from megatron_rl.lab.alarms import Alarms, check_alarms
 
 
 def fired(alarm: Alarm, values: list[float | None]) -> list[bool]:
@@ -67,3 +68,25 @@ def test_a_firing_says_metric_value_and_bound() -> None:
 def test_an_alarm_has_exactly_one_bound(bounds: dict[str, float]) -> None:
     with pytest.raises(ValidationError, match="either `above` or `below`"):
         Alarm(metric="a", **bounds)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "metric", ["ratio/p99", "loss", "routing/expert_change/old_policy/live/layer_03", "rollout/truncated", "skipped"]
+)
+def test_an_alarm_may_name_any_metric_of_optimizer_steps(metric: str) -> None:
+    check_alarms([Alarm(metric=metric, above=1.0)])
+
+
+@pytest.mark.parametrize(
+    ("metric", "hint"),
+    [
+        ("ratio/p9", "found 'ratio/p9', which no line of metrics.jsonl has; did you mean 'ratio/p99'?"),
+        ("avg_at_k", "found 'avg_at_k', which no line of metrics.jsonl has; "),
+        ("ratio", "did you mean 'ratio/"),
+    ],
+)
+def test_an_alarm_on_a_metric_that_no_run_writes_is_an_error(metric: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_alarms([Alarm(metric="loss", above=1.0), Alarm(metric=metric, above=1.0)])
+    assert str(caught.value).startswith("lab.alarms.1.metric: ")
+    assert hint in str(caught.value)

@@ -1,0 +1,183 @@
+"""Declares the metrics of rollout batches and evaluations, and what a step costs: seconds, traces, weight sync."""
+
+from __future__ import annotations
+
+from megatron_rl.lab.declared import NUMBER, DeclaredMetric, DeclaredTable, Healthy
+from megatron_rl.lab.kinds import Kind
+
+SUM, MEAN, TAIL, VALUE = Kind.SUM, Kind.MEAN, Kind.TAIL, Kind.VALUE
+
+NONE_LOST = Healthy(0, 0, "a verifier that works judges every response")
+
+ROLLOUTS = DeclaredTable(
+    "Rollouts",
+    "metrics.jsonl",
+    "rollout/",
+    (
+        DeclaredMetric("prompts", SUM, "prompt", "Number of prompts sampled for the step."),
+        DeclaredMetric("samples", SUM, "response", "Number of responses sampled for the step."),
+        DeclaredMetric("tokens", SUM, "token", "Number of generated tokens."),
+        DeclaredMetric(
+            "reward", TAIL, "1", "Reward by response, after shaping; responses without a verdict are left out."
+        ),
+        DeclaredMetric("accuracy", MEAN, "fraction of responses", "Fraction of the judged responses that are correct."),
+        DeclaredMetric(
+            "lost_verdicts",
+            SUM,
+            "response",
+            "Number of responses without a verdict, which no other metric of rewards counts.",
+            healthy=NONE_LOST,
+        ),
+        DeclaredMetric(
+            "group/dead",
+            MEAN,
+            "fraction of groups",
+            "Fraction of groups whose rewards are all equal, so that a baseline of the group leaves advantages of 0.",
+            "DAPO [2503.14476]",
+        ),
+        DeclaredMetric(
+            "group/dead/{answers}",
+            MEAN,
+            "fraction of groups",
+            "Fraction of all groups whose rewards are all equal and whose answers are all {answers}.",
+            fields={"answers": {"all_correct": "correct", "all_wrong": "wrong"}},
+        ),
+        DeclaredMetric("response_length", TAIL, "token", "Generated tokens by response."),
+        DeclaredMetric(
+            "response_length/{answers}",
+            TAIL,
+            "token",
+            "Generated tokens by response, of responses judged {answers}.",
+            fields={"answers": {"correct": "correct", "wrong": "wrong"}},
+        ),
+        DeclaredMetric(
+            "truncated", MEAN, "fraction of responses", "Fraction of responses that the limit on their length ended."
+        ),
+        DeclaredMetric(
+            "overlong_punishment",
+            TAIL,
+            "1",
+            "Number added to the reward for length, by response; 0 or below.",
+            "DAPO [2503.14476, equation 13]",
+        ),
+        DeclaredMetric(
+            "overlong_filtered",
+            MEAN,
+            "fraction of responses",
+            "Fraction of the responses trained on that were masked out because they were truncated.",
+            "DAPO [2503.14476, section 3.4]",
+        ),
+        DeclaredMetric(
+            "staleness", TAIL, "weight version", "Weight versions behind the trainer's, by generated token."
+        ),
+        DeclaredMetric(
+            "dynamic_sampling/{what}",
+            VALUE,
+            "group",
+            "Number of {what} in dynamic sampling.",
+            "DAPO [2503.14476, section 3.2]",
+            fields={
+                "what": {
+                    "prompts": "groups sampled",
+                    "kept": "groups with right and wrong answers that are trained on",
+                    "surplus": "groups with right and wrong answers that are not needed",
+                    "all_correct": "groups whose answers are all right",
+                    "all_wrong": "groups whose answers are all wrong",
+                    "refills": "rounds of prompts after the first",
+                }
+            },
+        ),
+    ),
+    "They are on the line of a step's first mini-batch, and cover everything that was sampled, groups that dynamic "
+    "sampling drops included.",
+)
+
+COSTS = DeclaredTable(
+    "Costs of a step",
+    "metrics.jsonl",
+    "",
+    (
+        DeclaredMetric(
+            "time/{phase}",
+            VALUE,
+            "s",
+            "Rank 0's wall-clock seconds of a step's {phase}.",
+            fields={
+                "phase": {
+                    "rollout": "sampling of responses",
+                    "rewards": "judging of responses",
+                    "schedule": "exchange and packing of samples and routing traces",
+                    "old log-probs": "forward pass of pi_old",
+                    "reference log-probs": "forward pass of pi_ref",
+                    "values": "forward pass of the critic",
+                    "router shift": "forward pass that measures the router shift",
+                    "update": "optimizer steps of the policy",
+                    "critic update": "optimizer steps of the critic",
+                    "weight sync": "weight sync to the rollout servers",
+                }
+            },
+        ),
+        DeclaredMetric(
+            "trace/bytes_moved", VALUE, "byte", "Bytes of routing traces that all ranks received in a step."
+        ),
+        DeclaredMetric("trace/seconds", VALUE, "s", "Seconds that the slowest rank spent on moving routing traces."),
+        DeclaredMetric("weights/bytes", VALUE, "byte", "Bytes of weights sent to each rollout server."),
+        DeclaredMetric(
+            "weights/{what}",
+            VALUE,
+            "nat",
+            "{what} of log-probs between trainer and server after a verified weight sync.",
+            healthy=Healthy(0, 0.1, "default of weights.verify_bound; 1e-5 if all is fp32 on a CPU"),
+            fields={
+                "what": {
+                    "probe_max_abs_diff": "Largest absolute difference on fixed token ids",
+                    "probe_mean_abs_diff": "Mean absolute difference on fixed token ids",
+                    "sampled_mean_abs_diff": "Mean absolute difference on tokens that the server sampled",
+                }
+            },
+        ),
+    ),
+    "They are on the line of a step's last mini-batch.",
+)
+
+EVALUATIONS = DeclaredTable(
+    "Evaluations",
+    "eval.jsonl",
+    "",
+    (
+        DeclaredMetric("prompts", VALUE, "prompt", "Number of held-out prompts."),
+        DeclaredMetric("k", VALUE, "response", "Number of responses to each prompt."),
+        DeclaredMetric(
+            "avg_at_k", VALUE, "fraction of responses", "Fraction of correct responses; a lost verdict counts as wrong."
+        ),
+        DeclaredMetric(
+            "pass_at_{j}",
+            VALUE,
+            "fraction of prompts",
+            "Unbiased estimate of the probability that one of {j} responses is correct.",
+            "[2107.03374, equation 1]",
+            fields={"j": NUMBER},
+        ),
+        DeclaredMetric("reward", VALUE, "1", "Mean reward of the judged responses."),
+        DeclaredMetric("lost_verdicts", VALUE, "response", "Number of responses without a verdict.", healthy=NONE_LOST),
+        DeclaredMetric(
+            "truncated", VALUE, "fraction of responses", "Fraction of responses that the limit on their length ended."
+        ),
+        DeclaredMetric(
+            "response_length/{statistic}",
+            VALUE,
+            "token",
+            "{statistic} of the generated tokens by response.",
+            fields={"statistic": {"mean": "Mean", "p99": "99th percentile", "max": "Largest number"}},
+        ),
+        DeclaredMetric("time/evaluation", VALUE, "s", "Wall-clock seconds of the evaluation."),
+    ),
+    "In TensorBoard they are under `eval/`.",
+)
+
+CHECKPOINTS = DeclaredTable(
+    "Checkpoints",
+    "checkpoints.jsonl",
+    "",
+    (DeclaredMetric("time/checkpoint", VALUE, "s", "Wall-clock seconds of saving the checkpoint."),),
+)

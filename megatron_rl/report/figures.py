@@ -1,0 +1,179 @@
+"""Draws figures with matplotlib, as SVG for the page and as PNG for files."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+from megatron_rl.report.curves import LayerMap, SeedBand, decimate
+
+SIZE = (5.2, 3.2)
+"""Inches; small, so that the text stays legible on a page of 400 pixels."""
+STYLE = {
+    "svg.fonttype": "none",  # text stays text, in the reader's own font
+    "svg.hashsalt": "megatron-rl",  # the same figure gives the same bytes
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.formatter.limits": (-3, 5),
+    "lines.linewidth": 1.2,
+    "legend.fontsize": 8,
+    "legend.framealpha": 0.7,
+    "text.parse_math": False,  # a name of a run may have dollar signs
+    "path.simplify": True,
+}
+MARKED = 30
+"""Curves of at most this many points have markers, so that a run of one step shows a point."""
+
+
+@dataclass(frozen=True)
+class DrawnFigure:
+    """One figure in both formats."""
+
+    svg: bytes
+    png: bytes
+
+
+@dataclass(frozen=True)
+class Curve:
+    """x and y [points]; `low` and `high` [points] bound a band around it. A curve without a label is thin."""
+
+    label: str
+    x: np.ndarray
+    y: np.ndarray
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
+    color: int | None = None
+    """Number of the colour; None takes the next."""
+    stopped: bool = False
+    """Whether to mark the end: the run stopped early there."""
+
+    @classmethod
+    def of_band(cls, label: str, band: SeedBand, color: int) -> Curve:
+        if band.half_width is None:
+            return cls(label, band.steps, band.mean, color=color)
+        bounds = band.mean - band.half_width, band.mean + band.half_width
+        return cls(label, band.steps, band.mean, *bounds, color=color)
+
+
+@dataclass(frozen=True)
+class CurvePlot:
+    curves: Sequence[Curve]
+    unit: str
+    log: bool = False
+    across: str = "step"
+    """What the horizontal axis counts."""
+    marks: Sequence[float] = field(default_factory=tuple)
+    """Steps with a vertical line: the first signs of the verdict."""
+    points: int = 600
+
+    @cached_property
+    def floor(self) -> float:
+        """Half of the smallest value above 0: a band that reaches 0 ends here on a logarithmic axis."""
+        values = np.concatenate([curve.y for curve in self.curves])
+        return float(values[values > 0].min(initial=np.inf)) / 2
+
+
+def draw_curves(plot: CurvePlot) -> DrawnFigure:
+    with _figure() as (figure, axes):
+        shown = [_drawn(axes, curve, plot) for curve in plot.curves]
+        if plot.log and any(shown):
+            axes.set_yscale("log")
+            _plain_decades(axes)
+        for mark in plot.marks:
+            axes.axvline(mark, color="firebrick", linewidth=0.8, linestyle=":")
+        axes.set_xlabel(plot.across)
+        axes.set_ylabel(plot.unit)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        labelled = [curve for curve in plot.curves if curve.label]
+        if len(labelled) > 1:
+            axes.legend(loc="best", ncols=1 if len(labelled) < 7 else 2)
+        if plot.log and not any(shown):
+            axes.text(0.5, 0.5, "all values are 0", ha="center", va="center", transform=axes.transAxes)
+        return _finish(figure)
+
+
+def _drawn(axes: Axes, curve: Curve, plot: CurvePlot) -> bool:
+    """Draws the curve; returns whether it has points. On a log axis only numbers above 0 can be shown."""
+    there = np.isfinite(curve.y) & ((curve.y > 0) | (not plot.log))
+    color = f"C{curve.color % 10}" if curve.color is not None else None
+    x, y = decimate(curve.x[there], curve.y[there], plot.points)
+    marker = "o" if len(x) <= MARKED else ""
+    thin = {} if curve.label else {"linewidth": 0.6, "alpha": 0.6}
+    (line,) = axes.plot(x, y, label=curve.label or "_", color=color, marker=marker, markersize=3, **thin)
+    if curve.low is not None and curve.high is not None:
+        low = np.maximum(curve.low[there], plot.floor) if plot.log else curve.low[there]
+        axes.fill_between(curve.x[there], low, curve.high[there], color=line.get_color(), alpha=0.2, linewidth=0)
+    if curve.stopped and len(x):
+        axes.plot(x[-1:], y[-1:], marker="x", color=line.get_color(), markersize=7, linestyle="")
+    return bool(there.any())
+
+
+def draw_layers(found: LayerMap, unit: str) -> DrawnFigure:
+    """Heat map over steps and layers; the colour is logarithmic if the values above 0 span two decades."""
+    with _figure() as (figure, axes):
+        axes.grid(visible=False)
+        above = found.values[found.values > 0]
+        wide = len(above) and above.max() / above.min() > 100
+        norm = LogNorm(above.min(), above.max()) if wide else None
+        shown = np.where(found.values > 0, found.values, np.nan) if wide else found.values
+        axes.set_facecolor("0.9")  # no value, or 0 on a logarithmic scale
+        # Rows are evenly spaced, and labelled by global number, because layers without experts have no row.
+        image = axes.imshow(
+            shown, aspect="auto", origin="lower", interpolation="nearest", norm=norm, extent=_extent(found)
+        )
+        rows = np.unique(np.linspace(0, len(found.layers) - 1, min(8, len(found.layers))).round().astype(int))
+        axes.set_yticks(rows, [str(found.layers[row]) for row in rows])
+        axes.set_xlabel("step")
+        axes.set_ylabel("layer")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        figure.colorbar(image, ax=axes, label=unit)
+        return _finish(figure)
+
+
+def _extent(found: LayerMap) -> tuple[float, float, float, float]:
+    first, last = float(found.steps[0]), float(found.steps[-1])
+    half = 0.5 if len(found.steps) < 2 else (last - first) / (len(found.steps) - 1) / 2
+    return first - half, last + half, -0.5, len(found.layers) - 0.5
+
+
+@contextmanager
+def _figure() -> Iterator[tuple[Figure, Axes]]:
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+        figure = Figure(figsize=SIZE)
+        figure.subplots_adjust(left=0.16, right=0.97, bottom=0.15, top=0.93)  # a layout engine takes half of the time
+        FigureCanvasAgg(figure)
+        yield figure, figure.add_subplot()
+
+
+def _plain_decades(axes: Axes) -> None:
+    """Labels a logarithmic axis 0.01, 1e-05, ...; an axis of few decades has labels between them too.
+
+    Plain text instead of mathematics: it is drawn several times as fast.
+    """
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(FormatStrFormatter("%g") if high < 1000 * low else NullFormatter())
+    if 10 * low <= high < 1000 * low:
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+
+
+def _finish(figure: Figure) -> DrawnFigure:
+    svg, png = io.BytesIO(), io.BytesIO()
+    figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    figure.savefig(png, format="png", dpi=130, metadata={"Software": None})
+    return DrawnFigure(svg.getvalue(), png.getvalue())

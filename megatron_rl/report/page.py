@@ -1,0 +1,117 @@
+"""Writes a report: one HTML page without script and without network, and a PNG of each figure."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from megatron_rl.disk import write_durably, writes
+from megatron_rl.lab.health import AFTER_STEP, RULES, Severity, Sign
+from megatron_rl.report.curves import POINTS
+from megatron_rl.report.drawn import FigureGroup, PageFigure, arm_figures, compared_figures, run_figures
+from megatron_rl.report.loaded_runs import LoadedRun, differing_keys
+from megatron_rl.report.loaded_studies import STATUSES, LoadedStudy
+
+PAGE = "report.html"
+DETAILED = 4
+"""At most this many runs side by side have all their figures on the page."""
+
+
+@dataclass(frozen=True)
+class RunSection:
+    run: LoadedRun
+    groups: Sequence[FigureGroup]
+
+
+@dataclass(frozen=True)
+class StudySection:
+    study: LoadedStudy
+    figures: Sequence[PageFigure]
+    differences: Sequence[tuple[str, list[str]]]
+    """(key, value in each arm's first run)."""
+
+
+@dataclass(frozen=True)
+class ReportPage:
+    studies: Sequence[StudySection]
+    runs: Sequence[RunSection]
+    compared: Sequence[PageFigure]
+    differences: Sequence[tuple[str, list[str]]]
+    """(key, value in each run)."""
+
+    def images(self) -> Iterator[tuple[str, bytes]]:
+        """Yields file name and PNG of every figure."""
+        for section in self.studies:
+            yield from ((f"{_plain(section.study.name)}-{f.key}.png", f.png) for f in section.figures)
+        yield from ((f"compared-{figure.key}.png", figure.png) for figure in self.compared)
+        for each in self.runs:
+            figures = (figure for group in each.groups for figure in group.figures)
+            yield from ((f"{_plain(each.run.name)}-{figure.key}.png", figure.png) for figure in figures)
+
+
+def compose(studies: Sequence[LoadedStudy], runs: Sequence[LoadedRun]) -> ReportPage:
+    """Draws everything. Several runs share the points of one, so that the page does not grow with their number."""
+    points = max(POINTS // max(len(runs), 1), 100)
+    detailed = len(runs) <= DETAILED
+    return ReportPage(
+        [_study_section(study) for study in studies],
+        [RunSection(run, run_figures(run, points) if detailed else []) for run in runs],
+        compared_figures(runs, points) if len(runs) > 1 else [],
+        differing_keys(runs) if len(runs) > 1 else [],
+    )
+
+
+def _study_section(study: LoadedStudy) -> StudySection:
+    firsts = [runs[0] for runs in study.arms.values()]
+    return StudySection(study, arm_figures(study.arms, study.stopped), differing_keys(firsts))
+
+
+def render(report: ReportPage) -> str:
+    """The page. All text of runs and studies is escaped."""
+    environment = Environment(
+        loader=PackageLoader("megatron_rl.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "place": place, "severity": lambda each: Severity(each).name.lower()}
+    return environment.get_template("page.html").render(
+        report=report, rules=RULES, statuses=STATUSES, detailed=DETAILED, title=_title(report)
+    )
+
+
+def write(report: ReportPage, directory: Path) -> Path:
+    """Writes report.html and figures/ into the directory, and returns the page's path. Raises DiskError."""
+    with writes(f"the report in {directory}", directory):
+        (directory / "figures").mkdir(parents=True, exist_ok=True)
+        for name, png in report.images():
+            (directory / "figures" / name).write_bytes(png)
+        write_durably(directory / PAGE, render(report).encode())
+    return directory / PAGE
+
+
+def number(value: float | None) -> str:
+    """Six significant digits; "-" if there is no number."""
+    return "-" if value is None or math.isnan(value) else f"{value:.6g}"
+
+
+def place(sign: Sign) -> str:
+    """Step, mini-batch and layer of a sign, in words."""
+    where = "evaluation" if sign.mini_batch == AFTER_STEP else f"mini-batch {sign.mini_batch}"
+    layer = "" if sign.layer is None else f", layer {sign.layer}"
+    return f"step {sign.step}, {where}{layer}"
+
+
+def _title(report: ReportPage) -> str:
+    names = [*(section.study.name for section in report.studies), *(section.run.name for section in report.runs)]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name)
