@@ -70,7 +70,9 @@ def forked_servers() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_server(forked_servers: None, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def tiny_server(
+    forked_servers: None, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     """A real SGLang server of the tiny model."""
     from megatron_rl.rollout.server import Server, ServerOptions, free_ports
 

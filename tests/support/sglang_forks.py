@@ -183,7 +183,9 @@ def _run_tether(command: list[str]) -> int:
     from megatron_rl.rollout import tether
 
     sys.argv = ["tether", *command]
-    popen: Any = SimpleNamespace(Popen=ForkedCommand, **{n: getattr(subprocess, n) for n in ("DEVNULL", "TimeoutExpired")})
+    popen: Any = SimpleNamespace(
+        Popen=ForkedCommand, **{n: getattr(subprocess, n) for n in ("DEVNULL", "TimeoutExpired")}
+    )
     tether.subprocess = popen  # type: ignore[attr-defined]
     return tether.main()
 
@@ -191,9 +193,7 @@ def _run_tether(command: list[str]) -> int:
 class ForkedCommand:
     """Stands in for the subprocess.Popen of the command that a tether holds: the main module of a server."""
 
-    def __init__(
-        self, command: Sequence[str], stdin: int, env: dict[str, str], preexec_fn: Callable[[], None]
-    ) -> None:
+    def __init__(self, command: Sequence[str], stdin: int, env: dict[str, str], preexec_fn: Callable[[], None]) -> None:
         self._pid = os.fork()
         if self._pid:
             return
