@@ -1,4 +1,4 @@
-"""Digests of all that a study's results depend on, and what differs between two of them. Imports no torch."""
+"""Digests of all that a study's results depend on, and what differs between two of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from megatron_rl.config.resolve import model_dirs
 from megatron_rl.config.schema import Config
 from megatron_rl.data.arithmetic_task import PREFIX
 from megatron_rl.lab.provenance import versions
-from megatron_rl.models.identity import file_digests
 
 Fingerprint = dict[str, dict[str, str]]
 """Digests or versions by part and name."""
@@ -76,6 +75,8 @@ def _sha(content: bytes) -> str:
 
 
 def _models(configs: Iterable[Config]) -> dict[str, str]:
+    from megatron_rl.models.identity import file_digests  # needs torch
+
     directories = sorted({directory for config in configs for _, directory, _ in model_dirs(config)})
     return {
         f"{directory}/{name}": digest for directory in directories for name, digest in file_digests(directory).items()

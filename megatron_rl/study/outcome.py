@@ -60,10 +60,11 @@ def read_lines(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def measure(metric: StudyMetric, lines: Lines) -> float | None:
-    """The metric's number; None without a line that has it, or if one of its values is not finite."""
+    """The metric's number; None without a line that has it, or if a value that it needs is not finite."""
     values = [_of_line(metric, line) for line in _counted(metric, lines)]
-    finite = [value for value in values if value is not None]
-    if not values or len(finite) < len(values):
+    used = {"first": values[:1], "last": values[-1:], "last_over_first": values[:1] + values[-1:]}
+    finite = [value for value in used.get(metric.reduce, values) if value is not None]
+    if not values or len(finite) < len(used.get(metric.reduce, values)):
         return None
     match metric.reduce:
         case "mean":
@@ -74,10 +75,8 @@ def measure(metric: StudyMetric, lines: Lines) -> float | None:
             return min(finite)
         case "max":
             return max(finite)
-        case "first":
+        case "first" | "last":
             return finite[0]
-        case "last":
-            return finite[-1]
         case "last_over_first":
             return finite[-1] / finite[0] if finite[0] else None
 

@@ -29,6 +29,9 @@ class ArmPoint:
 
     name: str
     values: dict[str, Any]
+    """What it changes, in sections of the configuration."""
+    point: dict[str, Coordinate]
+    """The point of its grid."""
     base: Path
     seeds: tuple[int, ...]
     ranks: int
@@ -72,8 +75,9 @@ class Plan:
 def make_plan(study: StudyFile, file: Path) -> Plan:
     """Resolves every arm by the loader of configurations. Raises ConfigError with the mistakes of all arms.
 
-    Runs that others replay come first, then all runs of one seed after those of the seed before, so that an unfinished
-    study has compared what it can. Runs with equally many ranks on the same device follow one another.
+    Runs that others replay come first. Runs that can share ranks follow one another, and among these the runs that can
+    share servers. Within them all arms of one seed come before the next seed, so an unfinished study has compared what
+    it can.
     """
     arms = _arms(study, file)
     problems = [*_names_that_rules_miss(study, arms)]
@@ -89,17 +93,16 @@ def make_plan(study: StudyFile, file: Path) -> Plan:
     raise_all(problems)
     problems += [f"{file}: arms.{arm}: {what}" for arm, what in _unfit_replays(arms, resolved)]
     raise_all(problems)
-    order = list(arms)
-    sorted_runs = sorted(
-        ((arm, seed) for arm in arms.values() for seed in arm.seeds),
-        key=lambda each: (
-            depths[each[0].name],
-            each[0].ranks,
-            resolved[each[0].name].config.engine.device,
-            each[1],
-            order.index(each[0].name),
-        ),
-    )
+    servers = [_servers(each.config) for each in resolved.values()]
+    order = {name: number for number, name in enumerate(arms)}
+
+    def position(arm: ArmPoint, seed: int) -> tuple[int, int, str, int, int, int]:
+        config = resolved[arm.name].config
+        alike = servers.index(_servers(config))
+        return depths[arm.name], arm.ranks, config.engine.device, alike, seed, order[arm.name]
+
+    pairs = [(arm, seed) for arm in arms.values() for seed in arm.seeds]
+    pairs.sort(key=lambda pair: position(*pair))
     runs = tuple(
         PlannedRun(
             task,
@@ -111,7 +114,7 @@ def make_plan(study: StudyFile, file: Path) -> Plan:
             _source(arm, seed),
             _config_of(study, resolved[arm.name].config, arm, seed),
         )
-        for task, (arm, seed) in enumerate(sorted_runs)
+        for task, (arm, seed) in enumerate(pairs)
     )
     notes = dict.fromkeys(f"arms.{name}: {note}" for name, each in resolved.items() for note in each.notes)
     return Plan(study, runs, tuple({arm.base: None for arm in arms.values()}), tuple(notes), resolved)
@@ -165,7 +168,8 @@ def _arms(study: StudyFile, file: Path) -> dict[str, ArmPoint]:
             else:
                 found[name] = ArmPoint(
                     name=name,
-                    values=_filled({**study.set, **arm.set}, point),
+                    values=_filled(arm.set, point),
+                    point=point,
                     base=file.parent / (arm.base or study.base),
                     seeds=arm.seeds or study.seeds,
                     ranks=arm.ranks or study.ranks,
@@ -218,17 +222,15 @@ def _numbers(rule: object) -> tuple[str, ...]:
 
 
 def _overrides(study: StudyFile, arm: ArmPoint) -> list[str]:
-    values: dict[str, Any] = {}
-    if study.budget.steps is not None:
-        values["train.steps"] = study.budget.steps
-    if study.budget.minutes is not None:
-        values["train.max_minutes"] = study.budget.minutes
-    values |= arm.values
+    """Later ones win: budget, the study's values, the arm's values, and what the study sets itself."""
     seed = arm.seeds[0]
-    values |= {"seed": seed, "run_dir": str(study.directory / "runs" / _run_name(arm.name, seed))}
+    budget = {"train.steps": study.budget.steps, "train.max_minutes": study.budget.minutes}
+    own = {"seed": seed, "run_dir": str(study.directory / "runs" / _run_name(arm.name, seed))}
     if (source := _source(arm, seed)) is not None:
-        values["rollout.replay_from"] = str(study.directory / "runs" / source)
-    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+        own["rollout.replay_from"] = str(study.directory / "runs" / source)
+    given = [(key, value) for key, value in budget.items() if value is not None]
+    given += [*_filled(study.set, arm.point).items(), *arm.values.items(), *own.items()]
+    return [f"{key}={json.dumps(value)}" for key, value in given]
 
 
 def _config_of(study: StudyFile, config: Config, arm: ArmPoint, seed: int) -> Config:
@@ -242,6 +244,14 @@ def _config_of(study: StudyFile, config: Config, arm: ArmPoint, seed: int) -> Co
 
 def _run_name(arm: str, seed: int) -> str:
     return f"{arm}-seed-{seed}"
+
+
+def _servers(config: Config) -> tuple[object, ...]:
+    """Equal for runs whose servers are started alike (rollout/kept_pool.py); all runs that replay are."""
+    rollout, engine = config.rollout, config.engine
+    if rollout.replay_from is not None:
+        return ()
+    return rollout.servers, rollout.concurrency, engine.dtype, config.model.path, config.routing.needs_rollout_routes
 
 
 # ---- arms that replay others -----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 
 from megatron_rl.config.bounds import Frozen, NonNegativeInt, Positive, PositiveInt
 from megatron_rl.config.load import MAX_PROBLEMS, raise_all
-from megatron_rl.config.sources import ConfigError, shown
+from megatron_rl.config.sources import ConfigError, flatten, shown
 from megatron_rl.config.yaml12 import MAX_BYTES, YamlError, read_yaml
 from megatron_rl.study.decision_rules import Rule, rules_within
 from megatron_rl.study.stop_rules import StopRule
@@ -39,7 +39,7 @@ class StudyArm(Frozen):
     {factor}."""
 
     set: dict[str, Any] = Field(default_factory=dict)
-    """Values by dotted key of the configuration."""
+    """Values of the configuration, in its sections."""
     base: Path | None = None
     """Configuration that the arm changes; null: the study's."""
     seeds: tuple[NonNegativeInt, ...] | None = None
@@ -86,7 +86,7 @@ class StudyFile(Frozen):
     base: Path
     """Configuration that every arm changes; relative to the study file."""
     set: dict[str, Any] = Field(default_factory=dict)
-    """Values by dotted key, for all arms."""
+    """Values of the configuration for all arms, in its sections."""
     ranks: PositiveInt = 1
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
     budget: StudyBudget = StudyBudget()
@@ -179,10 +179,10 @@ def _mistakes(study: StudyFile) -> Iterator[tuple[str, str]]:
     """Yields the key and what is wrong with it. What rules say of arms is checked with the plan, which has grids."""
     if len(set(study.seeds)) < len(study.seeds):
         yield "seeds", f"found {list(study.seeds)}, expected each seed once"
-    yield from (("set", f"{key} is set by the study itself; drop it") for key in study.set if key in RESERVED)
+    yield from (("set", f"{key} is set by the study itself; drop it") for key in RESERVED if key in flatten(study.set))
     for name, arm in study.arms.items():
-        for key in arm.set:
-            if key in RESERVED:
+        for key in RESERVED:
+            if key in flatten(arm.set):
                 instead = {"seed": "`seeds`", "run_dir": "`directory`"}.get(key, "`replay`")
                 yield f"arms.{name}.set", f"{key} is set by the study itself; use {instead}"
         if both := sorted(arm.at.keys() & arm.grid.keys()):

@@ -84,8 +84,8 @@ def test_lines_of_a_run_that_has_not_begun_are_none(tmp_path: Path) -> None:
 # ---- stop rules ------------------------------------------------------------------------------------------------
 
 
-def stops(lines: dict[str, list[dict[str, Any]]], **rule: Any) -> str:
-    return stop_reason([STOPS.validate_python(rule)], lines)
+def stops(of: dict[str, list[dict[str, Any]]], **rule: Any) -> str:
+    return stop_reason([STOPS.validate_python(rule)], of)
 
 
 def test_a_run_stops_if_its_accuracy_has_fallen_below_half() -> None:
@@ -113,7 +113,7 @@ def test_a_run_stops_after_so_many_consecutive_lines_beyond_a_bound(values: list
 
 
 def test_the_reason_to_stop_has_the_numbers() -> None:
-    said = stops(LINES, kind="beyond", name="b", above=11, below=-1, mini_batches=[1])
+    said = stops(LINES, kind="beyond", name="b", above=11, below=-1, mini_batches=(1,))
     assert said == "beyond: b is 12 in step 2, and above 11 or below -1 in 1 consecutive lines"
 
 
