@@ -33,6 +33,8 @@ class Board:
 
     def __init__(self, directory: StudyDir, runs: Sequence[PlannedRun], file: TextIO | None = None) -> None:
         out = file or sys.stdout
+        self.group: Sequence[PlannedRun] = ()
+        """Runs that this process has its ranks do now, in order."""
         self._directory = directory
         self._runs = runs
         self._console = rich.console.Console(file=out, force_terminal=out.isatty())
@@ -72,15 +74,14 @@ class Board:
                     self._told.add(name)
                     self.say(describe(outcome))
             left = runs_left(self._runs, list(results.values()))
-            running = [run for run in left if (self._directory.path / "runs" / run.run / "owner-000001.json").exists()]
-            for run in running:
-                if run.run not in self._began:
-                    self._began[run.run] = time.time()
-                    self.say(
-                        f"run {run.task + 1} of {len(self._runs)}: {run.run} begins, {len(left) - 1} more are left"
-                    )
-            if self._live is not None and running:
-                self._live.update(Text(self._status(running[0], left, list(results.values()))))
+            run = next((run for run in self.group if run.run not in results), None)
+            if run is None:
+                return
+            if run.run not in self._began:
+                self._began[run.run] = time.time()
+                self.say(f"run {run.task + 1} of {len(self._runs)}: {run.run} begins, {len(left) - 1} more are left")
+            if self._live is not None:
+                self._live.update(Text(self._status(run, left, list(results.values()))))
 
     def _watch(self) -> None:
         while not self._ended.wait(LOOK_SECONDS):

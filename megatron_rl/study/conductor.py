@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from megatron_rl.stop import STATUS, Stopped
 from megatron_rl.study.board import Board
 from megatron_rl.study.fingerprint import take_fingerprint
 from megatron_rl.study.planning import Plan, PlannedRun, check_files, make_plan
-from megatron_rl.study.run_worker import Order, begun_file, failure
+from megatron_rl.study.run_worker import Order, failure, read_begun
 from megatron_rl.study.show_plan import show_plan, show_verdict
 from megatron_rl.study.study_dir import StudyDir, StudyError, runs_left
 from megatron_rl.study.study_file import load_study, read_study
@@ -66,8 +65,9 @@ class Conductor:
         self._directory.refresh(plan.study, plan.runs)
         with Board(self._directory, plan.runs) as board:
             while group := self._next_group():
-                self._do(group)
+                board.group = group
                 board.look()
+                self._do(group)
         if self._elsewhere:
             print(
                 f"{len(self._elsewhere)} runs are being done by other processes: {', '.join(sorted(self._elsewhere))}"
@@ -101,19 +101,18 @@ class Conductor:
         cannot start."""
         from megatron_rl.ranks import launch
 
-        began = time.time()
         with tempfile.TemporaryDirectory(prefix="megatron-rl-study-") as scratch:
             order = Path(scratch) / "order.json"
             Order.by_this_process(self._directory.path, [run.run for run in group]).write(order)
             status = launch.run_ranks(WORKER, [str(order)], group[0].ranks)
-            begun = begun_file(order).read_text().split() if begun_file(order).is_file() else []
+            begun = read_begun(order)
         unfinished = [run for run in group if not self._directory.has_result(run.run)]
         if status == 0:
             self._elsewhere |= {run.run for run in unfinished}
         elif status in SIGNALLED:
             raise Stopped("the study stopped; the same command goes on with it")
         elif broken := [run for run in unfinished if run.run in begun]:
-            self._fail(broken[-1], status, began)
+            self._fail(broken[-1], status, begun[broken[-1].run])
         else:
             log = self._directory.logs / "ranks.log"
             raise StudyError(

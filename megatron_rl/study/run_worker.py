@@ -62,8 +62,15 @@ class Order:
 
 
 def begun_file(order_file: Path) -> Path:
-    """The file to which rank 0 appends the name of each run that it begins."""
+    """The file to which rank 0 appends the name of each run that it begins, and the time."""
     return order_file.with_suffix(".begun")
+
+
+def read_begun(order_file: Path) -> dict[str, float]:
+    """The Unix time at which each run began."""
+    file = begun_file(order_file)
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return {name: float(began) for name, began in map(str.split, lines)}
 
 
 def main(order_file: Path) -> None:
@@ -120,7 +127,7 @@ class Ranks:
             resume = self._directory.make_way(name) if mine else None
             if resume is not None:
                 with self._begun.open("a") as file:
-                    file.write(f"{name}\n")
+                    file.write(f"{name} {time.time()}\n")
             self._told(resume)
             if resume is not None:
                 self._run(planned, resume=resume, tells=True)
