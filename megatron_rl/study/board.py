@@ -16,7 +16,7 @@ import rich.console
 from rich.live import Live
 from rich.text import Text
 
-from megatron_rl.study.outcome import Outcome, read_lines
+from megatron_rl.study.outcome import RunOutcome, read_lines
 from megatron_rl.study.planning import PlannedRun
 from megatron_rl.study.study_dir import StudyDir, runs_left
 
@@ -87,7 +87,7 @@ class Board:
         while not self._ended.wait(LOOK_SECONDS):
             self.look()
 
-    def _status(self, run: PlannedRun, left: Sequence[PlannedRun], results: Sequence[Outcome]) -> str:
+    def _status(self, run: PlannedRun, left: Sequence[PlannedRun], results: Sequence[RunOutcome]) -> str:
         lines = read_lines(self._directory.path / "runs" / run.run)
         parts = [f"run {run.task + 1} of {len(self._runs)}: {run.run}"]
         step = lines["metrics"][-1]["step"] if lines["metrics"] else 0
@@ -102,7 +102,7 @@ class Board:
 
 
 def time_left(
-    run: PlannedRun, left: Sequence[PlannedRun], results: Sequence[Outcome], spent: float, step: int
+    run: PlannedRun, left: Sequence[PlannedRun], results: Sequence[RunOutcome], spent: float, step: int
 ) -> float | None:
     """Seconds until all runs that are left have ended: as long as the ended runs of their arm took, or else of any arm.
 
@@ -121,7 +121,7 @@ def time_left(
     return max(sum(expected) - spent, 0.0)
 
 
-def describe(outcome: Outcome) -> str:
+def describe(outcome: RunOutcome) -> str:
     """One line on a run that has ended."""
     figures = [f"{name} {value:.4g}" for name, value in outcome.metrics.items() if value is not None]
     why = f" ({outcome.reason})" if outcome.reason else ""

@@ -17,7 +17,7 @@ Status = Literal["done", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """One line of results.jsonl."""
 
     task: int

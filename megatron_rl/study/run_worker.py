@@ -28,7 +28,7 @@ from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config
 from megatron_rl.errors import UserError
 from megatron_rl.stop import TIME_UP, Stopped
-from megatron_rl.study.outcome import Outcome, measure, measure_error, read_lines
+from megatron_rl.study.outcome import RunOutcome, measure, measure_error, read_lines
 from megatron_rl.study.planning import PlannedRun
 from megatron_rl.study.stop_rules import StopRule, stop_reason
 from megatron_rl.study.study_dir import StudyDir
@@ -181,11 +181,11 @@ def _config(directory: StudyDir, name: str) -> Config:
     return load_config(Config, directory.path / "configs" / f"{name}.yaml")
 
 
-def _outcome(study: StudyFile, directory: StudyDir, planned: dict[str, Any], reason: str, began: float) -> Outcome:
+def _outcome(study: StudyFile, directory: StudyDir, planned: dict[str, Any], reason: str, began: float) -> RunOutcome:
     """The result of a run that has not failed."""
     lines = read_lines(directory.path / planned["run_dir"])
     now = time.time()
-    return Outcome(
+    return RunOutcome(
         **{key: planned[key] for key in ("task", "run", "arm", "seed", "at", "run_dir", "log")},
         status="stopped" if reason.startswith(HALTED) else "done",
         reason=reason,
@@ -198,11 +198,11 @@ def _outcome(study: StudyFile, directory: StudyDir, planned: dict[str, Any], rea
     )
 
 
-def failure(planned: PlannedRun, reason: str, status: int, began: float) -> Outcome:
+def failure(planned: PlannedRun, reason: str, status: int, began: float) -> RunOutcome:
     """The result of a run that has failed."""
     now = time.time()
     known = {key: value for key, value in planned.as_json().items() if key in ("run_dir", "log")}
-    return Outcome(
+    return RunOutcome(
         planned.task,
         planned.run,
         planned.arm,

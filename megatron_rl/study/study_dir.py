@@ -22,7 +22,7 @@ from megatron_rl.disk import create_once, writes
 from megatron_rl.errors import UserError
 from megatron_rl.lab.owner import Owner, OwnerError
 from megatron_rl.study.fingerprint import Fingerprint, differences
-from megatron_rl.study.outcome import Outcome
+from megatron_rl.study.outcome import RunOutcome
 from megatron_rl.study.planning import Plan, PlannedRun
 from megatron_rl.study.study_file import StudyFile
 from megatron_rl.study.verdicts import Judgement, judge
@@ -94,7 +94,7 @@ class StudyDir:
 
     # ---- results -----------------------------------------------------------------------------------------------
 
-    def read_results(self, runs: Sequence[PlannedRun]) -> dict[str, Outcome]:
+    def read_results(self, runs: Sequence[PlannedRun]) -> dict[str, RunOutcome]:
         """Results by run, in the order of the plan."""
         found = {}
         for run in runs:
@@ -106,7 +106,7 @@ class StudyDir:
     def has_result(self, run: str) -> bool:
         return (self.path / "results" / f"{run}.json").exists()
 
-    def record(self, outcome: Outcome) -> None:
+    def record(self, outcome: RunOutcome) -> None:
         """Writes the result of one run. Raises DiskError."""
         with writes(f"the result of {outcome.run}", self.path):
             self._replace(f"results/{outcome.run}.json", _json(outcome.as_json()))
@@ -176,7 +176,7 @@ class StudyDir:
             mine.unlink(missing_ok=True)
 
 
-def verdict_of(study: StudyFile, runs: Sequence[PlannedRun], results: Sequence[Outcome]) -> dict[str, Any]:
+def verdict_of(study: StudyFile, runs: Sequence[PlannedRun], results: Sequence[RunOutcome]) -> dict[str, Any]:
     """What verdict.json holds. While runs are left the verdict is `incomplete`, whatever the numbers so far are.
 
     A run whose rollouts cannot come, because their run failed, is not left.
@@ -209,19 +209,19 @@ def _shown(judgement: Judgement, rule: Any) -> dict[str, Any]:
     }
 
 
-def runs_left(runs: Sequence[PlannedRun], results: Sequence[Outcome]) -> list[PlannedRun]:
+def runs_left(runs: Sequence[PlannedRun], results: Sequence[RunOutcome]) -> list[PlannedRun]:
     """Runs without a result that can still have one, in the order of the plan."""
     ended = {each.run: each for each in results}
     return [run for run in runs if run.run not in ended and not _is_blocked(run, ended)]
 
 
-def _is_blocked(run: PlannedRun, ended: dict[str, Outcome]) -> bool:
+def _is_blocked(run: PlannedRun, ended: dict[str, RunOutcome]) -> bool:
     return run.needs in ended and not ended[run.needs].has_values
 
 
-def _outcome(file: Path) -> Outcome:
+def _outcome(file: Path) -> RunOutcome:
     try:
-        return Outcome(**orjson.loads(file.read_bytes()))
+        return RunOutcome(**orjson.loads(file.read_bytes()))
     except (orjson.JSONDecodeError, TypeError) as error:
         raise StudyError(f"{file}: not a result ({error}); remove it to do the run again") from None
 

@@ -27,17 +27,17 @@ from megatron_rl.study.decision_rules import (
     ThresholdRule,
     Where,
 )
-from megatron_rl.study.outcome import Outcome
+from megatron_rl.study.outcome import RunOutcome
 
-Verdict = Literal["confirmed", "refuted", "undecided", "underpowered", "none"]
+RuleVerdict = Literal["confirmed", "refuted", "undecided", "underpowered", "none"]
 INTERVAL = 2.0
 """Half-width, in standard errors, of the interval around an estimate."""
-Results = Sequence[Outcome]
+Results = Sequence[RunOutcome]
 
 
 @dataclass(frozen=True)
 class Judgement:
-    verdict: Verdict
+    verdict: RuleVerdict
     text: str
     """The verdict's reason in one sentence."""
     numbers: dict[str, Any] = field(default_factory=dict)
@@ -69,7 +69,7 @@ def judge(rule: Rule, results: Results) -> Judgement:
 # ---- from numbers to verdicts ----------------------------------------------------------------------------------
 
 
-def decide(estimate: float, error: float, confirms: Band, refutes: Band | None) -> Verdict:
+def decide(estimate: float, error: float, confirms: Band, refutes: Band | None) -> RuleVerdict:
     """The verdict on an estimate with its standard error; 0: a number that is exact."""
     low, high = estimate - INTERVAL * error, estimate + INTERVAL * error
     is_open = refutes is not None and refutes.touches(low, high)
@@ -82,7 +82,7 @@ def decide(estimate: float, error: float, confirms: Band, refutes: Band | None) 
 
 def decide_by_seed(
     values: Mapping[int, float | None], confirms: Band, refutes: Band | None, needed: int | None
-) -> Verdict:
+) -> RuleVerdict:
     """The verdict on one value for each seed, of which `needed` must agree (None: all).
 
     A seed without a value, as of a failed run, agrees with nothing; if it could have changed the verdict, that is
@@ -171,7 +171,7 @@ def _together(
 ) -> Judgement:
     judgements = [judge(rule, results) for rule in rules]
     verdicts = [each.verdict for each in judgements]
-    verdict: Verdict = "undecided"
+    verdict: RuleVerdict = "undecided"
     if holds(each == "confirmed" for each in verdicts):
         verdict = "confirmed"
     elif fails(each == "refuted" for each in verdicts):
@@ -251,7 +251,7 @@ def _shares(rule: ShareRule, results: Results) -> dict[int, float | None]:
     return {seed: 1 - b / a if a and b is not None else None for seed, (a, b) in pairs.items()}
 
 
-def _matches(outcome: Outcome, where: Where) -> bool:
+def _matches(outcome: RunOutcome, where: Where) -> bool:
     return all(outcome.at.get(factor) == value for factor, value in where.items())
 
 
@@ -325,7 +325,7 @@ def _edge_shown(edge: Edge) -> float | str:
     return "above the grid" if edge.is_top and edge.values else "below the grid"
 
 
-def _selected(results: Results, seed: int, where: Where) -> list[Outcome]:
+def _selected(results: Results, seed: int, where: Where) -> list[RunOutcome]:
     return [each for each in results if each.seed == seed and _matches(each, where)]
 
 

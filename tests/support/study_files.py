@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from megatron_rl.study.outcome import Outcome, Status
+from megatron_rl.study.outcome import RunOutcome, Status
 
 QUESTION = {"question": "Does it hold?", "hypothesis": "It does.", "source": "a test"}
 
@@ -29,10 +29,10 @@ def write_study(path: Path, base: Path, arms: dict[str, Any], **keys: Any) -> Pa
 
 def outcomes(
     arm: str, values: Iterable[float | None], *, metric: str = "m", status: Status = "done", **at: float | str
-) -> list[Outcome]:
+) -> list[RunOutcome]:
     """One result for each value, with seeds from 0 on; a run without a value has failed."""
     return [
-        Outcome(
+        RunOutcome(
             0, f"{arm}-seed-{seed}", arm, seed, dict(at), "failed" if value is None else status, metrics={metric: value}
         )
         for seed, value in enumerate(values)

@@ -12,7 +12,7 @@ import pytest
 from study_files import outcomes
 
 from megatron_rl.study.fingerprint import differences, source_digests
-from megatron_rl.study.outcome import Outcome
+from megatron_rl.study.outcome import RunOutcome
 from megatron_rl.study.planning import Plan, PlannedRun
 from megatron_rl.study.study_dir import StudyDir, StudyError, verdict_of
 from megatron_rl.study.study_file import StudyFile
@@ -38,7 +38,7 @@ def study(tmp_path: Path) -> StudyFile:
     )
 
 
-def planned(results: list[Outcome], needs: str | None = None) -> list[PlannedRun]:
+def planned(results: list[RunOutcome], needs: str | None = None) -> list[PlannedRun]:
     config: Any = None
     return [
         PlannedRun(number, each.run, each.arm, each.seed, {}, 1, needs, config) for number, each in enumerate(results)

@@ -10,7 +10,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from megatron_rl.study.board import time_left
-from megatron_rl.study.outcome import Outcome, measure, measure_error, read_lines
+from megatron_rl.study.outcome import RunOutcome, measure, measure_error, read_lines
 from megatron_rl.study.planning import PlannedRun
 from megatron_rl.study.stop_rules import StopRule, stop_reason
 from megatron_rl.study.study_file import StudyMetric
@@ -131,7 +131,7 @@ def planned(arm: str, seed: int) -> PlannedRun:
 
 def test_the_time_left_follows_from_ended_runs_of_the_same_arm() -> None:
     left = [planned("a", 1), planned("b", 1), planned("c", 0)]
-    ended = [Outcome(0, "", arm, 0, {}, "done", seconds=seconds) for arm, seconds in (("a", 10.0), ("b", 30.0))]
+    ended = [RunOutcome(0, "", arm, 0, {}, "done", seconds=seconds) for arm, seconds in (("a", 10.0), ("b", 30.0))]
     assert time_left(left[0], left, ended, 4.0, 3) == 10 + 30 + 20 - 4
     assert time_left(left[0], left, [], 4.0, 2) == 3 * 20 - 4
     assert time_left(left[0], left, [], 4.0, 0) is None

@@ -13,13 +13,13 @@ from pydantic import TypeAdapter
 from study_files import outcomes
 
 from megatron_rl.study.decision_rules import Band, Rule
-from megatron_rl.study.outcome import Outcome
+from megatron_rl.study.outcome import RunOutcome
 from megatron_rl.study.verdicts import Judgement, decide, decide_by_seed, judge, slope
 
 RULES: TypeAdapter[Rule] = TypeAdapter(Rule)
 
 
-def says(results: list[Outcome], **rule: Any) -> Judgement:
+def says(results: list[RunOutcome], **rule: Any) -> Judgement:
     return judge(RULES.validate_python(rule), results)
 
 
@@ -81,7 +81,7 @@ def test_equality_confirms_only_with_a_small_standard_error() -> None:
 def test_an_arms_error_is_at_least_the_error_of_its_evaluations() -> None:
     """Two seeds that agree by chance to .0001 do not make two evaluations with an error of .015 exact."""
     results = [
-        Outcome(0, "", arm, seed, {}, "done", metrics={"m": value}, errors={"m": 0.015})
+        RunOutcome(0, "", arm, seed, {}, "done", metrics={"m": value}, errors={"m": 0.015})
         for arm, values in (("new", (0.42, 0.4201)), ("old", (0.40, 0.4001)))
         for seed, value in enumerate(values)
     ]
@@ -109,7 +109,7 @@ SLOPE = {
 }
 
 
-def powers(exponent: float, noise: tuple[float, ...] = (0.99, 1.0, 1.01)) -> list[Outcome]:
+def powers(exponent: float, noise: tuple[float, ...] = (0.99, 1.0, 1.01)) -> list[RunOutcome]:
     """Three arms with m = length ^ (exponent * noise), one seed for each noise."""
     return [
         each
@@ -135,7 +135,7 @@ def test_a_slope_that_the_seeds_do_not_agree_on_is_underpowered() -> None:
 
 def test_x_may_be_a_metric_and_arms_may_be_chosen() -> None:
     results = [
-        Outcome(0, "", f"{n}-{x}", seed, {"n": n}, "done", metrics={"m": x ** (-0.5 * (n == 4)), "x": float(x)})
+        RunOutcome(0, "", f"{n}-{x}", seed, {"n": n}, "done", metrics={"m": x ** (-0.5 * (n == 4)), "x": float(x)})
         for n in (1, 4)
         for x in (10, 100)
         for seed in (0, 1)
@@ -214,7 +214,7 @@ EDGE = {
 }
 
 
-def grid(edges: dict[float, int], seeds: int = 2, **at: str) -> list[Outcome]:
+def grid(edges: dict[float, int], seeds: int = 2, **at: str) -> list[RunOutcome]:
     """Runs over LRS for each n; those with an index above the n's edge are stopped."""
     return [
         each
