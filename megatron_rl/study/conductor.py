@@ -7,6 +7,7 @@ run is recorded as failed, and a new world does the rest.
 from __future__ import annotations
 
 import itertools
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +47,11 @@ def run_study(file: Path, *, task: int | None = None, dry_run: bool = False) -> 
     fingerprint = take_fingerprint(file, content, plan.bases, configs, study.directory)
     directory = StudyDir.open(plan, content, fingerprint)
     wanted = plan.runs if task is None else (plan.runs[task],)
-    Conductor(plan, directory, wanted).conduct()
+    try:
+        Conductor(plan, directory, wanted).conduct()
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr, flush=True)
+        raise
     show_verdict(directory.refresh(study, plan.runs), directory)
 
 
@@ -74,7 +79,7 @@ class Conductor:
             )
 
     def _next_group(self) -> list[PlannedRun]:
-        """The next runs that one world can do. Raises StudyError if a run has to wait for another process's."""
+        """The next runs that one world can do. Raises Stopped if a run has to wait for another process's."""
         results = list(self._directory.read_results(self._plan.runs).values())
         ended = {each.run for each in results}
         possible = {run.run for run in runs_left(self._plan.runs, results)} - self._elsewhere

@@ -293,6 +293,11 @@ def _unfit_replays(arms: Mapping[str, ArmPoint], resolved: Mapping[str, Resolved
         if arm.replay is None:
             continue
         mine, theirs = resolved[name].config, resolved[arm.replay.source].config
+        if (elsewhere := theirs.rollout.replay_from) is not None:
+            yield (
+                name,
+                f"replay: {arm.replay.source} has rollout.replay_from, so it saves no rollouts; name {elsewhere}",
+            )
         for key in ("prompts_per_step", "group_size", "temperature"):
             own, saved = getattr(mine.rollout, key), getattr(theirs.rollout, key)
             if own != saved:

@@ -34,7 +34,7 @@ from megatron_rl.study.stop_rules import StopRule, stop_reason
 from megatron_rl.study.study_dir import StudyDir
 from megatron_rl.study.study_file import StudyFile, load_study
 
-LOOK_SECONDS = 0.5
+LOOK_SECONDS = 0.1
 
 
 @dataclass(frozen=True)

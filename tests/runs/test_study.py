@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import orjson
 import psutil
 import pytest
 from forks import Forks, Run
-from rl_runs import save_rollouts, write_config
+from rl_runs import environment, save_rollouts, write_config
 from study_files import write_study
 from tiny_models import make_tiny_model
 
@@ -141,7 +143,7 @@ def test_a_study_goes_on_after_kill_9(forks: Forks, base: Path, runs_of: list[in
 
 def kill_when(forks: Forks, file: Path, ready: Callable[[], bool]) -> None:
     """Starts the study, kills its conductor once it is `ready`, and waits for the end of its ranks."""
-    run = start(forks, file)
+    run = start(forks, file, before=[*FORKING, ("patches:slow_steps", 0.15)])
     deadline = time.monotonic() + 60
     while not ready():
         assert forks.poll(run), run.stdout + run.stderr
@@ -156,8 +158,8 @@ def kill_when(forks: Forks, file: Path, ready: Callable[[], bool]) -> None:
     assert not alive
 
 
-def start(forks: Forks, file: Path, *options: str) -> Run:
-    return forks.start(*STUDY, file, *options, before=FORKING)
+def start(forks: Forks, file: Path, *options: str, before: Sequence[tuple[Any, ...]] = FORKING) -> Run:
+    return forks.start(*STUDY, file, *options, before=before)
 
 
 def test_tasks_of_an_array_run_side_by_side(forks: Forks, base: Path, tmp_path: Path) -> None:
@@ -171,6 +173,28 @@ def test_tasks_of_an_array_run_side_by_side(forks: Forks, base: Path, tmp_path: 
     refused = forks.wait(start(forks, file, "--task", "2"))
     assert refused.status == [2]
     assert "--task: found 2, expected a number from 0 to 1" in refused.stderr
+
+
+@pytest.mark.slow  # real ranks, which import for themselves
+def test_a_signal_stops_a_study_after_the_step(base: Path, tmp_path: Path) -> None:
+    file = write_study(tmp_path / "s.yaml", base, {"a": {}, "b": {}}, metrics=METRICS)
+    run_dir = tmp_path / "s" / "runs" / "a-seed-0"
+    command = [sys.executable, *STUDY, file]
+    study = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    while not (run_dir / "metrics.jsonl").exists():
+        assert study.poll() is None
+        time.sleep(0.005)
+    study.send_signal(signal.SIGTERM)
+    told = study.communicate(timeout=60)[1]
+    assert study.returncode == 75, told
+    assert "the same command goes on with it" in told
+    assert "Traceback" not in told
+    assert not (tmp_path / "s" / "results" / "a-seed-0.json").exists()
+    assert (run_dir / "checkpoints" / "step-000001").is_dir()
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [each["status"] for each in results(tmp_path / "s").values()] == ["done", "done"]
+    assert not (tmp_path / "s" / "abandoned").exists()
 
 
 def test_a_study_refuses_what_has_changed_since_it_began(

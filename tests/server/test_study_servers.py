@@ -10,6 +10,7 @@ from forks import Forks
 from study_files import write_study
 
 from megatron_rl.lab.run import read_metrics
+from megatron_rl.stop import Stopped
 from megatron_rl.study.conductor import run_study
 
 pytestmark = pytest.mark.server
@@ -32,7 +33,7 @@ train: {{steps: 1, mini_batches: 2}}
 """
     )
     arms = {
-        "replay": {"replay": {"from": "collect"}},
+        "replay": {"replay": {"from": "collect"}, "set": {"data": {"heldout": None}}},
         "collect": {},
         "other": {"seeds": [0], "set": {"rollout": {"servers": {"max_total_tokens": 2048}}}},
     }
@@ -40,7 +41,10 @@ train: {{steps: 1, mini_batches: 2}}
         "accuracy": {"file": "eval", "name": "avg_at_k", "reduce": "last", "error": "binomial"},
         "reward": {"name": "rollout/reward/mean"},
     }
-    run_study(write_study(tmp_path / "s.yaml", base, arms, seeds=[0, 1], metrics=metrics))
+    file = write_study(tmp_path / "s.yaml", base, arms, seeds=[0, 1], metrics=metrics)
+    with pytest.raises(Stopped, match=r"replay-seed-1 replays the rollouts of collect-seed-1.* when task 1 is done"):
+        run_study(file, task=4)
+    run_study(file)
     directory = tmp_path / "s"
     results = [orjson.loads(line) for line in (directory / "results.jsonl").read_bytes().splitlines()]
     assert [(each["run"], each["status"]) for each in results] == [

@@ -229,6 +229,12 @@ def test_an_arm_with_a_mistake_is_refused(base: Path, arms: dict[str, Any], word
     assert words in refusal(base, arms)
 
 
+def test_a_run_that_replays_by_its_own_configuration_cannot_be_replayed(base: Path) -> None:
+    base.write_text(base.read_text().replace("rollout: {", "rollout: {replay_from: elsewhere, "))
+    told = refusal(base, {"a": {}, "b": {"replay": {"from": "a"}}})
+    assert "arms.b: replay: a has rollout.replay_from, so it saves no rollouts; name elsewhere" in told
+
+
 def test_the_mistakes_of_all_arms_are_told_at_once(base: Path) -> None:
     told = refusal(base, {"a": {"set": {"optim": {"lr": -1}}}, "b": {"set": {"train": {"mini_batches": 3}}}})
     assert "arms.a: " in told
