@@ -68,11 +68,12 @@ def _data(config: Config) -> str:
     return " and ".join(filter(None, (config.data.train, config.data.heldout)))
 
 
-def _server_names(config: Config, trainer: Trainer) -> str:
+def _server_names(config: Config, trainer: Trainer, *, kept: bool) -> str:
     servers = config.rollout.servers
     if servers.urls:
         return ", ".join(servers.urls)
-    return f"{servers.launch} of SGLang, with logs in {trainer.run.logs}"
+    where = "kept from one run to the next" if kept else f"with logs in {trainer.run.logs}"
+    return f"{servers.launch} of SGLang, {where}"
 
 
 def _assemble(config: Config, trainer: Trainer, prompts: RunPrompts, stack: ExitStack, open_pool: PoolOpener) -> Parts:
@@ -83,7 +84,7 @@ def _assemble(config: Config, trainer: Trainer, prompts: RunPrompts, stack: Exit
     routes = RouteExchange(policy.arch, policy.routers.layers, trainer.place, trainer.layout) if spec else None
     servers = environment = None
     if config.rollout.replay_from is None:
-        with trainer.console.starting("servers", _server_names(config, trainer)):
+        with trainer.console.starting("servers", _server_names(config, trainer, kept=open_pool is not Pool)):
             servers = stack.enter_context(connect(config, trainer, open_pool))
     publisher = Publisher(config, trainer, servers)
     stack.callback(publisher.close)

@@ -224,8 +224,8 @@ def _numbers(rule: object) -> tuple[str, ...]:
 def _overrides(study: StudyFile, arm: ArmPoint) -> list[str]:
     """Later ones win: budget, the study's values, the arm's values, and what the study sets itself."""
     seed = arm.seeds[0]
-    budget = {"train.steps": study.budget.steps, "train.max_minutes": study.budget.minutes}
-    own = {"seed": seed, "run_dir": str(study.directory / "runs" / _run_name(arm.name, seed))}
+    budget: dict[str, Any] = {"train.steps": study.budget.steps, "train.max_minutes": study.budget.minutes}
+    own: dict[str, Any] = {"seed": seed, "run_dir": str(study.directory / "runs" / _run_name(arm.name, seed))}
     if (source := _source(arm, seed)) is not None:
         own["rollout.replay_from"] = str(study.directory / "runs" / source)
     given = [(key, value) for key, value in budget.items() if value is not None]

@@ -179,7 +179,7 @@ def test_tasks_of_an_array_run_side_by_side(forks: Forks, base: Path, tmp_path: 
 def test_a_signal_stops_a_study_after_the_step(base: Path, tmp_path: Path) -> None:
     file = write_study(tmp_path / "s.yaml", base, {"a": {}, "b": {}}, metrics=METRICS)
     run_dir = tmp_path / "s" / "runs" / "a-seed-0"
-    command = [sys.executable, *STUDY, file]
+    command = [sys.executable, *STUDY, str(file)]
     study = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
     while not (run_dir / "metrics.jsonl").exists():
         assert study.poll() is None

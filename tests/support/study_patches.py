@@ -12,7 +12,7 @@ from collections.abc import Sequence
 def fork_ranks() -> None:
     from megatron_rl.ranks import launch
 
-    launch.run_ranks = _run_one  # type: ignore[assignment]
+    launch.run_ranks = _run_one
 
 
 def _run_one(module: str, arguments: Sequence[str], ranks: int) -> int:
