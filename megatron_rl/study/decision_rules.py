@@ -126,6 +126,7 @@ class ShareRule(Banded):
     without: str
     seeds: PositiveInt | None = None
     """Number of seeds that must agree; null: all."""
+    min_seeds: PositiveInt = 2
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -144,6 +145,7 @@ class ThresholdRule(Banded):
     arm: str
     seeds: PositiveInt | None = None
     """Number of seeds that must agree; null: all."""
+    min_seeds: PositiveInt = 2
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -180,6 +182,7 @@ class EdgeShiftRule(Banded):
     where: Where = Field(default_factory=dict)
     seeds: PositiveInt | None = None
     """Number of seeds that must agree; null: all."""
+    min_seeds: PositiveInt = 2
 
     @property
     def factors(self) -> tuple[str, ...]:

@@ -250,13 +250,14 @@ def _runs(order: Order) -> bool:
 
 if __name__ == "__main__":
     from megatron_rl.garbage import collect_rarely
-    from megatron_rl.ranks.agreement import end, explain_fault
+    from megatron_rl.ranks.agreement import explain_fault
 
     collect_rarely()
     try:
         main(Path(sys.argv[1]))
-    except UserError as error:
-        sys.exit(end(error))
+    except UserError as error:  # it names the ranks that found it
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.status)
     except Exception as error:
         explain_fault(error)
         sys.exit(1)

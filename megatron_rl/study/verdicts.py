@@ -51,13 +51,13 @@ def judge(rule: Rule, results: Results) -> Judgement:
         case SlopeRule():
             return _over_seeds(rule, "slope", _slopes(rule, results), rule.min_seeds)
         case ShareRule():
-            return _by_seed(rule, "share", _shares(rule, results), rule.seeds)
+            return _by_seed(rule, "share", _shares(rule, results))
         case ThresholdRule():
-            return _by_seed(rule, rule.metric, _values(results, rule.arm, rule.metric), rule.seeds)
+            return _by_seed(rule, rule.metric, _values(results, rule.arm, rule.metric))
         case GridEdgeRule():
             return _grid_edge(rule, results)
         case EdgeShiftRule():
-            return _by_seed(rule, "grid steps", _edge_shifts(rule, results), rule.seeds)
+            return _by_seed(rule, "grid steps", _edge_shifts(rule, results))
         case AllRule():
             return _together(rule.of, results, holds=all, fails=any)
         case AnyRule():
@@ -135,14 +135,17 @@ def _over_seeds(
 
 
 def _by_seed(
-    rule: ShareRule | ThresholdRule | EdgeShiftRule, what: str, by_seed: Mapping[int, float | None], needed: int | None
+    rule: ShareRule | ThresholdRule | EdgeShiftRule, what: str, by_seed: Mapping[int, float | None]
 ) -> Judgement:
+    needed = rule.seeds
     verdict = decide_by_seed(by_seed, rule.confirms, rule.refutes, needed)
     values = [value for value in by_seed.values() if value is not None]
     listed = ", ".join("none" if value is None else f"{value:.3g}" for value in by_seed.values()) or "no seed"
     text = (
         f"{what} by seed: {listed}; {_bands(rule.confirms, rule.refutes)}, in {needed or 'all'} of {len(by_seed)} seeds"
     )
+    if len(values) < rule.min_seeds:
+        verdict, text = "underpowered", f"{text}; the rule needs {rule.min_seeds} seeds with a number"
     mean = statistics.fmean(values) if values else None
     error = standard_error(values) if len(values) > 1 else None
     return Judgement(verdict, text, {"by_seed": _keyed(by_seed), "mean": mean, "standard_error": error})

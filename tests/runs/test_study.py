@@ -80,7 +80,14 @@ def test_runs_share_a_world_and_the_rule_reads_their_lines(base: Path, runs_of: 
         },
         metrics=METRICS,
         stops=[{"kind": "beyond", "name": "kl/old_policy/k3", "above": 0.004}],
-        rule={"kind": "share", "metric": "kl", "of": "high", "without": "low", "confirms": {"min": 0.5}},
+        rule={
+            "kind": "share",
+            "metric": "kl",
+            "of": "high",
+            "without": "low",
+            "confirms": {"min": 0.5},
+            "min_seeds": 1,
+        },
     )
     run_study(file)
     directory = tmp_path / "s"

@@ -190,6 +190,12 @@ def test_verdicts_on_a_share(r2: list[float | None], verdict: str) -> None:
     assert judgement.numbers["by_seed"]["1"] == pytest.approx(1 - (r2[1] or 0) / 2)
 
 
+def test_one_seed_decides_nothing_unless_the_rule_says_so() -> None:
+    results = outcomes("none", [1.0]) + outcomes("r2", [0.4])
+    assert says(results, **SHARE).verdict == "underpowered"
+    assert says(results, **SHARE, min_seeds=1).verdict == "confirmed"
+
+
 def test_so_many_seeds_may_be_enough() -> None:
     results = outcomes("none", [1.0] * 5) + outcomes("r2", [0.4, 0.4, 0.4, 0.4, 0.9])
     assert says(results, **SHARE).verdict == "undecided"
