@@ -28,8 +28,6 @@ from megatron_rl.study.study_file import StudyFile
 from megatron_rl.study.verdicts import Judgement, judge
 
 FINGERPRINT = "fingerprint.json"
-STARTED_WITH = ("study.yaml", "plan.json", "configs")
-"""What a start writes before the fingerprint, which makes the directory a study's."""
 
 
 class StudyError(UserError):
@@ -51,32 +49,40 @@ class StudyDir:
         directory holds anything else."""
         directory = cls(plan.study.directory)
         with writes(f"the study in {directory.path}", directory.path):
-            if not (directory.path / FINGERPRINT).exists():
-                directory._begin(plan, content, fingerprint)
+            directory._begin(fingerprint)
             directory._check(fingerprint)
-            for name in ("runs", "logs", "results", "claims"):
-                (directory.path / name).mkdir(exist_ok=True)
+            directory._write_records(plan, content)
         return directory
 
-    def _begin(self, plan: Plan, content: bytes, fingerprint: Fingerprint) -> None:
+    def _begin(self, fingerprint: Fingerprint) -> None:
+        """Makes the directory a study's, unless it is. Of several processes one does; the others then compare."""
+        file = self.path / FINGERPRINT
         if self.path.exists() and not self.path.is_dir():
             raise StudyError(f"directory: {self.path} is a file; name a new directory")
-        others = [e.name for e in self.path.iterdir() if not e.name.startswith(".")] if self.path.exists() else []
-        if foreign := sorted(set(others) - {*STARTED_WITH, FINGERPRINT}):
+        self.path.mkdir(parents=True, exist_ok=True)
+        others = sorted(each.name for each in self.path.iterdir() if not each.name.startswith("."))
+        if file.exists():  # asked after the names: another process may begin the study now
+            return
+        if others:
             raise StudyError(
-                f"directory: {self.path} is not empty and holds no study, but {foreign[0]}; name a new directory"
+                f"directory: {self.path} is not empty and holds no study, but {others[0]}; name a new directory"
             )
-        (self.path / "configs").mkdir(parents=True, exist_ok=True)
-        self._replace("study.yaml", content)
-        self._replace("plan.json", _json([run.as_json() for run in plan.runs]))
-        for run in plan.runs:
-            self._replace(f"configs/{run.run}.yaml", dump_config(run.config).encode())
         mine = self.path / f".{FINGERPRINT}.{uuid.uuid4().hex}"
         try:
             mine.write_bytes(_json(fingerprint))
-            create_once(self.path / FINGERPRINT, mine)
+            create_once(file, mine)
         finally:
             mine.unlink(missing_ok=True)
+
+    def _write_records(self, plan: Plan, content: bytes) -> None:
+        """Writes what a start leaves for people and for its ranks. All starts with one fingerprint write the same."""
+        for name in ("configs", "runs", "logs", "results", "claims"):
+            (self.path / name).mkdir(exist_ok=True)
+        records = {"study.yaml": content, "plan.json": _json([run.as_json() for run in plan.runs])}
+        records |= {f"configs/{run.run}.yaml": dump_config(run.config).encode() for run in plan.runs}
+        for name, record in records.items():
+            if not (self.path / name).exists():
+                self._replace(name, record)
 
     def _check(self, now: Fingerprint) -> None:
         file = self.path / FINGERPRINT

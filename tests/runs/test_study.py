@@ -76,7 +76,7 @@ def test_runs_share_a_world_and_the_rule_reads_their_lines(base: Path, runs_of: 
             "bad": {"set": {"objective": {"custom": "faulty_objectives:nothing"}}},
             "high": {"at": {"lr": 1e-2}, "set": {"optim": {"lr": 1e-2}}},
             "again": {"set": {"optim": {"lr": 1e-4}}},
-            "two": {"ranks": 2, "set": {"optim": {"lr": 1e-4}}},
+            "two": {"ranks": 2, "set": {"optim": {"lr": 1e-2}}},
         },
         metrics=METRICS,
         stops=[{"kind": "beyond", "name": "kl/old_policy/k3", "above": 0.004}],
@@ -98,22 +98,22 @@ def test_runs_share_a_world_and_the_rule_reads_their_lines(base: Path, runs_of: 
         "bad-seed-0": "failed",
         "high-seed-0": "stopped",
         "again-seed-0": "done",
-        "two-seed-0": "done",
+        "two-seed-0": "stopped",
     }
     assert found["bad-seed-0"]["reason"].startswith("error: objective.custom: 'faulty_objectives:nothing' cannot be")
     assert found["bad-seed-0"]["exit_status"] == 2
     stopped = found["high-seed-0"]
     assert stopped["reason"].startswith("beyond: kl/old_policy/k3 is ")
-    assert (stopped["steps"], found["low-seed-0"]["steps"]) == (1, 2)
+    assert [found[f"{arm}-seed-0"]["steps"] for arm in ("low", "high", "two")] == [2, 1, 1]
     lines = read_metrics(directory / "runs" / "low-seed-0" / "metrics.jsonl")
     kls = [line["kl/old_policy/k3"] for line in lines if line["mini_batch"] > 0]
     expected = {"kl": sum(kls) / len(kls), "norm": lines[-1]["grad_norm"]}
     assert found["low-seed-0"]["metrics"] == pytest.approx(expected, rel=1e-12)
     # The third run of a process, and two ranks, give what the first run gave.
     assert found["again-seed-0"]["metrics"] == found["low-seed-0"]["metrics"]
-    assert found["two-seed-0"]["metrics"] == pytest.approx(found["low-seed-0"]["metrics"], rel=1e-3)
+    assert found["two-seed-0"]["metrics"] == pytest.approx(stopped["metrics"], rel=1e-3)
     told = verdict(directory)
-    assert (told["verdict"], told["done"], told["stopped"], told["failed"]) == ("confirmed", 3, 1, 1)
+    assert (told["verdict"], told["done"], told["stopped"], told["failed"]) == ("confirmed", 2, 2, 1)
     share = 1 - found["low-seed-0"]["metrics"]["kl"] / stopped["metrics"]["kl"]
     assert told["numbers"]["by_seed"] == {"0": share}
     for name in found:

@@ -67,12 +67,12 @@ def test_only_the_first_of_several_processes_begins_a_study(study: StudyFile) ->
         except StudyError as error:
             refused.append(str(error))
 
-    threads = [threading.Thread(target=begin, args=(number,)) for number in range(8)]
+    threads = [threading.Thread(target=begin, args=(number,)) for number in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(refused) == 4
+    assert len(refused) == 8
     assert all("model: m has changed" in each for each in refused)
     assert sorted(path.name for path in study.directory.iterdir() if path.name.startswith(".")) == []
 
@@ -86,12 +86,21 @@ def test_a_directory_with_other_files_is_refused(study: StudyFile) -> None:
 
 
 def test_a_start_that_broke_off_can_be_repeated(study: StudyFile) -> None:
+    """It was killed after it had written the fingerprint alone."""
     opened(study)
-    (study.directory / "fingerprint.json").unlink()
-    for name in ("runs", "logs", "results", "claims"):
-        (study.directory / name).rmdir()
+    whole = sorted(study.directory.rglob("*"))
+    for path in reversed(whole):
+        if path.name != "fingerprint.json":
+            path.rmdir() if path.is_dir() else path.unlink()
     opened(study)
-    assert (study.directory / "fingerprint.json").is_file()
+    assert sorted(study.directory.rglob("*")) == whole
+
+
+def test_a_refused_start_changes_no_file(study: StudyFile) -> None:
+    opened(study)
+    with pytest.raises(StudyError):
+        StudyDir.open(Plan(study, (), (), (), {}), b"question: other\n", {"study file": {"s": "other"}})
+    assert (study.directory / "study.yaml").read_bytes() == b"question: ?\n"
 
 
 def test_the_error_names_what_has_changed(study: StudyFile) -> None:
@@ -134,7 +143,7 @@ def test_results_are_in_the_order_of_the_plan_and_the_verdict_waits_for_all(stud
     lines = [orjson.loads(line) for line in directory.results_file.read_bytes().splitlines()]
     assert [line["run"] for line in lines] == ["a-seed-0", "b-seed-0", "b-seed-1"]
     assert (verdict["verdict"], verdict["left"]) == ("incomplete", 1)
-    assert verdict["text"].startswith("1 of 4 runs are left; so far: confirmed: ")
+    assert verdict["text"].startswith("1 of 4 runs are left; so far: underpowered: ")
     directory.record(results[1])
     verdict = directory.refresh(study, runs)
     assert verdict == orjson.loads(directory.verdict_file.read_bytes())

@@ -304,6 +304,51 @@ def test_rules_together(kind: str, a: list[float | None], b: list[float | None],
     assert len(judgement.numbers["of"]) == 2
 
 
+def test_a_drift_is_cosmetic_if_the_old_router_does_as_well_and_the_load_has_grown() -> None:
+    """|acc(graft) - acc(train)| <= 2 standard errors, which must be below .02, and CV(end) / CV(0) >= 1.5 in 3 of 3."""
+    equal = {
+        "kind": "difference",
+        "metric": "accuracy",
+        "arm": "graft",
+        "against": "train",
+        "confirms": {"min": -2, "max": 2},
+        "max_error": 0.02,
+    }
+    grown = {"kind": "threshold", "metric": "cv", "arm": "train", "confirms": {"min": 1.5}, "seeds": 3}
+
+    def results(graft: list[float], cv: list[float]) -> list[RunOutcome]:
+        train = outcomes("train", [0.40, 0.41, 0.42], metric="accuracy")
+        measured = [
+            RunOutcome(**{**each.as_json(), "metrics": {**each.metrics, "cv": value}})
+            for each, value in zip(train, cv, strict=True)
+        ]
+        return [*measured, *outcomes("graft", graft, metric="accuracy")]
+
+    def verdict(graft: list[float], cv: list[float]) -> str:
+        return says(results(graft, cv), kind="all", of=[equal, grown]).verdict
+
+    assert verdict([0.41, 0.42, 0.41], [1.6, 2.0, 2.6]) == "confirmed"
+    assert verdict([0.41, 0.42, 0.41], [1.6, 2.0, 1.1]) == "undecided"
+    assert verdict([0.31, 0.32, 0.30], [1.6, 2.0, 2.6]) == "undecided"
+    assert verdict([0.30, 0.45, 0.52], [1.6, 2.0, 2.6]) == "underpowered"
+
+
+def test_a_correction_wins_if_it_does_so_where_the_mismatch_is_large_and_not_where_it_is_small() -> None:
+    def compared(mismatch: str, **bands: Any) -> dict[str, Any]:
+        arms = {"arm": f"centered-{mismatch}", "against": f"tis-{mismatch}"}
+        return {"kind": "difference", "metric": "m", **arms, **bands}
+
+    def verdict(at_int4: list[float]) -> str:
+        results = outcomes("centered-int4", at_int4) + outcomes("tis-int4", [0.20, 0.21, 0.22])
+        results += outcomes("centered-bf16", [0.40, 0.42, 0.44]) + outcomes("tis-bf16", [0.41, 0.42, 0.43])
+        wins = compared("int4", confirms={"min": 2}, refutes={"max": 1})
+        same = compared("bf16", confirms={"min": -1, "max": 1})
+        return says(results, kind="all", of=[wins, same]).verdict
+
+    assert verdict([0.30, 0.31, 0.33]) == "confirmed"
+    assert verdict([0.20, 0.21, 0.22]) == "refuted"
+
+
 def test_an_exploration_decides_nothing() -> None:
     assert says([], kind="none").verdict == "none"
 
