@@ -110,6 +110,18 @@ def sft(
         run(loaded, resume=resume)
 
 
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="study file, docs/studies.md")],
+    task: Annotated[int | None, typer.Option(help="Do only this run, from 0, as in a Slurm array.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print arms, runs and tasks, and stop.")] = False,
+) -> None:
+    """Does the runs of a study that are left, and says what its rule makes of them. Starts its own ranks."""
+    from megatron_rl.study.conductor import run_study
+
+    run_study(file, task=task, dry_run=dry_run)
+
+
 @app.command(context_settings={"allow_extra_args": True})
 def serve(
     context: typer.Context,

@@ -60,6 +60,24 @@ def write_durably(path: Path, data: bytes) -> None:
     sync_directory(path.parent)
 
 
+def create_once(file: Path, content: Path) -> bool:
+    """Creates the file with the content of another; returns False if it exists already. Of several processes that do
+    this, one creates the file."""
+    try:
+        os.link(content, file)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+            raise
+        try:  # a file system without links: the file is incomplete for a moment
+            with file.open("xb") as stream:
+                stream.write(content.read_bytes())
+        except FileExistsError:
+            return False
+    return True
+
+
 def sync_directory(path: Path) -> None:
     """Waits until the names in a directory are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -19,6 +19,8 @@ from megatron_rl.errors import UserError
 
 STATUS = 75
 """Exit status of a run that was stopped and can be resumed: EX_TEMPFAIL of sysexits.h."""
+TIME_UP = "max_minutes"
+"""Why a run stops whose time is up."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ECHO_SECONDS = 5.0
 """A launcher may pass on a signal that the process already has. Within this time a repeated signal is not counted."""
@@ -28,6 +30,11 @@ class Stopped(UserError):
     """Ends a run early. All its finished steps are in a checkpoint."""
 
     status = STATUS
+
+    def __init__(self, text: str, reason: str = "") -> None:
+        """`reason`: the name of a signal, TIME_UP, or what a `halt` said (train.py)."""
+        super().__init__(text)
+        self.reason = reason
 
 
 class Interrupted(Exception):

@@ -6,7 +6,7 @@ here runs on every rank; what only some ranks do is inside the calls.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -20,14 +20,23 @@ from megatron_rl.loop.rollouts import RolloutBatch
 from megatron_rl.loop.updates import apply, train_critic_again
 from megatron_rl.objectives.advantages import group_advantages
 from megatron_rl.rewards.shaping import is_lost
+from megatron_rl.rollout.pool import Pool, PoolOpener
 
 
-def train(config: Config, resume: bool = False) -> None:
+def train(
+    config: Config,
+    resume: bool = False,
+    *,
+    halt: Callable[[], str] | None = None,
+    open_pool: PoolOpener = Pool,
+) -> None:
     """Runs `config.train.steps` steps; with `resume`, the steps that are left after the newest complete checkpoint.
 
-    Writes the trained model as a Hugging Face directory, run_dir/model, and the critic as run_dir/critic.
+    Writes the trained model as a Hugging Face directory, run_dir/model, and the critic as run_dir/critic. Rank 0 asks
+    `halt` after each step, with its evaluation, why the run is to stop: Stopped is raised if it gives a reason. Rank 0
+    gets its servers from `open_pool`.
     """
-    with open_parts(config, resume) as parts:
+    with open_parts(config, resume, open_pool) as parts:
         trainer, progress = parts.trainer, parts.progress
         parts.publisher.start(progress.step)
         parts.evaluator.evaluate(progress)  # before the first step, or owed by a run that was stopped
@@ -42,6 +51,8 @@ def train(config: Config, resume: bool = False) -> None:
             train_critic_again(config, trainer, updates)
             finish_step(parts, batch)
             parts.evaluator.evaluate(progress)
+            if halt is not None:
+                trainer.watch.halt_if(halt)
             trainer.checkpoint(progress.state)
         trainer.export_all()
         parts.evaluator.check_made(progress)

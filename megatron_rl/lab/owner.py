@@ -12,7 +12,6 @@ system, so the clocks of two machines need not agree.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import socket
@@ -26,6 +25,7 @@ from typing import Any, Self
 import orjson
 import psutil
 
+from megatron_rl.disk import create_once
 from megatron_rl.errors import UserError
 
 BEAT_SECONDS = 15.0
@@ -69,7 +69,7 @@ class Owner:
                     _wait_for_end(owners[-1], mine, sleep)
                 number = _number(owners[-1]) + 1 if owners else 1
                 file = directory / f"owner-{number:06d}.json"
-                if not _create(file, mine):
+                if not create_once(file, mine):
                     continue  # another process was faster: look at its file
                 if _owners(directory)[-1] == file:
                     return cls(file, owners)
@@ -122,23 +122,6 @@ class Owner:
     def _stop(self) -> None:
         self._ended.set()
         self._thread.join()
-
-
-def _create(file: Path, content: Path) -> bool:
-    """Creates the file with its content; returns False if it exists already."""
-    try:
-        os.link(content, file)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
-            raise
-        try:  # a file system without links: the file is incomplete for a moment
-            with file.open("xb") as stream:
-                stream.write(content.read_bytes())
-        except FileExistsError:
-            return False
-    return True
 
 
 def _wait_for_end(file: Path, mine: Path, sleep: Callable[[float], None]) -> None:

@@ -12,7 +12,7 @@ import orjson
 from megatron_rl.config.schema import Config
 from megatron_rl.loop.trainer import Trainer
 from megatron_rl.ranks.collectives import broadcast_bytes
-from megatron_rl.rollout.pool import Pool, read_api_key
+from megatron_rl.rollout.pool import Pool, PoolOpener, read_api_key
 from megatron_rl.rollout.source import Leader, first_server
 
 
@@ -30,15 +30,15 @@ class Servers:
 
 
 @contextlib.contextmanager
-def connect(config: Config, trainer: Trainer) -> Iterator[Servers]:
-    """Starts or checks the servers, on rank 0, which tells the leaders where they are. Collective."""
+def connect(config: Config, trainer: Trainer, open_pool: PoolOpener = Pool) -> Iterator[Servers]:
+    """Opens the pool of servers on rank 0, which tells the leaders where they are. Collective."""
     place, rollout = trainer.place, config.rollout
     api_key = read_server_key(config)
     with ExitStack() as stack:
         pool = None
         if place.rank == 0:
             pool = stack.enter_context(
-                Pool(
+                open_pool(
                     rollout,
                     config.engine,
                     config.model.path,

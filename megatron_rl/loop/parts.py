@@ -20,6 +20,7 @@ from megatron_rl.loop.trainer import Trainer, open_trainer
 from megatron_rl.objectives.custom import get_objective
 from megatron_rl.ranks.collectives import together
 from megatron_rl.rewards import check_verifier
+from megatron_rl.rollout.pool import Pool, PoolOpener
 from megatron_rl.routing.exchange import RouteExchange
 from megatron_rl.routing.wire import RouteSpec
 
@@ -46,8 +47,8 @@ def check_start(config: Config) -> None:
 
 
 @contextlib.contextmanager
-def open_parts(config: Config, resume: bool) -> Iterator[Parts]:
-    """The run on this rank, its servers started if need be, resumed from the newest complete checkpoint if asked."""
+def open_parts(config: Config, resume: bool, open_pool: PoolOpener = Pool) -> Iterator[Parts]:
+    """The run on this rank, its servers opened if need be, resumed from the newest complete checkpoint if asked."""
     temperature = config.rollout.temperature
     with (
         open_trainer(config, steps=config.train.steps, resume=resume, temperature=temperature) as trainer,
@@ -58,7 +59,7 @@ def open_parts(config: Config, resume: bool) -> Iterator[Parts]:
             prompts = RunPrompts.load(config, trainer.place, trainer.policy.arch.vocab_size)
             check_saved(config, trainer)
         stack.callback(prompts.judges.close)
-        yield _assemble(config, trainer, prompts, stack)
+        yield _assemble(config, trainer, prompts, stack, open_pool)
 
 
 def _data(config: Config) -> str:
@@ -67,14 +68,15 @@ def _data(config: Config) -> str:
     return " and ".join(filter(None, (config.data.train, config.data.heldout)))
 
 
-def _server_names(config: Config, trainer: Trainer) -> str:
+def _server_names(config: Config, trainer: Trainer, *, kept: bool) -> str:
     servers = config.rollout.servers
     if servers.urls:
         return ", ".join(servers.urls)
-    return f"{servers.launch} of SGLang, with logs in {trainer.run.logs}"
+    where = "kept from one run to the next" if kept else f"with logs in {trainer.run.logs}"
+    return f"{servers.launch} of SGLang, {where}"
 
 
-def _assemble(config: Config, trainer: Trainer, prompts: RunPrompts, stack: ExitStack) -> Parts:
+def _assemble(config: Config, trainer: Trainer, prompts: RunPrompts, stack: ExitStack, open_pool: PoolOpener) -> Parts:
     """Starts or finds the servers, and begins the run. `stack` closes what is opened; servers that run elsewhere are
     then of use to the next run, whatever ended this one. Collective."""
     policy = trainer.policy
@@ -82,8 +84,8 @@ def _assemble(config: Config, trainer: Trainer, prompts: RunPrompts, stack: Exit
     routes = RouteExchange(policy.arch, policy.routers.layers, trainer.place, trainer.layout) if spec else None
     servers = environment = None
     if config.rollout.replay_from is None:
-        with trainer.console.starting("servers", _server_names(config, trainer)):
-            servers = stack.enter_context(connect(config, trainer))
+        with trainer.console.starting("servers", _server_names(config, trainer, kept=open_pool is not Pool)):
+            servers = stack.enter_context(connect(config, trainer, open_pool))
     publisher = Publisher(config, trainer, servers)
     stack.callback(publisher.close)
     source: GroupSource

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import orjson
 import torch.distributed as dist
 
 from megatron_rl.disk import DiskError
-from megatron_rl.ranks.collectives import all_gather_bytes
-from megatron_rl.stop import Clock, Interrupted, Signals, Stopped
+from megatron_rl.ranks.collectives import all_gather_bytes, broadcast_bytes, together
+from megatron_rl.stop import TIME_UP, Clock, Interrupted, Signals, Stopped
 
 
 class Watch:
@@ -56,9 +57,7 @@ class Watch:
         """
         word = {
             "failure": failure,
-            "stop": self._signals.received
-            or self._asked
-            or ("max_minutes" if self._leads and self._clock.time_up else ""),
+            "stop": self._signals.received or self._asked or (TIME_UP if self._leads and self._clock.time_up else ""),
             "checkpoint": self._leads and self._clock.checkpoint_due,
         }
         words = [orjson.loads(part) for part in all_gather_bytes(orjson.dumps(word), self._control)]
@@ -66,6 +65,14 @@ class Watch:
             raise DiskError(failures[0])
         self.stopping = self.stopping or next((each["stop"] for each in words if each["stop"]), "")
         self.checkpoint_due = any(each["checkpoint"] for each in words)
+
+    def halt_if(self, reason: Callable[[], str]) -> None:
+        """Stops the run at the end of this step if `reason` of rank 0 gives one. Collective."""
+        word = ""
+        with together(self._control):
+            if self._leads:
+                word = reason()
+        self.stopping = self.stopping or broadcast_bytes(word.encode(), self._control).decode()
 
     def wait(self) -> AbstractContextManager[None]:
         """A wait of this rank that a signal ends with Interrupted; `check_interrupted` then tells the other ranks."""
@@ -81,4 +88,4 @@ class Watch:
         """Raises Stopped if the run is to end with `step` of `steps`, which is saved, or 0."""
         if self.stopping and step < steps:
             saved = "its checkpoint is complete, and --resume goes on from it" if step else "nothing is lost"
-            raise Stopped(f"{self.stopping}: stopped after step {step} of {steps}; {saved}")
+            raise Stopped(f"{self.stopping}: stopped after step {step} of {steps}; {saved}", self.stopping)

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.cores import threads_per_process
+from megatron_rl.stop import SIGNALS
 
 HOST = "127.0.0.1"
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
@@ -57,7 +58,7 @@ def launch(command: Sequence[str], ranks: int) -> int:
     """Runs `python command` on `ranks` local ranks and waits for all of them.
 
     Returns 0, or the status of the first rank that failed (128 + N for signal N); the other ranks are then ended.
-    SIGINT and SIGTERM are passed on to the ranks, which may save before they end.
+    SIGINT, SIGTERM and SIGUSR1 are passed on to the ranks, which may save before they end.
     """
     listener = socket.create_server((HOST, 0), backlog=4 * ranks)
     port = listener.getsockname()[1]
@@ -105,7 +106,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
 
 @contextlib.contextmanager
 def _passed_on(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Passes SIGINT and SIGTERM on to the ranks while the body runs. Does nothing outside the main thread."""
+    """Passes SIGINT, SIGTERM and SIGUSR1 on to the ranks while the body runs. Does nothing outside the main thread."""
 
     def send(number: int, frame: object) -> None:
         for rank in ranks:
@@ -114,7 +115,7 @@ def _passed_on(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, send) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, send) for number in SIGNALS}
     try:
         yield
     finally:

@@ -9,9 +9,10 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from megatron_rl.config.schema import EngineConfig, RolloutConfig
 from megatron_rl.cores import threads_per_process
@@ -101,6 +102,22 @@ class Pool:
         for server in self._servers:
             server.stop()
         self._servers.clear()
+
+
+class PoolOpener(Protocol):
+    """Gives a run its pool: Pool, which starts the run's own servers, or KeptPool.open, which may have them already."""
+
+    def __call__(
+        self,
+        rollout: RolloutConfig,
+        engine: EngineConfig,
+        model: Path,
+        logs: Path,
+        seed: int,
+        *,
+        return_routed_experts: bool = False,
+        api_key: str | None = None,
+    ) -> AbstractContextManager[Pool]: ...
 
 
 def read_api_key(name: str, option: str) -> str:

@@ -29,6 +29,7 @@ Command = Callable[..., Run]
 OPTIONS = {
     "train": {"config", "overrides", "--dry-run", "--resume", "--world-size"},
     "sft": {"config", "overrides", "--dry-run", "--resume", "--world-size"},
+    "study": {"file", "--task", "--dry-run"},
     "serve": {"model", "--host", "--port", "--device", "--dtype", "--tp", "--max-total-tokens", "--api-key-env"},
     "certify": {"--model", "--layout", "--recompute", "--dtype", "--device", "--json"},
     "parity": {

@@ -1,0 +1,388 @@
+"""What decision rules make of results: worked examples, and properties for any numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+from study_files import outcomes
+
+from megatron_rl.study.decision_rules import Band, Rule
+from megatron_rl.study.outcome import RunOutcome
+from megatron_rl.study.verdicts import Judgement, decide, decide_by_seed, judge, slope
+
+RULES: TypeAdapter[Rule] = TypeAdapter(Rule)
+
+
+def says(results: list[RunOutcome], **rule: Any) -> Judgement:
+    return judge(RULES.validate_python(rule), results)
+
+
+# ---- a difference of two arms ----------------------------------------------------------------------------------
+
+DIFFERENCE = {
+    "kind": "difference",
+    "metric": "m",
+    "arm": "new",
+    "against": "old",
+    "confirms": {"min": 2},
+    "refutes": {"max": 0},
+}
+
+
+def test_a_difference_is_measured_in_its_standard_errors() -> None:
+    """Means .6 and .4; standard deviations .02 and .1 of 3 and 4 seeds: an error of sqrt(.0004/3 + .01/4) = .0513."""
+    new, old = outcomes("new", [0.58, 0.60, 0.62]), outcomes("old", [0.27, 0.40, 0.43, 0.50])
+    variance = np.var([0.27, 0.40, 0.43, 0.50], ddof=1)
+    judgement = says(new + old, **DIFFERENCE)
+    assert judgement.verdict == "confirmed"
+    assert judgement.numbers["difference"] == pytest.approx(0.2)
+    assert judgement.numbers["standard_error"] == pytest.approx(math.sqrt(0.0004 / 3 + variance / 4))
+    assert judgement.numbers["in_standard_errors"] == pytest.approx(0.2 / math.sqrt(0.0004 / 3 + variance / 4))
+    assert says(old, **{**DIFFERENCE, "arm": "old", "against": "old"}).verdict == "refuted"
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "verdict"),
+    [
+        ([0.6, 0.62], [0.4, 0.42], "confirmed"),
+        ([0.4, 0.42], [0.6, 0.62], "refuted"),
+        ([0.50, 0.56], [0.48, 0.52], "undecided"),
+        ([0.6, None], [0.4, 0.42], "underpowered"),
+    ],
+)
+def test_verdicts_on_a_difference(new: list[float | None], old: list[float | None], verdict: str) -> None:
+    assert says(outcomes("new", new) + outcomes("old", old), **DIFFERENCE).verdict == verdict
+
+
+def test_a_paired_difference_ignores_what_seeds_have_in_common() -> None:
+    new, old = outcomes("new", [0.15, 0.55, 0.96]), outcomes("old", [0.10, 0.50, 0.90])
+    assert says(new + old, **DIFFERENCE).verdict == "undecided"
+    paired = says(new + old, **DIFFERENCE, paired=True)
+    assert paired.verdict == "confirmed"
+    differences = [0.05, 0.05, 0.06]
+    assert paired.numbers["standard_error"] == pytest.approx(np.std(differences, ddof=1) / math.sqrt(3))
+
+
+def test_equality_confirms_only_with_a_small_standard_error() -> None:
+    same: dict[str, Any] = {**DIFFERENCE, "confirms": {"min": -2, "max": 2}, "refutes": None, "max_error": 0.02}
+    noisy = outcomes("new", [0.3, 0.5]) + outcomes("old", [0.35, 0.55])
+    assert says(noisy, **{**same, "max_error": None}).verdict == "confirmed"
+    assert says(noisy, **same).verdict == "underpowered"
+    exact = outcomes("new", [0.40, 0.41]) + outcomes("old", [0.40, 0.42])
+    assert says(exact, **same).verdict == "confirmed"
+
+
+def test_an_arms_error_is_at_least_the_error_of_its_evaluations() -> None:
+    """Two seeds that agree by chance to .0001 do not make two evaluations with an error of .015 exact."""
+    results = [
+        RunOutcome(0, "", arm, seed, {}, "done", metrics={"m": value}, errors={"m": 0.015})
+        for arm, values in (("new", (0.42, 0.4201)), ("old", (0.40, 0.4001)))
+        for seed, value in enumerate(values)
+    ]
+    judgement = says(results, **DIFFERENCE)
+    assert judgement.numbers["standard_error"] == pytest.approx(0.015)  # sqrt(.015^2 / 2 + .015^2 / 2)
+    assert judgement.verdict == "undecided"
+
+
+def test_an_absolute_difference_must_keep_its_interval_out_of_the_other_band() -> None:
+    rule = {**DIFFERENCE, "unit": "absolute", "confirms": {"min": 0.1}, "refutes": {"max": 0.0}}
+    clear = outcomes("new", [0.55, 0.56]) + outcomes("old", [0.40, 0.41])
+    assert says(clear, **rule).verdict == "confirmed"
+    noisy = outcomes("new", [0.4, 0.7]) + outcomes("old", [0.40, 0.41])
+    assert says(noisy, **rule).verdict == "underpowered"
+
+
+# ---- slopes ----------------------------------------------------------------------------------------------------
+
+SLOPE = {
+    "kind": "slope",
+    "metric": "m",
+    "x_factor": "length",
+    "confirms": {"min": -0.6, "max": -0.4},
+    "refutes": {"min": -0.3},
+}
+
+
+def powers(exponent: float, noise: tuple[float, ...] = (0.99, 1.0, 1.01)) -> list[RunOutcome]:
+    """Three arms with m = length ^ (exponent * noise), one seed for each noise."""
+    return [
+        each
+        for length in (20, 60, 180)
+        for each in outcomes(f"l{length}", [length ** (exponent * n) for n in noise], length=length)
+    ]
+
+
+@pytest.mark.parametrize(("exponent", "verdict"), [(-0.5, "confirmed"), (-0.1, "refuted"), (-0.35, "undecided")])
+def test_verdicts_on_a_slope(exponent: float, verdict: str) -> None:
+    judgement = says(powers(exponent), **SLOPE)
+    assert judgement.verdict == verdict
+    assert judgement.numbers["slope"] == pytest.approx(exponent)
+    assert judgement.numbers["by_seed"]["0"] == pytest.approx(0.99 * exponent)
+
+
+def test_a_slope_that_the_seeds_do_not_agree_on_is_underpowered() -> None:
+    """Slopes -.25, -.5, -.75: the mean is in the band, but twice its error of .144 reaches above -.3."""
+    assert says(powers(-0.5, (0.5, 1.0, 1.5)), **SLOPE).verdict == "underpowered"
+    assert says(powers(-0.5, (1.0,)), **SLOPE).verdict == "underpowered"
+    assert says(powers(-0.5, (1.0,)), **SLOPE, min_seeds=1).verdict == "confirmed"
+
+
+def test_x_may_be_a_metric_and_arms_may_be_chosen() -> None:
+    results = [
+        RunOutcome(0, "", f"{n}-{x}", seed, {"n": n}, "done", metrics={"m": x ** (-0.5 * (n == 4)), "x": float(x)})
+        for n in (1, 4)
+        for x in (10, 100)
+        for seed in (0, 1)
+    ]
+    rule: dict[str, Any] = {**SLOPE, "x_factor": None, "x_metric": "x"}
+    assert says(results, **rule, where={"n": 4}).verdict == "confirmed"
+    assert says(results, **rule, where={"n": 1}).verdict == "refuted"
+
+
+def test_a_seed_with_a_failed_run_has_no_slope() -> None:
+    results = [*powers(-0.5), *outcomes("failed", [None], length=540)]
+    assert says(results, **SLOPE).numbers["by_seed"]["0"] is None
+
+
+@given(
+    st.floats(-3, 3),
+    st.floats(0.01, 100),
+    st.lists(st.floats(0.1, 1000), min_size=2, max_size=6, unique_by=lambda x: round(math.log(x), 1)),
+)
+def test_the_slope_of_a_power_is_its_exponent(exponent: float, factor: float, x: list[float]) -> None:
+    found = slope(x, [factor * each**exponent for each in x])
+    assert found == pytest.approx(exponent, abs=1e-6)
+    assert np.polyfit(np.log(x), np.log([factor * each**exponent for each in x]), 1)[0] == pytest.approx(
+        exponent, abs=1e-6
+    )
+
+
+# ---- shares and thresholds by seed -----------------------------------------------------------------------------
+
+SHARE = {
+    "kind": "share",
+    "metric": "m",
+    "of": "none",
+    "without": "r2",
+    "confirms": {"min": 0.5},
+    "refutes": {"max": 0.1},
+}
+
+
+@pytest.mark.parametrize(
+    ("r2", "verdict"),
+    [
+        ([0.4, 0.8, 0.2], "confirmed"),  # shares .6, .6, .8 of 1, 2, 1
+        ([0.95, 1.9, 0.98], "refuted"),
+        ([0.4, 0.8, 0.8], "undecided"),
+        ([0.4, 0.8, None], "underpowered"),
+    ],
+)
+def test_verdicts_on_a_share(r2: list[float | None], verdict: str) -> None:
+    judgement = says(outcomes("none", [1.0, 2.0, 1.0]) + outcomes("r2", r2), **SHARE)
+    assert judgement.verdict == verdict
+    assert judgement.numbers["by_seed"]["1"] == pytest.approx(1 - (r2[1] or 0) / 2)
+
+
+def test_one_seed_decides_nothing_unless_the_rule_says_so() -> None:
+    results = outcomes("none", [1.0]) + outcomes("r2", [0.4])
+    assert says(results, **SHARE).verdict == "underpowered"
+    assert says(results, **SHARE, min_seeds=1).verdict == "confirmed"
+
+
+def test_so_many_seeds_may_be_enough() -> None:
+    results = outcomes("none", [1.0] * 5) + outcomes("r2", [0.4, 0.4, 0.4, 0.4, 0.9])
+    assert says(results, **SHARE).verdict == "undecided"
+    assert says(results, **SHARE, seeds=4).verdict == "confirmed"
+
+
+def test_a_threshold_is_for_one_arm() -> None:
+    rule = {"kind": "threshold", "metric": "m", "arm": "train", "confirms": {"min": 1.5}}
+    assert says(outcomes("train", [1.5, 2, 3]), **rule).verdict == "confirmed"
+    assert says(outcomes("train", [1.4, 2, 3]), **rule).verdict == "undecided"
+
+
+# ---- edges of stability ----------------------------------------------------------------------------------------
+
+LRS = (1e-4, 2e-4, 4e-4, 8e-4)
+EDGE = {
+    "kind": "grid_edge",
+    "along": "lr",
+    "over": "n",
+    "confirms": {"min": -1.3, "max": -0.7},
+    "refutes": {"min": -0.3, "max": 0.3},
+}
+
+
+def grid(edges: dict[float, int], seeds: int = 2, **at: str) -> list[RunOutcome]:
+    """Runs over LRS for each n; those with an index above the n's edge are stopped."""
+    return [
+        each
+        for n, edge in edges.items()
+        for index, lr in enumerate(LRS)
+        for each in outcomes("", [1.0] * seeds, status="done" if index <= edge else "stopped", n=n, lr=lr, **at)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("edges", "verdict"),
+    [
+        ({1: 2, 2: 1, 4: 0}, "confirmed"),  # 4e-4, 2e-4, 1e-4: slope -1
+        ({1: 1, 2: 1, 4: 1}, "refuted"),
+        ({1: 2, 2: 2, 4: 1}, "undecided"),  # slope -.5
+        ({1: 3, 2: 2, 4: 1}, "underpowered"),  # the grid ends before n = 1 breaks
+        ({1: 2, 2: 1, 4: -1}, "underpowered"),
+    ],
+)
+def test_verdicts_on_a_grid_edge(edges: dict[float, int], verdict: str) -> None:
+    judgement = says(grid(edges), **EDGE)
+    assert judgement.verdict == verdict
+    shown = {-1: "below the grid", 3: "above the grid"}
+    expected = {f"{n}": shown.get(edge, LRS[edge]) for n, edge in edges.items()}
+    assert judgement.numbers["edges"]["0"] == expected
+
+
+def test_a_stable_run_above_an_unstable_one_does_not_move_the_edge() -> None:
+    results = [each for each in grid({1: 3, 2: 2}) if each.at != {"n": 1, "lr": 2e-4}]
+    results += outcomes("", [1.0, 1.0], status="stopped", n=1, lr=2e-4)
+    assert says(results, **EDGE).numbers["edges"]["0"] == {"1": 1e-4, "2": 4e-4}
+
+
+def test_an_edge_that_moves_by_a_grid_step_is_counted_by_seed() -> None:
+    rule = {
+        "kind": "edge_shift",
+        "along": "lr",
+        "factor": "replay",
+        "value": "r2",
+        "against": "none",
+        "where": {"n": 4},
+        "confirms": {"min": 1},
+        "refutes": {"max": 0},
+        "seeds": 2,
+    }
+    moved = grid({4: 2}, replay="r2") + grid({4: 1}, replay="none")
+    assert says(moved, **rule).verdict == "confirmed"
+    assert says(moved, **rule).numbers["by_seed"] == {"0": 1.0, "1": 1.0}
+    assert says(grid({4: 1}, replay="r2") + grid({4: 1}, replay="none"), **rule).verdict == "refuted"
+    assert says(grid({4: 3}, replay="r2") + grid({4: 1}, replay="none"), **rule).verdict == "confirmed"
+    assert says(grid({4: 3}, replay="r2") + grid({4: 3}, replay="none"), **rule).verdict == "underpowered"
+
+
+# ---- several rules ---------------------------------------------------------------------------------------------
+
+YES, NO, NOTHING, WEAK = [1.0, 1.0], [0.0, 0.0], [0.5, 0.5], [None, None]
+
+
+@pytest.mark.parametrize(
+    ("kind", "a", "b", "verdict"),
+    [
+        ("all", YES, YES, "confirmed"),
+        ("all", YES, NO, "refuted"),
+        ("all", NO, WEAK, "refuted"),
+        ("all", YES, WEAK, "underpowered"),
+        ("all", YES, NOTHING, "undecided"),
+        ("any", YES, NO, "confirmed"),
+        ("any", WEAK, YES, "confirmed"),
+        ("any", NO, NO, "refuted"),
+        ("any", NO, WEAK, "underpowered"),
+        ("any", NO, NOTHING, "undecided"),
+    ],
+)
+def test_rules_together(kind: str, a: list[float | None], b: list[float | None], verdict: str) -> None:
+    inner = [
+        {"kind": "threshold", "metric": "m", "arm": arm, "confirms": {"min": 0.9}, "refutes": {"max": 0.1}}
+        for arm in ("a", "b")
+    ]
+    judgement = says(outcomes("a", a) + outcomes("b", b), kind=kind, of=inner)
+    assert judgement.verdict == verdict
+    assert len(judgement.numbers["of"]) == 2
+
+
+def test_a_drift_is_cosmetic_if_the_old_router_does_as_well_and_the_load_has_grown() -> None:
+    """|acc(graft) - acc(train)| <= 2 standard errors, which must be below .02, and CV(end) / CV(0) >= 1.5 in 3 of 3."""
+    equal = {
+        "kind": "difference",
+        "metric": "accuracy",
+        "arm": "graft",
+        "against": "train",
+        "confirms": {"min": -2, "max": 2},
+        "max_error": 0.02,
+    }
+    grown = {"kind": "threshold", "metric": "cv", "arm": "train", "confirms": {"min": 1.5}, "seeds": 3}
+
+    def results(graft: list[float], cv: list[float]) -> list[RunOutcome]:
+        train = outcomes("train", [0.40, 0.41, 0.42], metric="accuracy")
+        measured = [
+            RunOutcome(**{**each.as_json(), "metrics": {**each.metrics, "cv": value}})
+            for each, value in zip(train, cv, strict=True)
+        ]
+        return [*measured, *outcomes("graft", graft, metric="accuracy")]
+
+    def verdict(graft: list[float], cv: list[float]) -> str:
+        return says(results(graft, cv), kind="all", of=[equal, grown]).verdict
+
+    assert verdict([0.41, 0.42, 0.41], [1.6, 2.0, 2.6]) == "confirmed"
+    assert verdict([0.41, 0.42, 0.41], [1.6, 2.0, 1.1]) == "undecided"
+    assert verdict([0.31, 0.32, 0.30], [1.6, 2.0, 2.6]) == "undecided"
+    assert verdict([0.30, 0.45, 0.52], [1.6, 2.0, 2.6]) == "underpowered"
+
+
+def test_a_correction_wins_if_it_does_so_where_the_mismatch_is_large_and_not_where_it_is_small() -> None:
+    def compared(mismatch: str, **bands: Any) -> dict[str, Any]:
+        arms = {"arm": f"centered-{mismatch}", "against": f"tis-{mismatch}"}
+        return {"kind": "difference", "metric": "m", **arms, **bands}
+
+    def verdict(at_int4: list[float]) -> str:
+        results = outcomes("centered-int4", at_int4) + outcomes("tis-int4", [0.20, 0.21, 0.22])
+        results += outcomes("centered-bf16", [0.40, 0.42, 0.44]) + outcomes("tis-bf16", [0.41, 0.42, 0.43])
+        wins = compared("int4", confirms={"min": 2}, refutes={"max": 1})
+        same = compared("bf16", confirms={"min": -1, "max": 1})
+        return says(results, kind="all", of=[wins, same]).verdict
+
+    assert verdict([0.30, 0.31, 0.33]) == "confirmed"
+    assert verdict([0.20, 0.21, 0.22]) == "refuted"
+
+
+def test_an_exploration_decides_nothing() -> None:
+    assert says([], kind="none").verdict == "none"
+
+
+# ---- properties ------------------------------------------------------------------------------------------------
+
+FLOATS = st.floats(-5, 5)
+CONFIRMS, REFUTES = Band(min=1.0), Band(max=0.0)
+
+
+@given(FLOATS, st.floats(0, 5))
+def test_no_verdict_holds_against_its_own_interval(estimate: float, error: float) -> None:
+    verdict = decide(estimate, error, CONFIRMS, REFUTES)
+    low, high = estimate - 2 * error, estimate + 2 * error
+    assert (verdict == "confirmed") == (estimate >= 1 and low > 0)
+    assert (verdict == "refuted") == (estimate <= 0 and high < 1)
+    assert (verdict == "undecided") == (low > 0 and high < 1)
+
+
+@given(FLOATS, st.floats(0, 1), st.floats(1, 3))
+def test_more_error_never_makes_a_verdict(estimate: float, error: float, factor: float) -> None:
+    less, more = (decide(estimate, e, CONFIRMS, REFUTES) for e in (error, factor * error))
+    assert more in (less, "underpowered")
+
+
+@given(st.dictionaries(st.integers(0, 9), st.one_of(st.none(), FLOATS), min_size=1), st.integers(1, 10))
+def test_a_missing_seed_can_only_make_a_verdict_weaker(values: dict[int, float | None], needed: int) -> None:
+    """If it is underpowered, some values of the missing seeds would decide; and no others do."""
+    verdict = decide_by_seed(values, CONFIRMS, REFUTES, needed)
+    filled = {
+        decide_by_seed({s: v if v is not None else fill for s, v in values.items()}, CONFIRMS, REFUTES, needed)
+        for fill in (2.0, -1.0, 0.5)
+    }
+    if verdict in ("confirmed", "refuted", "undecided"):
+        assert filled == {verdict}
+    elif needed <= len(values):
+        assert filled & {"confirmed", "refuted"}
