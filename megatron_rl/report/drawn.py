@@ -19,8 +19,9 @@ from megatron_rl.report.curves import (
     seed_band,
     statistics_of,
 )
-from megatron_rl.report.figures import Curve, CurvePlot, DrawnFigure, draw_curves, draw_layers
+from megatron_rl.report.figures import Curve, CurvePlot, DrawnFigure, draw_arms, draw_curves, draw_layers
 from megatron_rl.report.loaded_runs import LoadedRun
+from megatron_rl.report.loaded_studies import LoadedStudy
 from megatron_rl.report.panels import COMPARED, PANELS, Panel, names_in, table_of
 
 MAP_NOTE = "A column shows the largest value of its lines. Grey: no value, or 0 if the colours are logarithmic."
@@ -132,6 +133,22 @@ def arm_figures(arms: Mapping[str, Sequence[LoadedRun]], stopped: frozenset[str]
         if curves:
             drawn = draw_curves(CurvePlot(curves, _unit(panel.file, panel.names), panel.log, points=POINTS // 3))
             figures.append(_page_figure(panel, drawn, panel.names, statistics))
+    return figures
+
+
+def measure_figures(study: LoadedStudy) -> list[PageFigure]:
+    """Figures of the study's own metrics: each run's number, by arm."""
+    figures = []
+    for measure, (file, names) in study.measures.items():
+        values: dict[str, list[float]] = {}
+        for each in study.runs:
+            value = each.metrics.get(measure)
+            if value is not None:
+                values.setdefault(each.arm, []).append(value)
+        if values:
+            panel = Panel(f"measure-{measure}", f"{measure} by arm", tuple(names), file=file)
+            note = "Dots: seeds. Bar: mean with the 95% interval of Student's t. study.yaml says how it is combined."
+            figures.append(_page_figure(panel, draw_arms(values, _unit(file, names)), names, [], note))
     return figures
 
 

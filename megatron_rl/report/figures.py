@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +16,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-from megatron_rl.report.curves import LayerMap, SeedBand, decimate
+from megatron_rl.report.curves import LayerMap, SeedBand, decimate, student_t95
 
 SIZE = (5.2, 3.2)
 """Inches; small, so that the text stays legible on a page of 400 pixels."""
@@ -123,6 +123,22 @@ def _drawn(axes: Axes, curve: Curve, plot: CurvePlot) -> bool:
     return bool(there.any())
 
 
+def draw_arms(values: Mapping[str, Sequence[float]], unit: str) -> DrawnFigure:
+    """One dot for each seed of each arm, and the mean with the 95% interval of Student's t if there are several."""
+    with _figure() as (figure, axes):
+        for number, seeds in enumerate(values.values()):
+            color = f"C{number % 10}"
+            axes.plot([number] * len(seeds), seeds, "o", color=color, markersize=4, alpha=0.7)
+            if len(seeds) > 1:
+                error = student_t95(len(seeds) - 1) * np.std(seeds, ddof=1) / np.sqrt(len(seeds))
+                axes.errorbar(number + 0.15, np.mean(seeds), error, color=color, capsize=4, marker="_")
+        axes.set_xticks(range(len(values)), list(values), rotation=20 if len(values) < 5 else 60, ha="right")
+        axes.set_xlim(-0.5, len(values) - 0.5)
+        axes.set_ylabel(unit)
+        figure.subplots_adjust(bottom=0.3)
+        return _finish(figure)
+
+
 def draw_layers(found: LayerMap, unit: str) -> DrawnFigure:
     """Heat map over steps and layers; the colour is logarithmic if the values above 0 span two decades."""
     with _figure() as (figure, axes):
@@ -168,7 +184,7 @@ def _plain_decades(axes: Axes) -> None:
     low, high = axes.get_ylim()
     axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.yaxis.set_minor_formatter(FormatStrFormatter("%g") if high < 1000 * low else NullFormatter())
-    if 10 * low <= high < 1000 * low:
+    if 3 * low <= high < 1000 * low:
         axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
 
 

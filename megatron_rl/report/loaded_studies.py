@@ -26,6 +26,8 @@ class StudyRun:
     reason: str
     metrics: Mapping[str, float | None]
     """The study's own metrics of this run; empty without a result."""
+    errors: Mapping[str, float | None]
+    """Standard errors of those metrics that have one."""
     run: LoadedRun | None
     """None if the run has no directory yet, or none that can be read."""
 
@@ -44,6 +46,8 @@ class LoadedStudy:
     numbers: Sequence[tuple[str, str]]
     also: Sequence[tuple[str, str, str]]
     """(name, verdict, text) of further rules, which do not decide."""
+    measures: Mapping[str, tuple[str, Sequence[str]]]
+    """The study's own metrics: (file, names in its lines) of each."""
     runs: Sequence[StudyRun]
 
     @property
@@ -91,8 +95,16 @@ def load_study(path: Path) -> LoadedStudy:
         text=str(decided.get("text", "No run of the study has ended yet.")),
         numbers=[(key, _shown(value)) for key, value in flatten(decided.get("numbers") or {}).items() if key],
         also=[(name, str(e.get("verdict")), str(e.get("text"))) for name, e in (decided.get("also") or {}).items()],
+        measures={name: _measure(each) for name, each in (asked.get("metrics") or {}).items()},
         runs=[_load_run_of(path, entry) for entry in plan],
     )
+
+
+def _measure(asked: Any) -> tuple[str, Sequence[str]]:
+    """File and names of a metric as study.yaml gives it."""
+    names = asked.get("name", []) if isinstance(asked, dict) else []
+    file = "eval.jsonl" if isinstance(asked, dict) and asked.get("file") == "eval" else "metrics.jsonl"
+    return file, [names] if isinstance(names, str) else [str(name) for name in names]
 
 
 def _load_run_of(path: Path, entry: Any) -> StudyRun:
@@ -107,7 +119,8 @@ def _load_run_of(path: Path, entry: Any) -> StudyRun:
     result = _read_json(file, dict) if file.is_file() else {}
     run = load_run(directory, name) if is_run(directory) else None
     status, reason = str(result.get("status", "left")), str(result.get("reason", ""))
-    return StudyRun(name, arm, seed, status, reason, result.get("metrics") or {}, run)
+    metrics, errors = result.get("metrics") or {}, result.get("errors") or {}
+    return StudyRun(name, arm, seed, status, reason, metrics, errors, run)
 
 
 def _read_json(file: Path, kind: type) -> Any:
@@ -125,4 +138,6 @@ def _read_json(file: Path, kind: type) -> Any:
 def _shown(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_shown, value))}]"
+    if value is None:
+        return "-"
     return f"{value:.6g}" if isinstance(value, float) else str(value)

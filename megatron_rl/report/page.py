@@ -13,7 +13,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from megatron_rl.disk import write_durably, writes
 from megatron_rl.lab.health import AFTER_STEP, RULES, Severity, Sign
 from megatron_rl.report.curves import POINTS
-from megatron_rl.report.drawn import FigureGroup, PageFigure, arm_figures, compared_figures, run_figures
+from megatron_rl.report.drawn import (
+    FigureGroup,
+    PageFigure,
+    arm_figures,
+    compared_figures,
+    measure_figures,
+    run_figures,
+)
 from megatron_rl.report.loaded_runs import LoadedRun, differing_keys
 from megatron_rl.report.loaded_studies import STATUSES, LoadedStudy
 
@@ -31,7 +38,10 @@ class RunSection:
 @dataclass(frozen=True)
 class StudySection:
     study: LoadedStudy
+    measures: Sequence[PageFigure]
+    """Figures of the study's own metrics."""
     figures: Sequence[PageFigure]
+    """Figures over steps."""
     differences: Sequence[tuple[str, list[str]]]
     """(key, value in each arm's first run)."""
 
@@ -47,7 +57,10 @@ class ReportPage:
     def images(self) -> Iterator[tuple[str, bytes]]:
         """Yields file name and PNG of every figure."""
         for section in self.studies:
-            yield from ((f"{_plain(section.study.name)}-{f.key}.png", f.png) for f in section.figures)
+            yield from (
+                (f"{_plain(section.study.name)}-{_plain(f.key)}.png", f.png)
+                for f in (*section.measures, *section.figures)
+            )
         yield from ((f"compared-{figure.key}.png", figure.png) for figure in self.compared)
         for each in self.runs:
             figures = (figure for group in each.groups for figure in group.figures)
@@ -68,7 +81,8 @@ def compose(studies: Sequence[LoadedStudy], runs: Sequence[LoadedRun]) -> Report
 
 def _study_section(study: LoadedStudy) -> StudySection:
     firsts = [runs[0] for runs in study.arms.values()]
-    return StudySection(study, arm_figures(study.arms, study.stopped), differing_keys(firsts))
+    figures = arm_figures(study.arms, study.stopped)
+    return StudySection(study, measure_figures(study), figures, differing_keys(firsts))
 
 
 def render(report: ReportPage) -> str:

@@ -95,11 +95,15 @@ def write_study(path: Path, arms: Mapping[str, Sequence[int]], **texts: str) -> 
         (path / "runs" / name / "eval.jsonl").unlink()
         plan.append({"run": name, "arm": arm, "seed": seed, "run_dir": f"runs/{name}"})
         result = {"status": "stopped", "reason": "accuracy halved"} if stopped else {"status": "done", "reason": ""}
-        write_json(path / "results" / f"{name}.json", {**result, "metrics": {"gain": 0.1 * seed, "lost": None}})
+        write_json(
+            path / "results" / f"{name}.json",
+            {**result, "metrics": {"gain": 0.1 * seed, "lost": None}, "errors": {"gain": 0.01}},
+        )
     plan.append({"run": "left-seed-1", "arm": "left", "seed": 1, "run_dir": "runs/left-seed-1"})
     write_json(path / "plan.json", plan)
     asked = {"question": "Is it noise?", "hypothesis": "It is.", "source": "2507.18071", **texts}
     rule = "rule: {kind: slope, confirmed: [-0.6, -0.4]}\n"
+    rule += "metrics: {gain: {name: kl/old_policy/k3}, lost: {file: eval, name: [avg_at_k]}}\n"
     (path / "study.yaml").write_text("".join(f"{k}: {orjson.dumps(v).decode()}\n" for k, v in asked.items()) + rule)
     numbers = {"slope": -0.512345678, "interval": {"low": -0.55, "high": -0.47}, "lengths": [17, 50]}
     also = {"steeper": {"verdict": "refuted", "text": "The slope of arm b is flat.", "rule": {}, "numbers": {}}}

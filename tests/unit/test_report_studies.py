@@ -45,8 +45,8 @@ def test_a_study_shows_question_rule_verdict_and_numbers(study: tuple[Path, Repo
 
 def test_a_study_lists_its_runs_with_their_ends(study: tuple[Path, ReportPage]) -> None:
     rows = parse(render(study[1])).rows
-    assert ["a-seed-2", "a", "2", "done", "healthy", "0.2", "-", ""] in rows
-    assert ["b-seed-2", "b", "2", "stopped", "healthy", "0.2", "-", "accuracy halved"] in rows
+    assert ["a-seed-2", "a", "2", "done", "healthy", "0.2 ± 0.01", "-", ""] in rows
+    assert ["b-seed-2", "b", "2", "stopped", "healthy", "0.2 ± 0.01", "-", "accuracy halved"] in rows
     assert ["left-seed-1", "left", "1", "left", "-", "-", "-", ""] in rows
     assert ["arm", "a", "b"] in rows  # the difference of the configurations
 
@@ -54,7 +54,10 @@ def test_a_study_lists_its_runs_with_their_ends(study: tuple[Path, ReportPage]) 
 def test_a_study_has_a_figure_of_each_metric_over_its_arms(study: tuple[Path, ReportPage]) -> None:
     (section,) = study[1].studies
     assert [figure.key for figure in section.figures] == ["accuracy", "kl_updates"]
-    assert [name for name, _ in study[1].images()] == ["noise-accuracy.png", "noise-kl_updates.png"]
+    assert [figure.title for figure in section.measures] == ["gain by arm"]  # `lost` has no number
+    assert [each.name for each in section.measures[0].definitions] == ["kl/old_policy/k3"]
+    images = ["noise-measure-gain.png", "noise-accuracy.png", "noise-kl_updates.png"]
+    assert [name for name, _ in study[1].images()] == images
     runs = section.study.arms["b"]
     assert [each.name for each in runs] == ["b-seed-1", "b-seed-2"]
     band = seed_band([each.metrics.by_step("kl/old_policy/k3") for each in runs])
