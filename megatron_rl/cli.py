@@ -15,6 +15,7 @@ from megatron_rl.config.resolve import resolve
 from megatron_rl.config.schema import Config, Device, EngineDtype, Recompute, ServerDtype, SftConfig
 from megatron_rl.errors import UserError
 from megatron_rl.garbage import collect_rarely
+from megatron_rl.models.kinds import PolicyKind
 from megatron_rl.ranks.agreement import agree, end, explain_fault, tell
 from megatron_rl.ranks.world import read_world
 from megatron_rl.stop import Stopped
@@ -201,6 +202,20 @@ def report(
     from megatron_rl.report.command import run
 
     print(run(paths, out))
+
+
+@app.command()
+def graft(
+    donor: Annotated[Path, typer.Argument(metavar="FROM", exists=True, file_okay=False, help="Model that gives")],
+    base: Annotated[Path, typer.Argument(metavar="INTO", exists=True, file_okay=False, help="Model that receives")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory of the new model")],
+    weights: Annotated[list[PolicyKind], typer.Option(help="Kind of FROM's weights; may be given several times")],
+) -> None:
+    """Writes a model that is INTO with FROM's weights of some kinds, such as its routers."""
+    from megatron_rl.models.graft import graft as run
+
+    done = run(donor, base, out, dict.fromkeys(weights))
+    print(f"{out}: {done.taken} tensors of {donor}, {done.kept} of {base}")
 
 
 def _refuse_world_size(world_size: int | None) -> None:

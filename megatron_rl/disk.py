@@ -17,15 +17,20 @@ class DiskError(UserError):
 
 
 @contextlib.contextmanager
-def writes(what: str, path: Path) -> Iterator[None]:
-    """Turns an OSError of the body into a DiskError: `what` was not written below `path`."""
+def writes(what: str, path: Path, then: str = "--resume") -> Iterator[None]:
+    """Turns an OSError of the body into a DiskError: `what` was not written below `path`. A UserError stays as it is.
+
+    `then`: what to do once the disk has space.
+    """
     try:
         yield
+    except UserError:  # some are OSErrors too
+        raise
     except OSError as error:
-        raise DiskError(f"{what} was not written: {explain(error, path)}") from error
+        raise DiskError(f"{what} was not written: {explain(error, path, then)}") from error
 
 
-def explain(error: OSError, path: Path) -> str:
+def explain(error: OSError, path: Path, then: str = "--resume") -> str:
     """Returns the file, the system's reason and the free space of the file's disk."""
     where = error.filename or path
     reason = (error.strerror or str(error)).lower()
@@ -36,7 +41,7 @@ def explain(error: OSError, path: Path) -> str:
         free = f"; {size(shutil.disk_usage(there).free)} free there"
     except OSError:
         free = ""
-    mend = ". Free some space, and --resume" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    mend = f". Free some space, and {then}" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
     return f"{where}: {reason}{free}{mend}"
 
 

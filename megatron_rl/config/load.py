@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from megatron_rl.config.freeze import check_freeze
 from megatron_rl.config.idle import idle_keys
 from megatron_rl.config.layout import Layout, LayoutError, check_layout
 from megatron_rl.config.objective import check_objective
@@ -25,7 +26,7 @@ from megatron_rl.config.servers import exposed
 from megatron_rl.config.sources import ConfigError, Tree, nearest, read_sources, shown
 from megatron_rl.config.switches import GroupAdvantage
 from megatron_rl.config.yaml12 import write_yaml
-from megatron_rl.models.architecture import Architecture, read_architecture
+from megatron_rl.models.architecture import Architecture, differences, read_architecture
 from megatron_rl.models.registry import server_caveats
 
 C = TypeVar("C", Config, SftConfig)
@@ -168,10 +169,14 @@ def check_config(config: Config | SftConfig, arch: Architecture, world_size: int
     except LayoutError as error:
         raise ConfigError(str(error)) from None
     problems = [*check_layout(layout, arch, config.engine), *(idle.mistake for idle in idle_keys(config))]
-    problems += _check_optim(config.optim, "optim")
+    problems += [*_check_optim(config.optim, "optim"), *check_freeze(config.optim, "optim", arch)]
     if isinstance(config, Config):
         if config.critic is not None:
             problems += _check_optim(config.critic.optim, "critic.optim")
+            if config.critic.path is None:
+                problems += check_freeze(
+                    config.critic.optim, "critic.optim", dataclasses.replace(arch, value_head=True)
+                )
         problems += [
             *_check_batch(config),
             *_check_positions(config, arch),
@@ -236,8 +241,7 @@ def check_companions(config: Config, arch: Architecture, layout: Layout) -> None
     problems = []
     reference, critic = config.model.reference, config.critic
     if reference is not None:
-        its, policy = (dataclasses.asdict(a) for a in (_read("model.reference", reference), arch))
-        differing = [f"{key} {its[key]}, not {policy[key]}" for key in its if its[key] != policy[key]]
+        differing = differences(_read("model.reference", reference), arch)
         if differing:
             problems.append(
                 f"model.reference: {reference} is of another architecture than model.path: {'; '.join(differing)}"
@@ -249,6 +253,7 @@ def check_companions(config: Config, arch: Architecture, layout: Layout) -> None
                 f"critic.path: {critic.path} has a vocabulary of {own.vocab_size} tokens, the policy one of "
                 f"{arch.vocab_size}; it must read the policy's tokens"
             )
+        problems += check_freeze(critic.optim, "critic.optim", own)
         problems += [f"critic.path: {critic.path}: {problem}" for problem in check_layout(layout, own, config.engine)]
         problems += [f"critic.path: {critic.path}: {problem}" for problem in _check_positions(config, own)]
         if config.engine.aux_loss_coefficient and own.num_layers != arch.num_layers:

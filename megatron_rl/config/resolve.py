@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic
 
+from megatron_rl.config.freeze import freeze_notes
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.load import C, ConfigError, check_companions, check_config, load_config
 from megatron_rl.config.schema import Config, SftConfig
@@ -34,7 +35,7 @@ class Resolved(Generic[C]):
     arch: Architecture
     layout: Layout
     notes: tuple[str, ...] = ()
-    """What the configuration leaves out of its presets and file, one line each."""
+    """What the configuration leaves out of its presets and file, and what does less than it says, one line each."""
 
 
 def resolve(cls: type[C], path: Path, overrides: Sequence[str], world_size: int) -> Resolved[C]:
@@ -48,7 +49,7 @@ def resolve(cls: type[C], path: Path, overrides: Sequence[str], world_size: int)
     layout = check_config(config, arch, world_size)
     if isinstance(config, Config):
         check_companions(config, arch, layout)
-    return Resolved(config, arch, layout, tuple(notes))
+    return Resolved(config, arch, layout, (*notes, *freeze_notes(config)))
 
 
 def model_dirs(config: Config | SftConfig) -> Iterator[tuple[str, Path, bool]]:

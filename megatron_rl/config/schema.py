@@ -25,6 +25,7 @@ from megatron_rl.config.bounds import (
 from megatron_rl.config.lab import LabConfig
 from megatron_rl.config.servers import VARIABLE, same_server, url_problem
 from megatron_rl.config.switches import ObjectiveConfig
+from megatron_rl.models.kinds import POLICY_KINDS, PolicyKind
 
 
 def _check_urls(urls: tuple[str, ...]) -> tuple[str, ...]:
@@ -45,8 +46,15 @@ def _check_variable(name: str) -> str:
     return name
 
 
+def _check_kinds(kinds: tuple[PolicyKind, ...]) -> tuple[PolicyKind, ...]:
+    if len(set(kinds)) < len(kinds):
+        raise PydanticCustomError("kinds", "each kind of weight once")
+    return tuple(kind for kind in POLICY_KINDS if kind in kinds)  # their order means nothing: a resume may have another
+
+
 Urls = Annotated[tuple[str, ...], AfterValidator(_check_urls)]
 VariableName = Annotated[str, AfterValidator(_check_variable)]
+WeightKinds = Annotated[tuple[PolicyKind, ...], AfterValidator(_check_kinds)]
 
 Device = Literal["auto", "cpu", "cuda"]
 EngineDtype = Literal["fp32", "bf16"]
@@ -120,6 +128,9 @@ class OptimConfig(Frozen):
     """Decoupled weight decay, as in AdamW."""
     clip_grad: Annotated[float, Field(gt=0, le=1e12)] = 1.0
     """Global gradient norm above which gradients are scaled down."""
+    freeze: WeightKinds = ()
+    """Kinds of weights that do not train. embedding: word embeddings and output layer; attention: its projections, and
+    its norms of query and key heads; other: all other norms, and dense MLPs. Empty: all train."""
     max_skipped: NonNegativeInt = 3
     """Optimizer steps of a run that may be skipped because a gradient was not finite; the next one ends the run."""
 

@@ -37,7 +37,7 @@ from megatron_rl.engine.manifest import (
 )
 from megatron_rl.engine.network import Network
 from megatron_rl.engine.optimizer import optimizer_parts
-from megatron_rl.ranks.collectives import all_gather_bytes, broadcast_bytes
+from megatron_rl.ranks.collectives import all_gather_bytes, broadcast_bytes, together
 
 PARTIAL = ".partial"
 
@@ -221,10 +221,23 @@ def _check_shard(directory: Path, manifest: Manifest, rank: int) -> str:
 
 
 def load_checkpoint(directory: Path, networks: Mapping[str, Network]) -> None:
-    """Restores weights, optimizer, learning rate and random state from what `find_checkpoint` found. Collective."""
-    path = directory / f"rank-{networks['policy'].place.rank:05d}.pt"
+    """Restores weights, optimizer, learning rate and random state from what `find_checkpoint` found. Collective.
+
+    Frozen weights are not in the checkpoint: the networks have loaded them. Raises an error on every rank, before
+    anything is restored, if they are not those with which the checkpoint was written.
+    """
+    place = networks["policy"].place
+    path = directory / f"rank-{place.rank:05d}.pt"
     # On the CPU: each network copies what it needs to its device, and a GPU's random state is kept in host memory.
     saved = torch.load(path, map_location="cpu", weights_only=True)
+    with together(place.control):
+        for name, network in networks.items():
+            if saved["networks"][name].get("frozen", "") != network.frozen_digest:
+                raise CheckpointError(
+                    f"{directory}: the {name} in {network.model_dir} has other weights of the kinds in "
+                    f"{network.optim_section}.freeze than when the run began. Put back what the run began with, or "
+                    "start a new run in another run_dir"
+                )
     for name, network in networks.items():
         _restore(network, saved["networks"][name])
     torch.set_rng_state(saved["rng"]["torch"])
@@ -271,6 +284,7 @@ def _rank_state(networks: Mapping[str, Network]) -> dict[str, Any]:
 
 def _network_state(network: Network) -> dict[str, Any]:
     return {
+        **({"frozen": network.frozen_digest} if network.frozen_digest else {}),
         "optimizers": [
             {}
             if part.is_stub_optimizer

@@ -67,7 +67,7 @@ class TokenLogProbs(torch.autograd.Function):
         hidden, weight, labels, log_z = ctx.saved_tensors
         temperature, shard, chunk = ctx.constants
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None  # frozen: None
         for rows in torch.arange(len(hidden), device=hidden.device).split(chunk):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
             grad = grads[0][part, None] / temperature
@@ -77,8 +77,9 @@ class TokenLogProbs(torch.autograd.Function):
             grad_logits.scatter_add_(1, local[:, None], grad * mine[:, None])
             grad_logits = grad_logits.to(weight.dtype)
             grad_hidden[part] = grad_logits @ weight
-            grad_weight += grad_logits.t() @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+            if grad_weight is not None:
+                grad_weight += grad_logits.t() @ hidden[part]
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float, shard: VocabularyShard) -> Tensor:

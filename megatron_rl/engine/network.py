@@ -3,6 +3,7 @@ weights, and the optimizer that trains them."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import EngineConfig, OptimConfig
 from megatron_rl.data.packing import PackedBatch
 from megatron_rl.engine.export import export_stream, model_ranks
+from megatron_rl.engine.freeze import digest_frozen, freeze
 from megatron_rl.engine.grad_norms import grad_norms
 from megatron_rl.engine.layers.choice import choose_layers
 from megatron_rl.engine.megatron_config import transformer_config
@@ -30,6 +32,8 @@ from megatron_rl.engine.stages import build_stages
 from megatron_rl.engine.step import LossFunction, forward_backward
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture, read_architecture
+from megatron_rl.models.binding import bind, parameter_kinds
+from megatron_rl.models.registry import kinds_of
 from megatron_rl.models.weights_io import load_weights
 from megatron_rl.ranks.collectives import together
 from megatron_rl.ranks.place import Place
@@ -52,7 +56,7 @@ def always(norms: dict[str, float]) -> bool:
 class UpdateResult:
     """What one optimizer step says of itself, the same on every rank."""
 
-    grad_norm: float  # global, before clipping
+    grad_norm: float  # global, of the weights that train, before clipping
     grad_norms: dict[str, float]  # the same by kind of weight
     lr: float
     skipped: bool  # the gradient was not finite or the step was not approved, and no weight was changed
@@ -79,7 +83,8 @@ class Network:
         value_head: bool = False,
     ) -> None:
         """Without `optim` gradients are reduced whole into each parameter's main_grad (for comparing them); `frozen`
-        has no gradients at all, nor their buffers."""
+        has no gradients at all, nor their buffers. Otherwise the kinds of weights in `optim.freeze` do not
+        train."""
         self.arch: Architecture = read_architecture(model_dir, value_head)
         self.model_dir = model_dir
         self.layout = layout
@@ -93,15 +98,17 @@ class Network:
         stages = build_stages(self.arch, engine, layout, config, self.layers, temperature)
         # Most weights are made where they belong, but norms and routers on the CPU.
         self.models = [model.to(device) for model in stages]
+        ranks, names = model_ranks(layout, place.rank), self.layers.weight_names
         with together(place.control):  # one rank's share may be damaged, and another's not
-            self.unused_weights = load_weights(
-                list(self.models), self.arch, model_dir, model_ranks(layout, place.rank), self.layers.weight_names
-            )
+            self.unused_weights = load_weights(list(self.models), self.arch, model_dir, ranks, names)
         self.stages: list[Any] = list(self.models)
         if frozen:
             for model in self.models:
                 model.requires_grad_(False)
             return
+        self._kinds = parameter_kinds(bind(list(self.models), self.arch, ranks, names))
+        if optim is not None:
+            freeze(self.models, self._kinds, optim.freeze)
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=optim is not None, grad_reduce_in_fp32=True, overlap_grad_reduce=False
         )
@@ -111,7 +118,13 @@ class Network:
         ]
         if optim is not None:
             self._max_skipped = optim.max_skipped
+            self._trained = tuple(kind for kind in kinds_of(self.arch) if kind not in optim.freeze)
             self.optimizer, self.scheduler = build_optimizer(optim, self.stages, engine.dtype == "bf16")
+
+    @functools.cached_property
+    def frozen_digest(self) -> str:
+        """Digest of this rank's frozen weights, which never change; empty if it has none."""
+        return digest_frozen(self.models)
 
     @property
     def is_last_stage(self) -> bool:
@@ -147,7 +160,7 @@ class Network:
         self.accumulate(batches, loss, routing)
         self.scheduler.step(increment=1)
         self.optimizer.prepare_grads()
-        by_kind = grad_norms(self.stages, optimizer_parts(self.optimizer), self.device, self.arch.value_head)
+        by_kind = grad_norms(self._kinds, self._trained, optimizer_parts(self.optimizer), self.device)
         total = math.hypot(*by_kind.values())
         is_finite, is_approved = math.isfinite(total), approve(by_kind)
         skipped = not (is_finite and is_approved)

@@ -40,7 +40,7 @@ from megatron_rl.loop.networks import Networks, build_networks, identify
 from megatron_rl.loop.progress import is_due
 from megatron_rl.loop.watch import Watch
 from megatron_rl.models.architecture import read_architecture
-from megatron_rl.models.weights_io import save_weights
+from megatron_rl.models.weights_io import MAX_SHARD_BYTES, save_weights
 from megatron_rl.ranks.collectives import together
 from megatron_rl.ranks.heartbeat import Heartbeat
 from megatron_rl.ranks.place import Place, start_process_groups, stop_process_groups
@@ -48,8 +48,6 @@ from megatron_rl.ranks.world import read_world
 from megatron_rl.routing.exchange import reduce_stats
 from megatron_rl.routing.modes import MiniBatchRouting
 from megatron_rl.stop import Clock, Stopped
-
-MAX_SHARD_BYTES = 4 << 30
 
 logger = logging.getLogger(__name__)
 

@@ -127,6 +127,12 @@ class Architecture:
         return self.num_experts > 0 and layer not in self.dense_layers
 
 
+def differences(found: Architecture, expected: Architecture) -> list[str]:
+    """Returns `field value, not value` for each field in which `found` differs from `expected`."""
+    its, theirs = dataclasses.asdict(found), dataclasses.asdict(expected)
+    return [f"{field} {its[field]}, not {theirs[field]}" for field in its if its[field] != theirs[field]]
+
+
 def read_architecture(model_dir: Path, value_head: bool = False) -> Architecture:
     """Reads the architecture in model_dir/config.json; with `value_head` it is a critic's, whose directory may be that
     of a language model.

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.kinds import WeightKind
 from megatron_rl.models.registry import weights_of
 from megatron_rl.models.weight import Weight
 
@@ -78,6 +79,15 @@ def bind(chunks: Sequence[nn.Module], arch: Architecture, ranks: ModelRanks, nam
                 _check_shape(name, slots[canonical], ranks, local_experts)
     _check_complete(weights, slots, arch, experts)
     return [slots[name] for name in weights if name in slots]
+
+
+def parameter_kinds(slots: Iterable[Slot]) -> dict[nn.Parameter, WeightKind]:
+    """Returns the kind of the weights that each parameter holds. Raises ValueError for a parameter of two kinds."""
+    kinds: dict[nn.Parameter, WeightKind] = {}
+    for slot in slots:
+        if kinds.setdefault(slot.parameter, slot.weight.kind) != slot.weight.kind:
+            raise ValueError(f"{slot.weight.name} ({slot.weight.kind}): its parameter holds another kind of weight too")
+    return kinds
 
 
 def _check_shape(name: str, slot: Slot, ranks: ModelRanks, local_experts: int) -> None:

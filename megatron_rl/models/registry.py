@@ -10,6 +10,8 @@ import importlib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from megatron_rl.models.kinds import WEIGHT_KINDS, WeightKind
+
 if TYPE_CHECKING:  # architecture.py looks families up here
     from megatron_rl.models.architecture import Architecture
     from megatron_rl.models.fields import JsonFields
@@ -57,6 +59,12 @@ def family_of(arch: Architecture) -> Family:
 def weights_of(arch: Architecture) -> list[Weight]:
     """The model's weights, in the order in which they are exported."""
     return family_of(arch).weights(arch)
+
+
+def kinds_of(arch: Architecture) -> tuple[WeightKind, ...]:
+    """Returns the kinds of weights that the model has, in the order of WEIGHT_KINDS."""
+    found = {weight.kind for weight in weights_of(arch)}
+    return tuple(kind for kind in WEIGHT_KINDS if kind in found)
 
 
 def server_caveats(arch: Architecture) -> Iterable[str]:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_rl.models.kinds import WeightKind
+
 Shape = tuple[int, ...]
 
 
@@ -85,6 +87,7 @@ class Weight:
     sources: tuple[Source, ...]
     sharding: Sharding
     at: int | Literal["first", "last"]  # the layer it belongs to, or the end of the pipeline that holds it
+    kind: WeightKind
     expert: int | None = None  # set: shared over expert-tensor ranks, held by one expert-parallel rank
     copy: bool = False  # a second copy of tied embeddings: loaded, never exported
     optional: bool = False  # zero where the files lack it

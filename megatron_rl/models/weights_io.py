@@ -32,6 +32,8 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _FILE_NAME = re.compile(r"[^/\\\0\ud800-\udfff]{1,200}\.safetensors")
 _DTYPES = ("F32", "F16", "BF16")
+MAX_SHARD_BYTES = 4 << 30
+"""Largest file of weights that a run writes."""
 # Besides weights, what a server or transformers needs to load the directory.
 COMPANIONS = (
     "config.json",
@@ -213,11 +215,11 @@ def save_weights(
     model_dir: Path,
     source_dir: Path,
     max_shard_bytes: int,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     value_head: bool = False,
 ) -> None:
     """Writes a Hugging Face directory: `tensors` cast to `dtype`, the rest from source_dir; with `value_head` that of a
-    model with one number per token.
+    model with one number per token. A `dtype` of None leaves each tensor's dtype, and config.json's, as they are.
 
     The directory appears whole or not at all. Raises FileInTheWayError when model_dir is there already, and
     ModelError when a tensor is not one of source_dir's config.json, comes twice, has another shape or never
@@ -225,7 +227,7 @@ def save_weights(
     """
     model_dir, source_dir = Path(model_dir), Path(source_dir)
     arch = read_architecture(source_dir, value_head)
-    if model_dir.exists():
+    if model_dir.exists() or model_dir.is_symlink():
         raise FileInTheWayError(f"{model_dir} exists already; choose another directory, or remove it")
     partial = model_dir.with_name(f".{model_dir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
@@ -238,11 +240,13 @@ def save_weights(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _copy_companions(source_dir: Path, target: Path, dtype: torch.dtype, arch: Architecture) -> None:
+def _copy_companions(source_dir: Path, target: Path, dtype: torch.dtype | None, arch: Architecture) -> None:
     for file in sorted({f for pattern in COMPANIONS for f in source_dir.glob(pattern) if f.is_file()}):
         shutil.copyfile(file, target / file.name)
     config = json.loads((target / "config.json").read_text())
-    changed: dict[str, Any] = {"torch_dtype" if "torch_dtype" in config else "dtype": str(dtype).removeprefix("torch.")}
+    changed: dict[str, Any] = {}
+    if dtype is not None:
+        changed["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
     if arch.value_head:
         labels = {"id2label": {"0": "value"}, "label2id": {"value": 0}}
         changed |= {"architectures": [family_of(arch).VALUE_MODEL], **labels}
@@ -266,7 +270,7 @@ def _checked(tensors: Iterable[tuple[str, Tensor]], arch: Architecture) -> Itera
 
 
 def _write_shards(
-    tensors: Iterable[tuple[str, Tensor]], target: Path, max_shard_bytes: int, dtype: torch.dtype
+    tensors: Iterable[tuple[str, Tensor]], target: Path, max_shard_bytes: int, dtype: torch.dtype | None
 ) -> None:
     shards: list[list[str]] = []  # names per file
     held: dict[str, Tensor] = {}

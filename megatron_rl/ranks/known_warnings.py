@@ -31,6 +31,8 @@ EVERYWHERE = (
     KnownWarning(UserWarning, MEGATRON + "transformer.transformer_config", "full scope is deprecated"),
     # Its optimizer asks every parameter for a gradient, views included, and expects None from those.
     KnownWarning(UserWarning, MEGATRON + "optimizer", r"The \.grad attribute of a Tensor that is not a leaf"),
+    # Megatron-Core has one optimizer for experts and one for all other weights, which optim.freeze may all have.
+    KnownWarning(UserWarning, MEGATRON + "optimizer", "WARNING: there is no optimizer on RANK"),
     # Megatron-Core calls two collectives by the names that torch deprecates; they still work.
     KnownWarning(
         FutureWarning,

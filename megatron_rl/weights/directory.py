@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from megatron_rl.disk import writes
-from megatron_rl.models.weights_io import save_weights
+from megatron_rl.models.weights_io import MAX_SHARD_BYTES, save_weights
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import SGLangClient
 from megatron_rl.weights.collective import wait_for
-
-MAX_SHARD_BYTES = 4 << 30
 
 
 class DiskRoute:

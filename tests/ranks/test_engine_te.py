@@ -11,8 +11,10 @@ import pytest
 import torch
 from paths import SUPPORT
 from rl_runs import environment
-from te_worker import LAYOUTS
+from safetensors.torch import load_file
+from te_worker import FROZEN, LAYOUTS
 from tiny_models import make_tiny_model
+from weight_kinds import kind_of
 
 DIRECTORY = Path(sys.prefix) / "te"
 """The folder into which `make install` puts it. Among the environment's packages, `layers: auto` would find it."""
@@ -73,6 +75,22 @@ def test_weights_equal_plain_pytorch_after_two_updates(answers: dict[str, dict[s
         assert te["weights"].keys() == plain["weights"].keys()
         for name, weight in plain["weights"].items():
             assert apart(te["weights"][name], weight) <= 3e-6, (layout, name)
+
+
+@pytest.mark.distributed
+def test_frozen_weights_stay_and_the_others_equal_plain_pytorch(
+    answers: dict[str, dict[str, Any]], model: Path
+) -> None:
+    before = load_file(model / "model.safetensors")
+    for layout, found in answers.items():
+        te, plain = found["te"], found["torch"]
+        for name, weight in plain["partial_weights"].items():
+            is_frozen = kind_of(name) in FROZEN
+            assert torch.equal(te["partial_weights"][name], before[name]) == is_frozen, (layout, name)
+            assert apart(te["partial_weights"][name], weight) <= 3e-6, (layout, name)
+        for mine, theirs in zip(te["partial_norms"], plain["partial_norms"], strict=True):
+            assert {*mine} == {"expert", "other"}
+            assert mine == pytest.approx(theirs, rel=1e-4), layout
 
 
 @pytest.mark.distributed

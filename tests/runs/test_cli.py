@@ -31,6 +31,7 @@ OPTIONS = {
     "sft": {"config", "overrides", "--dry-run", "--resume", "--world-size"},
     "study": {"file", "--task", "--dry-run"},
     "serve": {"model", "--host", "--port", "--device", "--dtype", "--tp", "--max-total-tokens", "--api-key-env"},
+    "graft": {"donor", "base", "out", "--weights"},
     "certify": {"--model", "--layout", "--recompute", "--dtype", "--device", "--json"},
     "parity": {
         "--model",

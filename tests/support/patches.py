@@ -31,6 +31,13 @@ def wait_less() -> None:
     meeting.ANSWER_SECONDS = marks.SEEN_SECONDS = 2.0
 
 
+def sample_little_of_a_model() -> None:
+    """Makes a resume see so little of the model's files that it misses most changes, as in files of gigabytes."""
+    from megatron_rl.models import identity
+
+    identity.WHOLE_BYTES, identity.SAMPLES, identity.SAMPLE_BYTES = 10_000, 2, 64
+
+
 def made_up_rollouts(seconds: float = 0.0) -> None:
     """Makes up answers without servers. The second rollout prints a line and takes `seconds`, if that is not 0."""
     from dynamic_worker import MadeUp, replace_servers
