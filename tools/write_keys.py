@@ -29,7 +29,8 @@ INTRODUCTION = """\
 # Configuration keys
 
 Every key of the YAML file that `megatron-rl train` and `megatron-rl sft` read. `python tools/write_keys.py` writes this
-page from `schema.py` and `switches.py` in `megatron_rl/config`; edit the docstrings there, not this page.
+page from `schema.py`, `switches.py` and `stress.py` in `megatron_rl/config`; edit the docstrings there, not this
+page.
 
 A key can also be set on the command line, as `optim.lr=1e-5`. In YAML the part before the last dot is a section:
 `optim: {lr: 1.0e-5}`. A section or key whose values include null can be switched off with `null`. `megatron-rl train

@@ -80,6 +80,9 @@ def _of_replay(config: Config) -> Iterator[Idle]:
         yield Idle("rollout.servers.urls", list(rollout.servers.urls), cause, without, "drop it")
     if config.weights.verify:
         yield Idle("weights.verify", config.weights.verify, cause, without, "set it to 0")
+    if config.weights.stress.kind != "none":
+        why = f"{without}; the saved rollouts are as stressed as the run that made them"
+        yield Idle("weights.stress", config.weights.stress.kind, cause, why, "set weights.stress.kind to none")
     if config.data.heldout is not None:
         yield Idle("data.heldout", config.data.heldout, cause, f"{without} to evaluate with", "set it to null")
     if rollout.dynamic_sampling is not None:

@@ -24,6 +24,7 @@ from megatron_rl.config.sections import Kinds, all_keys, sections, sections_of_k
 from megatron_rl.config.server_flags import TRAINERS_FLAGS, UNROUTED_FLAGS, check_server_flags, flags_among
 from megatron_rl.config.servers import exposed
 from megatron_rl.config.sources import ConfigError, Tree, nearest, read_sources, shown
+from megatron_rl.config.stress import check_stress
 from megatron_rl.config.switches import GroupAdvantage
 from megatron_rl.config.yaml12 import write_yaml
 from megatron_rl.models.architecture import Architecture, differences, read_architecture
@@ -187,6 +188,7 @@ def check_config(config: Config | SftConfig, arch: Architecture, world_size: int
             *_check_dynamic_sampling(config),
             *_check_servers(config, arch),
             *_check_routing(config, arch),
+            *check_stress(config.weights.stress, arch),
             *_check_evaluation(config),
         ]
     else:

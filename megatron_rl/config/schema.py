@@ -24,6 +24,7 @@ from megatron_rl.config.bounds import (
 )
 from megatron_rl.config.lab import LabConfig
 from megatron_rl.config.servers import VARIABLE, same_server, url_problem
+from megatron_rl.config.stress import NoStress, StressConfig
 from megatron_rl.config.switches import ObjectiveConfig
 from megatron_rl.models.kinds import POLICY_KINDS, PolicyKind
 
@@ -277,6 +278,9 @@ class WeightsConfig(Frozen):
     engine and servers compute in fp32 on a CPU, else 0.1."""
     timeout: Seconds = 600.0
     """Seconds until the servers must answer each request of a weight sync."""
+    stress: StressConfig = NoStress()
+    """Widens the mismatch between servers and trainer: changes the weights that the servers get, and never the
+    trainer's own (docs/stress.md)."""
 
 
 class EvalConfig(Frozen):

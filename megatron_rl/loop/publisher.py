@@ -18,8 +18,14 @@ class Publisher:
         self._sync: WeightSync | None = None
         if servers is not None:
             first = servers.leader if trainer.place.rank == 0 else None
-            directory, temperature = trainer.run.path / "weights", config.rollout.temperature
-            self._sync = WeightSync(config.weights, trainer.policy, first, directory, temperature)
+            self._sync = WeightSync(
+                config.weights,
+                trainer.policy,
+                first,
+                trainer.run.path / "weights",
+                temperature=config.rollout.temperature,
+                seed=config.seed,
+            )
 
     def start(self, version: int) -> None:
         """Publishes the weights that the run begins or goes on with, and says so. Collective."""

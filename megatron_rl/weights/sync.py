@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from megatron_rl.ranks.collectives import together
 from megatron_rl.rollout.source import Leader
 from megatron_rl.weights.collective import CollectiveRoute
 from megatron_rl.weights.directory import DiskRoute
+from megatron_rl.weights.stressed import StressedBuckets, read_stress
+from megatron_rl.weights.substitute import substituted
 from megatron_rl.weights.verify import ask_servers, probe, sampled_sequences, trainer_logprobs, verify
 
 
@@ -19,10 +22,18 @@ class WeightSync:
     """Every rank has one. `leader` holds rank 0's connections, and is None on other ranks."""
 
     def __init__(
-        self, config: WeightsConfig, policy: Policy, leader: Leader | None, directory: Path, temperature: float
+        self,
+        config: WeightsConfig,
+        policy: Policy,
+        leader: Leader | None,
+        directory: Path,
+        *,
+        temperature: float,
+        seed: int,
     ) -> None:
-        """`temperature` is the sampling temperature of the run's responses."""
+        """`temperature` is the sampling temperature of the run's responses, `seed` the run's."""
         self._config = config
+        self._stress = read_stress(config.stress, policy.arch, seed)
         self._temperature = temperature
         self._policy = policy
         self._leader = leader
@@ -39,15 +50,20 @@ class WeightSync:
 
         Raises WeightSyncError if a server or a verification fails.
         """
-        buckets = self._policy.export(self._config.bucket_mib << 20)
+        exported = self._policy.export(self._config.bucket_mib << 20)
+        stressed = None if self._stress is None else StressedBuckets(exported, self._stress, version)
         report: dict[str, float] = {}
         # All ranks leave together, or other leaders would send requests while rank 0 still sends weights.
         with together(self._policy.place.control):
             try:
                 if self._route is not None:
-                    report["weights/bytes"] = float(self._route.push(buckets, version))
+                    report["weights/bytes"] = float(
+                        self._route.push(exported if stressed is None else stressed, version)
+                    )
+                    if stressed is not None:
+                        report["weights/stress/relative_error"] = stressed.relative_error
             finally:
-                for _ in buckets:  # the other ranks gather until every bucket is sent
+                for _ in exported:  # the other ranks gather until every bucket is sent
                     pass
         # Always verify the first sync: SGLang accepts weights of a model with other shapes without an error.
         if self._syncs == 0 or (self._config.verify and self._syncs % self._config.verify == 0):
@@ -66,8 +82,9 @@ class WeightSync:
         with together(policy.place.control):
             if leader is not None:
                 asked = leader.loop.run(ask_servers(leader.clients, policy.arch, temperature, version))
-        expected = trainer_logprobs(policy, probe(policy.arch), 1.0)
-        sampled = trainer_logprobs(policy, sampled_sequences(asked, policy), temperature)
+        with self._with_servers_weights(version):
+            expected = trainer_logprobs(policy, probe(policy.arch), 1.0)
+            sampled = trainer_logprobs(policy, sampled_sequences(asked, policy), temperature)
         result = None
         with together(policy.place.control):
             if asked is not None and expected is not None and sampled is not None:
@@ -81,6 +98,15 @@ class WeightSync:
             "weights/probe_mean_abs_diff": result.mean_abs_diff,
             "weights/sampled_mean_abs_diff": result.sampled_mean_abs_diff,
         }
+
+    def _with_servers_weights(self, version: int) -> contextlib.AbstractContextManager[None]:
+        """Gives the policy the weights that the servers got as `version`, until the end of the block. Collective."""
+        stress = self._stress
+        if stress is None:
+            return contextlib.nullcontext()
+        return substituted(
+            self._policy, self._config.bucket_mib << 20, lambda name, weight: stress.change(name, weight, version)
+        )
 
 
 def bound_of(config: WeightsConfig, exact: bool) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from forks import Forks, Run
 from paths import SUPPORT
+from stress_reference import copy_changed, e4m3_numbers, integers, rounded
 from tiny_models import VOCAB_SIZE, make_tiny_model, reference_logprobs
 
 from megatron_rl.rollout.client import SGLangClient
@@ -64,9 +66,10 @@ def push(
     route: str = "collective",
     mutation: str = "none",
     temperature: float = 1.0,
+    stress: str = '{"kind": "none"}',
 ) -> Run:
     ranks = 4 if layout.count("=2") > 1 and "cp" not in layout else 2
-    arguments = ("push", trained, server.url, layout, route, mutation, str(temperature))
+    arguments = ("push", trained, server.url, layout, route, mutation, str(temperature), stress)
     return forks.run(SUPPORT / "sync_worker.py", *arguments, ranks=ranks, together=True)
 
 
@@ -108,6 +111,29 @@ def test_a_faulty_weight_sync_is_detected(
     assert done.returncode != 0
     assert "log-probs of the probe differ from the trainer's" in done.stderr
     assert ask(tiny_server, lambda c: c.weights_checksum()) != fresh_checksum
+
+
+@pytest.mark.parametrize(
+    ("layout", "route", "stress"),
+    [
+        ("tp=2", "disk", '{"kind": "fp8"}'),
+        ("tp=2,pp=2,ep=2", "collective", '{"kind": "int4"}'),
+    ],
+)
+def test_a_server_gets_the_stressed_weights_by_both_routes(
+    forks: Forks, trained: Path, tiny_server: Server, tmp_path: Path, layout: str, route: str, stress: str
+) -> None:
+    """The sync's own verification compares the server with the trainer under the stressed weights, to 1e-5."""
+    done = push(forks, trained, tiny_server, layout, route, stress=stress)
+    assert done.returncode == 0, done.stderr[-9000:]
+    numbers, rows = (integers(4), 1) if "int4" in stress else (e4m3_numbers(), 128)
+    reference = copy_changed(trained, tmp_path / "stressed", lambda weight: rounded(weight, numbers, rows, 128))
+    served = ask(tiny_server, lambda c: c.score(TOKENS))
+    np.testing.assert_allclose(served, reference_logprobs(reference, TOKENS).numpy(), rtol=0, atol=1e-5)
+    assert np.abs(served - reference_logprobs(trained, TOKENS).numpy()).max() > 0.01
+    (report,) = (json.loads(line) for line in done.stdout.splitlines() if "bytes" in line)
+    assert 0.02 < report["weights/stress/relative_error"] < 0.15
+    assert report["weights/probe_max_abs_diff"] < 1e-5
 
 
 def test_weights_of_a_model_with_another_shape_are_detected(forks: Forks, tiny_server: Server, tmp_path: Path) -> None:

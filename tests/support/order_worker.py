@@ -24,8 +24,8 @@ class SlowRoute:
 
 def main(marker: Path) -> None:
     place = SimpleNamespace(control=dist.group.WORLD)
-    policy = SimpleNamespace(place=place, export=lambda bucket_bytes: iter([[]]))
-    sync = WeightSync(WeightsConfig(), policy, None, Path(), temperature=1.0)  # type: ignore[arg-type]
+    policy = SimpleNamespace(place=place, arch=None, export=lambda bucket_bytes: iter([[]]))
+    sync = WeightSync(WeightsConfig(), policy, None, Path(), temperature=1.0, seed=0)  # type: ignore[arg-type]
     if dist.get_rank() == 0:
         sync._route = SlowRoute(marker)  # type: ignore[assignment]
     sync._verify = lambda version: {}  # type: ignore[method-assign]  # there are no servers to ask

@@ -1,11 +1,12 @@
 """Work of the ranks in tests of the weight sync:
 
-sync_worker.py push MODEL URL LAYOUT ROUTE MUTATION TEMPERATURE     syncs the model to the server at the URL
+sync_worker.py push MODEL URL LAYOUT ROUTE MUTATION TEMPERATURE STRESS    syncs the model to the server at the URL
 sync_worker.py export MODEL DIRECTORY                   writes the model into a Hugging Face directory
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,22 +39,26 @@ def policy_of(model: str, layout_text: str):  # type: ignore[no-untyped-def]
     return Policy(Path(model), layout, place, EngineConfig(dtype="fp32"), device, optim=None)
 
 
-def push(model: str, url: str, layout: str, route: str, mutation: str, temperature: str) -> None:
+def push(model: str, url: str, layout: str, route: str, mutation: str, temperature: str, stress: str) -> None:
+    import torch
+
     from megatron_rl.rollout.source import Leader
     from megatron_rl.weights.sync import WeightSync
 
     policy = policy_of(model, layout)
+    before = [parameter.clone() for each in policy.models for parameter in each.parameters()]
     export = policy.export
     policy.export = lambda _, **options: mutated(export(BUCKET_BYTES, **options), mutation)
     leader = None
     if policy.place.rank == 0:
         leader = Leader([url], api_key=None, deadline=60.0)
-    config = WeightsConfig(route=route)  # type: ignore[arg-type]
-    sync = WeightSync(config, policy, leader, Path(model).parent / f"sync-{route}", temperature=float(temperature))
+    config = WeightsConfig.model_validate({"route": route, "stress": json.loads(stress)})
+    directory = Path(model).parent / f"sync-{route}"
+    sync = WeightSync(config, policy, leader, directory, temperature=float(temperature), seed=0)
     try:
-        report = sync.push(7)
-        if policy.place.rank == 0:
-            print("REPORT", report["weights/probe_max_abs_diff"], flush=True)
+        print(json.dumps(sync.push(7)), flush=True)
+        after = [parameter for each in policy.models for parameter in each.parameters()]
+        assert all(map(torch.equal, before, after)), "the sync changed the trainer's weights"
     finally:
         sync.close()
         if leader is not None:

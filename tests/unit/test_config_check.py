@@ -58,6 +58,8 @@ def found(config: Config | SftConfig, world_size: int = 1) -> list[str]:
         ("rollout.servers.urls=[http://localhost:1] rollout.servers.tp=3 rollout.servers.max_total_tokens=1", 1),
         ("eval.every=2 data.heldout=x.jsonl eval.samples=4 eval.temperature=1", 1),
         ("weights.verify=1 rollout.servers.dtype=bf16", 1),
+        ("weights.stress.kind=fp8 weights.stress.targets=[attention,expert,router,embedding,head]", 1),
+        ("weights.stress.kind=noise weights.stress.size=.01 rollout.servers.dtype=bf16", 1),
         ("weights.verify=1 engine.dtype=fp32 rollout.servers.dtype=bf16", 1),
         ("data.max_prompt_tokens=1024 rollout.max_response_tokens=3072", 1),
         ("rollout.servers.urls=[http://a:1] rollout.servers.api_key_env=KEY", 1),
@@ -170,6 +172,18 @@ def test_a_configuration_without_contradictions_is_accepted(tmp_path: Path, over
             "rollout.replay_from=r weights.verify=2",
             1,
             "weights.verify: 2 does nothing under rollout.replay_from, which",
+        ),
+        (
+            "rollout.replay_from=r weights.stress.kind=fp8",
+            1,
+            "weights.stress: fp8 does nothing under rollout.replay_from, which uses no servers; the saved rollouts are "
+            "as stressed as the run that made them; set weights.stress.kind to none",
+        ),
+        (
+            "weights.stress.kind=int4 weights.stress.targets=[expert,mlp]",
+            1,
+            "weights.stress.targets: mlp, but the model has no such weights; it has attention, expert, router, "
+            "embedding, head",
         ),
         (
             "rollout.replay_from=r data.heldout=x",

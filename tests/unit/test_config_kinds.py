@@ -46,12 +46,13 @@ def mistakes(tmp_path: Path, text: str, *overrides: str) -> list[str]:
 # ---- replacing a kind ------------------------------------------------------------------------------------------
 
 
-def test_four_sections_have_kinds() -> None:
+def test_five_sections_have_kinds() -> None:
     assert {section: (its.name, its.default) for section, its in KINDS.items()} == {
         "objective.clip": ("kind", "min"),
         "objective.advantage": ("estimator", "group"),
         "objective.correction": ("kind", "none"),
         "objective.kl": ("kind", "none"),
+        "weights.stress": ("kind", "none"),
     }
     assert not sections_of_kinds(SftConfig)
 
@@ -111,7 +112,8 @@ def test_a_dump_has_only_the_keys_of_each_kind_and_can_be_loaded(tmp_path: Path)
         config, _ = load(tmp_path, f"presets: [{preset}]\n")
         dumped = config.model_dump(mode="json")
         for section, its in KINDS.items():
-            values = dumped["objective"][section.rpartition(".")[2]]
+            room, _, name = section.partition(".")
+            values = dumped[room][name]
             assert list(values) == list(its.members[values[its.name]].model_fields)
             assert next(iter(values)) == its.name
         assert load_config(Config, write(tmp_path / "b.yaml", dump_config(config))) == config
@@ -173,6 +175,24 @@ def test_a_dump_has_only_the_keys_of_each_kind_and_can_be_loaded(tmp_path: Path)
         (
             "objective.kl={kind: unbiased, beta: 1, place: reward}",
             "objective.kl.place: found \"reward\", expected 'loss' under objective.kl.kind unbiased",
+        ),
+        (
+            "weights.stress={kind: int4, size: 1}",
+            "weights.stress.size: found 1; the key belongs to weights.stress.kind noise, but that is int4. Drop the "
+            "key, or change the kind",
+        ),
+        ("weights.stress.kind=noise", "weights.stress.size: not set, needed by weights.stress.kind noise"),
+        (
+            "weights.stress.kind=int2",
+            'weights.stress.kind: found "int2", expected one of none, fp8, int8, int4, noise; did you mean int8?',
+        ),
+        (
+            "weights.stress={kind: fp8, targets: [expert, expert]}",
+            'weights.stress.targets: found ["expert", "expert"], expected one kind of weights or more, each once',
+        ),
+        (
+            "weights.stress={kind: fp8, targets: []}",
+            "weights.stress.targets: found [], expected one kind of weights or more, each once",
         ),
         ("objective.clip.low=-1", "objective.clip.low: found -1, expected a value greater than or equal to 0"),
         ("objective.kl={kind: k1, beta: null}", "objective.kl.beta: found null, expected a valid number"),

@@ -1,0 +1,93 @@
+"""Stress on demand: changes exported weights on their way to the servers (the section `weights.stress`).
+
+Whole tensors under their names in Hugging Face's files are changed, so a change does not depend on the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from megatron_rl.config.stress import QUANTISED, Fp8, Integer, Noise, NoStress, Stress, StressConfig, Target
+from megatron_rl.engine.grad_norms import kind_of
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.registry import weights_of
+from megatron_rl.models.weight import Weight
+from megatron_rl.weights.quantise import BLOCK, relative_error, round_to_fp8, round_to_integers, seed_of, with_noise
+
+Bucket = list[tuple[str, Tensor]]
+
+
+class WeightStress:
+    """The change that a run makes to the weights of its servers. Every rank has one."""
+
+    def __init__(self, config: Stress, arch: Architecture, seed: int) -> None:
+        """`seed` is the run's."""
+        self._config = config
+        self._seed = seed
+        targets = QUANTISED if config.targets is None else config.targets
+        self.names = frozenset(
+            source.name for weight in weights_of(arch) if target_of(weight) in targets for source in weight.sources
+        )
+        """Names of the tensors that are changed."""
+
+    def change(self, name: str, weight: Tensor, version: int) -> Tensor:
+        """Returns a tensor as the servers get it with weight version `version`; untargeted ones are returned as is."""
+        config = self._config
+        if name not in self.names:
+            return weight
+        if isinstance(config, Fp8):
+            return round_to_fp8(weight, BLOCK if config.scale == "block" else None)
+        if isinstance(config, Integer):
+            return round_to_integers(weight, bits={"int8": 8, "int4": 4}[config.kind])
+        assert isinstance(config, Noise)
+        return with_noise(weight, config.size, seed_of(self._seed, version, name))
+
+
+class StressedBuckets:
+    """Buckets of exported weights as the servers get them, changed one by one while they are read."""
+
+    def __init__(self, buckets: Iterable[Bucket], stress: WeightStress, version: int) -> None:
+        self._buckets = buckets
+        self._stress = stress
+        self._version = version
+        self._worst = torch.zeros(())
+
+    def __iter__(self) -> Iterator[Bucket]:
+        for bucket in self._buckets:
+            yield [(name, self._change(name, weight)) for name, weight in bucket]
+
+    @property
+    def relative_error(self) -> float:
+        """The largest relative error of a tensor, of those read so far."""
+        return self._worst.item()
+
+    def _change(self, name: str, weight: Tensor) -> Tensor:
+        changed = self._stress.change(name, weight, self._version)
+        if changed is not weight:
+            self._worst = torch.maximum(self._worst.to(weight.device), relative_error(changed, weight))
+        return changed
+
+
+def read_stress(config: StressConfig, arch: Architecture, seed: int) -> WeightStress | None:
+    """Returns None for kind none."""
+    return None if isinstance(config, NoStress) else WeightStress(config, arch, seed)
+
+
+def target_of(weight: Weight) -> Target | None:
+    """Returns the target that a weight belongs to; None for a norm. A copy of tied embeddings is the embedding."""
+    if len(weight.sources[0].shape) < 2:
+        return None
+    match kind_of(weight.name):
+        case "embedding":
+            return "head" if weight.name.startswith("output_layer.") and not weight.copy else "embedding"
+        case "attention":
+            return "attention"
+        case "expert":
+            return "expert"
+        case "router":
+            return "router"
+        case _:
+            return "mlp"
