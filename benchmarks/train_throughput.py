@@ -73,7 +73,7 @@ def engine_steps(model_dir: Path, samples: list[Sample]) -> tuple[Callable[[], N
     """(bare Megatron-Core schedule, RL gradient)."""
     os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="29533")
     device = use_device("cpu")
-    from megatron_rl.engine.distribute import MiniBatch
+    from megatron_rl.engine.distribute import MiniBatch, Outcome
     from megatron_rl.engine.packed_losses import PolicyLoss
     from megatron_rl.engine.policy import Policy
     from megatron_rl.ranks.place import start_process_groups
@@ -83,7 +83,8 @@ def engine_steps(model_dir: Path, samples: list[Sample]) -> tuple[Callable[[], N
     policy = Policy(model_dir, layout, place, EngineConfig(dtype="fp32"), device, optim=None)
     packed: PackedBatch = pack(samples, [1.0, -1.0] * (SEQUENCES // 2))
     denominators = Denominators(sum(s.response_tokens for s in samples), SEQUENCES)
-    mini_batch = MiniBatch(0, (packed,), (), denominators)
+    outcomes = tuple(Outcome(i, i // 2, 0.0) for i in range(SEQUENCES))
+    mini_batch = MiniBatch(0, (packed,), (outcomes,), denominators)
     config = load_config(Config, Path(__file__).parent.parent / "examples" / "demo" / "gspo.yaml")
     routing = make_routing(policy, packed)
     old = [logprobs for logprobs, _ in policy.logprobs([packed], routing=routing.old_pass())]

@@ -32,10 +32,24 @@ def _check_correction(config: Config) -> Iterator[str]:
     objective, correction = config.objective, config.objective.correction
     if isinstance(correction, Mis | IcePop) and correction.low is not None and correction.low > correction.high:
         yield f"objective.correction.low: {correction.low} is above objective.correction.high {correction.high}"
+    if isinstance(correction, IcePop):
+        yield from _check_negative_band(correction)
     if isinstance(correction, Mis) and (objective.denominator == "rollout" or not config.train.recompute_old_logprobs):
         yield (
             "objective.correction.kind: mis takes tokens out of the denominators, for which rho must be known before "
             "the update; it needs objective.denominator old and train.recompute_old_logprobs true (icepop does not)"
+        )
+
+
+def _check_negative_band(band: IcePop) -> Iterator[str]:
+    """Checks the band of rho for negative A, which takes bounds that are not set from the other band."""
+    if band.negative_low is None and band.negative_high is None:
+        return
+    low, high = band.negative_low or band.low, band.negative_high or band.high
+    if low > high:
+        yield (
+            f"objective.correction.negative_low: {low} is above objective.correction.negative_high {high}; one that is "
+            "not set is that of objective.correction.low and high"
         )
 
 

@@ -145,7 +145,8 @@ class Mis(Frozen):
 
 
 class IcePop(Frozen):
-    """A token's term times rho within low to high, else 0 [2510.18855]."""
+    """A token's term times rho within low to high, else 0 [2510.18855]. The band may be another if A is negative
+    [2610.11959]."""
 
     kind: Literal["icepop"] = "icepop"
     """Selects this kind."""
@@ -153,6 +154,10 @@ class IcePop(Frozen):
     """Lower bound of rho."""
     high: Positive
     """Upper bound of rho."""
+    negative_low: Positive | None = None
+    """Lower bound of rho if A is negative. Defaults to null: `low`."""
+    negative_high: Positive | None = None
+    """Upper bound of rho if A is negative. Defaults to null: `high`."""
 
 
 class SequenceMask(Frozen):
@@ -209,11 +214,12 @@ class ObjectiveConfig(Frozen):
     denominator: Literal["old", "rollout"] = "old"
     """pi_old, recomputed by the trainer, or mu, the rollout engine's log-probs."""
     clip: ClipConfig = MinClip()
-    aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant-length"] = (
-        "seq-mean-token-mean"
-    )
-    """token-mean: mean over all tokens. The others are means over responses: of their token mean, of their token sum,
-    or of their token sum / constant_length."""
+    aggregation: Literal[
+        "token-mean", "prompt-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant-length"
+    ] = "seq-mean-token-mean"
+    """token-mean: mean over all tokens. prompt-mean: mean over prompts, of the mean over all tokens of the prompt's
+    responses. The others are means over responses: of their token mean, of their token sum, or of their token sum /
+    constant_length."""
     constant_length: PositiveInt | None = None
     """Tokens by which the constant-length aggregation divides (Dr.GRPO [2503.20783]). Defaults to null. The other
     aggregations need null."""

@@ -44,7 +44,7 @@ class SampleSize:
 class Denominators:
     """Denominators of one global mini-batch, over all its micro-batches and data-parallel replicas.
 
-    They make the gradient independent of how the mini-batch is divided. Both are 0 if every token is masked out. Raises
+    They make the gradient independent of how the mini-batch is divided. They are 0 if every token is masked out. Raises
     ValueError for numbers that no mini-batch can have.
     """
 
@@ -52,10 +52,22 @@ class Denominators:
     """Masked-in tokens."""
     sequences: int
     """Sequences with a masked-in token. A masked-out sequence is in neither numerator nor denominator."""
+    prompt_tokens: Mapping[int, int] = field(default_factory=dict)
+    """Masked-in tokens of all responses to each prompt, by the number of its group; only `prompt-mean` reads it."""
+
+    @property
+    def prompts(self) -> int:
+        """Prompts with a masked-in token."""
+        return sum(tokens > 0 for tokens in self.prompt_tokens.values())
 
     def __post_init__(self) -> None:
         if self.tokens < self.sequences or self.sequences < 0:
             raise ValueError(f"denominators: {self.sequences} sequences cannot share {self.tokens} masked-in tokens")
+        of_prompts = sum(self.prompt_tokens.values())
+        if self.prompt_tokens and of_prompts != self.tokens:
+            raise ValueError(
+                f"denominators: the prompts have {of_prompts} masked-in tokens, but the mini-batch has {self.tokens}"
+            )
 
 
 @dataclass(frozen=True)
@@ -167,6 +179,7 @@ def _step(
     denominators = Denominators(
         tokens=sum(s.response_tokens for s in members),
         sequences=sum(s.response_tokens > 0 for s in members),
+        prompt_tokens=_tokens_by_group(members),
     )
     replicas = _balance(members, dp, budget, homes)
     assert replicas is not None
@@ -180,6 +193,13 @@ def _step(
             count = fewest
             replicas = _balance(members, dp, budget, homes, count) or _deal(together, dp, count)
     return StepPlan(number, denominators, tuple(_cut(replica, count) for replica in replicas))
+
+
+def _tokens_by_group(members: Sequence[SampleSize]) -> dict[int, int]:
+    tokens: dict[int, int] = {}
+    for sample in members:
+        tokens[sample.group] = tokens.get(sample.group, 0) + sample.response_tokens
+    return tokens
 
 
 def _balance(

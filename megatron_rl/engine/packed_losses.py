@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from megatron_rl.config.switches import ObjectiveConfig
-from megatron_rl.data.packing import PackedBatch
 from megatron_rl.data.schedule import Denominators
 from megatron_rl.engine.distribute import MiniBatch
 from megatron_rl.engine.packed_advantages import Estimate
@@ -55,7 +54,7 @@ class PolicyLoss:
     def __call__(self, index: int, logprobs: Tensor, entropy: Tensor) -> Tensor:
         old = logprobs.detach() if self._old is None else self._old[index]
         reference = None if self._reference is None else self._reference[index]
-        inputs = _loss_inputs(self._mini_batch.micro_batches[index], logprobs, old, reference)
+        inputs = _loss_inputs(self._mini_batch, index, logprobs, old, reference)
         if (self.router_shift is None) != (self._objective.router_shift is None):
             raise RuntimeError("objective.router_shift and the mini-batch's router shift: one is set without the other")
         if self.router_shift is not None:
@@ -71,8 +70,13 @@ def _on_device_of(tensor: Tensor, array: npt.NDArray[np.generic]) -> Tensor:
 
 
 def _loss_inputs(
-    packed: PackedBatch, logprobs: Tensor, old_logprobs: Tensor, reference_logprobs: Tensor | None = None
+    mini_batch: MiniBatch,
+    index: int,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    reference_logprobs: Tensor | None = None,
 ) -> LossInputs:
+    packed, outcomes = mini_batch.micro_batches[index], mini_batch.outcomes[index]
     return LossInputs(
         logprobs=logprobs,
         old_logprobs=old_logprobs,
@@ -82,6 +86,7 @@ def _loss_inputs(
         sequence_ids=_on_device_of(logprobs, packed.sequence_ids),
         num_sequences=len(packed.cu_seqlens) - 1,
         reference_logprobs=reference_logprobs,
+        prompts=[outcome.group for outcome in outcomes],
     )
 
 
@@ -94,14 +99,22 @@ def without_rejected(
     """
     if not leaves_denominators(objective):
         return mini_batch
-    tokens = sequences = 0
-    for packed, old in zip(mini_batch.micro_batches, old_logprobs, strict=bool(old_logprobs)):
-        lengths = kept_lengths(_loss_inputs(packed, old, old), objective)
-        tokens, sequences = tokens + int(lengths.sum()), sequences + int((lengths > 0).sum())
+    rows: list[tuple[int, int]] = []
+    for index, old in enumerate(old_logprobs):
+        if not mini_batch.micro_batches[index].is_empty:
+            inputs = _loss_inputs(mini_batch, index, old, old)
+            rows += zip(inputs.prompts or (), kept_lengths(inputs, objective).tolist(), strict=True)
     speaks = bool(old_logprobs) and place.speaks_for_stage
-    parts = all_gather_bytes(orjson.dumps([tokens, sequences]) if speaks else b"", place.control)
-    kept = [orjson.loads(part) for part in parts if part]
-    denominators = Denominators(sum(t for t, _ in kept), sum(s for _, s in kept))
+    parts = all_gather_bytes(orjson.dumps(rows if speaks else []), place.control)
+    kept = [row for part in parts for row in orjson.loads(part)]
+    prompt_tokens = dict.fromkeys(mini_batch.denominators.prompt_tokens, 0)
+    for prompt, tokens in kept:
+        prompt_tokens[prompt] += tokens
+    denominators = Denominators(
+        tokens=sum(tokens for _, tokens in kept),
+        sequences=sum(tokens > 0 for _, tokens in kept),
+        prompt_tokens=prompt_tokens,
+    )
     return dataclasses.replace(mini_batch, denominators=denominators)
 
 

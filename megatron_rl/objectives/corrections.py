@@ -62,12 +62,19 @@ def truncated(tokens: Tokens, tis: Tis, denominator: Denominator) -> Correction:
 
 
 def banded(tokens: Tokens, band: Mis | IcePop, denominator: Denominator) -> Correction:
-    """MIS, and IcePop [2510.18855, equation 3]: rho where low <= rho <= high, else 0."""
+    """MIS, and IcePop [2510.18855, equation 3]: rho where low <= rho <= high, else 0. IcePop's band may be another
+    where A < 0, as in MiMo-V2.6 [2610.11959]."""
     log_rho = log_mismatch(tokens, denominator, band.level if isinstance(band, Mis) else "token")
-    low, high = -math.inf if band.low is None else math.log(band.low), math.log(band.high)
-    masked = (log_rho < low) | (log_rho > high)
+    masked = _outside(log_rho, band.low, band.high)
+    if isinstance(band, IcePop):
+        low, high = band.negative_low or band.low, band.negative_high or band.high
+        masked = torch.where(tokens.advantages < 0, _outside(log_rho, low, high), masked)
     factor = log_rho.masked_fill(masked, 0.0) if denominator == "old" else torch.zeros_like(log_rho)
     return Correction(factor.exp().masked_fill(masked, 0.0), masked=masked)
+
+
+def _outside(log_rho: Tensor, low: float | None, high: float) -> Tensor:
+    return (log_rho < (-math.inf if low is None else math.log(low))) | (log_rho > math.log(high))
 
 
 def sequence_masked(tokens: Tokens, mask: SequenceMask) -> Correction:

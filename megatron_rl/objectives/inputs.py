@@ -5,6 +5,7 @@ Shapes: T packed positions, padding and prompts included; M of them masked in; S
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -38,6 +39,8 @@ class LossInputs:
     router_shift: Tensor | None = None
     """[T] float in 0 .. 1: how little the routers have moved since pi_old (routing/shift.py), not floored yet; 1 where
     they have not. None: 1 everywhere."""
+    prompts: Sequence[int] | None = None
+    """[S] number of each sequence's prompt, as in Denominators.prompt_tokens; read by the prompt-mean aggregation."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -48,6 +51,8 @@ class LossInputs:
         for name, dtype in (("loss_mask", torch.bool), ("sequence_ids", torch.int64)):
             if getattr(self, name).dtype != dtype:
                 raise ValueError(f"{name}: dtype {getattr(self, name).dtype}, expected {dtype}")
+        if self.prompts is not None and len(self.prompts) != self.num_sequences:
+            raise ValueError(f"prompts: {len(self.prompts)}, expected one for each of {self.num_sequences} sequences")
 
 
 @dataclass(frozen=True, eq=False)

@@ -142,9 +142,9 @@ def log_band(clip: ClipConfig, geometric: bool = False) -> tuple[float, float]:
 def token_weights(tokens: Tokens, lengths: Tensor, config: ObjectiveConfig, denominators: Denominators) -> Tensor:
     """[M] what each token's term is multiplied by: the aggregation and the mini-batch's denominator in one.
 
-    token-mean is DAPO [2503.14476, equation 8], seq-mean-token-mean GRPO [2402.03300, equation 3],
-    constant-length Dr.GRPO [2503.20783]. lengths [S] int64 are |y_i|. Raises ValueError when constant-length has no
-    constant_length.
+    token-mean is DAPO [2503.14476, equation 8], prompt-mean MiMo-V2.6 [2610.11959], seq-mean-token-mean GRPO
+    [2402.03300, equation 3], constant-length Dr.GRPO [2503.20783]. lengths [S] int64 are |y_i|. Raises ValueError when
+    constant-length has no constant_length, or prompt-mean no prompts.
     """
     # A correction may have rejected all tokens of a sequence or of the mini-batch: their terms are 0, and not 0 * inf.
     sequences = max(denominators.sequences, 1)
@@ -152,6 +152,8 @@ def token_weights(tokens: Tokens, lengths: Tensor, config: ObjectiveConfig, deno
     match config.aggregation:
         case "token-mean":
             return each / max(denominators.tokens, 1)
+        case "prompt-mean":
+            return each / _tokens_of_prompts(tokens, denominators)[tokens.sequence_ids] / max(denominators.prompts, 1)
         case "seq-mean-token-mean":
             return each / (lengths.clamp(min=1)[tokens.sequence_ids] * sequences)
         case "seq-mean-token-sum":
@@ -160,3 +162,11 @@ def token_weights(tokens: Tokens, lengths: Tensor, config: ObjectiveConfig, deno
             if config.constant_length is None:
                 raise ValueError("objective.constant_length: not set, needed by aggregation: constant-length")
             return each / (config.constant_length * sequences)
+
+
+def _tokens_of_prompts(tokens: Tokens, denominators: Denominators) -> Tensor:
+    """[S] masked-in tokens of all responses to each sequence's prompt, at least 1."""
+    if tokens.prompts is None or (denominators.tokens and not denominators.prompt_tokens):
+        raise ValueError("objective.aggregation: prompt-mean needs the sequences' prompts and their numbers of tokens")
+    counts = [max(denominators.prompt_tokens.get(prompt, 0), 1) for prompt in tokens.prompts]
+    return torch.tensor(counts, dtype=tokens.old_logprobs.dtype, device=tokens.old_logprobs.device)

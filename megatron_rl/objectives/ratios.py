@@ -5,7 +5,7 @@ Everything works on the M masked-in tokens alone, so no formula carries a mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,8 @@ class Tokens:
     """[S] int64, |y|: masked-in tokens; 0 for a sequence that is masked out."""
     reference_logprobs: Tensor | None = None
     router_shift: Tensor | None = None
+    prompts: Sequence[int] | None = None
+    """[S] number of each sequence's prompt."""
 
     @classmethod
     def of(cls, inputs: LossInputs) -> Tokens:
@@ -44,6 +46,7 @@ class Tokens:
             ),
             reference_logprobs=None if inputs.reference_logprobs is None else inputs.reference_logprobs[kept].detach(),
             router_shift=None if inputs.router_shift is None else inputs.router_shift[kept].detach(),
+            prompts=inputs.prompts,
         )
 
     def sequence_sum(self, values: Tensor) -> Tensor:

@@ -15,11 +15,12 @@ import pytest
 from forks import Forks, Run
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from objective_inputs import AGGREGATIONS
 from objective_reference import CORRECTIONS, FAMILY, TrainedSequence, kl_estimate, reference
 from rank_examples import Example, Response, generalised_advantages_of, group_advantages_of, tables, trained
 from ranks_worker import LAYOUTS, WORLD, receive, send
 
-from megatron_rl.config.switches import KL, GroupAdvantage, NoCorrection, NoKL, ObjectiveConfig, UnbiasedKL
+from megatron_rl.config.switches import KL, GroupAdvantage, Mis, NoCorrection, NoKL, ObjectiveConfig, UnbiasedKL
 from megatron_rl.data.schedule import SampleSize, ScheduleError, plan
 from megatron_rl.objectives.kl import in_reward
 
@@ -109,7 +110,7 @@ def objectives(draw: st.DrawFn, mini_batches: int) -> tuple[ObjectiveConfig, boo
     config = FAMILY[draw(st.sampled_from(NAMES))]
     update: dict[str, Any] = {"kl": draw(kls)}
     if draw(st.booleans()):
-        update["aggregation"] = draw(st.sampled_from(["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]))
+        update["aggregation"] = draw(st.sampled_from([name for name in AGGREGATIONS if name != "constant-length"]))
     elif draw(st.booleans()):
         update |= {"aggregation": "constant-length", "constant_length": 7}
     if draw(st.booleans()):
@@ -232,6 +233,7 @@ def sequences_of(drawn: Example) -> list[list[TrainedSequence]]:
                 mask=np.ones(len(response.ids), dtype=bool),
                 advantage=advantage,
                 reference=response.columns["reference"],
+                prompt=response.group,
             )
             for response, advantage in zip(step, part, strict=True)
         ]
@@ -321,9 +323,19 @@ def test_results_do_not_depend_on_ranks_packing_micro_batches_or_order(ranks: Ra
 @pytest.mark.parametrize("name", NAMES)
 def test_every_preset_gives_the_same_result_in_every_layout(ranks: Ranks, name: str) -> None:
     """Hypothesis may not draw every preset."""
+    check(ranks, made(two_groups(), 1, FAMILY[name]))
+
+
+@pytest.mark.distributed
+def test_prompts_without_their_rejected_tokens_are_the_same_in_every_layout(ranks: Ranks) -> None:
+    """The ranks count the tokens that a correction leaves to each prompt, whose responses are on several of them."""
+    update = {"aggregation": "prompt-mean", "correction": Mis(low=0.8, high=1.3)}
+    check(ranks, made([*two_groups(), *two_groups()], 2, FAMILY["grpo"].model_copy(update=update)))
+
+
+def two_groups() -> list[list[Response]]:
     shapes = [(4,), (2, 3, 3), (), (1, 1), (3, 2), (4, 1, 2)]
-    batch = [
+    return [
         [Response(1 + i % 3, spans, filtered=i == 4, reward=float(i % 3 - 1)) for i, spans in enumerate(shapes[a:b])]
         for a, b in ((0, 2), (1, 6))
     ]
-    check(ranks, made(batch, 1, FAMILY[name]))

@@ -21,7 +21,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 from megatron_rl.data.packing import pack
 from megatron_rl.data.sample import Sample
 from megatron_rl.data.schedule import Denominators
-from megatron_rl.engine.distribute import MiniBatch
+from megatron_rl.engine.distribute import MiniBatch, Outcome
 from megatron_rl.engine.packed_losses import PolicyLoss
 from megatron_rl.routing.replay import Tap
 from megatron_rl.routing.scores import router_logprobs
@@ -87,7 +87,9 @@ def test_layer_distances_add_up_over_the_experts_that_pi_old_used() -> None:
 def test_a_loss_without_its_router_shift_is_an_error() -> None:
     packed = pack(drifted_samples(VOCAB_SIZE, MOE_LAYERS, EXPERTS, TOP_K), [1.0] * len(LENGTHS))
     zeros = torch.zeros(packed.tokens)
-    loss = PolicyLoss(FAMILY["rspo"], MiniBatch(0, (packed,), (), Denominators(1, 1)), [zeros], torch.device("cpu"))
+    outcomes = tuple(Outcome(i, 0, 1.0) for i in range(len(LENGTHS)))
+    mini_batch = MiniBatch(0, (packed,), (outcomes,), Denominators(1, 1))
+    loss = PolicyLoss(FAMILY["rspo"], mini_batch, [zeros], torch.device("cpu"))
     with pytest.raises(RuntimeError, match=r"objective\.router_shift and the mini-batch's router shift: one is set"):
         loss(0, zeros, zeros)
     loss.router_shift = [torch.ones(packed.tokens)]

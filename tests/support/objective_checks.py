@@ -107,7 +107,7 @@ def denominators_count_masked_in_tokens() -> None:
     samples = [made, made, dataclasses.replace(made, loss_mask=np.zeros_like(made.loss_mask))]
     sizes = [SampleSize(i, 0, len(s.token_ids), s.response_tokens) for i, s in enumerate(samples)]
     (step,) = plan(sizes, mini_batches=1, dp=1, max_tokens=100).steps
-    assert step.denominators == Denominators(tokens=6, sequences=2)
+    assert step.denominators == Denominators(tokens=6, sequences=2, prompt_tokens={0: 6})
 
 
 def router_shift_is_the_papers() -> None:

@@ -15,7 +15,7 @@ from megatron_rl.objectives.inputs import LossInputs
 from megatron_rl.objectives.policy_loss import policy_loss
 from megatron_rl.objectives.value import ValueInputs
 
-AGGREGATIONS = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant-length"]
+AGGREGATIONS = ["token-mean", "prompt-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant-length"]
 
 SEEDS = st.integers(0, 10**6)
 SOME_LENGTHS = st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any)
@@ -55,6 +55,7 @@ def one_response(ratios: Sequence[float], advantage: float, dtype: torch.dtype =
         loss_mask=torch.ones(n, dtype=torch.bool),
         sequence_ids=torch.zeros(n, dtype=torch.int64),
         num_sequences=1,
+        prompts=[0],
     )
 
 

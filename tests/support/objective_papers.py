@@ -20,6 +20,7 @@ class Response:
     mu: np.ndarray
     gamma: np.ndarray
     advantage: float | np.ndarray  # per token with a critic and in gspo_token
+    prompt: int = 0
 
 
 def ppo_terms(y: Response, low: float, high: float) -> np.ndarray:
@@ -114,6 +115,30 @@ def topr(batch: Sequence[Response]) -> float:
     return total / len(batch)
 
 
+def icepop(batch: Sequence[Response]) -> float:
+    """Ring-1T's equation without its KL, as grpo is without its own."""
+    per_response = []
+    for y in batch:
+        k = np.exp(y.old - y.mu)
+        per_response.append((np.where((k >= 0.5) & (k <= 5.0), k, 0.0) * ppo_terms(y, 0.2, 0.2)).mean())
+    return np.mean(per_response)
+
+
+def mimo(batch: Sequence[Response]) -> float:
+    bounds = {True: (0.2, 5.0), False: (0.2, 5.0)}
+    per_prompt = []
+    for prompt in sorted({y.prompt for y in batch}):
+        answers = [y for y in batch if y.prompt == prompt]
+        total = 0.0
+        for y in answers:
+            r, advantages = np.exp(y.stopped - y.mu), np.broadcast_to(y.advantage, y.new.shape)
+            for weight, a, logprob in zip(r, advantages, y.new, strict=True):
+                low, high = bounds[a >= 0]
+                total += weight * (low <= weight <= high) * a * logprob
+        per_prompt.append(total / sum(len(y.new) for y in answers))
+    return np.mean(per_prompt)
+
+
 PAPERS: dict[str, Callable[[Sequence[Response]], float]] = {
     "cispo": cispo,
     "dapo": dapo,
@@ -122,6 +147,8 @@ PAPERS: dict[str, Callable[[Sequence[Response]], float]] = {
     "grpo": grpo,
     "gspo": gspo,
     "gspo_token": gspo_token,
+    "icepop": icepop,
+    "mimo": mimo,
     "minirl": minirl,
     "ppo": ppo,
     "rloo": rloo,
@@ -140,6 +167,7 @@ def paper_loss(sequences: Sequence[TrainedSequence], name: str, live: Logprobs, 
             s.rollout[s.mask],
             s.shift[s.mask],
             s.advantages if np.ndim(s.advantage) else s.advantage,
+            s.prompt,
         )
         for s, new, stopped in zip(sequences, live, frozen, strict=True)
         if s.mask.any()

@@ -46,6 +46,7 @@ CORRECTIONS: list[CorrectionConfig] = [
     Mis(level="sequence", low=0.5, high=2.0),
     Mis(level="geometric", low=0.7, high=1.5),
     IcePop(low=0.8, high=1.3),
+    IcePop(low=0.6, high=1.2, negative_low=0.9, negative_high=3.0),
     SequenceMask(delta=0.01),
 ]
 
@@ -81,6 +82,8 @@ class TrainedSequence:
     """Advantage of the response, or [n] per token, as from a critic."""
     shift: np.ndarray | None = None
     reference: np.ndarray | None = None
+    prompt: int = 0
+    """Number of the prompt that it answers."""
 
     @property
     def advantages(self) -> np.ndarray:
@@ -91,14 +94,16 @@ class TrainedSequence:
 def random_sequences(
     seed: int, lengths: Sequence[int], drift: float = 0.3, mismatch: float = 0.1, *, by_token: bool = False
 ) -> list[TrainedSequence]:
-    """Draws sequences with these numbers of masked-in tokens; masked-out tokens hold NaN.
+    """Draws sequences with these numbers of masked-in tokens; masked-out tokens hold NaN. Prompts 0 and up have one to
+    three responses, in turn.
 
     With `by_token`, each token has its own advantage. `drift` moves both policy and routers; at 0 the shift is 1.
     """
     rng = np.random.default_rng(seed)
     routers = np.random.default_rng([seed, 1])
     sequences = []
-    for length in lengths:
+    prompts = itertools.chain.from_iterable(itertools.repeat(prompt, 1 + prompt % 3) for prompt in itertools.count())
+    for length, prompt in zip(lengths, prompts, strict=False):
         n = length + int(rng.integers(1, 5))
         mask = np.zeros(n, dtype=bool)
         mask[rng.permutation(n)[:length]] = True
@@ -112,7 +117,7 @@ def random_sequences(
         }
         values = {name: np.where(mask, value, np.nan) for name, value in values.items()}
         advantage = np.where(mask, rng.normal(size=n), np.nan) if by_token else float(rng.normal())
-        sequences.append(TrainedSequence(**values, mask=mask, advantage=advantage))
+        sequences.append(TrainedSequence(**values, mask=mask, advantage=advantage, prompt=prompt))
     return sequences
 
 
@@ -132,6 +137,7 @@ def pack(sequences: Sequence[TrainedSequence], dtype: torch.dtype = torch.float6
         sequence_ids=torch.as_tensor(ids.astype(np.int64)),
         num_sequences=len(sequences),
         router_shift=tensor([sequence.shift for sequence in sequences]),
+        prompts=[sequence.prompt for sequence in sequences],
     )
 
 
@@ -140,8 +146,15 @@ def packed_entropy(sequences: Sequence[TrainedSequence], padding: int = 0) -> to
 
 
 def denominators(sequences: Sequence[TrainedSequence]) -> Denominators:
-    lengths = [int(sequence.mask.sum()) for sequence in sequences]
-    return Denominators(tokens=sum(lengths), sequences=sum(length > 0 for length in lengths))
+    return _denominators(sequences, [int(sequence.mask.sum()) for sequence in sequences])
+
+
+def _denominators(sequences: Sequence[TrainedSequence], lengths: Sequence[int]) -> Denominators:
+    by_prompt = {
+        prompt: sum(length for each, length in zip(sequences, lengths, strict=True) if each.prompt == prompt)
+        for prompt in {sequence.prompt for sequence in sequences}
+    }
+    return Denominators(sum(lengths), sum(length > 0 for length in lengths), by_prompt)
 
 
 def split(items: Sequence[TrainedSequence], parts: int, seed: int) -> list[list[TrainedSequence]]:
@@ -161,6 +174,7 @@ def reference_loss(
 ) -> float:
     """Returns the loss at `live`; stop-gradients read `frozen`."""
     terms: list[list[float]] = []
+    prompts: list[int] = []
     for sequence, new, stopped in zip(sequences, live, frozen, strict=True):
         if not len(new):
             continue
@@ -169,12 +183,19 @@ def reference_loss(
         kept = [v * f - kl for v, f, kl in zip(values, factors, penalties, strict=True) if f is not None]
         if kept:
             terms.append(kept)
+            prompts.append(sequence.prompt)
     if not terms:
         return 0.0
     lengths = [len(term) for term in terms]
     match config.aggregation:
         case "token-mean":
             return -sum(map(sum, terms)) / sum(lengths)
+        case "prompt-mean":
+            together = [
+                [value for term, own in zip(terms, prompts, strict=True) if own == prompt for value in term]
+                for prompt in sorted(set(prompts))
+            ]
+            return -np.mean([np.mean(values) for values in together])
         case "seq-mean-token-mean":
             return -np.mean([np.mean(term) for term in terms])
         case "seq-mean-token-sum":
@@ -265,6 +286,10 @@ def correction_factors(sequence: TrainedSequence, config: ObjectiveConfig, stopp
             "geometric": np.full(len(rho), _geometric_mean(rho)),
         }[getattr(correction, "level", "token")]
     low, high = getattr(correction, "low", None) or 0.0, getattr(correction, "high", math.inf)
+    if correction.kind == "icepop":  # has another band where A < 0, if one is set
+        bad = sequence.advantages < 0
+        low = np.where(bad, correction.negative_low or low, low)
+        high = np.where(bad, correction.negative_high or high, high)
     # A ratio against mu contains rho already.
     held = np.ones(len(rho)) if config.denominator == "old" else rho
     inside = (low <= rho) & (rho <= high)
@@ -285,8 +310,7 @@ def correction_factors(sequence: TrainedSequence, config: ObjectiveConfig, stopp
 def kept_denominators(sequences: Sequence[TrainedSequence], config: ObjectiveConfig) -> Denominators:
     """Returns the denominators of a mini-batch without the tokens that its correction rejects."""
     factors = [correction_factors(s, config, s.logprobs[s.mask]) for s in sequences]
-    kept = [sum(factor is not None for factor in each) for each in factors]
-    return Denominators(tokens=sum(kept), sequences=sum(length > 0 for length in kept))
+    return _denominators(sequences, [sum(factor is not None for factor in each) for each in factors])
 
 
 def _geometric_mean(ratios: np.ndarray) -> float:

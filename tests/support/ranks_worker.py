@@ -138,6 +138,8 @@ def _answered(example: Example, setting: Setting, whole: bool) -> list[dict[str,
         total = torch.zeros((), dtype=torch.float64)
         if live.is_last_stage:
             for index, packed in enumerate(mini_batch.micro_batches):
+                if packed.is_empty:  # as in engine.step
+                    continue
                 output = live.of(packed)
                 share = loss(index, output[:, 0], entropy_of(output)) if columns else loss(index, output[:, 0])
                 assert share.dtype == torch.float64

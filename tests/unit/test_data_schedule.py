@@ -78,7 +78,14 @@ def test_group_numbers_may_have_gaps():
 def test_denominators_count_masked_in_tokens_and_their_sequences(lengths):
     step = plan(batch(lengths), mini_batches=1, dp=2, max_tokens=10**6).steps[0]
     responses = [r for group in lengths for _, r in group]
-    assert step.denominators == Denominators(sum(responses), sum(r > 0 for r in responses))
+    by_prompt = {number: sum(r for _, r in group) for number, group in enumerate(lengths)}
+    assert step.denominators == Denominators(sum(responses), sum(r > 0 for r in responses), by_prompt)
+    assert step.denominators.prompts == sum(any(r for _, r in group) for group in lengths)
+
+
+def test_denominators_refuse_prompts_that_do_not_have_all_tokens():
+    with pytest.raises(ValueError, match="the prompts have 3 masked-in tokens, but the mini-batch has 4"):
+        Denominators(tokens=4, sequences=2, prompt_tokens={0: 1, 1: 2})
 
 
 def test_denominators_refuse_more_sequences_than_tokens():
@@ -196,7 +203,7 @@ def test_a_sample_uses_its_aligned_length_of_the_budget():
 def test_a_sample_without_response_tokens_is_planned_and_counts_in_no_denominator():
     step = plan([SampleSize(0, 0, 9, 0), SampleSize(1, 0, 9, 3)], mini_batches=1, dp=1, max_tokens=100).steps[0]
     assert step.micro_batches == (((0, 1),),)
-    assert step.denominators == Denominators(tokens=3, sequences=1)
+    assert step.denominators == Denominators(tokens=3, sequences=1, prompt_tokens={0: 3})
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,7 @@ def factors(correction, rho=(0.25, 8.0), advantage=1.0, denominator="old"):
         (IcePop(low=0.25, high=8.0), [0.25, 8]),  # the bounds are within
         (Mis(low=0.25, high=8.0), [0.25, 8]),
         (IcePop(low=0.2, high=5.0), [0.25, 0]),
+        (IcePop(low=0.2, high=5.0, negative_low=1e-3, negative_high=9.0), [0.25, 0]),  # the advantage is positive
     ],
 )
 def test_correction_factors_by_hand(correction, expected):
@@ -122,6 +123,29 @@ def test_correction_factors_by_hand(correction, expected):
     if found.truncated is not None:
         uncut = [0.25, 8] if getattr(correction, "level", "token") == "token" else [2, 2]
         assert found.truncated.tolist() == [value < whole for value, whole in zip(expected, uncut, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("keys", "advantage", "expected"),
+    [
+        ({"negative_low": 0.3}, 1.0, [0.25, 8]),
+        ({"negative_low": 0.3}, 0.0, [0.25, 8]),  # an advantage of 0 has the band of positive ones
+        ({"negative_low": 0.3}, -1.0, [0, 8]),
+        ({"negative_high": 7.0}, 1.0, [0.25, 8]),
+        ({"negative_high": 7.0}, -1.0, [0.25, 0]),
+        ({"negative_low": 0.25, "negative_high": 8.0}, -1.0, [0.25, 8]),  # the bounds are within
+        ({"low": 0.3, "high": 7.0, "negative_low": 0.2, "negative_high": 9.0}, 1.0, [0, 0]),
+        ({"low": 0.3, "high": 7.0, "negative_low": 0.2, "negative_high": 9.0}, -1.0, [0.25, 8]),
+        ({"low": 0.3, "high": 7.0}, -1.0, [0, 0]),  # a bound that is not set is the other band's
+    ],
+)
+@pytest.mark.parametrize("denominator", ["old", "rollout"])
+def test_icepops_band_depends_on_the_sign_of_the_advantage(keys, advantage, expected, denominator):
+    found = factors(IcePop(**{"low": 0.2, "high": 9.0, **keys}), advantage=advantage, denominator=denominator)
+    # A ratio against mu has rho in it already.
+    wanted = expected if denominator == "old" else [float(value > 0) for value in expected]
+    np.testing.assert_allclose(found.factor, wanted, atol=1e-12)
+    assert found.masked.tolist() == [value == 0 for value in expected]
 
 
 @pytest.mark.parametrize(
@@ -197,7 +221,11 @@ def test_dropped_tokens_count_in_denominators_unless_they_are_rejected(correctio
     if leaves_denominators(corrected(config, correction)):
         kept[inputs.loss_mask] = factor > 0
         lengths = [int(kept[inputs.sequence_ids == i].sum()) for i in range(len(sequences))]
-        sizes = Denominators(sum(lengths), sum(length > 0 for length in lengths))
+        assert inputs.prompts is not None
+        by_prompt = dict.fromkeys(inputs.prompts, 0)
+        for prompt, length in zip(inputs.prompts, lengths, strict=True):
+            by_prompt[prompt] += length
+        sizes = Denominators(sum(lengths), sum(length > 0 for length in lengths), by_prompt)
         assert kept_lengths(inputs, corrected(config, correction)).tolist() == lengths
         assert sizes.tokens < denominators(sequences).tokens
     else:

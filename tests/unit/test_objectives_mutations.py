@@ -51,6 +51,53 @@ def denominator_of_the_micro_batch(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(policy_loss, "token_weights", own)
 
 
+def tokens_of_the_own_response(patch: pytest.MonkeyPatch) -> None:
+    """Takes the mean over prompts of one response each, as if responses were prompts."""
+    real = losses._tokens_of_prompts
+    patch.setattr(losses, "_tokens_of_prompts", lambda tokens, whole: real(tokens, whole) * 0 + tokens.lengths)
+
+
+def prompts_of_the_micro_batch(patch: pytest.MonkeyPatch) -> None:
+    real = losses.token_weights
+
+    def own(tokens: Any, lengths: Any, config: Any, whole: Any) -> Any:
+        here: dict[int, int] = {}
+        for prompt, length in zip(tokens.prompts, lengths.tolist(), strict=True):
+            here[prompt] = here.get(prompt, 0) + length
+        return real(tokens, lengths, config, Denominators(sum(here.values()), int((lengths > 0).sum()), here))
+
+    patch.setattr(policy_loss, "token_weights", own)
+
+
+def responses_for_prompts(patch: pytest.MonkeyPatch) -> None:
+    """Divides by the number of responses, not of prompts."""
+    patch.setattr(Denominators, "prompts", property(lambda whole: whole.sequences))
+
+
+def bands_exchanged(patch: pytest.MonkeyPatch) -> None:
+    """Takes the band of negative advantages for the others, and the other way round."""
+    real = corrections.banded
+
+    def exchanged(tokens: Any, band: Any, denominator: Any) -> Correction:
+        return real(dataclasses.replace(tokens, advantages=-tokens.advantages), band, denominator)
+
+    patch.setattr(corrections, "banded", exchanged)
+
+
+def one_band_for_every_sign(patch: pytest.MonkeyPatch) -> None:
+    real = corrections.banded
+
+    def positive(tokens: Any, band: Any, denominator: Any) -> Correction:
+        return real(dataclasses.replace(tokens, advantages=tokens.advantages.abs()), band, denominator)
+
+    patch.setattr(corrections, "banded", positive)
+
+
+def masked_terms_leave_the_denominators(patch: pytest.MonkeyPatch) -> None:
+    for module in (corrections, policy_loss):
+        patch.setattr(module, "leaves_denominators", lambda config: True)
+
+
 def length_with_unmasked_tokens(patch: pytest.MonkeyPatch) -> None:
     """Counts prompt, tool output and padding in |y|."""
     real = ratios.Tokens.of
@@ -70,7 +117,7 @@ def masked_out_sequences_count(patch: pytest.MonkeyPatch) -> None:
     from megatron_rl.data import schedule
 
     real = schedule.Denominators
-    patch.setattr(schedule, "Denominators", lambda tokens, sequences: real(tokens, 3))
+    patch.setattr(schedule, "Denominators", lambda tokens, sequences, prompt_tokens: real(tokens, 3, prompt_tokens))
 
 
 def clip_of_the_other_sign(patch: pytest.MonkeyPatch) -> None:
@@ -248,6 +295,7 @@ def with_kl(kind: str) -> ObjectiveConfig:
     return GRPO.model_copy(update={"kl": kl_of(kind, beta=0.3)})
 
 
+BY_SIGN = with_correction(FAMILY["mimo"], kind="icepop", low=0.6, high=1.4, negative_low=0.9, negative_high=2.0)
 BYPASSED = with_correction(GRPO.model_copy(update={"denominator": "rollout"}), kind="tis", high=1.3)
 TWO_BY_TWO: list[tuple[Patch, Callable[[], None]]] = [
     (wrong_std, group_advantages_are_the_specifications),
@@ -256,6 +304,12 @@ TWO_BY_TWO: list[tuple[Patch, Callable[[], None]]] = [
         (denominator_of_the_micro_batch, lambda config=config: same_as_the_reference(config, parts=3))
         for config in (GRPO, DAPO, GSPO, FAMILY["dr_grpo"], FAMILY["topr"])
     ],
+    *[
+        (mistake, lambda: same_as_the_reference(FAMILY["mimo"], parts=3))
+        for mistake in (tokens_of_the_own_response, prompts_of_the_micro_batch, responses_for_prompts)
+    ],
+    *[(mistake, lambda: same_as_the_reference(BY_SIGN)) for mistake in (bands_exchanged, one_band_for_every_sign)],
+    (masked_terms_leave_the_denominators, lambda: same_as_the_reference(FAMILY["icepop"])),
     (length_with_unmasked_tokens, lambda: same_as_the_reference(GRPO)),
     (length_with_unmasked_tokens, lambda: same_as_the_reference(GSPO)),
     (response_tokens_with_observations, denominators_count_masked_in_tokens),
@@ -268,7 +322,16 @@ TWO_BY_TWO: list[tuple[Patch, Callable[[], None]]] = [
     *[
         (mistake, lambda config=config: same_as_the_reference(config))
         for mistake in (ratio_base_swapped, ratio_upside_down)
-        for config in (GRPO, GSPO, FAMILY["cispo"], FAMILY["sapo"], FAMILY["minirl"], FAMILY["topr"], BYPASSED)
+        for config in (
+            GRPO,
+            GSPO,
+            FAMILY["cispo"],
+            FAMILY["mimo"],
+            FAMILY["sapo"],
+            FAMILY["minirl"],
+            FAMILY["topr"],
+            BYPASSED,
+        )
     ],
     *[
         (correction_twice, lambda kind=kind: same_as_the_reference(with_correction(GRPO, kind=kind, high=1.3)))

@@ -72,6 +72,7 @@ def test_aggregations_of_two_responses_by_hand():
     ]
     expected = {
         "token-mean": (1 - 6) / 4,
+        "prompt-mean": (1 - 2) / 2,
         "seq-mean-token-mean": (1 - 2) / 2,
         "seq-mean-token-sum": (1 - 6) / 2,
         "constant-length": (1 - 6) / (2 * 10),
@@ -80,6 +81,25 @@ def test_aggregations_of_two_responses_by_hand():
         config = ObjectiveConfig.model_validate({"aggregation": aggregation, "constant_length": 10})
         outputs, _ = loss_and_gradient(sequences, config)
         assert -outputs.loss.item() == pytest.approx(objective), aggregation
+
+
+def test_the_mean_over_prompts_by_hand():
+    # All ratios are 1. Prompt 7 has responses of 1 and 3 tokens, prompt 2 one of 2 tokens, and prompt 5 none.
+    made = zip(random_sequences(0, [1, 3, 2, 0]), [1.0, -2.0, 0.5, 9.0], [7, 7, 2, 5], strict=True)
+    sequences = [dataclasses.replace(s, logprobs=s.old, advantage=a, prompt=p) for s, a, p in made]
+    outputs, gradient = loss_and_gradient(sequences, ObjectiveConfig(aggregation="prompt-mean"))
+    assert -outputs.loss.item() == pytest.approx(((1 - 6) / 4 + 0.5) / 2)
+    np.testing.assert_allclose(-gradient, [1 / 8] + [-2 / 8] * 3 + [0.5 / 4] * 2)
+
+
+def test_the_mean_over_prompts_needs_the_prompts():
+    config, inputs = ObjectiveConfig(aggregation="prompt-mean"), one_response([1.0, 1.0], 1.0)
+    with pytest.raises(ValueError, match=r"objective\.aggregation: prompt-mean needs the sequences' prompts"):
+        policy_loss(dataclasses.replace(inputs, prompts=None), config, Denominators(2, 1, {0: 2}))
+    with pytest.raises(ValueError, match=r"objective\.aggregation: prompt-mean needs the sequences' prompts"):
+        policy_loss(inputs, config, Denominators(2, 1))
+    with pytest.raises(ValueError, match="prompts: 2, expected one for each of 1 sequences"):
+        dataclasses.replace(inputs, prompts=[0, 1])
 
 
 def test_sft_loss_is_the_mean_over_masked_in_tokens():
@@ -291,7 +311,8 @@ def test_only_the_policys_log_probs_get_a_gradient(config):
     attached["router_shift"] = torch.full_like(inputs.logprobs, 0.9)
     leaves = {name: value.detach().clone().requires_grad_() for name, value in attached.items()}
     inputs = dataclasses.replace(inputs, **leaves)
-    policy_loss(inputs, config.model_copy(update={"kl": kl}), Denominators(11, 3)).loss.backward()
+    whole = Denominators(11, 3, {0: 4, 1: 7})
+    policy_loss(inputs, config.model_copy(update={"kl": kl}), whole).loss.backward()
     assert gradient_of(inputs.logprobs).any()
     assert {name: leaf.grad for name, leaf in leaves.items()} == dict.fromkeys(others)
 

@@ -126,8 +126,9 @@ def test_gspo_token_differs_from_gspo_if_advantages_vary_in_a_response(seed, len
 @settings(deadline=None, max_examples=60)
 @given(SEEDS, st.integers(1, 6), st.integers(1, 5), names)
 def test_on_policy_gradients_are_the_weighted_advantages(seed, length, count, name):
-    """At equal lengths all presets have the same gradient, up to a constant of the aggregation."""
-    sequences = random_sequences(seed, [length] * count, drift=0.0, mismatch=0.0)
+    """At equal lengths all presets have the same gradient for one prompt, up to a constant of the aggregation."""
+    drawn = random_sequences(seed, [length] * count, drift=0.0, mismatch=0.0)
+    sequences = [dataclasses.replace(sequence, prompt=0) for sequence in drawn]
     _, gradient = loss_and_gradient(sequences, FAMILY[name])
     scale = {"seq-mean-token-sum": length, "constant-length": length / 3000}.get(FAMILY[name].aggregation, 1)
     expected = np.concatenate([np.full(length, -s.advantage / (length * count)) for s in sequences])
@@ -182,7 +183,7 @@ def slope(ratio, advantage, config, mismatch=1.0):
     """Returns (J, dJ/d log pi, clipping) of one token with r = ratio and rho = mismatch; log pi = log r."""
     inputs = one_response([ratio], advantage)
     inputs = dataclasses.replace(inputs, rollout_logprobs=torch.full((1,), -math.log(mismatch), dtype=torch.float64))
-    outputs = policy_loss(inputs, config, Denominators(1, 1))
+    outputs = policy_loss(inputs, config, Denominators(1, 1, {0: 1}))
     outputs.loss.backward()
     return -outputs.loss.item(), -gradient_of(inputs.logprobs).item(), outputs.values.clipping
 
@@ -230,6 +231,37 @@ def test_cispo_bounds_the_weight_from_above_and_keeps_every_gradient(ratio, adva
 )
 def test_minirl_masks_by_staleness_and_weights_by_staleness_and_mismatch(ratio, mismatch, advantage, gradient):
     assert slope(ratio, advantage, FAMILY["minirl"], mismatch)[1] == pytest.approx(gradient)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "mismatch", "advantage", "gradient"),
+    [
+        (1.1, 0.5, 1.0, 0.55),  # min(r A, ..) = 1.1, times rho
+        (1.1, 5.0, 1.0, 5.5),
+        (1.1, 5.01, 1.0, 0.0),  # masked by rho, whatever r is
+        (1.1, 0.49, -1.0, 0.0),
+        (1.3, 2.0, 1.0, 0.0),  # clipped by r
+        (1.3, 2.0, -1.0, -2.6),
+    ],
+)
+def test_icepop_masks_by_mismatch_and_clips_by_staleness(ratio, mismatch, advantage, gradient):
+    assert slope(ratio, advantage, FAMILY["icepop"], mismatch)[1] == pytest.approx(gradient)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "mismatch", "advantage", "gradient"),
+    [(2.0, 2.0, 1.0, 4.0), (2.0, 2.0, -1.0, -4.0), (2.0, 2.6, 1.0, 0.0), (0.5, 0.39, -1.0, 0.0), (0.5, 0.5, 3.0, 0.75)],
+)
+def test_mimo_weighs_by_the_ratio_to_mu_and_masks_outside_its_band(ratio, mismatch, advantage, gradient):
+    """omega = ratio * mismatch is the weight, and is within 0.2 to 5."""
+    assert slope(ratio, advantage, FAMILY["mimo"], mismatch)[1] == pytest.approx(gradient)
+
+
+def test_mimo_takes_another_band_for_negative_advantages():
+    band = FAMILY["mimo"].correction.model_copy(update={"negative_low": 0.5, "negative_high": 2.0})
+    config = FAMILY["mimo"].model_copy(update={"correction": band})
+    assert [slope(3.0, a, config)[1] for a in (1.0, -1.0)] == pytest.approx([3.0, 0.0])
+    assert [slope(0.3, a, config)[1] for a in (1.0, -1.0)] == pytest.approx([0.3, 0.0])
 
 
 def test_topr_tapers_whole_responses_with_negative_advantages():
