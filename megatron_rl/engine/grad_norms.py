@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -10,22 +11,51 @@ from megatron.core import tensor_parallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import param_is_not_shared
 
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.binding import Slot
 from megatron_rl.models.kinds import WeightKind
+from megatron_rl.models.registry import kinds_of
+
+
+def norm_groups(slots: Iterable[Slot]) -> dict[torch.nn.Parameter, tuple[str, ...]]:
+    """Returns the norms in which each parameter counts: its kind's, and a router's layer's."""
+    groups: dict[torch.nn.Parameter, tuple[str, ...]] = {}
+    for slot in slots:
+        kind = slot.weight.kind
+        layer = (_of_layer(slot.weight.at),) if kind == "router" and isinstance(slot.weight.at, int) else ()
+        groups[slot.parameter] = (kind, *layer)
+    return groups
+
+
+def reported_norms(arch: Architecture, frozen: Collection[WeightKind]) -> tuple[str, ...]:
+    """Returns the names of the norms, the same on every rank: `router`, ..., and `router/layer_03`."""
+    kinds = [kind for kind in kinds_of(arch) if kind not in frozen]
+    layers = arch.moe_layers if "router" in kinds else ()
+    return (*kinds, *map(_of_layer, layers))
+
+
+def total_norm(norms: Mapping[str, float]) -> float:
+    """Returns the norm of the whole gradient from the norms of all kinds."""
+    return math.hypot(*(norm for name, norm in norms.items() if "/" not in name))
+
+
+def _of_layer(layer: int) -> str:
+    return f"router/layer_{layer:02d}"
 
 
 def grad_norms(
-    kinds: Mapping[torch.nn.Parameter, WeightKind],
-    reported: Sequence[WeightKind],
+    groups: Mapping[torch.nn.Parameter, Sequence[str]],
+    reported: Sequence[str],
     optimizers: Sequence[MegatronOptimizer],
     device: torch.device,
 ) -> dict[str, float]:
-    """Returns the global norm of each `reported` kind. Collective, after prepare_grads().
+    """Returns the global norms that are `reported`. Collective, after prepare_grads().
 
-    `kinds` are those of this rank's parameters. `reported` is the same on every rank, and has every kind that trains:
-    the squares then sum to the square of the optimizer's own norm.
+    `groups` are those of this rank's parameters. `reported` has every kind that trains: the squares of the kinds then
+    sum to the square of the optimizer's own norm.
     """
     squares = torch.zeros(len(reported), dtype=torch.float64, device=device)
-    for parameter, kind in kinds.items():
+    for parameter, names in groups.items():
         # The same filter as Megatron-Core's: tied and tensor-parallel copies count once.
         if not param_is_not_shared(parameter):
             continue
@@ -35,6 +65,6 @@ def grad_norms(
             group, order = optimizer.model_param_group_index_map[parameter]
             shard = optimizer.optimizer.param_groups[group]["params"][order]
             if shard.grad is not None and tensor_parallel.param_is_not_tensor_parallel_duplicate(shard):
-                squares[reported.index(kind)] += shard.grad.double().square().sum()
+                squares[[reported.index(name) for name in names]] += shard.grad.double().square().sum()
     dist.all_reduce(squares)
     return dict(zip(reported, squares.sqrt().tolist(), strict=True))

@@ -23,7 +23,7 @@ from megatron_rl.config.schema import EngineConfig, OptimConfig
 from megatron_rl.data.packing import PackedBatch
 from megatron_rl.engine.export import export_stream, model_ranks
 from megatron_rl.engine.freeze import digest_frozen, freeze
-from megatron_rl.engine.grad_norms import grad_norms
+from megatron_rl.engine.grad_norms import grad_norms, norm_groups, reported_norms, total_norm
 from megatron_rl.engine.layers.choice import choose_layers
 from megatron_rl.engine.megatron_config import transformer_config
 from megatron_rl.engine.micro_batch import MicroBatch, micro_batch
@@ -33,7 +33,6 @@ from megatron_rl.engine.step import LossFunction, forward_backward
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture, read_architecture
 from megatron_rl.models.binding import bind, parameter_kinds
-from megatron_rl.models.registry import kinds_of
 from megatron_rl.models.weights_io import load_weights
 from megatron_rl.ranks.collectives import together
 from megatron_rl.ranks.place import Place
@@ -45,7 +44,7 @@ class NonFiniteGradientError(UserError):
 
 
 Approve = Callable[[dict[str, float]], bool]
-"""Says, from the gradient norms by kind of weight, whether the optimizer may step."""
+"""Says, from the gradient norms, whether the optimizer may step."""
 
 
 def always(norms: dict[str, float]) -> bool:
@@ -57,7 +56,7 @@ class UpdateResult:
     """What one optimizer step says of itself, the same on every rank."""
 
     grad_norm: float  # global, of the weights that train, before clipping
-    grad_norms: dict[str, float]  # the same by kind of weight
+    grad_norms: dict[str, float]  # the same by kind of weight, and of routers by layer
     lr: float
     skipped: bool  # the gradient was not finite or the step was not approved, and no weight was changed
 
@@ -106,9 +105,9 @@ class Network:
             for model in self.models:
                 model.requires_grad_(False)
             return
-        self._kinds = parameter_kinds(bind(list(self.models), self.arch, ranks, names))
+        slots = bind(list(self.models), self.arch, ranks, names)
         if optim is not None:
-            freeze(self.models, self._kinds, optim.freeze)
+            freeze(self.models, parameter_kinds(slots), optim.freeze)
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=optim is not None, grad_reduce_in_fp32=True, overlap_grad_reduce=False
         )
@@ -118,7 +117,8 @@ class Network:
         ]
         if optim is not None:
             self._max_skipped = optim.max_skipped
-            self._trained = tuple(kind for kind in kinds_of(self.arch) if kind not in optim.freeze)
+            self._norm_groups = norm_groups(slots)
+            self._norms = reported_norms(self.arch, optim.freeze)
             self.optimizer, self.scheduler = build_optimizer(optim, self.stages, engine.dtype == "bf16")
 
     @functools.cached_property
@@ -154,20 +154,20 @@ class Network:
         approve: Approve = always,
     ) -> UpdateResult:
         """One optimizer step. With a non-finite gradient no weight and no state of the optimizer changes; the learning
-        rate's schedule goes on. The same if `approve`, called with the gradient norms by kind of weight, says no; it
+        rate's schedule goes on. The same if `approve`, called with the gradient norms, says no; it
         must answer the same on every rank."""
         self.optimizer.zero_grad()
         self.accumulate(batches, loss, routing)
         self.scheduler.step(increment=1)
         self.optimizer.prepare_grads()
-        by_kind = grad_norms(self._kinds, self._trained, optimizer_parts(self.optimizer), self.device)
-        total = math.hypot(*by_kind.values())
-        is_finite, is_approved = math.isfinite(total), approve(by_kind)
+        norms = grad_norms(self._norm_groups, self._norms, optimizer_parts(self.optimizer), self.device)
+        total = total_norm(norms)
+        is_finite, is_approved = math.isfinite(total), approve(norms)
         skipped = not (is_finite and is_approved)
         self.skipped += not is_finite
         if not skipped:
             self.optimizer.step()
-        return UpdateResult(total, by_kind, lr=self.optimizer.param_groups[0]["lr"], skipped=skipped)
+        return UpdateResult(total, norms, lr=self.optimizer.param_groups[0]["lr"], skipped=skipped)
 
     def check_skipped(self) -> None:
         """Raises NonFiniteGradientError when too many steps were skipped; on every rank alike."""

@@ -53,7 +53,8 @@ class Alarms:
         Returns the alarms that fire, and their figures for the journal. An alarm whose metric this step does not have
         keeps its count and does not fire.
         """
-        fired, figures = [], {}
+        fired: list[Firing] = []
+        figures: dict[str, float] = {}
         for alarm, count in self._counts.items():
             if (alarm.action == "skip") != skips:
                 continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_rl.lab.declared import METRIC, DeclaredMetric, DeclaredTable, Healthy
+from megatron_rl.lab.declared import METRIC, NUMBER, DeclaredMetric, DeclaredTable, Healthy
 from megatron_rl.lab.kinds import Kind
 
 SUM, MEAN, TAIL, RATIO, VALUE = Kind.SUM, Kind.MEAN, Kind.TAIL, Kind.RATIO, Kind.VALUE
@@ -141,6 +141,13 @@ POLICY = DeclaredTable(
             fields={"weights": _NORMS},
         ),
         DeclaredMetric(
+            "grad_norm/router/layer_{layer}",
+            VALUE,
+            "1",
+            "Norm of the gradient before clipping, of one layer's router.",
+            fields={"layer": NUMBER},
+        ),
+        DeclaredMetric(
             "skipped",
             VALUE,
             "0 or 1",
@@ -202,6 +209,13 @@ CRITIC = DeclaredTable(
             "1",
             "Norm of the critic's gradient before clipping, of {weights} only.",
             fields={"weights": _NORMS | {"value_head": "value head"}},
+        ),
+        DeclaredMetric(
+            "grad_norm/router/layer_{layer}",
+            VALUE,
+            "1",
+            "Norm of the critic's gradient before clipping, of one layer's router.",
+            fields={"layer": NUMBER},
         ),
         DeclaredMetric("skipped", VALUE, "0 or 1", "1 if the critic's optimizer step was skipped.", healthy=NEVER),
         DeclaredMetric(

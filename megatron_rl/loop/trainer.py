@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from megatron_rl.engine.checkpoint import (
 )
 from megatron_rl.engine.device import use_device
 from megatron_rl.engine.distribute import MiniBatch
+from megatron_rl.engine.grad_norms import total_norm
 from megatron_rl.engine.manifest import CheckpointError, Identity, State
 from megatron_rl.engine.network import Network, UpdateResult
 from megatron_rl.engine.packed_losses import PolicyLoss, SftLoss, ValueLoss
@@ -326,8 +326,7 @@ def _of_result(result: UpdateResult) -> dict[str, float]:
 
 
 def _of_norms(norms: Mapping[str, float]) -> dict[str, float]:
-    by_kind = {f"grad_norm/{kind}": norm for kind, norm in norms.items()}
-    return {"grad_norm": math.hypot(*norms.values()), **by_kind}
+    return {"grad_norm": total_norm(norms), **{f"grad_norm/{name}": norm for name, norm in norms.items()}}
 
 
 @contextlib.contextmanager

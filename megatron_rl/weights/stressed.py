@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from megatron_rl.config.stress import QUANTISED, Fp8, Integer, Noise, NoStress, Stress, StressConfig, Target
-from megatron_rl.engine.grad_norms import kind_of
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.registry import weights_of
 from megatron_rl.models.weight import Weight
@@ -80,7 +79,7 @@ def target_of(weight: Weight) -> Target | None:
     """Returns the target that a weight belongs to; None for a norm. A copy of tied embeddings is the embedding."""
     if len(weight.sources[0].shape) < 2:
         return None
-    match kind_of(weight.name):
+    match weight.kind:
         case "embedding":
             return "head" if weight.name.startswith("output_layer.") and not weight.copy else "embedding"
         case "attention":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,17 @@ def test_gradient_norms_equal_plain_pytorch_for_each_kind_of_weight(answers: dic
         assert found["torch"]["norms"][0]["expert"] > 1
         for te, plain in zip(found["te"]["norms"], found["torch"]["norms"], strict=True):
             assert te == pytest.approx(plain, rel=1e-4), layout
+
+
+@pytest.mark.distributed
+def test_the_gradient_norm_of_each_layers_router_is_that_of_its_gradient(answers: dict[str, dict[str, Any]]) -> None:
+    for layout, found in answers.items():
+        norms, gradients = found["torch"]["norms"][0], found["torch"]["gradients"]
+        layers = {f"router/layer_{layer:02d}": f"model.layers.{layer}.mlp.gate.weight" for layer in (0, 2, 3)}
+        assert {name for name in norms if "/" in name} == layers.keys()
+        for norm, gradient in layers.items():
+            assert norms[norm] == pytest.approx(float(gradients[gradient].double().norm()), rel=1e-4), layout
+        assert math.hypot(*(norms[name] for name in layers)) == pytest.approx(norms["router"], rel=1e-9)
 
 
 @pytest.mark.distributed

@@ -14,6 +14,7 @@ from megatron_rl.lab.declared_all import DECLARATION
 from megatron_rl.lab.kinds import LAYER
 
 OPEN_NAMES = {"pass_at_{j}": ["pass_at_4"], "alarm/{metric}/{action}": ["alarm/ratio/p99/warn"]}
+OPEN_NAMES["grad_norm/router/layer_{layer}"] = ["grad_norm/router/layer_01"]
 HEALTHY = {
     "skipped": 0.0,
     "lost_verdicts": 0.0,
