@@ -15,7 +15,7 @@ from megatron_rl.config.resolve import resolve
 from megatron_rl.config.schema import Config, Device, EngineDtype, Recompute, ServerDtype, SftConfig
 from megatron_rl.errors import UserError
 from megatron_rl.garbage import collect_rarely
-from megatron_rl.models.kinds import PolicyKind
+from megatron_rl.models.kinds import POLICY_KINDS
 from megatron_rl.ranks.agreement import agree, end, explain_fault, tell
 from megatron_rl.ranks.world import read_world
 from megatron_rl.stop import Stopped
@@ -209,12 +209,17 @@ def graft(
     donor: Annotated[Path, typer.Argument(metavar="FROM", exists=True, file_okay=False, help="Model that gives")],
     base: Annotated[Path, typer.Argument(metavar="INTO", exists=True, file_okay=False, help="Model that receives")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory of the new model")],
-    weights: Annotated[list[PolicyKind], typer.Option(help="Kind of FROM's weights; may be given several times")],
+    weights: Annotated[
+        list[str], typer.Option(metavar="KIND", help=f"{', '.join(POLICY_KINDS)}; may be given several times")
+    ],
 ) -> None:
     """Writes a model that is INTO with FROM's weights of some kinds, such as its routers."""
     from megatron_rl.models.graft import graft as run
 
-    done = run(donor, base, out, dict.fromkeys(weights))
+    kinds = [kind for kind in POLICY_KINDS if kind in weights]
+    if unknown := [name for name in weights if name not in kinds]:
+        raise ConfigError(f"--weights: found {unknown[0]}, expected one of {', '.join(POLICY_KINDS)}")
+    done = run(donor, base, out, kinds)
     print(f"{out}: {done.taken} tensors of {donor}, {done.kept} of {base}")
 
 

@@ -176,10 +176,12 @@ def test_the_command_takes_several_kinds(models: Path, tmp_path: Path) -> None:
     assert f"5 tensors of {models / 'donor'}, {len(base) - 5} of {models / 'base'}" in done.output.replace("\n", "")
 
 
-@pytest.mark.parametrize(("weights", "told"), [((), "--weights"), (("--weights", "routers"), "routers")])
-def test_the_command_refuses_other_kinds(models: Path, tmp_path: Path, weights: tuple[str, ...], told: str) -> None:
+def test_the_command_refuses_other_kinds(models: Path, tmp_path: Path) -> None:
     words = ["graft", *map(str, (models / "donor", models / "base", tmp_path / "out"))]
-    done = CliRunner().invoke(app, [*words, *weights])
+    done = CliRunner().invoke(app, words)
     assert done.exit_code == 2
-    assert told in done.output
+    assert "--weights" in done.output
+    done = CliRunner().invoke(app, [*words, "--weights", "router", "--weights", "routers"])
+    assert isinstance(done.exception, UserError)
+    assert str(done.exception).startswith("--weights: found routers, expected one of router, expert, attention")
     assert not (tmp_path / "out").exists()
