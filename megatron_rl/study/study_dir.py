@@ -7,6 +7,7 @@ its own run, and files whose content does not depend on who writes them. Every f
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import uuid
@@ -158,8 +159,8 @@ class StudyDir:
         if run_dir.exists():
             abandoned = self.path / "abandoned"
             abandoned.mkdir(exist_ok=True)
-            number = sum(1 for _ in abandoned.glob(f"{run}-*"))
-            run_dir.rename(abandoned / f"{run}-{number}")
+            names = (abandoned / f"{run}-{number}" for number in itertools.count())
+            run_dir.rename(next(name for name in names if not name.exists()))
         return False
 
     def prune(self, run: str, keep: Sequence[str]) -> None:
