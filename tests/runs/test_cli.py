@@ -30,6 +30,7 @@ OPTIONS = {
     "train": {"config", "overrides", "--dry-run", "--resume", "--world-size"},
     "sft": {"config", "overrides", "--dry-run", "--resume", "--world-size"},
     "serve": {"model", "--host", "--port", "--device", "--dtype", "--tp", "--max-total-tokens", "--api-key-env"},
+    "report": {"paths", "--out"},
     "certify": {"--model", "--layout", "--recompute", "--dtype", "--device", "--json"},
     "parity": {
         "--model",
