@@ -152,8 +152,7 @@ def _pattern(table: DeclaredTable, metric: DeclaredMetric) -> re.Pattern[str]:
     for part in re.split(r"(\{\w+\})", metric.name):
         if part.startswith("{"):
             values = metric.fields[part[1:-1]]
-            choices = values if values in OPEN else map(re.escape, values)
-            text += f"(?P<{part[1:-1]}>{'|'.join(choices)})"
+            text += f"(?P<{part[1:-1]}>{'|'.join(v if values in OPEN else re.escape(v) for v in values)})"
         else:
             text += re.escape(part)
     if statistics := metric.kind.statistics:

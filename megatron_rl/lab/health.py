@@ -141,9 +141,9 @@ def worst_layer(line: Line, name: str) -> int | None:
 def beyond_band(lines: Sequence[Line], bound: float) -> Iterator[Sign]:
     """Yields a sign for each line with more than `bound` of all tokens outside of the clip's band."""
     for line in lines:
-        sides = [line.get(f"clip/{side}/any/token") for side in ("low", "high")]
-        if None not in sides and sum(sides) > bound:
-            yield _at(line, f"clip/low/any/token and clip/high/any/token {sum(sides):.3g} together")
+        low, high = (line.get(f"clip/{side}/any/token") for side in ("low", "high"))
+        if low is not None and high is not None and low + high > bound:
+            yield _at(line, f"clip/low/any/token and clip/high/any/token {low + high:.3g} together")
 
 
 def entropy_gone(lines: Sequence[Line], share: float) -> Iterator[Sign]:

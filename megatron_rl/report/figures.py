@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from megatron_rl.report.curves import LayerMap, SeedBand, decimate, student_t95
 
@@ -98,7 +98,7 @@ def draw_curves(plot: CurvePlot) -> DrawnFigure:
             axes.axvline(mark, color="firebrick", linewidth=0.8, linestyle=":")
         axes.set_xlabel(plot.across)
         axes.set_ylabel(plot.unit)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         labelled = [curve for curve in plot.curves if curve.label]
         if len(labelled) > 1:
             axes.legend(loc="best", ncols=1 if len(labelled) < 7 else 2)
@@ -113,8 +113,9 @@ def _drawn(axes: Axes, curve: Curve, plot: CurvePlot) -> bool:
     color = f"C{curve.color % 10}" if curve.color is not None else None
     x, y = decimate(curve.x[there], curve.y[there], plot.points)
     marker = "o" if len(x) <= MARKED else ""
-    thin = {} if curve.label else {"linewidth": 0.6, "alpha": 0.6}
-    (line,) = axes.plot(x, y, label=curve.label or "_", color=color, marker=marker, markersize=3, **thin)
+    (line,) = axes.plot(x, y, label=curve.label or "_", color=color, marker=marker, markersize=3)
+    if not curve.label:
+        line.set(linewidth=0.6, alpha=0.6)
     if curve.low is not None and curve.high is not None:
         low = np.maximum(curve.low[there], plot.floor) if plot.log else curve.low[there]
         axes.fill_between(curve.x[there], low, curve.high[there], color=line.get_color(), alpha=0.2, linewidth=0)
@@ -156,7 +157,7 @@ def draw_layers(found: LayerMap, unit: str) -> DrawnFigure:
         axes.set_yticks(rows, [str(found.layers[row]) for row in rows])
         axes.set_xlabel("step")
         axes.set_ylabel("layer")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.colorbar(image, ax=axes, label=unit)
         return _finish(figure)
 
@@ -169,7 +170,7 @@ def _extent(found: LayerMap) -> tuple[float, float, float, float]:
 
 @contextmanager
 def _figure() -> Iterator[tuple[Figure, Axes]]:
-    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=SIZE)
         figure.subplots_adjust(left=0.16, right=0.97, bottom=0.15, top=0.93)  # a layout engine takes half of the time
         FigureCanvasAgg(figure)

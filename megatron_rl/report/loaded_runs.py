@@ -126,13 +126,19 @@ def load_run(path: Path, name: str = "") -> LoadedRun:
         raise MissingFileError(
             f"{path}: no run, because it has neither metrics.jsonl nor config.yaml. Name the run_dir of a run."
         )
-    tables = [MetricColumns(file, _lines(path / file)) for file in ("metrics.jsonl", "eval.jsonl", "checkpoints.jsonl")]
-    config = _read_config(path / "config.yaml")
-    return LoadedRun(path, name or path.resolve().name, *tables, config=config, ended=(path / "model").is_dir())
+    return LoadedRun(
+        path,
+        name or path.resolve().name,
+        metrics=_columns(path / "metrics.jsonl"),
+        evaluations=_columns(path / "eval.jsonl"),
+        checkpoints=_columns(path / "checkpoints.jsonl"),
+        config=_read_config(path / "config.yaml"),
+        ended=(path / "model").is_dir(),
+    )
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
-    return read_metrics(file) if file.is_file() else []
+def _columns(file: Path) -> MetricColumns:
+    return MetricColumns(file.name, read_metrics(file) if file.is_file() else [])
 
 
 def _read_config(file: Path) -> dict[str, Any]:

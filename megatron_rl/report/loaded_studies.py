@@ -89,7 +89,9 @@ def load_study(path: Path) -> LoadedStudy:
     return LoadedStudy(
         path,
         path.resolve().name,
-        *(str(asked.get(key, "")) for key in ("question", "hypothesis", "source")),
+        question=str(asked.get("question", "")),
+        hypothesis=str(asked.get("hypothesis", "")),
+        source=str(asked.get("source", "")),
         rule=[(key, _shown(value)) for key, value in flatten(asked.get("rule", {})).items()],
         verdict=str(decided.get("verdict", "incomplete")),
         text=str(decided.get("text", "No run of the study has ended yet.")),

@@ -32,6 +32,7 @@ OPTIONS = {
     "study": {"file", "--task", "--dry-run"},
     "serve": {"model", "--host", "--port", "--device", "--dtype", "--tp", "--max-total-tokens", "--api-key-env"},
     "graft": {"donor", "base", "out", "--weights"},
+    "report": {"paths", "--out"},
     "certify": {"--model", "--layout", "--recompute", "--dtype", "--device", "--json"},
     "parity": {
         "--model",

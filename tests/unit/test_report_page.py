@@ -62,10 +62,10 @@ def expected_row(lines: list[dict[str, Any]], name: str) -> list[float]:
 
 def assert_numbers(page: PageParser, path: Path, run: str) -> int:
     """Compares all rows of a run with its files; returns their number."""
-    files = {}
+    files: dict[str, list[dict[str, Any]]] = {}
     for file in ("metrics.jsonl", "eval.jsonl"):
-        lines = (path / file).read_text().splitlines() if (path / file).exists() else []
-        files[file] = [json.loads(line) for line in lines]
+        text = (path / file).read_text() if (path / file).exists() else ""
+        files[file] = [json.loads(line) for line in text.splitlines()]
     count = 0
     for (name, metric), rows in numbers(page).items():
         for row in rows if name == run else ():
