@@ -16,7 +16,8 @@ from megatron_rl.config.schema import Config, Device, EngineDtype, Recompute, Se
 from megatron_rl.errors import UserError
 from megatron_rl.garbage import collect_rarely
 from megatron_rl.models.kinds import POLICY_KINDS
-from megatron_rl.ranks.agreement import agree, end, explain_fault, tell
+from megatron_rl.ranks.agreement import agree as agree_on
+from megatron_rl.ranks.agreement import end, explain_fault, tell
 from megatron_rl.ranks.world import read_world
 from megatron_rl.stop import Stopped
 
@@ -80,7 +81,7 @@ def train(
 
         check_start(loaded)
 
-    with agree("train", Config, config, overrides or [], resume=resume, check=check) as loaded:
+    with agree_on("train", Config, config, overrides or [], resume=resume, check=check) as loaded:
         from megatron_rl.train import train as run
 
         run(loaded, resume=resume)
@@ -105,7 +106,7 @@ def sft(
 
         resolve_device(loaded.engine.device)
 
-    with agree("sft", SftConfig, config, overrides or [], resume=resume, check=check) as loaded:
+    with agree_on("sft", SftConfig, config, overrides or [], resume=resume, check=check) as loaded:
         from megatron_rl.sft import sft as run
 
         run(loaded, resume=resume)
@@ -221,6 +222,60 @@ def graft(
         raise ConfigError(f"--weights: found {unknown[0]}, expected one of {', '.join(POLICY_KINDS)}")
     done = run(donor, base, out, kinds)
     print(f"{out}: {done.taken} tensors of {donor}, {done.kept} of {base}")
+
+
+Step = Annotated[int, typer.Option(min=1, help="Rollout step of the run that rollout.replay_from names.")]
+
+
+@app.command()
+def replay_study(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    step: Step = 1,
+    later: Annotated[Path | None, typer.Option(help="Model of pi_theta; default: that of pi_old")] = None,
+    updates: Annotated[int, typer.Option(min=0, help="Optimizer steps that make pi_theta, in place of --later")] = 0,
+    older: Annotated[Path | None, typer.Option(help="Model of r2-stale's routes")] = None,
+    graft: Annotated[Path | None, typer.Option(help="Model of grafted-router's routers")] = None,
+    agree: Annotated[int | None, typer.Option(min=1, help="Experts of r3-agreeing; default: all but one")] = None,
+    routing: Annotated[list[str] | None, typer.Option(help="A routing; may be given several times")] = None,
+    objective: Annotated[list[str] | None, typer.Option(help="own, a preset or a YAML file; several times")] = None,
+    gradients: Annotated[bool, typer.Option(help="Compare gradients too.")] = True,
+) -> None:
+    """Evaluates saved rollouts under many routings and objectives without training. Start it with torchrun."""
+    from megatron_rl.counterfactual import replay_study as studies
+
+    options = studies.StudyOptions(
+        step=step,
+        routings=tuple(routing or studies.ROUTINGS),
+        objectives=tuple(objective or studies.all_objectives()),
+        gradients=gradients,
+        later=later,
+        updates=updates,
+        older=older,
+        graft=graft,
+        agree=agree,
+    )
+
+    def check(loaded: Config) -> None:
+        studies.check_options(loaded, options)
+
+    with agree_on("replay-study", Config, config, overrides or [], resume=False, check=check) as loaded:
+        lines = studies.replay_study(loaded, options)
+    if lines:
+        studies.print_study(lines)
+
+
+@app.command()
+def attribute(config: ConfigFile, overrides: Overrides = None, step: Step = 1) -> None:
+    """Attributes the mismatch of saved rollouts to routing, precision, a layer or an expert. Start it with torchrun."""
+    from megatron_rl.counterfactual import attribution
+
+    with agree_on(
+        "attribute", Config, config, overrides or [], resume=False, check=attribution.check_attribution
+    ) as loaded:
+        lines = attribution.attribute(loaded, step)
+    if lines:
+        attribution.print_attribution(lines)
 
 
 def _refuse_world_size(world_size: int | None) -> None:

@@ -22,6 +22,8 @@ class PolicyModel(GPTModel):
         super().__init__(*args, **kwargs)
         self.temperature = temperature
         self.logit_chunk_tokens = logit_chunk_tokens
+        self.head_dtype: torch.dtype | None = None
+        """Dtype of the logits, for a study of precision; None: the model's own. Log-softmax is in fp32 anyway."""
         tp = self.pg_collection.tp
         self.shard = VocabularyShard(start=tp.rank() * self.vocab_size // tp.size(), size=unpadded_vocab_size, group=tp)
 
@@ -38,9 +40,10 @@ class PolicyModel(GPTModel):
             if self.share_embeddings_and_output_weights
             else self.output_layer.weight
         )
+        dtype = self.head_dtype or weight.dtype
         logprobs, entropy = TokenLogProbs.apply(
-            hidden_states.squeeze(1),
-            weight,
+            hidden_states.squeeze(1).to(dtype),
+            weight.to(dtype),
             labels.squeeze(0),
             self.temperature,
             self.shard,

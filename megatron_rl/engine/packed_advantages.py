@@ -73,7 +73,7 @@ def group_finish(
     rows: list[tuple[int, int, float]] = []
     for mini_batch, parts in zip(mini_batches, penalties, strict=True):
         for packed, outcomes, penalty in zip(mini_batch.micro_batches, mini_batch.outcomes, parts, strict=bool(parts)):
-            for outcome, at in _responses(packed, outcomes):
+            for outcome, at in responses(packed, outcomes):
                 if not outcome.lost:
                     rows.append((outcome.index, outcome.group, outcome.reward - float(penalty[at].sum())))
     groups: defaultdict[int, dict[int, float]] = defaultdict(dict)
@@ -89,7 +89,7 @@ def group_finish(
 
     def spread(packed: PackedBatch, outcomes: Sequence[Outcome]) -> Doubles:
         values = np.zeros(packed.tokens)
-        for outcome, at in _responses(packed, outcomes):
+        for outcome, at in responses(packed, outcomes):
             values[at] = advantages.get(outcome.index, 0.0)
         return values
 
@@ -129,7 +129,7 @@ def gae_finish(
     for mini_batch, found in zip(mini_batches, estimates, strict=True):
         for packed, outcomes, estimate in zip(mini_batch.micro_batches, mini_batch.outcomes, found, strict=bool(found)):
             mine += Moments.of(estimate.advantages[packed.loss_mask])
-            sums.update({o.index: float(estimate.returns[at].sum()) for o, at in _responses(packed, outcomes)})
+            sums.update({o.index: float(estimate.returns[at].sum()) for o, at in responses(packed, outcomes)})
     bad = {index: total for index, total in sums.items() if not math.isfinite(total)}
     moments = Moments()
     for moment, its_bad in _gather([astuple(mine), list(bad.items())] if place.speaks_for_stage else [[], []], place):
@@ -147,7 +147,7 @@ def _estimate(
     packed: PackedBatch, outcomes: Sequence[Outcome], values: Doubles, penalty: Doubles | None, config: Gae
 ) -> Estimate:
     advantages, returns, following = (np.zeros(packed.tokens) for _ in range(3))
-    for outcome, at in _responses(packed, outcomes):
+    for outcome, at in responses(packed, outcomes):
         rewards = token_rewards(outcome.reward, np.zeros(len(at)) if penalty is None else penalty[at])
         advantages[at], returns[at] = gae(rewards, values[at], config.gamma, config.gae_lambda)
         following[at], _ = gae(rewards, np.zeros(len(at)), config.gamma, 1.0)
@@ -171,7 +171,7 @@ def _check_finite(rewards: Mapping[int, float]) -> None:
         )
 
 
-def _responses(packed: PackedBatch, outcomes: Sequence[Outcome]) -> Iterator[tuple[Outcome, npt.NDArray[np.int64]]]:
+def responses(packed: PackedBatch, outcomes: Sequence[Outcome]) -> Iterator[tuple[Outcome, npt.NDArray[np.int64]]]:
     """Yields each sequence's outcome and the positions of its masked-in tokens, which may be none."""
     if packed.is_empty:
         return

@@ -37,6 +37,12 @@ class Observer(Protocol):
     def __call__(self, micro_batch: int, tap: Tap, scores: Tensor, live: Tensor, used: Tensor, /) -> None: ...
 
 
+class Keeps(Protocol):
+    """Says which rows of a layer replay: (tap, experts of the routes [R, K], live experts [R, K]) -> [R] bool."""
+
+    def __call__(self, tap: Tap, routed: Tensor, live: Tensor, /) -> Tensor: ...
+
+
 class Tap(RouterReplay):
     """The hook of one router. `column` is the position of its layer among this rank's MoE layers, by global number."""
 
@@ -122,14 +128,17 @@ class RoutingPass:
         *,
         record: bool = False,
         observers: Sequence[Observer] = (),
+        keeps: Keeps | None = None,
     ) -> None:
         """With `record`, `live` then holds [rows, own layers, top_k] for each micro-batch: the routers' own choices. If
-        nothing is replayed, routers use these choices."""
+        nothing is replayed, routers use these choices. `keeps` restricts the replay to some rows and layers; the others
+        route live. Defaults to None: all rows with a route replay."""
         self.live: list[Tensor] = []
         self._routers = routers
         self._routes = routes
         self._record = record
         self._observers = observers
+        self._keeps = keeps
         self._forward: tuple[int, int] | None = None  # stage and micro-batch
         self._to_recompute: dict[
             int, deque[int]
@@ -211,7 +220,10 @@ class RoutingPass:
                 f"layer {tap.layer}, micro-batch {index}: routes {tuple(routes.experts.shape)} (rows, layers, top-k) "
                 f"for {live.shape[0]} rows, {len(self._routers.taps)} layers, top-{live.shape[1]}"
             )
-        return torch.where(routes.present[:, None], routes.experts[:, tap.column].to(live.dtype), live)
+        routed, present = routes.experts[:, tap.column].to(live.dtype), routes.present
+        if self._keeps is not None:
+            present = present & self._keeps(tap, routed, live)
+        return torch.where(present[:, None], routed, live)
 
     def _keep(self, tap: Tap, index: int, live: Tensor) -> None:
         if index not in self._recorded:
