@@ -103,7 +103,7 @@ class _Attribution:
     def run(self) -> Findings:
         before, changes = self._baseline()
         rows = [self._single(name) for name in (ROUTING, GATES, *PARTS)]
-        with self.trainer.phase(PRECISION):
+        with self.trainer.journal.phase(PRECISION):
             rows.append(Substitution(PRECISION, "the whole trainer in bf16", self._in_bf16()))
         parts = [
             row.name for row in rows if row.gap and row.name != PRECISION and before.explained_by(row.gap) >= EXPLAINS
@@ -162,7 +162,7 @@ class _Attribution:
         """Substitutes one part."""
         meaning = {ROUTING: "the rollout's experts replayed", GATES: "gate weights rounded to bf16, experts kept"}
         reason = self._unavailable(name)
-        with self.trainer.phase(name):
+        with self.trainer.journal.phase(name):
             gap = None if reason else self._gap(self._passes([name]), [name])
         return Substitution(name, {**meaning, **PARTS}[name], gap, reason)
 
@@ -198,7 +198,7 @@ class _Attribution:
                     keeps=lambda tap, routed, _: torch.full(routed.shape[:1], tap.layer == layer, device=routed.device),
                 )
 
-            with self.trainer.phase("layers"):
+            with self.trainer.journal.phase("layers"):
                 gap = self._gap(one_layer)
             change = changes[f"routing/set_mismatch/rollout_old/live/layer_{layer:02d}"]
             yield LayerShare(layer, change, gap)
@@ -211,7 +211,7 @@ class _Attribution:
             routes = _rollout_routes(policy, mini_batch) if self.replays else None
             return RoutingPass(policy.routers, routes, observers=[visits.observe])
 
-        with self.trainer.phase("experts"):
+        with self.trainer.journal.phase("experts"):
             gaps = self._gaps(self._passes([ROUTING]) if self.replays else _live)
             for mini_batch, values in zip(self.mini_batches, gaps, strict=True):
                 self.policy.logprobs(mini_batch.micro_batches, routing=observed(self.policy, mini_batch))

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.engine.export import holders, model_ranks
-from megatron_rl.engine.grad_norms import KINDS, kind_of
 from megatron_rl.engine.policy import Policy
 from megatron_rl.models.binding import bind
+from megatron_rl.models.kinds import POLICY_KINDS
 
 Vectors = dict[str, Tensor]
 """By kind of weight, this rank's part of a gradient: fp32, one dimension, on the CPU."""
@@ -27,11 +27,11 @@ CHUNK = 1 << 20
 def gradient_of(policy: Policy) -> Vectors:
     """Copies what Policy.gradients left on this rank, without the copies that other ranks hold."""
     rank = policy.place.rank
-    parts: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
+    parts: dict[str, list[Tensor]] = {kind: [] for kind in POLICY_KINDS}
     for slot in bind(list(policy.models), policy.arch, model_ranks(policy.layout, rank), policy.layers.weight_names):
         if not slot.weight.copy and rank in holders(policy.layout, slot.weight, policy.arch):
             gradient = slot.of(slot.parameter.main_grad)  # type: ignore[attr-defined]
-            parts[kind_of(slot.weight.name)].append(gradient.detach().float().flatten().cpu())
+            parts[slot.weight.kind].append(gradient.detach().float().flatten().cpu())
     return {kind: torch.cat([torch.zeros(0), *pieces]) for kind, pieces in parts.items()}
 
 
@@ -45,13 +45,13 @@ def add(total: Vectors | None, more: Vectors, weight: float) -> Vectors:
 def gram(gradients: Sequence[Vectors], policy: Policy) -> dict[str, Tensor]:
     """Returns the scalar products [n, n] float64 of n gradients for each kind of weight, and for `all`. Collective."""
     n = len(gradients)
-    products = torch.zeros(len(KINDS), n, n, dtype=torch.float64)
-    for number, kind in enumerate(KINDS):
+    products = torch.zeros(len(POLICY_KINDS), n, n, dtype=torch.float64)
+    for number, kind in enumerate(POLICY_KINDS):
         for pieces in zip(*(each[kind].split(CHUNK) for each in gradients), strict=True):
             rows = torch.stack(pieces).double()
             products[number] += rows @ rows.t()
     dist.all_reduce(products, group=policy.place.control)
-    return {"all": products.sum(0), **dict(zip(KINDS, products, strict=True))}
+    return {"all": products.sum(0), **dict(zip(POLICY_KINDS, products, strict=True))}
 
 
 def norms(products: dict[str, Tensor], index: int) -> dict[str, float]:

@@ -166,7 +166,7 @@ class _Study:
         """Returns the lines of the study on rank 0, and [] on the others."""
         trainer = self.trainer
         references = self._references()
-        with trainer.phase("pi_old"):
+        with trainer.journal.phase("pi_old"):
             olds = {name: old_pass(trainer.policy, self.packing, ROUTINGS[name]) for name in self.routings}
             rerun = old_pass(trainer.policy, self.other_packing, ROUTINGS[self.base])
             older = self._older()
@@ -178,11 +178,11 @@ class _Study:
             owners = {"pi_old": self.config.model.path, "graft": self.options.graft}
             if (owner := owners.get(arm.routers)) is not None:
                 load_routers(theta, owner)
-            with trainer.phase("pi_theta"):
+            with trainer.journal.phase("pi_theta"):
                 new = new_pass(theta, self.packing, arm, old, older)
                 columns[name] = token_columns(theta, self.packing, old, new, references[0])
             for objective in self._compared(name):
-                with trainer.phase("gradients"):
+                with trainer.journal.phase("gradients"):
                     passes = Passes(arm, old, new, older, references[0])
                     gradients[name, objective.name] = self._gradient(theta, self.packing, objective, passes)
             if owner is not None:
@@ -236,7 +236,7 @@ class _Study:
         trainer = self.trainer
         directory = self.options.later or self.config.model.path
         if self.options.updates:
-            with trainer.phase("updates"):
+            with trainer.journal.phase("updates"):
                 updates = prepare(self.config, trainer, self.batch.mini_batches, measures_noise=False)
                 for update in updates[: self.options.updates]:
                     measure_router_shift(trainer, update)

@@ -139,12 +139,15 @@ def test_trained_weights_move_as_if_nothing_were_frozen(forks: Forks, models: Pa
     """
 
     def run(cases: list[Case]) -> list[Answer]:
-        return forks.world(1, "freeze_worker:main", models, cases)[0]  # type: ignore[no-any-return]
+        return forks.world(1, "freeze_worker:main", models, cases)[0]
 
     case = Case(steps=1, optim=LINEAR, recompute=recompute)
     (whole,) = run([replace(case, clip=1e9)])
     norms = whole["norms"][0]
-    clips = [1e-4 * math.hypot(*(norms[kind] for kind in norms if "/" not in kind and kind not in freeze)) for freeze in FREEZES]
+    clips = [
+        1e-4 * math.hypot(*(norms[kind] for kind in norms if "/" not in kind and kind not in freeze))
+        for freeze in FREEZES
+    ]
     cases = [replace(case, freeze=freeze, clip=clip) for freeze, clip in zip(FREEZES, clips, strict=True)]
     expected, *answers = run(cases)
     before = load_file(models / "model" / "model.safetensors")
