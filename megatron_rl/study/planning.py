@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -15,6 +16,7 @@ from megatron_rl.config.load import raise_all
 from megatron_rl.config.resolve import Resolved, local_files, model_dirs, resolve
 from megatron_rl.config.schema import Config
 from megatron_rl.config.sources import ConfigError, nearest
+from megatron_rl.data.arithmetic_task import PREFIX, ArithmeticTask
 from megatron_rl.errors import UserError
 from megatron_rl.study.decision_rules import EdgeShiftRule, GridEdgeRule, SlopeRule
 from megatron_rl.study.study_file import NAME, Coordinate, Replay, StudyArm, StudyFile
@@ -125,27 +127,37 @@ def check_files(plan: Plan) -> None:
     from megatron_rl.models.check import check_model
 
     problems: list[str] = []
-    checked: set[tuple[Path, bool]] = set()
+    checked: set[object] = set()
     for arm, resolved in plan.resolved.items():
         config = resolved.config
         replays = config.rollout.replay_from
-        if replays is not None and replays.is_relative_to(plan.study.directory):  # made by the study
-            rollout = config.rollout.model_copy(update={"replay_from": None})
-            data = config.data.model_copy(update={"train": "arithmetic:terms=1"})
-            config = config.model_copy(update={"rollout": rollout, "data": data})
+        if replays is not None and replays.is_relative_to(plan.study.directory):  # the study makes them
+            made = config.rollout.model_copy(update={"replay_from": None})
+            no_data = config.data.model_copy(update={"train": f"{PREFIX}count=1"})
+            config = config.model_copy(update={"rollout": made, "data": no_data})
         try:
             local_files(dataclasses.replace(resolved, config=config), 0)
             for key, directory, value_head in model_dirs(config):
-                if (directory, value_head) in checked:
-                    continue
-                checked.add((directory, value_head))
-                try:
-                    check_model(directory, value_head)
-                except UserError as error:
-                    raise ConfigError(f"{key}: {error}") from None
+                if (directory, value_head) not in checked:
+                    with _naming(key):
+                        check_model(directory, value_head)
+                    checked.add((directory, value_head))
+            for key, source in (("data.train", config.data.train), ("data.heldout", config.data.heldout)):
+                if config.rollout.replay_from is None and (source or "").startswith(PREFIX) and source not in checked:
+                    with _naming(key):
+                        ArithmeticTask.parse(source or "").problems()
+                    checked.add(source)
         except UserError as error:
             problems.append(f"arms.{arm}: {error}")
     raise_all(problems)
+
+
+@contextlib.contextmanager
+def _naming(key: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise ConfigError(f"{key}: {error}") from None
 
 
 # ---- arms ------------------------------------------------------------------------------------------------------

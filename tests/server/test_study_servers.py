@@ -26,7 +26,10 @@ presets: [grpo]
 run_dir: unset
 model: {{path: {tiny_model_dir}}}
 engine: {{device: cpu, dtype: fp32}}
-data: {{train: "arithmetic:terms=2", heldout: "arithmetic:terms=2,split=heldout,count=4", max_prompt_tokens: 8}}
+data:
+  train: arithmetic:terms=3,count=50
+  heldout: arithmetic:terms=3,split=heldout,count=4
+  max_prompt_tokens: 8
 rollout: {{prompts_per_step: 4, group_size: 2, max_response_tokens: 8, servers: {{max_total_tokens: 4096}}}}
 optim: {{lr: 1.0e-3}}
 train: {{steps: 1, mini_batches: 2}}

@@ -261,6 +261,12 @@ def test_a_missing_data_set_is_named_with_its_arm(base: Path) -> None:
         check_files(plan)
 
 
+def test_a_task_with_too_few_problems_is_named_with_its_arm(base: Path) -> None:
+    plan = plan_of(base, {"a": {"set": {"data": {"train": "arithmetic:terms=3,count=600"}}}, "b": {}})
+    with pytest.raises(ConfigError, match=r"^arms\.b: data\.train: arithmetic: count: found 637 problems"):
+        check_files(plan)
+
+
 # ---- published studies -----------------------------------------------------------------------------------------
 
 EXAMPLES = sorted((ROOT / "examples" / "studies").glob("*.yaml"))
