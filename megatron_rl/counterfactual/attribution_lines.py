@@ -12,6 +12,8 @@ from megatron_rl.counterfactual.contrasts import ExpertContrast
 from megatron_rl.counterfactual.figures import Doubles
 
 ROUTING, GATES, PRECISION = "routing", "gate weights", "precision"
+ROUNDING = 1e-5
+"""Mean gap, in nats, up to which two engines in fp32 agree."""
 NAMES_CAUSE = 0.5
 """Share of the mean gap from which on a part is called its cause."""
 CLEAR_T = 5.0
@@ -75,8 +77,10 @@ def cause(found: Findings) -> str:
 
     A part is the cause if it alone explains at least NAMES_CAUSE of the mean gap and more than the others; a layer is
     named with routing by the same rule. Otherwise an expert is named if its tokens stand out: t at least CLEAR_T, and
-    CLEAR_LEAD times the next one's.
+    CLEAR_LEAD times the next one's. A gap up to ROUNDING has no cause.
     """
+    if found.before.mean <= ROUNDING:
+        return "none"
     shares = {row.name: found.before.explained_by(row.gap) for row in found.substitutions if row.gap}
     shares.pop(PRECISION)
     name, share = max(shares.items(), key=lambda item: item[1])

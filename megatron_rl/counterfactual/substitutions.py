@@ -152,7 +152,7 @@ def _falling_order(policy: Policy) -> Iterator[None]:
                 handles += [
                     layer.router.register_forward_hook(lambda _, __, out, seen=seen: seen.update(routed=out)),
                     layer.experts.register_forward_hook(lambda _, __, out, seen=seen: seen.update(output=out[0])),
-                    layer.register_forward_hook(lambda _, __, out, seen=seen: _added_up(seen, out)),
+                    layer.register_forward_hook(lambda _, __, out, seen=seen: added_up(seen, out)),
                 ]
     try:
         yield
@@ -161,8 +161,12 @@ def _falling_order(policy: Policy) -> Iterator[None]:
             handle.remove()
 
 
-def _added_up(seen: dict[str, Any], out: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
-    """The MoE layer's output from its experts' rows, which are sorted by expert and then by token."""
+def added_up(seen: dict[str, Any], out: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+    """Returns a MoE layer's output, with the rows of its experts added up by falling gate weight, one after another.
+
+    `seen` has the router's output, (gate weights, choice) [rows, experts] each, and the experts' output [n, H], sorted
+    by expert and then by token; `out` is the layer's own output, whose shape and dtype the sum has.
+    """
     gates, chosen = (each.flatten(0, -2) for each in seen["routed"])
     rows = torch.zeros(chosen.shape, dtype=torch.long, device=chosen.device)
     experts, tokens = chosen.t().nonzero(as_tuple=True)

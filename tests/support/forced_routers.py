@@ -33,8 +33,11 @@ def moe_layers(model: Any) -> list[int]:
     return [number for number, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "gate")]
 
 
-def force(model: Any, choose: Choose | None = None) -> Chosen:
-    """Makes `choose` decide (None: the top K); returns a list that each forward pass fills with its choices."""
+def force(model: Any, choose: Choose | None = None, rounds_gates: bool = False) -> Chosen:
+    """Makes `choose` decide (None: the top K); returns a list that each forward pass fills with its choices.
+
+    `rounds_gates` makes gate weights from logits in bf16.
+    """
     chosen: Chosen = []
     top_k = model.config.num_experts_per_tok
     for column, layer in enumerate(moe_layers(model)):
@@ -48,7 +51,7 @@ def force(model: Any, choose: Choose | None = None) -> Chosen:
             if column == 0:
                 chosen.clear()
             chosen.append(ids)
-            scores = probabilities.gather(1, ids)
+            scores = (logits.bfloat16().float().softmax(-1) if rounds_gates else probabilities).gather(1, ids)
             return logits, scores / scores.sum(-1, keepdim=True), ids
 
         router.forward = forward
@@ -62,9 +65,17 @@ def response_logprobs(model: Any, token_ids: np.ndarray, prompt: int) -> torch.T
     return logits.log_softmax(-1).gather(1, ids[prompt:, None])[:, 0]
 
 
-def save_sampled(model: Any, run_dir: Path, *, prompts: int = 4, group: int = 4, choose: Choose | None = None) -> None:
+def save_sampled(
+    model: Any,
+    run_dir: Path,
+    *,
+    prompts: int = 4,
+    group: int = 4,
+    choose: Choose | None = None,
+    rounds_gates: bool = False,
+) -> None:
     """Saves random responses of step 1 with the model's log-probs and routes, as if it were the rollout engine."""
-    chosen = force(model, choose)
+    chosen = force(model, choose, rounds_gates)
     rng = np.random.default_rng(11)
     groups = []
     for index in range(prompts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 
@@ -120,6 +121,11 @@ def findings(
 )
 def test_the_cause_is_the_part_that_explains_most_or_the_expert_that_stands_out(found: Findings, expected: str) -> None:
     assert cause(found) == expected
+
+
+def test_a_gap_of_rounding_has_no_cause() -> None:
+    found = dataclasses.replace(findings({ROUTING: 0.0, PRECISION: 0.0}), before=gap(9e-6))
+    assert cause(found) == "none"
 
 
 def test_shares_interaction_and_what_is_left_add_up() -> None:
