@@ -47,9 +47,10 @@ def resolve(cls: type[C], path: Path, overrides: Sequence[str], world_size: int)
     except ModelError as error:
         raise ConfigError(f"model.path: {error}") from None
     layout = check_config(config, arch, world_size)
+    notes += freeze_notes(config)
     if isinstance(config, Config):
         check_companions(config, arch, layout)
-    return Resolved(config, arch, layout, (*notes, *freeze_notes(config)))
+    return Resolved(config, arch, layout, tuple(notes))
 
 
 def model_dirs(config: Config | SftConfig) -> Iterator[tuple[str, Path, bool]]:
