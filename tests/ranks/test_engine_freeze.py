@@ -139,7 +139,7 @@ def test_trained_weights_move_as_if_nothing_were_frozen(forks: Forks, models: Pa
     """
 
     def run(cases: list[Case]) -> list[Answer]:
-        return forks.world(1, "freeze_worker:main", models, cases)[0]  # type: ignore[no-any-return]
+        return forks.world(1, "freeze_worker:main", models, cases)[0]
 
     case = Case(steps=1, optim=LINEAR, recompute=recompute)
     (whole,) = run([replace(case, clip=1e9)])
