@@ -22,7 +22,7 @@ from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import EngineConfig, OptimConfig
 from megatron_rl.data.packing import PackedBatch
 from megatron_rl.engine.export import export_stream, model_ranks
-from megatron_rl.engine.freeze import digest_frozen, freeze
+from megatron_rl.engine.frozen import digest_frozen, freeze
 from megatron_rl.engine.grad_norms import grad_norms, norm_groups, reported_norms, total_norm
 from megatron_rl.engine.layers.choice import choose_layers
 from megatron_rl.engine.megatron_config import transformer_config

@@ -44,9 +44,8 @@ def test_a_run_on_saved_rollouts_leaves_frozen_weights_alone(forks: Forks, tmp_p
         1,
         [f"run_dir={tmp_path / name} train.steps=1 {keys}" for name, keys in (("r", ROUTER), ("e", EMBEDDING))],
     )
-    two = {"r-tp": f"{ROUTER} parallel.tp=2", "e-pp": f"{EMBEDDING} parallel.pp=2 parallel.vpp=2"}
-    run_all(forks, config, 2, [f"run_dir={tmp_path / name} train.steps=1 {keys}" for name, keys in two.items()])
-    for name in ("r", "e", *two):
+    run_all(forks, config, 2, [f"run_dir={tmp_path / 'e-pp'} train.steps=1 {EMBEDDING} parallel.pp=2 parallel.vpp=2"])
+    for name in ("r", "e", "e-pp"):
         run_dir, reference = tmp_path / name, tmp_path / name[0]
         assert_frozen(model, run_dir, {"router"} if name[0] == "r" else {"embedding"})
         np.testing.assert_allclose(losses(run_dir)[:, 0], losses(reference)[:, 0], atol=1e-5)
@@ -67,7 +66,7 @@ def test_a_resumed_run_with_frozen_weights_equals_an_uninterrupted_one(
     shutil.rmtree(run_dir / "model")
     before = contents(run_dir)
     refused = forks.run(*SFT, setting / "sft.yaml", f"run_dir={run_dir}", "--resume", "optim.freeze=[router]")
-    assert_refused(refused, "optim.freeze: ['router', 'attention'] in the run, ['router'] now")
+    assert_refused(refused, "optim.freeze: [router, attention] in the run, [router] now")
     assert contents(run_dir) == before
     done = forks.run(*words, f"run_dir={run_dir}", "steps=4", "--resume", ranks=2)
     assert done.status == [0, 0], done.stderr

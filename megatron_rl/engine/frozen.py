@@ -41,7 +41,7 @@ def digest_frozen(stages: Sequence[torch.nn.Module]) -> str:
     sha = hashlib.sha256()
     frozen = [p for stage in stages for p in stage.parameters() if not p.requires_grad]
     for parameter in frozen:
-        sha.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        sha.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return sha.hexdigest() if frozen else ""
 
 
