@@ -123,8 +123,10 @@ def make_plan(study: StudyFile, file: Path) -> Plan:
 
 
 def check_files(plan: Plan) -> None:
-    """Checks that models and data are there and whole. Raises ConfigError, which names the arms. Slower than a plan."""
+    """Checks that models and data are there and whole, and that own verifiers start; slower than a plan. Raises
+    ConfigError, which names the arms."""
     from megatron_rl.models.check import check_model
+    from megatron_rl.rewards import check_verifier
 
     problems: list[str] = []
     checked: set[object] = set()
@@ -147,6 +149,9 @@ def check_files(plan: Plan) -> None:
                     with _naming(key):
                         ArithmeticTask.parse(source or "").problems()
                     checked.add(source)
+            if config.data.verifier not in checked:
+                check_verifier(config)
+                checked.add(config.data.verifier)
         except UserError as error:
             problems.append(f"arms.{arm}: {error}")
     raise_all(problems)

@@ -32,6 +32,7 @@ data:
   max_prompt_tokens: 8
 rollout: {{prompts_per_step: 4, group_size: 2, max_response_tokens: 8, servers: {{max_total_tokens: 4096}}}}
 optim: {{lr: 1.0e-3}}
+weights: {{verify: 1}}
 train: {{steps: 1, mini_batches: 2}}
 """
     )

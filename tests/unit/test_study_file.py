@@ -18,6 +18,7 @@ from megatron_rl.config.load import ConfigError
 from megatron_rl.study.planning import Plan, check_files, make_plan
 from megatron_rl.study.study_file import load_study
 
+FEW = {"data": {"train": "arithmetic:terms=3,count=600"}}
 ARMS: dict[str, Any] = {"a": {}, "b": {"set": {"optim": {"lr": 1e-4}}}}
 
 
@@ -258,6 +259,12 @@ def test_what_is_no_study_file_is_refused(tmp_path: Path) -> None:
 def test_a_missing_data_set_is_named_with_its_arm(base: Path) -> None:
     plan = plan_of(base, {"a": {}, "b": {"set": {"data": {"train": str(base.with_name("gone.jsonl"))}}}})
     with pytest.raises(ConfigError, match=r"arms\.b: data\.train: .*gone\.jsonl does not exist"):
+        check_files(plan)
+
+
+def test_a_verifier_that_cannot_be_imported_is_named_with_its_arm(base: Path) -> None:
+    plan = plan_of(base, {"a": {}, "b": {"set": {"data": {"verifier": "nowhere:judge"}}}}, set=FEW)
+    with pytest.raises(ConfigError, match=r"^arms\.b: data\.verifier: .*nowhere"):
         check_files(plan)
 
 
