@@ -135,7 +135,7 @@ def test_three_skipped_optimizer_steps_in_a_row_are_a_collapse() -> None:
     skipped: dict[str, Any] = {"skipped": 1.0, "grad_norm": None}
     two = judge(history({}, skipped, skipped, {}, skipped, skipped))
     assert two.severity is Severity.WARNING
-    three = judge(history({}, skipped, skipped, skipped, skipped))
+    three = judge(history({}, skipped, skipped, skipped))
     assert three.severity is Severity.COLLAPSED
     assert three.decisive is not None
     assert (three.decisive[0].name, three.decisive[1].step) == ("optimizer stuck", 2)
