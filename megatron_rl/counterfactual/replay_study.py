@@ -51,6 +51,7 @@ from megatron_rl.counterfactual.study_passes import (
 )
 from megatron_rl.disk import write_durably
 from megatron_rl.engine.policy import Policy
+from megatron_rl.errors import UserError
 from megatron_rl.loop.experience import measure_router_shift, prepare
 from megatron_rl.loop.trainer import Trainer, open_trainer
 from megatron_rl.models.architecture import read_architecture
@@ -98,7 +99,10 @@ def check_options(config: Config, options: StudyOptions) -> None:
     for option, directory in (("later", options.later), ("older", options.older), ("graft", options.graft)):
         if directory is None:
             continue
-        check_model(directory)
+        try:
+            check_model(directory)
+        except UserError as error:
+            raise ConfigError(f"--{option}: {error}") from None
         its, mine = dataclasses.asdict(read_architecture(directory)), dataclasses.asdict(arch)
         if differing := [f"{key} {its[key]}, not {mine[key]}" for key in its if its[key] != mine[key]]:
             raise ConfigError(

@@ -298,6 +298,7 @@ def test_the_command_studies_rollouts_without_traces_on_two_leaders(
         ({"updates": 5}, "--updates: 5, but a step has train.mini_batches = 4"),
         ({"updates": 1, "later": "old"}, "--later and --updates both say what pi_theta is"),
         ({"agree": 3}, "--agree: 3, but a token has 2 experts"),
+        ({"graft": Path("nowhere")}, "--graft: nowhere/config.json"),
         ({"older": "dense"}, "--older: .* of another architecture than model.path: .*num_experts 0, not 8"),
     ],
 )

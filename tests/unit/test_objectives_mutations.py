@@ -269,7 +269,7 @@ def gae_through_observations(patch: pytest.MonkeyPatch) -> None:
     def every(packed: PackedBatch, outcomes: Any) -> Any:
         yield outcomes[0], np.arange(1, 7)
 
-    patch.setattr(packed_advantages, "_responses", every)
+    patch.setattr(packed_advantages, "responses", every)
 
 
 def value_clip_of_the_smaller(patch: pytest.MonkeyPatch) -> None:
