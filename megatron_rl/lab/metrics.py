@@ -6,6 +6,7 @@ micro-batches and ranks. Use one accumulator per optimizer step; the caller tags
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -17,7 +18,7 @@ from megatron_rl.config.schema import RewardConfig
 from megatron_rl.data.sample import Group, Sample, Verdict
 from megatron_rl.lab.sketch import Kind, MetricAccumulator
 from megatron_rl.objectives.advantages import all_equal
-from megatron_rl.objectives.inputs import LossInputs, LossValues, PolicyLossOutputs
+from megatron_rl.objectives.inputs import CenteringValues, LossInputs, LossValues, PolicyLossOutputs
 from megatron_rl.objectives.kl import k1, k3
 from megatron_rl.objectives.ratios import Tokens
 from megatron_rl.objectives.value import ValueLossOutputs
@@ -56,6 +57,8 @@ TRAINING: dict[str, Kind] = {
     },
     "router_shift": Kind.TAIL,  # before its floor; only for objectives with a router shift
     "router_shift/floored": Kind.MEAN,  # fraction of tokens that the floor raised
+    # Score centering, by token: see objectives.inputs.CenteringValues.
+    **{f"centering/{what}": Kind.TAIL for what in ("rollout_mass", "policy_mass", "alpha", "drift", "score")},
     "clip/dual/token": Kind.MEAN,
     "clip/dual/sequence": Kind.MEAN,
     **{f"correction/{what}/{unit}": Kind.MEAN for what in ("masked", "truncated") for unit in ("token", "sequence")},
@@ -133,9 +136,16 @@ def training_metrics(
     if tokens.reference_logprobs is not None:
         _add_kl(metrics, "kl/policy_reference", tokens.reference_logprobs.double() - logprobs)
     _add_fractions(metrics, outputs.values, tokens)
+    _add_centering(metrics, outputs.values.centering)
     if tokens.router_shift is not None and outputs.values.floored is not None:
         metrics.add("router_shift", tokens.router_shift)
         metrics.add("router_shift/floored", outputs.values.floored)
+
+
+def _add_centering(metrics: MetricAccumulator, values: CenteringValues | None) -> None:
+    if values is not None:
+        for field in dataclasses.fields(values):
+            metrics.add(f"centering/{field.name}", getattr(values, field.name))
 
 
 def _add_kl(metrics: MetricAccumulator, name: str, log_ratio: Tensor) -> None:
