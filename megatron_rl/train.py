@@ -94,6 +94,7 @@ def schedule(parts: Parts, samples: Sequence[TrainSample]) -> list[MiniBatch]:
             mini_batches=config.train.mini_batches,
             max_tokens=config.engine.max_tokens_per_micro_batch,
             routes=parts.routes,
+            tops=parts.tops,
         )
 
 

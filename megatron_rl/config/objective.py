@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_rl.config.schema import Config
-from megatron_rl.config.switches import KL, Gae, IcePop, MaskClip, MinClip, Mis
+from megatron_rl.config.switches import KL, Gae, IcePop, MaskClip, MinClip, Mis, NoCorrection, Tis
 
 
 def check_objective(config: Config) -> Iterator[str]:
@@ -24,6 +24,7 @@ def check_objective(config: Config) -> Iterator[str]:
     if isinstance(objective.advantage, Gae) and config.critic is None:
         yield "critic: not set, needed by objective.advantage.estimator gae; the preset ppo sets it"
     yield from _check_correction(config)
+    yield from _check_centering(config)
     yield from _check_kl_in_reward(config)
     yield from _check_old_policy(config)
 
@@ -51,6 +52,29 @@ def _check_negative_band(band: IcePop) -> Iterator[str]:
             f"objective.correction.negative_low: {low} is above objective.correction.negative_high {high}; one that is "
             "not set is that of objective.correction.low and high"
         )
+
+
+def _check_centering(config: Config) -> Iterator[str]:
+    """Checks that the objective weighs each token by a function of its own pi_theta/mu, which alone has a mean over
+    mu."""
+    objective = config.objective
+    if objective.centering is None:
+        return
+    needed = {
+        "ratio": (objective.ratio, "token"),
+        "denominator": (objective.denominator, "rollout"),
+        "clip.kind": (objective.clip.kind, "weight"),
+    }
+    for key, (found, expected) in needed.items():
+        if found != expected:
+            yield f"objective.{key}: {found}, but objective.centering needs {expected}"
+    if objective.router_shift is not None:
+        yield f"objective.router_shift: {objective.router_shift}, but objective.centering needs null"
+    correction = objective.correction
+    if isinstance(correction, Tis) and correction.level != "token":
+        yield f"objective.correction.level: {correction.level}, but objective.centering needs token"
+    elif not isinstance(correction, NoCorrection | IcePop | Tis):
+        yield f"objective.correction.kind: {correction.kind}, but objective.centering needs none, icepop or tis"
 
 
 def _check_kl_in_reward(config: Config) -> Iterator[str]:

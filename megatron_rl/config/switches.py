@@ -205,6 +205,19 @@ class UnbiasedKL(Frozen):
 KLConfig = Annotated[NoKL | KL | UnbiasedKL, Field(discriminator="kind")]
 
 
+# ---- centering ---------------------------------------------------------------------------------------------------
+
+
+class Centering(Frozen):
+    """Score centering [2609.20807]: takes off each token's term its mean over mu, with the same clip and correction.
+    Needs objective.denominator rollout, objective.ratio token and objective.clip.kind weight."""
+
+    top_k: Annotated[int, Field(ge=1, le=1024)] = 128
+    """Number of mu's most likely tokens that the servers return for each token; 8 bytes each. The rest of the
+    vocabulary counts as proportional to pi_theta. A vocabulary of no more tokens is returned whole: the mean is exact.
+    """
+
+
 class ObjectiveConfig(Frozen):
     """The switches of an objective; a preset sets them (megatron_rl/config/presets)."""
 
@@ -230,6 +243,8 @@ class ObjectiveConfig(Frozen):
     """Smallest router shift of RSPO [2510.23027]. Each token's ratio is multiplied by the router shift before the clip.
     It measures how little the routers have moved since pi_old. Costs one more forward pass for each mini-batch.
     Defaults to null, which disables it."""
+    centering: Centering | None = None
+    """Defaults to null, which disables it."""
     custom: str | None = None
     """Your own loss, `package.module:function`, called in place of objectives.policy_loss.policy_loss with equal
     arguments. It does not change advantages, nor the denominators under a correction."""

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_rl.data.sample import Sample
+from megatron_rl.data.top_tokens import TopTokens
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -28,8 +29,16 @@ T = TypeVar("T", bound=np.generic)
 
 
 @dataclass(frozen=True, eq=False)
+class PackedTop:
+    """mu's most likely tokens for the label of each position; meaningless outside the loss mask."""
+
+    ids: npt.NDArray[np.int32]  # [T, k]
+    logprobs: Floats  # [T, k] log mu; -inf for a token that is missing
+
+
+@dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """One micro-batch of S sequences in T positions, padding included. Every array but cu_seqlens is [T].
+    """One micro-batch of S sequences in T positions, padding included. Every array but cu_seqlens and top is [T].
 
     An empty micro-batch has S = 1: a sequence of padding.
 
@@ -45,6 +54,7 @@ class PackedBatch:
     sequence_ids: Ints
     valid: Bools  # False on padding
     cu_seqlens: Ints  # [S + 1], of the padded sequences
+    top: PackedTop | None = None  # for score centering, on the last pipeline stage alone
 
     @property
     def tokens(self) -> int:
@@ -111,6 +121,21 @@ def _pack_empty(filler: npt.NDArray[np.integer], *, cp: int, tp: int, total: int
         sequence_ids=np.zeros(length, dtype=np.int64),
         valid=absent,
         cu_seqlens=np.array([0, length], dtype=np.int64),
+    )
+
+
+def pack_top(samples: Sequence[Sample], tops: Sequence[TopTokens], cu_seqlens: npt.NDArray[np.integer]) -> PackedTop:
+    """Lays out the top tokens of each sample's response as `pack` lays out the labels of the samples."""
+
+    def row(values: npt.NDArray[T], sample: Sample) -> npt.NDArray[T]:
+        # The label of the last prompt token is the response's first.
+        before = np.zeros((len(sample.prompt.token_ids) - 1, values.shape[1]), dtype=values.dtype)
+        return np.concatenate([before, values])
+
+    pairs = list(zip(samples, tops, strict=True))
+    return PackedTop(
+        ids=pack_rows([row(top.ids, sample) for sample, top in pairs], cu_seqlens),
+        logprobs=pack_rows([row(top.logprobs, sample) for sample, top in pairs], cu_seqlens),
     )
 
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from megatron_rl.data.versions import VersionSpan
 
 if TYPE_CHECKING:  # workers of verifiers import this module without pydantic and safetensors
+    from megatron_rl.data.top_tokens import TopTokens
     from megatron_rl.data.trace import RoutingTrace
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -62,6 +63,7 @@ class Sample:
     verdict: Verdict | None = None
     response: str | None = None  # the graded text; for people who read saved rollouts
     trace: RoutingTrace | None = None  # routes of the engine that sampled; covers the first trace.rows tokens
+    top_tokens: TopTokens | None = None  # of mu, at each token of the response; for score centering
 
     @classmethod
     def start(cls, prompt: Prompt, index: int) -> Sample:
@@ -106,6 +108,15 @@ class Sample:
                 f"{len(self.token_ids)} tokens"
             )
         return dataclasses.replace(self, trace=trace)
+
+    def with_top_tokens(self, top_tokens: TopTokens) -> Sample:
+        """The sample with mu's most likely tokens. Raises ValueError unless they are those of each response token."""
+        if len(top_tokens) != len(self.response_ids):
+            raise ValueError(
+                f"prompt {self.prompt.id!r} sample {self.index}: top tokens of {len(top_tokens)} tokens for a response "
+                f"of {len(self.response_ids)}"
+            )
+        return dataclasses.replace(self, top_tokens=top_tokens)
 
     @property
     def response_ids(self) -> npt.NDArray[np.int32]:

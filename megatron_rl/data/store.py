@@ -1,8 +1,8 @@
 """Stores rollouts on disk and sends them between ranks, exact to the last bit and never pickled.
 
-On disk rollouts are JSON lines that people can read, except the routing traces. A float32 log-prob is written as the
-shortest decimal of its float64 value, which reads back to the same float32. The text of a response is for people; the
-token ids are trained on.
+On disk rollouts are JSON lines that people can read, except the routing traces and the top tokens. A float32 log-prob
+is written as the shortest decimal of its float64 value, which reads back to the same float32. The text of a response is
+for people; the token ids are trained on.
 
 Each line ends with its `checksum`: BLAKE2b, 16 bytes in hex, of the previous line's checksum and of this line up to
 `,"checksum"`. So a line that was changed, moved, repeated or left out is refused.
@@ -27,7 +27,8 @@ import safetensors.numpy
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from megatron_rl.data.sample import FinishReason, Group, Prompt, Sample, Verdict
-from megatron_rl.data.trace import RoutingTrace, TraceError
+from megatron_rl.data.top_tokens import TopTokens, TopTokensError
+from megatron_rl.data.trace import RoutingTrace
 from megatron_rl.data.versions import VersionSpan
 from megatron_rl.errors import UserError
 
@@ -73,9 +74,8 @@ class _PromptRecord(_Record):
     verifier: str
 
 
-def _write_trace(trace: RoutingTrace) -> str:
-    """base64 of the trace's bytes, after `raw:` or `zlib:`."""
-    data = trace.to_bytes()
+def _write_binary(data: bytes) -> str:
+    """base64 of the bytes, after `raw:` or `zlib:`."""
     probe = data[:PROBE_BYTES]
     if len(zlib.compress(probe, level=1)) < PAYS * len(probe):
         return "zlib:" + base64.b64encode(zlib.compress(data, level=1)).decode()
@@ -83,22 +83,29 @@ def _write_trace(trace: RoutingTrace) -> str:
 
 
 def _read_trace(written: object, info: ValidationInfo) -> object:
-    """Reads what _write_trace wrote; raises ValueError. A value that is not text is returned for pydantic to refuse."""
-    if not isinstance(written, str):
-        return written
+    """Reads a trace; raises ValueError. A value that is not text is returned for pydantic to refuse."""
+    return RoutingTrace.from_bytes(_read_binary(written, info)) if isinstance(written, str) else written
+
+
+def _read_top_tokens(written: object, info: ValidationInfo) -> object:
+    """As _read_trace."""
+    return TopTokens.from_bytes(_read_binary(written, info)) if isinstance(written, str) else written
+
+
+def _read_binary(written: str, info: ValidationInfo) -> bytes:
+    """Reads what _write_binary wrote; raises ValueError."""
     form, _, text = written.partition(":")
     if form not in ("raw", "zlib"):
-        raise TraceError(f"found {written!r:.20}; expected raw:... or zlib:...")
+        raise ValueError(f"found {written!r:.20}; expected raw:... or zlib:...")
     try:
         data = base64.b64decode(text, validate=True)
-        data = _decompress(data, len(info.data.get("token_ids", ()))) if form == "zlib" else data
+        return _decompress(data, len(info.data.get("token_ids", ()))) if form == "zlib" else data
     except (ValueError, zlib.error) as error:
-        raise TraceError(f"found text that is no {form} data ({error})") from None
-    return RoutingTrace.from_bytes(data)
+        raise ValueError(f"found text that is no {form} data ({error})") from None
 
 
 def _decompress(data: bytes, tokens: int) -> bytes:
-    """Decompresses a trace; raises ValueError as soon as it exceeds the largest trace of that many tokens."""
+    """Decompresses what belongs to that many tokens; raises ValueError as soon as it exceeds the largest trace."""
     most = TRACE_BYTES + TRACE_BYTES_PER_TOKEN * tokens
     stream = zlib.decompressobj()
     found = stream.decompress(data, most + 1)
@@ -121,6 +128,7 @@ class _SampleRecord(_Record):
     verdict: tuple[float, bool] | tuple[float, bool, Literal["lost"]] | None  # reward, correct
     response: str | None = None  # for people; token_ids are trained on
     trace: Annotated[RoutingTrace | None, BeforeValidator(_read_trace)] = None
+    top_tokens: Annotated[TopTokens | None, BeforeValidator(_read_top_tokens)] = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> _SampleRecord:
@@ -143,6 +151,8 @@ class _GroupRecord(_Record):
         for sample in self.samples:
             if sample.token_ids[:n] != self.prompt.token_ids or any(sample.loss_mask[:n]):
                 raise ValueError(f"sample {sample.sample}: does not begin with its prompt, outside the loss mask")
+            if sample.top_tokens is not None:
+                _check_top_tokens(sample, n)
             ends = [n, *(end for _, _, end in sample.versions)]
             starts = [start for _, start, _ in sample.versions]
             if starts != ends[:-1] or ends != sorted(ends) or ends[-1] != len(sample.token_ids):
@@ -154,6 +164,13 @@ class _GroupRecord(_Record):
         if numbers != list(range(len(numbers))):
             raise ValueError(f"samples: found numbers {numbers}; expected 0 to {len(numbers) - 1} in order")
         return self
+
+
+def _check_top_tokens(sample: _SampleRecord, prompt: int) -> None:
+    try:
+        sample.top_tokens.check_sampled(sample.token_ids[prompt:], sample.rollout_logprobs[prompt:])  # type: ignore[union-attr]
+    except TopTokensError as error:
+        raise ValueError(f"sample {sample.sample}: top_tokens: {error}") from None
 
 
 def write_groups(
@@ -207,8 +224,8 @@ def read_header(path: Path) -> Header:
 def encode_samples(samples: Sequence[Sample]) -> bytes:
     """Encodes samples for other ranks of the trainer; `decode_samples` reverses it.
 
-    Routing traces are left out. They are many times as large, so each rank gets only its own slice of them
-    (routing/exchange.py).
+    Routing traces and top tokens are left out. They are many times as large, so a rank gets only what it needs of them
+    (routing/exchange.py, engine/top_exchange.py).
     """
 
     def column(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
@@ -288,7 +305,9 @@ def _group_record(group: Group) -> dict[str, Any]:
     samples = []
     for sample in group.samples:
         text = {} if sample.response is None else {"response": sample.response}
-        trace = {} if sample.trace is None else {"trace": _write_trace(sample.trace)}
+        trace = {} if sample.trace is None else {"trace": _write_binary(sample.trace.to_bytes())}
+        if sample.top_tokens is not None:
+            trace["top_tokens"] = _write_binary(sample.top_tokens.to_bytes())
         columns = {
             "token_ids": sample.token_ids.tolist(),
             "loss_mask": sample.loss_mask.astype(int).tolist(),
@@ -347,4 +366,5 @@ def _read_sample(prompt: Prompt, record: _SampleRecord) -> Sample:
         loss_mask=np.asarray(record.loss_mask, dtype=np.bool_),
         rollout_logprobs=np.asarray(record.rollout_logprobs, dtype=np.float32),
         trace=record.trace,
+        top_tokens=record.top_tokens,
     )

@@ -17,7 +17,9 @@ from megatron_rl.data.packing import PackedBatch, pack_all
 from megatron_rl.data.sample import Sample
 from megatron_rl.data.schedule import Denominators, SampleSize, plan
 from megatron_rl.data.store import decode_samples, encode_samples
+from megatron_rl.data.top_tokens import TopTokens
 from megatron_rl.data.trace import RoutingTrace
+from megatron_rl.engine.top_exchange import TopExchange
 from megatron_rl.ranks.collectives import all_gather_bytes, broadcast_bytes
 from megatron_rl.ranks.place import Place
 from megatron_rl.routing.exchange import RouteExchange
@@ -63,10 +65,12 @@ def distribute(
     mini_batches: int,
     max_tokens: int,
     routes: RouteExchange | None = None,
+    tops: TopExchange | None = None,
 ) -> list[MiniBatch]:
     """Makes this rank's mini-batches from the samples that the leaders fetched. Collective.
 
-    `mine`: this leader's samples, each with a routing trace if there are `routes`; empty if this rank leads no replica.
+    `mine`: this leader's samples, each with a routing trace if there are `routes`, and with top tokens if there are
+    `tops`; empty if this rank leads no replica.
     """
     sizes, home = _exchange_sizes(mine, place)
     schedule = plan(
@@ -93,6 +97,10 @@ def distribute(
     traces = {}
     if routes is not None:
         traces = routes.migrate({s.index: _trace(s) for s in mine}, home, target)
+    likely = {}
+    if tops is not None:
+        homes = {size.index: replica for size, replica in zip(sizes, home, strict=True)}
+        likely = tops.migrate({s.index: _top_tokens(s) for s in mine}, homes, target)
     batches = []
     for step in schedule.steps:
         parts = step.micro_batches[place.dp]
@@ -102,6 +110,8 @@ def distribute(
             tp=layout.tp,
             equal=layout.vpp > 1,
         )
+        if tops is not None:
+            packed = tops.scatter(likely, [[(i, samples[i].sample) for i in part] for part in parts], packed)
         sliced = None if routes is None else routes.scatter(traces, parts, packed)
         outcomes = tuple(tuple(_outcome(samples[i]) for i in part) for part in parts)
         batches.append(MiniBatch(step.mini_batch, packed, outcomes, step.denominators, sliced))
@@ -120,6 +130,13 @@ def _trace(sample: TrainSample) -> RoutingTrace:
     if trace is None:
         raise ValueError(f"prompt {sample.sample.prompt.id!r} sample {sample.sample.index} has no routing trace")
     return trace
+
+
+def _top_tokens(sample: TrainSample) -> TopTokens:
+    top = sample.sample.top_tokens
+    if top is None:
+        raise ValueError(f"prompt {sample.sample.prompt.id!r} sample {sample.sample.index} has no top tokens")
+    return top
 
 
 def _exchange_sizes(mine: Sequence[TrainSample], place: Place) -> tuple[list[SampleSize], list[int]]:

@@ -14,7 +14,8 @@ from megatron_rl.engine.logprobs import TokenLogProbs, VocabularyShard
 
 
 class PolicyModel(GPTModel):
-    """A stage of the policy. The last one returns [T, 2], fp32: the log-prob of each label, and the entropy."""
+    """A stage of the policy. The last one returns [T, 2 + k], fp32: the log-prob of each label, the entropy, and the
+    log-probs of k more tokens at each position, if any are asked for."""
 
     def __init__(
         self, *args: Any, unpadded_vocab_size: int, temperature: float, logit_chunk_tokens: int, **kwargs: Any
@@ -28,7 +29,7 @@ class PolicyModel(GPTModel):
         self.shard = VocabularyShard(start=tp.rank() * self.vocab_size // tp.size(), size=unpadded_vocab_size, group=tp)
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor, **_: Any) -> Tensor:
-        """Takes the place of the logits: hidden_states [T, 1, H] (sequence-parallel), labels [1, T]."""
+        """Takes the place of the logits: hidden_states [T, 1, H] (sequence-parallel), labels [1 + k, T]."""
         if not self.post_process:
             return hidden_states
         if self.config.sequence_parallel:
@@ -41,15 +42,16 @@ class PolicyModel(GPTModel):
             else self.output_layer.weight
         )
         dtype = self.head_dtype or weight.dtype
-        logprobs, entropy = TokenLogProbs.apply(
+        logprobs, entropy, top = TokenLogProbs.apply(
             hidden_states.squeeze(1).to(dtype),
             weight.to(dtype),
-            labels.squeeze(0),
+            labels[0],
+            labels[1:].t(),
             self.temperature,
             self.shard,
             self.logit_chunk_tokens,
         )
-        return torch.stack([logprobs, entropy], dim=-1)
+        return torch.cat([logprobs[:, None], entropy[:, None], top], dim=-1)
 
 
 class ValueHead(torch.nn.Module):

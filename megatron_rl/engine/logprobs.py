@@ -23,7 +23,8 @@ class VocabularyShard:
 
 
 class TokenLogProbs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T / temperature) at the labels, and the entropy over the whole vocabulary.
+    """log softmax(hidden @ weight.T / temperature) at the labels and at k more tokens of each position, and the entropy
+    over the whole vocabulary.
 
     Logits exist for `chunk` tokens at a time, in the forward and, computed again, in the backward pass. The gradient of
     hidden is this rank's part of a sum over the group, as Megatron's sequence-parallel gather expects it. Entropy
@@ -36,50 +37,63 @@ class TokenLogProbs(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
+        top: Tensor,
         temperature: float,
         shard: VocabularyShard,
         chunk: int,
-    ) -> tuple[Tensor, Tensor]:
-        """hidden [T, H], weight [V, H], labels [T] global ids; returns log-probs [T] and entropy [T], fp32."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden [T, H], weight [V, H], labels [T] and top [T, k] global ids; returns fp32 log-probs [T], entropy [T]
+        and log-probs [T, k]."""
         logprobs, entropy, log_z = (
             torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(3)
         )
+        at_top = torch.empty(top.shape, dtype=torch.float32, device=hidden.device)
         for rows in torch.arange(len(hidden), device=hidden.device).split(chunk):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
             logits = _logits(hidden[part], weight, temperature, shard)
-            top = logits.max(dim=-1).values
-            dist.all_reduce(top, op=dist.ReduceOp.MAX, group=shard.group)
-            unnormalised = (logits - top[:, None]).exp()
+            highest = logits.max(dim=-1).values
+            dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=shard.group)
+            unnormalised = (logits - highest[:, None]).exp()
             local, mine = _local_labels(labels[part], shard, len(weight))
             at_label = logits.gather(1, local[:, None]).squeeze(1) * mine
             sums = torch.stack([unnormalised.sum(-1), (unnormalised * logits).sum(-1), at_label])
             dist.all_reduce(sums, group=shard.group)
-            log_z[part] = top + sums[0].log()
+            log_z[part] = highest + sums[0].log()
             logprobs[part] = sums[2] - log_z[part]
             entropy[part] = log_z[part] - sums[1] / sums[0]
-        ctx.save_for_backward(hidden, weight, labels, log_z)
+            if top.shape[1]:
+                local, mine = _local_labels(top[part], shard, len(weight))
+                chosen = logits.gather(1, local) * mine
+                dist.all_reduce(chosen, group=shard.group)
+                at_top[part] = chosen - log_z[part, None]
+        ctx.save_for_backward(hidden, weight, labels, top, log_z)
         ctx.constants = (temperature, shard, chunk)
         ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        return logprobs, entropy, at_top
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, log_z = ctx.saved_tensors
+        hidden, weight, labels, top, log_z = ctx.saved_tensors
         temperature, shard, chunk = ctx.constants
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None  # frozen: None
         for rows in torch.arange(len(hidden), device=hidden.device).split(chunk):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
-            grad = grads[0][part, None] / temperature
+            grad, grad_top = grads[0][part, None] / temperature, grads[2][part] / temperature
             logits = _logits(hidden[part], weight, temperature, shard)
-            grad_logits = -(logits - log_z[part, None]).exp() * grad
+            total = grad + grad_top.sum(-1, keepdim=True)
+            grad_logits = -(logits - log_z[part, None]).exp() * total
             local, mine = _local_labels(labels[part], shard, len(weight))
             grad_logits.scatter_add_(1, local[:, None], grad * mine[:, None])
+            if top.shape[1]:
+                local, mine = _local_labels(top[part], shard, len(weight))
+                grad_logits.scatter_add_(1, local, grad_top * mine)
             grad_logits = grad_logits.to(weight.dtype)
             grad_hidden[part] = grad_logits @ weight
             if grad_weight is not None:
                 grad_weight += grad_logits.t() @ hidden[part]
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float, shard: VocabularyShard) -> Tensor:

@@ -135,8 +135,8 @@ class Network:
         """Parameters of this rank, without those of other ranks."""
         return sum(p.numel() for model in self.models for p in model.parameters())
 
-    def micro_batches(self, batches: Sequence[PackedBatch]) -> list[MicroBatch]:
-        return [micro_batch(b, self.layout.cp, self.place.cp, self.device, self.layers) for b in batches]
+    def micro_batches(self, batches: Sequence[PackedBatch], top: bool = False) -> list[MicroBatch]:
+        return [micro_batch(b, self.layout.cp, self.place.cp, self.device, self.layers, top) for b in batches]
 
     def accumulate(
         self, batches: Sequence[PackedBatch], loss: LossFunction, routing: RoutingPass | None = None
@@ -144,7 +144,7 @@ class Network:
         """Leaves the gradient of the summed loss in each parameter's main_grad."""
         for stage in self.stages:
             stage.zero_grad_buffer()
-        forward_backward(self.stages, self.micro_batches(batches), loss, routing)
+        forward_backward(self.stages, self.micro_batches(batches, top=True), loss, routing)
 
     def step(
         self,

@@ -51,7 +51,8 @@ class PolicyLoss:
         self._reference = reference_logprobs
         self._measures_mismatch = not old_is_rollout
 
-    def __call__(self, index: int, logprobs: Tensor, entropy: Tensor) -> Tensor:
+    def __call__(self, index: int, logprobs: Tensor, entropy: Tensor, top_logprobs: Tensor | None = None) -> Tensor:
+        """top_logprobs: [T, k], of the micro-batch's top tokens; under score centering."""
         old = logprobs.detach() if self._old is None else self._old[index]
         reference = None if self._reference is None else self._reference[index]
         inputs = _loss_inputs(self._mini_batch, index, logprobs, old, reference)
@@ -59,6 +60,10 @@ class PolicyLoss:
             raise RuntimeError("objective.router_shift and the mini-batch's router shift: one is set without the other")
         if self.router_shift is not None:
             inputs = dataclasses.replace(inputs, router_shift=self.router_shift[index])
+        top = self._mini_batch.micro_batches[index].top
+        if top is not None and top_logprobs is not None:
+            rollout = _on_device_of(logprobs, top.logprobs)
+            inputs = dataclasses.replace(inputs, top_logprobs=top_logprobs, top_rollout_logprobs=rollout)
         outputs = self._loss(inputs, self._objective, self._mini_batch.denominators)
         training_metrics(self.metrics, inputs, outputs, entropy, mismatch=self._measures_mismatch)
         return outputs.loss

@@ -17,8 +17,9 @@ from megatron_rl.ranks.place import Place
 from megatron_rl.routing.replay import Observer, Routers, RoutingPass
 from megatron_rl.routing.slicing import RankRoutes
 
-TokenLoss = Callable[[int, Tensor, Tensor], Tensor]
-"""(micro-batch index, log-probs [T], entropy [T]) -> scalar loss; entropy carries no gradient."""
+TokenLoss = Callable[..., Tensor]
+"""(micro-batch index, log-probs [T], entropy [T]) -> scalar loss; entropy carries no gradient. The log-probs [T, k] of
+mu's most likely tokens follow if the micro-batch has them."""
 
 
 class Policy(Network):
@@ -84,4 +85,8 @@ class Policy(Network):
 
 
 def _of_columns(loss: TokenLoss) -> LossFunction:
-    return lambda index, output: loss(index, output[:, 0], output[:, 1].detach())
+    def of_output(index: int, output: Tensor) -> Tensor:
+        top = () if output.shape[1] == 2 else (output[:, 2:],)
+        return loss(index, output[:, 0], output[:, 1].detach(), *top)
+
+    return of_output

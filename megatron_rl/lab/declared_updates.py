@@ -122,6 +122,22 @@ POLICY = DeclaredTable(
             fields={"unit": UNITS},
         ),
         DeclaredMetric(
+            "centering/{what}",
+            TAIL,
+            "1",
+            "Score centering, by token: {what}.",
+            "score centering [2609.20807]",
+            fields={
+                "what": {
+                    "rollout_mass": "probability of mu's most likely tokens under mu",
+                    "policy_mass": "their probability under pi_theta",
+                    "alpha": "probability of all other tokens under mu over that under pi_theta",
+                    "drift": "half the L1 norm, in the logits, of the gradient that is taken off",
+                    "score": "half the L1 norm, in the logits, of the gradient of the sampled token's term",
+                }
+            },
+        ),
+        DeclaredMetric(
             "correction/{what}/{unit}",
             MEAN,
             "fraction",

@@ -7,6 +7,7 @@ micro-batches and ranks. Use one accumulator per optimizer step; the caller tags
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -20,7 +21,7 @@ from megatron_rl.lab.declared_rollouts import ROLLOUTS
 from megatron_rl.lab.declared_updates import BEYOND, CRITIC, FINE_TUNING, POLICY
 from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.objectives.advantages import all_equal
-from megatron_rl.objectives.inputs import LossInputs, LossValues, PolicyLossOutputs
+from megatron_rl.objectives.inputs import CenteringValues, LossInputs, LossValues, PolicyLossOutputs
 from megatron_rl.objectives.kl import k1, k3
 from megatron_rl.objectives.ratios import Tokens
 from megatron_rl.objectives.value import ValueLossOutputs
@@ -71,9 +72,16 @@ def training_metrics(
     if tokens.reference_logprobs is not None:
         _add_kl(metrics, "kl/policy_reference", tokens.reference_logprobs.double() - logprobs)
     _add_fractions(metrics, outputs.values, tokens)
+    _add_centering(metrics, outputs.values.centering)
     if tokens.router_shift is not None and outputs.values.floored is not None:
         metrics.add("router_shift", tokens.router_shift)
         metrics.add("router_shift/floored", outputs.values.floored)
+
+
+def _add_centering(metrics: MetricAccumulator, values: CenteringValues | None) -> None:
+    if values is not None:
+        for field in dataclasses.fields(values):
+            metrics.add(f"centering/{field.name}", getattr(values, field.name))
 
 
 def _add_kl(metrics: MetricAccumulator, name: str, log_ratio: Tensor) -> None:

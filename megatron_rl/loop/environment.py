@@ -41,9 +41,10 @@ class Environment:
         samples: int,
         temperature: float,
         routes: RouteSpec | None = None,
+        top_k: int = 0,
     ) -> list[Group]:
         """A group of `samples` responses for each (index, prompt), with routing traces if `routes` says what they look
-        like. Raises RolloutError, and Interrupted at a signal."""
+        like, and with mu's `top_k` most likely tokens. Raises RolloutError, and Interrupted at a signal."""
         assert self._servers.leader is not None
         sampling = Sampling(
             samples=samples,
@@ -53,6 +54,7 @@ class Environment:
             vocab_size=self._trainer.policy.arch.vocab_size,
             versions=self._publisher.versions,
             routes=routes,
+            top_k=top_k,
         )
         self._servers.check()
         with self._trainer.watch.wait():

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 from megatron_rl.config.schema import Config
 from megatron_rl.engine.device import resolve_device
+from megatron_rl.engine.top_exchange import TopExchange
 from megatron_rl.loop.connections import connect, read_server_key
 from megatron_rl.loop.environment import Environment
 from megatron_rl.loop.evaluator import Evaluator
 from megatron_rl.loop.progress import Progress
 from megatron_rl.loop.publisher import Publisher
-from megatron_rl.loop.rollouts import GroupSource, LiveGroups, Rollouts, SavedGroups, check_saved
+from megatron_rl.loop.rollouts import GroupSource, LiveGroups, Rollouts, SavedGroups, check_saved, top_k
 from megatron_rl.loop.run_prompts import RunPrompts
 from megatron_rl.loop.trainer import Trainer, open_trainer
 from megatron_rl.objectives.custom import get_objective
@@ -35,6 +36,8 @@ class Parts:
     evaluator: Evaluator
     routes: RouteExchange | None
     """Takes the rollout's routing traces to the ranks that replay them; None if they are not needed."""
+    tops: TopExchange | None
+    """Takes mu's most likely tokens to the ranks that compute the loss; None if they are not needed."""
 
 
 def check_start(config: Config) -> None:
@@ -102,4 +105,5 @@ def _assemble(config: Config, trainer: Trainer, prompts: RunPrompts, stack: Exit
         publisher=publisher,
         evaluator=Evaluator(config.eval, trainer, environment, prompts.heldout),
         routes=routes,
+        tops=TopExchange(k, trainer.place, trainer.layout) if (k := top_k(config, trainer)) else None,
     )

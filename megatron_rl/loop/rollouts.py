@@ -145,6 +145,7 @@ class LiveGroups:
         routes: RouteSpec | None,
     ) -> None:
         """`prompts`: None on ranks that lead no replica. `routes`: as in SavedGroups."""
+        self._top_k = top_k(config, trainer)
         self.saves = prompts is not None
         self._config = config.rollout
         self._trainer = trainer
@@ -193,7 +194,11 @@ class LiveGroups:
         share = [(i, p) for i, p in enumerate(prompts, first) if i % trainer.layout.dp == trainer.place.dp]
         with trainer.journal.phase("rollout"):
             groups = self._environment.sample(
-                share, samples=config.group_size, temperature=config.temperature, routes=self._routes
+                share,
+                samples=config.group_size,
+                temperature=config.temperature,
+                routes=self._routes,
+                top_k=self._top_k,
             )
         with trainer.journal.phase("rewards"):
             return self._environment.judge(groups)
@@ -211,6 +216,12 @@ def check_saved(config: Config, trainer: Trainer) -> None:
             saved_groups(path, first, 0, 1, wanted=wanted)
 
 
+def top_k(config: Config, trainer: Trainer) -> int:
+    """How many of mu's most likely tokens the run needs at each token; 0 without score centering."""
+    centering = config.objective.centering
+    return 0 if centering is None else min(centering.top_k, trainer.policy.arch.vocab_size)
+
+
 def _wanted(config: Config, trainer: Trainer) -> Wanted:
     return Wanted(
         prompts=config.rollout.prompts_per_step,
@@ -218,4 +229,5 @@ def _wanted(config: Config, trainer: Trainer) -> Wanted:
         max_tokens=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
         temperature=config.rollout.temperature,
         vocab_size=trainer.policy.arch.vocab_size,
+        top_k=top_k(config, trainer),
     )

@@ -21,7 +21,7 @@ class LossInputs:
     """
 
     logprobs: Tensor
-    """[T] float, log pi_theta of the token at each position; the only one that carries a gradient."""
+    """[T] float, log pi_theta of the token at each position; it and top_logprobs alone carry a gradient."""
     old_logprobs: Tensor
     """[T] float, log pi_old."""
     rollout_logprobs: Tensor
@@ -39,14 +39,23 @@ class LossInputs:
     router_shift: Tensor | None = None
     """[T] float in 0 .. 1: how little the routers have moved since pi_old (routing/shift.py), not floored yet; 1 where
     they have not. None: 1 everywhere."""
+    top_logprobs: Tensor | None = None
+    """[T, k] float, log pi_theta of mu's k most likely tokens; carries a gradient. None without score centering."""
+    top_rollout_logprobs: Tensor | None = None
+    """[T, k] float, log mu of these tokens; -inf for one that is missing."""
     prompts: Sequence[int] | None = None
     """[S] number of each sequence's prompt, as in Denominators.prompt_tokens; read by the prompt-mean aggregation."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, Tensor) and value.shape != self.logprobs.shape:
-                shape, expected = tuple(value.shape), tuple(self.logprobs.shape)
+            if not isinstance(value, Tensor):
+                continue
+            shape, expected = tuple(value.shape), tuple(self.logprobs.shape)
+            if field.name in ("top_logprobs", "top_rollout_logprobs"):
+                if shape[:-1] != expected:
+                    raise ValueError(f"{field.name}: shape {shape}, expected {(*expected, 'k')}")
+            elif shape != expected:
                 raise ValueError(f"{field.name}: shape {shape}, expected that of logprobs, {expected}")
         for name, dtype in (("loss_mask", torch.bool), ("sequence_ids", torch.int64)):
             if getattr(self, name).dtype != dtype:
@@ -90,6 +99,22 @@ class Correction:
 
 
 @dataclass(frozen=True, eq=False)
+class CenteringValues:
+    """Score centering at each token, [M] float each, detached. H is the head, mu's most likely tokens."""
+
+    rollout_mass: Tensor
+    """Q_H, the probability of the head under mu."""
+    policy_mass: Tensor
+    """P_H, its probability under pi_theta."""
+    alpha: Tensor
+    """(1 - Q_H)/(1 - P_H), neither of them below what is rounding."""
+    drift: Tensor
+    """Half the L1 norm, in the logits, of the gradient that is taken off."""
+    score: Tensor
+    """Half the L1 norm, in the logits, of the gradient of the sampled token's w log p."""
+
+
+@dataclass(frozen=True, eq=False)
 class LossValues:
     """Detached, for metrics."""
 
@@ -99,6 +124,8 @@ class LossValues:
     correction: Correction
     floored: Tensor | None = None
     """[M] bool, where the router shift was raised to its floor; None for an objective without one."""
+    centering: CenteringValues | None = None
+    """None for an objective without score centering."""
 
 
 @dataclass(frozen=True, eq=False)

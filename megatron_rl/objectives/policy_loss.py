@@ -6,6 +6,7 @@ from torch import Tensor
 
 from megatron_rl.config.switches import ObjectiveConfig
 from megatron_rl.data.schedule import Denominators
+from megatron_rl.objectives.centering import centering
 from megatron_rl.objectives.corrections import correct, counted_lengths, leaves_denominators
 from megatron_rl.objectives.inputs import Correction, LossInputs, LossOutputs, LossValues, PolicyLossOutputs
 from megatron_rl.objectives.kl import in_loss, kl_terms
@@ -16,8 +17,9 @@ from megatron_rl.objectives.ratios import RATIOS, Tokens, floored, shifted, toke
 def policy_loss(inputs: LossInputs, config: ObjectiveConfig, denominators: Denominators) -> PolicyLossOutputs:
     """-J over the micro-batch, divided by the mini-batch's denominators.
 
-    The members of the family differ only in `config`. The gradient flows through inputs.logprobs alone: through
-    every token's own ratio or log-prob, or through all tokens of the sequence (sequence, geometric). Micro-batches
+    The members of the family differ only in `config`. The gradient flows through inputs.logprobs: through every token's
+    own ratio or log-prob, or through all tokens of the sequence (sequence, geometric). Under score centering it flows
+    through inputs.top_logprobs too. Micro-batches
     without a masked-in token give 0 with a gradient of 0. Raises ValueError for a switch without its parameter.
     """
     tokens = Tokens.of(inputs)
@@ -28,11 +30,15 @@ def policy_loss(inputs: LossInputs, config: ObjectiveConfig, denominators: Denom
         log_weight = log_weight.masked_fill(correction.masked, 0.0)  # 0 * exp(log w) is NaN where w overflows
     where = clipping(tokens, config)
     terms = correction.factor * surrogate(log_weight, tokens, where, config)
+    centred = None
+    if config.centering is not None:
+        mean, centred = centering(tokens, config)
+        terms = terms - tokens.advantages * mean
     weights = token_weights(tokens, counted_lengths(tokens, correction, config), config, denominators)
     if in_loss(config):
         terms = terms - kl_terms(tokens, config, _uncounted(correction, config))
     values = LossValues(
-        tokens.sequence_mean(log_ratio.detach()), where, correction, floored(tokens, config.router_shift)
+        tokens.sequence_mean(log_ratio.detach()), where, correction, floored(tokens, config.router_shift), centred
     )
     return PolicyLossOutputs(-(weights * terms).sum(), values)
 

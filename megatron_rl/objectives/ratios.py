@@ -27,6 +27,10 @@ class Tokens:
     """[S] int64, |y|: masked-in tokens; 0 for a sequence that is masked out."""
     reference_logprobs: Tensor | None = None
     router_shift: Tensor | None = None
+    top_logprobs: Tensor | None = None
+    """[M, k]"""
+    top_rollout_logprobs: Tensor | None = None
+    """[M, k]"""
     prompts: Sequence[int] | None = None
     """[S] number of each sequence's prompt."""
 
@@ -46,6 +50,10 @@ class Tokens:
             ),
             reference_logprobs=None if inputs.reference_logprobs is None else inputs.reference_logprobs[kept].detach(),
             router_shift=None if inputs.router_shift is None else inputs.router_shift[kept].detach(),
+            top_logprobs=None if inputs.top_logprobs is None else inputs.top_logprobs[kept],
+            top_rollout_logprobs=(
+                None if inputs.top_rollout_logprobs is None else inputs.top_rollout_logprobs[kept].detach()
+            ),
             prompts=inputs.prompts,
         )
 

@@ -38,6 +38,21 @@ def broadcast_bytes(data: bytes | None, group: dist.ProcessGroup, source: int = 
     return buffer[: int(size)].numpy().tobytes()
 
 
+def send_bytes(data: bytes, rank: int, group: dist.ProcessGroup) -> None:
+    """Sends bytes to a global rank, which calls receive_bytes."""
+    dist.send(torch.tensor([len(data)]), rank, group=group)
+    dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), rank, group=group)
+
+
+def receive_bytes(rank: int, group: dist.ProcessGroup) -> bytes:
+    """Returns the bytes, at least one, that a global rank sends by send_bytes."""
+    size = torch.empty(1, dtype=torch.int64)
+    dist.recv(size, rank, group=group)
+    data = torch.empty(int(size), dtype=torch.uint8)
+    dist.recv(data, rank, group=group)
+    return data.numpy().tobytes()
+
+
 @contextlib.contextmanager
 def together(group: dist.ProcessGroup) -> Iterator[None]:
     """Shares a UserError of the body on one rank with all ranks. The body must contain no collectives.

@@ -7,16 +7,19 @@ numbers, and their spans count output tokens. A log-prob that is not a number ar
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pydantic
 from pydantic import BaseModel, Field, StrictFloat, StrictInt, StrictStr
 
 from megatron_rl.data.sample import FinishReason
+from megatron_rl.data.top_tokens import TopTokens
 from megatron_rl.data.trace import RoutingTrace, TraceError
 from megatron_rl.data.versions import VersionSpan
 from megatron_rl.data.vocabulary import unknown_token
@@ -50,6 +53,7 @@ class Completion:
     trace: RoutingTrace | None = (
         None  # of prompt and completion, without the last token; None: not asked for, or aborted
     )
+    top_tokens: TopTokens | None = None  # at each token; None: not asked for, or aborted
 
 
 class _Finish(BaseModel):
@@ -71,6 +75,10 @@ class _Meta(BaseModel):
     weight_versions: list[_TokenSpan]
     num_retractions: StrictInt = 0
     routed_experts: StrictStr | None = None
+    # SGLang's output_top_logprobs as arrays [rows, k], little-endian
+    output_top_logprobs_shape: tuple[StrictInt, StrictInt] | None = None
+    output_top_logprobs_val_flat_b64: StrictStr | None = None
+    output_top_logprobs_idx_flat_b64: StrictStr | None = None
 
 
 class _Answer(BaseModel):
@@ -97,11 +105,13 @@ def read_completion(
     vocab_size: int,
     versions: Container[int],
     routes: RouteSpec | None = None,
+    top_k: int = 0,
 ) -> Completion:
     """Reads and checks one answer.
 
     `where` names server and request in errors. `versions` are the weight versions that the trainer has published. Pass
-    `routes` if the request asked for routes. Raises RolloutError. Only an aborted answer may be empty or lack routes.
+    `routes` if the request asked for routes, and `top_k` if it asked for that many likely tokens. Raises RolloutError.
+    Only an aborted answer may be empty or lack routes or likely tokens.
     """
     checked: _Answer = _parse(_Answer, answer, where)
     ids, meta = checked.output_ids, checked.meta_info
@@ -120,13 +130,15 @@ def read_completion(
     if reason.type != "abort":
         _check_end(reason, meta, ids, prompt_tokens, max_new_tokens, where)
     spans = _spans(meta.weight_versions, len(ids), versions, where)
+    logprobs = tuple(min(logprob, 0.0) for logprob, _, _ in entries)
     return Completion(
         token_ids=tuple(ids),
-        logprobs=tuple(min(logprob, 0.0) for logprob, _, _ in entries),
+        logprobs=logprobs,
         finish_reason=reason.type,
         versions=spans,
         text=checked.text,
         trace=None if routes is None else _trace(meta, routes, prompt_tokens, spans, where),
+        top_tokens=_top_tokens(meta, ids, logprobs, top_k, vocab_size, where) if top_k else None,
     )
 
 
@@ -164,6 +176,40 @@ def _trace(
         )
     except TraceError as error:
         raise RolloutError(f"{where}: routed_experts: {error}") from None
+
+
+def _top_tokens(
+    meta: _Meta, ids: Sequence[int], logprobs: Sequence[float], k: int, vocab_size: int, where: str
+) -> TopTokens | None:
+    field = "output_top_logprobs"
+    shape, values, tokens = (
+        meta.output_top_logprobs_shape,
+        meta.output_top_logprobs_val_flat_b64,
+        meta.output_top_logprobs_idx_flat_b64,
+    )
+    if shape is None or values is None or tokens is None:
+        if meta.finish_reason.type == "abort":
+            return None
+        raise _bad(
+            where, field, "none", f"the {k} likeliest tokens as flat arrays; is the server SGLang 0.5.23 or later?"
+        )
+    if shape != (len(ids), k):
+        raise _bad(where, f"{field}_shape", str(list(shape)), f"[{len(ids)}, {k}]")
+    try:
+        data = [base64.b64decode(each, validate=True) for each in (tokens, values)]
+        found = TopTokens(
+            np.frombuffer(data[0], dtype="<i4").reshape(shape).astype(np.int32),
+            _without_rounding(np.frombuffer(data[1], dtype="<f4").reshape(shape).astype(np.float32)),
+        )
+        found.check_vocabulary(vocab_size)
+        found.check_sampled(ids, logprobs)
+    except ValueError as error:
+        raise RolloutError(f"{where}: {field}: {error}") from None
+    return found
+
+
+def _without_rounding(logprobs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    return np.where((logprobs > 0) & (logprobs <= ROUNDING), np.float32(0), logprobs)
 
 
 def read_score(answer: Any, *, where: str, token_ids: Sequence[int]) -> list[float]:

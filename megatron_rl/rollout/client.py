@@ -87,6 +87,7 @@ class SGLangClient:
         versions: Container[int],
         seed: int | None = None,
         routes: RouteSpec | None = None,
+        top_k: int = 0,
     ) -> Completion:
         """Samples from the whole distribution of logits / temperature. Raises RolloutError.
 
@@ -96,7 +97,8 @@ class SGLangClient:
         `seed`, in [0, 2**63), counts only if the server runs with --enable-deterministic-inference, which SGLang has on
         GPUs. There, requests of one prompt with equal seeds all sample the same response.
 
-        `routes` asks for the experts that each token visited; the server must have been started to return them.
+        `routes` asks for the experts that each token visited; the server must have been started to return them. `top_k`
+        asks for that many of mu's most likely tokens where each token was sampled; at most the vocabulary.
         """
         outside = [i for i in token_ids if not 0 <= i < vocab_size]
         if outside or not token_ids:  # an id without an embedding ends the scheduler, and with it the server
@@ -117,6 +119,10 @@ class SGLangClient:
         body = {"input_ids": list(token_ids), "sampling_params": sampling, "return_logprob": True}
         if routes is not None:
             body |= {"return_routed_experts": True, "routed_experts_start_len": 0}
+        if top_k:
+            # Arrays in base64, which are a quarter as long as lists of numbers.
+            flat = ("return_flat_raw_output_top_logprobs", "return_flat_raw_top_logprobs_b64")
+            body |= {"top_logprobs_num": top_k, **dict.fromkeys(flat, True)}
         answer = await self._call("/generate", body)
         return read_completion(
             answer,
@@ -126,6 +132,7 @@ class SGLangClient:
             vocab_size=vocab_size,
             versions=versions,
             routes=routes,
+            top_k=top_k,
         )
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:

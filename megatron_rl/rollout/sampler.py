@@ -33,6 +33,7 @@ class Sampling:
     versions: frozenset[int]  # weight versions that the servers may hold
     seed: int = 0  # a request's seed follows from it, the versions and the sample's position in the batch
     routes: RouteSpec | None = None  # ask for the experts that each token visited
+    top_k: int = 0  # ask for that many of mu's most likely tokens at each token
 
 
 class _Spread:
@@ -75,6 +76,7 @@ async def complete(client: SGLangClient, prompt: Prompt, seed: int, sampling: Sa
                     versions=sampling.versions,
                     seed=seed,
                     routes=sampling.routes,
+                    top_k=sampling.top_k,
                 )
                 if completion.finish_reason != "abort":
                     return completion
@@ -117,7 +119,8 @@ def request_seed(sampling: Sampling, group: int, number: int) -> int:
 
 
 def as_sample(prompt: Prompt, index: int, completion: Completion) -> Sample:
-    """The sample of an answer, with a span for each weight version and the routing trace, if there is one."""
+    """The sample of an answer, with a span for each weight version, and with the routing trace and mu's most likely
+    tokens if the answer has them."""
     sample = Sample.start(prompt, index)
     for span in completion.versions:
         sample = sample.extend(
@@ -127,4 +130,6 @@ def as_sample(prompt: Prompt, index: int, completion: Completion) -> Sample:
         )
     if completion.trace is not None:
         sample = sample.with_trace(completion.trace)
+    if completion.top_tokens is not None:
+        sample = sample.with_top_tokens(completion.top_tokens)
     return dataclasses.replace(sample, finish_reason=completion.finish_reason)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_rl.data.sample import Group, Prompt, Sample
 from megatron_rl.data.store import StoreError, read_groups, read_header
+from megatron_rl.data.top_tokens import TopTokensError
 from megatron_rl.data.trace import TraceError
 from megatron_rl.data.vocabulary import unknown_token
 from megatron_rl.errors import MissingFileError
@@ -31,6 +32,8 @@ class Wanted:
     max_tokens: int  # prompt and response together
     temperature: float
     vocab_size: int
+    top_k: int = 0
+    """mu's most likely tokens that each token of a response must have; 0: none are needed."""
 
 
 def saved_groups(
@@ -127,6 +130,25 @@ def _check_sample(file: Path, sample: Sample, wanted: Wanted) -> None:
         )
     if sample.verdict is None:
         raise StoreError(f"{where}: no verdict; it was saved before it was judged")
+    if wanted.top_k:
+        _check_top_tokens(where, sample, wanted)
+
+
+def _check_top_tokens(where: str, sample: Sample, wanted: Wanted) -> None:
+    top = sample.top_tokens
+    if top is None:
+        raise StoreError(
+            f"{where}: top_tokens: none are there; objective.centering needs rollouts that were saved by a run with it"
+        )
+    if top.k != wanted.top_k:
+        raise StoreError(
+            f"{where}: top_tokens: {top.k} for each token, but objective.centering.top_k, or the vocabulary if that is "
+            f"smaller, is {wanted.top_k}; set it to {top.k}"
+        )
+    try:
+        top.check_vocabulary(wanted.vocab_size)
+    except TopTokensError as error:
+        raise StoreError(f"{where}: top_tokens: {error}") from None
 
 
 def _check_traces(file: Path, groups: Sequence[Group], routes: RouteSpec) -> None:

@@ -18,7 +18,7 @@ from megatron_rl.config.layout import Layout
 from megatron_rl.data.packing import PackedBatch, rank_rows
 from megatron_rl.data.trace import RoutingTrace
 from megatron_rl.models.architecture import Architecture
-from megatron_rl.ranks.collectives import all_gather_bytes
+from megatron_rl.ranks.collectives import all_gather_bytes, receive_bytes, send_bytes
 from megatron_rl.ranks.place import Place
 from megatron_rl.routing.drift import RoutingStats, peak_over_mean
 from megatron_rl.routing.slicing import RankRoutes, RouteOwner, ids_dtype, slice_routes
@@ -54,9 +54,9 @@ class RouteExchange:
             if source == destination:
                 continue
             if self._place.dp == source:
-                _send(held.pop(index).to_bytes(), self._layout.leader(destination), self._place.control)
+                send_bytes(held.pop(index).to_bytes(), self._layout.leader(destination), self._place.control)
             elif self._place.dp == destination:
-                data = _receive(self._layout.leader(source), self._place.control)
+                data = receive_bytes(self._layout.leader(source), self._place.control)
                 held[index] = RoutingTrace.from_bytes(data)
                 self._bytes += len(data)
         self._seconds += time.perf_counter() - started
@@ -142,16 +142,3 @@ def reduce_stats(stats: RoutingStats, place: Place) -> RoutingStats:
 def _as_bytes(routes: RankRoutes) -> list[torch.Tensor]:
     """Byte views of the arrays to send; a stage without MoE layers has no experts."""
     return [t.view(-1).view(torch.uint8) for t in (routes.experts, routes.present) if t.numel()]
-
-
-def _send(data: bytes, rank: int, group: dist.ProcessGroup) -> None:
-    dist.send(torch.tensor([len(data)]), rank, group=group)
-    dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), rank, group=group)
-
-
-def _receive(rank: int, group: dist.ProcessGroup) -> bytes:
-    size = torch.empty(1, dtype=torch.int64)
-    dist.recv(size, rank, group=group)
-    data = torch.empty(int(size), dtype=torch.uint8)
-    dist.recv(data, rank, group=group)
-    return data.numpy().tobytes()

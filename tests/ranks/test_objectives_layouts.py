@@ -17,10 +17,21 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from objective_inputs import AGGREGATIONS
 from objective_reference import CORRECTIONS, FAMILY, TrainedSequence, kl_estimate, reference
-from rank_examples import Example, Response, generalised_advantages_of, group_advantages_of, tables, trained
+from rank_examples import Example, Response, generalised_advantages_of, group_advantages_of, tables, top_tables, trained
 from ranks_worker import LAYOUTS, WORLD, receive, send
 
-from megatron_rl.config.switches import KL, GroupAdvantage, Mis, NoCorrection, NoKL, ObjectiveConfig, UnbiasedKL
+from megatron_rl.config.switches import (
+    KL,
+    CorrectionConfig,
+    GroupAdvantage,
+    IcePop,
+    Mis,
+    NoCorrection,
+    NoKL,
+    ObjectiveConfig,
+    Tis,
+    UnbiasedKL,
+)
 from megatron_rl.data.schedule import SampleSize, ScheduleError, plan
 from megatron_rl.objectives.kl import in_reward
 
@@ -104,6 +115,10 @@ group_estimators = st.builds(
 )
 
 
+def by_token(correction: CorrectionConfig) -> bool:
+    return isinstance(correction, IcePop) or (isinstance(correction, Tis) and correction.level == "token")
+
+
 @st.composite
 def objectives(draw: st.DrawFn, mini_batches: int) -> tuple[ObjectiveConfig, bool]:
     """Draws a preset with some settings changed, and train.recompute_old_logprobs. Draws no refused combination."""
@@ -119,6 +134,9 @@ def objectives(draw: st.DrawFn, mini_batches: int) -> tuple[ObjectiveConfig, boo
         update["denominator"] = draw(st.sampled_from(["old", "rollout"]))
     if config.advantage.estimator == "group" and draw(st.booleans()):
         update["advantage"] = draw(group_estimators)
+    if config.centering is not None:  # which weighs tokens by a function of pi_theta/mu alone
+        update["denominator"] = "rollout"
+        update["correction"] = draw(st.sampled_from([NoCorrection(), *filter(by_token, CORRECTIONS)]))
     config = config.model_copy(update=update)
     recompute = draw(st.booleans())
     if mini_batches > 1 and (config.denominator == "old" or config.clip.kind == "mask"):
@@ -162,6 +180,7 @@ def made(
         max_tokens=max_tokens,
         seed=seed,
         tables=tables(groups, seed, drift, mismatch),
+        tops=top_tables(groups, seed, drift),
     )
     while not all(fits(drawn, dp, align) for dp, align in ((1, 1), (4, 1), (2, 4), (1, 8))):
         drawn = dataclasses.replace(drawn, max_tokens=2 * drawn.max_tokens)
@@ -193,6 +212,9 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found["metrics"]["loss"] == pytest.approx(found["loss"], rel=1e-9, abs=1e-9)
     gradient = np.array(expected["gradient"])
     np.testing.assert_allclose(found["gradient"], gradient, rtol=1e-9, atol=1e-9 * np.abs(gradient).max())
+    assert ("top_gradient" in found) == ("top_gradient" in expected)
+    if "top_gradient" in expected:
+        np.testing.assert_allclose(found["top_gradient"], expected["top_gradient"], rtol=1e-9, atol=1e-12)
     assert found["metrics"].keys() == expected["metrics"].keys()
     for name in expected["metrics"]:
         here, there = (summed(name, each["metrics"]) for each in (found, expected))
@@ -234,6 +256,8 @@ def sequences_of(drawn: Example) -> list[list[TrainedSequence]]:
                 advantage=advantage,
                 reference=response.columns["reference"],
                 prompt=response.group,
+                top=response.top,
+                top_rollout=response.top_rollout,
             )
             for response, advantage in zip(step, part, strict=True)
         ]

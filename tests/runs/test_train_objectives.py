@@ -30,6 +30,9 @@ RUNS = {
     "kl-in-loss": "presets=grpo objective.kl.kind=k3 objective.kl.beta=0.2 model.reference=OTHER",
     "kl-in-reward": "presets=grpo objective.kl.kind=k1 objective.kl.place=reward objective.kl.beta=0.02 "
     "model.reference=OTHER",
+    "centred": "presets=score_centering objective.centering.top_k=5 objective.clip.high=null objective.clip.low=null "
+    "objective.correction.kind=tis objective.correction.high=1.2 rollout.replay_from=TOP",
+    "mimo": "presets=mimo",
     "mu-for-old": "presets=gspo objective.denominator=rollout train.recompute_old_logprobs=false",
 }
 # Each objective in layouts where ranks could disagree: replicas share the moments of advantages, and each stage has its
@@ -40,6 +43,8 @@ LAYOUTS = {
     "ppo-kl": ["parallel.ep=2"],
     "kl-in-loss": ["parallel.cp=2"],
     "kl-in-reward": [""],
+    "centred": ["parallel.tp=2", "parallel.cp=2", "parallel.pp=2", ""],
+    "mimo": [""],
     "mu-for-old": ["parallel.pp=2"],
 }
 
@@ -51,13 +56,14 @@ def setting(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = make_tiny_model(root / "model", num_layers=4, mlp_only_layers=(1,))
     make_tiny_model(root / "other", num_layers=4, mlp_only_layers=(1,), seed=1)
     save_rollouts(model, root / "saved", steps=STEPS)
+    save_rollouts(model, root / "top", steps=STEPS, top_k=5)
     config = write_config(root / "config.yaml", model, root / "saved")
     run_all(forks, config, 1, [overrides(config, name, root / name) for name in RUNS])
     return config
 
 
 def overrides(config: Path, name: str, run_dir: Path, more: str = "") -> str:
-    chosen = RUNS[name].replace("OTHER", str(config.parent / "other"))
+    chosen = RUNS[name].replace("OTHER", str(config.parent / "other")).replace("TOP", str(config.parent / "top"))
     return f"run_dir={run_dir} train.steps={STEPS} {chosen} {more}"
 
 
@@ -186,6 +192,35 @@ def test_rollout_log_probs_can_replace_old_log_probs(setting: Path) -> None:
     first = lines(setting.parent / "mu-for-old")[0]
     assert first["sequence_ratio/min"] == pytest.approx(1, abs=1e-4)
     assert first["sequence_ratio/min"] != 1
+
+
+def test_centering_takes_the_mean_over_the_sampler_off(setting: Path) -> None:
+    """Compares loss and masses of the first mini-batch, before any update, with transformers."""
+    from transformers import AutoModelForCausalLM
+
+    groups = read_groups(setting.parent / "top" / "rollouts" / "step-000001-dp-0000.jsonl")[: PROMPTS // MINI_BATCHES]
+    model = AutoModelForCausalLM.from_pretrained(setting.parent / "model", dtype=torch.float32)
+    terms, masses = [], []
+    for group in groups:
+        rewards = np.array([sample.verdict.reward for sample in group.samples if sample.verdict])
+        for sample, advantage in zip(group.samples, rewards - rewards.mean(), strict=True):
+            n, top = len(group.prompt.token_ids), sample.top_tokens
+            assert top is not None
+            with torch.no_grad():
+                logits = model(torch.tensor(sample.token_ids[None].astype(np.int64))).logits[0, n - 1 : -1].double()
+            log_p = logits.log_softmax(-1).numpy()
+            own = log_p[np.arange(len(log_p)), sample.response_ids]
+            weight = np.minimum(np.exp(own - sample.rollout_logprobs[n:]), 1.2)
+            head, q = np.take_along_axis(log_p, top.ids.astype(np.int64), 1), np.exp(top.logprobs.astype(np.float64))
+            p = np.exp(head)
+            alpha = ((1 - q.sum(1)) / (1 - p.sum(1)))[:, None]
+            mean = ((q * np.minimum(p / q, 1.2) - alpha * np.minimum(1 / alpha, 1.2) * p) * head).sum(1)
+            terms.append(advantage * (weight * own - mean))
+            masses.append(p.sum(1))
+    first = lines(setting.parent / "centred")[0]
+    assert first["loss"] == pytest.approx(-np.concatenate(terms).mean(), rel=1e-3)
+    assert first["centering/policy_mass/mean"] == pytest.approx(np.concatenate(masses).mean(), rel=1e-4)
+    assert first["ratio/min"] == first["ratio/max"] == 1
 
 
 @pytest.mark.distributed

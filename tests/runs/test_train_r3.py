@@ -1,4 +1,5 @@
-"""A whole R3 run with its own server: the trainer would choose the routes that SGLang reports, and replays them."""
+"""A whole run with its own server, with R3 and score centering: the trainer would choose the routes that SGLang reports
+and replays them, and its log-probs of the likely tokens that SGLang reports are the same."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import pytest
 from declared_names import LIVE, written
 from forks import Forks
 from rl_runs import run_all, write_config
-from tiny_models import make_tiny_model
+from tiny_models import VOCAB_SIZE, make_tiny_model
 
 from megatron_rl.data.store import read_groups
 from megatron_rl.lab.run import read_metrics
@@ -18,9 +19,9 @@ STEPS = 2
 
 @pytest.mark.server
 @pytest.mark.distributed
-def test_routes_from_a_live_server_are_replayed(forks: Forks, tmp_path: Path) -> None:
+def test_routes_and_likely_tokens_from_a_live_server_are_used(forks: Forks, tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "model", num_layers=2)
-    config = write_config(tmp_path / "config.yaml", model, tmp_path / "unused")
+    config = write_config(tmp_path / "config.yaml", model, tmp_path / "unused", preset="score_centering")
     options = (
         "data.train=arithmetic:terms=3,split=train,count=64",
         "data.heldout=arithmetic:terms=3,split=heldout,count=8",
@@ -30,7 +31,7 @@ def test_routes_from_a_live_server_are_replayed(forks: Forks, tmp_path: Path) ->
         "routing.replay=r3",
         "weights.verify=1",
     )
-    # Each of the two leaders holds the traces of its own samples.
+    # Each of the two leaders holds the traces and the likely tokens of its own samples.
     run_all(forks, config, 2, [f"run_dir={tmp_path / 'run'} {' '.join(options)}"])
 
     files = sorted((tmp_path / "run" / "rollouts").glob("*.jsonl"))
@@ -40,6 +41,8 @@ def test_routes_from_a_live_server_are_replayed(forks: Forks, tmp_path: Path) ->
         assert sample.trace is not None
         assert sample.trace.rows == len(sample.token_ids) - 1
         assert sample.trace.present.all()
+        assert sample.top_tokens is not None
+        assert sample.top_tokens.ids.shape == (len(sample.response_ids), VOCAB_SIZE)  # fewer than top_k: all of them
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     for line in lines:
         assert line["routing/set_mismatch/rollout_old/effective/max"] == 0
@@ -47,5 +50,10 @@ def test_routes_from_a_live_server_are_replayed(forks: Forks, tmp_path: Path) ->
         assert line["routing/set_mismatch/rollout_old/live/max"] < 0.02
         assert line["abs_logprob_gap/max"] < 1e-3
         assert 0 < line["routing/fallback/mean"] < 0.2  # the last row of each sample
+        for policy in ("rollout", "policy"):
+            assert line[f"centering/{policy}_mass/min"] == pytest.approx(1, abs=1e-5)
+        assert line["centering/score/mean"] > 0.1
+        if line["mini_batch"] == 0:  # mu and pi_theta are the same model
+            assert line["centering/drift/max"] < 1e-4
     assert len(read_metrics(tmp_path / "run" / "eval.jsonl")) == 2
     assert written(tmp_path / "run") >= LIVE

@@ -140,3 +140,37 @@ def test_scores_are_untempered_log_probs_of_the_prompt(served: str, tiny_model_d
         ids = [*prompt, VOCAB_SIZE - 1, 3]
         expected = reference(tiny_model_dir, ids)[np.arange(len(ids) - 1), ids[1:]]
         assert np.abs(expected - scores).max() < BOUND
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
+@pytest.mark.parametrize("top_k", [5, VOCAB_SIZE])
+def test_the_most_likely_tokens_are_those_of_the_tempered_distribution(
+    served: str, tiny_model_dir: Path, temperature: float, top_k: int
+) -> None:
+    async def run() -> list[Completion]:
+        async with SGLangClient(served, deadline=60.0) as client:
+            calls = [
+                client.generate(
+                    prompt,
+                    max_new_tokens=20,
+                    temperature=temperature,
+                    vocab_size=VOCAB_SIZE,
+                    versions={0},
+                    top_k=top_k if number % 3 else 0,  # requests without likely tokens share the batch
+                )
+                for number, prompt in enumerate(PROMPTS)
+            ]
+            return await asyncio.gather(*calls)
+
+    for number, (prompt, completion) in enumerate(zip(PROMPTS, asyncio.run(run()), strict=True)):
+        if number % 3 == 0:
+            assert completion.top_tokens is None
+            continue
+        assert completion.top_tokens is not None
+        top = completion.top_tokens
+        mu = reference(tiny_model_dir, prompt + list(completion.token_ids), temperature)[len(prompt) - 1 : -1]
+        assert top.ids.shape == (len(completion.token_ids), top_k)
+        assert np.abs(np.take_along_axis(mu, top.ids.astype(np.int64), 1) - top.logprobs).max() < BOUND
+        assert np.abs(np.sort(mu, axis=1)[:, : -top_k - 1 : -1] - top.logprobs).max() < BOUND  # none is more likely
+        if top_k == VOCAB_SIZE:
+            np.testing.assert_allclose(np.exp(top.logprobs).sum(1), 1, atol=1e-5)

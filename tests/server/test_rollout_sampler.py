@@ -74,6 +74,23 @@ def test_groups_are_returned_in_prompt_order(served: str) -> None:
 
 
 @server
+def test_samples_have_the_most_likely_tokens_that_were_asked_for(served: str) -> None:
+    groups, (proxy,) = collect(served, sampling=dataclasses.replace(SAMPLING, top_k=3))
+    assert all(body["top_logprobs_num"] == 3 for body in bodies(proxy))
+    in_head = 0
+    for sample in (sample for group in groups for sample in group.samples):
+        top = sample.top_tokens
+        assert top is not None
+        assert top.ids.shape == (len(sample.response_ids), 3)
+        own = top.ids == sample.response_ids[:, None]
+        in_head += own.sum()
+        logprobs = sample.rollout_logprobs[len(sample.prompt.token_ids) :, None]
+        assert (top.logprobs == np.broadcast_to(logprobs, own.shape))[own].all()
+        assert (logprobs[~own.any(axis=1), 0] <= top.logprobs[~own.any(axis=1), -1]).all()
+    assert in_head > 0
+
+
+@server
 def test_groups_are_spread_over_servers_and_each_group_stays_on_one(served: str) -> None:
     _, proxies = collect(served, servers=3, sampling=dataclasses.replace(SAMPLING, concurrency=24))
     assert [len(bodies(proxy)) for proxy in proxies] == [8, 8, 8]

@@ -21,6 +21,8 @@ class Response:
     gamma: np.ndarray
     advantage: float | np.ndarray  # per token with a critic and in gspo_token
     prompt: int = 0
+    top: np.ndarray | None = None
+    top_mu: np.ndarray | None = None
 
 
 def ppo_terms(y: Response, low: float, high: float) -> np.ndarray:
@@ -139,6 +141,20 @@ def mimo(batch: Sequence[Response]) -> float:
     return np.mean(per_prompt)
 
 
+def score_centering(batch: Sequence[Response]) -> float:
+    """Uses the paper's weight of 1 for REINFORCE, and its head and tail."""
+    total = 0.0
+    for y in batch:
+        for logprob, a, log_p, log_q in zip(
+            y.new, np.broadcast_to(y.advantage, y.new.shape), y.top, y.top_mu, strict=True
+        ):
+            q = np.exp(log_q)
+            p = np.exp(log_p) * (q > 0)
+            alpha = (1 - sum(q)) / (1 - sum(p))
+            total += a * (logprob - sum((q - alpha * p) * log_p))
+    return total / sum(len(y.new) for y in batch)
+
+
 PAPERS: dict[str, Callable[[Sequence[Response]], float]] = {
     "cispo": cispo,
     "dapo": dapo,
@@ -154,6 +170,7 @@ PAPERS: dict[str, Callable[[Sequence[Response]], float]] = {
     "rloo": rloo,
     "rspo": rspo,
     "sapo": sapo,
+    "score_centering": score_centering,
     "topr": topr,
 }
 
@@ -168,6 +185,8 @@ def paper_loss(sequences: Sequence[TrainedSequence], name: str, live: Logprobs, 
             s.shift[s.mask],
             s.advantages if np.ndim(s.advantage) else s.advantage,
             s.prompt,
+            None if s.top is None else s.top[s.mask],
+            None if s.top_rollout is None else s.top_rollout[s.mask],
         )
         for s, new, stopped in zip(sequences, live, frozen, strict=True)
         if s.mask.any()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import yaml
+from objective_centering import mean_terms, random_top
 from pydantic import TypeAdapter
 
 from megatron_rl.config.sources import PRESETS
@@ -84,6 +85,10 @@ class TrainedSequence:
     reference: np.ndarray | None = None
     prompt: int = 0
     """Number of the prompt that it answers."""
+    top: np.ndarray | None = None
+    """[n, k] log pi_theta of mu's most likely tokens."""
+    top_rollout: np.ndarray | None = None
+    """[n, k] log mu of them; -inf for one that is missing."""
 
     @property
     def advantages(self) -> np.ndarray:
@@ -116,6 +121,11 @@ def random_sequences(
             "shift": np.exp(-drift * routers.exponential(0.7, n)),
         }
         values = {name: np.where(mask, value, np.nan) for name, value in values.items()}
+        top, top_rollout = random_top(np.random.default_rng([seed, 2, len(sequences)]), n, drift, mismatch)
+        values |= {
+            "top": np.where(mask[:, None], top, np.nan),
+            "top_rollout": np.where(mask[:, None], top_rollout, np.nan),
+        }
         advantage = np.where(mask, rng.normal(size=n), np.nan) if by_token else float(rng.normal())
         sequences.append(TrainedSequence(**values, mask=mask, advantage=advantage, prompt=prompt))
     return sequences
@@ -123,7 +133,7 @@ def random_sequences(
 
 def pack(sequences: Sequence[TrainedSequence], dtype: torch.dtype = torch.float64, padding: int = 0) -> LossInputs:
     def tensor(arrays: list[np.ndarray]) -> torch.Tensor:
-        return torch.tensor(np.concatenate([*arrays, np.full(padding, np.nan)]), dtype=dtype)
+        return torch.tensor(np.concatenate([*arrays, np.full((padding, *arrays[0].shape[1:]), np.nan)]), dtype=dtype)
 
     lengths = [len(sequence.mask) for sequence in sequences]
     mask = np.concatenate([*(sequence.mask for sequence in sequences), np.zeros(padding, dtype=bool)])
@@ -137,6 +147,8 @@ def pack(sequences: Sequence[TrainedSequence], dtype: torch.dtype = torch.float6
         sequence_ids=torch.as_tensor(ids.astype(np.int64)),
         num_sequences=len(sequences),
         router_shift=tensor([sequence.shift for sequence in sequences]),
+        top_logprobs=tensor([s.top for s in sequences]) if sequences[0].top is not None else None,
+        top_rollout_logprobs=tensor([s.top_rollout for s in sequences]) if sequences[0].top is not None else None,
         prompts=[sequence.prompt for sequence in sequences],
     )
 
@@ -180,7 +192,10 @@ def reference_loss(
             continue
         factors = correction_factors(sequence, config, stopped)
         values, penalties = surrogate_terms(sequence, config, new, stopped), kl_penalties(sequence, config, new)
-        kept = [v * f - kl for v, f, kl in zip(values, factors, penalties, strict=True) if f is not None]
+        means = sequence.advantages * mean_terms(
+            sequence.top, sequence.top_rollout, sequence.mask, sequence.advantages, config
+        )
+        kept = [v * f - m - kl for v, f, m, kl in zip(values, factors, means, penalties, strict=True) if f is not None]
         if kept:
             terms.append(kept)
             prompts.append(sequence.prompt)

@@ -16,6 +16,10 @@ import orjson
 
 from megatron_rl.config.switches import ObjectiveConfig
 from megatron_rl.data.sample import Group, Prompt, Sample, Verdict
+from megatron_rl.data.top_tokens import TopTokens
+
+TOP_K, TOP_VOCABULARY = 3, 6
+"""Of the tokens among which mu's most likely ones are."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,9 @@ class Example:
     """Seed of the order of samples and groups, and of the leaders that hold them."""
     tables: dict[str, list[float | None]]
     """Numbers by token id; None outside the loss mask."""
+    tops: dict[str, list[list[Any]]]
+    """Rows by token id, for mu's most likely tokens where it was sampled: `ids` [TOP_K], `rollout` [TOP_K], log mu of
+    them (None if missing), and `theta` [TOP_VOCABULARY], log pi_theta (None outside the loss mask)."""
 
     def to_json(self) -> bytes:
         return orjson.dumps(dataclasses.asdict(self))
@@ -105,7 +112,16 @@ class Example:
             generated = number % 2 == 0 and not response.filtered
             sample = sample.extend(span.tolist(), rollout[span].tolist() if generated else None, 0)
             n += length
+        sample = sample.with_top_tokens(self.top_tokens(ids[response.prompt_tokens :]))
         return dataclasses.replace(sample, verdict=Verdict(response.reward, response.reward > 0))
+
+    def top_tokens(self, ids: np.ndarray) -> TopTokens:
+        """Returns mu's most likely tokens where each of the tokens `ids` was sampled."""
+        logprobs = np.array(self.tops["rollout"], dtype=np.float64)[ids].reshape(-1, TOP_K)
+        return TopTokens(
+            np.array(self.tops["ids"], dtype=np.int32)[ids].reshape(-1, TOP_K),
+            np.where(np.isnan(logprobs), -np.inf, logprobs).astype(np.float32),
+        )
 
 
 def tables(groups: list[list[Response]], seed: int, drift: float, mismatch: float) -> dict[str, list[float | None]]:
@@ -135,6 +151,22 @@ def tables(groups: list[list[Response]], seed: int, drift: float, mismatch: floa
     }
 
 
+def top_tables(groups: list[list[Response]], seed: int, drift: float) -> dict[str, list[list[Any]]]:
+    """Draws mu's most likely tokens; every fourth token has one that is missing."""
+    mask = np.concatenate([response.mask for group in groups for response in group])
+    rng = np.random.default_rng([seed, 1])
+    n = len(mask)
+    ids = rng.permuted(np.tile(np.arange(TOP_VOCABULARY), (n, 1)), axis=1)[:, :TOP_K]
+    rollout = -1.25 - np.round(np.abs(rng.normal(size=(n, TOP_K))) * 1024) / 1024
+    theta = -2.5 - drift * rng.random(size=(n, TOP_VOCABULARY))
+    np.put_along_axis(theta, ids, rollout + np.round(drift * rng.normal(size=(n, TOP_K)) * 256) / 1024, axis=1)
+    rows = [[float(value) for value in row] for row in rollout]
+    for row in rows[::4]:
+        row[-1] = None  # type: ignore[call-overload]
+    theta_rows = [row.tolist() if inside else [None] * TOP_VOCABULARY for row, inside in zip(theta, mask, strict=True)]
+    return {"ids": ids.tolist(), "rollout": rows, "theta": theta_rows}
+
+
 @dataclass(frozen=True, eq=False)
 class Trained:
     """The masked-in tokens of a response, for the formulas; arrays are [|y|]."""
@@ -143,6 +175,10 @@ class Trained:
     ids: np.ndarray
     reward: float
     columns: dict[str, np.ndarray]
+    top: np.ndarray
+    """[|y|, TOP_K] log pi_theta of mu's most likely tokens."""
+    top_rollout: np.ndarray
+    """[|y|, TOP_K] log mu of them."""
 
 
 def trained(example: Example) -> list[list[Trained]]:
@@ -156,7 +192,11 @@ def trained(example: Example) -> list[list[Trained]]:
         for response, each in zip(responses, ids, strict=True):
             kept = each[response.mask]
             columns = {name: values[kept] for name, values in numbers.items()}
-            steps[group // per_step].append(Trained(group, kept, response.reward, columns))
+            likely = example.top_tokens(kept)
+            theta = np.array(example.tops["theta"], dtype=np.float64)[kept]
+            top = np.take_along_axis(theta, likely.ids.astype(np.int64), axis=1)
+            trained = Trained(group, kept, response.reward, columns, top, likely.logprobs.astype(np.float64))
+            steps[group // per_step].append(trained)
     return steps
 
 

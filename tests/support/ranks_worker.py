@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from rank_examples import Example
+from rank_examples import TOP_K, Example
 
 LAYOUTS = ("dp=4", "dp=2,cp=2", "cp=4", "tp=2,pp=2")
 WORLD = 4
@@ -103,6 +103,7 @@ def _answered(example: Example, setting: Setting, whole: bool) -> list[dict[str,
     import torch.distributed as dist
 
     from megatron_rl.engine.distribute import distribute
+    from megatron_rl.engine.top_exchange import TopExchange
     from megatron_rl.lab.journal import reduce_metrics
     from megatron_rl.lab.metrics import explained_variance
     from megatron_rl.loop.experience import prepare
@@ -111,13 +112,18 @@ def _answered(example: Example, setting: Setting, whole: bool) -> list[dict[str,
     layout, place = setting.layout, setting.place
     config = example.config()
     groups = example.groups() if whole else example.groups(shuffled=True, leader=place.dp, leaders=layout.dp)
+    centred = config.objective.centering is not None
     mini_batches = distribute(
         with_advantages(groups if place.leads_replica else [], config),
         place,
         layout,
         mini_batches=example.mini_batches,
         max_tokens=1 << 30 if whole else example.max_tokens,
+        tops=TopExchange(TOP_K, place, layout) if centred else None,
     )
+    for packed in (packed for mini_batch in mini_batches for packed in mini_batch.micro_batches):
+        needed = centred and place.pp == layout.pp - 1 and not packed.is_empty
+        assert (packed.top is not None) == needed, "top tokens are where the loss is, and nowhere else"
     old, reference, values = (Table(example.tables[name], setting) for name in ("old", "reference", "old_values"))
     trainer = SimpleNamespace(
         place=place,
@@ -134,14 +140,15 @@ def _answered(example: Example, setting: Setting, whole: bool) -> list[dict[str,
 
     def step(mini_batch: Any, loss: Any, table: str, columns: bool) -> dict[str, Any]:
         """Does the work of Network.step without a network: the loss's gradient, and sums (not means) over ranks."""
-        live = Table(example.tables[table], setting)
+        live = Table(example.tables[table], setting, example.tops["theta"] if columns and centred else None)
         total = torch.zeros((), dtype=torch.float64)
         if live.is_last_stage:
             for index, packed in enumerate(mini_batch.micro_batches):
                 if packed.is_empty:  # as in engine.step
                     continue
                 output = live.of(packed)
-                share = loss(index, output[:, 0], entropy_of(output)) if columns else loss(index, output[:, 0])
+                top = (output[:, 1:],) if columns and centred else ()
+                share = loss(index, output[:, 0], entropy_of(output), *top) if columns else loss(index, output[:, 0])
                 assert share.dtype == torch.float64
                 share.backward()
                 total += share.detach()
@@ -151,7 +158,10 @@ def _answered(example: Example, setting: Setting, whole: bool) -> list[dict[str,
         total *= counted and place.cp == 0
         dist.all_reduce(total, group=place.control)
         metrics = reduce_metrics(loss.metrics, place, holds_samples=live.is_last_stage)
-        return {"loss": float(total), "gradient": gradient.tolist(), "metrics": metrics}
+        answer = {"loss": float(total), "gradient": gradient.tolist(), "metrics": metrics}
+        if live.top is not None:
+            answer["top_gradient"] = live.top_gradient(counted).tolist()
+        return answer
 
     answers = []
     for update in prepare(config, trainer, mini_batches, measures_noise=False):  # type: ignore[arg-type]
@@ -168,25 +178,35 @@ def entropy_of(output: Any) -> Any:
 
 
 class Table:
-    """A network that looks up a number for each label. Tokens outside the loss mask have NaN."""
+    """A network that looks up a number for each label. Tokens outside the loss mask have NaN.
 
-    def __init__(self, values: list[float | None], setting: Setting) -> None:
+    With `top`, rows by label, it also looks up the row's numbers of the packed batch's top tokens.
+    """
+
+    def __init__(self, values: list[float | None], setting: Setting, top: list[list[Any]] | None = None) -> None:
         import numpy as np
         import torch
 
+        self.top = None if top is None else torch.tensor(np.array(top, dtype=np.float64), requires_grad=True)
         self._leaf = torch.tensor(np.array(values, dtype=np.float64), requires_grad=True)
         self._setting = setting
         self.is_last_stage = setting.place.pp == setting.layout.pp - 1
 
     def of(self, packed: Any) -> Any:
-        """Returns [T, 1] like the last stage: this rank's slice, gathered over context parallelism."""
+        """Returns [T, 1], or [T, 1 + k], like the last stage: this rank's slice, gathered over context parallelism."""
+        import torch
+
         from megatron_rl.engine.layers.plain_torch import TorchLayers
         from megatron_rl.engine.micro_batch import micro_batch
         from megatron_rl.engine.step import _whole
 
         place, layout = self._setting.place, self._setting.layout
-        batch = micro_batch(packed, layout.cp, place.cp, self._leaf.device, TorchLayers())
-        return _whole(self._leaf[batch.labels[0]][:, None], batch)
+        top = self.top
+        batch = micro_batch(packed, layout.cp, place.cp, self._leaf.device, TorchLayers(), top is not None)
+        output = self._leaf[batch.labels[0]][:, None]
+        if top is not None:
+            output = torch.cat([output, top[batch.labels[0]].gather(1, batch.labels[1:].t())], dim=1)
+        return _whole(output, batch)
 
     def of_all(self, batches: Any) -> list[Any]:
         return [self.of(packed)[:, 0].detach() for packed in batches] if self.is_last_stage else []
@@ -196,3 +216,13 @@ class Table:
 
     def gradient(self) -> Any:
         return self._leaf.new_zeros(len(self._leaf)) if self._leaf.grad is None else self._leaf.grad
+
+    def top_gradient(self, counted: bool) -> Any:
+        """Returns the gradient of `top`, summed over ranks; `counted` is as for the other gradient. Collective."""
+        import torch.distributed as dist
+
+        assert self.top is not None
+        found = self.top.new_zeros(self.top.shape) if self.top.grad is None else self.top.grad
+        found = found * counted
+        dist.all_reduce(found, group=self._setting.place.control)
+        return found

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rl.data.sample import Group, Prompt, Sample, Verdict
 from megatron_rl.data.store import write_groups
+from megatron_rl.data.top_tokens import TopTokens
 from megatron_rl.data.trace import RoutingTrace
 from megatron_rl.data.versions import VersionSpan
 from megatron_rl.lab.run import read_metrics
@@ -33,21 +34,25 @@ def save_rollouts(
     group: int = GROUP,
     shuffled: bool = False,
     traces: bool = False,
+    top_k: int = 0,
 ) -> None:
     """Saves random responses with the model's log-probs, as if sampled by a server with the initial weights.
 
+    `top_k` also saves the most likely tokens of a sampler that differs a little from the model.
     `traces` also saves the model's routes. A fifth of their rows are random, as if from an engine with other rounding.
     """
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     rng = np.random.default_rng(1)
     for step in range(1, steps + 1):
-        groups = [_group(reference, rng, index, group, traces) for index in range(prompts)]
+        groups = [_group(reference, rng, index, group, traces, top_k) for index in range(prompts)]
         if shuffled:
             groups = groups[::-1]
         write_groups(run_dir / "rollouts" / f"step-{step:06d}-dp-0000.jsonl", groups, weight_version=step - 1)
 
 
-def _group(reference: torch.nn.Module, rng: np.random.Generator, index: int, size: int, traces: bool) -> Group:
+def _group(
+    reference: torch.nn.Module, rng: np.random.Generator, index: int, size: int, traces: bool, top_k: int
+) -> Group:
     ids = tuple(rng.integers(2, VOCAB_SIZE, rng.integers(3, 9)).tolist())
     prompt = Prompt(f"prompt {index}", "", ids, "", "arithmetic")
     samples = []
@@ -55,8 +60,15 @@ def _group(reference: torch.nn.Module, rng: np.random.Generator, index: int, siz
         response = [*rng.integers(2, VOCAB_SIZE, rng.integers(4, 24)).tolist(), EOS]
         with torch.no_grad():
             logits = reference(torch.tensor([[*ids, *response]])).logits[0, len(ids) - 1 : -1]
-        logprobs = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).squeeze(1).tolist()
+        if top_k:
+            logits = logits + 0.5 * torch.tensor(rng.normal(size=logits.shape), dtype=logits.dtype)
+        mu = logits.log_softmax(-1)
+        logprobs = mu.gather(1, torch.tensor(response)[:, None]).squeeze(1).tolist()
         sample = Sample.start(prompt, number).extend(response, [min(p, 0.0) for p in logprobs], 0)
+        if top_k:
+            likely = mu.topk(top_k)
+            top = TopTokens(likely.indices.numpy().astype(np.int32), likely.values.clamp(max=0).numpy())
+            sample = sample.with_top_tokens(top)
         if traces:
             sample = sample.with_trace(_drifted_trace(reference, [*ids, *response], rng))
         correct = bool(rng.random() < 0.5)

@@ -18,6 +18,7 @@ from megatron_rl.config.schema import Config, CriticConfig, DynamicSamplingConfi
 from megatron_rl.config.sources import PRESETS
 from megatron_rl.config.switches import (
     KL,
+    Centering,
     Gae,
     GroupAdvantage,
     IcePop,
@@ -138,6 +139,14 @@ PAPERS = {
         aggregation="seq-mean-token-mean",
         advantage=GroupAdvantage(baseline="mean", std="sample"),
     ),
+    "score_centering": ObjectiveConfig(
+        ratio="token",
+        denominator="rollout",
+        clip=WeightClip(low=0.0, high=0.0),
+        aggregation="token-mean",
+        advantage=GroupAdvantage(baseline="mean", std="none"),
+        centering=Centering(top_k=128),
+    ),
     "topr": ObjectiveConfig(
         ratio="sequence-product",
         denominator="rollout",
@@ -239,7 +248,7 @@ def test_a_preset_overrides_every_objective_key_of_earlier_presets(tmp_path: Pat
         "objective: {ratio: sequence-token, denominator: rollout, clip: {kind: tapered, low: 0.9, high: 9}, "
         "aggregation: constant-length, constant_length: 9, advantage: {baseline: none, std: none}, "
         "correction: {kind: mis, level: sequence, low: 9, high: 9}, kl: {kind: k1, beta: 9}, "
-        "router_shift: 0.9, custom: a:b}\n",
+        "router_shift: 0.9, centering: {top_k: 9}, custom: a:b}\n",
     )
     path = write(tmp_path / "a.yaml", RL + f"presets: [other.yaml, {name}]\n")
     assert load_config(Config, path).objective == PAPERS[name]

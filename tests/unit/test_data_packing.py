@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rl.data.packing import cp_index, pack, pack_all, padded_lengths
+from megatron_rl.data.packing import cp_index, pack, pack_all, pack_top, padded_lengths
 from megatron_rl.data.sample import Prompt, Sample
+from megatron_rl.data.top_tokens import TopTokens
 
 
 def make_sample(prompt: int, spans: list[tuple[int, bool]], seed: int = 0) -> Sample:
@@ -159,3 +160,22 @@ def test_causal_attention_costs_the_same_on_every_rank(chunks, cp):
 def test_a_sequence_that_does_not_divide_is_an_error():
     with pytest.raises(ValueError, match=r"\[4, 6\] are not all multiples of 2 \* cp = 4"):
         cp_index(np.array([0, 4, 10]), 2, 0)
+
+
+@given(micro_batches, degrees, degrees)
+def test_likely_tokens_stand_where_their_labels_stand(batch, cp, tp):
+    rng = np.random.default_rng(0)
+    tops = []
+    for sample in batch:
+        n = len(sample.response_ids)
+        ids = rng.permuted(np.tile(np.arange(100, 109, dtype=np.int32), (n, 1)), axis=1)[:, :3]
+        tops.append(TopTokens(ids, -2 - rng.random((n, 3)).astype(np.float32)))
+    packed = pack(batch, [1.0] * len(batch), cp=cp, tp=tp)
+    row = pack_top(batch, tops, packed.cu_seqlens)
+    assert (row.ids.shape, row.logprobs.shape) == ((packed.tokens, 3),) * 2
+    for start, sample, top in zip(packed.cu_seqlens, batch, tops, strict=False):
+        first = start + len(sample.prompt.token_ids) - 1
+        at = slice(first, first + len(top))
+        np.testing.assert_array_equal(packed.labels[at], sample.response_ids)
+        np.testing.assert_array_equal(row.ids[at], top.ids)
+        np.testing.assert_array_equal(row.logprobs[at], top.logprobs)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from megatron_rl.data.sample import Group, Prompt, Sample, Verdict
 from megatron_rl.data.store import StoreError, decode_samples, encode_samples, read_groups, write_groups
+from megatron_rl.data.top_tokens import TopTokens, TopTokensError
 from megatron_rl.data.trace import RoutingTrace
 from megatron_rl.data.versions import VersionSpan
 from megatron_rl.rewards import grade
@@ -38,6 +39,18 @@ def some_trace(
     return RoutingTrace.from_ids(ids, layers=range(layers), num_experts=num_experts, source="rollout", versions=spans)
 
 
+def some_top_tokens(sample: Sample, k: int) -> TopTokens:
+    """Likely tokens that agree with the sample; those that it did not generate have none."""
+    n = len(sample.response_ids)
+    ids = np.random.default_rng(n).permuted(np.tile(np.arange(9, dtype=np.int32), (n, 1)), axis=1)[:, :k]
+    logprobs = np.full((n, k), -2.5, dtype=np.float32) - np.arange(k, dtype=np.float32)
+    logprobs[:, k - 1] = -np.inf
+    mu = sample.rollout_logprobs[len(sample.prompt.token_ids) :, None]
+    own = ids == sample.response_ids[:, None]
+    agreed = np.where(own, np.where(mu < -2.5, mu, -np.inf), logprobs)
+    return TopTokens(ids, agreed.astype(np.float32))
+
+
 @st.composite
 def groups(draw) -> Group:
     prompt = Prompt(draw(text), draw(text), tuple(draw(token_ids)), draw(text), draw(text))
@@ -51,6 +64,8 @@ def groups(draw) -> Group:
             rows = draw(st.integers(0, len(sample.token_ids)))
             trace = some_trace(rows, num_experts=draw(st.sampled_from([8, 300])), seed=draw(st.integers(0, 9)))
             sample = sample.with_trace(trace)
+        if draw(st.booleans()):
+            sample = sample.with_top_tokens(some_top_tokens(sample, draw(st.integers(1, 4))))
         reason = draw(st.sampled_from([None, "stop", "length", "abort"]))
         known = {"finish_reason": reason, "verdict": draw(verdicts), "response": draw(st.none() | text)}
         samples.append(dataclasses.replace(sample, **known))
@@ -66,6 +81,9 @@ def assert_same(one: Sample, other: Sample) -> None:
         elif isinstance(a, RoutingTrace):
             assert isinstance(b, RoutingTrace)
             assert a.checksum == b.checksum
+        elif isinstance(a, TopTokens):
+            assert isinstance(b, TopTokens)
+            assert (a.ids.tobytes(), a.logprobs.tobytes()) == (b.ids.tobytes(), b.logprobs.tobytes())
         else:
             assert a == b, field.name
 
@@ -86,7 +104,7 @@ def test_groups_are_unchanged_after_saving_and_reading(tmp_path_factory, batch):
 def test_encoded_samples_keep_everything_but_traces_and_text(batch):
     samples = [sample for group in batch for sample in group.samples]
     for one, other in zip(samples, decode_samples(encode_samples(samples)), strict=True):
-        assert_same(dataclasses.replace(one, trace=None, response=None), other)
+        assert_same(dataclasses.replace(one, trace=None, top_tokens=None, response=None), other)
 
 
 def test_a_trace_adds_nothing_to_the_bytes_sent_between_ranks():
@@ -251,3 +269,35 @@ def test_a_file_that_is_truncated_or_not_a_rollout_is_refused(tmp_path):
     path.unlink()
     with pytest.raises(FileNotFoundError):
         read_groups(path)
+
+
+def test_likely_tokens_of_another_response_are_refused(tmp_path):
+    sample = one_group().samples[0]
+    top = TopTokens(np.array([[5], [6], [7]], dtype=np.int32), np.array([[-0.1], [-0.0], [-3.5]], dtype=np.float32))
+    for changed, message in (
+        (
+            TopTokens(top.ids, top.logprobs - 1),
+            "top_tokens: token 0: .*expected the sampled token's log-prob",
+        ),
+        (TopTokens(top.ids[:2], top.logprobs[:2]), "top_tokens: found 2 rows; expected 3"),
+    ):
+        spoilt = dataclasses.replace(one_group(), samples=(dataclasses.replace(sample, top_tokens=changed),))
+        write_groups(tmp_path / "step.jsonl", [spoilt], weight_version=7)
+        with pytest.raises(StoreError, match=rf"step\.jsonl:2: not a group: .*sample 0: {message}"):
+            read_groups(tmp_path / "step.jsonl")
+    with pytest.raises(ValueError, match="top tokens of 2 tokens for a response of 3"):
+        sample.with_top_tokens(TopTokens(top.ids[:2], top.logprobs[:2]))
+    assert_same(sample.with_top_tokens(top), dataclasses.replace(sample, top_tokens=top))
+
+
+def test_bytes_that_are_no_likely_tokens_are_refused(tmp_path):
+    sample = one_group().samples[0]
+    good = dataclasses.replace(one_group(), samples=(sample.with_top_tokens(some_top_tokens(sample, 2)),))
+    write_groups(tmp_path / "step.jsonl", [good], weight_version=7)
+    assert read_groups(tmp_path / "step.jsonl")[0].samples[0].top_tokens is not None
+    with pytest.raises(TopTokensError, match="found 3 bytes that are no top tokens"):
+        TopTokens.from_bytes(b"abc")
+    with pytest.raises(TopTokensError, match=r"found ids int64 \[1, 1\]"):
+        TopTokens(np.zeros((1, 1), dtype=np.int64), np.zeros((1, 1), dtype=np.float32))
+    with pytest.raises(TopTokensError, match="expected ids of at least 0"):
+        TopTokens(np.full((1, 1), -1, dtype=np.int32), np.full((1, 1), -1, dtype=np.float32))

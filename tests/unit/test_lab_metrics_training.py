@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from objective_centering import metrics as centering_metrics
 from objective_papers import paper_loss
 from objective_reference import (
     CORRECTIONS,
@@ -122,6 +123,13 @@ def expected_metrics(sequences, config, loss):
     if floor is not None:
         gamma = np.concatenate(shift)
         expected |= {**tail("router_shift", gamma), "router_shift/floored": (gamma < floor).mean()}
+    if config.centering is not None:
+        kinds = [
+            centering_metrics(s.top[s.mask], s.top_rollout[s.mask], new, mu, s.advantage, config)
+            for s, new, mu in zip(present, new, mu, strict=True)
+        ]
+        for name in kinds[0]:
+            expected |= tail(f"centering/{name}", np.concatenate([kind[name] for kind in kinds]))
     for name, mask in masks.items():
         expected[f"{name}/token"] = mask.mean()
         expected[f"{name}/sequence"] = np.mean([each.any() for each in np.split(mask, ends[:-1])])
@@ -224,6 +232,7 @@ def test_every_declared_metric_is_measured():
         update = {"clip": clip, "correction": correction_of(kind, high=2.0), "router_shift": 0.9}
         report |= measure([sequences], GRPO.model_copy(update=update), sequences).finalize()
     report |= of_reference(sequences)[0]
+    report |= measure([sequences], FAMILY["score_centering"], sequences).finalize()
     for name in TRAINING:
         assert name in report or f"{name}/mean" in report, name
 

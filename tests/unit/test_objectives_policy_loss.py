@@ -305,7 +305,14 @@ def test_the_gradient_flows_only_through_the_policy():
 def test_only_the_policys_log_probs_get_a_gradient(config):
     kl = UnbiasedKL(beta=0.1)
     inputs = pack(random_sequences(3, [4, 2, 5], mismatch=0.3))
-    others = ("old_logprobs", "rollout_logprobs", "advantages", "reference_logprobs", "router_shift")
+    others = (
+        "old_logprobs",
+        "rollout_logprobs",
+        "advantages",
+        "reference_logprobs",
+        "router_shift",
+        "top_rollout_logprobs",
+    )
     attached = {name: getattr(inputs, name) for name in others}
     attached["reference_logprobs"] = inputs.rollout_logprobs - 0.1
     attached["router_shift"] = torch.full_like(inputs.logprobs, 0.9)

@@ -182,6 +182,81 @@ def test_a_trace_of_another_model_is_refused(changes: dict[str, Any], message: s
         dataclasses.replace(SPEC, **changes).check(trace)
 
 
+# ---- mu's most likely tokens
+
+TOP_IDS = np.array([[4, 1], [2, 4], [4, 3], [1, 8], [4, 0]], dtype="<i4")
+TOP_LOGPROBS = np.array([[-0.5, -2], [-1.0, -0.5], [-0.5, -3.4028235e38], [-0.3, -1.5], [-0.5, -1]], dtype="<f4")
+
+
+def flat(ids: np.ndarray = TOP_IDS, logprobs: np.ndarray = TOP_LOGPROBS) -> dict[str, Any]:
+    """Returns what SGLang sends for return_flat_raw_output_top_logprobs in base64."""
+    return {
+        "output_top_logprobs_shape": list(ids.shape),
+        "output_top_logprobs_null_prefix": 0,
+        "output_top_logprobs_idx_flat_b64": base64.b64encode(ids.tobytes()).decode(),
+        "output_top_logprobs_val_flat_b64": base64.b64encode(logprobs.tobytes()).decode(),
+    }
+
+
+def read_top(meta: dict[str, Any], top_k: int = 2, **options: Any) -> Completion:
+    return read_completion(
+        answer(**meta, **options),
+        where="http://a:1: request r",
+        prompt_tokens=PROMPT,
+        max_new_tokens=5,
+        vocab_size=9,
+        versions={6},
+        top_k=top_k,
+    )
+
+
+def put(array: np.ndarray, place: tuple[int, int], value: float) -> np.ndarray:
+    changed = array.copy()
+    changed[place] = value
+    return changed
+
+
+def test_the_most_likely_tokens_are_read_if_they_were_asked_for() -> None:
+    top = read_top(flat()).top_tokens
+    assert top is not None
+    np.testing.assert_array_equal(top.ids, TOP_IDS)
+    np.testing.assert_array_equal(top.logprobs, TOP_LOGPROBS)
+    assert (top.ids.dtype, top.logprobs.dtype) == (np.int32, np.float32)
+    assert read_top(flat(), top_k=0).top_tokens is None
+    rounded = read_top(flat(logprobs=put(TOP_LOGPROBS, (1, 0), 3e-7)[:, :1], ids=TOP_IDS[:, :1]), top_k=1).top_tokens
+    assert rounded is not None
+    assert rounded.logprobs[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("meta", "message"),
+    [
+        ({}, "output_top_logprobs: found none; expected: the 2 likeliest tokens as flat arrays; is the server SGLang"),
+        (flat() | {"output_top_logprobs_val_flat_b64": None}, "output_top_logprobs: found none"),
+        (flat(TOP_IDS[:4], TOP_LOGPROBS[:4]), "output_top_logprobs_shape: found [4, 2]; expected: [5, 2]"),
+        (flat(TOP_IDS[:, :1], TOP_LOGPROBS[:, :1]), "output_top_logprobs_shape: found [5, 1]; expected: [5, 2]"),
+        (flat(TOP_IDS[:4]) | {"output_top_logprobs_shape": [5, 2]}, "output_top_logprobs: cannot reshape"),
+        (flat() | {"output_top_logprobs_idx_flat_b64": "*"}, "output_top_logprobs: "),
+        (flat(put(TOP_IDS, (3, 1), 9)), "output_top_logprobs: token 3: found ids [1, 9]..., log-probs"),
+        (flat(put(TOP_IDS, (3, 1), 1)), "token 3: found ids [1, 1]..., log-probs [-0.3"),
+        (flat(logprobs=put(TOP_LOGPROBS, (2, 1), 0.1)), "token 2: found ids [4, 3]..., log-probs"),
+        (flat(logprobs=put(TOP_LOGPROBS, (2, 1), np.nan)), "expected log-probs of at most 0"),
+        (flat(logprobs=put(TOP_LOGPROBS, (3, 1), -0.2)), "token 3: found ids [1, 8]..., log-probs [-0.3"),
+        # Another temperature than the sampled token's, or the rows of another token.
+        (flat(logprobs=put(TOP_LOGPROBS, (1, 1), -0.6)), "token 1: found ids [2, 4]..., log-probs [-1.0"),
+    ],
+)
+def test_the_error_for_bad_likely_tokens_names_server_request_and_field(meta: dict[str, Any], message: str) -> None:
+    with pytest.raises(RolloutError) as caught:
+        read_top(meta)
+    assert str(caught.value).startswith("http://a:1: request r: output_top_logprobs")
+    assert message in str(caught.value)
+
+
+def test_an_aborted_answer_may_lack_the_likely_tokens() -> None:
+    assert read_top({}, tokens=2, reason="abort").top_tokens is None
+
+
 # ---- how a response ended, and values with the right type but no meaning
 
 STOP = {"type": "stop", "matched": 4}

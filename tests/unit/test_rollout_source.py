@@ -12,6 +12,7 @@ import pytest
 
 from megatron_rl.data.sample import Group, Prompt, Sample, Verdict
 from megatron_rl.data.store import StoreError, read_groups, write_groups
+from megatron_rl.data.top_tokens import TopTokens
 from megatron_rl.data.trace import RoutingTrace
 from megatron_rl.data.versions import VersionSpan
 from megatron_rl.rollout.sampler import Sampling, _Spread
@@ -178,3 +179,25 @@ def test_independent_leaders_together_use_all_servers(leaders: int, groups: int,
         leader.close()
     assert max(count.values()) == most
     assert len(count) == min(servers, leaders * groups)
+
+
+def test_saved_likely_tokens_must_be_as_many_as_the_run_needs(tmp_path: Path) -> None:
+    plain = group(0, None)
+    ids, logprobs = np.array([[8, 1], [6, 2]], dtype=np.int32), np.array([[-1, -2], [-0.2, -3]], dtype=np.float32)
+    likely = TopTokens(ids, logprobs)
+    save(tmp_path / "with", [dataclasses.replace(plain, samples=(plain.samples[0].with_top_tokens(likely),))])
+    save(tmp_path / "without", [plain])
+
+    def read(directory: str, top_k: int, vocab_size: int = 9) -> list[Group]:
+        wanted = Wanted(1, 1, max_tokens=4, temperature=0.7, vocab_size=vocab_size, top_k=top_k)
+        return read_saved(tmp_path / directory, 1, 0, 1, wanted=wanted)
+
+    (found,) = read("with", 2)
+    assert found.samples[0].top_tokens is not None
+    np.testing.assert_array_equal(found.samples[0].top_tokens.ids, ids)
+    assert read("with", 0)
+    assert read("without", 0)
+    with pytest.raises(StoreError, match=r"sample 0: top_tokens: none are there; objective\.centering needs"):
+        read("without", 2)
+    with pytest.raises(StoreError, match=r"top_tokens: 2 for each token, but objective\.centering\.top_k.* is 3;"):
+        read("with", 3)

@@ -108,6 +108,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             publisher=publisher,
             evaluator=Evaluator(config.eval, trainer, environment, [None]),  # type: ignore[arg-type]
             routes=None,
+            tops=None,
         )
 
     monkeypatch.setattr(trainer, "update", update)
