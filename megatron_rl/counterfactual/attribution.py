@@ -29,8 +29,8 @@ from megatron_rl.counterfactual.attribution_lines import (
     print_attribution,
 )
 from megatron_rl.counterfactual.contrasts import ExpertContrast
-from megatron_rl.counterfactual.figures import Doubles
 from megatron_rl.counterfactual.localise import Visits
+from megatron_rl.counterfactual.ratio_figures import Doubles
 from megatron_rl.counterfactual.saved_batch import SavedBatch, gather_tokens, joined, load_batch
 from megatron_rl.counterfactual.substitutions import PARTS, RoundedGates, orders_experts, substituted
 from megatron_rl.disk import write_durably

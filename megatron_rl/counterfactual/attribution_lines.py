@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rl.counterfactual.contrasts import ExpertContrast
-from megatron_rl.counterfactual.figures import Doubles
+from megatron_rl.counterfactual.ratio_figures import Doubles
 
 ROUTING, GATES, PRECISION = "routing", "gate weights", "precision"
 ROUNDING = 1e-5

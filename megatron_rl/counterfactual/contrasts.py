@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from megatron_rl.counterfactual.figures import Doubles
+from megatron_rl.counterfactual.ratio_figures import Doubles
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.counterfactual.contrasts import ExpertContrast, expert_contrasts
-from megatron_rl.counterfactual.figures import Doubles
+from megatron_rl.counterfactual.ratio_figures import Doubles
 from megatron_rl.data.packing import rank_rows
 from megatron_rl.engine.distribute import MiniBatch
 from megatron_rl.engine.packed_advantages import responses

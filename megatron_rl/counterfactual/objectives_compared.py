@@ -17,7 +17,7 @@ from megatron_rl.config.schema import Config
 from megatron_rl.config.sources import PRESETS
 from megatron_rl.config.switches import NoKL, ObjectiveConfig
 from megatron_rl.config.yaml12 import write_yaml
-from megatron_rl.counterfactual.figures import Doubles
+from megatron_rl.counterfactual.ratio_figures import Doubles
 from megatron_rl.counterfactual.saved_batch import shaped
 from megatron_rl.data.sample import Group
 from megatron_rl.data.schedule import Denominators

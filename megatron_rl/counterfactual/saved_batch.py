@@ -10,7 +10,7 @@ import orjson
 from torch import Tensor
 
 from megatron_rl.config.schema import Config
-from megatron_rl.counterfactual.figures import Doubles
+from megatron_rl.counterfactual.ratio_figures import Doubles
 from megatron_rl.data.prompts import PromptCursor
 from megatron_rl.data.sample import Group
 from megatron_rl.engine.distribute import MiniBatch, distribute

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_rl.counterfactual.figures import SHARES, explained, ratio_figures
 from megatron_rl.counterfactual.gradients import cosines, norms, relative_difference
 from megatron_rl.counterfactual.objectives_compared import ObjectiveArm, TokenColumns, objective_figures
+from megatron_rl.counterfactual.ratio_figures import SHARES, explained, ratio_figures
 from megatron_rl.counterfactual.saved_batch import joined
 
 Line = dict[str, Any]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from megatron_rl.config.switches import NoKL
-from megatron_rl.counterfactual.figures import Doubles
 from megatron_rl.counterfactual.gradients import Vectors, add, gradient_of
 from megatron_rl.counterfactual.objectives_compared import ObjectiveArm, TokenColumns, with_sample_advantages
+from megatron_rl.counterfactual.ratio_figures import Doubles
 from megatron_rl.counterfactual.routings import RoutingArm, make_pass
 from megatron_rl.counterfactual.saved_batch import gather_tokens
 from megatron_rl.engine.distribute import MiniBatch

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from megatron_rl.lab.kinds import LAYER, Kind
+from megatron_rl.lab.metric_kinds import LAYER, Kind
 
 TAGS = ("step", "mini_batch", "weight_version", "time")
 """Keys of a line that are no metrics."""

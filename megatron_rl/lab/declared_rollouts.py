@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_rl.lab.declared import NUMBER, DeclaredMetric, DeclaredTable, Healthy
-from megatron_rl.lab.kinds import Kind
+from megatron_rl.lab.metric_kinds import Kind
 
 SUM, MEAN, TAIL, VALUE = Kind.SUM, Kind.MEAN, Kind.TAIL, Kind.VALUE
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_rl.lab.declared import DeclaredMetric, DeclaredTable
-from megatron_rl.lab.kinds import Kind
+from megatron_rl.lab.metric_kinds import Kind
 
 LAYERS, VALUE = Kind.LAYERS, Kind.VALUE
 

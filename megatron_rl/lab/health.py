@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_rl.lab.declared import TAGS
 from megatron_rl.lab.declared_all import DECLARATION
-from megatron_rl.lab.kinds import Kind
+from megatron_rl.lab.metric_kinds import Kind
 
 Line = Mapping[str, Any]
 """A line of metrics.jsonl or eval.jsonl: tags, and a number or None by metric."""
@@ -281,7 +281,7 @@ RULES: tuple[Rule, ...] = (
         "kl/rollout_old/k3",
         0.015,
         "the rollout engine samples from another policy than the trainer computes",
-        "ten times what R3 [2510.11370] reports for Qwen3-30B-A3B without replay, 1.5e-3",
+        "ten times what R3 [2510.11370] reports for a model of 30B without replay, 1.5e-3",
     ),
     _bound(
         "heavy tail of rho",

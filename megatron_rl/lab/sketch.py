@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_rl.lab.kinds import QUANTILES, Kind
+from megatron_rl.lab.metric_kinds import QUANTILES, Kind
 
 GROWTH = 1.01
 """A quantile is within 1% of the exact one, which is a value of the data (inverted CDF) ..."""

@@ -11,7 +11,7 @@ import numpy as np
 import orjson
 
 from megatron_rl.lab.declared_all import DECLARATION
-from megatron_rl.lab.kinds import LAYER
+from megatron_rl.lab.metric_kinds import LAYER
 
 OPEN_NAMES = {"pass_at_{j}": ["pass_at_4"], "alarm/{metric}/{action}": ["alarm/ratio/p99/warn"]}
 OPEN_NAMES["grad_norm/router/layer_{layer}"] = ["grad_norm/router/layer_01"]

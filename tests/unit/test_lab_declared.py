@@ -10,7 +10,7 @@ import pytest
 
 from megatron_rl.lab.declared import NUMBER, Declaration, DeclaredMetric, DeclaredTable, Healthy
 from megatron_rl.lab.declared_all import DECLARATION
-from megatron_rl.lab.kinds import Kind
+from megatron_rl.lab.metric_kinds import Kind
 from megatron_rl.lab.metrics import ROLLOUT, SFT, TRAINING, VALUE
 from megatron_rl.lab.sketch import MetricAccumulator
 from tools import write_metrics

@@ -24,7 +24,7 @@ from megatron_rl.counterfactual.attribution_lines import (
     cause,
 )
 from megatron_rl.counterfactual.contrasts import ExpertContrast, expert_contrasts
-from megatron_rl.counterfactual.figures import ess, explained, kl_k3, ratio_figures, trimmed_variance
+from megatron_rl.counterfactual.ratio_figures import ess, explained, kl_k3, ratio_figures, trimmed_variance
 
 LOGS = st.floats(-3, 3)
 
