@@ -32,7 +32,6 @@ data:
   max_prompt_tokens: 8
 rollout: {{prompts_per_step: 4, group_size: 2, max_response_tokens: 8, servers: {{max_total_tokens: 4096}}}}
 optim: {{lr: 1.0e-3}}
-weights: {{verify: 1}}
 train: {{steps: 1, mini_batches: 2}}
 """
     )
@@ -66,6 +65,5 @@ train: {{steps: 1, mini_batches: 2}}
     assert by_run["collect-seed-0"]["accuracy"] is not None
     assert by_run["replay-seed-0"]["accuracy"] is None
     for run in ("collect-seed-0", "collect-seed-1"):
-        first, last = (read_metrics(directory / "runs" / run / "metrics.jsonl")[n] for n in (0, -1))
+        first = read_metrics(directory / "runs" / run / "metrics.jsonl")[0]
         assert first["rho/mean"] == pytest.approx(1.0, abs=1e-4)  # the kept server has the new run's weights
-        assert last["weights/probe_max_abs_diff"] < 1e-5
