@@ -163,4 +163,6 @@ def test_the_relative_error_is_one_of_norms() -> None:
     weight = torch.tensor([[3.0, 4.0]])
     assert relative_error(torch.tensor([[3.0, 5.0]]), weight) == pytest.approx(0.2)
     assert relative_error(weight.bfloat16() + 1, weight.bfloat16()) == pytest.approx(np.sqrt(2) / 5)
+    far = torch.tensor([[1.0078125]]).bfloat16(), torch.tensor([[256.0]]).bfloat16()
+    assert relative_error(*far) == pytest.approx(254.9921875 / 256)  # bf16 would round the difference to 255
     assert relative_error(torch.zeros(2, 2), torch.zeros(2, 2)) == 0
