@@ -89,6 +89,12 @@ def test_rounding_twice_changes_nothing(name: str, dtype: torch.dtype) -> None:
 
 
 @formats
+def test_the_largest_weight_of_a_cell_is_kept_to_the_bit(name: str) -> None:
+    for value in np.random.default_rng(0).uniform(1, 2, 200).astype(np.float32).tolist():
+        assert FORMATS[name].round(torch.tensor([[value]])).item() == value
+
+
+@formats
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 20), columns=st.integers(1, 150))
 def test_the_error_is_at_most_half_the_distance_of_two_numbers(name: str, seed: int, rows: int, columns: int) -> None:
     form = FORMATS[name]
@@ -100,7 +106,7 @@ def test_the_error_is_at_most_half_the_distance_of_two_numbers(name: str, seed: 
     else:
         groups = weight.abs().split(form.columns, dim=1)
         bound = form.error * torch.cat([g.amax(1, keepdim=True).expand_as(g) for g in groups], 1)
-    assert bool((error <= bound * (1 + 1e-6)).all())
+    assert bool((error <= bound * (1 + 1e-4)).all())  # fp32 may take the farther of two numbers close to a tie
 
 
 @formats
@@ -157,4 +163,6 @@ def test_the_relative_error_is_one_of_norms() -> None:
     weight = torch.tensor([[3.0, 4.0]])
     assert relative_error(torch.tensor([[3.0, 5.0]]), weight) == pytest.approx(0.2)
     assert relative_error(weight.bfloat16() + 1, weight.bfloat16()) == pytest.approx(np.sqrt(2) / 5)
+    far = torch.tensor([[1.0078125]]).bfloat16(), torch.tensor([[256.0]]).bfloat16()
+    assert relative_error(*far) == pytest.approx(254.9921875 / 256)  # bf16 would round the difference to 255
     assert relative_error(torch.zeros(2, 2), torch.zeros(2, 2)) == 0
