@@ -94,12 +94,12 @@ def distribute(
     here = [*mine, *arriving] if place.leads_replica else []
     wanted = [s for s in here if target[s.index] == place.dp]
     samples = {s.index: s for s in _decode(broadcast_bytes(_encode(wanted), place.replica))}
+    homes = {size.index: replica for size, replica in zip(sizes, home, strict=True)}
     traces = {}
     if routes is not None:
-        traces = routes.migrate({s.index: _trace(s) for s in mine}, home, target)
+        traces = routes.migrate({s.index: _trace(s) for s in mine}, homes, target)
     likely = {}
     if tops is not None:
-        homes = {size.index: replica for size, replica in zip(sizes, home, strict=True)}
         likely = tops.migrate({s.index: _top_tokens(s) for s in mine}, homes, target)
     batches = []
     for step in schedule.steps:

@@ -39,7 +39,7 @@ class RouteExchange:
         self._seconds = 0.0
 
     def migrate(
-        self, traces: Mapping[int, RoutingTrace], home: Sequence[int], target: Mapping[int, int]
+        self, traces: Mapping[int, RoutingTrace], home: Mapping[int, int], target: Mapping[int, int]
     ) -> dict[int, RoutingTrace]:
         """Moves the trace of sample i from replica `home[i]` to replica `target[i]`; returns this leader's traces.
 

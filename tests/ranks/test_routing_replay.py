@@ -116,3 +116,24 @@ def test_expert_order_does_not_depend_on_the_order_that_topk_returns() -> None:
     assert plain is not None
     others = torch.arange(50) != 7
     assert torch.equal(plain[others], wanted.indices[others])
+
+
+@pytest.mark.distributed
+def test_routes_reach_the_replica_of_their_sample_if_sample_numbers_have_gaps(forks: Forks, model: Path) -> None:
+    """Samples without a verdict are left out, so the numbers of the others are not their positions."""
+    samples = {tuple(s.token_ids.tolist()): s for s in drifted_samples(VOCAB_SIZE, MOE_LAYERS, EXPERTS, TOP_K)}
+    found = 0
+    for ranks in forks.world(2, "exchange_worker:distributed", model, "dp=2"):
+        assert ranks, "a replica got no sample"
+        for batch in ranks:
+            ends = batch["cu_seqlens"][1:]
+            for start, end in zip(batch["cu_seqlens"][:-1], ends, strict=True):
+                tokens = batch["tokens"][start:end].tolist()
+                (sample,) = (s for ids, s in samples.items() if tuple(tokens[: len(ids)]) == ids)
+                assert sample.trace is not None
+                rows = slice(start, start + sample.trace.rows)
+                assert np.array_equal(batch["present"][rows], sample.trace.present)
+                present = sample.trace.present
+                assert np.array_equal(batch["experts"][rows][present], sample.trace.experts[present])
+                found += 1
+    assert found == len(samples)
