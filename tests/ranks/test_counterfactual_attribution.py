@@ -181,6 +181,7 @@ def assert_same(found: Lines, expected: Lines, fault: str) -> None:
                 assert line[key] == pytest.approx(value, rel=0.05, abs=0.05 if key == "share" else 2e-3), (wanted, key)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_layouts_do_not_change_an_attribution(
     forks: Forks, config: Path, one: dict[str, Lines], tmp_path: Path

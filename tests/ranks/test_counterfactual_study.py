@@ -254,6 +254,7 @@ def assert_same(found: Lines, expected: Lines) -> None:
                 assert line[key] == value, key
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_layouts_do_not_change_a_study(forks: Forks, config: Path, one: list[Lines], tmp_path: Path) -> None:
     few = {"step": 1, "routings": FEW, "objectives": ("rspo",), "updates": 2}

@@ -58,7 +58,7 @@ def answer(model: Path, layout: Any, place: Any, provider: str) -> dict[str, Any
     """Returns log-probs, entropies, gradients, the gradient norms of two updates, and the weights after them.
 
     Also returns how far ranks with the same expert weights differ, which micro-batches have an attention plan, and the
-    weights after two updates in which the kinds FROZEN do not train.
+    weights after two updates in which the kinds FROZEN do not train, under expert parallelism.
     """
     import numpy as np
     import torch
@@ -85,9 +85,14 @@ def answer(model: Path, layout: Any, place: Any, provider: str) -> dict[str, Any
     policy.gradients(batches, loss)
     gradients = {name: g.clone() for part in policy.export(1 << 28, lambda p: p.main_grad) for name, g in part}  # type: ignore[attr-defined]
     policy = Policy(model, layout, place, engine, torch.device("cpu"), OptimConfig(lr=1e-3, eps=1e-4, clip_grad=10.0))
-    frozen = OptimConfig(lr=1e-3, eps=1e-4, clip_grad=10.0, weight_decay=0.1, freeze=FROZEN)  # type: ignore[arg-type]
-    partly = Policy(model, layout, place, engine, torch.device("cpu"), frozen)
-    partial_norms = [partly.update(batches, loss).grad_norms for _ in range(2)]
+    partial = {}
+    if layout.ep > 1:
+        frozen = OptimConfig(lr=1e-3, eps=1e-4, clip_grad=10.0, weight_decay=0.1, freeze=FROZEN)  # type: ignore[arg-type]
+        partly = Policy(model, layout, place, engine, torch.device("cpu"), frozen)
+        partial = {
+            "partial_norms": [partly.update(batches, loss).grad_norms for _ in range(2)],
+            "partial_weights": {name: w.clone() for part in partly.export(1 << 28) for name, w in part},
+        }
     logprobs = [value for pair in policy.logprobs(batches) for value in pair]
     updates = [policy.update(batches, loss) for _ in range(2)]
     return {
@@ -95,8 +100,7 @@ def answer(model: Path, layout: Any, place: Any, provider: str) -> dict[str, Any
         "gradients": gradients,
         "norms": [update.grad_norms for update in updates],
         "weights": {name: w.clone() for part in policy.export(1 << 28) for name, w in part},
-        "partial_norms": partial_norms,
-        "partial_weights": {name: w.clone() for part in partly.export(1 << 28) for name, w in part},
+        **partial,
         "copies_apart": copies_apart(policy),
         "attention_plans": [isinstance(batch.sequences, PlannedSequences) for batch in policy.micro_batches(batches)],
     }
