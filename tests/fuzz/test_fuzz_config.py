@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import json
 import time
 from collections.abc import Mapping
@@ -211,9 +212,9 @@ def check(directory: Path, text: str, given_overrides: list[str]) -> str:
 
 def _check_kinds(config: Config) -> None:
     """Checks that a section with kinds has exactly the keys of its own kind."""
-    values = config.model_dump(mode="json")["objective"]
+    values = config.model_dump(mode="json")
     for section, its in KINDS.items():
-        found = values[section.rpartition(".")[2]]
+        found = functools.reduce(lambda node, key: node[key], section.split("."), values)
         assert found.keys() == its.members[found[its.name]].model_fields.keys()
 
 

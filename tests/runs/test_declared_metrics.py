@@ -19,6 +19,7 @@ RUNS = (
     "objective.correction.high=1.5 objective.correction.low=0.5 routing.replay=r3 reward.overlong_filter=true",
     "presets=grpo objective.correction.kind=tis objective.correction.high=2 routing.observe_rollout=true "
     "checkpoint.every=1",
+    "presets=score_centering objective.centering.top_k=5",
 )
 ALARMS = ",".join(f'{{"metric":"ratio/max","above":1e9,"action":"{action}"}}' for action in ("warn", "skip", "stop"))
 TWO_RANKS = f"presets=grpo parallel.ep=2 lab.alarms=[{ALARMS}]"
@@ -29,7 +30,7 @@ def names(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> set[tuple[s
     """Names that runs with every feature wrote on saved rollouts, and that a fine-tuning wrote."""
     root = tmp_path_factory.mktemp("declared")
     model = make_tiny_model(root / "model", num_layers=2)
-    save_rollouts(model, root / "saved", steps=1, traces=True)
+    save_rollouts(model, root / "saved", steps=1, traces=True, top_k=5)
     config = write_config(root / "config.yaml", model, root / "saved")
     directories = [root / str(number) for number in range(len(RUNS) + 1)]
     overrides = [keys.replace("MODEL", str(model)) for keys in (*RUNS, TWO_RANKS)]

@@ -27,7 +27,7 @@ def setting(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     """(configuration, run directory of the run on one rank)."""
     root = tmp_path_factory.mktemp("invariance")
     model = make_tiny_model(root / "model", num_layers=4, mlp_only_layers=(1,))
-    save_rollouts(model, root / "saved", steps=1)
+    save_rollouts(model, root / "saved")
     save_rollouts(model, root / "shuffled", steps=1, shuffled=True)
     config = write_config(root / "config.yaml", model, root / "saved", steps=1)
     run_all(
@@ -47,9 +47,9 @@ def setting(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return config, root / "reference"
 
 
-def assert_same(run_dir: Path, reference: Path) -> None:
+def assert_same(run_dir: Path, reference: Path, steps: int = 1) -> None:
     found, expected = losses(run_dir), losses(reference)
-    assert expected.shape[0] == MINI_BATCHES
+    assert len(expected) == steps * MINI_BATCHES
     np.testing.assert_allclose(found[:, 0], expected[:, 0], atol=1e-5, err_msg=f"loss in {run_dir.name}")
     np.testing.assert_allclose(found[:, 1:], expected[:, 1:], rtol=2e-3, atol=1e-4, err_msg=run_dir.name)
     trained = weights(reference)
@@ -141,14 +141,15 @@ def test_results_do_not_depend_on_the_layout(
 
 @pytest.mark.distributed
 def test_rejected_tokens_leave_the_denominators_on_all_ranks(forks: Forks, setting: tuple[Path, Path]) -> None:
+    """In the second step: in the first pi_old is mu, and nothing is rejected."""
     config = setting[0]
-    rejects = "objective.correction.kind=mis objective.correction.low=0.8 objective.correction.high=1.25"
+    rejects = "train.steps=2 objective.correction.kind=mis objective.correction.low=0.8 objective.correction.high=1.25"
     alone, *others = [config.parent / f"mis-{number}" for number in range(3)]
     run_all(forks, config, 1, [f"run_dir={alone} {rejects} engine.max_tokens_per_micro_batch=4096"])
     layouts = ["parallel.pp=2", "parallel.cp=2"]
     run_all(forks, config, 2, [f"run_dir={d} {rejects} {layout}" for d, layout in zip(others, layouts, strict=True)])
     for directory in others:
-        assert_same(directory, alone)
+        assert_same(directory, alone, steps=2)
         for line, expected in zip(*(read_metrics(d / "metrics.jsonl") for d in (directory, alone)), strict=True):
             for unit in ("token", "sequence"):
                 name = f"correction/masked/{unit}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def test_a_server_gets_the_stressed_weights_by_both_routes(
     served = ask(tiny_server, lambda c: c.score(TOKENS))
     np.testing.assert_allclose(served, reference_logprobs(reference, TOKENS).numpy(), rtol=0, atol=1e-5)
     assert np.abs(served - reference_logprobs(trained, TOKENS).numpy()).max() > 0.01
-    (report,) = (json.loads(line) for line in done.stdout.splitlines() if "bytes" in line)
+    (report,) = map(json.loads, re.findall(r"\{[^{}]*bytes[^{}]*\}", done.stdout))  # ranks print at the same time
     assert 0.02 < report["weights/stress/relative_error"] < 0.15
     assert report["weights/probe_max_abs_diff"] < 1e-5
 

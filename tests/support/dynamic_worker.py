@@ -65,7 +65,7 @@ def _answer(prompt: Prompt, number: int, sampling: Sampling) -> Sample:
 class NoServers:
     """Replaces the weight sync."""
 
-    def __init__(self, *_: object) -> None:
+    def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
     def push(self, version: int) -> dict[str, float]:
@@ -79,7 +79,7 @@ def replace_servers(leader: type[MadeUp] = MadeUp) -> None:
     """Makes runs of this process get answers from `leader`, and push no weights."""
     from megatron_rl.loop import connections, parts, publisher
 
-    parts.connect = lambda _, trainer: contextlib.nullcontext(  # type: ignore
+    parts.connect = lambda _, trainer, __: contextlib.nullcontext(  # type: ignore
         connections.Servers(None, leader() if trainer.place.leads_replica else None)  # type: ignore[arg-type]
     )
     publisher.WeightSync = NoServers  # type: ignore[assignment,misc]
