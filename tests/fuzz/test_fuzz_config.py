@@ -79,6 +79,11 @@ PRESET_NAMES = sorted(file.stem for file in PRESETS.glob("*.yaml"))
 VALUES: dict[str, list[Any]] = {
     "low": [0.1, 0.3, None],
     "high": [0.5, 2, None],
+    "negative_low": [0.1, 0.3, None],
+    "negative_high": [0.5, 2, None],
+    "targets": [["expert"], ["attention", "mlp"], None],
+    "scale": ["block", "tensor"],
+    "size": [0.01, 1],
     "dual": [3, None],
     "level": ["token", "sequence", "geometric"],
     "place": ["loss", "reward"],

@@ -65,7 +65,7 @@ def _answer(prompt: Prompt, number: int, sampling: Sampling) -> Sample:
 class NoServers:
     """Replaces the weight sync."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         pass
 
     def push(self, version: int) -> dict[str, float]:
