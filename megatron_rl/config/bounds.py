@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,3 +22,16 @@ MebiBytes = Annotated[int, Field(ge=1, le=2**20)]
 
 class Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Limits(Frozen):
+    above: float | None = None
+    """Upper limit; a value above it is beyond. A value that is not finite is beyond any limit."""
+    below: float | None = None
+    """Lower limit; a value below it is beyond."""
+
+    def are_passed_by(self, value: float | None) -> bool:
+        """Returns whether the value is beyond. None is a value that is not finite."""
+        if value is None or not math.isfinite(value):
+            return True
+        return (self.above is not None and value > self.above) or (self.below is not None and value < self.below)

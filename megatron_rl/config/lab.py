@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
-from megatron_rl.config.bounds import Frozen, PositiveInt
+from megatron_rl.config.bounds import Frozen, Limits, PositiveInt
 
 
 class WandbConfig(Frozen):
@@ -20,15 +20,12 @@ class WandbConfig(Frozen):
     """Runs of one group are shown together."""
 
 
-class Alarm(Frozen):
-    """Gives early warning: fires at an optimizer step if a metric is beyond its bound, and was in the steps before."""
+class Alarm(Limits):
+    """Gives early warning: fires at an optimizer step if a metric is beyond its limit, and was in the steps before. It
+    has one limit, `above` or `below`."""
 
     metric: str
     """Name in metrics.jsonl, such as `ratio/p99`."""
-    above: float | None = None
-    """Bound; a value above it is beyond. A value that is not finite is beyond any bound."""
-    below: float | None = None
-    """The same for a value below it. Give one of the two."""
     steps: PositiveInt = 1
     """Optimizer steps in a row."""
     action: Literal["warn", "skip", "stop"] = "warn"

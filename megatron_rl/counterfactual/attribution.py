@@ -12,7 +12,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import orjson
 import torch
 
 from megatron_rl.config.load import ConfigError
@@ -31,9 +30,8 @@ from megatron_rl.counterfactual.attribution_lines import (
 from megatron_rl.counterfactual.contrasts import ExpertContrast
 from megatron_rl.counterfactual.localise import Visits
 from megatron_rl.counterfactual.ratio_figures import Doubles
-from megatron_rl.counterfactual.saved_batch import SavedBatch, gather_tokens, joined, load_batch
+from megatron_rl.counterfactual.saved_batch import SavedBatch, gather_tokens, joined, load_batch, write_lines
 from megatron_rl.counterfactual.substitutions import PARTS, RoundedGates, orders_experts, substituted
-from megatron_rl.disk import write_durably
 from megatron_rl.engine.distribute import MiniBatch
 from megatron_rl.engine.policy import Policy
 from megatron_rl.loop.trainer import Trainer, open_trainer
@@ -74,10 +72,7 @@ def attribute(config: Config, step: int) -> list[dict[str, object]]:
         lines = []
         if trainer.place.rank == 0:
             lines = attribution_lines(found, str(config.rollout.replay_from), step, tokens)
-        path = trainer.run.path / OUTPUT
-        with trainer.writing(f"the attribution in {path}", path):
-            if trainer.place.rank == 0:
-                write_durably(path, b"".join(orjson.dumps(line) + b"\n" for line in lines))
+        write_lines(trainer, "the attribution", OUTPUT, lines)
     return lines
 
 

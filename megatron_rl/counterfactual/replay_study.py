@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import orjson
 
 from megatron_rl.config.load import ConfigError
 from megatron_rl.config.schema import Config
@@ -29,7 +28,7 @@ from megatron_rl.counterfactual.objectives_compared import (
     sample_advantages,
 )
 from megatron_rl.counterfactual.routings import ROUTINGS, load_routers, unavailable
-from megatron_rl.counterfactual.saved_batch import SavedBatch, gather_tokens, load_batch, pack_batch
+from megatron_rl.counterfactual.saved_batch import SavedBatch, gather_tokens, load_batch, pack_batch, write_lines
 from megatron_rl.counterfactual.study_lines import (
     Line,
     cosine_lines,
@@ -49,7 +48,6 @@ from megatron_rl.counterfactual.study_passes import (
     reference_logprobs,
     token_columns,
 )
-from megatron_rl.disk import write_durably
 from megatron_rl.engine.policy import Policy
 from megatron_rl.errors import UserError
 from megatron_rl.loop.experience import measure_router_shift, prepare
@@ -123,10 +121,7 @@ def replay_study(config: Config, options: StudyOptions) -> list[Line]:
         study = _Study(config, options, trainer, batch)
         trainer.begin()
         lines = study.run()
-        path = trainer.run.path / OUTPUT
-        with trainer.writing(f"the study in {path}", path):
-            if trainer.place.rank == 0:
-                write_durably(path, b"".join(orjson.dumps(line) + b"\n" for line in lines))
+        write_lines(trainer, "the study", OUTPUT, lines)
     return lines
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from megatron_rl.config.schema import Config
 from megatron_rl.counterfactual.ratio_figures import Doubles
 from megatron_rl.data.prompts import PromptCursor
 from megatron_rl.data.sample import Group
+from megatron_rl.disk import write_durably
 from megatron_rl.engine.distribute import MiniBatch, distribute
 from megatron_rl.engine.packed_advantages import responses
 from megatron_rl.loop.progress import Progress
@@ -116,3 +117,11 @@ def gather_tokens(
 def joined(tokens: Sequence[dict[int, Doubles]]) -> Doubles:
     """Returns the tokens of all mini-batches, one after another."""
     return np.concatenate([np.zeros(0), *(piece for each in tokens for piece in each.values())])
+
+
+def write_lines(trainer: Trainer, what: str, file: str, lines: Sequence[Mapping[str, object]]) -> None:
+    """Writes rank 0's lines as JSON into `file` of the run directory. Raises DiskError, on every rank. Collective."""
+    path = trainer.run.path / file
+    with trainer.writing(f"{what} in {path}", path):
+        if trainer.place.rank == 0:
+            write_durably(path, b"".join(orjson.dumps(line) + b"\n" for line in lines))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -63,14 +62,8 @@ class Alarms:
             value = metrics.get(alarm.metric)
             if value is None:
                 continue
-            self._counts[alarm] = count + 1 if is_beyond(alarm, value) else 0
+            self._counts[alarm] = count + 1 if alarm.are_passed_by(value) else 0
             if self._counts[alarm] >= alarm.steps:
                 figures[name] = 1.0
                 fired.append(Firing(alarm, value, self._counts[alarm] == alarm.steps))
         return fired, figures
-
-
-def is_beyond(alarm: Alarm, value: float) -> bool:
-    if not math.isfinite(value):
-        return True
-    return value > alarm.above if alarm.above is not None else alarm.below is not None and value < alarm.below

@@ -12,7 +12,7 @@ import orjson
 from megatron_rl.config.schema import Config
 from megatron_rl.loop.trainer import Trainer
 from megatron_rl.ranks.collectives import broadcast_bytes
-from megatron_rl.rollout.pool import Pool, PoolOpener, read_api_key
+from megatron_rl.rollout.pool import Pool, PoolOpener, PoolOptions, read_api_key
 from megatron_rl.rollout.source import Leader, first_server
 
 
@@ -37,17 +37,16 @@ def connect(config: Config, trainer: Trainer, open_pool: PoolOpener = Pool) -> I
     with ExitStack() as stack:
         pool = None
         if place.rank == 0:
-            pool = stack.enter_context(
-                open_pool(
-                    rollout,
-                    config.engine,
-                    config.model.path,
-                    trainer.run.logs,
-                    config.seed,
-                    return_routed_experts=config.routing.needs_rollout_routes,
-                    api_key=api_key,
-                )
+            options = PoolOptions(
+                rollout=rollout,
+                engine=config.engine,
+                model=config.model.path,
+                logs=trainer.run.logs,
+                seed=config.seed,
+                return_routed_experts=config.routing.needs_rollout_routes,
+                api_key=api_key,
             )
+            pool = stack.enter_context(open_pool(options))
         told = orjson.dumps([pool.urls, None if rollout.servers.urls else pool.api_key]) if pool else None
         urls, random_key = orjson.loads(broadcast_bytes(told, place.control))
         leader = None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_rl.config.schema import EngineConfig, RolloutConfig
 from megatron_rl.models.identity import file_digests
-from megatron_rl.rollout.pool import Pool
+from megatron_rl.rollout.pool import Pool, PoolOptions
 from megatron_rl.rollout.server import ServerError
 
 
@@ -27,34 +27,24 @@ class KeptPool:
         self._started_as: tuple[object, ...] = ()
 
     @contextlib.contextmanager
-    def open(
-        self,
-        rollout: RolloutConfig,
-        engine: EngineConfig,
-        model: Path,
-        logs: Path,
-        seed: int,
-        *,
-        return_routed_experts: bool = False,
-        api_key: str | None = None,
-    ) -> Iterator[Pool]:
+    def open(self, options: PoolOptions) -> Iterator[Pool]:
         """The kept pool if it fits and its servers live, or a new one in its place. Stands in for Pool."""
-        if rollout.servers.urls:
-            with Pool(rollout, engine, model, logs, seed, api_key=api_key) as pool:
+        if options.rollout.servers.urls:
+            with Pool(options) as pool:
                 yield pool
             return
         wanted = (
-            rollout.servers,
-            rollout.concurrency,
-            engine.device,
-            engine.dtype,
-            model.resolve(),
-            tuple(file_digests(model).items()),
-            return_routed_experts,
+            options.rollout.servers,
+            options.rollout.concurrency,
+            options.engine.device,
+            options.engine.dtype,
+            options.model.resolve(),
+            tuple(file_digests(options.model).items()),
+            options.return_routed_experts,
         )
         if self._pool is None or wanted != self._started_as or not _lives(self._pool):
             self.close()
-            pool = Pool(rollout, engine, model, self._logs, seed, return_routed_experts=return_routed_experts)
+            pool = Pool(dataclasses.replace(options, logs=self._logs))
             self._pool, self._started_as = pool.__enter__(), wanted
         yield self._pool
 

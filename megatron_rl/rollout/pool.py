@@ -10,9 +10,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from megatron_rl.config.schema import EngineConfig, RolloutConfig
 from megatron_rl.cores import threads_per_process
@@ -25,43 +26,42 @@ PROBE_SECONDS = 10.0  # for one request to a server that may not run yet
 WAIT_SECONDS = 1.0
 
 
+@dataclass(frozen=True)
+class PoolOptions:
+    """The servers that a run asks for."""
+
+    rollout: RolloutConfig
+    engine: EngineConfig
+    model: Path
+    logs: Path
+    """Directory of the logs of servers that are started."""
+    seed: int
+    return_routed_experts: bool = False
+    api_key: str | None = field(default=None, repr=False)
+    """Key of servers given by URL; servers that are started get a random key."""
+
+
 class Pool:
     """Servers of the run, held by rank 0. Entering the context starts the launched ones and waits until all answer."""
 
-    def __init__(
-        self,
-        rollout: RolloutConfig,
-        engine: EngineConfig,
-        model: Path,
-        logs: Path,
-        seed: int,
-        *,
-        return_routed_experts: bool = False,
-        api_key: str | None = None,
-    ) -> None:
-        """`api_key` is for servers given by URL; servers started here get a random key."""
-        self._rollout = rollout
-        self._engine = engine
-        self._model = model
-        self._logs = logs
-        self._seed = seed
-        self._return_routed_experts = return_routed_experts
-        self.api_key = api_key if rollout.servers.urls else secrets.token_urlsafe(32)
+    def __init__(self, options: PoolOptions) -> None:
+        self._asked = options
+        self.api_key = options.api_key if options.rollout.servers.urls else secrets.token_urlsafe(32)
         self._servers: list[Server] = []
 
     @property
     def urls(self) -> list[str]:
-        return list(self._rollout.servers.urls) or [server.url for server in self._servers]
+        return list(self._asked.rollout.servers.urls) or [server.url for server in self._servers]
 
     def __enter__(self) -> Self:
-        config = self._rollout.servers
+        config = self._asked.rollout.servers
         if config.urls:
-            model_type = json.loads((self._model / "config.json").read_bytes())["model_type"]
+            model_type = json.loads((self._asked.model / "config.json").read_bytes())["model_type"]
             asyncio.run(wait_for_servers(config.urls, self.api_key, config.start_timeout, model_type, _say))
             return self
         try:
             for number, port in enumerate(free_ports(config.launch)):
-                self._servers.append(Server(self._options(number, port), self._logs / f"server-{number}.log"))
+                self._servers.append(Server(self._options(number, port), self._asked.logs / f"server-{number}.log"))
             for server in self._servers:
                 server.wait_ready(config.start_timeout)
         except BaseException:
@@ -70,20 +70,20 @@ class Pool:
         return self
 
     def _options(self, number: int, port: int) -> ServerOptions:
-        config = self._rollout.servers
+        config = self._asked.rollout.servers
         return ServerOptions(
-            model=self._model,
+            model=self._asked.model,
             host=own_host(),
             port=port,
-            device=self._engine.device,
-            dtype=self._engine.dtype if config.dtype == "auto" else config.dtype,
+            device=self._asked.engine.device,
+            dtype=self._asked.engine.dtype if config.dtype == "auto" else config.dtype,
             tp=config.tp,
             first_gpu=local_ranks() + number * config.tp,
             max_total_tokens=config.max_total_tokens,
-            max_running_requests=self._rollout.concurrency,
+            max_running_requests=self._asked.rollout.concurrency,
             threads=threads_per_process(config.launch),
-            seed=self._seed + number,
-            return_routed_experts=self._return_routed_experts,
+            seed=self._asked.seed + number,
+            return_routed_experts=self._asked.return_routed_experts,
             extra_flags=config.extra_flags,
             api_key=self.api_key,
         )
@@ -104,20 +104,8 @@ class Pool:
         self._servers.clear()
 
 
-class PoolOpener(Protocol):
-    """Gives a run its pool: Pool, which starts the run's own servers, or KeptPool.open, which may have them already."""
-
-    def __call__(
-        self,
-        rollout: RolloutConfig,
-        engine: EngineConfig,
-        model: Path,
-        logs: Path,
-        seed: int,
-        *,
-        return_routed_experts: bool = False,
-        api_key: str | None = None,
-    ) -> AbstractContextManager[Pool]: ...
+PoolOpener = Callable[[PoolOptions], AbstractContextManager[Pool]]
+"""Gives a run its pool: Pool, which starts the run's own servers, or KeptPool.open, which may have them already."""
 
 
 def read_api_key(name: str, option: str) -> str:

@@ -59,6 +59,7 @@ class DecisionRule(Frozen):
 class Banded(DecisionRule):
     confirms: Band
     refutes: Band | None = None
+    min_seeds: PositiveInt = 2
 
     @model_validator(mode="after")
     def _check_bands(self) -> Banded:
@@ -68,11 +69,23 @@ class Banded(DecisionRule):
         return self
 
 
-class DifferenceRule(Banded):
+class OfMetric(Banded):
+    metric: str
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return (self.metric,)
+
+
+class BySeed(Banded):
+    seeds: PositiveInt | None = None
+    """Number of seeds that must agree; null: all."""
+
+
+class DifferenceRule(OfMetric):
     """Mean of one arm over seeds minus that of another, in standard errors or as it is."""
 
     kind: Literal["difference"]
-    metric: str
     arm: str
     against: str
     unit: Literal["standard_errors", "absolute"] = "standard_errors"
@@ -80,27 +93,20 @@ class DifferenceRule(Banded):
     """Take the difference seed by seed; the standard error is then that of the differences."""
     max_error: Positive | None = None
     """A larger standard error makes the verdict underpowered. Set it if equality confirms."""
-    min_seeds: PositiveInt = 2
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        return (self.metric,)
 
     @property
     def arms(self) -> tuple[str, ...]:
         return self.arm, self.against
 
 
-class SlopeRule(Banded):
+class SlopeRule(OfMetric):
     """Least-squares slope of log `metric` on log x over arms, for each seed; x is a metric or a coordinate."""
 
     kind: Literal["slope"]
-    metric: str
     x_metric: str | None = None
     x_factor: str | None = None
     where: Where = Field(default_factory=dict)
     """Coordinates of the arms that count."""
-    min_seeds: PositiveInt = 2
 
     @model_validator(mode="after")
     def _check_x(self) -> SlopeRule:
@@ -117,39 +123,23 @@ class SlopeRule(Banded):
         return (*self.where, *((self.x_factor,) if self.x_factor else ()))
 
 
-class ShareRule(Banded):
+class ShareRule(OfMetric, BySeed):
     """1 - a/b for each seed: the part of `metric` of arm `of` that is gone in `without`."""
 
     kind: Literal["share"]
-    metric: str
     of: str
     without: str
-    seeds: PositiveInt | None = None
-    """Number of seeds that must agree; null: all."""
-    min_seeds: PositiveInt = 2
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        return (self.metric,)
 
     @property
     def arms(self) -> tuple[str, ...]:
         return self.of, self.without
 
 
-class ThresholdRule(Banded):
+class ThresholdRule(OfMetric, BySeed):
     """`metric` of one arm, for each seed."""
 
     kind: Literal["threshold"]
-    metric: str
     arm: str
-    seeds: PositiveInt | None = None
-    """Number of seeds that must agree; null: all."""
-    min_seeds: PositiveInt = 2
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        return (self.metric,)
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -164,14 +154,13 @@ class GridEdgeRule(Banded):
     along: str
     over: str
     where: Where = Field(default_factory=dict)
-    min_seeds: PositiveInt = 2
 
     @property
     def factors(self) -> tuple[str, ...]:
         return self.along, self.over, *self.where
 
 
-class EdgeShiftRule(Banded):
+class EdgeShiftRule(BySeed):
     """Grid steps by which the edge along `along` differs between two values of `factor`, for each seed."""
 
     kind: Literal["edge_shift"]
@@ -180,9 +169,6 @@ class EdgeShiftRule(Banded):
     value: int | float | str
     against: int | float | str
     where: Where = Field(default_factory=dict)
-    seeds: PositiveInt | None = None
-    """Number of seeds that must agree; null: all."""
-    min_seeds: PositiveInt = 2
 
     @property
     def factors(self) -> tuple[str, ...]:

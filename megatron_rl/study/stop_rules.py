@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from megatron_rl.config.bounds import Frozen, NonNegativeInt, PositiveInt
+from megatron_rl.config.bounds import Frozen, Limits, NonNegativeInt, PositiveInt
 
 Line = Mapping[str, Any]
 Lines = Mapping[str, Sequence[Line]]
@@ -23,14 +23,12 @@ class Fall(Frozen):
     to: Annotated[float, Field(gt=0, lt=1)] = 0.5
 
 
-class Beyond(Frozen):
-    """Stops if a metric is beyond a bound in so many consecutive lines. A value that is not finite is beyond any."""
+class Beyond(Limits):
+    """Stops if a metric is beyond its limits in so many consecutive lines; without limits, if it is not finite."""
 
     kind: Literal["beyond"]
     file: Literal["metrics", "eval"] = "metrics"
     name: str
-    above: float | None = None
-    below: float | None = None
     lines: PositiveInt = 1
     mini_batches: tuple[NonNegativeInt, ...] = ()
     """Mini-batches, from 0, whose lines count; none: all lines."""
@@ -68,18 +66,12 @@ def _fallen(rule: Fall, values: Sequence[tuple[int, float | None]]) -> str:
 
 def _beyond(rule: Beyond, values: Sequence[tuple[int, float | None]]) -> str:
     latest = values[-rule.lines :]
-    if len(latest) < rule.lines or not all(_is_beyond(rule, value) for _, value in latest):
+    if len(latest) < rule.lines or not all(rule.are_passed_by(value) for _, value in latest):
         return ""
     bounds = (("above", rule.above), ("below", rule.below))
     bound = " or ".join(f"{word} {number:g}" for word, number in bounds if number is not None) or "not finite"
     step, last = latest[-1]
     return f"beyond: {rule.name} is {_shown(last)} in step {step}, and {bound} in {rule.lines} consecutive lines"
-
-
-def _is_beyond(rule: Beyond, value: float | None) -> bool:
-    if value is None:
-        return True
-    return (rule.above is not None and value > rule.above) or (rule.below is not None and value < rule.below)
 
 
 def _shown(value: float | None) -> str:

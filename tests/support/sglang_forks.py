@@ -14,7 +14,6 @@ import gc
 import importlib
 import json
 import os
-import runpy
 import select
 import socket
 import subprocess
@@ -28,6 +27,7 @@ from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import psutil
+from forked_module import fork_module
 from paths import ROOT, SUPPORT
 
 VARIABLE = "TEST_SGLANG_FORKS"
@@ -194,25 +194,12 @@ class ForkedCommand:
     """Stands in for the subprocess.Popen of the command that a tether holds: the main module of a server."""
 
     def __init__(self, command: Sequence[str], stdin: int, env: dict[str, str], preexec_fn: Callable[[], None]) -> None:
-        self._pid = os.fork()
-        if self._pid:
-            return
-        status = 1
-        try:
+        def first() -> None:
             preexec_fn()
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             _set_environment(env)
-            sys.argv = [MODULE, *command[4:]]
-            runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
-            status = 0
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+
+        self._pid = fork_module(MODULE, command[4:], first)
 
     def wait(self, timeout: float) -> int:
         deadline = time.monotonic() + timeout

@@ -14,7 +14,7 @@ from server_options import options
 
 from megatron_rl.config.schema import EngineConfig, RolloutConfig
 from megatron_rl.rollout import server as server_module
-from megatron_rl.rollout.pool import Pool
+from megatron_rl.rollout.pool import Pool, PoolOptions
 from megatron_rl.rollout.server import PORTS, Server, ServerError, free_ports, sglang_command
 
 
@@ -69,18 +69,18 @@ def test_routes_are_requested_from_sglang_only_if_wanted(has_gpu: bool) -> None:
 
 def test_a_pool_starts_servers_with_routes_only_if_wanted(tmp_path: Path) -> None:
     for wanted in (False, True):
-        pool = Pool(RolloutConfig(), EngineConfig(), tmp_path, tmp_path, 0, return_routed_experts=wanted)
+        pool = Pool(PoolOptions(RolloutConfig(), EngineConfig(), tmp_path, tmp_path, 0, return_routed_experts=wanted))
         assert pool._options(0, 1).return_routed_experts is wanted
 
 
 def test_each_run_makes_a_new_key_for_its_own_servers_only(tmp_path: Path) -> None:
-    pools = [Pool(RolloutConfig(), EngineConfig(), tmp_path, tmp_path, 0) for _ in range(2)]
+    pools = [Pool(PoolOptions(RolloutConfig(), EngineConfig(), tmp_path, tmp_path, 0)) for _ in range(2)]
     keys = [pool._options(0, 1).api_key for pool in pools]
     assert keys == [pool.api_key for pool in pools]  # the leaders get this key
     assert all(key is not None and len(key) >= 40 for key in keys)
     assert keys[0] != keys[1]
     others = RolloutConfig.model_validate({"servers": {"urls": ["http://a:1"]}})
-    assert Pool(others, EngineConfig(), tmp_path, tmp_path, 0, api_key="theirs").api_key == "theirs"
+    assert Pool(PoolOptions(others, EngineConfig(), tmp_path, tmp_path, 0, api_key="theirs")).api_key == "theirs"
 
 
 @pytest.mark.parametrize(("device", "gpus", "kernels"), [("auto", 1, False), ("cuda", 1, True), ("auto", 0, False)])
