@@ -52,7 +52,7 @@ from megatron_rl.engine.policy import Policy
 from megatron_rl.errors import UserError
 from megatron_rl.loop.experience import measure_router_shift, prepare
 from megatron_rl.loop.trainer import Trainer, open_trainer
-from megatron_rl.models.architecture import read_architecture
+from megatron_rl.models.architecture import differences, read_architecture
 from megatron_rl.models.check import check_model
 
 __all__ = ["ROUTINGS", "StudyOptions", "all_objectives", "check_options", "print_study", "replay_study"]
@@ -101,8 +101,7 @@ def check_options(config: Config, options: StudyOptions) -> None:
             check_model(directory)
         except UserError as error:
             raise ConfigError(f"--{option}: {error}") from None
-        its, mine = dataclasses.asdict(read_architecture(directory)), dataclasses.asdict(arch)
-        if differing := [f"{key} {its[key]}, not {mine[key]}" for key in its if its[key] != mine[key]]:
+        if differing := differences(read_architecture(directory), arch):
             raise ConfigError(
                 f"--{option}: {directory} is of another architecture than model.path: {'; '.join(differing)}"
             )

@@ -17,7 +17,8 @@ from megatron_rl.config.layout import Layout
 from megatron_rl.data.packing import PackedBatch, PackedTop, pack_top
 from megatron_rl.data.sample import Sample
 from megatron_rl.data.top_tokens import TopTokens
-from megatron_rl.ranks.collectives import all_gather_bytes, receive_bytes, send_bytes
+from megatron_rl.ranks.collectives import all_gather_bytes
+from megatron_rl.ranks.migration import migrate
 from megatron_rl.ranks.place import Place
 
 
@@ -38,18 +39,7 @@ class TopExchange:
     ) -> dict[int, TopTokens]:
         """Moves the tokens of sample i from replica `home[i]` to replica `target[i]`; returns this leader's. Collective
         over the data-parallel leaders; {} on other ranks."""
-        if not self._place.leads_replica:
-            return {}
-        held, control = dict(tops), self._place.control
-        for index in sorted(target):
-            source, destination = home[index], target[index]
-            if source == destination:
-                continue
-            if self._place.dp == source:
-                send_bytes(held.pop(index).to_bytes(), self._layout.leader(destination), control)
-            elif self._place.dp == destination:
-                held[index] = TopTokens.from_bytes(receive_bytes(self._layout.leader(source), control))
-        return held
+        return migrate(tops, home, target, self._place, self._layout, TopTokens.from_bytes)[0]
 
     def scatter(
         self,

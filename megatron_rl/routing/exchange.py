@@ -18,7 +18,8 @@ from megatron_rl.config.layout import Layout
 from megatron_rl.data.packing import PackedBatch, rank_rows
 from megatron_rl.data.trace import RoutingTrace
 from megatron_rl.models.architecture import Architecture
-from megatron_rl.ranks.collectives import all_gather_bytes, receive_bytes, send_bytes
+from megatron_rl.ranks.collectives import all_gather_bytes
+from megatron_rl.ranks.migration import migrate
 from megatron_rl.ranks.place import Place
 from megatron_rl.routing.drift import RoutingStats, peak_over_mean
 from megatron_rl.routing.slicing import RankRoutes, RouteOwner, ids_dtype, slice_routes
@@ -46,19 +47,8 @@ class RouteExchange:
         Collective over the data-parallel leaders; {} on other ranks.
         """
         started = time.perf_counter()
-        if not self._place.leads_replica:
-            return {}
-        held = dict(traces)
-        for index in sorted(target):
-            source, destination = home[index], target[index]
-            if source == destination:
-                continue
-            if self._place.dp == source:
-                send_bytes(held.pop(index).to_bytes(), self._layout.leader(destination), self._place.control)
-            elif self._place.dp == destination:
-                data = receive_bytes(self._layout.leader(source), self._place.control)
-                held[index] = RoutingTrace.from_bytes(data)
-                self._bytes += len(data)
+        held, received = migrate(traces, home, target, self._place, self._layout, RoutingTrace.from_bytes)
+        self._bytes += received
         self._seconds += time.perf_counter() - started
         return held
 
