@@ -1,11 +1,15 @@
 """Training tokens/s of the engine against transformers and a bare Megatron-Core schedule, side by side in one run.
 
-    python benchmarks/train_throughput.py [--model DIR] [--repeats 7]
+    python benchmarks/train_throughput.py [--model DIR | --size 1b] [--device cuda --dtype bf16] [--repeats 7]
 
-Three things are timed in turn, again and again, on the same tokens in one process: transformers' forward and backward
-pass (padded to the longest); Megatron-Core's schedule over the same packed batch with a loss that is a plain sum; and
-the policy's whole RL gradient (GSPO's loss, its metrics and those of the routers). Machines are noisy, so what counts
-is the median of the ratios of neighbouring runs, which is what is printed.
+Timed in turn, again and again, on the same tokens in one process: transformers' forward and backward pass (padded to
+the longest); Megatron-Core's schedule over the same packed batch with a loss that is a plain sum; the policy's whole RL
+gradient (GSPO's loss, its metrics and those of the routers), with live routing and under R2; its pass of log-probs; and
+an update, which is the RL gradient and the optimizer's step. Machines are noisy, so what counts is the median of the
+ratios of neighbouring runs, which is what is printed.
+
+The share of the hardware's arithmetic is of what one large matrix product reaches in the same process. It counts 6
+operations for each active weight and token, and causal attention at its exact lengths.
 """
 
 from __future__ import annotations
@@ -16,14 +20,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
 
 from megatron_rl.config.layout import Layout, parse_layout
 from megatron_rl.config.load import load_config
-from megatron_rl.config.schema import Config, EngineConfig, RoutingConfig
+from megatron_rl.config.schema import Config, Device, EngineConfig, EngineDtype, OptimConfig, Recompute, RoutingConfig
 from megatron_rl.cores import usable_cores
 from megatron_rl.data.packing import PackedBatch, pack
 from megatron_rl.data.sample import Prompt, Sample
@@ -31,111 +35,256 @@ from megatron_rl.data.schedule import Denominators
 from megatron_rl.engine.device import use_device
 
 if TYPE_CHECKING:  # Megatron-Core is imported once the device is ready for it
+    import torch
+
     from megatron_rl.engine.policy import Policy
     from megatron_rl.routing.modes import MiniBatchRouting
 
-SEQUENCES, PROMPT_TOKENS = 64, 18
+Steps = dict[str, Callable[[], Any]]
+
+SIZES: dict[str, dict[str, int]] = {
+    "100m": {
+        "hidden_size": 512,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 192,
+        "vocab_size": 16384,
+    },
+    "1b": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 384,
+        "vocab_size": 32768,
+    },
+}
+"""Random models, apart from the demo's; experts' widths and number in about Qwen3-30B-A3B's proportions."""
 
 
-def make_samples(vocab_size: int) -> list[Sample]:
-    """About what the demo trains on: 18 prompt tokens, 49 to 65 response tokens."""
+def make_model(directory: Path, size: str, dtype: EngineDtype, device: torch.device) -> None:
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    if size == "demo":
+        from tools.make_demo_model import make_demo_model
+
+        return make_demo_model(directory)
+    fields: dict[str, Any] = {
+        **SIZES[size],
+        "intermediate_size": 2 * SIZES[size]["hidden_size"],
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 32768,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**fields))
+    model.to(torch.bfloat16 if dtype == "bf16" else torch.float32).save_pretrained(directory)
+
+
+def make_samples(vocab_size: int, sequences: int, response_tokens: int, prompt_tokens: int = 18) -> list[Sample]:
+    """Responses of 3/4 to all of `response_tokens`, at random."""
     rng = np.random.default_rng(0)
     samples = []
-    for number in range(SEQUENCES):
-        ids = tuple(rng.integers(0, vocab_size, PROMPT_TOKENS).tolist())
-        response = rng.integers(0, vocab_size, rng.integers(49, 66)).tolist()
+    for number in range(sequences):
+        ids = tuple(rng.integers(0, vocab_size, prompt_tokens).tolist())
+        response = rng.integers(0, vocab_size, rng.integers(response_tokens * 3 // 4, response_tokens + 1)).tolist()
         prompt = Prompt(str(number), "", ids, "", "")
         samples.append(Sample.start(prompt, 0).extend(response, [-1.0] * len(response), 0))
     return samples
 
 
-def transformers_step(model_dir: Path, samples: list[Sample]) -> Callable[[], None]:
+def transformers_step(
+    model_dir: Path, samples: list[Sample], dtype: EngineDtype, device: torch.device, rows: int
+) -> Callable[[], None]:
+    """`rows` sequences at a time, as many as are in a micro-batch of the engine."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch_dtype).to(device)
     longest = max(len(s.token_ids) for s in samples)
     ids, mask = torch.zeros(2, len(samples), longest, dtype=torch.long)
     for row, sample in enumerate(samples):
         ids[row, : len(sample.token_ids)] = torch.as_tensor(sample.token_ids)
         mask[row, : len(sample.token_ids)] = 1
+    ids, mask = ids.to(device), mask.to(device)
+    total = mask.sum()
 
     def step() -> None:
         model.zero_grad()
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-        chosen = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
-        (-(chosen * mask[:, 1:]).sum() / mask.sum()).backward()
+        for first in range(0, len(samples), rows):
+            here, present = ids[first : first + rows], mask[first : first + rows]
+            logits = model(input_ids=here, attention_mask=present).logits[:, :-1].float()
+            chosen = logits.log_softmax(-1).gather(2, here[:, 1:, None]).squeeze(2)
+            (-(chosen * present[:, 1:]).sum() / total).backward()
 
     return step
 
 
-def engine_steps(model_dir: Path, samples: list[Sample]) -> tuple[Callable[[], None], Callable[[], None]]:
-    """(bare Megatron-Core schedule, RL gradient)."""
-    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="29533")
-    device = use_device("cpu")
+def engine_steps(policy: Policy, samples: list[Sample], rows: int) -> Steps:
     from megatron_rl.engine.distribute import MiniBatch, Outcome
     from megatron_rl.engine.packed_losses import PolicyLoss
+
+    parts = [samples[first : first + rows] for first in range(0, len(samples), rows)]
+    packed: list[PackedBatch] = [pack(part, [1.0, -1.0] * (rows // 2)) for part in parts]
+    tokens = sum(batch.tokens for batch in packed)
+    denominators = Denominators(sum(s.response_tokens for s in samples), len(samples))
+    outcomes = tuple(tuple(Outcome(i, i // 2, 0.0) for i in range(len(part))) for part in parts)
+    mini_batch = MiniBatch(0, tuple(packed), outcomes, denominators)
+    config = load_config(Config, Path(__file__).parent.parent / "examples" / "demo" / "gspo.yaml")
+    routing = {replay: make_routing(policy, packed, replay) for replay in ("none", "r2")}
+    old = {
+        replay: [logprobs for logprobs, _ in policy.logprobs(packed, routing=each.old_pass())]
+        for replay, each in routing.items()
+    }
+
+    def loss(replay: str) -> PolicyLoss:
+        return PolicyLoss(config.objective, mini_batch, old[replay], policy.device)
+
+    return {
+        "bare schedule": lambda: policy.gradients(packed, lambda _, logprobs, __: -logprobs.sum() / tokens),
+        "RL gradient": lambda: policy.gradients(packed, loss("none"), routing["none"].update_pass()),
+        "RL gradient, R2": lambda: policy.gradients(packed, loss("r2"), routing["r2"].update_pass()),
+        "log-probs": lambda: policy.logprobs(packed),
+        "update": lambda: policy.update(packed, loss("none"), routing["none"].update_pass()),
+    }
+
+
+def make_policy(model_dir: Path, engine: EngineConfig, device: torch.device) -> Policy:
+    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="29533")
     from megatron_rl.engine.policy import Policy
     from megatron_rl.ranks.place import start_process_groups
 
     layout = Layout.resolve(*parse_layout("tp=1"))
     place = start_process_groups(layout, device, seed=0)
-    policy = Policy(model_dir, layout, place, EngineConfig(dtype="fp32"), device, optim=None)
-    packed: PackedBatch = pack(samples, [1.0, -1.0] * (SEQUENCES // 2))
-    denominators = Denominators(sum(s.response_tokens for s in samples), SEQUENCES)
-    outcomes = tuple(Outcome(i, i // 2, 0.0) for i in range(SEQUENCES))
-    mini_batch = MiniBatch(0, (packed,), (outcomes,), denominators)
-    config = load_config(Config, Path(__file__).parent.parent / "examples" / "demo" / "gspo.yaml")
-    routing = make_routing(policy, packed)
-    old = [logprobs for logprobs, _ in policy.logprobs([packed], routing=routing.old_pass())]
-
-    def bare() -> None:
-        policy.gradients([packed], lambda _, logprobs, __: -logprobs.sum() / packed.tokens)
-
-    def rl() -> None:
-        policy.gradients([packed], PolicyLoss(config.objective, mini_batch, old, device), routing.update_pass())
-
-    return bare, rl
+    return Policy(model_dir, layout, place, engine, device, optim=OptimConfig(lr=1e-9))
 
 
-def make_routing(policy: Policy, packed: PackedBatch) -> MiniBatchRouting:
+def make_routing(policy: Policy, packed: list[PackedBatch], replay: str) -> MiniBatchRouting:
     from megatron_rl.routing.drift import RoutingStats
     from megatron_rl.routing.exchange import valid_rows
     from megatron_rl.routing.modes import MiniBatchRouting
 
     arch = policy.arch
-    stats = RoutingStats(arch.moe_layers, arch.num_experts, arch.experts_per_token, policy.device)
-    valid = [valid_rows(packed, policy.layout, policy.place, policy.device)]
-    return MiniBatchRouting(RoutingConfig(), policy.routers, None, valid, stats)
+    stats = RoutingStats(
+        arch.moe_layers, arch.num_experts, arch.experts_per_token, policy.device, micro_batches=len(packed)
+    )
+    valid = [valid_rows(batch, policy.layout, policy.place, policy.device) for batch in packed]
+    config = RoutingConfig(replay=replay)  # type: ignore[arg-type]
+    return MiniBatchRouting(config, policy.routers, None, valid, stats)
+
+
+def operations(policy: Policy, samples: list[Sample]) -> float:
+    """Floating-point operations of a forward and a backward pass."""
+    arch = policy.arch
+    active = sum(
+        p.numel() * (arch.experts_per_token / arch.num_experts if ".experts." in name else 1)
+        for name, p in policy.models[0].named_parameters()
+        if not name.startswith("embedding.")
+    )
+    lengths = [len(s.token_ids) for s in samples]
+    attention = 6 * arch.num_layers * arch.num_heads * arch.head_dim * sum(n * n for n in lengths)
+    return 6 * active * sum(lengths) + attention
+
+
+def matrix_product_rate(dtype: EngineDtype, device: torch.device) -> float:
+    """Operations a second of a large matrix product."""
+    import torch
+
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (
+        torch.randn(size, size, device=device).to(torch.bfloat16 if dtype == "bf16" else torch.float32) for _ in "ab"
+    )
+    seconds = timed({"product": lambda: a @ b}, 10)["product"]
+    return float(2 * size**3 / statistics.median(seconds))
+
+
+def timed(steps: Steps, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each step, in turn; the first round warms up."""
+    import torch
+
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(repeats + 1):
+        for name, step in steps.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            step()
+            torch.cuda.synchronize()
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def peaks(steps: Steps) -> dict[str, float]:
+    """GiB of a GPU that a step has allocated at most, what was there before it included."""
+    import torch
+
+    found = {}
+    for name, step in steps.items():
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        found[name] = torch.cuda.max_memory_allocated() / 2**30
+    return found
 
 
 def main(
-    model: Annotated[Path | None, typer.Option(help="Hugging Face directory; else the demo's architecture")] = None,
+    model: Annotated[Path | None, typer.Option(help="Hugging Face directory; default: a random one of --size")] = None,
+    size: Annotated[str, typer.Option(help=f"demo, {', '.join(SIZES)}")] = "demo",
+    device: Annotated[Device, typer.Option()] = "cpu",
+    dtype: Annotated[EngineDtype, typer.Option()] = "fp32",
+    recompute: Annotated[Recompute, typer.Option()] = "none",
+    sequences: Annotated[int, typer.Option(help="in a step")] = 16,
+    rows: Annotated[int, typer.Option(help="sequences in a micro-batch")] = 16,
+    response_tokens: Annotated[int, typer.Option(help="at most")] = 65,
     repeats: Annotated[int, typer.Option()] = 7,
 ) -> None:
+    used = use_device(device)
     import torch
 
     torch.set_num_threads(usable_cores())
+    engine = EngineConfig(device=device, dtype=dtype, recompute=recompute)
     with tempfile.TemporaryDirectory() as scratch:
         if model is None:
-            from tools.make_demo_model import make_demo_model
-
             model = Path(scratch) / "model"
-            make_demo_model(model)
-        samples = make_samples(16)
-        reference = transformers_step(model, samples)
-        bare, rl = engine_steps(model, samples)
-        names = ("transformers", "bare schedule", "RL gradient")
-        seconds: dict[str, list[float]] = {name: [] for name in names}
-        for repeat in range(repeats + 1):
-            for name, step in zip(names, (reference, bare, rl), strict=True):
-                start = time.perf_counter()
-                step()
-                if repeat:  # the first round warms up
-                    seconds[name].append(time.perf_counter() - start)
-    tokens = sum(len(s.token_ids) for s in samples)
-    for name in names:
-        print(f"{name:14} {tokens / statistics.median(seconds[name]):8.0f} tokens/s")
+            make_model(model, size, dtype, used)
+        policy = make_policy(model, engine, used)
+        samples = make_samples(policy.arch.vocab_size, sequences, response_tokens)
+        steps = engine_steps(policy, samples, rows)
+        if used.type == "cuda":
+            weights = torch.cuda.memory_allocated() / 2**30
+            steps["update"]()  # makes the optimizer's moments
+            static = torch.cuda.memory_allocated() / 2**30
+            memory = peaks(steps)
+        steps = {"transformers": transformers_step(model, samples, dtype, used, rows)} | steps
+    seconds = timed(steps, repeats)
+    tokens, work = sum(len(s.token_ids) for s in samples), operations(policy, samples)
+    print(
+        f"{policy.parameters() / 1e6:.0f}M parameters, {dtype} on {used}, layers {type(policy.layers).__name__}, "
+        f"recompute {recompute}, {tokens} tokens in {sequences // rows} micro-batches"
+    )
+    rate = matrix_product_rate(dtype, used)
+    print(f"matrix product: {rate / 1e12:.1f} TFLOP/s")
+    for name, took in seconds.items():
+        share = work / statistics.median(took) / rate / (3 if name == "log-probs" else 1)
+        print(f"{name:16} {tokens / statistics.median(took):9.0f} tokens/s, {share:.1%} of the matrix product's rate")
+    if used.type == "cuda":
+        print(
+            f"GiB before the first update {weights:.2f}, after it {static:.2f}; at most, without transformers' model:"
+        )
+        print("   ", ", ".join(f"{name} {gib:.2f}" for name, gib in memory.items()))
 
     def ratio(a: str, b: str) -> float:
         return statistics.median(y / x for x, y in zip(seconds[a], seconds[b], strict=True))
@@ -143,6 +292,7 @@ def main(
     print(f"bare schedule / transformers: {ratio('bare schedule', 'transformers'):.2f}  (tokens/s; goal: at least 0.9)")
     print(f"RL gradient / transformers:   {ratio('RL gradient', 'transformers'):.2f}")
     print(f"RL gradient / bare schedule:  {ratio('RL gradient', 'bare schedule'):.2f}  (goal: at least 0.91)")
+    print(f"R2 / live RL gradient:        {ratio('RL gradient, R2', 'RL gradient'):.2f}")
 
 
 if __name__ == "__main__":
