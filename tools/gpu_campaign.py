@@ -110,7 +110,7 @@ def training(work: Path, model: Path, rollouts: Path) -> Iterator[Check]:
             yield Check(f"train, {dtype}, replay {replay}", command, run_dir=run_dir)
     for name, dtype, flags in (
         ("attribute", "fp32", ()),
-        ("replay-study", "bf16", ("--updates", "2", "--routing", "none", "--routing", "r2", "--routing", "r3")),
+        ("replay-study", "bf16", shlex.split("--updates 2 --routing none --routing r2 --routing r3 --objective own")),
     ):
         keys = (f"engine.dtype={dtype}", f"run_dir={work / name}")
         yield Check(f"{name}, {dtype}", (*CLI, name, str(DEMO / "gspo.yaml"), *common, *keys, *flags))
