@@ -48,8 +48,8 @@ class TokenLogProbs(torch.autograd.Function):
             torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(3)
         )
         at_top = torch.empty(top.shape, dtype=torch.float32, device=hidden.device)
-        for rows in torch.arange(len(hidden), device=hidden.device).split(chunk):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
             logits = _logits(hidden[part], weight, temperature, shard)
             highest = logits.max(dim=-1).values
             dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=shard.group)
@@ -77,8 +77,8 @@ class TokenLogProbs(torch.autograd.Function):
         temperature, shard, chunk = ctx.constants
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None  # frozen: None
-        for rows in torch.arange(len(hidden), device=hidden.device).split(chunk):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
             grad, grad_top = grads[0][part, None] / temperature, grads[2][part] / temperature
             logits = _logits(hidden[part], weight, temperature, shard)
             total = grad + grad_top.sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""How attention in plain PyTorch reads a packed micro-batch: which rows go into which padded call.
+"""How attention in plain PyTorch reads a packed micro-batch: which rows go into which padded call, and their angles.
 
 The packing itself, and the order of context parallelism, are made in megatron_rl.data.packing, without torch.
 """
@@ -31,10 +31,12 @@ class AttentionBatch:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """The calls, and for each of this rank's tokens the row of their concatenated output: order [T]."""
+    """The calls, and for each of this rank's tokens [T] the row of their concatenated output and its position in its
+    sequence."""
 
     batches: tuple[AttentionBatch, ...]
     order: Tensor
+    positions: Tensor
 
 
 @dataclass
@@ -43,6 +45,24 @@ class PlannedSequences(PackedSeqParams):
     a byte for each query and key."""
 
     attention: AttentionPlan = field(kw_only=True)
+    _rotation: tuple[Tensor, Tensor] | None = None
+
+    def turn(self, angles: Tensor) -> None:
+        """Keeps the cosine and sine of each token's position, [T, 1, 1, D]; angles [longest, 1, 1, D] by position.
+
+        Megatron-Core's own rotary embedding, without fused kernels, goes through the sequences one by one, in every
+        layer, and on a GPU waits for their lengths.
+        """
+        if self._rotation is None:
+            mine = angles.index_select(0, self.attention.positions)
+            self._rotation = mine.cos(), mine.sin()
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Applies the rotary embedding to x [T, 1, heads, D], in its dtype."""
+        assert self._rotation is not None
+        cosine, sine = (part.to(x.dtype) for part in self._rotation)
+        first, second = x.chunk(2, dim=-1)
+        return x * cosine + torch.cat((-second, first), dim=-1) * sine
 
 
 def attention_plan(cu_seqlens: npt.NDArray[np.integer], cp: int, cp_rank: int, device: torch.device) -> AttentionPlan:
@@ -74,7 +94,8 @@ def attention_plan(cu_seqlens: npt.NDArray[np.integer], cp: int, cp_rank: int, d
                 mask=mask,
             )
         )
-    return AttentionPlan(tuple(batches), torch.as_tensor(slot_of, device=device))
+    positions = mine - np.repeat(starts, lengths)[mine]
+    return AttentionPlan(tuple(batches), *(torch.as_tensor(each, device=device) for each in (slot_of, positions)))
 
 
 def _padded_ranges(starts: npt.NDArray[np.integer], lengths: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:

@@ -10,6 +10,7 @@ width, E experts of this rank, F expert width on this expert-tensor-parallel ran
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -37,8 +39,10 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from megatron_rl.engine.layers.attention_plan import PlannedSequences, attention_plan
+from megatron_rl.engine.layers.permutation import use_equal_bits
 from megatron_rl.engine.layers.provider import sequence_bounds
 from megatron_rl.models.architecture import Architecture
 
@@ -58,10 +62,32 @@ class RMSNorm(torch.nn.Module):
         return normed * self.weight
 
 
+class RotatedSelfAttention(SelfAttention):
+    """Megatron-Core's self-attention, except that PlannedSequences apply the rotary embedding."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        rotary_pos_emb: Tensor,
+        packed_seq_params: PlannedSequences,
+        **kwargs: Any,
+    ) -> Any:
+        packed_seq_params.turn(rotary_pos_emb)
+        self._sequences = packed_seq_params  # for the next line alone, which calls the method below
+        return super().forward(hidden_states, attention_mask, *args, packed_seq_params=packed_seq_params, **kwargs)
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        query, key, *rest = super().get_query_key_value_tensors(*args, **kwargs)
+        return self._sequences.rotate(query), self._sequences.rotate(key), *rest
+
+
 class PackedAttention(MegatronModule):
     """Causal attention over packed sequences (THD), with all-gathered keys and values under context parallelism.
 
-    Sequences are batched by length class, so that none is padded to more than twice its own length.
+    Without context parallelism a GPU has a kernel for it in bf16. Elsewhere sequences are batched by length class, so
+    that none is padded to more than twice its own length.
     """
 
     def __init__(
@@ -89,6 +115,8 @@ class PackedAttention(MegatronModule):
         **_: Any,
     ) -> Tensor:
         """query [T, N, D], key and value [T, G, D]; returns [T, N * D]."""
+        if query.is_cuda and query.dtype == torch.bfloat16 and self.cp_group.size() == 1:
+            return flash_attention(query, key, value, packed_seq_params, self.softmax_scale)
         plan = packed_seq_params.attention
         if self.cp_group.size() > 1:
             key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
@@ -105,6 +133,20 @@ class PackedAttention(MegatronModule):
             )
             outputs.append(out.transpose(1, 2).reshape(-1, query.shape[1] * query.shape[2]))
         return torch.cat(outputs).index_select(0, plan.order)
+
+
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, bounds: PackedSeqParams, scale: float) -> Tensor:
+    """query [T, N, D], key and value [T, G, D], bf16 on a GPU; returns [T, N * D]."""
+    parameters = inspect.signature(varlen_attn).parameters
+    # Between torch 2.10 and 2.13 the window replaced is_causal, and heads in groups came to be asked for.
+    options: dict[str, Any] = {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
+    if "enable_gqa" in parameters:
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
+    if "scale" in parameters:
+        options["scale"] = scale
+    lengths = bounds.cu_seqlens_q, bounds.cu_seqlens_kv, bounds.max_seqlen_q, bounds.max_seqlen_kv
+    output: Any = varlen_attn(query, key, value, *lengths, **options)  # with return_aux it would be a pair
+    return output.flatten(1)  # type: ignore[no-any-return]
 
 
 def _take(x: Tensor, rows: Tensor) -> Tensor:
@@ -157,7 +199,7 @@ def layer_spec(arch: Architecture, layer: int) -> ModuleSpec:
     """Describes transformer layer `layer` (0-based, global), dense or with experts."""
     head_norm = RMSNorm if arch.qk_norm else IdentityOp
     attention = ModuleSpec(
-        module=SelfAttention,
+        module=RotatedSelfAttention,
         params={"attn_mask_type": AttnMaskType.padding_causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
@@ -192,6 +234,7 @@ class TorchLayers:
     def block_spec(
         self, arch: Architecture, config: TransformerConfig, vp_stage: int | None
     ) -> TransformerBlockSubmodules:
+        use_equal_bits()
         first = get_transformer_layer_offset(config, vp_stage=vp_stage)
         numbers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
         return TransformerBlockSubmodules(layer_specs=[layer_spec(arch, n) for n in numbers], layer_norm=RMSNorm)

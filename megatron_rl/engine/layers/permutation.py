@@ -1,0 +1,76 @@
+"""Megatron-Core's order of tokens by expert and back, such that two passes over the same tokens give the same bits.
+
+Megatron-Core adds up a token's experts with scatter_add. On a GPU those are atomic additions, in any order, each
+rounded to the dtype of the output: in bf16 two passes with the same weights differ, and so do the routes of the layers
+that follow. Here each token gathers its rows, which are added in fp32 by number of expert. Transformer Engine's fused
+kernels gather too.
+
+Shapes: T tokens of H, k experts a token; n = k T rows, by expert; token_of [n] is the token of each row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe import token_dispatcher
+from torch import Tensor
+
+
+class _ToExperts(torch.autograd.Function):
+    """tokens [T, H] -> rows [n, H]."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, token_of: Tensor) -> Tensor:
+        ctx.save_for_backward(token_of)
+        ctx.tokens = len(tokens)
+        return tokens.index_select(0, token_of)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (token_of,) = ctx.saved_tensors
+        return add_rows(grads[0], token_of, ctx.tokens), None
+
+
+class _FromExperts(torch.autograd.Function):
+    """rows [n, H] -> tokens [T, H]."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, token_of: Tensor, tokens: int) -> Tensor:
+        ctx.save_for_backward(token_of)
+        return add_rows(rows, token_of, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (token_of,) = ctx.saved_tensors
+        return grads[0].index_select(0, token_of), None, None
+
+
+def add_rows(rows: Tensor, token_of: Tensor, tokens: int) -> Tensor:
+    """Returns [T, H]: the sum of each token's rows. Every token has as many, as no token is dropped."""
+    rows_of = token_of.argsort(stable=True).view(tokens, len(rows) // tokens)
+    total = rows.index_select(0, rows_of[:, 0]).float()
+    for column in rows_of.unbind(1)[1:]:
+        total += rows.index_select(0, column)
+    return total.to(rows.dtype)
+
+
+def use_equal_bits() -> None:
+    """Replaces both directions in Megatron-Core's token dispatchers, except where they are fused; once a process."""
+    if hasattr(token_dispatcher, "_megatron_rl_permute"):
+        return
+    permute, unpermute = token_dispatcher.permute, token_dispatcher.unpermute
+    token_dispatcher._megatron_rl_permute = permute
+
+    def to_experts(tokens: Tensor, routing_map: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("fused"):
+            return permute(tokens, routing_map, *args, **kwargs)
+        _, probs, token_of, *rest = permute(tokens[:, :0], routing_map, *args, **kwargs)
+        return _ToExperts.apply(tokens, token_of), probs, token_of, *rest
+
+    def from_experts(rows: Tensor, token_of: Tensor, restore_shape: torch.Size, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs.get("fused"):
+            return unpermute(rows, token_of, restore_shape, *args, **kwargs)
+        return _FromExperts.apply(rows, token_of, restore_shape[0])
+
+    token_dispatcher.permute, token_dispatcher.unpermute = to_experts, from_experts
