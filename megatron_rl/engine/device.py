@@ -13,7 +13,10 @@ import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from megatron_rl.config.sources import ConfigError
 from megatron_rl.ranks.known_warnings import ON_CPU, hide_known_warnings
@@ -57,6 +60,15 @@ def use_device(requested: str, leave_out: Collection[str] = ()) -> torch.device:
         if name not in leave_out:
             item()
     return device
+
+
+def put(values: Tensor | npt.NDArray[np.generic], device: torch.device) -> Tensor:
+    """Returns values on the device, without waiting for the work that a GPU still has before it.
+
+    They must not change afterwards: on a CPU the tensor shares their memory.
+    """
+    tensor = torch.as_tensor(values)
+    return tensor if tensor.device.type == device.type else tensor.pin_memory().to(device, non_blocking=True)
 
 
 # ---- the CPU layer ---------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_rl.data.packing import PackedBatch, cp_index
+from megatron_rl.engine.device import put
 from megatron_rl.engine.layers.provider import LayerProvider
 
 
@@ -41,11 +42,11 @@ def micro_batch(
     gathered = np.concatenate([cp_index(packed.cu_seqlens, cp, rank) for rank in range(cp)])
 
     def tensor(array: npt.NDArray[np.generic]) -> Tensor:
-        return torch.as_tensor(array[mine].astype(np.int64), device=device).unsqueeze(0)
+        return put(array[mine].astype(np.int64), device).unsqueeze(0)
 
     labels = tensor(packed.labels)
     if top and packed.top is not None:
-        likely = torch.as_tensor(packed.top.ids[mine].T.astype(np.int64), device=device)
+        likely = put(packed.top.ids[mine].T.astype(np.int64), device)
         labels = torch.cat([labels, likely])
     return MicroBatch(
         token_ids=tensor(packed.token_ids),
@@ -53,5 +54,5 @@ def micro_batch(
         labels=labels,
         sequences=layers.packed_sequences(packed.cu_seqlens, cp, cp_rank, device),
         packed=packed,
-        gather_order=torch.as_tensor(np.argsort(gathered), device=device),
+        gather_order=put(np.argsort(gathered), device),
     )

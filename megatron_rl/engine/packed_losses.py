@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_rl.config.switches import ObjectiveConfig
 from megatron_rl.data.schedule import Denominators
+from megatron_rl.engine.device import put
 from megatron_rl.engine.distribute import MiniBatch
 from megatron_rl.engine.packed_advantages import Estimate
 from megatron_rl.lab.metrics import SFT, TRAINING, VALUE, sft_metrics, training_metrics, value_metrics
@@ -71,7 +72,7 @@ class PolicyLoss:
 
 def _on_device_of(tensor: Tensor, array: npt.NDArray[np.generic]) -> Tensor:
     """Returns the array as a tensor on the device of `tensor`."""
-    return torch.as_tensor(array, device=tensor.device)
+    return put(array, tensor.device)
 
 
 def _loss_inputs(
@@ -163,7 +164,7 @@ class SftLoss:
         self._device = device
 
     def __call__(self, index: int, logprobs: Tensor, entropy: Tensor) -> Tensor:
-        mask = torch.as_tensor(self._mini_batch.micro_batches[index].loss_mask, device=self._device)
+        mask = put(self._mini_batch.micro_batches[index].loss_mask, self._device)
         loss = sft_loss(logprobs, mask, self._mini_batch.denominators).loss
         sft_metrics(self.metrics, logprobs, mask, loss, entropy)
         return loss

@@ -65,9 +65,8 @@ def forward_backward(
     """
     # Megatron-Core divides gradients (and the aux loss, which it scales by its own tokens) by the number of tokens:
     # multiplying our loss by that number first leaves ours as it is and the aux loss a mean over tokens.
-    tokens = torch.tensor(sum(_tokens(b) for b in micro_batches), dtype=torch.int64)
     device = micro_batches[0].token_ids.device
-    tokens = tokens.to(device)
+    tokens = torch.full((), sum(_tokens(b) for b in micro_batches), dtype=torch.int64, device=device)
     dist.all_reduce(tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
 
     def loss_function(index: int, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -75,7 +74,7 @@ def forward_backward(
         whole = _whole(output, batch)
         # The backward pass of an empty one still meets the others' all-to-alls: its loss depends on the output.
         value = whole.sum() * 0 if batch.packed.is_empty else loss(index, whole)
-        return value * tokens, torch.tensor(_tokens(batch), dtype=torch.int, device=device), {}
+        return value * tokens, torch.full((), _tokens(batch), dtype=torch.int, device=device), {}
 
     _run(stages, micro_batches, loss_function, routing, forward_only=False)
 

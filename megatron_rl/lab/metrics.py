@@ -46,7 +46,7 @@ def training_metrics(
     Pass `mismatch` False if mu stands for pi_old; then the two are not compared.
     """
     tokens = Tokens.of(inputs)
-    present = tokens.lengths > 0
+    present = (tokens.lengths > 0).nonzero().squeeze(1)  # a GPU waits here once, and not wherever a mask selects
     logprobs, old, rollout = (
         each.detach().double() for each in (tokens.logprobs, tokens.old_logprobs, tokens.rollout_logprobs)
     )
@@ -54,7 +54,7 @@ def training_metrics(
     log_s = outputs.values.log_sequence_ratio[present]
     metrics.add("loss", outputs.loss)
     metrics.add("tokens", tokens.lengths)
-    metrics.add("sequences", present)
+    metrics.add("sequences", torch.ones_like(present))
     metrics.add("entropy", entropy[inputs.loss_mask])
     metrics.add("advantage", tokens.sequence_mean(tokens.advantages.double())[present])
     metrics.add("ratio", logprobs - old)
@@ -71,7 +71,7 @@ def training_metrics(
     _add_kl(metrics, "kl/old_policy", logprobs - old)
     if tokens.reference_logprobs is not None:
         _add_kl(metrics, "kl/policy_reference", tokens.reference_logprobs.double() - logprobs)
-    _add_fractions(metrics, outputs.values, tokens)
+    _add_fractions(metrics, outputs.values, tokens, present)
     _add_centering(metrics, outputs.values.centering)
     if tokens.router_shift is not None and outputs.values.floored is not None:
         metrics.add("router_shift", tokens.router_shift)
@@ -90,7 +90,7 @@ def _add_kl(metrics: MetricAccumulator, name: str, log_ratio: Tensor) -> None:
     metrics.add(f"{name}/k3", k3(log_ratio))
 
 
-def _add_fractions(metrics: MetricAccumulator, values: LossValues, tokens: Tokens) -> None:
+def _add_fractions(metrics: MetricAccumulator, values: LossValues, tokens: Tokens, present: Tensor) -> None:
     clipping, correction = values.clipping, values.correction
     masks = {
         "clip/low/active": clipping.active_low,
@@ -104,7 +104,7 @@ def _add_fractions(metrics: MetricAccumulator, values: LossValues, tokens: Token
     for name, mask in masks.items():
         if mask is not None:
             metrics.add(f"{name}/token", mask)
-            metrics.add(f"{name}/sequence", tokens.sequence_mean(mask.double())[tokens.lengths > 0] > 0)
+            metrics.add(f"{name}/sequence", tokens.sequence_mean(mask.double())[present] > 0)
 
 
 def value_metrics(

@@ -1,11 +1,12 @@
 """Hides the start-up warnings of Megatron-Core and torch that say nothing to a user of this program.
 
 Each rank would print them, and bury what the run itself has to say. A warning is hidden only if its text and the module
-that gives it are in the list below, with the reason. Every other warning still shows. `python -W default` shows all.
+that gives it are in the lists below, with the reason. Every other warning still shows. `python -W default` shows all.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ EVERYWHERE = (
     # `te` without it is an error, and versions.json records whether it is installed.
     KnownWarning(UserWarning, MEGATRON, "Transformer Engine and Apex are not installed"),
     KnownWarning(UserWarning, MEGATRON, "Apex is not installed. Falling back to Torch Norm"),
+    # Megatron-Core 0.19 imports a configuration that nobody here asks for.
+    KnownWarning(UserWarning, MEGATRON + "models.mimo", "MimoModelConfig is experimental"),
     # Megatron-Core deprecates the default of its own option; no CUDA graphs are captured here.
     KnownWarning(UserWarning, MEGATRON + "transformer.transformer_config", "full scope is deprecated"),
     # Its optimizer asks every parameter for a gradient, views included, and expects None from those.
@@ -46,9 +49,27 @@ ON_CPU = (
 )
 
 
+LOGGED = {
+    # Megatron-Core 0.19 would have its hybrid model used instead.
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    # Its own way to build the layers of plain PyTorch, by another spelling.
+    "megatron.core.transformer.transformer_layer": "Rewrapping ModuleSpec",
+    # The layout of the gradient buffers, which it then computes itself.
+    "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
+}
+"""Texts that Megatron-Core logs instead, by logger."""
+
+
 def hide_known_warnings(known: tuple[KnownWarning, ...] = EVERYWHERE) -> None:
     """Does nothing if Python was started with -W or PYTHONWARNINGS: then the user has chosen."""
     if sys.warnoptions:
         return
     for warning in known:
         warnings.filterwarnings("ignore", warning.text, warning.category, warning.module)
+    for name, text in LOGGED.items():
+        logging.getLogger(name).addFilter(_Without(text))
+
+
+class _Without(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self.name)

@@ -54,7 +54,7 @@ def reference(model: Path) -> dict[str, torch.Tensor]:
         ids = torch.as_tensor(sample.token_ids.astype(np.int64))
         logprobs = whole(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
         (-logprobs[torch.as_tensor(sample.loss_mask[1:])].sum()).backward()
-    return dict(_file_tensors(whole))  # type: ignore[arg-type]
+    return dict(_file_tensors(whole))
 
 
 @pytest.mark.distributed

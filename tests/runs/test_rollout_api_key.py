@@ -105,7 +105,7 @@ def test_a_key_that_is_invalid_in_a_header_is_refused_and_not_shown(monkeypatch:
 
 def test_parity_sends_the_key_and_hides_it_if_the_server_echoes_it(server: str) -> None:
     with pytest.raises(RolloutError, match="status 418") as caught:
-        _compare_server(server, KEY, [[1, 2]], [[-1.0]], "fp32")
+        _compare_server(server, KEY, [[1, 2]], [[-1.0]])
     assert Refuses.keys == [f"Bearer {KEY}"]
     assert "your key was Bearer ***" in str(caught.value)
     assert KEY not in str(caught.value)

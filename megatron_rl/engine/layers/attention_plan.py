@@ -14,6 +14,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_rl.data.packing import cp_index
+from megatron_rl.engine.device import put
 
 
 @dataclass(frozen=True)
@@ -83,19 +84,19 @@ def attention_plan(cu_seqlens: npt.NDArray[np.integer], cp: int, cp_rank: int, d
         if cp > 1:
             q_position = mine[q_rows.clip(0)] - starts[members][:, None]
             k_position = np.arange(k_rows.shape[1])
-            mask = torch.as_tensor(k_position <= q_position[:, :, None], device=device).unsqueeze(1)
+            mask = put(k_position <= q_position[:, :, None], device).unsqueeze(1)
         real = q_rows >= 0
         slot_of[q_rows[real]] = slots + np.flatnonzero(real)
         slots += real.size
         batches.append(
             AttentionBatch(
-                queries=torch.as_tensor(q_rows.clip(0), device=device),
-                keys=torch.as_tensor(in_gathered[k_rows.clip(0)], device=device),
+                queries=put(q_rows.clip(0), device),
+                keys=put(in_gathered[k_rows.clip(0)], device),
                 mask=mask,
             )
         )
     positions = mine - np.repeat(starts, lengths)[mine]
-    return AttentionPlan(tuple(batches), *(torch.as_tensor(each, device=device) for each in (slot_of, positions)))
+    return AttentionPlan(tuple(batches), order=put(slot_of, device), positions=put(positions, device))
 
 
 def _padded_ranges(starts: npt.NDArray[np.integer], lengths: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:

@@ -41,6 +41,7 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from megatron_rl.engine.device import put
 from megatron_rl.engine.layers.attention_plan import PlannedSequences, attention_plan
 from megatron_rl.engine.layers.permutation import use_equal_bits
 from megatron_rl.engine.layers.provider import sequence_bounds
@@ -146,7 +147,7 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, bounds: PackedSeq
         options["scale"] = scale
     lengths = bounds.cu_seqlens_q, bounds.cu_seqlens_kv, bounds.max_seqlen_q, bounds.max_seqlen_kv
     output: Any = varlen_attn(query, key, value, *lengths, **options)  # with return_aux it would be a pair
-    return output.flatten(1)  # type: ignore[no-any-return]
+    return output.flatten(1)
 
 
 def _take(x: Tensor, rows: Tensor) -> Tensor:
@@ -189,8 +190,7 @@ def grouped_linear(x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
     line below does, and more slowly (measured with torch 2.13 on CPU).
     """
     if x.is_cuda and x.dtype == torch.bfloat16:
-        ends = rows.cumsum(0).to(device=x.device, dtype=torch.int32)
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=put(rows.cumsum(0, dtype=torch.int32), x.device))
     blocks = x.split(rows.tolist())
     return torch.cat([F.linear(block, w) for block, w in zip(blocks, weight.unbind(0), strict=True)])
 

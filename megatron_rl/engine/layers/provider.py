@@ -12,6 +12,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from megatron_rl.engine.device import put
 from megatron_rl.models.architecture import Architecture
 
 
@@ -39,7 +40,7 @@ class LayerProvider(Protocol):
 
 def sequence_bounds(cu_seqlens: npt.NDArray[np.integer], device: torch.device) -> dict[str, Any]:
     """Returns the fields of Megatron-Core's PackedSeqParams."""
-    bounds = torch.as_tensor(cu_seqlens.astype(np.int32), device=device)
+    bounds = put(cu_seqlens.astype(np.int32), device)
     longest = int(np.diff(cu_seqlens).max())
     return {
         "qkv_format": "thd",
