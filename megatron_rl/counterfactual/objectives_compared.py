@@ -49,6 +49,8 @@ class ObjectiveArm:
     @property
     def unavailable(self) -> str:
         """Why the objective cannot be evaluated without training; "" if it can."""
+        if self.objective.centering is not None:
+            return "score centering needs mu's most likely tokens, which a study does not read"
         if not needs_forward_pass(self.objective):
             return ""
         return "its advantages come from a critic or from a KL in the reward, which a saved batch does not have"

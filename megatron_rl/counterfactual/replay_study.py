@@ -134,6 +134,8 @@ class _Study:
         self.batch = batch
         asked = [load_objective(name, config) for name in options.objectives]
         self.objectives = [arm for arm in asked if not arm.unavailable]
+        if asked and not self.objectives:
+            raise ConfigError("--objective: " + "; ".join(f"{arm.name}: {arm.unavailable}" for arm in asked))
         self.base = config.routing.replay
         """The configuration's own routing, under which objectives are compared; routings are compared under the first
         objective."""

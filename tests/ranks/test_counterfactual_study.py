@@ -22,7 +22,7 @@ from megatron_rl.data.store import read_groups, write_groups
 
 Lines = list[dict[str, Any]]
 TOP_K, GROUP_SIZE, CLIP = 2, 3, 0.05
-OBJECTIVES = ("own", "grpo", "rspo", "minirl", "ppo")
+OBJECTIVES = ("own", "grpo", "rspo", "minirl", "ppo", "score_centering")
 FEW = ("r2", "r3-agreeing", "frozen-router")
 KINDS = ("router", "expert", "attention", "embedding", "other")
 
@@ -184,7 +184,7 @@ def test_the_routings_differ_and_their_shares_are_of_live_routing(one: list[Line
 
 def test_what_is_not_available_is_said(one: list[Lines]) -> None:
     header = one[0][0]
-    assert set(header["unavailable"]) == {"r3-weights", "ppo"}
+    assert set(header["unavailable"]) == {"r3-weights", "ppo", "score_centering"}
     assert "no gate weights" in header["unavailable"]["r3-weights"]
     assert (header["mini_batches"], header["responses"], header["agree"]) == (2, 4 * GROUP_SIZE, 1)
 
@@ -230,7 +230,7 @@ def test_gradients_and_their_cosines_equal_the_reference(one: list[Lines], refer
 def test_pairs_of_gradients_differ_in_the_routing_or_in_the_objective(one: list[Lines]) -> None:
     gradients = {(x["routing"], x["objective"]) for x in one[0] if x["kind"] == "gradient"}
     routings = {*ROUTINGS, "rerun"} - {"r3-weights"}
-    assert gradients == {(name, "own") for name in routings} | {("none", name) for name in OBJECTIVES[:-1]}
+    assert gradients == {(name, "own") for name in routings} | {("none", name) for name in OBJECTIVES[:4]}
     pairs = [x for x in one[0] if x["kind"] == "cosine"]
     assert all((x["a"][0] == x["b"][0]) != (x["a"][1] == x["b"][1]) for x in pairs)
     assert len(pairs) == len(routings) * (len(routings) - 1) // 2 + 4 * 3 // 2

@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from megatron_rl.engine.device import put
-from megatron_rl.engine.layers.attention_plan import PlannedSequences, attention_plan
+from megatron_rl.engine.layers.attention_plan import AttentionPlan, PlannedSequences, attention_plan
 from megatron_rl.engine.layers.permutation import use_equal_bits
 from megatron_rl.engine.layers.provider import sequence_bounds
 from megatron_rl.models.architecture import Architecture
@@ -118,22 +118,26 @@ class PackedAttention(MegatronModule):
         """query [T, N, D], key and value [T, G, D]; returns [T, N * D]."""
         if query.is_cuda and query.dtype == torch.bfloat16 and self.cp_group.size() == 1:
             return flash_attention(query, key, value, packed_seq_params, self.softmax_scale)
-        plan = packed_seq_params.attention
         if self.cp_group.size() > 1:
             key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
-        outputs = []
-        for batch in plan.batches:
-            out = F.scaled_dot_product_attention(
-                _take(query, batch.queries),
-                _take(key, batch.keys),
-                _take(value, batch.keys),
-                attn_mask=batch.mask,
-                is_causal=batch.mask is None,
-                scale=self.softmax_scale,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
-            outputs.append(out.transpose(1, 2).reshape(-1, query.shape[1] * query.shape[2]))
-        return torch.cat(outputs).index_select(0, plan.order)
+        return padded_attention(query, key, value, packed_seq_params.attention, self.softmax_scale)
+
+
+def padded_attention(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+    """query [T, N, D], key and value [T', G, D] of all context-parallel ranks; returns [T, N * D]."""
+    outputs = []
+    for batch in plan.batches:
+        out = F.scaled_dot_product_attention(
+            _take(query, batch.queries),
+            _take(key, batch.keys),
+            _take(value, batch.keys),
+            attn_mask=batch.mask,
+            is_causal=batch.mask is None,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        outputs.append(out.transpose(1, 2).reshape(-1, query.shape[1] * query.shape[2]))
+    return torch.cat(outputs).index_select(0, plan.order)
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, bounds: PackedSeqParams, scale: float) -> Tensor:

@@ -1,0 +1,67 @@
+"""Pieces of the layers in plain PyTorch, next to Megatron-Core's own and to sums in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TOKENS, HIDDEN, EXPERTS, TOP_K = 40, 16, 8, 3
+
+
+def permutation(dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
+    """What reaches the experts, what comes back, and both gradients."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    from megatron_rl.engine.layers.permutation import use_equal_bits
+
+    use_equal_bits()
+    made = torch.Generator().manual_seed(0)
+    tokens = torch.randn(TOKENS, HIDDEN, generator=made).to(dtype)
+    scales = torch.randn(TOKENS * TOP_K, 1, generator=made).to(dtype)
+    weights = torch.randn(TOKENS, HIDDEN, generator=made).to(dtype)
+    routing_map = torch.zeros(TOKENS, EXPERTS, dtype=torch.bool)
+    for row in routing_map:
+        row[torch.randperm(EXPERTS, generator=made)[:TOP_K]] = True
+
+    def through(module: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+        x = tokens.to(dtype, copy=True).requires_grad_()
+        rows, _, order, *_ = module.permute(x, routing_map, num_out_tokens=TOKENS * TOP_K)
+        rows.retain_grad()
+        # Weighted in the tokens' own dtype, so that `exact` adds the same numbers.
+        back = module.unpermute((rows.to(scales.dtype) * scales).to(dtype), order, restore_shape=x.shape)
+        (back * weights.to(dtype)).sum().backward()
+        return {"rows": rows.detach(), "back": back.detach(), "rows' gradient": rows.grad, "gradient": x.grad}
+
+    return {
+        "megatron": through(moe_utils, dtype),
+        "ours": through(token_dispatcher, dtype),
+        "exact": through(moe_utils, torch.float64),
+    }
+
+
+def rotation(lengths: list[int]) -> dict[str, Tensor]:
+    """Queries of packed sequences after the rotary embedding: Megatron-Core's and ours."""
+    import numpy as np
+    from megatron.core import parallel_state
+    from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_rl.config.layout import Layout, parse_layout
+    from megatron_rl.engine.layers.plain_torch import TorchLayers
+    from megatron_rl.ranks.place import start_process_groups
+
+    start_process_groups(Layout.resolve(*parse_layout("tp=1")), torch.device("cpu"), seed=0)
+    group = parallel_state.get_context_parallel_group()
+    bounds = np.cumsum([0, *lengths])
+    sequences = TorchLayers().packed_sequences(bounds, 1, 0, torch.device("cpu"))
+    angles = RotaryEmbedding(8, 1.0, cp_group=group)(max(lengths))
+    query = torch.randn(int(bounds[-1]), 2, 8, generator=torch.Generator().manual_seed(0))
+    config = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=2)
+    sequences.turn(angles)
+    return {
+        "megatron": apply_rotary_pos_emb(query, angles, config, cu_seqlens=sequences.cu_seqlens_q, cp_group=group),
+        "ours": sequences.rotate(query.unsqueeze(1)).squeeze(1),
+    }
