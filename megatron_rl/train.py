@@ -44,7 +44,8 @@ def train(
         while progress.step < progress.steps:
             batch = parts.rollouts.next(progress)
             mini_batches = schedule(parts, with_advantages(batch.groups, config))
-            updates = prepare(config, trainer, mini_batches, measures_noise=progress.due(config.routing.noise_floor))
+            noise = progress.due(config.routing.noise_floor)
+            updates = prepare(config, trainer, mini_batches, weight_version=progress.step, measures_noise=noise)
             for update in updates:
                 measure_router_shift(trainer, update)
                 apply(config, trainer, update, progress.step, batch.metrics)

@@ -237,7 +237,10 @@ class _Study:
         directory = self.options.later or self.config.model.path
         if self.options.updates:
             with trainer.journal.phase("updates"):
-                updates = prepare(self.config, trainer, self.batch.mini_batches, measures_noise=False)
+                version = self.options.step - 1
+                updates = prepare(
+                    self.config, trainer, self.batch.mini_batches, weight_version=version, measures_noise=False
+                )
                 for update in updates[: self.options.updates]:
                     measure_router_shift(trainer, update)
                     routing = update.routing.update_pass() if update.routing else None

@@ -42,7 +42,8 @@ class PackedBatch:
 
     An empty micro-batch has S = 1: a sequence of padding.
 
-    Position t holds the label, loss mask, rollout log-prob and advantage of token t + 1, which it predicts.
+    Position t holds the label, loss mask, rollout log-prob, weight version and advantage of token t + 1, which it
+    predicts.
     """
 
     token_ids: Ints
@@ -50,6 +51,7 @@ class PackedBatch:
     labels: Ints
     loss_mask: Bools
     rollout_logprobs: Floats
+    versions: Ints  # weight version under which the token was generated, 0 outside of responses
     advantages: Floats
     sequence_ids: Ints
     valid: Bools  # False on padding
@@ -100,11 +102,20 @@ def pack(
         labels=pack_rows([np.roll(i, -1) for i in ids], cu_seqlens, repeat=True),
         loss_mask=pack_rows(masks, cu_seqlens),
         rollout_logprobs=pack_rows([s.rollout_logprobs[1:] for s in samples], cu_seqlens),
+        versions=pack_rows([_versions(s)[1:] for s in samples], cu_seqlens),
         advantages=pack_rows(weights, cu_seqlens),
         sequence_ids=np.repeat(np.arange(len(samples)), lengths),
         valid=pack_rows([np.ones(len(i), dtype=np.bool_) for i in ids], cu_seqlens),
         cu_seqlens=cu_seqlens,
     )
+
+
+def _versions(sample: Sample) -> Ints:
+    """Returns the weight version of each token, 0 for those of the prompt."""
+    versions = np.zeros(len(sample.token_ids), dtype=np.int64)
+    for span in sample.versions:
+        versions[span.start : span.end] = span.version
+    return versions
 
 
 def _pack_empty(filler: npt.NDArray[np.integer], *, cp: int, tp: int, total: int | None) -> PackedBatch:
@@ -117,6 +128,7 @@ def _pack_empty(filler: npt.NDArray[np.integer], *, cp: int, tp: int, total: int
         labels=np.roll(ids, -1),
         loss_mask=absent,
         rollout_logprobs=nothing,
+        versions=np.zeros(length, dtype=np.int64),
         advantages=nothing,
         sequence_ids=np.zeros(length, dtype=np.int64),
         valid=absent,

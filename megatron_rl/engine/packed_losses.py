@@ -37,11 +37,15 @@ class PolicyLoss:
         old_logprobs: Sequence[Tensor] | None,
         device: torch.device,
         *,
+        weight_version: int | None = None,
         reference_logprobs: Sequence[Tensor] | None = None,
         old_is_rollout: bool = False,
     ) -> None:
-        """old_logprobs: [T] per micro-batch; None takes the update's own forward pass, detached. `old_is_rollout`: the
-        log-probs are mu's, which stands for pi_old [GSPO 2507.18071, section 5.4]; no mismatch is then measured."""
+        """old_logprobs: [T] per micro-batch; None takes the update's own forward pass, detached.
+
+        `weight_version` is that of pi_old; None: the lag of tokens is not measured. `old_is_rollout`: the log-probs are
+        mu's, which stands for pi_old [GSPO 2507.18071, section 5.4]; no mismatch is then measured.
+        """
         self.metrics = MetricAccumulator(TRAINING, device)
         self.router_shift: Sequence[Tensor] | None = None
         """[T] per micro-batch. Set right before the update, if the objective has one."""
@@ -50,6 +54,7 @@ class PolicyLoss:
         self._mini_batch = mini_batch
         self._old = old_logprobs
         self._reference = reference_logprobs
+        self._weight_version = weight_version
         self._measures_mismatch = not old_is_rollout
 
     def __call__(self, index: int, logprobs: Tensor, entropy: Tensor, top_logprobs: Tensor | None = None) -> Tensor:
@@ -61,12 +66,15 @@ class PolicyLoss:
             raise RuntimeError("objective.router_shift and the mini-batch's router shift: one is set without the other")
         if self.router_shift is not None:
             inputs = dataclasses.replace(inputs, router_shift=self.router_shift[index])
-        top = self._mini_batch.micro_batches[index].top
+        packed = self._mini_batch.micro_batches[index]
+        top = packed.top
         if top is not None and top_logprobs is not None:
             rollout = _on_device_of(logprobs, top.logprobs)
             inputs = dataclasses.replace(inputs, top_logprobs=top_logprobs, top_rollout_logprobs=rollout)
         outputs = self._loss(inputs, self._objective, self._mini_batch.denominators)
-        training_metrics(self.metrics, inputs, outputs, entropy, mismatch=self._measures_mismatch)
+        version = self._weight_version
+        lags = None if version is None else version - _on_device_of(logprobs, packed.versions)
+        training_metrics(self.metrics, inputs, outputs, entropy, lags, mismatch=self._measures_mismatch)
         return outputs.loss
 
 

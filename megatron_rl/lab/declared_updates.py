@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 from megatron_rl.lab.declared import METRIC, NUMBER, DeclaredMetric, DeclaredTable, Healthy
 from megatron_rl.lab.metric_kinds import Kind
 
@@ -9,6 +12,19 @@ SUM, MEAN, TAIL, RATIO, VALUE = Kind.SUM, Kind.MEAN, Kind.TAIL, Kind.RATIO, Kind
 
 BEYOND = (2, 10)
 """F(tau): fraction of tokens with max(rho, 1/rho) > tau."""
+Bins = Mapping[str, tuple[float, float]]
+"""Lower and upper bound of each bin; the upper one is outside."""
+ENTROPY_BINS: Bins = {"entropy_low": (0.0, 0.1), "entropy_middle": (0.1, 1.0), "entropy_high": (1.0, math.inf)}
+"""Bins of tokens by entropy in nat, below 0.1 a token is almost certain, and 1 is a choice of e tokens."""
+LAG_BINS: Bins = {"lag_0": (0, 1), "lag_1": (1, 2), "lag_2_3": (2, 4), "lag_4_7": (4, 8), "lag_8_up": (8, math.inf)}
+"""Bins of tokens by lag in weight versions."""
+
+
+def _bounds(low: float, high: float) -> str:
+    if high - low == 1:
+        return f"of {low:g}"
+    return f"of {low:g} or more" if math.isinf(high) else f"from {low:g} to below {high:g}"
+
 
 PAIRS = {
     "rollout_old": "(p, q) = (mu, pi_old), the mismatch of the engines",
@@ -73,6 +89,32 @@ POLICY = DeclaredTable(
             fields={"tau": {str(tau): str(tau) for tau in BEYOND}},
         ),
         DeclaredMetric("abs_logprob_gap", TAIL, "nat", "|log pi_old - log mu| by token."),
+        DeclaredMetric(
+            "mismatch/{measure}/{bin}",
+            MEAN,
+            "nat or fraction",
+            "{measure}, of {bin}.",
+            "MiMo-V2.6 [2610.11959] for lags",
+            fields={
+                "measure": {
+                    "share": "Fraction of tokens",
+                    "abs_logprob_gap": "Mean of |log pi_old - log mu|",
+                    "k1": "Mean of k1, an estimate of KL(mu, pi_old)",
+                    "k3": "Mean of k3, an estimate of KL(mu, pi_old)",
+                    **{f"beyond_{tau}": f"Fraction of tokens with max(rho, 1/rho) > {tau}" for tau in BEYOND},
+                },
+                "bin": {
+                    **{
+                        name: f"tokens at which pi_theta has an entropy {_bounds(*b)} nat"
+                        for name, b in ENTROPY_BINS.items()
+                    },
+                    **{
+                        name: f"tokens of a weight version {_bounds(*b)} before pi_old's"
+                        for name, b in LAG_BINS.items()
+                    },
+                },
+            },
+        ),
         DeclaredMetric(
             "log_perplexity_gap",
             TAIL,

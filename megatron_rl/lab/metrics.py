@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_rl.config.schema import RewardConfig
 from megatron_rl.data.sample import Group, Sample, Verdict
 from megatron_rl.lab.declared_rollouts import ROLLOUTS
-from megatron_rl.lab.declared_updates import BEYOND, CRITIC, FINE_TUNING, POLICY
+from megatron_rl.lab.declared_updates import BEYOND, CRITIC, ENTROPY_BINS, FINE_TUNING, LAG_BINS, POLICY, Bins
 from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.objectives.advantages import all_equal
 from megatron_rl.objectives.inputs import CenteringValues, LossInputs, LossValues, PolicyLossOutputs
@@ -38,15 +38,18 @@ def training_metrics(
     inputs: LossInputs,
     outputs: PolicyLossOutputs,
     entropy: Tensor,
+    lags: Tensor | None = None,
     *,
     mismatch: bool = True,
 ) -> None:
-    """Adds one micro-batch to an accumulator of TRAINING; entropy [T] is over the full vocabulary.
+    """Adds one micro-batch to an accumulator of TRAINING.
 
-    Pass `mismatch` False if mu stands for pi_old; then the two are not compared.
+    entropy [T] is over the full vocabulary. lags [T] int64: weight version of pi_old minus that of each token. Pass
+    `mismatch` False if mu stands for pi_old; then the two are not compared.
     """
     tokens = Tokens.of(inputs)
-    present = (tokens.lengths > 0).nonzero().squeeze(1)  # a GPU waits here once, and not wherever a mask selects
+    # A GPU waits for the number of what is selected: here, and not wherever a mask selects.
+    kept, present = (mask.nonzero().squeeze(1) for mask in (inputs.loss_mask, tokens.lengths > 0))
     logprobs, old, rollout = (
         each.detach().double() for each in (tokens.logprobs, tokens.old_logprobs, tokens.rollout_logprobs)
     )
@@ -55,7 +58,7 @@ def training_metrics(
     metrics.add("loss", outputs.loss)
     metrics.add("tokens", tokens.lengths)
     metrics.add("sequences", torch.ones_like(present))
-    metrics.add("entropy", entropy[inputs.loss_mask])
+    metrics.add("entropy", entropy[kept])
     metrics.add("advantage", tokens.sequence_mean(tokens.advantages.double())[present])
     metrics.add("ratio", logprobs - old)
     metrics.add("omega", logprobs - rollout)
@@ -68,6 +71,9 @@ def training_metrics(
         metrics.add("abs_logprob_gap", log_rho.abs())
         metrics.add("log_perplexity_gap", -tokens.sequence_mean(log_rho)[present])
         _add_kl(metrics, "kl/rollout_old", log_rho)
+        _add_mismatch_by_bin(metrics, log_rho, entropy[kept], ENTROPY_BINS)
+        if lags is not None:
+            _add_mismatch_by_bin(metrics, log_rho, lags[kept], LAG_BINS)
     _add_kl(metrics, "kl/old_policy", logprobs - old)
     if tokens.reference_logprobs is not None:
         _add_kl(metrics, "kl/policy_reference", tokens.reference_logprobs.double() - logprobs)
@@ -88,6 +94,21 @@ def _add_kl(metrics: MetricAccumulator, name: str, log_ratio: Tensor) -> None:
     """Adds estimates of KL(p, q) from samples of p, with log_ratio = log q - log p."""
     metrics.add(f"{name}/k1", k1(log_ratio))
     metrics.add(f"{name}/k3", k3(log_ratio))
+
+
+def _add_mismatch_by_bin(metrics: MetricAccumulator, log_rho: Tensor, values: Tensor, bins: Bins) -> None:
+    """Adds the mismatch of the tokens whose value is in each bin, and each bin's share of the tokens; [M] each."""
+    measures = {
+        "abs_logprob_gap": log_rho.abs(),
+        "k1": k1(log_rho),
+        "k3": k3(log_rho),
+        **{f"beyond_{tau}": log_rho.abs() > math.log(tau) for tau in BEYOND},
+    }
+    for name, (low, high) in bins.items():
+        inside = (values >= low) & (values < high)
+        metrics.add(f"mismatch/share/{name}", inside)
+        for measure, each in measures.items():
+            metrics.add_where(inside, f"mismatch/{measure}/{name}", each)
 
 
 def _add_fractions(metrics: MetricAccumulator, values: LossValues, tokens: Tokens, present: Tensor) -> None:

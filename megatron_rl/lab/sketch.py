@@ -82,6 +82,16 @@ class MetricAccumulator:
         else:
             self._add_tail(slot, state, values)
 
+    @torch.no_grad()
+    def add_where(self, counted: Tensor, name: str, values: Tensor) -> None:
+        """Adds to a mean those values that count, without selecting them: a GPU would wait for their number."""
+        slot = self._slots[name]
+        if slot.kind is not Kind.MEAN:
+            raise ValueError(f"{name}: found a {slot.kind.value}, expected a mean")
+        values = values.detach().to(self.sums).masked_fill(~counted, 0.0)
+        self.sums[slot.start] += values.sum()
+        self.sums[slot.start + 1] += counted.sum()
+
     def _add_tail(self, slot: MetricSlot, state: Tensor, values: Tensor) -> None:
         finite = values.isfinite()
         ones = finite.to(values)

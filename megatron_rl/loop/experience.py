@@ -36,9 +36,17 @@ class _Passes:
 
 
 def prepare(
-    config: Config, trainer: Trainer, mini_batches: Sequence[MiniBatch], *, measures_noise: bool
+    config: Config,
+    trainer: Trainer,
+    mini_batches: Sequence[MiniBatch],
+    *,
+    weight_version: int,
+    measures_noise: bool,
 ) -> list[Update]:
-    """The updates of a step, in order. `measures_noise` repeats pi_old's pass, to see which routes rounding changes."""
+    """The updates of a step, in order. `weight_version` is that of pi_old.
+
+    `measures_noise` repeats pi_old's pass, to see which routes rounding changes.
+    """
     passes = [_passes(config, trainer, mini_batch, measures_noise) for mini_batch in mini_batches]
     estimates = None
     if needs_forward_pass(config.objective):
@@ -64,6 +72,7 @@ def prepare(
             mini_batch,
             each.old,
             trainer.policy.device,
+            weight_version=weight_version,
             reference_logprobs=each.reference,
             old_is_rollout=each.old is not None and not config.train.recompute_old_logprobs,
         )

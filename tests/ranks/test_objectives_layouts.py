@@ -267,7 +267,7 @@ def sequences_of(drawn: Example) -> list[list[TrainedSequence]]:
 
 def assert_is_the_formula(answer: list[dict[str, Any]], drawn: Example) -> None:
     """Compares policy results with the formula. The tolerance is 1e-6 because packed advantages are float32."""
-    config = drawn.config().objective
+    config, lags = drawn.config().objective, drawn.lags()
     for found, sequences, step in zip(answer, sequences_of(drawn), trained(drawn), strict=True):
         loss, gradient = reference(sequences, config)
         size = np.abs(gradient).max(initial=0)
@@ -276,6 +276,13 @@ def assert_is_the_formula(answer: list[dict[str, Any]], drawn: Example) -> None:
         ids = np.concatenate([response.ids for response in step])
         np.testing.assert_allclose(by_token[ids], gradient, rtol=1e-6, atol=1e-6 * size + 1e-9)
         assert not np.delete(by_token, ids).any(), "a token outside the loss mask has a gradient"
+        assert_has_lags(found["policy"]["metrics"], [lags[token] for token in ids.tolist()])
+
+
+def assert_has_lags(metrics: dict[str, float], lags: list[int]) -> None:
+    for name, inside in (("0", {0}), ("1", {1}), ("2_3", {2, 3}), ("4_7", set())):
+        if (key := f"mismatch/share/lag_{name}") in metrics:
+            assert metrics[key] == pytest.approx(np.mean([lag in inside for lag in lags])), key
 
 
 def assert_is_the_critics_formula(answer: list[dict[str, Any]], drawn: Example) -> None:

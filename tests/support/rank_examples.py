@@ -18,6 +18,8 @@ from megatron_rl.config.switches import ObjectiveConfig
 from megatron_rl.data.sample import Group, Prompt, Sample, Verdict
 from megatron_rl.data.top_tokens import TopTokens
 
+WEIGHT_VERSION = 3
+"""Of pi_old; the responses are of this version and of those before it."""
 TOP_K, TOP_VOCABULARY = 3, 6
 """Of the tokens among which mu's most likely ones are."""
 
@@ -110,10 +112,21 @@ class Example:
         for number, length in enumerate(response.spans):
             span = ids[n : n + length]
             generated = number % 2 == 0 and not response.filtered
-            sample = sample.extend(span.tolist(), rollout[span].tolist() if generated else None, 0)
+            version = (int(ids[0]) + number) % (WEIGHT_VERSION + 1)
+            sample = sample.extend(span.tolist(), rollout[span].tolist() if generated else None, version)
             n += length
         sample = sample.with_top_tokens(self.top_tokens(ids[response.prompt_tokens :]))
         return dataclasses.replace(sample, verdict=Verdict(response.reward, response.reward > 0))
+
+    def lags(self) -> dict[int, int]:
+        """Returns how many weight versions before pi_old's each token of the responses was generated."""
+        samples = [sample for group in self.groups() for sample in group.samples]
+        return {
+            int(token): WEIGHT_VERSION - span.version
+            for sample in samples
+            for span in sample.versions
+            for token in sample.token_ids[span.start : span.end]
+        }
 
     def top_tokens(self, ids: np.ndarray) -> TopTokens:
         """Returns mu's most likely tokens where each of the tokens `ids` was sampled."""

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from rank_examples import TOP_K, Example
+from rank_examples import TOP_K, WEIGHT_VERSION, Example
 
 LAYOUTS = ("dp=4", "dp=2,cp=2", "cp=4", "tp=2,pp=2")
 WORLD = 4
@@ -164,7 +164,7 @@ def _answered(example: Example, setting: Setting, whole: bool) -> list[dict[str,
         return answer
 
     answers = []
-    for update in prepare(config, trainer, mini_batches, measures_noise=False):  # type: ignore[arg-type]
+    for update in prepare(config, trainer, mini_batches, weight_version=WEIGHT_VERSION, measures_noise=False):  # type: ignore[arg-type]
         answers.append({"policy": step(update.mini_batch, update.loss, "theta", True)})
         if update.value_loss is not None:
             answers[-1]["critic"] = step(update.mini_batch, update.value_loss, "values", False)

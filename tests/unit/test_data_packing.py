@@ -18,9 +18,9 @@ def make_sample(prompt: int, spans: list[tuple[int, bool]], seed: int = 0) -> Sa
     """Makes a sample of spans: (number of tokens, whether the policy generated them)."""
     rng = np.random.default_rng(seed)
     sample = Sample.start(Prompt(f"p{seed}", "", tuple(rng.integers(2, 99, prompt).tolist()), "", ""), 0)
-    for tokens, generated in spans:
+    for version, (tokens, generated) in enumerate(spans, start=1):
         logprobs = (-rng.random(tokens)).tolist() if generated else None
-        sample = sample.extend(rng.integers(2, 99, tokens).tolist(), logprobs, weight_version=3)
+        sample = sample.extend(rng.integers(2, 99, tokens).tolist(), logprobs, weight_version=version)
     return sample
 
 
@@ -41,6 +41,9 @@ def test_labels_and_masks_stand_one_position_before_their_token(batch, cp, tp):
         assert packed.labels[row].tolist() == sample.token_ids[1:].tolist()
         assert packed.loss_mask[row].tolist() == sample.loss_mask[1:].tolist()
         assert packed.rollout_logprobs[row].tolist() == sample.rollout_logprobs[1:].tolist()
+        trained = np.flatnonzero(sample.loss_mask)
+        versions = [next(span.version for span in sample.versions if span.start <= t < span.end) for t in trained]
+        assert packed.versions[row][sample.loss_mask[1:]].tolist() == versions
         assert packed.advantages[row].tolist() == (sample.loss_mask[1:] * np.float32(advantage)).tolist()
         assert packed.valid[start : packed.cu_seqlens[i + 1]].sum() == n
         assert packed.valid[start : start + n].all()

@@ -33,6 +33,8 @@ from megatron_rl.lab.metrics import SFT, TRAINING, sft_metrics, training_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.objectives.policy_loss import policy_loss, sft_loss
 
+ENTROPIES = {"low": (0, 0.1), "middle": (0.1, 1), "high": (1, math.inf)}
+LAGS = {"0": (0, 1), "1": (1, 2), "2_3": (2, 4), "4_7": (4, 8), "8_up": (8, math.inf)}
 TAILS = {"p1": 0.01, "p50": 0.5, "p99": 0.99}
 
 
@@ -42,8 +44,30 @@ def measure(micro_batches, config, whole, dtype=torch.float64):
     for padding, sequences in enumerate(micro_batches):
         inputs = pack(sequences, dtype, padding)
         outputs = policy_loss(inputs, config, denominators(whole))
-        training_metrics(metrics, inputs, outputs, packed_entropy(sequences, padding))
+        training_metrics(metrics, inputs, outputs, packed_entropy(sequences, padding), lag_of(inputs.old_logprobs))
     return metrics
+
+
+def lag_of(old_logprobs):
+    """Returns made-up lags, the same for a token wherever it is packed."""
+    return (old_logprobs * 1000).long().abs() % 12
+
+
+def by_bin(name, values, bins, log_rho):
+    rho = np.exp(log_rho)
+    far = np.maximum(rho, 1 / rho)
+    found = {}
+    for bin_, (low, high) in bins.items():
+        inside = (low <= values) & (values < high)
+        found[f"mismatch/share/{name}_{bin_}"] = inside.mean()
+        if inside.any():
+            found |= {
+                f"mismatch/abs_logprob_gap/{name}_{bin_}": np.abs(log_rho[inside]).mean(),
+                f"mismatch/k1/{name}_{bin_}": -log_rho[inside].mean(),
+                f"mismatch/k3/{name}_{bin_}": (rho - 1 - log_rho)[inside].mean(),
+                **{f"mismatch/beyond_{tau}/{name}_{bin_}": (far > tau)[inside].mean() for tau in (2, 10)},
+            }
+    return found
 
 
 def tail(name, values):
@@ -110,6 +134,8 @@ def expected_metrics(sequences, config, loss):
         "kl/old_policy/k1": -np.log(r).mean(),
         "kl/old_policy/k3": (r - 1 - np.log(r)).mean(),
         **{f"rho/beyond_{tau}": (np.maximum(rho, 1 / rho) > tau).mean() for tau in (2, 10)},
+        **by_bin("entropy", np.concatenate(entropy), ENTROPIES, np.log(rho)),
+        **by_bin("lag", lag_of(torch.tensor(np.concatenate(old))).numpy(), LAGS, np.log(rho)),
         **tail("entropy", np.concatenate(entropy)),
         **tail("advantage", advantage),
         **weights("ratio", r),
@@ -194,7 +220,7 @@ def test_every_metric_of_a_correction_equals_its_formula(correction, denominator
     metrics = MetricAccumulator(TRAINING)
     inputs = pack(sequences)
     outputs = policy_loss(inputs, config, kept_denominators(sequences, config))
-    training_metrics(metrics, inputs, outputs, packed_entropy(sequences))
+    training_metrics(metrics, inputs, outputs, packed_entropy(sequences), lag_of(inputs.old_logprobs))
     report = metrics.finalize()
     assert_equal(report, expected_metrics(sequences, config, reference(sequences, config)[0]), quantiles=0.01)
     (fraction,) = [report[name] for name in report if name.startswith("correction/") and name.endswith("/token")]
@@ -207,7 +233,7 @@ def of_reference(sequences, **options):
     inputs = dataclasses.replace(inputs, reference_logprobs=inputs.rollout_logprobs)
     metrics = MetricAccumulator(TRAINING)
     outputs = policy_loss(inputs, GRPO, denominators(sequences))
-    training_metrics(metrics, inputs, outputs, packed_entropy(sequences), **options)
+    training_metrics(metrics, inputs, outputs, packed_entropy(sequences), lag_of(inputs.old_logprobs), **options)
     return metrics.finalize(), inputs
 
 
@@ -220,13 +246,15 @@ def test_kl_metrics_measure_policy_against_reference():
 
 def test_no_mismatch_is_reported_if_mu_replaces_pi_old():
     report, _ = of_reference(random_sequences(8, [5, 3]), mismatch=False)
-    assert not [name for name in report if name.startswith(("rho", "abs_logprob", "log_perplexity", "kl/rollout"))]
+    assert not [
+        name for name in report if name.startswith(("rho", "mismatch", "abs_logprob", "log_perplexity", "kl/rollout"))
+    ]
     assert "omega/mean" in report
 
 
 def test_every_declared_metric_is_measured():
     clip = GRPO.clip.model_copy(update={"dual": 3.0})
-    sequences = random_sequences(8, [5, 3])
+    sequences = random_sequences(8, [50, 30])  # so many that no bin of the mismatch is empty
     report: dict[str, float] = {}
     for kind in ("tis", "icepop"):
         update = {"clip": clip, "correction": correction_of(kind, high=2.0), "router_shift": 0.9}
