@@ -19,7 +19,7 @@ STAMP := $(VENV)/.installed-$(VERSION)
 # Python compiles what a program imports; to compile everything would double the time of an installation.
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 
-.PHONY: install demo test test-fast test-all lint format clean
+.PHONY: install demo study test test-fast test-all lint format clean
 
 install: $(STAMP)
 
@@ -38,10 +38,18 @@ $(STAMP): $(FROZEN) $(NODEPS) $(TE_STUB) pyproject.toml setup.py
 	@touch $@
 
 # Several processes share the cores; default OpenMP threads would slow each other a hundredfold.
-demo test test-fast test-all: export OMP_NUM_THREADS := 1
+demo study test test-fast test-all: export OMP_NUM_THREADS := 1
 
 demo: install
 	$(BIN)/python examples/demo/run.py --preset $(PRESET)
+
+# The two small studies of examples/studies and a page about both, in .demo/studies/report; about 25 minutes.
+study: install
+	$(BIN)/python examples/demo/run.py --cold-start
+	PYTHONPATH=examples/demo $(BIN)/python -m megatron_rl study examples/studies/gspo-clip-small.yaml
+	$(BIN)/python -m megatron_rl study examples/studies/routing-share-small.yaml
+	$(BIN)/python -m megatron_rl report .demo/studies/gspo-clip-small .demo/studies/routing-share-small \
+		--out .demo/studies/report
 
 # Two workers, each with whole files; the short files of tests/unit come last, so both end at about the same time. Ranks
 # that wait for each other can wait for ever: no test may take longer than `--timeout` seconds.

@@ -50,9 +50,13 @@ def preset_names() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=preset_names(), default="gspo")
-    preset = parser.parse_args().preset
+    parser.add_argument("--cold-start", action="store_true", help="make the cold start, and stop")
+    arguments = parser.parse_args()
+    preset = arguments.preset
     os.chdir(ROOT)
     cold_start()
+    if arguments.cold_start:
+        return
     run_dir = WORK / "runs" / preset
     shutil.rmtree(run_dir, ignore_errors=True)
     on_ranks("train", str(HERE / f"{preset}.yaml"))
