@@ -53,7 +53,7 @@ class Errors:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Of the largest differences (fp32) or of their root mean squares (bf16)."""
+    """The largest differences (fp32) or root mean squares (bf16) that pass."""
 
     logprob: float
     grad: float
@@ -257,7 +257,8 @@ def _compare_server(
 def _report(results: Sequence[ParityResult], bounds: Bounds, dtype: str, as_json: bool) -> None:
     if as_json:
         for r in results:
-            measured = {"of": r.of, "tokens": r.tokens, **asdict(r.errors), "passed": bounds.allow(r.errors)}
+            what = "server" if "://" in r.of else "layout"
+            measured = {what: r.of, "tokens": r.tokens, **asdict(r.errors), "passed": bounds.allow(r.errors)}
             print(json.dumps({**measured, "bounds": asdict(bounds), "dtype": dtype}))
         return
     from rich.console import Console

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from megatron_rl.rollout.server import Server
 
-# A slow example on a busy machine is not a failure. `make test` draws the same examples every time, so that it fails for
-# what was changed alone; `make test-all` takes the thorough profile, which draws others each time.
+# A slow example on a busy machine is not a failure. `make test` draws the same examples every time, so that it fails
+# for what was changed alone; `make test-all` takes the thorough profile, which draws others each time.
 settings.register_profile("megatron_rl", parent=settings.default, deadline=None, max_examples=40, derandomize=True)
 settings.register_profile("thorough", parent=settings.default, deadline=None, max_examples=500)
 settings.load_profile("megatron_rl")

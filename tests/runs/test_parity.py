@@ -52,7 +52,7 @@ def compare(forked_ranks: None, capsys: pytest.CaptureFixture[str]) -> Compare:
 
 def check(compare: Compare, model: Path, tokens: Path, layouts: list[str], recompute: str = "none") -> None:
     status, results = compare(model, tokens, layouts, recompute=recompute)
-    assert [r["of"] for r in results] == layouts
+    assert [r["layout"] for r in results] == layouts
     for result in results:
         assert result["logprob_max"] <= 2e-5, result
         assert result["grad_max"] <= 1e-4, result
@@ -158,8 +158,8 @@ def test_parity_passes_for_a_server_with_the_same_weights(
     assert any(VOCAB_SIZE - 1 in ids[1:] for ids in sequences)  # SGLang reports this token under another id
     status, (engine, server) = compare(tiny_model_dir, tokens, ["tp=1"], url=served)
     assert status == 0
-    assert (engine["of"], engine["passed"]) == ("tp=1", True)
-    assert (server["of"], server["tokens"], server["passed"]) == (served, 235, True)
+    assert (engine["layout"], engine["passed"]) == ("tp=1", True)
+    assert (server["server"], server["tokens"], server["passed"]) == (served, 235, True)
     assert 0 < server["logprob_max"] <= server["bounds"]["logprob"] == 2e-5
 
 
