@@ -14,6 +14,12 @@ DYNAMIC = frozenset(
     ("metrics.jsonl", f"rollout/dynamic_sampling/{what}")
     for what in ("prompts", "kept", "surplus", "all_correct", "all_wrong", "refills")
 )
+UNFILLED = frozenset(
+    ("metrics.jsonl", f"mismatch/{measure}/{bin_}")
+    for measure in ("abs_logprob_gap", "k1", "k3", "beyond_2", "beyond_10")
+    for bin_ in ("entropy_low", "entropy_middle", "lag_1", "lag_2_3", "lag_4_7", "lag_8_up")
+)
+"""Bins without a token in a run of one step of a random model: no token is certain, and none is of an older version."""
 LIVE = frozenset(
     {
         *(("metrics.jsonl", f"time/{phase}") for phase in ("rollout", "rewards", "weight sync")),
