@@ -3,7 +3,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PRESET ?= gspo
-WORKERS ?= 2
+WORKERS ?= 3
 
 # An existing .venv keeps its Python unless PYTHON names another one. Each candidate is started, not only looked
 # up: version managers put names on PATH that do not run.
@@ -51,8 +51,8 @@ study: install
 	$(BIN)/python -m megatron_rl report .demo/studies/gspo-clip-small .demo/studies/routing-share-small \
 		--out .demo/studies/report
 
-# Two workers, each with whole files; the short files of tests/unit come last, so both end at about the same time. Ranks
-# that wait for each other can wait for ever: no test may take longer than `--timeout` seconds.
+# Each worker has whole files; the short ones of tests/unit come last, so that all end at about the same time. Three keep
+# two cores busy, as ranks often wait for each other. They can wait for ever: no test may take longer than `--timeout`.
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: install

@@ -101,7 +101,11 @@ def test_frozen_weights_have_neither_gradients_nor_optimizer_state(models: Path,
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("ranks", "cases"), [(2, TWO_RANKS), (4, FOUR_RANKS)], ids=["2 ranks", "4 ranks"])
+@pytest.mark.parametrize(
+    ("ranks", "cases"),
+    [(2, TWO_RANKS), pytest.param(4, FOUR_RANKS, marks=pytest.mark.slow)],
+    ids=["2 ranks", "4 ranks"],
+)
 def test_results_do_not_depend_on_the_layout(
     forks: Forks, models: Path, alone: dict[Case, Answer], ranks: int, cases: list[Case]
 ) -> None:

@@ -54,6 +54,7 @@ def test_a_run_on_saved_rollouts_leaves_frozen_weights_alone(forks: Forks, tmp_p
             assert (weights(run_dir)[key] - weight).abs().max() <= 1e-4 * weight.abs().max(), (name, key)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_resumed_run_with_frozen_weights_equals_an_uninterrupted_one(
     forks: Forks, setting: Path, tmp_path: Path
