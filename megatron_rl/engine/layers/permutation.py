@@ -56,7 +56,10 @@ def add_rows(rows: Tensor, token_of: Tensor, tokens: int) -> Tensor:
 
 
 def use_equal_bits() -> None:
-    """Replaces both directions in Megatron-Core's token dispatchers, except where they are fused; once a process."""
+    """Replaces both directions of Megatron-Core's all-to-all dispatcher, except where they are fused; once a process.
+
+    Not for DeepEP's: there a token has as many rows as it has experts on this rank, which differ in number.
+    """
     if hasattr(token_dispatcher, "_megatron_rl_permute"):
         return
     permute, unpermute = token_dispatcher.permute, token_dispatcher.unpermute

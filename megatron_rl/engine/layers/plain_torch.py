@@ -238,7 +238,8 @@ class TorchLayers:
     def block_spec(
         self, arch: Architecture, config: TransformerConfig, vp_stage: int | None
     ) -> TransformerBlockSubmodules:
-        use_equal_bits()
+        if config.moe_token_dispatcher_type == "alltoall":
+            use_equal_bits()
         first = get_transformer_layer_offset(config, vp_stage=vp_stage)
         numbers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
         return TransformerBlockSubmodules(layer_specs=[layer_spec(arch, n) for n in numbers], layer_norm=RMSNorm)
