@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import typer
@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # Megatron-Core is imported once the device is ready for it
     from megatron_rl.routing.modes import MiniBatchRouting
 
 Steps = dict[str, Callable[[], Any]]
+Size = Literal["demo", "100m", "1b"]
 
 SIZES: dict[str, dict[str, int]] = {
     "100m": {
@@ -69,7 +70,7 @@ SIZES: dict[str, dict[str, int]] = {
 """Random models, apart from the demo's; experts' widths and number in about Qwen3-30B-A3B's proportions."""
 
 
-def make_model(directory: Path, size: str, dtype: EngineDtype, device: torch.device) -> None:
+def make_model(directory: Path, size: Size, dtype: EngineDtype, device: torch.device) -> None:
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -152,7 +153,7 @@ def engine_steps(policy: Policy, samples: list[Sample], rows: int) -> Steps:
     }
 
     def loss(replay: str) -> PolicyLoss:
-        return PolicyLoss(config.objective, mini_batch, old[replay], policy.device)
+        return PolicyLoss(config.objective, mini_batch, old[replay], policy.device, weight_version=0)
 
     return {
         "bare schedule": lambda: policy.gradients(packed, lambda _, logprobs, __: -logprobs.sum() / tokens),
@@ -242,15 +243,17 @@ def peaks(steps: Steps) -> dict[str, float]:
 
 def main(
     model: Annotated[Path | None, typer.Option(help="Hugging Face directory; default: a random one of --size")] = None,
-    size: Annotated[str, typer.Option(help=f"demo, {', '.join(SIZES)}")] = "demo",
+    size: Annotated[Size, typer.Option()] = "demo",
     device: Annotated[Device, typer.Option()] = "cpu",
     dtype: Annotated[EngineDtype, typer.Option()] = "fp32",
     recompute: Annotated[Recompute, typer.Option()] = "none",
-    sequences: Annotated[int, typer.Option(help="in a step")] = 16,
-    rows: Annotated[int, typer.Option(help="sequences in a micro-batch")] = 16,
+    sequences: Annotated[int, typer.Option(help="in a step")] = 64,
+    rows: Annotated[int, typer.Option(help="sequences in a micro-batch, an even number")] = 64,
     response_tokens: Annotated[int, typer.Option(help="at most")] = 65,
     repeats: Annotated[int, typer.Option()] = 7,
 ) -> None:
+    if sequences % rows or rows % 2:
+        raise typer.BadParameter(f"--sequences {sequences}, --rows {rows}: rows must be even and divide the sequences")
     used = use_device(device)
     import torch
 

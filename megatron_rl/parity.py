@@ -6,7 +6,7 @@ first of each sequence.
 
 In fp32 the largest differences have bounds. In bf16 a router takes another expert wherever two are nearly even, so that
 the largest differences of a right engine are as large as those of a wrong one: there the bounds are what transformers
-itself loses in bf16, in the root mean square.
+itself loses in bf16, in the root mean square; and no single gradient may be lost.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import orjson
 
 from megatron_rl.config.layout import Layout, check_layout, parse_layout
@@ -32,50 +32,8 @@ from megatron_rl.data.sample import Prompt, Sample
 from megatron_rl.data.vocabulary import unknown_token
 from megatron_rl.errors import UserError
 from megatron_rl.garbage import collect_rarely
+from megatron_rl.lab.differences import Bounds, Errors, GradientErrors, finite, largest_and_rms
 from megatron_rl.models.architecture import read_architecture
-
-LARGEST = (2e-5, 1e-4)
-"""Largest |log-prob difference| and largest relative gradient difference that pass in fp32."""
-OF_TRANSFORMERS = 1.5
-"""How much larger the errors in bf16 may be than those of transformers in bf16."""
-
-
-@dataclass(frozen=True)
-class Errors:
-    """Differences from the reference in fp32."""
-
-    logprob_max: float
-    logprob_rms: float
-    grad_max: float  # relative to the largest value of the tensor; 0 without gradients
-    grad_rms: float  # of all tensors together, relative to the reference's
-    worst_gradient: str = ""
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """The largest differences (fp32) or root mean squares (bf16) that pass."""
-
-    logprob: float
-    grad: float
-    of_largest: bool
-
-    @classmethod
-    def of(cls, transformers: Errors | None) -> Bounds:
-        """`transformers`: its errors in bf16; None for fp32."""
-        if transformers is None:
-            return cls(*LARGEST, of_largest=True)
-        return cls(
-            OF_TRANSFORMERS * transformers.logprob_rms, OF_TRANSFORMERS * transformers.grad_rms, of_largest=False
-        )
-
-    def measured(self, errors: Errors) -> tuple[float, float]:
-        if self.of_largest:
-            return errors.logprob_max, errors.grad_max
-        return errors.logprob_rms, errors.grad_rms
-
-    def allow(self, errors: Errors) -> bool:
-        logprob, grad = self.measured(errors)
-        return logprob <= self.logprob and grad <= self.grad
 
 
 @dataclass(frozen=True)
@@ -188,10 +146,7 @@ def write_reference(
     grads = GradientErrors()
     for name, gradient in lower_gradients.items():
         grads.add(name, gradient.float().numpy(), gradients[name].numpy())
-    difference = np.concatenate(lower) - np.concatenate(logprobs)
-    return logprobs, Errors(
-        float(np.abs(difference).max()), _rms(difference), grads.largest, grads.rms, grads.worst_gradient
-    )
+    return logprobs, grads.errors(*largest_and_rms(np.concatenate(lower) - np.concatenate(logprobs)))
 
 
 def _transformers(
@@ -238,7 +193,13 @@ def _run_ranks(spec: ParitySpec, world: int, scratch: Path) -> list[ParityResult
     answer = ask_ranks("megatron_rl.parity", asdict(spec), world, scratch)
     if answer is None:
         raise ParityError(f"the engine failed on {world} ranks for layouts {spec.layouts}; its output is above")
-    return [ParityResult(each["of"], each["tokens"], Errors(**each["errors"])) for each in answer]
+    return [ParityResult(each["of"], each["tokens"], _read(each["errors"])) for each in answer]
+
+
+def _read(errors: dict[str, Any]) -> Errors:
+    """JSON has no infinity: it was written as null."""
+    found: dict[str, Any] = {key: math.inf if value is None else value for key, value in errors.items()}
+    return Errors(**found)
 
 
 def _compare_server(
@@ -251,7 +212,7 @@ def _compare_server(
             return await asyncio.gather(*(client.score(ids) for ids in sequences))
 
     difference = np.concatenate(asyncio.run(ask())) - np.concatenate(logprobs)
-    return ParityResult(url, len(difference), Errors(float(np.abs(difference).max()), _rms(difference), 0.0, 0.0))
+    return ParityResult(url, len(difference), Errors(*largest_and_rms(difference)))
 
 
 def _report(results: Sequence[ParityResult], bounds: Bounds, dtype: str, as_json: bool) -> None:
@@ -259,7 +220,7 @@ def _report(results: Sequence[ParityResult], bounds: Bounds, dtype: str, as_json
         for r in results:
             what = "server" if "://" in r.of else "layout"
             measured = {what: r.of, "tokens": r.tokens, **asdict(r.errors), "passed": bounds.allow(r.errors)}
-            print(json.dumps({**measured, "bounds": asdict(bounds), "dtype": dtype}))
+            print(orjson.dumps({**measured, "bounds": asdict(bounds), "dtype": dtype}).decode())  # inf becomes null
         return
     from rich.console import Console
     from rich.table import Table
@@ -271,7 +232,7 @@ def _report(results: Sequence[ParityResult], bounds: Bounds, dtype: str, as_json
         table.add_column(column, overflow="fold")
     for r in results:
         logprob, grad = bounds.measured(r.errors)
-        gradient = (f"{grad:.2e}", r.errors.worst_gradient) if r.errors.worst_gradient else ("", "")
+        gradient = ("", "") if grad is None else (f"{grad:.2e}", r.errors.worst_gradient)
         verdict = "yes" if bounds.allow(r.errors) else "NO"
         table.add_row(r.of, str(r.tokens), f"{logprob:.2e}", *gradient, verdict)
     Console().print(table)
@@ -341,9 +302,10 @@ def _compare(spec: ParitySpec, text: str, layout: Layout, place, engine: EngineC
             continue
         differences.append(logprobs.cpu().numpy()[batch.loss_mask] - np.concatenate([wanted[i] for i in ids]))
     mine = np.concatenate(differences)
-    largest = torch.tensor(np.abs(mine).max(initial=0.0))
+    largest = torch.tensor(largest_and_rms(mine)[0], dtype=torch.float64)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=place.control)
-    squares = torch.tensor([np.square(mine).sum(), len(mine)])  # ranks with the same tokens all count them
+    # Ranks with the same tokens all count them.
+    squares = torch.tensor([np.square(mine).sum(), len(mine)], dtype=torch.float64)
     dist.all_reduce(squares, group=place.control)
 
     masks = [torch.as_tensor(b.loss_mask, device=device) for b in batches]
@@ -357,39 +319,13 @@ def _compare(spec: ParitySpec, text: str, layout: Layout, place, engine: EngineC
                 errors.add(tensor_name, gradient.cpu().float().numpy(), file.get_tensor(tensor_name).numpy())
     if place.rank == 0 and missing:
         raise ParityError(f"layout {text}: no gradient was exported for {sorted(missing)[:5]}")
-    logprob = (largest.item(), float(squares[0] / squares[1]) ** 0.5)
-    return ParityResult(
-        text, total - len(sequences), Errors(*logprob, errors.largest, errors.rms, errors.worst_gradient)
-    )
+    rms = finite(float(squares[0] / squares[1]) ** 0.5)
+    return ParityResult(text, total - len(sequences), errors.errors(largest.item(), rms))
 
 
 def _as_sample(index: int, ids: list[int]) -> Sample:
     prompt = Prompt(id=str(index), text="", token_ids=(ids[0],), answer="", verifier="")
     return Sample.start(prompt, 0).extend(ids[1:], [0.0] * (len(ids) - 1), weight_version=0)
-
-
-class GradientErrors:
-    """The largest error and the root mean square of all gradients' errors, each relative to what is expected."""
-
-    def __init__(self) -> None:
-        self.largest, self.worst_gradient = 0.0, ""
-        self._squares = self._expected = 0.0
-
-    def add(self, name: str, found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> None:
-        difference = (found - expected).astype(np.float64)
-        error = float(np.abs(difference).max()) / (float(np.abs(expected).max()) or 1.0)  # 1: zeros are expected
-        if error >= self.largest:
-            self.largest, self.worst_gradient = error, name
-        self._squares += float(np.square(difference).sum())
-        self._expected += float(np.square(expected.astype(np.float64)).sum())
-
-    @property
-    def rms(self) -> float:
-        return float((self._squares / (self._expected or 1.0)) ** 0.5)
-
-
-def _rms(values: npt.NDArray[np.floating]) -> float:
-    return float(np.sqrt(np.square(values).mean()))
 
 
 if __name__ == "__main__":

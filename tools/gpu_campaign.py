@@ -3,12 +3,12 @@
     python tools/gpu_campaign.py --rollouts RUN_DIR [--model DIR] [--minutes 10] [--out benchmarks/results/DATE-GPU.md]
 
 `--rollouts` is a run of examples/demo with routing.replay=r3 (its rollouts hold the servers' log-probs and routes), and
-`--model` the cold start that it began from. With them the trainer itself runs on the GPU, without servers: GRPO's
-update on the same batches, live, under R2 and under R3, and the two counterfactual commands.
+`--model` the cold start that it began from. With them the trainer itself runs on the GPU, without servers: GSPO's
+updates on the same batches, live, under R2 and under R3, and the two counterfactual commands.
 
 Checks run side by side, except those that are timed. A check that fails does not stop the others; the exit status is
-the number of those that failed. What needs Transformer Engine, SGLang or a second GPU is left out where it is missing,
-and the file says so.
+the number of those that failed. With a second GPU the checks have more layouts; with Transformer Engine installed they
+use its layers where `engine.layers` is auto, which is their default. No check needs SGLang.
 """
 
 from __future__ import annotations
@@ -117,10 +117,12 @@ def training(work: Path, model: Path, rollouts: Path) -> Iterator[Check]:
 
 
 def fine_tuning(work: Path) -> Iterator[Check]:
-    """Ten steps of SFT, which then goes on from its checkpoint."""
-    common = (*CLI, "sft", str(DEMO / "sft.yaml"), "engine.device=cuda", f"model.path={work / 'demo'}")
-    common += (f"run_dir={work / 'sft'}",)
-    yield Check("sft, fp32", (*common, "steps=10"), run_dir=work / "sft")
+    keys = ("engine.device=cuda", f"model.path={work / 'demo'}", f"run_dir={work / 'sft'}", "steps=10")
+    yield Check("sft, fp32", (*CLI, "sft", str(DEMO / "sft.yaml"), *keys), run_dir=work / "sft")
+
+
+def tests() -> Iterator[Check]:
+    yield Check("tests of a GPU", ("-m", "pytest", "-q", "-m", "gpu", "tests/ranks/test_engine_layers.py"))
 
 
 def throughput() -> Iterator[Check]:
@@ -207,6 +209,13 @@ def header() -> str:
     )
 
 
+def left_out(gpus: int) -> Iterator[str]:
+    if importlib.util.find_spec("transformer_engine") is None:
+        yield "Transformer Engine is not installed: all layers are those in plain PyTorch.\n"
+    if gpus < 2:
+        yield "One GPU: no layout with several ranks.\n"
+
+
 def metrics_of(run_dir: Path) -> str:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     chosen = [lines[i] for i in sorted({0, min(1, len(lines) - 1), len(lines) - 1})]
@@ -257,22 +266,23 @@ def main(
     deadline, gpus = time.monotonic() + 60 * minutes, torch.cuda.device_count()
     name = torch.cuda.get_device_name(0).split()[1]
     out = (out or ROOT / "benchmarks" / "results" / f"{datetime.date.today()}-{name}.md").absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         make_inputs(work)
-        checks = [*parity(work, gpus), *certificates(gpus), *fine_tuning(work)]
+        checks = [*tests(), *parity(work, gpus), *certificates(gpus), *fine_tuning(work)]
         if rollouts is not None and model is not None:
             checks += training(work, model.absolute(), rollouts.absolute())
         checks += throughput()
         checks = [check for check in checks if only in check.name]
+        if not checks:
+            raise typer.BadParameter(f"--only: no check has {only!r} in its name")
         at_once = max(1, usable_cores() * 2 // 3)
         sections, failed = [], 0
         for outcome in run_all(checks, deadline, at_once):
             sections.append(section(outcome))
             failed += outcome.failed
-            missing = [p for p in ("transformer_engine", "sglang") if importlib.util.find_spec(p) is None]
-            left_out = [f"Not installed, so not run: {', '.join(missing)}.\n"] if missing else []
-            out.write_text("\n".join([header(), *left_out, *sections]))
+            out.write_text("\n".join([header(), *left_out(gpus), *sections]))
     print(f"wrote {out}")
     raise typer.Exit(failed)
 

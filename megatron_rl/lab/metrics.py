@@ -104,11 +104,14 @@ def _add_mismatch_by_bin(metrics: MetricAccumulator, log_rho: Tensor, values: Te
         "k3": k3(log_rho),
         **{f"beyond_{tau}": log_rho.abs() > math.log(tau) for tau in BEYOND},
     }
-    for name, (low, high) in bins.items():
-        inside = (values >= low) & (values < high)
-        metrics.add(f"mismatch/share/{name}", inside)
-        for measure, each in measures.items():
-            metrics.add_where(inside, f"mismatch/{measure}/{name}", each)
+    inside = torch.stack([(values >= low) & (values < high) for low, high in bins.values()])  # [bins, M]
+    of_tokens = torch.stack([each.double() for each in measures.values()])  # [measures, M]
+    counts = inside.sum(-1).double()
+    # Not a matrix product: a number that is not finite stays in its own bin.
+    sums = of_tokens[:, None].where(inside, 0.0).sum(-1)  # [measures, bins]
+    names = [f"mismatch/{measure}/{name}" for measure in ("share", *measures) for name in bins]
+    everyone = torch.full_like(counts, len(log_rho))
+    metrics.add_sums(names, torch.cat([counts, sums.flatten()]), torch.cat([everyone, counts.repeat(len(measures))]))
 
 
 def _add_fractions(metrics: MetricAccumulator, values: LossValues, tokens: Tokens, present: Tensor) -> None:

@@ -10,7 +10,7 @@ Quantiles come from counts on a fixed grid of bins that grow geometrically away 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +59,7 @@ class MetricAccumulator:
     def __init__(self, kinds: Mapping[str, Kind], device: torch.device | str = "cpu") -> None:
         self.kinds = dict(kinds)
         self._slots: dict[str, MetricSlot] = {}
+        self._starts: dict[tuple[str, ...], Tensor] = {}
         size = 0
         for position, (name, kind) in enumerate(kinds.items()):
             self._slots[name] = MetricSlot(kind, size, 2 * position)
@@ -83,14 +84,16 @@ class MetricAccumulator:
             self._add_tail(slot, state, values)
 
     @torch.no_grad()
-    def add_where(self, counted: Tensor, name: str, values: Tensor) -> None:
-        """Adds to a mean those values that count, without selecting them: a GPU would wait for their number."""
-        slot = self._slots[name]
-        if slot.kind is not Kind.MEAN:
-            raise ValueError(f"{name}: found a {slot.kind.value}, expected a mean")
-        values = values.detach().to(self.sums).masked_fill(~counted, 0.0)
-        self.sums[slot.start] += values.sum()
-        self.sums[slot.start + 1] += counted.sum()
+    def add_sums(self, names: Sequence[str], sums: Tensor, counts: Tensor) -> None:
+        """Adds to means, [n] each: the sum of each one's values and their number."""
+        if tuple(names) not in self._starts:
+            if any(self._slots[name].kind is not Kind.MEAN for name in names):
+                raise ValueError(f"{', '.join(names)}: expected means")
+            starts = torch.tensor([self._slots[name].start for name in names], device=self.sums.device)
+            self._starts[tuple(names)] = starts
+        starts = self._starts[tuple(names)]
+        self.sums.index_add_(0, starts, sums.to(self.sums))
+        self.sums.index_add_(0, starts + 1, counts.to(self.sums))
 
     def _add_tail(self, slot: MetricSlot, state: Tensor, values: Tensor) -> None:
         finite = values.isfinite()

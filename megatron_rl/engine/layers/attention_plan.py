@@ -46,7 +46,7 @@ class PlannedSequences(PackedSeqParams):
     a byte for each query and key."""
 
     attention: AttentionPlan = field(kw_only=True)
-    _rotation: tuple[Tensor, Tensor] | None = None
+    _rotation: dict[torch.dtype, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def turn(self, angles: Tensor) -> None:
         """Keeps the cosine and sine of each token's position, [T, 1, 1, D]; angles [longest, 1, 1, D] by position.
@@ -54,14 +54,16 @@ class PlannedSequences(PackedSeqParams):
         Megatron-Core's own rotary embedding, without fused kernels, goes through the sequences one by one, in every
         layer, and on a GPU waits for their lengths.
         """
-        if self._rotation is None:
+        if not self._rotation:
             mine = angles.index_select(0, self.attention.positions)
-            self._rotation = mine.cos(), mine.sin()
+            self._rotation[torch.float32] = mine.cos(), mine.sin()
 
     def rotate(self, x: Tensor) -> Tensor:
         """Applies the rotary embedding to x [T, 1, heads, D], in its dtype."""
-        assert self._rotation is not None
-        cosine, sine = (part.to(x.dtype) for part in self._rotation)
+        if x.dtype not in self._rotation:
+            cosine, sine = self._rotation[torch.float32]
+            self._rotation[x.dtype] = cosine.to(x.dtype), sine.to(x.dtype)
+        cosine, sine = self._rotation[x.dtype]
         first, second = x.chunk(2, dim=-1)
         return x * cosine + torch.cat((-second, first), dim=-1) * sine
 
@@ -84,7 +86,7 @@ def attention_plan(cu_seqlens: npt.NDArray[np.integer], cp: int, cp_rank: int, d
         if cp > 1:
             q_position = mine[q_rows.clip(0)] - starts[members][:, None]
             k_position = np.arange(k_rows.shape[1])
-            mask = put(k_position <= q_position[:, :, None], device).unsqueeze(1)
+            mask = (put(k_position, device) <= put(q_position, device)[:, :, None]).unsqueeze(1)
         real = q_rows >= 0
         slot_of[q_rows[real]] = slots + np.flatnonzero(real)
         slots += real.size

@@ -66,13 +66,13 @@ def use_equal_bits() -> None:
     token_dispatcher._megatron_rl_permute = permute
 
     def to_experts(tokens: Tensor, routing_map: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("fused"):
+        if kwargs.get("fused") or kwargs.get("drop_and_pad"):
             return permute(tokens, routing_map, *args, **kwargs)
         _, probs, token_of, *rest = permute(tokens[:, :0], routing_map, *args, **kwargs)
         return _ToExperts.apply(tokens, token_of), probs, token_of, *rest
 
     def from_experts(rows: Tensor, token_of: Tensor, restore_shape: torch.Size, *args: Any, **kwargs: Any) -> Tensor:
-        if kwargs.get("fused"):
+        if kwargs.get("fused") or kwargs.get("drop_and_pad") or kwargs.get("probs") is not None:
             return unpermute(rows, token_of, restore_shape, *args, **kwargs)
         return _FromExperts.apply(rows, token_of, restore_shape[0])
 

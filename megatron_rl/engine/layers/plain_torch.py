@@ -2,7 +2,8 @@
 
 They fill the places that Megatron-Core's local modules leave empty: a norm under sequence parallelism, packed attention
 (THD) with context parallelism, and grouped experts. Linear layers, the router, the dispatcher and the transformer layer
-itself are Megatron-Core's own. Weights have the same values and the same Hugging Face names as with Transformer Engine.
+itself are Megatron-Core's own, except for the order of tokens by expert (permutation.py) and where the rotary embedding
+is applied. Weights have the same values and the same Hugging Face names as with Transformer Engine.
 
 Shapes: T packed tokens of this rank, H hidden, N query heads and G key-value heads of this tensor-parallel rank, D head
 width, E experts of this rank, F expert width on this expert-tensor-parallel rank.
@@ -76,11 +77,15 @@ class RotatedSelfAttention(SelfAttention):
         **kwargs: Any,
     ) -> Any:
         packed_seq_params.turn(rotary_pos_emb)
-        self._sequences = packed_seq_params  # for the next line alone, which calls the method below
-        return super().forward(hidden_states, attention_mask, *args, packed_seq_params=packed_seq_params, **kwargs)
+        self._sequences: PlannedSequences | None = packed_seq_params  # for this call alone: it holds masks
+        try:
+            return super().forward(hidden_states, attention_mask, *args, packed_seq_params=packed_seq_params, **kwargs)
+        finally:
+            self._sequences = None
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         query, key, *rest = super().get_query_key_value_tensors(*args, **kwargs)
+        assert self._sequences is not None
         return self._sequences.rotate(query), self._sequences.rotate(key), *rest
 
 
@@ -116,7 +121,7 @@ class PackedAttention(MegatronModule):
         **_: Any,
     ) -> Tensor:
         """query [T, N, D], key and value [T, G, D]; returns [T, N * D]."""
-        if query.is_cuda and query.dtype == torch.bfloat16 and self.cp_group.size() == 1:
+        if self.cp_group.size() == 1 and has_flash_attention(query):
             return flash_attention(query, key, value, packed_seq_params, self.softmax_scale)
         if self.cp_group.size() > 1:
             key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
@@ -138,6 +143,11 @@ def padded_attention(query: Tensor, key: Tensor, value: Tensor, plan: AttentionP
         )
         outputs.append(out.transpose(1, 2).reshape(-1, query.shape[1] * query.shape[2]))
     return torch.cat(outputs).index_select(0, plan.order)
+
+
+def has_flash_attention(query: Tensor) -> bool:
+    width = query.shape[-1]
+    return query.is_cuda and query.dtype == torch.bfloat16 and width % 8 == 0 and width <= 256
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, bounds: PackedSeqParams, scale: float) -> Tensor:
