@@ -43,7 +43,7 @@ LAYOUTS = {
     "ppo-kl": ["parallel.ep=2"],
     "kl-in-loss": ["parallel.cp=2"],
     "kl-in-reward": [""],
-    "centred": ["parallel.tp=2", "parallel.cp=2", "parallel.pp=2", ""],
+    "centred": ["parallel.tp=2", "parallel.cp=2"],
     "mimo": [""],
     "mu-for-old": ["parallel.pp=2"],
 }
