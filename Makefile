@@ -30,7 +30,7 @@ $(STAMP): $(FROZEN) $(NODEPS) $(TE_STUB) pyproject.toml setup.py
 		echo 'Install one and name it: make install PYTHON=python3.11' >&2; exit 1;; esac
 	@$(BIN)/python -c 'import sys, pip; sys.exit("%d.%d" % sys.version_info[:2] != "$(VERSION)")' 2>/dev/null \
 		|| $(PYTHON) -m venv --clear $(VENV)
-	@echo 'Installing $(FROZEN) into $(VENV) (Python $(VERSION)): about 2 GB, a few minutes'
+	@echo 'Installing $(FROZEN) into $(VENV) (Python $(VERSION)): about 1.7 GB, a few minutes'
 	$(INSTALL) -r $(FROZEN)
 	$(INSTALL) --no-deps -r $(NODEPS)
 	$(INSTALL) --no-deps --upgrade --target $(VENV)/te -r $(TE_STUB)
