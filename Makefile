@@ -43,7 +43,7 @@ demo study test test-fast test-all: export OMP_NUM_THREADS := 1
 demo: install
 	$(BIN)/python examples/demo/run.py --preset $(PRESET)
 
-# The two small studies of examples/studies and a page about both, in .demo/studies/report; about 25 minutes.
+# The two small studies of examples/studies and a page about both, in .demo/studies/report.
 study: install
 	$(BIN)/python examples/demo/run.py --cold-start
 	PYTHONPATH=examples/demo $(BIN)/python -m megatron_rl study examples/studies/gspo-clip-small.yaml

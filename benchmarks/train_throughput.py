@@ -32,7 +32,7 @@ from megatron_rl.cores import usable_cores
 from megatron_rl.data.packing import PackedBatch, pack
 from megatron_rl.data.sample import Prompt, Sample
 from megatron_rl.data.schedule import Denominators
-from megatron_rl.engine.device import use_device
+from megatron_rl.engine.device import torch_dtype, use_device
 
 if TYPE_CHECKING:  # Megatron-Core is imported once the device is ready for it
     import torch
@@ -92,7 +92,7 @@ def make_model(directory: Path, size: Size, dtype: EngineDtype, device: torch.de
     torch.manual_seed(0)
     with torch.device(device):
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**fields))
-    model.to(torch.bfloat16 if dtype == "bf16" else torch.float32).save_pretrained(directory)
+    model.to(torch_dtype(dtype)).save_pretrained(directory)
 
 
 def make_samples(vocab_size: int, sequences: int, response_tokens: int, prompt_tokens: int = 18) -> list[Sample]:
@@ -114,8 +114,7 @@ def transformers_step(
     import torch
     from transformers import AutoModelForCausalLM
 
-    torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch_dtype).to(device)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch_dtype(dtype)).to(device)
     longest = max(len(s.token_ids) for s in samples)
     ids, mask = torch.zeros(2, len(samples), longest, dtype=torch.long)
     for row, sample in enumerate(samples):
@@ -206,9 +205,7 @@ def matrix_product_rate(dtype: EngineDtype, device: torch.device) -> float:
     import torch
 
     size = 8192 if device.type == "cuda" else 2048
-    a, b = (
-        torch.randn(size, size, device=device).to(torch.bfloat16 if dtype == "bf16" else torch.float32) for _ in "ab"
-    )
+    a, b = (torch.randn(size, size, device=device).to(torch_dtype(dtype)) for _ in "ab")
     seconds = timed({"product": lambda: a @ b}, 10)["product"]
     return float(2 * size**3 / statistics.median(seconds))
 

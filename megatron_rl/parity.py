@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import orjson
@@ -51,8 +51,9 @@ class ParitySpec:
 
 @dataclass(frozen=True)
 class ParityResult:
-    """A layout, or a live server by its URL, which has no gradients."""
+    """Errors of a layout, or of a live server by its URL, which has no gradients."""
 
+    kind: Literal["layout", "server"]
     of: str
     tokens: int
     errors: Errors
@@ -157,9 +158,10 @@ def _transformers(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from megatron_rl.engine.device import torch_dtype
+
     logging.disable_progress_bar()
-    wanted = torch.bfloat16 if dtype == "bf16" else torch.float32
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=wanted)
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch_dtype(dtype))
     # transformers leaves out the gradient of the padding token's row, even where that token is read.
     reference.get_input_embeddings().padding_idx = None
     total = sum(len(ids) - 1 for ids in sequences)
@@ -193,7 +195,7 @@ def _run_ranks(spec: ParitySpec, world: int, scratch: Path) -> list[ParityResult
     answer = ask_ranks("megatron_rl.parity", asdict(spec), world, scratch)
     if answer is None:
         raise ParityError(f"the engine failed on {world} ranks for layouts {spec.layouts}; its output is above")
-    return [ParityResult(each["of"], each["tokens"], _read(each["errors"])) for each in answer]
+    return [ParityResult("layout", each["of"], each["tokens"], _read(each["errors"])) for each in answer]
 
 
 def _read(errors: dict[str, Any]) -> Errors:
@@ -212,27 +214,26 @@ def _compare_server(
             return await asyncio.gather(*(client.score(ids) for ids in sequences))
 
     difference = np.concatenate(asyncio.run(ask())) - np.concatenate(logprobs)
-    return ParityResult(url, len(difference), Errors(*largest_and_rms(difference)))
+    return ParityResult("server", url, len(difference), Errors(*largest_and_rms(difference)))
 
 
 def _report(results: Sequence[ParityResult], bounds: Bounds, dtype: str, as_json: bool) -> None:
     if as_json:
         for r in results:
-            what = "server" if "://" in r.of else "layout"
-            measured = {what: r.of, "tokens": r.tokens, **asdict(r.errors), "passed": bounds.allow(r.errors)}
+            measured = {r.kind: r.of, "tokens": r.tokens, **asdict(r.errors), "passed": bounds.allow(r.errors)}
             print(orjson.dumps({**measured, "bounds": asdict(bounds), "dtype": dtype}).decode())  # inf becomes null
         return
     from rich.console import Console
     from rich.table import Table
 
     title = f"parity with transformers in fp32 ({dtype}; bounds {bounds.logprob:.2g} and {bounds.grad:.2g})"
-    of = "max abs" if bounds.of_largest else "rms"
+    what = ("max abs", "max rel") if bounds.of_largest else ("rms", "rms rel")
     table = Table(title=title)
-    for column in ("layout", "tokens", f"log-prob, {of}", f"gradient, {of}, rel", "worst gradient", "passed"):
+    for column in ("layout", "tokens", f"log-prob, {what[0]}", f"gradient, {what[1]}", "worst gradient", "passed"):
         table.add_column(column, overflow="fold")
     for r in results:
-        logprob, grad = bounds.measured(r.errors)
-        gradient = ("", "") if grad is None else (f"{grad:.2e}", r.errors.worst_gradient)
+        logprob, grad, worst = bounds.measured(r.errors)
+        gradient = ("", "") if grad is None else (f"{grad:.2e}", worst)
         verdict = "yes" if bounds.allow(r.errors) else "NO"
         table.add_row(r.of, str(r.tokens), f"{logprob:.2e}", *gradient, verdict)
     Console().print(table)
@@ -320,7 +321,7 @@ def _compare(spec: ParitySpec, text: str, layout: Layout, place, engine: EngineC
     if place.rank == 0 and missing:
         raise ParityError(f"layout {text}: no gradient was exported for {sorted(missing)[:5]}")
     rms = finite(float(squares[0] / squares[1]) ** 0.5)
-    return ParityResult(text, total - len(sequences), errors.errors(largest.item(), rms))
+    return ParityResult("layout", text, total - len(sequences), errors.errors(largest.item(), rms))
 
 
 def _as_sample(index: int, ids: list[int]) -> Sample:

@@ -34,6 +34,7 @@ import torch
 import typer
 
 from megatron_rl.cores import threads_per_process, usable_cores
+from megatron_rl.lab.run import read_metrics
 
 ROOT = Path(__file__).parent.parent
 CLI = ("-m", "megatron_rl")
@@ -80,22 +81,24 @@ class Outcome:
         return self.status != 0
 
 
+def layouts(gpus: int) -> list[str]:
+    """Options of `parity` and `certify`."""
+    wanted = ["tp=1"] + (["tp=2", "tp=2,ep=2", "pp=2", "cp=2", "ep=2"] if gpus >= 2 else [])
+    return [word for layout in wanted for word in ("--layout", layout)]
+
+
 def parity(work: Path, gpus: int) -> Iterator[Check]:
     tokens = work / "tokens.jsonl"
-    layouts = ["tp=1"] + (["tp=2", "tp=2,ep=2", "pp=2", "cp=2", "tp=1,ep=2"] if gpus >= 2 else [])
-    wanted = [word for layout in layouts for word in ("--layout", layout)]
     for dtype in ("fp32", "bf16"):
         for recompute in ("none", "full"):
             flags = ("--model", str(work / "random"), "--tokens", str(tokens), "--dtype", dtype)
-            command = (*CLI, "parity", *flags, "--recompute", recompute, "--device", "cuda", *wanted)
+            command = (*CLI, "parity", *flags, "--recompute", recompute, "--device", "cuda", *layouts(gpus))
             yield Check(f"parity, {dtype}, recompute {recompute}", command)
 
 
 def certificates(gpus: int) -> Iterator[Check]:
-    layouts = ["tp=1"] + (["tp=2", "pp=2", "cp=2", "tp=1,ep=2"] if gpus >= 2 else [])
-    wanted = [word for layout in layouts for word in ("--layout", layout)]
     for dtype in ("fp32", "bf16"):
-        yield Check(f"certify, {dtype}", (*CLI, "certify", "--dtype", dtype, "--device", "cuda", *wanted))
+        yield Check(f"certify, {dtype}", (*CLI, "certify", "--dtype", dtype, "--device", "cuda", *layouts(gpus)))
 
 
 def training(work: Path, model: Path, rollouts: Path) -> Iterator[Check]:
@@ -217,7 +220,7 @@ def left_out(gpus: int) -> Iterator[str]:
 
 
 def metrics_of(run_dir: Path) -> str:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(run_dir / "metrics.jsonl")
     chosen = [lines[i] for i in sorted({0, min(1, len(lines) - 1), len(lines) - 1})]
     rows = [" " * 52 + "".join(f"{'step ' + str(d['step']) + '.' + str(d.get('mini_batch', 0)):>14}" for d in chosen)]
     for name in METRICS:

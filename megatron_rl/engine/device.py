@@ -62,6 +62,11 @@ def use_device(requested: str, leave_out: Collection[str] = ()) -> torch.device:
     return device
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """Returns the dtype that engine.dtype names: fp32 or bf16."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
 def put(values: Tensor | npt.NDArray[np.generic], device: torch.device) -> Tensor:
     """Returns values on the device, without waiting for the work that a GPU still has before it.
 

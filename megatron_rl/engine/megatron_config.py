@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import EngineConfig
+from megatron_rl.engine.device import torch_dtype
 from megatron_rl.models.architecture import Architecture
 
 
@@ -83,7 +83,7 @@ def _mixture(arch: Architecture, engine: EngineConfig, fused_kernels: bool) -> d
 
 
 def _numbers(engine: EngineConfig) -> dict[str, Any]:
-    dtype = torch.bfloat16 if engine.dtype == "bf16" else torch.float32
+    dtype = torch_dtype(engine.dtype)
     return {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": engine.dtype == "bf16"}
 
 

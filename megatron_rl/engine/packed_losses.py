@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
 import orjson
 import torch
 from torch import Tensor
@@ -69,18 +67,13 @@ class PolicyLoss:
         packed = self._mini_batch.micro_batches[index]
         top = packed.top
         if top is not None and top_logprobs is not None:
-            rollout = _on_device_of(logprobs, top.logprobs)
+            rollout = put(top.logprobs, logprobs.device)
             inputs = dataclasses.replace(inputs, top_logprobs=top_logprobs, top_rollout_logprobs=rollout)
         outputs = self._loss(inputs, self._objective, self._mini_batch.denominators)
         version = self._weight_version
-        lags = None if version is None else version - _on_device_of(logprobs, packed.versions)
+        lags = None if version is None else version - put(packed.versions, logprobs.device)
         training_metrics(self.metrics, inputs, outputs, entropy, lags, mismatch=self._measures_mismatch)
         return outputs.loss
-
-
-def _on_device_of(tensor: Tensor, array: npt.NDArray[np.generic]) -> Tensor:
-    """Returns the array as a tensor on the device of `tensor`."""
-    return put(array, tensor.device)
 
 
 def _loss_inputs(
@@ -94,10 +87,10 @@ def _loss_inputs(
     return LossInputs(
         logprobs=logprobs,
         old_logprobs=old_logprobs,
-        rollout_logprobs=_on_device_of(logprobs, packed.rollout_logprobs),
-        advantages=_on_device_of(logprobs, packed.advantages),
-        loss_mask=_on_device_of(logprobs, packed.loss_mask),
-        sequence_ids=_on_device_of(logprobs, packed.sequence_ids),
+        rollout_logprobs=put(packed.rollout_logprobs, logprobs.device),
+        advantages=put(packed.advantages, logprobs.device),
+        loss_mask=put(packed.loss_mask, logprobs.device),
+        sequence_ids=put(packed.sequence_ids, logprobs.device),
         num_sequences=len(packed.cu_seqlens) - 1,
         reference_logprobs=reference_logprobs,
         prompts=[outcome.group for outcome in outcomes],
@@ -153,12 +146,12 @@ class ValueLoss:
 
     def __call__(self, index: int, values: Tensor) -> Tensor:
         estimate = self._estimates[index]
-        mask = _on_device_of(values, self._mini_batch.micro_batches[index].loss_mask)
-        returns = _on_device_of(values, estimate.returns).to(values)
+        mask = put(self._mini_batch.micro_batches[index].loss_mask, values.device)
+        returns = put(estimate.returns, values.device).to(values)
         outputs = value_loss(
             ValueInputs(values, self._old[index], returns, mask), self._clip, self._mini_batch.denominators
         )
-        kept, following = outputs.kept, _on_device_of(values, estimate.rewards_to_go)
+        kept, following = outputs.kept, put(estimate.rewards_to_go, values.device)
         value_metrics(self.metrics, values[kept], returns[kept], following[kept], outputs)
         return outputs.loss
 

@@ -29,7 +29,9 @@ class Errors:
     grad_tensor_rms: float | None = None
     """Of the tensor in which it is largest, relative to the reference's."""
     worst_gradient: str = ""
-    """Name of that tensor."""
+    """Name of the tensor with grad_max."""
+    worst_tensor: str = ""
+    """Name of the tensor with grad_tensor_rms."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,14 @@ class Bounds:
     def of_largest(self) -> bool:
         return self.grad_tensor is None
 
-    def measured(self, errors: Errors) -> tuple[float, float | None]:
+    def measured(self, errors: Errors) -> tuple[float, float | None, str]:
+        """Returns what `logprob` and `grad` bound, and the name of the worst gradient."""
         if self.of_largest:
-            return errors.logprob_max, errors.grad_max
-        return errors.logprob_rms, errors.grad_rms
+            return errors.logprob_max, errors.grad_max, errors.worst_gradient
+        return errors.logprob_rms, errors.grad_rms, errors.worst_tensor
 
     def allow(self, errors: Errors) -> bool:
-        logprob, grad = self.measured(errors)
+        logprob, grad, _ = self.measured(errors)
         if logprob > self.logprob or (grad is not None and grad > self.grad):
             return False
         return self.grad_tensor is None or errors.grad_tensor_rms is None or errors.grad_tensor_rms <= self.grad_tensor
@@ -74,23 +77,23 @@ class GradientErrors:
     """Collects the errors of gradients, tensor by tensor, each relative to what is expected."""
 
     def __init__(self) -> None:
-        self.max = self.tensor_rms = 0.0
-        self.worst = ""
+        self._max = self._tensor_rms = (0.0, "")
         self._squares = self._expected = 0.0
 
     def add(self, name: str, found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> None:
         difference = np.abs((found - expected).astype(np.float64))
         squares, of_expected = float(np.square(difference).sum()), float(np.square(expected.astype(np.float64)).sum())
-        self.max = max(self.max, finite(float(difference.max()) / (float(np.abs(expected).max()) or 1.0)))
-        rms = finite(math.sqrt(squares / (of_expected or 1.0)))  # 1: zeros are expected
-        if rms >= self.tensor_rms:
-            self.tensor_rms, self.worst = rms, name
+        # 1: zeros are expected.
+        largest = finite(float(difference.max()) / (float(np.abs(expected).max()) or 1.0))
+        self._max = max(self._max, (largest, name))
+        self._tensor_rms = max(self._tensor_rms, (finite(math.sqrt(squares / (of_expected or 1.0))), name))
         self._squares += squares
         self._expected += of_expected
 
     def errors(self, logprob_max: float, logprob_rms: float) -> Errors:
         whole = finite(math.sqrt(self._squares / (self._expected or 1.0)))
-        return Errors(logprob_max, logprob_rms, self.max, whole, self.tensor_rms, self.worst)
+        (largest, worst), (tensor_rms, worst_tensor) = self._max, self._tensor_rms
+        return Errors(logprob_max, logprob_rms, largest, whole, tensor_rms, worst, worst_tensor)
 
 
 def finite(value: float) -> float:

@@ -24,7 +24,7 @@ from megatron_rl.engine.checkpoint import (
     remove_partial,
     save_checkpoint,
 )
-from megatron_rl.engine.device import use_device
+from megatron_rl.engine.device import torch_dtype, use_device
 from megatron_rl.engine.distribute import MiniBatch
 from megatron_rl.engine.grad_norms import total_norm
 from megatron_rl.engine.manifest import CheckpointError, Identity, State
@@ -262,7 +262,7 @@ class Trainer:
                     pass
 
     def _write_model(self, network: Network, directory: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-        dtype = torch.bfloat16 if self.config.engine.dtype == "bf16" else torch.float32
+        dtype = torch_dtype(self.config.engine.dtype)
         new = directory.with_name(directory.name + ".new")
         shutil.rmtree(new, ignore_errors=True)
         save_weights(tensors, new, network.model_dir, MAX_SHARD_BYTES, dtype, network.arch.value_head)

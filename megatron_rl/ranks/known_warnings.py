@@ -6,6 +6,7 @@ that gives it are in the lists below, with the reason. Every other warning still
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import warnings
@@ -66,10 +67,15 @@ def hide_known_warnings(known: tuple[KnownWarning, ...] = EVERYWHERE) -> None:
         return
     for warning in known:
         warnings.filterwarnings("ignore", warning.text, warning.category, warning.module)
+
+
+def hide_known_records() -> None:
+    """As hide_known_warnings, for LOGGED."""
+    if sys.warnoptions:
+        return
     for name, text in LOGGED.items():
-        logging.getLogger(name).addFilter(_Without(text))
+        logging.getLogger(name).addFilter(functools.partial(_is_other, text))
 
 
-class _Without(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(self.name)
+def _is_other(text: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(text)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-import torch
-
 from megatron_rl.config.schema import WeightsConfig
+from megatron_rl.engine.device import torch_dtype
 from megatron_rl.engine.policy import Policy
 from megatron_rl.ranks.collectives import together
 from megatron_rl.rollout.source import Leader
@@ -42,7 +41,7 @@ class WeightSync:
         if leader is not None and config.route == "collective":
             self._route = CollectiveRoute(leader.clients, leader.loop, policy.device, config.timeout)
         elif leader is not None:
-            dtype = torch.bfloat16 if policy.engine.dtype == "bf16" else torch.float32
+            dtype = torch_dtype(policy.engine.dtype)
             self._route = DiskRoute(leader.clients, leader.loop, directory, policy.model_dir, dtype, config.timeout)
 
     def push(self, version: int) -> dict[str, float]:

@@ -10,6 +10,8 @@ from config_files import write
 from rl_runs import environment, torchrun
 from tiny_models import make_tiny_model
 
+from megatron_rl.ranks.known_warnings import LOGGED
+
 SFT = """\
 run_dir: run
 model: {path: model}
@@ -32,3 +34,4 @@ def test_a_run_prints_no_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "step 1/1" in done.stdout
     assert "Warning" not in done.stderr
+    assert not [text for text in LOGGED.values() if text in done.stderr]

@@ -252,6 +252,23 @@ def test_no_mismatch_is_reported_if_mu_replaces_pi_old():
     assert "omega/mean" in report
 
 
+def test_a_mismatch_that_is_not_finite_stays_in_its_bin():
+    sequences = random_sequences(8, [50, 30])
+    inputs = pack(sequences)
+    at = int(inputs.loss_mask.nonzero()[0])
+    inputs.rollout_logprobs[at] = -1e4
+    lags = torch.zeros(len(inputs.loss_mask), dtype=torch.int64)
+    lags[at] = 1
+    metrics = MetricAccumulator(TRAINING)
+    training_metrics(
+        metrics, inputs, policy_loss(inputs, GRPO, denominators(sequences)), packed_entropy(sequences), lags
+    )
+    report = metrics.finalize()
+    assert report["mismatch/abs_logprob_gap/lag_1"] > 9e3
+    assert not math.isfinite(report["mismatch/k3/lag_1"])
+    assert math.isfinite(report["mismatch/k3/lag_0"])
+
+
 def test_every_declared_metric_is_measured():
     clip = GRPO.clip.model_copy(update={"dual": 3.0})
     sequences = random_sequences(8, [50, 30])  # so many that no bin of the mismatch is empty
