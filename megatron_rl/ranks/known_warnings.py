@@ -31,6 +31,8 @@ EVERYWHERE = (
     KnownWarning(UserWarning, MEGATRON, "Apex is not installed. Falling back to Torch Norm"),
     # Megatron-Core 0.19 imports a configuration that nobody here asks for.
     KnownWarning(UserWarning, MEGATRON + "models.mimo", "MimoModelConfig is experimental"),
+    # Python 3.12 says so of Megatron-Core's docstrings when it compiles them; the module is the file's path then.
+    KnownWarning(SyntaxWarning, r".*megatron.core", "invalid escape sequence"),
     # Megatron-Core deprecates the default of its own option; no CUDA graphs are captured here.
     KnownWarning(UserWarning, MEGATRON + "transformer.transformer_config", "full scope is deprecated"),
     # Its optimizer asks every parameter for a gradient, views included, and expects None from those.
