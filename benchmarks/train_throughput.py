@@ -32,9 +32,10 @@ from megatron_rl.cores import usable_cores
 from megatron_rl.data.packing import PackedBatch, pack
 from megatron_rl.data.sample import Prompt, Sample
 from megatron_rl.data.schedule import Denominators
-from megatron_rl.engine.device import torch_dtype, use_device
+from megatron_rl.engine.device import use_device
+from megatron_rl.models.weights_io import torch_dtype
 
-if TYPE_CHECKING:  # Megatron-Core is imported once the device is ready for it
+if TYPE_CHECKING:
     import torch
 
     from megatron_rl.engine.policy import Policy

@@ -158,7 +158,7 @@ def _transformers(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    from megatron_rl.engine.device import torch_dtype
+    from megatron_rl.models.weights_io import torch_dtype
 
     logging.disable_progress_bar()
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch_dtype(dtype))

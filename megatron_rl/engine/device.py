@@ -41,7 +41,7 @@ def resolve_device(requested: str) -> torch.device:
 
 
 def use_device(requested: str, leave_out: Collection[str] = ()) -> torch.device:
-    """Makes the device ready for Megatron-Core and returns it. Call before importing megatron.core.
+    """Makes the device ready for Megatron-Core and returns it. Call it before anything of Megatron-Core.
 
     `leave_out` names items to omit; only the test that proves each one necessary uses it.
     """
@@ -60,11 +60,6 @@ def use_device(requested: str, leave_out: Collection[str] = ()) -> torch.device:
         if name not in leave_out:
             item()
     return device
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """Returns the dtype that engine.dtype names: fp32 or bf16."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
 def put(values: Tensor | npt.NDArray[np.generic], device: torch.device) -> Tensor:

@@ -14,8 +14,8 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import EngineConfig
-from megatron_rl.engine.device import torch_dtype
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.weights_io import torch_dtype
 
 
 def transformer_config(

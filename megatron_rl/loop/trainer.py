@@ -24,7 +24,7 @@ from megatron_rl.engine.checkpoint import (
     remove_partial,
     save_checkpoint,
 )
-from megatron_rl.engine.device import torch_dtype, use_device
+from megatron_rl.engine.device import use_device
 from megatron_rl.engine.distribute import MiniBatch
 from megatron_rl.engine.grad_norms import total_norm
 from megatron_rl.engine.manifest import CheckpointError, Identity, State
@@ -40,7 +40,7 @@ from megatron_rl.loop.networks import Networks, build_networks, identify
 from megatron_rl.loop.progress import is_due
 from megatron_rl.loop.watch import Watch
 from megatron_rl.models.architecture import read_architecture
-from megatron_rl.models.weights_io import MAX_SHARD_BYTES, save_weights
+from megatron_rl.models.weights_io import MAX_SHARD_BYTES, save_weights, torch_dtype
 from megatron_rl.ranks.collectives import together
 from megatron_rl.ranks.heartbeat import Heartbeat
 from megatron_rl.ranks.place import Place, start_process_groups, stop_process_groups

@@ -47,6 +47,11 @@ COMPANIONS = (
 )
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """Returns the dtype that engine.dtype names: fp32 or bf16."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
 class TensorFiles:
     """The safetensors files of a model directory; reads stretches of tensors without the whole.
 

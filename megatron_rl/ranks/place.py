@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_rl.config.layout import Coordinates, Layout
+from megatron_rl.ranks.megatron import model_parallel_cuda_manual_seed, parallel_state
 from megatron_rl.ranks.world import read_world
 
 # In these groups ranks wait for leaders, which wait for servers and verifiers with deadlines of their own. A rank that

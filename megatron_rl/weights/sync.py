@@ -6,8 +6,8 @@ import contextlib
 from pathlib import Path
 
 from megatron_rl.config.schema import WeightsConfig
-from megatron_rl.engine.device import torch_dtype
 from megatron_rl.engine.policy import Policy
+from megatron_rl.models.weights_io import torch_dtype
 from megatron_rl.ranks.collectives import together
 from megatron_rl.rollout.source import Leader
 from megatron_rl.weights.collective import CollectiveRoute

@@ -271,7 +271,6 @@ def _import_everything() -> None:
     from megatron_rl.engine.device import use_device
 
     use_device("cpu")
-    import datasets  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
     from transformers.models.qwen3_moe import modeling_qwen3_moe  # noqa: F401

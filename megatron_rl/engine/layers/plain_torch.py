@@ -40,7 +40,6 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from megatron_rl.engine.device import put
 from megatron_rl.engine.layers.attention_plan import AttentionPlan, PlannedSequences, attention_plan
@@ -152,6 +151,8 @@ def has_flash_attention(query: Tensor) -> bool:
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, bounds: PackedSeqParams, scale: float) -> Tensor:
     """query [T, N, D], key and value [T, G, D], bf16 on a GPU; returns [T, N * D]."""
+    from torch.nn.attention.varlen import varlen_attn  # loads torch's compiler, so only a GPU does it
+
     parameters = inspect.signature(varlen_attn).parameters
     # Between torch 2.10 and 2.13 the window replaced is_causal, and heads in groups came to be asked for.
     options: dict[str, Any] = {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
