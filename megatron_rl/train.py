@@ -16,6 +16,7 @@ from megatron_rl.engine.distribute import MiniBatch, TrainSample, distribute
 from megatron_rl.engine.packed_advantages import needs_forward_pass
 from megatron_rl.loop.experience import measure_router_shift, prepare
 from megatron_rl.loop.parts import Parts, open_parts
+from megatron_rl.loop.recorded_tokens import write_recorded
 from megatron_rl.loop.rollouts import RolloutBatch
 from megatron_rl.loop.updates import apply, train_critic_again
 from megatron_rl.objectives.advantages import group_advantages
@@ -45,11 +46,15 @@ def train(
             batch = parts.rollouts.next(progress)
             mini_batches = schedule(parts, with_advantages(batch.groups, config))
             noise = progress.due(config.routing.noise_floor)
-            updates = prepare(config, trainer, mini_batches, weight_version=progress.step, measures_noise=noise)
+            records = progress.step + 1 in config.lab.record_steps
+            updates = prepare(
+                config, trainer, mini_batches, weight_version=progress.step, measures_noise=noise, records=records
+            )
             for update in updates:
                 measure_router_shift(trainer, update)
                 apply(config, trainer, update, progress.step, batch.metrics)
             train_critic_again(config, trainer, updates)
+            write_recorded(trainer, updates, progress.step + 1)
             finish_step(parts, batch)
             parts.evaluator.evaluate(progress)
             if halt is not None:

@@ -45,3 +45,9 @@ class LabConfig(Frozen):
     alarms: tuple[Alarm, ...] = ()
     """Alarms, as a list of {metric, above or below, steps, action}. metrics.jsonl has each as `alarm/METRIC/ACTION`: 1
     if it fired."""
+
+
+class RlLabConfig(LabConfig):
+    record_steps: tuple[PositiveInt, ...] = ()
+    """Rollout steps, from 1, of which run_dir/tokens gets the log-probs, entropy and expert change of each token, for
+    `megatron-rl inspect`."""

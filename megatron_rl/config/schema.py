@@ -22,7 +22,7 @@ from megatron_rl.config.bounds import (
     Reward,
     Seconds,
 )
-from megatron_rl.config.lab import LabConfig
+from megatron_rl.config.lab import LabConfig, RlLabConfig
 from megatron_rl.config.servers import VARIABLE, same_server, url_problem
 from megatron_rl.config.stress import NoStress, StressConfig
 from megatron_rl.config.switches import ObjectiveConfig
@@ -344,7 +344,7 @@ class Config(Frozen):
     weights: WeightsConfig = WeightsConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    lab: LabConfig = LabConfig()
+    lab: RlLabConfig = RlLabConfig()
 
 
 class SftDataConfig(Frozen):

@@ -14,6 +14,7 @@ from megatron_rl.data.schedule import Denominators
 from megatron_rl.engine.device import put
 from megatron_rl.engine.distribute import MiniBatch
 from megatron_rl.engine.packed_advantages import Estimate
+from megatron_rl.engine.token_values import TokenValues
 from megatron_rl.lab.metrics import SFT, TRAINING, VALUE, sft_metrics, training_metrics, value_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.objectives.corrections import kept_lengths, leaves_denominators
@@ -38,15 +39,20 @@ class PolicyLoss:
         weight_version: int | None = None,
         reference_logprobs: Sequence[Tensor] | None = None,
         old_is_rollout: bool = False,
+        records: bool = False,
     ) -> None:
         """old_logprobs: [T] per micro-batch; None takes the update's own forward pass, detached.
 
         `weight_version` is that of pi_old; None: the lag of tokens is not measured. `old_is_rollout`: the log-probs are
-        mu's, which stands for pi_old [GSPO 2507.18071, section 5.4]; no mismatch is then measured.
+        mu's, which stands for pi_old [GSPO 2507.18071, section 5.4]; no mismatch is then measured. `records` keeps
+        `token_values`.
         """
         self.metrics = MetricAccumulator(TRAINING, device)
         self.router_shift: Sequence[Tensor] | None = None
         """[T] per micro-batch. Set right before the update, if the objective has one."""
+        self.records = records
+        self.token_values: dict[int, TokenValues] = {}
+        """By micro-batch with samples, after the update; on the last pipeline stage."""
         self._objective = objective
         self._loss = get_objective(objective)
         self._mini_batch = mini_batch
@@ -73,6 +79,9 @@ class PolicyLoss:
         version = self._weight_version
         lags = None if version is None else version - put(packed.versions, logprobs.device)
         training_metrics(self.metrics, inputs, outputs, entropy, lags, mismatch=self._measures_mismatch)
+        if self.records and not packed.is_empty:
+            outcomes = self._mini_batch.outcomes[index]
+            self.token_values[index] = TokenValues.of(packed, outcomes, inputs, outputs.values, entropy)
         return outputs.loss
 
 

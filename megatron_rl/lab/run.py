@@ -12,6 +12,7 @@
     checkpoints.jsonl  one line per checkpoint: step, time, and the seconds that it took
     tensorboard/       the figures of metrics.jsonl and eval.jsonl as events, over optimizer steps
     wandb/             the same for Weights & Biases, if lab.wandb is set
+    tokens/            values of each token of the steps that lab.record_steps names
     rollouts/  checkpoints/  logs/
 
 Rank 0 opens and writes the directory; the other ranks attach to it for its paths. lab/journal.py makes the lines.
@@ -47,7 +48,7 @@ from megatron_rl.lab.sinks import JsonlSink, Sink, TensorBoardSink
 _LEFTOVERS = re.compile(
     r"owner-\d+\.json|\..*|logs|rollouts|checkpoints|" + "|".join(map(re.escape, (RUN_FILE, *RECORDS[:-1])))
 )
-_ROLLOUTS = re.compile(r"step-(\d+)-.*")
+_OF_STEP = re.compile(r"step-(\d+)-.*")
 
 
 class RunDir:
@@ -67,6 +68,7 @@ class RunDir:
         self.id = ""
         """The run's id, kept by a resume. Rank 0 knows it after `begin`, or after `open` with `resume`."""
         self.rollouts = path / "rollouts"
+        self.tokens = path / "tokens"
         self.checkpoints = path / "checkpoints"
         self.logs = path / "logs"
         self.metrics_file = path / "metrics.jsonl"
@@ -170,10 +172,11 @@ class RunDir:
     def _take_out(self, last_step: int, damaged: Sequence[Path], history: History) -> int:
         """Returns the number of optimizer steps that keep their lines."""
         kept = {file: _cut(file, last_step, history) for file in self._files}
-        for file in sorted(self.rollouts.iterdir()):
-            match = _ROLLOUTS.fullmatch(file.name)
-            if match and int(match[1]) > last_step:
-                history.take(file, "rollouts")
+        for directory in (self.rollouts, self.tokens):
+            for file in sorted(directory.iterdir()) if directory.is_dir() else ():
+                match = _OF_STEP.fullmatch(file.name)
+                if match and int(match[1]) > last_step:
+                    history.take(file, directory.name)
         for checkpoint in damaged:
             history.take(checkpoint, "checkpoints")
         sync_directory(self.checkpoints)

@@ -42,12 +42,14 @@ def prepare(
     *,
     weight_version: int,
     measures_noise: bool,
+    records: bool = False,
 ) -> list[Update]:
     """The updates of a step, in order. `weight_version` is that of pi_old.
 
-    `measures_noise` repeats pi_old's pass, to see which routes rounding changes.
+    `measures_noise` repeats pi_old's pass, to see which routes rounding changes. `records` keeps the values of each
+    token.
     """
-    passes = [_passes(config, trainer, mini_batch, measures_noise) for mini_batch in mini_batches]
+    passes = [_passes(config, trainer, mini_batch, measures_noise, records) for mini_batch in mini_batches]
     estimates = None
     if needs_forward_pass(config.objective):
         penalties = _penalties(config, trainer.policy, mini_batches, passes)
@@ -75,15 +77,16 @@ def prepare(
             weight_version=weight_version,
             reference_logprobs=each.reference,
             old_is_rollout=each.old is not None and not config.train.recompute_old_logprobs,
+            records=records,
         )
         updates.append(Update(mini_batch, loss, each.routing, value_loss))
     return updates
 
 
-def _passes(config: Config, trainer: Trainer, mini_batch: MiniBatch, measures_noise: bool) -> _Passes:
+def _passes(config: Config, trainer: Trainer, mini_batch: MiniBatch, measures_noise: bool, records: bool) -> _Passes:
     """The forward passes, packed as the update will be, so that the first mini-batch's ratios are exactly 1."""
     batches = mini_batch.micro_batches
-    routing = _routing(config, trainer.policy, mini_batch)
+    routing = _routing(config, trainer.policy, mini_batch, records)
     reference = values = None
     with trainer.journal.phase("old log-probs"):
         old = _old(config, trainer.policy, mini_batch, routing, measures_noise)
@@ -96,7 +99,7 @@ def _passes(config: Config, trainer: Trainer, mini_batch: MiniBatch, measures_no
     return _Passes(routing, old, reference, values)
 
 
-def _routing(config: Config, policy: Policy, mini_batch: MiniBatch) -> MiniBatchRouting | None:
+def _routing(config: Config, policy: Policy, mini_batch: MiniBatch, records: bool) -> MiniBatchRouting | None:
     """Makes the routing of this mini-batch's passes; None for a dense model."""
     arch = policy.arch
     if not arch.num_experts:
@@ -115,6 +118,7 @@ def _routing(config: Config, policy: Policy, mini_batch: MiniBatch) -> MiniBatch
             policy.device,
             micro_batches=len(valid),
             expert_ranks=policy.layout.ep,
+            keeps_rows=records,
         ),
         RouterShift([len(rows) for rows in valid], policy.device) if shifts else None,
     )

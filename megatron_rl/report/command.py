@@ -1,4 +1,4 @@
-"""`megatron-rl report`: reads runs and studies, and writes their report."""
+"""`megatron-rl report` and `inspect`: read runs, studies and steps, and write their pages."""
 
 from __future__ import annotations
 
@@ -55,6 +55,18 @@ def run(paths: Sequence[Path], out: Path | None) -> Path:
     return write(compose(studies, runs), directory)
 
 
+def run_inspect(path: Path, step: int, responses: int, model: Path | None, out: Path | None) -> Path:
+    """Writes the page of one step and returns its path. Raises UserError."""
+    check_extra()
+    if not path.exists():
+        raise MissingFileError(f"{path}: not there. Name the run_dir of a run.")
+    directory = choose_directory([path], out)
+    from megatron_rl.report import token_page
+    from megatron_rl.report.inspected import load_step
+
+    return token_page.write(token_page.compose(load_step(path, step, model), responses), directory)
+
+
 def check_extra() -> None:
     """Raises ReportError if a library of the extra `lab` is missing."""
     try:
@@ -62,6 +74,5 @@ def check_extra() -> None:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
         raise ReportError(
-            f"megatron-rl report needs {error.name}, which is not installed. Install the extra: "
-            "pip install 'megatron_rl[lab]'"
+            f"reports need {error.name}, which is not installed. Install the extra: pip install 'megatron_rl[lab]'"
         ) from None

@@ -48,9 +48,10 @@ class RoutingStats:
         *,
         micro_batches: int = 1,
         expert_ranks: int = 1,
+        keeps_rows: bool = False,
     ) -> None:
         """`layers` are the global numbers of all MoE layers of the model, equal on every rank. The experts are divided
-        among `expert_ranks`, in order."""
+        among `expert_ranks`, in order. `keeps_rows` keeps the expert change of each row too (`row_changes`)."""
         self._layers = tuple(layers)
         self._place = {layer: place for place, layer in enumerate(layers)}
         self._top_k = top_k
@@ -63,6 +64,7 @@ class RoutingStats:
         """[layers]: `ep_peak` by layer, set by whoever knows the other ranks' `rank_load`; 0 is unknown."""
         self._rank_of = torch.arange(num_experts, device=device) // (num_experts // expert_ranks)
         self._differing: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        self._changes: dict[tuple[str, int], Tensor] | None = {} if keeps_rows else None
 
     @torch.no_grad()
     def observe_router(
@@ -104,6 +106,8 @@ class RoutingStats:
         if pair not in PAIRS:
             raise ValueError(f"pair: found {pair!r}; expected one of {', '.join(PAIRS)}")
         self._differing[pair, micro_batch] = (valid.long() * 0, valid)
+        if self._changes is not None:
+            self._changes[pair, micro_batch] = torch.zeros(len(valid), device=valid.device)
 
     def compare(self, pair: str, micro_batch: int, layer: int, a: Tensor, b: Tensor) -> None:
         """Compares two choices a, b [R, K] for the rows that `expect` announced."""
@@ -114,6 +118,8 @@ class RoutingStats:
         self._add(f"expert_change/{pair}", layer, 1 - shared / self._top_k, valid)
         self._add(f"top1_change/{pair}", layer, a[:, 0] != b[:, 0], valid)
         differing += differs & valid
+        if self._changes is not None:
+            self._changes[pair, micro_batch] += 1 - shared / self._top_k
 
     def _add(self, name: str, layer: int, values: Tensor, valid: Tensor) -> None:
         cell = self._means[MEANS.index(name), :, self._place[layer]]
@@ -126,6 +132,14 @@ class RoutingStats:
         """
         for key in sorted(self._differing):
             yield self._differing[key][0]
+
+    def row_changes(self) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        """(expert change [R] fp32 summed over this rank's layers, [R] bool: rows that were compared) of each
+        micro-batch, by pair."""
+        found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for (pair, micro_batch), changes in sorted((self._changes or {}).items()):
+            found.setdefault(pair, []).append((changes, self._differing[pair, micro_batch][1]))
+        return found
 
     def count_tokens(self) -> None:
         """Adds `differing` to the sums. Call it on one stage of a pipeline only."""

@@ -16,12 +16,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.config.layout import Layout
-from megatron_rl.data.packing import PackedBatch, rank_rows
+from megatron_rl.data.packing import PackedBatch
 from megatron_rl.ranks.place import Place
+from megatron_rl.routing.by_token import sum_over_replica
 from megatron_rl.routing.replay import Tap
 from megatron_rl.routing.scores import router_logprobs
 from megatron_rl.routing.slicing import ids_dtype
@@ -63,15 +63,5 @@ def packed_shift(
     `distances`, [rows] each, are sums over a rank's own layers (RouterShift); `moe_layers` counts the
     layers of the whole model.
     """
-    placed = []
-    for sums, batch in zip(distances, batches, strict=True):
-        rows = rank_rows(batch.cu_seqlens, cp=layout.cp, cp_rank=place.cp, tp=layout.tp, tp_rank=place.tp)
-        whole = torch.zeros(batch.tokens)
-        whole[torch.from_numpy(rows)] = sums.cpu()
-        placed.append(whole)
-    # Stages hold different layers of the same rows. Tensor- and context-parallel ranks hold other rows, and 0 here. So
-    # one sum does both.
-    everyone = torch.cat(placed)
-    dist.all_reduce(everyone, group=place.replica)
-    shift = everyone.div(moe_layers).neg().exp().to(distances[0].device)
-    return list(shift.split([batch.tokens for batch in batches]))
+    sums = sum_over_replica(distances, batches, layout, place)
+    return [each.div(moe_layers).neg().exp().to(distances[0].device) for each in sums]

@@ -1,5 +1,5 @@
-"""Live routing, R2 and R3 in whole runs on saved rollouts: which routes are used, their metrics, and equal results in
-every layout."""
+"""Live routing, R2 and R3 in whole runs on saved rollouts: which routes are used, their metrics and those of single
+tokens, and equal results in every layout."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from forks import Forks
-from rl_runs import MINI_BATCHES, STEPS, losses, run_all, save_rollouts, weights, write_config
+from rl_runs import GROUP, MINI_BATCHES, STEPS, losses, run_all, save_rollouts, weights, write_config
 from tiny_models import make_tiny_model
+from transformers import AutoModelForCausalLM
 
+from megatron_rl.data.store import read_groups
 from megatron_rl.lab.run import read_metrics
+from megatron_rl.lab.token_records import read_tokens
 
 MODES = {
     "none": "routing.observe_rollout=true",
@@ -29,6 +33,8 @@ def setting(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     model = make_tiny_model(root / "model", num_layers=4, mlp_only_layers=(1,))
     save_rollouts(model, root / "saved", traces=True)
     config = write_config(root / "config.yaml", model, root / "saved")
+    with config.open("a") as file:
+        file.write("lab: {record_steps: [1, 2]}\n")
     runs = [f"run_dir={root / 'one' / mode} {keys}" for mode, keys in MODES.items()]
     runs.append(f"run_dir={root / 'one' / 'balanced'} {MODES['r3']} engine.aux_loss_coefficient=0.1")
     run_all(forks, config, 1, runs)
@@ -134,6 +140,95 @@ def assert_same(run_dir: Path, reference: Path) -> None:
             assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=0.02), (run_dir.name, key)
 
 
+def tokens_of(run_dir: Path, step: int) -> dict[str, np.ndarray]:
+    """The recorded tokens of a step, ordered by sample and position."""
+    found = read_tokens(sorted((run_dir / "tokens").glob(f"step-{step:06d}-dp-*.parquet")))
+    order = np.lexsort((found["position"], found["sample"]))
+    return {column: values[order] for column, values in found.items()}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_recorded_tokens_are_those_of_the_rollouts_in_order(setting: tuple[Path, Path], mode: str) -> None:
+    """At step 1 the policy is the model whose log-probs the rollouts have."""
+    for step in range(1, STEPS + 1):
+        found = tokens_of(setting[1] / mode, step)
+        groups = read_groups(setting[0].parent / "saved" / "rollouts" / f"step-{step:06d}-dp-0000.jsonl")
+        rows = [
+            (group.index * GROUP + sample.index, group.index, position, token, sample.rollout_logprobs[position])
+            for group in groups
+            for sample in group.samples
+            for position, token in enumerate(sample.token_ids.tolist())
+            if sample.loss_mask[position]
+        ]
+        for column, expected in zip(
+            ("sample", "group", "position", "token_id", "rollout_logprob"), zip(*rows, strict=True), strict=True
+        ):
+            np.testing.assert_array_equal(found[column], np.array(expected, found[column].dtype), err_msg=column)
+        assert set(found["step"]) == {step}
+        if step == 1 and mode != "r3":
+            np.testing.assert_allclose(found["old_logprob"], found["rollout_logprob"], atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_metrics_are_means_over_the_recorded_tokens(setting: tuple[Path, Path], mode: str) -> None:
+    clips = 0
+    for line in lines(setting[1] / mode):
+        found = tokens_of(setting[1] / mode, int(line["step"]))
+        of_line = found["mini_batch"] == line["mini_batch"]
+        of_token = {column: values[of_line].astype(np.float64) for column, values in found.items()}
+        log_r = of_token["logprob"] - of_token["old_logprob"]
+        assert len(log_r) == line["tokens"]
+        assert np.exp(log_r).max() == pytest.approx(line["ratio/max"], rel=1e-4)
+        assert np.exp(log_r).min() == pytest.approx(line["ratio/min"], rel=1e-4)
+        gap = np.abs(of_token["old_logprob"] - of_token["rollout_logprob"]).mean()
+        assert gap == pytest.approx(line["abs_logprob_gap/mean"], rel=1e-3, abs=1e-7)
+        assert of_token["entropy"].mean() == pytest.approx(line["entropy/mean"], rel=1e-4)
+        assert (of_token["clipped"] == -1).mean() == pytest.approx(line["clip/low/active/token"], abs=1e-6)
+        assert (of_token["clipped"] == 1).mean() == pytest.approx(line["clip/high/active/token"], abs=1e-6)
+        clips += int(np.abs(of_token["clipped"]).sum())
+    assert clips
+
+
+def test_the_expert_change_of_a_token_is_that_of_the_position_that_predicts_it(setting: tuple[Path, Path]) -> None:
+    """Against transformers' own routes, which the rollouts' routes differ from in a fifth of the rows."""
+    found = tokens_of(setting[1] / "none", 1)
+    (group, *_) = read_groups(setting[0].parent / "saved" / "rollouts" / "step-000001-dp-0000.jsonl")
+    model = AutoModelForCausalLM.from_pretrained(setting[0].parent / "model", dtype=torch.float32)
+    for sample in group.samples:
+        assert sample.trace is not None
+        own = chosen_experts(model, sample.token_ids.tolist())  # [layers, n, K]
+        of_sample = found["sample"] == sample.index
+        expected = []
+        for position in found["position"][of_sample] - 1:
+            theirs = sample.trace.experts[position]
+            shared = [len(set(a.tolist()) & set(b.tolist())) for a, b in zip(own[:, position], theirs, strict=True)]
+            expected.append(1 - sum(shared) / (len(LAYERS) * theirs.shape[-1]))
+        np.testing.assert_allclose(found["expert_change/rollout_old/live"][of_sample], expected, atol=1e-6)
+        assert len(set(expected)) > 1
+
+
+def chosen_experts(model: torch.nn.Module, token_ids: list[int]) -> np.ndarray:
+    chosen: list[torch.Tensor] = []
+    gates = [module for path, module in model.named_modules() if path.endswith("mlp.gate")]
+    hooks = [gate.register_forward_hook(lambda _m, _i, out: chosen.append(out[2])) for gate in gates]
+    with torch.no_grad():
+        model(torch.tensor([token_ids]))
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(chosen).numpy()
+
+
+def test_replay_hides_the_expert_change_of_tokens(setting: tuple[Path, Path]) -> None:
+    change = {mode: tokens_of(setting[1] / mode, 2) for mode in MODES}
+    assert "expert_change/rollout_old/live" not in change["r2"]
+    for mode in ("r2", "r3"):
+        assert not change[mode]["expert_change/old_policy/effective"].any()
+        assert change[mode]["expert_change/old_policy/live"].max() > 0.1
+    live, used = (change["none"][f"expert_change/old_policy/{kind}"] for kind in ("live", "effective"))
+    np.testing.assert_array_equal(live, used)
+    assert live.max() > 0.1
+
+
 def name(layout: str) -> str:
     return layout.replace(" ", ",") or "dp"
 
@@ -162,6 +257,17 @@ def run_layouts(forks: Forks, config: Path, directory: Path, ranks: int, wanted:
 @pytest.mark.parametrize(("mode", "layout"), TWO_RANKS)
 def test_layouts_do_not_change_results(setting: tuple[Path, Path], together: Path, mode: str, layout: str) -> None:
     assert_same(together / mode / name(layout), setting[1] / mode)
+    for step in range(1, STEPS + 1):
+        assert_same_tokens(tokens_of(together / mode / name(layout), step), tokens_of(setting[1] / mode, step))
+
+
+def assert_same_tokens(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys()
+    for column, values in expected.items():
+        if values.dtype == np.float32 and not column.startswith("expert_change"):
+            np.testing.assert_allclose(found[column], values, rtol=2e-3, atol=2e-3, err_msg=column)
+        else:  # near ties and near bounds are decided by rounding
+            assert (found[column] != values).mean() <= 0.02, column
 
 
 @pytest.mark.slow

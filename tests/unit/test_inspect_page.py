@@ -1,0 +1,273 @@
+"""The page of one step: colours, order, what is left out, and files that do not belong together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from made_runs import parse
+from tiny_models import make_tokenizer
+
+from megatron_rl.data.sample import LOST, Group, Prompt, Sample, Verdict
+from megatron_rl.data.store import write_groups
+from megatron_rl.errors import MissingFileError, UserError
+from megatron_rl.lab.token_records import COLUMNS, TokenFileError, read_tokens, token_file, write_tokens
+from megatron_rl.report.command import run_inspect
+from megatron_rl.report.inspected import load_step
+from megatron_rl.report.token_measures import MEASURES
+from megatron_rl.report.token_page import LONG, StepPage, compose, render
+
+STEP, GROUP_SIZE, PROMPT = 3, 2, "1+1="
+LIVE = ("expert_change/old_policy/live", "expert_change/rollout_old/live")
+BY_KEY = {measure.key: measure for measure in MEASURES}
+
+
+def write_step(path: Path, responses: Sequence[str], *, verdicts: Sequence[Verdict] | None = None) -> list[Sample]:
+    """Writes a run with the responses to one prompt, two by two; returns their samples."""
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(path.parent / "tokenizer")
+    path.mkdir(parents=True)
+    path.joinpath("config.yaml").write_text(
+        f"model: {{path: {path.parent / 'tokenizer'}}}\nrollout: {{group_size: {GROUP_SIZE}, replay_from: null}}\n"
+    )
+    samples = []
+    for number, text in enumerate(responses):
+        prompt = Prompt(f"p{number // 2}", PROMPT, tuple(tokenizer.encode(PROMPT)), "2", "arithmetic")
+        ids = tokenizer.encode(text)
+        sample = Sample.start(prompt, number % GROUP_SIZE).extend(ids, [-0.25] * len(ids), STEP - 1)
+        verdict = verdicts[number] if verdicts else Verdict(1.0, True)
+        samples.append(dataclasses.replace(sample, verdict=verdict, finish_reason="stop", response=text))
+    groups = [
+        Group(i, samples[2 * i].prompt, tuple(samples[2 * i : 2 * i + 2])) for i in range(len(samples) // GROUP_SIZE)
+    ]
+    write_groups(path / "rollouts" / f"step-{STEP:06d}-dp-0000.jsonl", groups, weight_version=STEP - 1)
+    return samples
+
+
+def columns_of(samples: Mapping[int, Sample], **values: Any) -> dict[str, np.ndarray]:
+    """Columns of the numbered samples: zeros, or `values` by column."""
+    first = {number: len(sample.prompt.token_ids) for number, sample in samples.items()}
+    count = sum(sample.response_tokens for sample in samples.values())
+    found = {name: np.zeros(count, dtype=kind.to_pandas_dtype()) for name, kind in COLUMNS.items()}
+    found |= {name: np.zeros(count, dtype=np.float32) for name in LIVE}
+    found["sample"] = np.concatenate([np.full(s.response_tokens, number) for number, s in samples.items()])
+    found["position"] = np.concatenate([np.arange(first[n], len(s.token_ids)) for n, s in samples.items()])
+    found["token_id"] = np.concatenate([s.response_ids for s in samples.values()])
+    return found | {name: np.array(value, dtype=found[name].dtype) for name, value in values.items()}
+
+
+def write_recorded(path: Path, columns: Mapping[str, np.ndarray], dp: int = 0) -> None:
+    write_tokens(token_file(path / "tokens", STEP, dp), columns)
+
+
+def page_of(path: Path, most: int = 16) -> StepPage:
+    return compose(load_step(path, STEP, None), most)
+
+
+def classes(page: StepPage, response: int) -> list[list[str]]:
+    """Classes of each token of the shown response with this number."""
+    (shown,) = [each for each in page.responses if each.number == response]
+    (tokens,) = shown.parts
+    assert not isinstance(tokens, int)
+    return [token.classes.split() for token in tokens]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Two groups of two responses, one of which was not trained on."""
+    path = tmp_path / "run"
+    verdicts = [Verdict(1.0, True), Verdict(0.0, False), LOST, Verdict(0.5, False)]
+    samples = write_step(path, ["12", "3", "45", "<6"], verdicts=verdicts)
+    trained = {0: samples[0], 1: samples[1], 3: samples[3]}
+    columns = columns_of(
+        trained,
+        old_logprob=[-0.25, -0.25, -0.25, -0.75, -3.0],
+        rollout_logprob=[-0.25, -0.25, -0.25, -0.25, -0.25],
+        logprob=[-0.25, -0.255, -0.25, -0.25, -3.5],
+        advantage=[0.5, 0.5, -0.5, 1.0, 1.0],
+        clipped=[0, -1, 0, 1, 0],
+        dropped=[False, False, False, False, True],
+        **{LIVE[0]: [0.0, 0.25, 0.0, 0.0, 0.6], LIVE[1]: [0.0, 0.0, np.nan, 0.04, 0.0]},
+    )
+    write_recorded(path, columns)
+    return path
+
+
+def test_tokens_have_the_colours_of_their_values(run: Path) -> None:
+    page = page_of(run)
+    assert [each.measure.key for each in page.measures] == [measure.key for measure in MEASURES]
+    assert classes(page, 0) == [["logprob-1"], ["ratio-n1", "logprob-1", "change-4", "clipped"]]
+    assert classes(page, 1) == [["logprob-1"]]
+    expected = [
+        ["ratio-5", "mismatch-n5", "logprob-1", "rollout_change-1", "clipped"],
+        ["ratio-n5", "mismatch-n6", "logprob-4", "change-6", "dropped"],
+    ]
+    assert classes(page, 3) == expected
+
+
+def test_responses_and_tokens_stand_worst_first(run: Path) -> None:
+    page = page_of(run)
+    places = {each.number: each.ranks for each in page.responses}
+    assert sorted(places, key=lambda n: places[n]["ratio"])[:2] == [3, 0]
+    assert sorted(places, key=lambda n: places[n]["rollout_change"])[0] == 3
+    worst = {each.measure.key: [(t.response, t.position, t.value) for t in each.worst] for each in page.measures}
+    assert worst["ratio"] == [(3, 0, 0.5), (3, 1, -0.5), (0, 1, pytest.approx(-0.005, abs=1e-6))]
+    assert worst["change"] == [(3, 1, pytest.approx(0.6)), (0, 1, pytest.approx(0.25))]
+    assert worst["logprob"][0] == (3, 1, -3.5)
+    mean = {each.measure.key: each.mean for each in page.measures}
+    assert mean["mismatch"] == pytest.approx((0 + 0 + 0 - 0.5 - 2.75) / 5)
+    assert mean["rollout_change"] == pytest.approx(0.04 / 4)  # a token that was not compared does not count
+
+
+def test_only_the_worst_responses_of_each_measure_are_shown(run: Path) -> None:
+    assert [each.number for each in page_of(run, most=1).responses] == [3]
+    assert len(page_of(run, most=2).responses) < len(page_of(run).responses) == 4
+
+
+def test_the_page_names_each_response_and_escapes_its_text(run: Path) -> None:
+    text = render(page_of(run))
+    page = parse(text)
+    words = " ".join(" ".join(page.text).split())
+    assert (
+        "prompt p1, sample 0; verdict lost; advantage -; 2 tokens, stop; expected answer: 2 ; not trained on" in words
+    )
+    assert "prompt p0, sample 0; reward 1, correct; advantage 0.5; 2 tokens, stop" in words
+    assert "prompt p1, sample 1; reward 0.5, wrong; advantage 1;" in words
+    assert ">&lt;pad&gt;</span>" in text
+    assert "<pad>" not in text
+    assert not [url for url in page.urls if not url.startswith(("#", "data:"))]
+    assert "script" not in page.tags
+
+
+def test_a_step_that_was_not_recorded_shows_the_rollouts_log_probs(tmp_path: Path) -> None:
+    write_step(tmp_path / "run", ["12", "3"])
+    page = page_of(tmp_path / "run")
+    assert [each.measure.key for each in page.measures] == ["logprob"]
+    assert page.measures[0].mean == pytest.approx(-0.25)
+    text = render(page)
+    assert "lab.record_steps" in text
+    assert "not trained on" not in text
+
+
+def test_a_long_response_shows_its_ends_and_its_worst_tokens(tmp_path: Path) -> None:
+    path, count = tmp_path / "run", 2 * LONG
+    samples = write_step(path, ["1" * count, "3"])
+    logprobs = np.full(count, -0.25)
+    logprobs[700] = -9.0
+    numbered = dict(enumerate(samples))
+    recorded = columns_of(numbered, logprob=[*logprobs, -0.25], old_logprob=[-0.25] * (count + 1))
+    write_recorded(path, recorded)
+    (long,) = [each for each in page_of(path).responses if each.number == 0]
+    runs = [part if isinstance(part, int) else len(part) for part in long.parts]
+    assert sum(runs) == count
+    assert [isinstance(part, int) for part in long.parts] == [False, True, False, True, False]
+    (middle,) = [part for part in long.parts[1:-1] if not isinstance(part, int)]
+    assert "ratio-n6" in " ".join(token.classes for token in middle)
+    assert "left out" in render(page_of(path))
+
+
+def test_files_of_several_replicas_are_read_together(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    samples = write_step(path, ["12", "3", "45", "6"])
+    for dp in (0, 1):
+        numbered = {n: s for n, s in enumerate(samples) if n % 2 == dp}
+        recorded = columns_of(numbered)
+        recorded["logprob"][:] = -1 - dp
+        if dp:  # its expert changes were not measured
+            recorded = {name: values for name, values in recorded.items() if name not in LIVE}
+        write_recorded(path, recorded, dp)
+    step = load_step(path, STEP, None)
+    assert [each.columns["logprob"].tolist() for each in step.responses] == [[-1, -1], [-2], [-1, -1], [-2]]
+
+
+def test_pieces_of_characters_and_unknown_ids_have_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {5: ("the", "\u2581the"), 6: ("\ufffd", "<0xE2>"), 7: ("", None)}
+
+    class Pieces:
+        def decode(self, ids: list[int], **_: Any) -> str:
+            return texts.get(ids[0], ("a", "a"))[0]
+
+        def convert_ids_to_tokens(self, token: int) -> str | None:
+            return texts.get(token, ("a", "a"))[1]
+
+    monkeypatch.setattr("megatron_rl.report.inspected.load_tokenizer", lambda _: Pieces())
+    path = tmp_path / "run"
+    samples = write_step(path, ["1234", "3"])
+    ids = np.array([*samples[0].prompt.token_ids, 5, 6, 7, 5], dtype=np.int32)
+    samples[0] = dataclasses.replace(samples[0], token_ids=ids)
+    file = path / "rollouts" / f"step-{STEP:06d}-dp-0000.jsonl"
+    write_groups(file, [Group(0, samples[0].prompt, tuple(samples))], weight_version=STEP - 1)
+    assert load_step(path, STEP, None).responses[0].texts == [" the", "<0xE2>", "<7>", " the"]
+
+
+def test_badness_orders_absent_and_infinite_values(run: Path) -> None:
+    values = np.array([np.nan, -np.inf, 0.5, -2.0])
+    assert BY_KEY["ratio"].badness(values).tolist() == [0.0, np.inf, 0.5, 2.0]
+    assert BY_KEY["ratio"].levels(values).tolist() == [0, -6, 5, -6]
+    assert BY_KEY["logprob"].badness(values).tolist() == [0.0, np.inf, 0.0, 2.0]
+    assert BY_KEY["logprob"].levels(values).tolist() == [0, 6, 0, 3]
+    assert BY_KEY["change"].levels(np.array([np.nan, 0.0, 0.01, 0.5, 0.51])).tolist() == [0, 0, 1, 5, 6]
+
+
+# Files that are missing, damaged, or of another run
+
+
+def refuse(path: Path, kind: type[UserError], *texts: str, step: int = STEP, model: Path | None = None) -> None:
+    with pytest.raises(kind) as caught:
+        run_inspect(path, step, 4, model, None)
+    for text in texts:
+        assert text in str(caught.value)
+    assert not (path / "report").exists()
+
+
+def test_what_is_missing_is_named(run: Path, tmp_path: Path) -> None:
+    refuse(tmp_path / "nowhere", MissingFileError, "nowhere: not there")
+    refuse(run, MissingFileError, "no rollouts of step 7; it has those of steps 3 to 3. Name another --step.", step=7)
+    (tmp_path / "tokenizer").rename(tmp_path / "moved")
+    refuse(run, MissingFileError, "tokenizer: the model whose tokenizer", "--model")
+    page = run_inspect(run, STEP, 4, tmp_path / "moved", None)
+    assert page == run / "report" / "step-000003.html"
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_token_values_of_another_run_are_refused(run: Path, tmp_path: Path) -> None:
+    other = write_step(tmp_path / "other" / "run", ["99", "9", "99", "99"])
+    write_recorded(run, columns_of({0: other[0]}))
+    refuse(run, TokenFileError, "step-000003-dp-0000.parquet: sample 0 is not the one of the step's rollouts")
+    write_recorded(run, columns_of({8: other[0]}))
+    refuse(run, TokenFileError, "sample 8 is not the one")
+
+
+def test_damaged_token_values_are_refused(run: Path) -> None:
+    file = token_file(run / "tokens", STEP, 0)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    refuse(run, TokenFileError, "step-000003-dp-0000.parquet: not a file of token values, or damaged")
+    write_tokens(file, {"sample": np.zeros(1)})
+    refuse(run, TokenFileError, "has no column 'advantage'")
+
+
+def test_a_run_without_groups_is_refused(run: Path) -> None:
+    (run / "config.yaml").write_text("steps: 3\n")
+    refuse(run, UserError, "config.yaml: has no rollout.group_size")
+
+
+def test_a_group_that_is_there_twice_is_refused(run: Path) -> None:
+    file = run / "rollouts" / "step-000003-dp-0000.jsonl"
+    (run / "rollouts" / "step-000003-dp-0001.jsonl").write_bytes(file.read_bytes())
+    refuse(run, UserError, "a group is there twice")
+
+
+def test_written_token_values_are_read_back(tmp_path: Path) -> None:
+    columns = {name: np.arange(3).astype(kind.to_pandas_dtype()) for name, kind in COLUMNS.items()}
+    columns["expert_change/rerun"] = np.array([0.5, np.nan, 0.0], dtype=np.float32)
+    write_tokens(tmp_path / "tokens.parquet", columns)
+    found = read_tokens([tmp_path / "tokens.parquet"])
+    assert found.keys() == columns.keys()
+    for name, values in columns.items():
+        np.testing.assert_array_equal(found[name], values)
+        assert found[name].dtype == values.dtype
