@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import json
 import signal
 import subprocess
 import sys
@@ -23,6 +22,18 @@ if rank == 1:
     sys.exit(7)
 open(sys.argv[1] + str(rank), "w").write(str(os.getpid()))
 time.sleep(600)
+"""
+MEETS = """
+import sys, time, torch, torch.distributed as dist
+from megatron_rl.config.layout import Layout, parse_layout
+from megatron_rl.engine.device import use_device
+from megatron_rl.ranks.place import start_process_groups, stop_process_groups
+place = start_process_groups(Layout.resolve(*parse_layout("tp=2")), use_device("cpu"), seed=0)
+total = torch.tensor(1.0 + place.rank)
+dist.all_reduce(total, group=place.replica)
+open(sys.argv[1] + str(place.rank), "w").write(str(total.item()))
+time.sleep(1)
+stop_process_groups()
 """
 ONE_IS_TOLD = """
 import os, signal, sys, time
@@ -51,27 +62,21 @@ def listening(root: int) -> set[str]:
 
 
 @pytest.mark.distributed
-def test_parity_listens_only_on_the_loopback_interface(tiny_model_dir: Path, tmp_path: Path) -> None:
-    tokens = tmp_path / "tokens.jsonl"
-    tokens.write_text("[1, 2, 3, 4, 5, 6, 7, 8]\n[9, 8, 7, 6]\n[3, 3, 3, 3, 3]\n[11, 12]\n")
-    command = [sys.executable, "-m", "megatron_rl", "parity", "--model", str(tiny_model_dir), "--tokens", str(tokens)]
-    parity = subprocess.Popen(
-        [*command, "--layout", "ep=2", "--layout", "tp=2", "--json"],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
+def test_ranks_listen_only_on_the_loopback_interface(tmp_path: Path) -> None:
+    """With all process groups of a layout; parity and certify start their ranks so."""
+    script = tmp_path / "meets.py"
+    script.write_text(MEETS)
+    command = [sys.executable, "-m", "megatron_rl.ranks.launch", "2", str(script), str(tmp_path / "met-")]
+    launcher = subprocess.Popen(command, env=environment())
     seen: set[str] = set()
     most = 0
-    while parity.poll() is None:
-        seen |= listening(parity.pid)
-        most = max(most, len(psutil.Process(parity.pid).children(recursive=True)))
+    while launcher.poll() is None:
+        seen |= listening(launcher.pid)
+        most = max(most, len(psutil.Process(launcher.pid).children(recursive=True)))
         time.sleep(0.05)
-    assert parity.returncode == 0
-    answers = [json.loads(line) for line in parity.communicate()[0].splitlines()]
-    found = [(answer["layout"], answer["tokens"], answer["passed"]) for answer in answers]
-    assert found == [("ep=2", 15, True), ("tp=2", 15, True)]
-    assert most >= 2  # its ranks were seen
+    assert launcher.returncode == 0
+    assert {file.read_text() for file in tmp_path.glob("met-*")} == {"3.0"}
+    assert most == 2  # its ranks were seen
     assert seen  # so was their store
     assert all(ipaddress.ip_address(address).is_loopback for address in seen), seen
 

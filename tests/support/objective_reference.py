@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -90,7 +91,7 @@ class TrainedSequence:
     top_rollout: np.ndarray | None = None
     """[n, k] log mu of them; -inf for one that is missing."""
 
-    @property
+    @cached_property
     def advantages(self) -> np.ndarray:
         """[|y|] advantages of the masked-in tokens."""
         return np.broadcast_to(self.advantage, self.mask.shape)[self.mask]
@@ -292,14 +293,13 @@ def kl_estimate(kind: str, ref: np.ndarray, new: np.ndarray, base: np.ndarray | 
 def correction_factors(sequence: TrainedSequence, config: ObjectiveConfig, stopped: np.ndarray) -> list[float | None]:
     """Returns the factor of each masked-in token's term; None means that the token counts as masked out."""
     correction, mu = config.correction, sequence.rollout[sequence.mask]
+    if correction.kind == "none":
+        return [1.0] * len(mu)
     old = sequence.old[sequence.mask] if config.denominator == "old" else stopped
     rho = np.exp(old) / np.exp(mu)
-    if len(rho):
-        rho = {
-            "token": rho,
-            "sequence": np.full(len(rho), math.prod(rho)),
-            "geometric": np.full(len(rho), _geometric_mean(rho)),
-        }[getattr(correction, "level", "token")]
+    level = getattr(correction, "level", "token")
+    if len(rho) and level != "token":
+        rho = np.full(len(rho), math.prod(rho) if level == "sequence" else _geometric_mean(rho))
     low, high = getattr(correction, "low", None) or 0.0, getattr(correction, "high", math.inf)
     if correction.kind == "icepop":  # has another band where A < 0, if one is set
         bad = sequence.advantages < 0
@@ -309,8 +309,6 @@ def correction_factors(sequence: TrainedSequence, config: ObjectiveConfig, stopp
     held = np.ones(len(rho)) if config.denominator == "old" else rho
     inside = (low <= rho) & (rho <= high)
     match correction.kind:
-        case "none":
-            return [1.0] * len(rho)
         case "tis":
             return list(np.minimum(rho, high) / held)
         case "mis":

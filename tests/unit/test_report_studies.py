@@ -139,7 +139,7 @@ def test_a_study_without_its_question_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("library", ["matplotlib", "jinja2"])
 def test_a_missing_extra_is_one_error(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(UserError, match=rf"needs {library}, .*pip install 'megatron_rl\[lab\]'"):
+    with pytest.raises(UserError, match=rf"need {library}, .*pip install 'megatron_rl\[lab\]'"):
         check_extra()
 
 
