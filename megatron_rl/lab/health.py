@@ -64,6 +64,9 @@ class Health:
     """Each rule that fired, with its first sign and the number of its signs, in the order of the first signs."""
     unjudged: Sequence[Rule]
     """Rules whose metric the run lacks."""
+    lead: int | None = None
+    """Optimizer steps from the first warning to the first sign of the collapse; None if the run has not collapsed, or
+    if no warning came before."""
 
     @property
     def first(self) -> tuple[Rule, Sign] | None:
@@ -86,7 +89,19 @@ def judge(lines: Sequence[Line], evaluations: Sequence[Line] = (), rules: Sequen
             fired.append((rule, min(signs, key=_place), len(signs)))
     fired.sort(key=lambda each: (*_place(each[1]), -each[0].severity))
     severity = max((rule.severity for rule, _, _ in fired), default=Severity.HEALTHY)
-    return Health(Severity(severity), fired, unjudged)
+    return Health(Severity(severity), fired, unjudged, _lead(lines, fired))
+
+
+def _lead(lines: Sequence[Line], fired: Sequence[tuple[Rule, Sign, int]]) -> int | None:
+    places = {
+        severity: [_place(sign) for rule, sign, _ in fired if rule.severity == severity]
+        for severity in (Severity.WARNING, Severity.COLLAPSED)
+    }
+    if not all(places.values()):
+        return None
+    warned, collapsed = (min(each) for each in places.values())
+    between = [line for line in lines if warned <= _place(_at(line, "")) < collapsed]
+    return len(between) if warned < collapsed else None
 
 
 def _place(sign: Sign) -> tuple[int, int]:

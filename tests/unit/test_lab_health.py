@@ -150,6 +150,22 @@ def test_the_first_sign_comes_before_the_collapse_that_decides() -> None:
     assert health.decisive is not None
     assert (health.first[0].name, health.first[1].step, health.first[1].layer) == ("experts change", 2, 2)
     assert health.decisive[1].step == 4
+    assert health.lead == 2  # the optimizer steps of steps 2 and 3
+
+
+def test_a_warning_leads_by_the_optimizer_steps_up_to_the_collapse() -> None:
+    """With four mini-batches a step; the accuracy is of the first one's line."""
+    steps = accuracies(0.4, 0.4, 0.05, 0.03)
+    lines = [{**line, "mini_batch": index} for line in steps for index in range(4)]
+    for line in lines:
+        if line["mini_batch"]:
+            del line["rollout/accuracy"]
+    assert judge(lines).lead is None  # no warning
+    lines[5]["kl/old_policy/k3"] = 1.0
+    assert judge(lines).lead == 3
+    lines[5]["kl/old_policy/k3"], lines[8]["kl/old_policy/k3"] = 0.0, 1.0
+    assert judge(lines).lead is None  # at the collapse, not before it
+    assert judge(lines[:8]).lead is None  # no collapse
 
 
 def test_mini_batches_of_a_step_are_in_order() -> None:

@@ -117,6 +117,8 @@ def test_resume_cuts_files_by_rollout_step_and_keeps_removed_lines(tmp_path: Pat
     made.close()
     for step in (1, 2, 3):
         (made.run.rollouts / f"step-{step:06d}-dp-0000.jsonl").write_text(str(step))
+        made.run.tokens.mkdir(exist_ok=True)
+        (made.run.tokens / f"step-{step:06d}-dp-0000.parquet").write_text(str(step))
     (made.run.checkpoints / "step-000003").mkdir()
     whole = {
         file.name: file.read_bytes() for file in (made.run.metrics_file, made.run.eval_file, made.run.checkpoints_file)
@@ -136,6 +138,8 @@ def test_resume_cuts_files_by_rollout_step_and_keeps_removed_lines(tmp_path: Pat
     assert {name: (tmp_path / name).read_bytes() + (history / name).read_bytes() for name in whole} == whole
     assert sorted(file.name[:11] for file in made.run.rollouts.iterdir()) == ["step-000001", "step-000002"]
     assert (history / "rollouts" / "step-000003-dp-0000.jsonl").read_text() == "3"
+    assert sorted(file.name[:11] for file in made.run.tokens.iterdir()) == ["step-000001", "step-000002"]
+    assert (history / "tokens" / "step-000003-dp-0000.parquet").read_text() == "3"
     assert (history / "checkpoints" / "step-000003").is_dir()
     resumed.close()
 
