@@ -54,7 +54,8 @@ def train(
                 measure_router_shift(trainer, update)
                 apply(config, trainer, update, progress.step, batch.metrics)
             train_critic_again(config, trainer, updates)
-            write_recorded(trainer, updates, progress.step + 1)
+            if records:
+                write_recorded(trainer, updates, progress.step + 1)
             finish_step(parts, batch)
             parts.evaluator.evaluate(progress)
             if halt is not None:

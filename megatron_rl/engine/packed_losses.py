@@ -50,7 +50,7 @@ class PolicyLoss:
         self.metrics = MetricAccumulator(TRAINING, device)
         self.router_shift: Sequence[Tensor] | None = None
         """[T] per micro-batch. Set right before the update, if the objective has one."""
-        self.records = records
+        self._records = records
         self.token_values: dict[int, TokenValues] = {}
         """By micro-batch with samples, after the update; on the last pipeline stage."""
         self._objective = objective
@@ -79,7 +79,7 @@ class PolicyLoss:
         version = self._weight_version
         lags = None if version is None else version - put(packed.versions, logprobs.device)
         training_metrics(self.metrics, inputs, outputs, entropy, lags, mismatch=self._measures_mismatch)
-        if self.records and not packed.is_empty:
+        if self._records and not packed.is_empty:
             outcomes = self._mini_batch.outcomes[index]
             self.token_values[index] = TokenValues.of(packed, outcomes, inputs, outputs.values, entropy)
         return outputs.loss

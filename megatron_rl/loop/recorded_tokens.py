@@ -15,11 +15,9 @@ from megatron_rl.routing.by_token import expert_changes
 def write_recorded(trainer: Trainer, updates: Sequence[Update], step: int) -> None:
     """Writes a file for each data-parallel replica, after the step's updates; none if the policy had no update.
 
-    Does nothing for updates that record nothing. Raises a UserError, on every rank, if one could not write.
+    The updates must have been prepared with `records`. Raises a UserError, on every rank, if one could not write.
     Collective.
     """
-    if not all(update.loss.records for update in updates):
-        return
     parts = [part for update in updates for part in _columns(trainer, update, step)]
     file = token_file(trainer.run.tokens, step, trainer.place.dp)
     with trainer.writing(f"the token values of step {step}", file):
