@@ -44,7 +44,7 @@ class PageFigure:
     title: str
     image: str
     """Data URL of the SVG."""
-    png: bytes
+    drawn: DrawnFigure
     definitions: Sequence[Definition]
     statistics: Sequence[tuple[str, CurveStatistics]]
     """(run, numbers) of each curve."""
@@ -166,7 +166,7 @@ def _page_figure(
     note: str = "",
 ) -> PageFigure:
     image = "data:image/svg+xml;base64," + base64.b64encode(drawn.svg).decode()
-    return PageFigure(panel.key, panel.title, image, drawn.png, list(_define(panel.file, names)), statistics, note)
+    return PageFigure(panel.key, panel.title, image, drawn, list(_define(panel.file, names)), statistics, note)
 
 
 def _define(file: str, names: Sequence[str]) -> Iterator[Definition]:

@@ -58,13 +58,13 @@ class ReportPage:
         """Yields file name and PNG of every figure."""
         for section in self.studies:
             yield from (
-                (f"{_plain(section.study.name)}-{_plain(f.key)}.png", f.png)
+                (f"{_plain(section.study.name)}-{_plain(f.key)}.png", f.drawn.png())
                 for f in (*section.measures, *section.figures)
             )
-        yield from ((f"compared-{figure.key}.png", figure.png) for figure in self.compared)
+        yield from ((f"compared-{figure.key}.png", figure.drawn.png()) for figure in self.compared)
         for each in self.runs:
             figures = (figure for group in each.groups for figure in group.figures)
-            yield from ((f"{_plain(each.run.name)}-{figure.key}.png", figure.png) for figure in figures)
+            yield from ((f"{_plain(each.run.name)}-{figure.key}.png", figure.drawn.png()) for figure in figures)
 
 
 def compose(studies: Sequence[LoadedStudy], runs: Sequence[LoadedRun]) -> ReportPage:

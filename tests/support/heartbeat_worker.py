@@ -53,6 +53,7 @@ def run(rank: int, seconds: float, out: Path, scenario: str) -> None:
             hold_the_lock(3 * seconds)
         while scenario != "hold":
             dist.all_reduce(torch.ones(1), group=control)
+            time.sleep(0.01)  # else all worlds together would starve each other of processor time
         dist.barrier(control)
     (out / f"well-{rank}").touch()
 
