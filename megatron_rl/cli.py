@@ -210,15 +210,15 @@ def inspect(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="run_dir of a run of `train`")],
     step: Annotated[int, typer.Option(min=1, help="Rollout step, from 1.")],
     responses: Annotated[int, typer.Option(min=1, help="Responses shown, the worst of each measure.")] = 16,
-    model: Annotated[
-        Path | None, typer.Option(help="Directory of the tokenizer; default: the run's model.path.")
-    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Directory of the tokenizer; default: model.path.")] = None,
+    rollouts: Annotated[Path | None, typer.Option(help="Directory of the rollouts; default: the run's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the page; default: RUN/report.")] = None,
 ) -> None:
     """Writes a page of a step's responses, with tokens coloured by ratio, mismatch, log-prob or expert change."""
     from megatron_rl.report.command import run_inspect
+    from megatron_rl.report.inspected import InspectOptions
 
-    print(run_inspect(run, step, responses, model, out))
+    print(run_inspect(run, InspectOptions(step, responses, model, rollouts), out))
 
 
 @app.command()

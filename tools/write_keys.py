@@ -70,7 +70,7 @@ def write_page() -> str:
             parts.append(write_section(section))
         if repeated:
             parts.append(f"`megatron-rl sft` also has these sections of `megatron-rl train`: {', '.join(repeated)}.\n")
-    return "\n".join(parts)
+    return "\n".join(part for part in parts if part)
 
 
 def list_sections(section: Section) -> Iterator[Section]:
@@ -97,7 +97,8 @@ def as_section(key: str, info: FieldInfo, meaning: str = "") -> Section | None:
 
 
 def write_section(section: Section) -> str:
-    lines = [f"### `{section.key}`\n"] if section.key else []
+    heading = [f"### `{section.key}`\n"] if section.key else []
+    lines: list[str] = []
     if len(section.kinds) == 1:
         lines += _opening(section.kinds[0])
     if section.meaning:
@@ -110,7 +111,7 @@ def write_section(section: Section) -> str:
         rows = list(_rows(section, cls))
         if rows:
             lines += ["| Key | Values | Default | Meaning |", "|---|---|---|---|", *rows, ""]
-    return "\n".join(lines)
+    return "\n".join([*heading, *lines]) if lines else ""
 
 
 def _opening(cls: type[BaseModel]) -> list[str]:

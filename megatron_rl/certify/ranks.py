@@ -19,7 +19,7 @@ from megatron_rl.config.schema import EngineConfig
 from megatron_rl.engine.device import use_device
 from megatron_rl.garbage import collect_rarely
 
-if TYPE_CHECKING:  # Megatron-Core may only be imported once the device is ready
+if TYPE_CHECKING:
     from megatron_rl.certify.router_watch import ReplayCount
     from megatron_rl.certify.spoil import Spoiled
     from megatron_rl.data.sample import Sample

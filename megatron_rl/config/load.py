@@ -190,6 +190,7 @@ def check_config(config: Config | SftConfig, arch: Architecture, world_size: int
             *_check_routing(config, arch),
             *check_stress(config.weights.stress, arch),
             *_check_evaluation(config),
+            *_check_recorded_steps(config),
         ]
     else:
         problems += _check_sft(config, arch)
@@ -355,6 +356,11 @@ def _check_routing(config: Config, arch: Architecture) -> Iterator[str]:
                 f"rollout.servers.extra_flags: with {flag} SGLang's routes may be wrong, but routing.replay r3 and "
                 "routing.observe_rollout need them"
             )
+
+
+def _check_recorded_steps(config: Config) -> Iterator[str]:
+    if late := [step for step in config.lab.record_steps if step > config.train.steps]:
+        yield f"lab.record_steps: {late[0]}, but train.steps is {config.train.steps}; drop the step"
 
 
 def _check_evaluation(config: Config) -> Iterator[str]:

@@ -81,7 +81,10 @@ class PolicyLoss:
         training_metrics(self.metrics, inputs, outputs, entropy, lags, mismatch=self._measures_mismatch)
         if self._records and not packed.is_empty:
             outcomes = self._mini_batch.outcomes[index]
-            self.token_values[index] = TokenValues.of(packed, outcomes, inputs, outputs.values, entropy)
+            found = TokenValues.of(packed, outcomes, inputs, outputs.values, entropy)
+            if not self._measures_mismatch:
+                del found.columns["old_logprob"]  # they are mu's
+            self.token_values[index] = found
         return outputs.loss
 
 

@@ -16,6 +16,8 @@ from megatron_rl.objectives.inputs import LossInputs, LossValues
 
 @dataclass(frozen=True, eq=False)
 class TokenValues:
+    """The M masked-in tokens of one micro-batch."""
+
     positions: np.ndarray
     """[M] int64: packed positions of the masked-in tokens."""
     columns: dict[str, np.ndarray]
@@ -25,7 +27,7 @@ class TokenValues:
     def of(
         cls, packed: PackedBatch, outcomes: Sequence[Outcome], inputs: LossInputs, values: LossValues, entropy: Tensor
     ) -> TokenValues:
-        """inputs and entropy [T]; waits for the device."""
+        """Copies the values of `inputs` and entropy, [T] each, from the device."""
         kept = packed.loss_mask.nonzero()[0]
         sequences = packed.sequence_ids[kept]
 

@@ -101,7 +101,7 @@ def _lead(lines: Sequence[Line], fired: Sequence[tuple[Rule, Sign, int]]) -> int
         return None
     warned, collapsed = (min(each) for each in places.values())
     between = [line for line in lines if warned <= _place(_at(line, "")) < collapsed]
-    return len(between) if warned < collapsed else None
+    return len(between) or None
 
 
 def _place(sign: Sign) -> tuple[int, int]:

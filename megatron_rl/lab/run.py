@@ -5,8 +5,8 @@
     config.yaml        the frozen, resolved configuration
     versions.json      python, torch, megatron-core, transformers, sglang, megatron_rl, platform, cores
     git.json           commit, dirty flag, untracked files; git.diff holds the changes (only from a git checkout)
-    history/N/         files that a resume moved here: the four records above if they differ, lines and rollouts of
-                       steps after the checkpoint, damaged checkpoints
+    history/N/         files that a resume moved here: the four records above if they differ, lines, rollouts and
+                       tokens of steps after the checkpoint, damaged checkpoints
     metrics.jsonl      one line per optimizer step: step, mini_batch, weight_version, time, then the metrics
     eval.jsonl         one line per evaluation on held-out prompts: step, weight_version, time, then the metrics
     checkpoints.jsonl  one line per checkpoint: step, time, and the seconds that it took
@@ -124,9 +124,9 @@ class RunDir:
     def begin(self, last_step: int = -1, damaged: Sequence[Path] = ()) -> list[Sink]:
         """Prepares the directory for this start, and returns what writes lines into it. Only its owner calls it.
 
-        A resumed run continues after `last_step` (-1: without a checkpoint). Later lines and rollouts move to history/,
-        so that the files equal the files of an uninterrupted run. The `damaged` checkpoints move there too. The lines
-        of `last_step` itself stay, so a step's lines must be logged before its checkpoint is made.
+        A resumed run continues after `last_step` (-1: without a checkpoint). Later lines, rollouts and tokens move to
+        history/, so that the files equal the files of an uninterrupted run. The `damaged` checkpoints move there too.
+        The lines of `last_step` itself stay, so a step's lines must be logged before its checkpoint is made.
         """
         assert self._owner is not None
         history = History(self.path)

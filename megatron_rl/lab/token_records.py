@@ -7,7 +7,8 @@ those of rollout_old are there if the run has the rollout engine's routes.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 
 from megatron_rl.errors import UserError
 
-SAMPLE, POSITION = "sample", "position"
+SAMPLE, POSITION, OLD = "sample", "position", "old_logprob"
 COLUMNS = {
     "step": pa.int32(),  # rollout step
     "mini_batch": pa.int32(),
@@ -26,7 +27,7 @@ COLUMNS = {
     "token_id": pa.int32(),
     "weight_version": pa.int32(),  # under which it was sampled
     "rollout_logprob": pa.float32(),  # log mu
-    "old_logprob": pa.float32(),  # log pi_old
+    OLD: pa.float32(),  # log pi_old; absent in a run in which mu stands for pi_old
     "logprob": pa.float32(),  # log pi_theta, before the optimizer step of its mini-batch
     "entropy": pa.float32(),  # of pi_theta, nat
     "advantage": pa.float32(),
@@ -34,6 +35,8 @@ COLUMNS = {
     "dropped": pa.bool_(),  # by the correction (correction/masked)
 }
 """Columns of every file. `expert_change/PAIR` columns may follow: the mean over layers, null if not compared."""
+_REPLICAS = b"replicas"
+"""Key in a file's metadata: how many data-parallel replicas the run has, each with a file if it trained on a token."""
 
 
 class TokenFileError(UserError):
@@ -44,33 +47,40 @@ def token_file(directory: Path, step: int, dp: int) -> Path:
     return directory / f"step-{step:06d}-dp-{dp:04d}.parquet"
 
 
-def write_tokens(path: Path, columns: Mapping[str, np.ndarray]) -> None:
-    """Writes [N] each; NaN becomes null. The file appears whole or not at all. Raises OSError."""
-    types = {name: COLUMNS.get(name, pa.float32()) for name in columns}
-    arrays = {name: pa.array(values, types[name], from_pandas=True) for name, values in columns.items()}
+@dataclass(frozen=True)
+class TokenFile:
+    columns: dict[str, np.ndarray]
+    """[N] each; null is NaN."""
+    replicas: int
+
+
+def write_tokens(path: Path, columns: Mapping[str, np.ndarray], *, replicas: int) -> None:
+    """Writes [N] each; an expert change that is NaN becomes null. The file appears whole or not at all. Raises
+    OSError."""
+    arrays = {
+        name: pa.array(values, COLUMNS.get(name, pa.float32()), from_pandas=name not in COLUMNS)
+        for name, values in columns.items()
+    }
+    table = pa.table(arrays).replace_schema_metadata({_REPLICAS: str(replicas).encode()})
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
-        pq.write_table(pa.table(arrays), file, compression="zstd")
+        pq.write_table(table, file, compression="zstd")
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
 
 
-def read_tokens(paths: Sequence[Path]) -> dict[str, np.ndarray]:
-    """Reads the files of one step into [N] each; null becomes NaN.
-
-    Raises TokenFileError, which names the file, if one is damaged or lacks a column.
-    """
-    tables = []
-    for path in paths:
-        try:
-            table = pq.read_table(path)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            reason = str(error).splitlines()[0][:200]
-            raise TokenFileError(f"{path}: not a file of token values, or damaged: {reason}. Remove it.") from None
-        if missing := sorted(COLUMNS.keys() - set(table.column_names)):
-            raise TokenFileError(f"{path}: has no column {missing[0]!r}; it is not a file of token values. Remove it.")
-        tables.append(table)
-    whole = pa.concat_tables(tables, promote_options="default")
-    return {name: whole.column(name).to_numpy() for name in whole.column_names}
+def read_tokens(path: Path) -> TokenFile:
+    """Raises TokenFileError, which names the file, if it is damaged or lacks a column."""
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise TokenFileError(f"{path}: not a file of token values, or damaged: {reason}. Remove it.") from None
+    replicas = (table.schema.metadata or {}).get(_REPLICAS, b"")
+    missing = sorted(COLUMNS.keys() - {OLD} - set(table.column_names))
+    if missing or not replicas.isdigit():
+        what = f"has no column {missing[0]!r}" if missing else "does not say how many replicas the run has"
+        raise TokenFileError(f"{path}: {what}; it is not a file of token values. Remove it.")
+    return TokenFile({name: table.column(name).to_numpy() for name in table.column_names}, int(replicas))

@@ -77,7 +77,7 @@ def prepare(
             weight_version=weight_version,
             reference_logprobs=each.reference,
             old_is_rollout=each.old is not None and not config.train.recompute_old_logprobs,
-            records=records,
+            records=records and trainer.place.speaks_for_stage,
         )
         updates.append(Update(mini_batch, loss, each.routing, value_loss))
     return updates

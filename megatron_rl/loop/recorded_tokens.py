@@ -15,18 +15,20 @@ from megatron_rl.routing.by_token import expert_changes
 def write_recorded(trainer: Trainer, updates: Sequence[Update], step: int) -> None:
     """Writes a file for each data-parallel replica, after the step's updates; none if the policy had no update.
 
-    The updates must have been prepared with `records`. Raises a UserError, on every rank, if one could not write.
+    The updates must have been prepared to record. Raises a UserError, on every rank, if one could not write.
     Collective.
     """
     parts = [part for update in updates for part in _columns(trainer, update, step)]
     file = token_file(trainer.run.tokens, step, trainer.place.dp)
     with trainer.writing(f"the token values of step {step}", file):
-        if parts and trainer.place.speaks_for_stage:
-            write_tokens(file, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+        if parts:
+            columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            write_tokens(file, columns, replicas=trainer.layout.dp)
 
 
 def _columns(trainer: Trainer, update: Update, step: int) -> list[dict[str, np.ndarray]]:
-    """The columns of each micro-batch; [] off the last pipeline stage. Collective over a replica."""
+    """The columns of each micro-batch; [] on ranks that do not speak for the last pipeline stage. Collective over a
+    replica."""
     batches, changes = update.mini_batch.micro_batches, {}
     if update.routing is not None:
         layers = len(trainer.policy.arch.moe_layers)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_rl.errors import FileInTheWayError, MissingFileError
+from megatron_rl.report.inspected import InspectOptions, load_step
 from megatron_rl.report.loaded_runs import LoadedRun, ReportError, is_run, load_run, name_runs
 from megatron_rl.report.loaded_studies import LoadedStudy, is_study, load_study
 
@@ -55,16 +56,15 @@ def run(paths: Sequence[Path], out: Path | None) -> Path:
     return write(compose(studies, runs), directory)
 
 
-def run_inspect(path: Path, step: int, responses: int, model: Path | None, out: Path | None) -> Path:
+def run_inspect(path: Path, options: InspectOptions, out: Path | None) -> Path:
     """Writes the page of one step and returns its path. Raises UserError."""
     check_extra()
     if not path.exists():
         raise MissingFileError(f"{path}: not there. Name the run_dir of a run.")
     directory = choose_directory([path], out)
     from megatron_rl.report import token_page
-    from megatron_rl.report.inspected import load_step
 
-    return token_page.write(token_page.compose(load_step(path, step, model), responses), directory)
+    return token_page.write(token_page.compose(load_step(path, options), options.responses), directory)
 
 
 def check_extra() -> None:

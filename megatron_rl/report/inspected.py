@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,8 @@ class InspectedResponse:
     """[n] text of each token of the response."""
     columns: Mapping[str, np.ndarray]
     """[n] as in lab/token_records.py; NaN for a token that was not trained on."""
-
-    @property
-    def is_recorded(self) -> bool:
-        """Whether a token of it was trained on in a recorded step."""
-        return "logprob" in self.columns and bool(np.isfinite(self.columns["logprob"]).any())
+    trained: np.ndarray
+    """[n] bool: the tokens whose values were recorded."""
 
 
 @dataclass(frozen=True)
@@ -38,47 +37,76 @@ class InspectedStep:
     run: str
     step: int
     responses: Sequence[InspectedResponse]
-    is_recorded: bool
+    was_asked: bool
+    """Whether lab.record_steps names the step."""
+    files: int
+    """Files of token values."""
+    replicas: int
+    """Data-parallel replicas, each with a file if it trained on a token; 0 without files."""
 
-    def column(self, name: str) -> np.ndarray | None:
-        """The column over all responses; None if the step does not have it."""
-        parts = [each.columns[name] for each in self.responses if name in each.columns]
-        return np.concatenate(parts) if parts else None
+
+@dataclass(frozen=True)
+class InspectOptions:
+    step: int
+    responses: int = 16
+    """The worst of each measure that are shown."""
+    model: Path | None = None
+    """Directory of the tokenizer; None: the run's model.path."""
+    rollouts: Path | None = None
+    """Directory of the rollouts; None: the run's own, or those that it replays."""
 
 
-def load_step(path: Path, step: int, model: Path | None) -> InspectedStep:
-    """Reads a step; `model` holds the tokenizer, and defaults to the run's model.path.
+def load_step(path: Path, options: InspectOptions) -> InspectedStep:
+    """Reads a step.
 
-    Raises MissingFileError if the run or the step's rollouts are not there, and StoreError, TokenFileError or
-    ReportError if a file is damaged or the files do not belong together.
+    Raises MissingFileError if the run, its tokenizer or the step's rollouts are not there, and StoreError,
+    TokenFileError or ReportError if a file is damaged or the files do not belong together.
     """
-    run = load_run(path)
-    files = _rollout_files(run, step)
-    groups = [group for file in files for group in read_groups(file)]
+    run, step = load_run(path), options.step
     size = _group_size(run)
-    samples = {group.index * size + sample.index: sample for group in groups for sample in group.samples}
-    if len(samples) != sum(len(group.samples) for group in groups):
-        raise ReportError(f"{files[0]} and the step's other files: a group is there twice, or exceeds its size {size}")
-    tokens = sorted((run.path / "tokens").glob(f"step-{step:06d}-dp-*.parquet"))
-    recorded = _by_sample(tokens, samples) if tokens else {}
-    names = _Texts(_tokenizer(run, model))
+    texts = _Texts(_tokenizer(run, options.model))
+    samples: dict[int, Sample] = {}
+    for number, sample in _read_samples(_rollout_files(run, step, options.rollouts), size):
+        if number in samples:
+            raise ReportError(f"{run.path}: step {step} has sample {number} twice; its rollouts are of several runs")
+        samples[number] = sample
+    files = sorted((run.path / "tokens").glob(f"step-{step:06d}-dp-*.parquet"))
+    recorded: dict[int, dict[str, np.ndarray]] = {}
+    replicas = 0
+    for file in files:
+        found = read_tokens(file)
+        replicas = found.replicas
+        recorded |= _by_sample(file, found.columns, samples)
+    names = sorted({name for part in recorded.values() for name in part} - {SAMPLE, POSITION})
     responses = [
-        InspectedResponse(number, sample, names.of(sample), _columns(sample, recorded.get(number), bool(tokens)))
+        _response(number, sample, texts.of(sample), names, recorded.get(number))
         for number, sample in sorted(samples.items())
     ]
-    return InspectedStep(run.name, step, responses, is_recorded=bool(tokens))
+    asked = str(step) in re.findall(r"\d+", str(run.config.get("lab.record_steps", "")))
+    return InspectedStep(run.name, step, responses, asked, len(files), replicas)
 
 
-def _rollout_files(run: LoadedRun, step: int) -> list[Path]:
+def _read_samples(files: Sequence[Path], group_size: int) -> Iterator[tuple[int, Sample]]:
+    """Yields each sample with its number, without what a page does not show and is a hundred times as large."""
+    for file in files:
+        for group in read_groups(file):
+            for sample in group.samples:
+                number = group.index * group_size + sample.index
+                yield number, dataclasses.replace(sample, trace=None, top_tokens=None)
+
+
+def _rollout_files(run: LoadedRun, step: int, given: Path | None) -> list[Path]:
     source = run.config.get("rollout.replay_from", "null")
-    directory = (run.path if source in ("null", "", "~") else Path(source)) / "rollouts"
+    replays = source not in ("null", "", "~")
+    directory = given or (Path(source) if replays else run.path) / "rollouts"
     pattern = "step-{}-dp-*.jsonl"
-    files = sorted(directory.glob(pattern.format(f"{step:06d}")))
-    if files:
+    if files := sorted(directory.glob(pattern.format(f"{step:06d}"))):
         return files
     steps = sorted({int(file.name.split("-")[1]) for file in directory.glob(pattern.format("*"))})
     has = f"it has those of steps {steps[0]} to {steps[-1]}" if steps else "it has none"
-    raise MissingFileError(f"{directory}: no rollouts of step {step}; {has}. Name another --step.")
+    why = ", which the run replays" if replays and given is None else ""
+    fix = "Name another --step" if steps else "Name the directory that has them with --rollouts"
+    raise MissingFileError(f"{directory}{why}: no rollouts of step {step}; {has}. {fix}.")
 
 
 def _group_size(run: LoadedRun) -> int:
@@ -116,15 +144,16 @@ class _Texts:
             text = f"<{token}>"
         elif "\ufffd" in text:  # a part of a character
             text = str(raw)
-        elif str(raw).startswith("\u2581") and not text.startswith(" "):  # SentencePiece drops the first space
-            text = " " + text
+        elif (spaces := len(raw) - len(raw.lstrip("\u2581"))) > 0:  # SentencePiece drops the first space of a text
+            text = " " * spaces + text.lstrip(" ")
         self._known[token] = text
         return text
 
 
-def _by_sample(files: Sequence[Path], samples: Mapping[int, Sample]) -> dict[int, dict[str, np.ndarray]]:
+def _by_sample(
+    file: Path, columns: Mapping[str, np.ndarray], samples: Mapping[int, Sample]
+) -> dict[int, dict[str, np.ndarray]]:
     """The recorded columns of each sample. Raises TokenFileError if they are not of these samples."""
-    columns = read_tokens(files)
     order = np.lexsort((columns[POSITION], columns[SAMPLE]))
     columns = {name: values[order] for name, values in columns.items()}
     numbers, starts = np.unique(columns[SAMPLE], return_index=True)
@@ -132,25 +161,31 @@ def _by_sample(files: Sequence[Path], samples: Mapping[int, Sample]) -> dict[int
     for number, start, end in zip(numbers.tolist(), starts, [*starts[1:], len(order)], strict=True):
         part = {name: values[start:end] for name, values in columns.items()}
         sample, at = samples.get(number), part[POSITION]
-        if sample is None or at.max() >= len(sample.token_ids) or (sample.token_ids[at] != part["token_id"]).any():
+        if sample is None:
             raise TokenFileError(
-                f"{files[0]}: sample {number} is not the one of the step's rollouts; the files are of different runs. "
-                "Remove it."
+                f"{file}: has sample {number}, which is not among the step's rollouts. Put the rollout files of all "
+                "replicas there."
+            )
+        if at.max() >= len(sample.token_ids) or (sample.token_ids[at] != part["token_id"]).any():
+            raise TokenFileError(
+                f"{file}: its sample {number} has other tokens than that of the rollouts; the two are of different "
+                "runs. Name the rollouts of this run with --rollouts, or remove the file."
             )
         found[number] = part
     return found
 
 
-def _columns(sample: Sample, part: Mapping[str, np.ndarray] | None, is_recorded: bool) -> dict[str, np.ndarray]:
-    first = len(sample.prompt.token_ids)
-    spread = {"rollout_logprob": np.where(sample.loss_mask, sample.rollout_logprobs, np.nan)[first:]}
-    if not is_recorded:
-        return spread
-    recorded = {} if part is None else {name: values for name, values in part.items() if name not in (SAMPLE, POSITION)}
-    for name in recorded or ("logprob",):
-        whole = np.full(len(sample.token_ids), np.nan)
-        if part is not None:
-            whole[part[POSITION]] = part[name]
-        if name not in spread:
-            spread[name] = whole[first:]
-    return spread
+def _response(
+    number: int, sample: Sample, texts: Sequence[str], names: Sequence[str], part: Mapping[str, np.ndarray] | None
+) -> InspectedResponse:
+    first, length = len(sample.prompt.token_ids), len(sample.token_ids)
+    trained = np.zeros(length, dtype=bool)
+    columns = {name: np.full(length, np.nan) for name in names}
+    if part is not None:
+        trained[part[POSITION]] = True
+        for name in columns.keys() & part.keys():
+            columns[name][part[POSITION]] = part[name]
+    columns["rollout_logprob"] = np.where(sample.loss_mask, sample.rollout_logprobs, np.nan)
+    return InspectedResponse(
+        number, sample, texts, {name: values[first:] for name, values in columns.items()}, trained[first:]
+    )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ WORST = 12
 LONG = 600
 """A response of more tokens shows its ends, and what stands around its worst tokens."""
 MARGIN, PEAKS = 60, 4
-"""Tokens shown on either side, and worst tokens of each measure."""
+"""Tokens shown on either side of a worst token, and worst tokens of each measure."""
 TOOLTIP = {
     "rollout_logprob": "log mu",
     "old_logprob": "log pi_old",
@@ -38,15 +39,18 @@ class ShownToken:
     text: str
     classes: str
     title: str
+    anchor: str
+    """Id of a token that a table links to, else empty."""
 
 
 @dataclass(frozen=True)
 class ShownResponse:
-    number: int
     response: InspectedResponse
     advantage: float
     """Mean over its tokens; NaN if it was not trained on."""
-    ranks: dict[str, int]
+    mini_batch: int | None
+    """None if it was not trained on."""
+    ranks: Mapping[str, int]
     """Its place in the order of each measure; 0 is the worst."""
     parts: Sequence[Sequence[ShownToken] | int]
     """Runs of tokens, and numbers of tokens that are left out."""
@@ -55,11 +59,16 @@ class ShownResponse:
 @dataclass(frozen=True)
 class WorstToken:
     response: int
+    """The response's number."""
     position: int
     """In the response, from 0."""
     text: str
     value: float
     title: str
+
+    @property
+    def anchor(self) -> str:
+        return f"r{self.response}-{self.position}"
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,9 @@ class ShownMeasure:
     measure: Measure
     mean: float
     p99: float
-    """99th percentile of the badness."""
+    """99th percentile of the badness, of the values that are finite."""
+    lost: int
+    """Trained tokens whose value is not finite."""
     worst: Sequence[WorstToken]
 
 
@@ -76,30 +87,30 @@ class StepPage:
     step: InspectedStep
     measures: Sequence[ShownMeasure]
     responses: Sequence[ShownResponse]
-    """At most so many of the worst of each measure."""
+    """The worst of each measure."""
 
 
 def compose(step: InspectedStep, most: int) -> StepPage:
-    """Chooses the `most` worst responses of each measure, and colours them."""
+    """Chooses the `most` worst responses of each measure, and colours their tokens."""
     present = [measure for measure in MEASURES if any(measure.of(each.columns) is not None for each in step.responses)]
     badness = {measure.key: [_badness(measure, each) for each in step.responses] for measure in present}
     ranks = {key: _ranks([each.max(initial=0.0) for each in of_all]) for key, of_all in badness.items()}
-    chosen = [i for i in range(len(step.responses)) if any(order[i] < most for order in ranks.values())]
-    shown = [
-        _show(
-            step.responses[i],
-            present,
-            {key: order[i] for key, order in ranks.items()},
-            {k: b[i] for k, b in badness.items()},
-        )
-        for i in chosen
-    ]
-    return StepPage(step, [_summarise(measure, step, badness[measure.key]) for measure in present], shown)
+    measures = [_summarise(measure, step, badness[measure.key]) for measure in present]
+    linked: dict[int, set[int]] = {}
+    for token in itertools.chain.from_iterable(each.worst for each in measures):
+        linked.setdefault(token.response, set()).add(token.position)
+    shown = []
+    for i, response in enumerate(step.responses):
+        places = {key: order[i] for key, order in ranks.items()}
+        chosen = {key: badness[key][i] for key, place in places.items() if place < most}
+        if chosen:
+            shown.append(_show(response, present, places, chosen, linked.get(response.number, set())))
+    return StepPage(step, measures, shown)
 
 
 def _badness(measure: Measure, response: InspectedResponse) -> np.ndarray:
     values = measure.of(response.columns)
-    return np.zeros(len(response.texts)) if values is None else measure.badness(values)
+    return np.zeros(len(response.texts)) if values is None else measure.badness(values, response.trained)
 
 
 def _ranks(worst: Sequence[float]) -> list[int]:
@@ -111,20 +122,28 @@ def _ranks(worst: Sequence[float]) -> list[int]:
 
 
 def _show(
-    response: InspectedResponse, measures: Sequence[Measure], ranks: dict[str, int], badness: dict[str, np.ndarray]
+    response: InspectedResponse,
+    measures: Sequence[Measure],
+    ranks: Mapping[str, int],
+    badness: Mapping[str, np.ndarray],
+    linked: Collection[int],
 ) -> ShownResponse:
-    advantages = response.columns.get("advantage", np.array([np.nan]))
-    there = advantages[np.isfinite(advantages)]
+    """`badness`: of the measures for which the response was chosen."""
+    columns, trained = response.columns, response.trained
     classes = _classes(response, measures)
 
     def token(i: int) -> ShownToken:
-        return ShownToken(response.texts[i], " ".join(classes[i]), _title(response, i))
+        anchor = f"r{response.number}-{i}" if i in linked else ""
+        return ShownToken(response.texts[i], " ".join(classes[i]), _title(response, i), anchor)
 
     parts = [
-        [token(i) for i in range(start, end)] if shown else end - start
-        for start, end, shown in _runs(_windows(badness, len(response.texts)))
+        [token(i) for i in range(start, end)] if is_shown else end - start
+        for start, end, is_shown in _runs(_windows(badness, len(response.texts), linked))
     ]
-    return ShownResponse(response.number, response, float(there.mean()) if len(there) else float("nan"), ranks, parts)
+    advantage, mini_batch = math.nan, None
+    if trained.any():
+        advantage, mini_batch = float(columns["advantage"][trained].mean()), int(columns["mini_batch"][trained][0])
+    return ShownResponse(response, advantage, mini_batch, ranks, parts)
 
 
 def _classes(response: InspectedResponse, measures: Sequence[Measure]) -> list[list[str]]:
@@ -134,7 +153,7 @@ def _classes(response: InspectedResponse, measures: Sequence[Measure]) -> list[l
         values = measure.of(response.columns)
         if values is None:
             continue
-        for names, level in zip(found, measure.levels(values).tolist(), strict=True):
+        for names, level in zip(found, measure.levels(values, response.trained).tolist(), strict=True):
             if level:
                 names.append(f"{measure.key}-{'n' * (level < 0)}{abs(level)}")
     for name in ("clipped", "dropped"):
@@ -151,14 +170,14 @@ def _title(response: InspectedResponse, i: int) -> str:
     return ", ".join([f"token {i}", *figures])
 
 
-def _windows(badness: dict[str, np.ndarray], count: int) -> np.ndarray:
+def _windows(badness: Mapping[str, np.ndarray], count: int, linked: Collection[int]) -> np.ndarray:
     """[count] bool: the tokens of a response that the page shows."""
     shown = np.full(count, count <= LONG)
     if count > LONG:
         shown[:MARGIN] = shown[-MARGIN:] = True
-        for values in badness.values():
-            for i in np.argsort(-values, kind="stable")[:PEAKS]:
-                shown[max(i - MARGIN, 0) : i + MARGIN + 1] = True
+        peaks = [i for values in badness.values() for i in np.argsort(-values, kind="stable")[:PEAKS].tolist()]
+        for i in (*peaks, *linked):
+            shown[max(i - MARGIN, 0) : i + MARGIN + 1] = True
     return shown
 
 
@@ -171,23 +190,26 @@ def _runs(shown: np.ndarray) -> Iterator[tuple[int, int, bool]]:
 
 
 def _summarise(measure: Measure, step: InspectedStep, badness: Sequence[np.ndarray]) -> ShownMeasure:
-    found = [(each, measure.of(each.columns)) for each in step.responses]
-    values = np.concatenate([each for _, each in found if each is not None])
-    values = values[np.isfinite(values)]
     everywhere = np.concatenate(badness)
+    values = np.concatenate([_values(measure, each) for each in step.responses])
     owner = np.repeat(np.arange(len(badness)), [len(each) for each in badness])
     first = np.cumsum([0, *(len(each) for each in badness)])
     worst = []
     for i in np.argsort(-everywhere, kind="stable")[:WORST]:
         response, position = step.responses[owner[i]], int(i - first[owner[i]])
-        of_response = found[owner[i]][1]
-        if everywhere[i] > 0 and of_response is not None:
-            value = float(of_response[position])
+        if everywhere[i] > 0:
             text, title = response.texts[position], _title(response, position)
-            worst.append(WorstToken(response.number, position, text, value, title))
-    if not len(values):
-        return ShownMeasure(measure, float("nan"), float("nan"), worst)
-    return ShownMeasure(measure, float(values.mean()), float(np.percentile(measure.badness(values), 99)), worst)
+            worst.append(WorstToken(response.number, position, text, float(values[i]), title))
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        return ShownMeasure(measure, math.nan, math.nan, int(np.isinf(everywhere).sum()), worst)
+    p99 = float(np.percentile(measure.badness(finite, np.ones(len(finite), dtype=bool)), 99))
+    return ShownMeasure(measure, float(finite.mean()), p99, int(np.isinf(everywhere).sum()), worst)
+
+
+def _values(measure: Measure, response: InspectedResponse) -> np.ndarray:
+    values = measure.of(response.columns)
+    return np.full(len(response.texts), np.nan) if values is None else values
 
 
 def render(page: StepPage) -> str:
@@ -200,7 +222,8 @@ def render(page: StepPage) -> str:
         lstrip_blocks=True,
     )
     environment.filters["number"] = number
-    return environment.get_template("step.html").render(page=page, long=LONG)
+    shown = {each.response.number for each in page.responses}
+    return environment.get_template("step.html").render(page=page, shown_numbers=shown, long=LONG)
 
 
 def write(page: StepPage, directory: Path) -> Path:

@@ -33,7 +33,7 @@ OPTIONS = {
     "serve": {"model", "--host", "--port", "--device", "--dtype", "--tp", "--max-total-tokens", "--api-key-env"},
     "graft": {"donor", "base", "out", "--weights"},
     "report": {"paths", "--out"},
-    "inspect": {"run", "--step", "--responses", "--model", "--out"},
+    "inspect": {"run", "--step", "--responses", "--model", "--rollouts", "--out"},
     "attribute": {"config", "overrides", "--step"},
     "replay-study": {
         "config",

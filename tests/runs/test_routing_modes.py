@@ -142,7 +142,9 @@ def assert_same(run_dir: Path, reference: Path) -> None:
 
 def tokens_of(run_dir: Path, step: int) -> dict[str, np.ndarray]:
     """The recorded tokens of a step, ordered by sample and position."""
-    found = read_tokens(sorted((run_dir / "tokens").glob(f"step-{step:06d}-dp-*.parquet")))
+    files = [read_tokens(file) for file in (run_dir / "tokens").glob(f"step-{step:06d}-dp-*.parquet")]
+    assert {file.replicas for file in files} == {len(files)}
+    found = {column: np.concatenate([file.columns[column] for file in files]) for column in files[0].columns}
     order = np.lexsort((found["position"], found["sample"]))
     return {column: values[order] for column, values in found.items()}
 

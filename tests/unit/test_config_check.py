@@ -57,6 +57,7 @@ def found(config: Config | SftConfig, world_size: int = 1) -> list[str]:
         ("rollout.servers.urls=[http://127.0.0.1:1,'http://[::1]:1',http://localhost:1]", 1),
         ("rollout.servers.urls=[http://localhost:1] rollout.servers.tp=3 rollout.servers.max_total_tokens=1", 1),
         ("eval.every=2 data.heldout=x.jsonl eval.samples=4 eval.temperature=1", 1),
+        ("lab.record_steps=[1]", 1),
         ("weights.verify=1 rollout.servers.dtype=bf16", 1),
         ("weights.stress.kind=fp8 weights.stress.targets=[attention,expert,router,embedding,head]", 1),
         ("weights.stress.kind=noise weights.stress.size=.01 rollout.servers.dtype=bf16", 1),
@@ -269,6 +270,7 @@ def test_a_configuration_without_contradictions_is_accepted(tmp_path: Path, over
             "reward.overlong_filter: true, but under objective.kl.place reward a filtered response has no tokens",
         ),
         ("eval.every=1", 1, "eval.every: 1 does nothing without data.heldout"),
+        ("lab.record_steps=[1,900000]", 1, "lab.record_steps: 900000, but train.steps is "),
         ("eval.samples=4", 1, "eval.samples: 4 greedy responses to a prompt are all the same"),
     ],
 )

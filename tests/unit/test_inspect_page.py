@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from made_runs import parse
 from tiny_models import make_tokenizer
@@ -15,9 +18,9 @@ from tiny_models import make_tokenizer
 from megatron_rl.data.sample import LOST, Group, Prompt, Sample, Verdict
 from megatron_rl.data.store import write_groups
 from megatron_rl.errors import MissingFileError, UserError
-from megatron_rl.lab.token_records import COLUMNS, TokenFileError, read_tokens, token_file, write_tokens
+from megatron_rl.lab.token_records import COLUMNS, OLD, TokenFileError, read_tokens, token_file, write_tokens
 from megatron_rl.report.command import run_inspect
-from megatron_rl.report.inspected import load_step
+from megatron_rl.report.inspected import InspectOptions, load_step
 from megatron_rl.report.token_measures import MEASURES
 from megatron_rl.report.token_page import LONG, StepPage, compose, render
 
@@ -60,17 +63,17 @@ def columns_of(samples: Mapping[int, Sample], **values: Any) -> dict[str, np.nda
     return found | {name: np.array(value, dtype=found[name].dtype) for name, value in values.items()}
 
 
-def write_recorded(path: Path, columns: Mapping[str, np.ndarray], dp: int = 0) -> None:
-    write_tokens(token_file(path / "tokens", STEP, dp), columns)
+def write_recorded(path: Path, columns: Mapping[str, np.ndarray], dp: int = 0, replicas: int = 1) -> None:
+    write_tokens(token_file(path / "tokens", STEP, dp), columns, replicas=replicas)
 
 
 def page_of(path: Path, most: int = 16) -> StepPage:
-    return compose(load_step(path, STEP, None), most)
+    return compose(load_step(path, InspectOptions(STEP)), most)
 
 
 def classes(page: StepPage, response: int) -> list[list[str]]:
     """Classes of each token of the shown response with this number."""
-    (shown,) = [each for each in page.responses if each.number == response]
+    (shown,) = [each for each in page.responses if each.response.number == response]
     (tokens,) = shown.parts
     assert not isinstance(tokens, int)
     return [token.classes.split() for token in tokens]
@@ -111,7 +114,7 @@ def test_tokens_have_the_colours_of_their_values(run: Path) -> None:
 
 def test_responses_and_tokens_stand_worst_first(run: Path) -> None:
     page = page_of(run)
-    places = {each.number: each.ranks for each in page.responses}
+    places = {each.response.number: each.ranks for each in page.responses}
     assert sorted(places, key=lambda n: places[n]["ratio"])[:2] == [3, 0]
     assert sorted(places, key=lambda n: places[n]["rollout_change"])[0] == 3
     worst = {each.measure.key: [(t.response, t.position, t.value) for t in each.worst] for each in page.measures}
@@ -124,7 +127,7 @@ def test_responses_and_tokens_stand_worst_first(run: Path) -> None:
 
 
 def test_only_the_worst_responses_of_each_measure_are_shown(run: Path) -> None:
-    assert [each.number for each in page_of(run, most=1).responses] == [3]
+    assert [each.response.number for each in page_of(run, most=1).responses] == [3]
     assert len(page_of(run, most=2).responses) < len(page_of(run).responses) == 4
 
 
@@ -135,7 +138,7 @@ def test_the_page_names_each_response_and_escapes_its_text(run: Path) -> None:
     assert (
         "prompt p1, sample 0; verdict lost; advantage -; 2 tokens, stop; expected answer: 2 ; not trained on" in words
     )
-    assert "prompt p0, sample 0; reward 1, correct; advantage 0.5; 2 tokens, stop" in words
+    assert "prompt p0, sample 0; reward 1, correct; advantage 0.5; mini-batch 0; 2 tokens, stop" in words
     assert "prompt p1, sample 1; reward 0.5, wrong; advantage 1;" in words
     assert ">&lt;pad&gt;</span>" in text
     assert "<pad>" not in text
@@ -161,7 +164,7 @@ def test_a_long_response_shows_its_ends_and_its_worst_tokens(tmp_path: Path) -> 
     numbered = dict(enumerate(samples))
     recorded = columns_of(numbered, logprob=[*logprobs, -0.25], old_logprob=[-0.25] * (count + 1))
     write_recorded(path, recorded)
-    (long,) = [each for each in page_of(path).responses if each.number == 0]
+    (long,) = [each for each in page_of(path).responses if each.response.number == 0]
     runs = [part if isinstance(part, int) else len(part) for part in long.parts]
     assert sum(runs) == count
     assert [isinstance(part, int) for part in long.parts] == [False, True, False, True, False]
@@ -179,8 +182,9 @@ def test_files_of_several_replicas_are_read_together(tmp_path: Path) -> None:
         recorded["logprob"][:] = -1 - dp
         if dp:  # its expert changes were not measured
             recorded = {name: values for name, values in recorded.items() if name not in LIVE}
-        write_recorded(path, recorded, dp)
-    step = load_step(path, STEP, None)
+        write_recorded(path, recorded, dp, replicas=2)
+    assert "Here are the token values" not in render(page_of(path))
+    step = load_step(path, InspectOptions(STEP))
     assert [each.columns["logprob"].tolist() for each in step.responses] == [[-1, -1], [-2], [-1, -1], [-2]]
 
 
@@ -201,24 +205,26 @@ def test_pieces_of_characters_and_unknown_ids_have_a_name(tmp_path: Path, monkey
     samples[0] = dataclasses.replace(samples[0], token_ids=ids)
     file = path / "rollouts" / f"step-{STEP:06d}-dp-0000.jsonl"
     write_groups(file, [Group(0, samples[0].prompt, tuple(samples))], weight_version=STEP - 1)
-    assert load_step(path, STEP, None).responses[0].texts == [" the", "<0xE2>", "<7>", " the"]
+    assert load_step(path, InspectOptions(STEP)).responses[0].texts == [" the", "<0xE2>", "<7>", " the"]
 
 
-def test_badness_orders_absent_and_infinite_values(run: Path) -> None:
+def test_badness_orders_absent_and_infinite_values() -> None:
     values = np.array([np.nan, -np.inf, 0.5, -2.0])
-    assert BY_KEY["ratio"].badness(values).tolist() == [0.0, np.inf, 0.5, 2.0]
-    assert BY_KEY["ratio"].levels(values).tolist() == [0, -6, 5, -6]
-    assert BY_KEY["logprob"].badness(values).tolist() == [0.0, np.inf, 0.0, 2.0]
-    assert BY_KEY["logprob"].levels(values).tolist() == [0, 6, 0, 3]
-    assert BY_KEY["change"].levels(np.array([np.nan, 0.0, 0.01, 0.5, 0.51])).tolist() == [0, 0, 1, 5, 6]
+    untrained, trained = np.zeros(4, dtype=bool), np.ones(4, dtype=bool)
+    assert BY_KEY["ratio"].badness(values, untrained).tolist() == [0.0, np.inf, 0.5, 2.0]
+    assert BY_KEY["ratio"].badness(values, trained).tolist() == [np.inf, np.inf, 0.5, 2.0]
+    assert BY_KEY["ratio"].levels(values, untrained).tolist() == [0, -6, 5, -6]
+    assert BY_KEY["logprob"].badness(values, untrained).tolist() == [0.0, np.inf, 0.0, 2.0]
+    assert BY_KEY["logprob"].levels(values, untrained).tolist() == [0, 6, 0, 3]
+    assert BY_KEY["change"].levels(np.array([np.nan, 0.0, 0.01, 0.51]), trained).tolist() == [0, 0, 1, 6]
 
 
 # Files that are missing, damaged, or of another run
 
 
-def refuse(path: Path, kind: type[UserError], *texts: str, step: int = STEP, model: Path | None = None) -> None:
+def refuse(path: Path, kind: type[UserError], *texts: str, step: int = STEP) -> None:
     with pytest.raises(kind) as caught:
-        run_inspect(path, step, 4, model, None)
+        run_inspect(path, InspectOptions(step), None)
     for text in texts:
         assert text in str(caught.value)
     assert not (path / "report").exists()
@@ -229,17 +235,17 @@ def test_what_is_missing_is_named(run: Path, tmp_path: Path) -> None:
     refuse(run, MissingFileError, "no rollouts of step 7; it has those of steps 3 to 3. Name another --step.", step=7)
     (tmp_path / "tokenizer").rename(tmp_path / "moved")
     refuse(run, MissingFileError, "tokenizer: the model whose tokenizer", "--model")
-    page = run_inspect(run, STEP, 4, tmp_path / "moved", None)
+    page = run_inspect(run, InspectOptions(STEP, model=tmp_path / "moved"), None)
     assert page == run / "report" / "step-000003.html"
     assert page.read_text().startswith("<!doctype html>")
 
 
 def test_token_values_of_another_run_are_refused(run: Path, tmp_path: Path) -> None:
     other = write_step(tmp_path / "other" / "run", ["99", "9", "99", "99"])
-    write_recorded(run, columns_of({0: other[0]}))
-    refuse(run, TokenFileError, "step-000003-dp-0000.parquet: sample 0 is not the one of the step's rollouts")
-    write_recorded(run, columns_of({8: other[0]}))
-    refuse(run, TokenFileError, "sample 8 is not the one")
+    write_recorded(run, columns_of({0: other[0]}), dp=1)
+    refuse(run, TokenFileError, "step-000003-dp-0001.parquet: its sample 0 has other tokens than that of the rollouts")
+    write_recorded(run, columns_of({8: other[0]}), dp=1)
+    refuse(run, TokenFileError, "dp-0001.parquet: has sample 8, which is not among the step's rollouts", "all replicas")
 
 
 def test_damaged_token_values_are_refused(run: Path) -> None:
@@ -247,27 +253,101 @@ def test_damaged_token_values_are_refused(run: Path) -> None:
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     refuse(run, TokenFileError, "step-000003-dp-0000.parquet: not a file of token values, or damaged")
-    write_tokens(file, {"sample": np.zeros(1)})
+    write_tokens(file, {"sample": np.zeros(1)}, replicas=1)
     refuse(run, TokenFileError, "has no column 'advantage'")
 
 
-def test_a_run_without_groups_is_refused(run: Path) -> None:
+def test_a_run_of_sft_is_refused(run: Path) -> None:
     (run / "config.yaml").write_text("steps: 3\n")
+    shutil.rmtree(run / "rollouts")
     refuse(run, UserError, "config.yaml: has no rollout.group_size")
 
 
 def test_a_group_that_is_there_twice_is_refused(run: Path) -> None:
     file = run / "rollouts" / "step-000003-dp-0000.jsonl"
     (run / "rollouts" / "step-000003-dp-0001.jsonl").write_bytes(file.read_bytes())
-    refuse(run, UserError, "a group is there twice")
+    refuse(run, UserError, "step 3 has sample 0 twice")
 
 
 def test_written_token_values_are_read_back(tmp_path: Path) -> None:
     columns = {name: np.arange(3).astype(kind.to_pandas_dtype()) for name, kind in COLUMNS.items()}
+    columns["logprob"][1] = np.nan
     columns["expert_change/rerun"] = np.array([0.5, np.nan, 0.0], dtype=np.float32)
-    write_tokens(tmp_path / "tokens.parquet", columns)
-    found = read_tokens([tmp_path / "tokens.parquet"])
-    assert found.keys() == columns.keys()
+    write_tokens(tmp_path / "tokens.parquet", columns, replicas=7)
+    found = read_tokens(tmp_path / "tokens.parquet")
+    assert found.replicas == 7
+    assert found.columns.keys() == columns.keys()
     for name, values in columns.items():
-        np.testing.assert_array_equal(found[name], values)
-        assert found[name].dtype == values.dtype
+        np.testing.assert_array_equal(found.columns[name], values)
+        assert found.columns[name].dtype == values.dtype
+    written = pq.read_table(tmp_path / "tokens.parquet")
+    assert [written.column(name).null_count for name in ("logprob", "expert_change/rerun")] == [0, 1]
+
+
+# Steps that went wrong, and runs without some of the values
+
+
+def test_values_that_are_not_finite_are_the_worst(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    samples = write_step(path, ["12", "3"])
+    logprobs = [-3.0, -0.25, np.nan]
+    recorded = columns_of(dict(enumerate(samples)), logprob=logprobs, old_logprob=[-0.25] * 3)
+    write_recorded(path, recorded)
+    page = page_of(path)
+    shown = page.responses[1]
+    assert (shown.response.number, shown.mini_batch, shown.advantage) == (1, 0, 0.0)
+    assert (shown.ranks["ratio"], shown.ranks["logprob"]) == (0, 0)
+    assert classes(page, 1) == [["ratio-6", "logprob-6"]]
+    found = {each.measure.key: (each.lost, [(t.response, t.position) for t in each.worst]) for each in page.measures}
+    assert found["ratio"] == (1, [(1, 0), (0, 0)])
+    assert found["logprob"] == (1, [(1, 0), (0, 0), (0, 1)])
+    text = render(page)
+    assert "1 values are not finite" in text
+    assert "not trained on" not in text
+
+
+def test_without_pi_old_there_is_no_mismatch_and_the_ratio_is_to_mu(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    samples = write_step(path, ["12", "3"])
+    recorded = columns_of(dict(enumerate(samples)), logprob=[-0.25, -0.3, -0.75])
+    del recorded[OLD]
+    write_recorded(path, recorded)
+    means = {each.measure.key: each.mean for each in page_of(path).measures}
+    assert "mismatch" not in means
+    assert means["ratio"] == pytest.approx((0 - 0.05 - 0.5) / 3, abs=1e-6)
+
+
+def test_the_page_says_why_a_step_has_no_values(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    samples = write_step(path, ["12", "3", "45", "6"])
+    config = (path / "config.yaml").read_text()
+    (path / "config.yaml").write_text(config + f"lab: {{record_steps: [1, {STEP}]}}\n")
+    assert "names the step, but its policy was not updated" in render(page_of(path))
+    (path / "config.yaml").write_text(config + f"lab: {{record_steps: [1, {STEP}0]}}\n")
+    assert "to record log-probs" in render(page_of(path))
+    write_recorded(path, columns_of({0: samples[0]}), replicas=2)
+    assert "Here are the token values of 1 of the run's 2 data-parallel replicas." in render(page_of(path))
+
+
+def test_replayed_rollouts_that_have_moved_are_named(run: Path, tmp_path: Path) -> None:
+    config = (run / "config.yaml").read_text().replace("null", str(tmp_path / "elsewhere"))
+    (run / "config.yaml").write_text(config)
+    (run / "rollouts").rename(tmp_path / "copied")
+    refuse(run, MissingFileError, "elsewhere/rollouts, which the run replays: no rollouts of step 3", "--rollouts")
+    step = load_step(run, InspectOptions(STEP, rollouts=tmp_path / "copied"))
+    assert len(step.responses) == 4
+
+
+def test_links_lead_to_tokens_that_are_shown(tmp_path: Path) -> None:
+    """All worst tokens are in one long response, more of them than its own windows would show."""
+    path, count = tmp_path / "run", 20 * LONG
+    samples = write_step(path, ["1" * count, "3"])
+    logprobs = np.full(count, -0.25)
+    logprobs[500 : 500 + 12 * LONG : LONG] = -9.0 - np.arange(12)
+    recorded = columns_of(dict(enumerate(samples)), logprob=[*logprobs, -0.3], old_logprob=[-0.25] * (count + 1))
+    write_recorded(path, recorded)
+    for most in (1, 2):
+        text = render(page_of(path, most))
+        targets = re.findall(r'href="#([^"]+)"', text)
+        assert len(targets) == 24  # of the ratio and of the log-prob
+        assert all(f'id="{target}"' in text for target in targets)
