@@ -246,8 +246,6 @@ def worker(spec: ParitySpec, answer: Path) -> None:
     from megatron_rl.engine.device import use_device
 
     device = use_device(spec.device)
-    from megatron.core import parallel_state
-
     from megatron_rl.ranks.heartbeat import Heartbeat
     from megatron_rl.ranks.place import start_process_groups, stop_process_groups
 
@@ -260,7 +258,7 @@ def worker(spec: ParitySpec, answer: Path) -> None:
             if not results:
                 stack.enter_context(Heartbeat(place.control, engine.heartbeat))
             results.append(_compare(spec, text, layout, place, engine, device))
-            parallel_state.destroy_model_parallel()
+            stop_process_groups(leave_world=False)
         if place.rank == 0:
             answer.write_bytes(orjson.dumps([asdict(r) for r in results]))
     stop_process_groups()

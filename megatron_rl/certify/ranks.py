@@ -31,8 +31,6 @@ FEW_SAMPLES = 6
 
 def worker(spec: CertificateSpec, answer: Path) -> None:
     device = use_device(spec.device)
-    from megatron.core import parallel_state
-
     from megatron_rl.engine.policy import Policy
     from megatron_rl.ranks.heartbeat import Heartbeat
     from megatron_rl.ranks.place import start_process_groups, stop_process_groups
@@ -48,7 +46,7 @@ def worker(spec: CertificateSpec, answer: Path) -> None:
                 engine = EngineConfig(dtype=spec.dtype, recompute=recompute, device=spec.device)  # type: ignore[arg-type]
                 policy = Policy(Path(spec.model), layout, place, engine, device, optim=None)
                 results.append(_certify(policy, text))
-            parallel_state.destroy_model_parallel()
+            stop_process_groups(leave_world=False)
         if place.rank == 0:
             answer.write_bytes(orjson.dumps([asdict(r) for r in results]))
     stop_process_groups()

@@ -18,7 +18,6 @@ def main(model: Path, out: Path, layouts: list[str]) -> None:
     device = use_device("cpu")
     import orjson
     import torch
-    from megatron.core import parallel_state
     from safetensors.torch import save_file
 
     from megatron_rl.engine.critic import Critic
@@ -55,5 +54,5 @@ def main(model: Path, out: Path, layouts: list[str]) -> None:
             save_file({**numbers, **{k: v.contiguous() for k, v in gradients.items()}}, out / f"{text}.safetensors")
             if text == layouts[-1]:
                 save_weights(exported, out / "critic", model, 1 << 30, torch.float32, value_head=True)
-        parallel_state.destroy_model_parallel()
+        stop_process_groups(leave_world=False)
     stop_process_groups()

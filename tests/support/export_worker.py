@@ -67,12 +67,10 @@ def four_ranks(models: Path) -> None:
 
 
 def start(text: str) -> tuple[Layout, Place]:
-    from megatron.core import parallel_state as mpu
-
-    from megatron_rl.ranks.place import start_process_groups
+    from megatron_rl.ranks.place import start_process_groups, stop_process_groups
 
     layout = Layout.resolve(*parse_layout(text))
-    mpu.destroy_model_parallel()
+    stop_process_groups(leave_world=False)
     place = start_process_groups(layout, torch.device("cpu"), seed=0)
     return layout, place
 

@@ -59,7 +59,7 @@ def serve(port: int) -> None:
         layout = Layout.resolve(*parse_layout(text))
         place = start_process_groups(layout, device, seed=0)
         settings[text] = Setting(layout, place, parallel_state.get_context_parallel_group())
-        stop_process_groups(leave_world=False)  # forgets the groups without destroying them
+        parallel_state.destroy_model_parallel()  # forgets the groups without destroying them
     world = settings[LAYOUTS[0]].place.control
     mine = dist.new_group([0], backend="gloo")
     if rank == 0:

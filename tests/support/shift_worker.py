@@ -21,7 +21,6 @@ def main(old: Path, new: Path, out: Path, layouts: list[str]) -> None:
     device = use_device("cpu")
     import torch
     import torch.distributed as dist
-    from megatron.core import parallel_state
     from safetensors.torch import save_file
 
     from megatron_rl.engine.distribute import MiniBatch, TrainSample, distribute
@@ -76,7 +75,7 @@ def main(old: Path, new: Path, out: Path, layouts: list[str]) -> None:
             for kind, to in (("", new), ("same/", old)):
                 for number, values in by_sample(policy, batch, mode, to).items():
                     found[f"{kind}{mode}/{text}/{number}"] = values
-        parallel_state.destroy_model_parallel()
+        stop_process_groups(leave_world=False)
     save_file(found, out / f"rank-{place.rank}.safetensors")
     dist.barrier()
     stop_process_groups()
