@@ -142,6 +142,7 @@ def test_the_page_names_each_response_and_escapes_its_text(run: Path) -> None:
     assert "prompt p1, sample 1; reward 0.5, wrong; advantage 1;" in words
     assert ">&lt;pad&gt;</span>" in text
     assert "<pad>" not in text
+    assert "&amp;" not in text  # the page's own signs are escaped once
     assert not [url for url in page.urls if not url.startswith(("#", "data:"))]
     assert "script" not in page.tags
 
