@@ -64,7 +64,9 @@ def columns_of(samples: Mapping[int, Sample], **values: Any) -> dict[str, np.nda
 
 
 def write_recorded(path: Path, columns: Mapping[str, np.ndarray], dp: int = 0, replicas: int = 1) -> None:
-    write_tokens(token_file(path / "tokens", STEP, dp), columns, replicas=replicas)
+    order = np.random.default_rng(0).permutation(len(columns["sample"]))  # as mini-batches mix samples
+    shuffled = {name: values[order] for name, values in columns.items()}
+    write_tokens(token_file(path / "tokens", STEP, dp), shuffled, replicas=replicas)
 
 
 def page_of(path: Path, most: int = 16) -> StepPage:
