@@ -49,7 +49,10 @@ def judge(rule: Rule, results: Results) -> Judgement:
         case DifferenceRule():
             return _difference(rule, results)
         case SlopeRule():
-            return _over_seeds(rule, "slope", _slopes(rule, results), rule.min_seeds)
+            lines = _lines(rule, results)
+            slopes = {seed: line and line.slope for seed, line in lines.items()}
+            misfits = [line.error for line in lines.values() if line and line.error is not None]
+            return _over_seeds(rule, "slope", slopes, rule.min_seeds, misfits)
         case ShareRule():
             return _by_seed(rule, "share", _shares(rule, results))
         case ThresholdRule():
@@ -111,22 +114,48 @@ def standard_error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
-def slope(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Least-squares slope of log y on log x; None with fewer than two different x, or a number that is not positive."""
+@dataclass(frozen=True)
+class PowerLaw:
+    """The least-squares line of log y on log x."""
+
+    slope: float
+    error: float | None
+    """Standard error of the slope, from the distances of the points to the line; None with two points, which lie on
+    it."""
+
+
+def fit(x: Sequence[float], y: Sequence[float]) -> PowerLaw | None:
+    """Returns None with fewer than two different x, or a number that is not positive."""
     if min([*x, *y], default=0.0) <= 0 or len(set(x)) < 2:
         return None
-    return statistics.linear_regression([math.log(each) for each in x], [math.log(each) for each in y]).slope
+    log_x, log_y = [math.log(each) for each in x], [math.log(each) for each in y]
+    slope, intercept = statistics.linear_regression(log_x, log_y)
+    if len(x) < 3:
+        return PowerLaw(slope, None)
+    mean = statistics.fmean(log_x)
+    squares = sum((b - intercept - slope * a) ** 2 for a, b in zip(log_x, log_y, strict=True))
+    return PowerLaw(slope, math.sqrt(squares / (len(x) - 2) / sum((a - mean) ** 2 for a in log_x)))
 
 
 def _over_seeds(
-    rule: SlopeRule | GridEdgeRule, what: str, by_seed: Mapping[int, float | None], min_seeds: int
+    rule: SlopeRule | GridEdgeRule,
+    what: str,
+    by_seed: Mapping[int, float | None],
+    min_seeds: int,
+    misfits: Sequence[float] = (),
 ) -> Judgement:
+    """`misfits`: each seed's error of its number. Seeds can agree on a slope although their points lie on no line, so
+    the error is not below the mean of these."""
     values = [value for value in by_seed.values() if value is not None]
     numbers: dict[str, Any] = {"by_seed": _keyed(by_seed)}
     if len(values) < min_seeds:
         return Judgement("underpowered", f"{len(values)} seeds have a {what}, the rule needs {min_seeds}", numbers)
     mean = statistics.fmean(values)
-    error = standard_error(values) if len(values) > 1 else None
+    errors = [standard_error(values)] if len(values) > 1 else []
+    if misfits:
+        errors.append(statistics.fmean(misfits))
+        numbers["error_of_the_fit"] = errors[-1]
+    error = max(errors, default=None)
     numbers |= {what: mean, "standard_error": error}
     verdict = decide(mean, error or 0.0, rule.confirms, rule.refutes)
     spread = f" +- {error:.3g}" if error is not None else ""
@@ -258,9 +287,9 @@ def _matches(outcome: RunOutcome, where: Where) -> bool:
     return all(outcome.at.get(factor) == value for factor, value in where.items())
 
 
-def _slopes(rule: SlopeRule, results: Results) -> dict[int, float | None]:
-    """The slope by seed; None if one of the seed's runs lacks a number."""
-    slopes: dict[int, float | None] = {}
+def _lines(rule: SlopeRule, results: Results) -> dict[int, PowerLaw | None]:
+    """The line by seed; None if one of the seed's runs lacks a number."""
+    lines: dict[int, PowerLaw | None] = {}
     for seed in _seeds(results):
         runs = _selected(results, seed, rule.where)
         y = [each.metrics.get(rule.metric) if each.has_values else None for each in runs]
@@ -269,8 +298,8 @@ def _slopes(rule: SlopeRule, results: Results) -> dict[int, float | None]:
         known_y = [each for each in y if each is not None]
         if runs:
             whole = len(known_x) == len(known_y) == len(runs)
-            slopes[seed] = slope(known_x, known_y) if whole else None
-    return slopes
+            lines[seed] = fit(known_x, known_y) if whole else None
+    return lines
 
 
 def _seeds(results: Results) -> list[int]:
@@ -316,7 +345,8 @@ def _grid_edge(rule: GridEdgeRule, results: Results) -> Judgement:
     slopes: dict[int, float | None] = {}
     for seed, by_x in edges.items():
         whole = all(edge.is_inside for edge in by_x.values())
-        slopes[seed] = slope(list(by_x), [e.values[e.index] for e in by_x.values()]) if whole else None
+        line = fit(list(by_x), [e.values[e.index] for e in by_x.values()]) if whole else None
+        slopes[seed] = line and line.slope
     judgement = _over_seeds(rule, "slope", slopes, rule.min_seeds)
     shown = {seed: {f"{x:g}": _edge_shown(e) for x, e in sorted(by_x.items())} for seed, by_x in edges.items()}
     return Judgement(judgement.verdict, judgement.text, judgement.numbers | {"edges": _keyed(shown)})

@@ -14,7 +14,7 @@ from study_files import outcomes
 
 from megatron_rl.study.decision_rules import Band, Rule
 from megatron_rl.study.outcome import RunOutcome
-from megatron_rl.study.verdicts import Judgement, decide, decide_by_seed, judge, slope
+from megatron_rl.study.verdicts import Judgement, PowerLaw, decide, decide_by_seed, fit, judge
 
 RULES: TypeAdapter[Rule] = TypeAdapter(Rule)
 
@@ -133,6 +133,26 @@ def test_a_slope_that_the_seeds_do_not_agree_on_is_underpowered() -> None:
     assert says(powers(-0.5, (1.0,)), **SLOPE, min_seeds=1).verdict == "confirmed"
 
 
+def test_a_slope_through_points_on_no_line_is_underpowered() -> None:
+    """Three seeds agree that m falls from 20 to 60 and rises again to 180: the slope is -.5, and says nothing."""
+    shape = {20: 1.0, 60: 0.1, 180: 1 / 3}
+    results = [
+        each
+        for length, m in shape.items()
+        for each in outcomes(f"l{length}", [m * noise for noise in (0.99, 1.0, 1.01)], length=length)
+    ]
+    judgement = says(results, **SLOPE)
+    assert judgement.numbers["slope"] == pytest.approx(-0.5, abs=0.01)
+    assert judgement.verdict == "underpowered"
+    x, y = np.log(list(shape)), np.log(list(shape.values()))
+    _, covariance = np.polyfit(x, y, 1, cov="unscaled")
+    residuals = y - np.polyval(np.polyfit(x, y, 1), x)
+    expected = math.sqrt(covariance[0, 0] * (residuals**2).sum() / (len(x) - 2))
+    assert judgement.numbers["error_of_the_fit"] == pytest.approx(expected, rel=1e-6)
+    assert judgement.numbers["standard_error"] == judgement.numbers["error_of_the_fit"]
+    assert fit([1.0, 2.0], [1.0, 8.0]) == PowerLaw(pytest.approx(3.0), None)
+
+
 def test_x_may_be_a_metric_and_arms_may_be_chosen() -> None:
     results = [
         RunOutcome(0, "", f"{n}-{x}", seed, {"n": n}, "done", metrics={"m": x ** (-0.5 * (n == 4)), "x": float(x)})
@@ -156,8 +176,10 @@ def test_a_seed_with_a_failed_run_has_no_slope() -> None:
     st.lists(st.floats(0.1, 1000), min_size=2, max_size=6, unique_by=lambda x: round(math.log(x), 1)),
 )
 def test_the_slope_of_a_power_is_its_exponent(exponent: float, factor: float, x: list[float]) -> None:
-    found = slope(x, [factor * each**exponent for each in x])
-    assert found == pytest.approx(exponent, abs=1e-6)
+    found = fit(x, [factor * each**exponent for each in x])
+    assert found is not None
+    assert found.slope == pytest.approx(exponent, abs=1e-6)
+    assert found.error is None if len(x) == 2 else found.error == pytest.approx(0.0, abs=1e-6)
     assert np.polyfit(np.log(x), np.log([factor * each**exponent for each in x]), 1)[0] == pytest.approx(
         exponent, abs=1e-6
     )
