@@ -50,7 +50,7 @@ def judge(rule: Rule, results: Results) -> Judgement:
             return _difference(rule, results)
         case SlopeRule():
             lines = _lines(rule, results)
-            slopes = {seed: line and line.slope for seed, line in lines.items()}
+            slopes = {seed: None if line is None else line.slope for seed, line in lines.items()}
             misfits = [line.error for line in lines.values() if line and line.error is not None]
             return _over_seeds(rule, "slope", slopes, rule.min_seeds, misfits)
         case ShareRule():
@@ -346,7 +346,7 @@ def _grid_edge(rule: GridEdgeRule, results: Results) -> Judgement:
     for seed, by_x in edges.items():
         whole = all(edge.is_inside for edge in by_x.values())
         line = fit(list(by_x), [e.values[e.index] for e in by_x.values()]) if whole else None
-        slopes[seed] = line and line.slope
+        slopes[seed] = None if line is None else line.slope
     judgement = _over_seeds(rule, "slope", slopes, rule.min_seeds)
     shown = {seed: {f"{x:g}": _edge_shown(e) for x, e in sorted(by_x.items())} for seed, by_x in edges.items()}
     return Judgement(judgement.verdict, judgement.text, judgement.numbers | {"edges": _keyed(shown)})
