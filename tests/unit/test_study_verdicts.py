@@ -14,7 +14,7 @@ from study_files import outcomes
 
 from megatron_rl.study.decision_rules import Band, Rule
 from megatron_rl.study.outcome import RunOutcome
-from megatron_rl.study.verdicts import Judgement, PowerLaw, decide, decide_by_seed, fit, judge
+from megatron_rl.study.verdicts import Judgement, decide, decide_by_seed, fit, judge
 
 RULES: TypeAdapter[Rule] = TypeAdapter(Rule)
 
@@ -136,21 +136,12 @@ def test_a_slope_that_the_seeds_do_not_agree_on_is_underpowered() -> None:
 def test_a_slope_through_points_on_no_line_is_underpowered() -> None:
     """Three seeds agree that m falls from 20 to 60 and rises again to 180: the slope is -.5, and says nothing."""
     shape = {20: 1.0, 60: 0.1, 180: 1 / 3}
-    results = [
-        each
-        for length, m in shape.items()
-        for each in outcomes(f"l{length}", [m * noise for noise in (0.99, 1.0, 1.01)], length=length)
-    ]
+    results = [each for length, m in shape.items() for each in outcomes(f"l{length}", [m] * 3, length=length)]
     judgement = says(results, **SLOPE)
-    assert judgement.numbers["slope"] == pytest.approx(-0.5, abs=0.01)
     assert judgement.verdict == "underpowered"
-    x, y = np.log(list(shape)), np.log(list(shape.values()))
-    _, covariance = np.polyfit(x, y, 1, cov="unscaled")
-    residuals = y - np.polyval(np.polyfit(x, y, 1), x)
-    expected = math.sqrt(covariance[0, 0] * (residuals**2).sum() / (len(x) - 2))
-    assert judgement.numbers["error_of_the_fit"] == pytest.approx(expected, rel=1e-6)
-    assert judgement.numbers["standard_error"] == judgement.numbers["error_of_the_fit"]
-    assert fit([1.0, 2.0], [1.0, 4.0]) == PowerLaw(2.0, None)
+    _, covariance = np.polyfit(np.log(list(shape)), np.log(list(shape.values())), 1, cov=True)
+    errors = [judgement.numbers[key] for key in ("error_of_the_fit", "standard_error")]
+    assert errors == pytest.approx([covariance[0, 0] ** 0.5] * 2)
 
 
 def test_x_may_be_a_metric_and_arms_may_be_chosen() -> None:
@@ -180,9 +171,6 @@ def test_the_slope_of_a_power_is_its_exponent(exponent: float, factor: float, x:
     assert found is not None
     assert found.slope == pytest.approx(exponent, abs=1e-6)
     assert found.error is None if len(x) == 2 else found.error == pytest.approx(0.0, abs=1e-6)
-    assert np.polyfit(np.log(x), np.log([factor * each**exponent for each in x]), 1)[0] == pytest.approx(
-        exponent, abs=1e-6
-    )
 
 
 # ---- shares and thresholds by seed -----------------------------------------------------------------------------
