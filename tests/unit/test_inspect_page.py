@@ -130,6 +130,9 @@ def test_responses_and_tokens_stand_worst_first(run: Path) -> None:
 
 def test_only_the_worst_responses_of_each_measure_are_shown(run: Path) -> None:
     assert [each.response.number for each in page_of(run, most=1).responses] == [3]
+    text = render(page_of(run, most=1))
+    assert all(f'id="{target}"' in text for target in re.findall(r'href="#([^"]+)"', text))
+    assert "<td>0</td>" in text  # a worst token of a response that is not shown has no link
     assert len(page_of(run, most=2).responses) < len(page_of(run).responses) == 4
 
 
