@@ -6,7 +6,7 @@ those of rollout_old are there if the run has the rollout engine's routes.
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_rl.disk import write_durably
 from megatron_rl.errors import UserError
 
 SAMPLE, POSITION, OLD = "sample", "position", "old_logprob"
@@ -62,13 +63,10 @@ def write_tokens(path: Path, columns: Mapping[str, np.ndarray], *, replicas: int
         for name, values in columns.items()
     }
     table = pa.table(arrays).replace_schema_metadata({_REPLICAS: str(replicas).encode()})
+    data = io.BytesIO()
+    pq.write_table(table, data, compression="zstd")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        pq.write_table(table, file, compression="zstd")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_durably(path, data.getvalue())
 
 
 def read_tokens(path: Path) -> TokenFile:

@@ -93,7 +93,7 @@ def stop_process_groups(*, leave_world: bool = True) -> None:
     """Undoes start_process_groups. With `leave_world` False the default group stays, for a caller that made it.
 
     Megatron-Core only forgets most of its groups. Each would keep three threads, one of which wakes a hundred times a
-    second, so that the runs of a study would slow down by half after thirty.
+    second, so that after thirty runs of a study a run would take twice as long.
     """
     parallel_state.destroy_model_parallel()
     made = list(_made)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megatron_rl.disk import write_durably, writes
 from megatron_rl.lab.health import AFTER_STEP, RULES, Severity, Sign
@@ -23,6 +20,7 @@ from megatron_rl.report.drawn import (
 )
 from megatron_rl.report.loaded_runs import LoadedRun, differing_keys
 from megatron_rl.report.loaded_studies import STATUSES, LoadedStudy
+from megatron_rl.report.rendering import fill
 
 PAGE = "report.html"
 DETAILED = 4
@@ -86,17 +84,9 @@ def _study_section(study: LoadedStudy) -> StudySection:
 
 
 def render(report: ReportPage) -> str:
-    """The page. All text of runs and studies is escaped."""
-    environment = Environment(
-        loader=PackageLoader("megatron_rl.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "place": place, "severity": lambda each: Severity(each).name.lower()}
-    return environment.get_template("page.html").render(
-        report=report, rules=RULES, statuses=STATUSES, detailed=DETAILED, title=_title(report)
+    filters = {"place": place, "severity": lambda each: Severity(each).name.lower()}
+    return fill(
+        "page.html", filters, report=report, rules=RULES, statuses=STATUSES, detailed=DETAILED, title=_title(report)
     )
 
 
@@ -108,11 +98,6 @@ def write(report: ReportPage, directory: Path) -> Path:
             (directory / "figures" / name).write_bytes(png)
         write_durably(directory / PAGE, render(report).encode())
     return directory / PAGE
-
-
-def number(value: float | None) -> str:
-    """Six significant digits; "-" if there is no number."""
-    return "-" if value is None or math.isnan(value) else f"{value:.6g}"
 
 
 def place(sign: Sign) -> str:

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megatron_rl.disk import write_durably, writes
 from megatron_rl.report.inspected import InspectedResponse, InspectedStep
-from megatron_rl.report.page import number
+from megatron_rl.report.rendering import fill
 from megatron_rl.report.token_measures import MEASURES, Measure
 
 WORST = 12
@@ -213,17 +212,8 @@ def _values(measure: Measure, response: InspectedResponse) -> np.ndarray:
 
 
 def render(page: StepPage) -> str:
-    """The page. All text of the run is escaped."""
-    environment = Environment(
-        loader=PackageLoader("megatron_rl.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = number
     shown = {each.response.number for each in page.responses}
-    return environment.get_template("step.html").render(page=page, shown_numbers=shown, long=LONG)
+    return fill("step.html", page=page, shown_numbers=shown, long=LONG)
 
 
 def write(page: StepPage, directory: Path) -> Path:
