@@ -212,4 +212,4 @@ def test_a_wrong_answer_ends_the_wait_for_servers_at_once(server: str, monkeypat
         Thread(target=other.handle_request, daemon=True).start()
         with pytest.raises(RolloutError, match=r"model_type: found .llama.; expected: .qwen3_moe., as model\.path"):
             wait([missing, f"http://127.0.0.1:{other.server_port}"])
-    assert time.monotonic() - start < 10.0
+    assert time.monotonic() - start < 20.0

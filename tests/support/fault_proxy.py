@@ -19,6 +19,7 @@ class Fault:
     lose: bool = False  # asks the server, then closes the connection without its answer
     status: int | None = None  # the proxy answers with this status instead of the server
     delay: float = 0.0  # seconds to wait first
+    until: Callable[[], bool] = lambda: True  # then waits until this holds
     change: Callable[[dict[str, Any]], Any] | None = None  # changes the answer's JSON in place
     raw: Callable[[bytes], bytes] | None = None  # changes the answer's bytes
     content_type: str | None = None  # replaces the server's
@@ -67,6 +68,8 @@ class FaultProxy:
         self.seen.append((path, orjson.loads(body) if body else None))
         fault = self.faults.pop(0) if self.faults else Fault()
         await asyncio.sleep(fault.delay)
+        while not fault.until():
+            await asyncio.sleep(0.01)
         if fault.drop:
             return
         if fault.status is not None:

@@ -154,7 +154,7 @@ def test_a_refusal_ends_the_wait_for_the_other_servers() -> None:
     start = time.monotonic()
     with pytest.raises(WeightSyncError, match="weight sync: http://b:1/x: status 400: no"):
         wait_for([waiting, refused], 60.0, ["a", "b"])
-    assert time.monotonic() - start < 5.0
+    assert time.monotonic() - start < 30.0
 
 
 def test_the_error_names_a_server_that_does_not_answer() -> None:
@@ -188,7 +188,7 @@ def test_a_server_that_refuses_to_join_is_an_error_at_once() -> None:
         with pytest.raises(WeightSyncError, match="init_weights_update_group: status 400: no such backend"):
             route.push([], 1)
         route.close()
-    assert time.monotonic() - start < 20.0
+    assert time.monotonic() - start < 30.0
     assert routes[0]._name != routes[1]._name
     loop.close()
 
