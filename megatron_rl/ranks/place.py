@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 
 from megatron_rl.config.layout import Coordinates, Layout
+from megatron_rl.ranks.gloo import one_gloo_device
 from megatron_rl.ranks.megatron import model_parallel_cuda_manual_seed, parallel_state
 from megatron_rl.ranks.world import read_world
 
@@ -46,30 +47,34 @@ def start_process_groups(layout: Layout, device: torch.device, seed: int, timeou
 
     Raises RuntimeError if the size of the world or Megatron-Core's order of ranks differs from the layout.
     """
-    timeout = datetime.timedelta(seconds=timeout_seconds)
+    with one_gloo_device():
+        _join_world(device, datetime.timedelta(seconds=timeout_seconds))
+        if dist.get_world_size() != layout.world_size:
+            raise RuntimeError(f"the layout needs {layout.world_size} ranks, but {dist.get_world_size()} were started")
+        before = set(_world.pg_map)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+            context_parallel_size=layout.cp,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.etp,
+        )
+        model_parallel_cuda_manual_seed(seed)
+        at = _check_order(layout)
+        control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+        replicas = [
+            dist.new_group(layout.replica_ranks(dp), backend="gloo", timeout=CONTROL_TIMEOUT) for dp in range(layout.dp)
+        ]
+        _made.extend(group for group in _world.pg_map if group not in before)
+    return Place(**asdict(at), rank=dist.get_rank(), control=control, replica=replicas[at.dp])
+
+
+def _join_world(device: torch.device, timeout: datetime.timedelta) -> None:
     if not dist.is_initialized() and read_world().size > 1:
         dist.init_process_group(backend(device), timeout=timeout)
     elif not dist.is_initialized():  # alone, whatever started it
         dist.init_process_group(backend(device), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    if dist.get_world_size() != layout.world_size:
-        raise RuntimeError(f"the layout needs {layout.world_size} ranks, but {dist.get_world_size()} were started")
-    before = set(_world.pg_map)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
-        context_parallel_size=layout.cp,
-        expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=layout.etp,
-    )
-    model_parallel_cuda_manual_seed(seed)
-    at = _check_order(layout)
-    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
-    replicas = [
-        dist.new_group(layout.replica_ranks(dp), backend="gloo", timeout=CONTROL_TIMEOUT) for dp in range(layout.dp)
-    ]
-    _made.extend(group for group in _world.pg_map if group not in before)
-    return Place(**asdict(at), rank=dist.get_rank(), control=control, replica=replicas[at.dp])
 
 
 def _check_order(layout: Layout) -> Coordinates:
@@ -92,8 +97,8 @@ def _check_order(layout: Layout) -> Coordinates:
 def stop_process_groups(*, leave_world: bool = True) -> None:
     """Undoes start_process_groups. With `leave_world` False the default group stays, for a caller that made it.
 
-    Megatron-Core only forgets most of its groups. Each would keep three threads, one of which wakes a hundred times a
-    second, so that after thirty runs of a study a run would take twice as long.
+    Megatron-Core only forgets most of its groups. Each would keep its threads, so that after thirty runs of a study a
+    run would take twice as long.
     """
     parallel_state.destroy_model_parallel()
     made = list(_made)
