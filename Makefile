@@ -16,8 +16,11 @@ FROZEN := requirements/cpu$(if $(filter 3.12 3.13,$(VERSION)),-py312).txt
 NODEPS := requirements/cpu-nodeps.txt
 TE_STUB := requirements/te-stub.txt
 STAMP := $(VENV)/.installed-$(VERSION)
-# Python compiles what a program imports; to compile everything would double the time of an installation.
+# To compile all packages would double the time of an installation; what is used is compiled at its end.
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
+
+# Where this is set, as in many containers, every rank and test would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install demo study test test-fast test-all lint format clean
 
@@ -35,6 +38,9 @@ $(STAMP): $(FROZEN) $(NODEPS) $(TE_STUB) pyproject.toml setup.py
 	$(INSTALL) --no-deps -r $(NODEPS)
 	$(INSTALL) --no-deps --upgrade --target $(VENV)/te -r $(TE_STUB)
 	$(INSTALL) --no-deps --no-build-isolation --editable .
+	@echo 'Compiling what a trainer and a server import'
+	@$(BIN)/python -c 'import megatron_rl.train, transformers.models.qwen3_moe.modeling_qwen3_moe'
+	@TORCHDYNAMO_DISABLE=1 $(BIN)/python -m megatron_rl.rollout.sglang_cpu --help >/dev/null
 	@touch $@
 
 # Several processes share the cores; default OpenMP threads would slow each other a hundredfold.
