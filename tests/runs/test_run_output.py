@@ -1,10 +1,14 @@
-"""A run prints no start-up warnings of the libraries that it uses."""
+"""A run with real processes prints no start-up warnings of the libraries, and other machines cannot reach it."""
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from config_files import write
 from rl_runs import environment, torchrun
@@ -23,15 +27,41 @@ batch_size: 4
 """
 
 
+def watch(root: int) -> tuple[int, set[str]]:
+    """Returns the number of children of a process, and the addresses on which it or a descendant listens."""
+    try:
+        children, processes = psutil.Process(root).children(), psutil.Process(root).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return 0, set()
+    found: set[str] = set()
+    for process in [psutil.Process(root), *processes]:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            found |= {c.laddr.ip for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    return len(children), found
+
+
 @pytest.mark.distributed
-def test_a_run_prints_no_warning(tmp_path: Path) -> None:
+def test_a_run_prints_no_warning_and_listens_only_on_the_loopback_interface(tmp_path: Path) -> None:
+    """All process groups of the layout are there; parity and certify start their ranks in the same way."""
     make_tiny_model(tmp_path / "model", num_layers=1)
     write(tmp_path / "sft.yaml", SFT)
     write(tmp_path / "examples.jsonl", '{"prompt": "1+1=", "response": "2"}\n' * 4)
     command = torchrun(2, "-m", "megatron_rl", "sft", "sft.yaml")
     ours = {name: value for name, value in environment().items() if name != "PYTHONWARNINGS"}
-    done = subprocess.run(command, cwd=tmp_path, env=ours, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "step 1/1" in done.stdout
-    assert "Warning" not in done.stderr
-    assert not [text for text in LOGGED.values() if text in done.stderr]
+    out, err = tmp_path / "stdout", tmp_path / "stderr"
+    with out.open("w") as stdout, err.open("w") as stderr:
+        launcher = subprocess.Popen(command, cwd=tmp_path, env=ours, stdout=stdout, stderr=stderr)
+    ranks = 0
+    addresses: set[str] = set()
+    while launcher.poll() is None:
+        children, listening = watch(launcher.pid)
+        ranks, addresses = max(ranks, children), addresses | listening
+        time.sleep(0.1)
+    said = err.read_text()
+    assert launcher.returncode == 0, said[-3000:]
+    assert "step 1/1" in out.read_text()
+    assert "Warning" not in said
+    assert not [text for text in LOGGED.values() if text in said]
+    assert ranks == 2  # they were seen
+    assert addresses  # so was their store
+    assert all(ipaddress.ip_address(address).is_loopback for address in addresses), addresses

@@ -182,24 +182,24 @@ def split(items: Sequence[TrainedSequence], parts: int, seed: int) -> list[list[
 Logprobs = list[np.ndarray]  # per sequence, its masked-in tokens
 
 
-def reference_loss(
-    sequences: Sequence[TrainedSequence], config: ObjectiveConfig, live: Logprobs, frozen: Logprobs
-) -> float:
-    """Returns the loss at `live`; stop-gradients read `frozen`."""
-    terms: list[list[float]] = []
-    prompts: list[int] = []
-    for sequence, new, stopped in zip(sequences, live, frozen, strict=True):
-        if not len(new):
-            continue
-        factors = correction_factors(sequence, config, stopped)
-        values, penalties = surrogate_terms(sequence, config, new, stopped), kl_penalties(sequence, config, new)
-        means = sequence.advantages * mean_terms(
-            sequence.top, sequence.top_rollout, sequence.mask, sequence.advantages, config
-        )
-        kept = [v * f - m - kl for v, f, m, kl in zip(values, factors, means, penalties, strict=True) if f is not None]
-        if kept:
-            terms.append(kept)
-            prompts.append(sequence.prompt)
+def sequence_terms(
+    sequence: TrainedSequence, config: ObjectiveConfig, new: np.ndarray, stopped: np.ndarray
+) -> list[float]:
+    """Returns the terms of a sequence's tokens at `new`, before aggregation; stop-gradients read `stopped`."""
+    if not len(new):
+        return []
+    factors = correction_factors(sequence, config, stopped)
+    values, penalties = surrogate_terms(sequence, config, new, stopped), kl_penalties(sequence, config, new)
+    means = sequence.advantages * mean_terms(
+        sequence.top, sequence.top_rollout, sequence.mask, sequence.advantages, config
+    )
+    return [v * f - m - kl for v, f, m, kl in zip(values, factors, means, penalties, strict=True) if f is not None]
+
+
+def aggregate(terms: Sequence[list[float]], prompts: Sequence[int], config: ObjectiveConfig) -> float:
+    """Returns the loss of the terms of each sequence."""
+    prompts = [prompt for term, prompt in zip(terms, prompts, strict=True) if term]
+    terms = [term for term in terms if term]
     if not terms:
         return 0.0
     lengths = [len(term) for term in terms]
@@ -341,7 +341,16 @@ RATIO: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 def reference(sequences: Sequence[TrainedSequence], config: ObjectiveConfig) -> tuple[float, np.ndarray]:
-    return differentiated(sequences, lambda live, frozen: reference_loss(sequences, config, live, frozen))
+    """Returns the loss and its gradient, as `differentiated`. Only a moved sequence's terms are computed again."""
+    prompts = [sequence.prompt for sequence in sequences]
+    at_rest = [sequence_terms(s, config, s.logprobs[s.mask], s.logprobs[s.mask]) for s in sequences]
+
+    def loss(live: Logprobs, frozen: Logprobs) -> float:
+        each = zip(sequences, at_rest, live, frozen, strict=True)
+        terms = [rest if new is own else sequence_terms(s, config, new, own) for s, rest, new, own in each]
+        return aggregate(terms, prompts, config)
+
+    return differentiated(sequences, loss)
 
 
 def differentiated(
@@ -355,7 +364,8 @@ def differentiated(
         for t in range(len(values)):
             ends = []
             for sign in (1, -1):
-                moved = [each.copy() for each in here]
+                moved = [*here]
+                moved[i] = values.copy()
                 moved[i][t] += sign * step
                 ends.append(loss(moved, here))
             gradient.append((ends[0] - ends[1]) / (2 * step))

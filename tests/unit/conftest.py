@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from model_directories import make
 
-from megatron_rl.models.architecture import Architecture
+if TYPE_CHECKING:
+    from megatron_rl.models.architecture import Architecture
 
 
 @pytest.fixture
 def moe(tmp_path: Path) -> tuple[Path, Architecture]:
+    from model_directories import make  # imports transformers
+
     return make(tmp_path / "hf", "qwen3_moe")
