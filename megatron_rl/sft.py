@@ -9,7 +9,7 @@ from megatron_rl.engine.distribute import TrainSample, distribute
 from megatron_rl.engine.manifest import State
 from megatron_rl.engine.packed_losses import SftLoss
 from megatron_rl.loop.trainer import Trainer, open_trainer
-from megatron_rl.models.check import load_tokenizer
+from megatron_rl.models.tokenizer import load_tokenizer
 from megatron_rl.ranks.collectives import together
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_rl.config.schema import Config
 from megatron_rl.data.prompts import Fields, PromptDataset
-from megatron_rl.models.check import load_tokenizer
+from megatron_rl.models.tokenizer import load_tokenizer
 from megatron_rl.ranks.place import Place
 from megatron_rl.rewards import Judges
 from megatron_rl.rewards.checked_prompts import load_prompts

@@ -4,11 +4,11 @@ for another and before servers start."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from megatron_rl.models.architecture import read_architecture
-from megatron_rl.models.fields import MissingModelError, ModelError, read_json_object
+from megatron_rl.models.fields import read_json_object
 from megatron_rl.models.registry import weights_of
+from megatron_rl.models.tokenizer import load_tokenizer
 from megatron_rl.models.weights_io import TensorFiles, check_names
 
 
@@ -41,18 +41,3 @@ def check_files(directory: Path) -> None:
     read_json_object(directory / "config.json")
     TensorFiles(directory).check_listing()
     load_tokenizer(directory)
-
-
-def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer in a model directory. Raises ModelError when there is none, or its files are damaged."""
-    from transformers import AutoTokenizer
-
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise MissingModelError(
-            f"{directory} holds neither tokenizer.json nor tokenizer_config.json; copy the model's tokenizer there"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(directory)
-    except Exception as error:  # the tokenizers library raises Exception itself
-        reason = str(error).strip().partition("\n")[0][:300]
-        raise ModelError(f"{directory}: its tokenizer cannot be loaded: {reason or type(error).__name__}") from None

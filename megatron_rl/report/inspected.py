@@ -15,7 +15,7 @@ from megatron_rl.data.sample import Sample
 from megatron_rl.data.store import read_groups
 from megatron_rl.errors import MissingFileError
 from megatron_rl.lab.token_records import POSITION, SAMPLE, TokenFileError, read_tokens
-from megatron_rl.models.check import load_tokenizer
+from megatron_rl.models.tokenizer import load_tokenizer
 from megatron_rl.report.loaded_runs import LoadedRun, ReportError, load_run
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 
 import pytest
 
@@ -119,11 +117,6 @@ def test_an_accumulator_refuses_a_kind_that_it_cannot_sum(kind: Kind) -> None:
 )
 def test_a_healthy_range_is_written_in_words(low: float | None, high: float | None, words: str) -> None:
     assert write_metrics.describe_range(Healthy(low, high, "w")) == words
-
-
-def test_the_declaration_needs_no_torch() -> None:
-    check = "import sys, megatron_rl.lab.declared_all; assert not {'torch', 'numpy'} & sys.modules.keys()"
-    subprocess.run([sys.executable, "-c", check], check=True)
 
 
 def test_a_field_of_numbers_holds_digits_only() -> None:

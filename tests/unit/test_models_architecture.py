@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -304,8 +302,3 @@ def test_a_directory_in_place_of_config_json_is_an_error(tmp_path):
     (tmp_path / "config.json").mkdir()
     with pytest.raises(ModelError, match=r"config\.json cannot be read: Is a directory"):
         read_architecture(tmp_path)
-
-
-def test_the_architecture_module_imports_without_torch():
-    code = "import sys; import megatron_rl.models.architecture; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

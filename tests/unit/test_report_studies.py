@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
-import orjson
 import pytest
 from made_runs import parse, write_json, write_run, write_study
 
@@ -141,14 +139,3 @@ def test_a_missing_extra_is_one_error(library: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(UserError, match=rf"need {library}, .*pip install 'megatron_rl\[lab\]'"):
         check_extra()
-
-
-def test_the_command_writes_the_page_without_torch(tmp_path: Path) -> None:
-    made = write_run(tmp_path / "run", steps=2, names=["loss"])
-    (made / "eval.jsonl").unlink()
-    check = "import sys; from megatron_rl.cli import main; sys.argv[0] = 'megatron-rl'\ntry: main()\n"
-    check += "finally: assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", check, "report", made], check=False, capture_output=True, text=True)
-    assert done.stdout == f"{made / 'report' / 'report.html'}\n", done.stderr
-    assert (made / "report" / "figures" / "run-loss.png").is_file()
-    assert orjson.loads((made / "metrics.jsonl").read_bytes().splitlines()[0])["step"] == 1  # the run is as it was

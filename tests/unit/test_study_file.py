@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,21 +107,6 @@ def test_base_is_relative_to_the_study_file_and_an_arm_may_have_its_own(base: Pa
     plan = make_plan(load_study(file), file)
     assert [run.config.objective.ratio for run in plan.runs] == ["token", "sequence"]
     assert plan.bases == (base, base.with_name("other.yaml"))
-
-
-def test_the_dry_run_needs_no_torch(base: Path) -> None:
-    file = write_study(base.with_name("study.yaml"), base, ARMS, seeds=[0, 1])
-    code = (
-        "import sys; sys.modules['torch'] = None\n"
-        f"sys.argv = ['megatron-rl', 'study', {str(file)!r}, '--dry-run']\n"
-        "from megatron_rl.cli import main; main()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert "Does it hold?" in done.stdout
-    for text in ("a-seed-0", "b-seed-1", "4 runs, 12 rollout steps in all"):
-        assert text in done.stdout
-    assert not base.with_name("study").exists()
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------
