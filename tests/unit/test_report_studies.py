@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from made_runs import parse, write_json, write_run, write_study
 
 from megatron_rl.errors import UserError
 from megatron_rl.report.command import check_extra, choose_directory, load, run
 from megatron_rl.report.curves import seed_band
+from megatron_rl.report.figures import Curve, CurvePlot, draw_curves
 from megatron_rl.report.loaded_runs import name_runs
 from megatron_rl.report.page import ReportPage, compose, render
 
@@ -21,6 +24,14 @@ SCRIPT = "Is <script>alert(1)</script> & $x$ noise?"
 def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ReportPage]:
     path = write_study(tmp_path_factory.mktemp("study") / "noise", {"a": [1, 2, 3], "b": [1, 2]}, question=SCRIPT)
     return path, compose(*load([path]))
+
+
+def test_the_end_of_a_stopped_run_is_marked(study: tuple[Path, ReportPage]) -> None:
+    (section,) = study[1].studies
+    assert section.study.stopped == {"b-seed-2"}
+    curve = Curve("", np.array([1.0, 2.0]), np.array([3.0, 4.0]))
+    plain, marked = (draw_curves(CurvePlot([each], "1")).svg for each in (curve, replace(curve, stopped=True)))
+    assert plain != marked
 
 
 def test_a_study_shows_question_rule_verdict_and_numbers(study: tuple[Path, ReportPage]) -> None:
