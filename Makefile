@@ -19,7 +19,7 @@ STAMP := $(VENV)/.installed-$(VERSION)
 # To compile all packages would double the time of an installation; what is used is compiled at its end.
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 
-# Where this is set, as in many containers, every rank and test would compile all that it imports.
+# If this is set, as in many containers, every rank and test would compile all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install demo study test test-fast test-all lint format clean
