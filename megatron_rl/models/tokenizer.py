@@ -1,4 +1,4 @@
-"""The tokenizer in a model directory. Imports no torch by itself: pages of a run need it too."""
+"""The tokenizer in a model directory. Importing this module imports no torch, because reports import it too."""
 
 from __future__ import annotations
 

@@ -19,13 +19,12 @@ def one_gloo_device() -> Iterator[None]:
     groups: on a CPU the wake-ups alone would take a tenth of the time of a small run.
     """
     own = c10d.ProcessGroupGloo
-    devices: list[Any] = []
+    devices = _make_devices()
 
     class Sharing(own):  # type: ignore[misc,valid-type]  # a class, because torch asks for instances of it
         def __init__(self, store: Any, rank: int, size: int, timeout: datetime.timedelta) -> None:
             options = own._Options()  # type: ignore[attr-defined]
             options._timeout = timeout
-            devices.extend([] if devices else _make_devices())
             options._devices = devices
             options._threads = 2 * len(devices)
             super().__init__(store, rank, size, options)

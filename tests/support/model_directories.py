@@ -25,7 +25,7 @@ K_PROJ = "model.layers.1.self_attn.k_proj.weight"
 
 @functools.cache
 def _made(family: str, sharded: bool) -> tempfile.TemporaryDirectory[str]:
-    """One directory of each kind, which is copied: a copy takes a tenth of the time."""
+    """A directory that is made once and then copied."""
     made = tempfile.TemporaryDirectory()
     make_tiny_model(Path(made.name), **TINY[family])
     (Path(made.name) / "README.md").write_text("not to be copied")
