@@ -18,6 +18,7 @@ from megatron_rl.report.drawn import (
     measure_figures,
     run_figures,
 )
+from megatron_rl.report.figures import DrawnFigure
 from megatron_rl.report.loaded_runs import LoadedRun, differing_keys
 from megatron_rl.report.loaded_studies import STATUSES, LoadedStudy
 from megatron_rl.report.rendering import fill
@@ -52,17 +53,16 @@ class ReportPage:
     differences: Sequence[tuple[str, list[str]]]
     """(key, value in each run)."""
 
-    def images(self) -> Iterator[tuple[str, bytes]]:
-        """Yields file name and PNG of every figure."""
+    def images(self) -> Iterator[tuple[str, DrawnFigure]]:
+        """Yields every figure with the name of its PNG file."""
         for section in self.studies:
-            yield from (
-                (f"{_plain(section.study.name)}-{_plain(f.key)}.png", f.drawn.png())
-                for f in (*section.measures, *section.figures)
-            )
-        yield from ((f"compared-{figure.key}.png", figure.drawn.png()) for figure in self.compared)
+            for figure in (*section.measures, *section.figures):
+                yield f"{_plain(section.study.name)}-{_plain(figure.key)}.png", figure.drawn
+        for figure in self.compared:
+            yield f"compared-{figure.key}.png", figure.drawn
         for each in self.runs:
-            figures = (figure for group in each.groups for figure in group.figures)
-            yield from ((f"{_plain(each.run.name)}-{figure.key}.png", figure.drawn.png()) for figure in figures)
+            for figure in (figure for group in each.groups for figure in group.figures):
+                yield f"{_plain(each.run.name)}-{figure.key}.png", figure.drawn
 
 
 def compose(studies: Sequence[LoadedStudy], runs: Sequence[LoadedRun]) -> ReportPage:
@@ -94,8 +94,8 @@ def write(report: ReportPage, directory: Path) -> Path:
     """Writes report.html and figures/ into the directory, and returns the page's path. Raises DiskError."""
     with writes(f"the report in {directory}", directory):
         (directory / "figures").mkdir(parents=True, exist_ok=True)
-        for name, png in report.images():
-            (directory / "figures" / name).write_bytes(png)
+        for name, drawn in report.images():
+            (directory / "figures" / name).write_bytes(drawn.png())
         write_durably(directory / PAGE, render(report).encode())
     return directory / PAGE
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+from pathlib import Path
 
+import pytest
+from tiny_models import make_tokenizer
+
+from megatron_rl.data.files import DataError
+from megatron_rl.data.prompts import Fields
 from megatron_rl.data.sample import Prompt
+from megatron_rl.rewards.checked_prompts import load_prompts
 from megatron_rl.rewards.judges import Failure, Judges
 from megatron_rl.rewards.math import verify_math
 from megatron_rl.rewards.references import check_references
@@ -117,3 +124,25 @@ def test_the_caller_provides_the_pool_of_workers():
 
     check_references([prompt("x + 1")], make)
     assert len(made) == 1
+
+
+# ---- when data is loaded -----------------------------------------------------------------------------------------
+
+
+def test_unusable_reference_answers_are_reported_when_data_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    answers = ("18", "\\", "", "x + 1", "1")
+    path.write_text("".join(json.dumps({"prompt": "q", "answer": answer}) + "\n" for answer in answers))
+    with pytest.raises(DataError) as caught:
+        load_prompts(str(path), Fields("prompt", "answer"), make_tokenizer(), 99)
+    first, _, rest = str(caught.value).partition(" (as at ")
+    assert first.startswith(f"{path}:2: answer: verifier 'math' cannot judge by this reference: '\\\\'")
+    assert rest == f"{path}:3)"
+
+
+def test_a_number_reaches_the_verifier_with_its_original_digits(tmp_path: Path) -> None:
+    numbers = ["0.00001", "6.02e23", "18446744073709551616", "10000000000000000.0", "1.10"]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(f'{{"prompt": "q", "answer": {number}}}\n' for number in numbers))
+    prompts = load_prompts(str(path), Fields("prompt", "answer"), make_tokenizer(), 99)
+    assert [prompts[i].answer for i in range(len(numbers))] == numbers

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -211,11 +212,11 @@ def aggregate(terms: Sequence[list[float]], prompts: Sequence[int], config: Obje
                 [value for term, own in zip(terms, prompts, strict=True) if own == prompt for value in term]
                 for prompt in sorted(set(prompts))
             ]
-            return -np.mean([np.mean(values) for values in together])
+            return -fmean(map(fmean, together))
         case "seq-mean-token-mean":
-            return -np.mean([np.mean(term) for term in terms])
+            return -fmean(map(fmean, terms))
         case "seq-mean-token-sum":
-            return -np.mean([sum(term) for term in terms])
+            return -fmean(map(sum, terms))
         case "constant-length":
             return -sum(map(sum, terms)) / (len(terms) * config.constant_length)
 
@@ -242,7 +243,7 @@ def surrogate_terms(
             else x
             for x, a in zip(new - base, advantages, strict=True)
         ]
-        return math.exp(np.mean(bounded)) * advantages
+        return math.exp(fmean(bounded)) * advantages
     ratio = RATIO[config.ratio]
     weight = ratio(stopped, stopped, base)
     match clip.kind:

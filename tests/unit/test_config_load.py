@@ -138,7 +138,7 @@ def test_the_names_of_merged_presets_are_kept(tmp_path: Path) -> None:
     assert other.merged_presets == (*config.merged_presets, str(dumped), "dapo")
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     text=st.one_of(st.text(), st.from_regex(r"[-+]?[0-9]*\.?[0-9]*([eE][-+]?[0-9]+)?", fullmatch=True)),
     number=st.floats(min_value=1e-300, max_value=1e12),

@@ -204,14 +204,22 @@ def test_a_preset_file_is_short_and_names_its_objective_without_nulls(file: Path
     assert values.get("rollout", {}).keys() <= {"dynamic_sampling"}
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
+    """The configuration of each preset."""
+    path = write(tmp_path_factory.mktemp("alone") / "a.yaml", RL)
+    return {name: load_config(Config, path, [f"presets={name}"]) for name in PAPERS}
+
+
 @pytest.mark.parametrize("first", sorted(PAPERS))
-def test_a_second_preset_removes_every_setting_of_the_first(tmp_path: Path, first: str) -> None:
+def test_a_second_preset_removes_every_setting_of_the_first(
+    alone: dict[str, Config], tmp_path: Path, first: str
+) -> None:
     path = write(tmp_path / "a.yaml", RL)
     for name in sorted(PAPERS):
-        alone = load_config(Config, path, [f"presets={name}"])
         notes: list[str] = []
         over = load_config(Config, path, [f"presets=[{first}, {name}]"], notes)
-        assert over == alone.model_copy(update={"merged_presets": (first, name)})
+        assert over == alone[name].model_copy(update={"merged_presets": (first, name)})
         dropped = first == "ppo" and name != "ppo"
         assert len(notes) == dropped, notes
         assert all(note.startswith("critic: does nothing under objective.advantage.estimator group;") for note in notes)

@@ -186,23 +186,6 @@ def test_the_error_names_a_record_that_cannot_be_encoded(write):
 # ---- references and verifiers ------------------------------------------------------------------------------------
 
 
-def test_unusable_reference_answers_are_reported_when_data_is_loaded(write):
-    source = write(*({"prompt": "q", "answer": answer} for answer in ("18", "\\", "", "x + 1", "1")))
-    with pytest.raises(DataError) as caught:
-        load_prompts(source, RL, make_tokenizer(), 99)
-    first, _, rest = str(caught.value).partition(" (as at ")
-    assert first.startswith(f"{source}:2: answer: verifier 'math' cannot judge by this reference: '\\\\'")
-    assert rest == f"{source}:3)"
-
-
-def test_a_number_reaches_the_verifier_with_its_original_digits(tmp_path):
-    numbers = ["0.00001", "6.02e23", "18446744073709551616", "10000000000000000.0", "1.10"]
-    path = tmp_path / "data.jsonl"
-    path.write_text("".join(f'{{"prompt": "q", "answer": {number}}}\n' for number in numbers))
-    prompts = load_prompts(str(path), RL, make_tokenizer(), 99)
-    assert [prompts[i].answer for i in range(len(numbers))] == numbers
-
-
 def test_a_record_cannot_name_code_to_import(write, tmp_path, monkeypatch):
     """Otherwise the trainer and the verifier workers would import the named module."""
     (tmp_path / "evil_mod.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef f(prompt, response): ...\n")

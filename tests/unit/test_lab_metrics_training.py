@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from objective_centering import metrics as centering_metrics
 from objective_papers import paper_loss
@@ -305,7 +305,6 @@ def test_kl_estimates_equal_the_specification():
         assert report["kl/old_policy/k1"] == pytest.approx(-k1, abs=5e-5)
 
 
-@settings(deadline=None, max_examples=25)
 @given(
     st.integers(0, 10**6),
     st.lists(st.integers(0, 8), min_size=2, max_size=8).filter(any),
@@ -326,7 +325,6 @@ def test_metrics_do_not_depend_on_ranks_micro_batches_or_order(seed, lengths, na
         assert report[metric] == pytest.approx(value, rel=1e-9, abs=1e-9), metric
 
 
-@settings(deadline=None, max_examples=20)
 @given(
     st.integers(0, 10**6),
     st.lists(st.integers(1, 8), min_size=1, max_size=5),

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rl.lab.sketch import GROWTH, QUANTILES, SMALLEST, Kind, MetricAccumulator
@@ -118,7 +118,6 @@ def test_accumulators_of_different_metrics_do_not_merge():
         accumulate(torch.ones(1)).merge(MetricAccumulator({"total": Kind.SUM}))
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=200),
     st.integers(1, 5),

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from models_reference import (
     chunk_layers,
@@ -96,7 +96,6 @@ def models_and_layouts(draw: st.DrawFn) -> tuple[Architecture, Layout]:
     return arch, Layout.resolve(ParallelConfig(tp=tp, etp=etp, ep=ep, pp=pp, vpp=vpp), world)
 
 
-@settings(max_examples=60, deadline=None)
 @given(models_and_layouts(), st.booleans())
 def test_every_layout_loads_the_reference_and_exports_the_checkpoint(case, transformer_engine):
     arch, layout = case

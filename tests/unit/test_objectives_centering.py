@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from objective_inputs import gradient_of
 from objective_reference import FAMILY, correction_of
@@ -124,7 +124,6 @@ def with_modelled_tail(batch: Batch, k: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-@settings(deadline=None, max_examples=25)
 @given(st.integers(0, 10**6), st.sampled_from([0.0, 0.3, 1.5]))
 def test_the_whole_vocabulary_equals_the_dense_formula(name, seed, mismatch):
     config, weight = WEIGHTS[name]
@@ -135,7 +134,6 @@ def test_the_whole_vocabulary_equals_the_dense_formula(name, seed, mismatch):
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-@settings(deadline=None, max_examples=25)
 @given(st.integers(0, 10**6), st.integers(1, 8), st.sampled_from([0.0, 0.3, 1.5]))
 def test_a_head_equals_the_dense_formula_with_a_tail_in_proportion(name, seed, k, mismatch):
     config, weight = WEIGHTS[name]

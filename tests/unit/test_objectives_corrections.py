@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from objective_inputs import AGGREGATIONS, SEEDS, SOME_LENGTHS, gradient_of, one_response, token_keys
 from objective_reference import (
@@ -67,7 +67,6 @@ def test_loss_and_gradient_equal_the_reference(correction, name, denominator):
     assert 0 < sum(acted) < len(acted), "the comparison must cover tokens that it acts on, and others"
 
 
-@settings(deadline=None, max_examples=60)
 @given(SEEDS, SOME_LENGTHS, st.sampled_from(CORRECTIONS), st.sampled_from(AGGREGATIONS), st.integers(1, 4))
 def test_results_do_not_depend_on_order_or_micro_batches(seed, lengths, correction, aggregation, parts):
     config = corrected(GRPO.model_copy(update={"aggregation": aggregation, "constant_length": 9}), correction)
@@ -190,7 +189,6 @@ def test_a_correction_changes_nothing_without_mismatch(correction):
     assert (gradient == wanted).all()
 
 
-@settings(deadline=None, max_examples=40)
 @given(SEEDS, SOME_LENGTHS, st.sampled_from(CORRECTIONS))
 def test_the_correction_factor_has_no_gradient(seed, lengths, correction):
     """The gradient is the factor times the gradient of the surrogate without correction."""

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from objective_inputs import AGGREGATIONS, SEEDS, SOME_LENGTHS, gradient_of, loss_and_gradient, one_response, token_keys
 from objective_reference import (
@@ -153,7 +153,6 @@ def test_dual_clip_equals_the_reference(name):
     assert dual
 
 
-@settings(deadline=None, max_examples=40)
 @given(SEEDS, SOME_LENGTHS, st.sampled_from(list(OBJECTIVES)), st.sampled_from(AGGREGATIONS))
 def test_any_batch_equals_the_reference(seed, lengths, name, aggregation):
     config = OBJECTIVES[name].model_copy(update={"aggregation": aggregation, "constant_length": 9})
@@ -167,7 +166,6 @@ def test_any_batch_equals_the_reference(seed, lengths, name, aggregation):
 # Invariances
 
 
-@settings(deadline=None, max_examples=40)
 @given(SEEDS, SOME_LENGTHS, st.sampled_from(list(OBJECTIVES)), st.sampled_from(AGGREGATIONS), st.integers(1, 4))
 def test_results_do_not_depend_on_order_or_micro_batches(seed, lengths, name, aggregation, parts):
     config = OBJECTIVES[name].model_copy(update={"aggregation": aggregation, "constant_length": 9})
@@ -194,7 +192,6 @@ def test_denominators_of_single_micro_batches_would_change_the_loss():
     assert abs(alone - whole.loss.item()) > 1e-3
 
 
-@settings(deadline=None, max_examples=40)
 @given(SEEDS, SOME_LENGTHS)
 def test_token_mean_equals_sequence_mean_only_at_equal_lengths(seed, lengths):
     sequences = random_sequences(seed, lengths)
@@ -209,7 +206,6 @@ def test_token_mean_equals_sequence_mean_only_at_equal_lengths(seed, lengths):
         assert by_token.loss.item() == pytest.approx(by_sequence.loss.item(), abs=1e-12)
 
 
-@settings(deadline=None, max_examples=30)
 @given(SEEDS, st.integers(1, 6), st.integers(1, 6))
 def test_all_objectives_have_the_same_gradient_on_policy_at_equal_lengths(seed, length, count):
     sequences = random_sequences(seed, [length] * count, drift=0.0)
@@ -219,7 +215,6 @@ def test_all_objectives_have_the_same_gradient_on_policy_at_equal_lengths(seed, 
         np.testing.assert_allclose(gradient, gradients[0], atol=1e-12)
 
 
-@settings(deadline=None, max_examples=40)
 @given(SEEDS, SOME_LENGTHS, st.sampled_from(AGGREGATIONS))
 def test_gspo_token_equals_gspo_in_value_clip_and_gradient(seed, lengths, aggregation):
     update = {"aggregation": aggregation, "constant_length": 9}
@@ -248,7 +243,6 @@ def test_the_gspo_gradient_equals_the_paper():
 # Edges
 
 
-@settings(deadline=None, max_examples=20)
 @given(SEEDS, SOME_LENGTHS, st.sampled_from(list(OBJECTIVES)), st.sampled_from([torch.float32, torch.float64]))
 def test_the_first_mini_batch_is_exact(seed, lengths, name, dtype):
     config = OBJECTIVES[name].model_copy(update={"clip": MinClip(low=0.0, high=0.0)})

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from objective_inputs import SEEDS, SOME_LENGTHS, gradient_of, loss_and_gradient, one_response, token_keys
 from objective_papers import PAPERS, paper_loss
@@ -53,7 +53,6 @@ def test_loss_and_gradient_equal_the_papers_formula(name, drift):
             np.testing.assert_allclose(single_gradient, expected, atol=1e-6)
 
 
-@settings(deadline=None, max_examples=60)
 @given(SEEDS, SOME_LENGTHS, names)
 def test_any_batch_equals_the_papers_formula(seed, lengths, name):
     sequences = random_sequences(seed, lengths, mismatch=0.7)
@@ -63,7 +62,6 @@ def test_any_batch_equals_the_papers_formula(seed, lengths, name):
     np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-6)
 
 
-@settings(deadline=None, max_examples=60)
 @given(SEEDS, SOME_LENGTHS, names, st.integers(1, 4))
 def test_results_do_not_depend_on_order_packing_or_micro_batches(seed, lengths, name, parts):
     sequences = random_sequences(seed, lengths)
@@ -82,7 +80,6 @@ def test_results_do_not_depend_on_order_packing_or_micro_batches(seed, lengths, 
 # Advantages by token
 
 
-@settings(deadline=None, max_examples=60)
 @given(SEEDS, SOME_LENGTHS, st.sampled_from(sorted(FAMILY)), st.sampled_from([0.3, 0.01]))
 def test_any_batch_with_per_token_advantages_equals_the_reference(seed, lengths, name, drift):
     sequences = random_sequences(seed, lengths, drift=drift, by_token=True)
@@ -105,7 +102,6 @@ def test_loss_with_per_token_advantages_equals_the_papers_formula(name):
     assert 0 < clipped < 4 * 18
 
 
-@settings(deadline=None, max_examples=40)
 @given(SEEDS, SOME_LENGTHS, st.booleans())
 def test_gspo_token_differs_from_gspo_if_advantages_vary_in_a_response(seed, lengths, by_token):
     """All tokens of a response share a ratio, so value and clip agree, but each advantage acts on its own token."""
@@ -125,7 +121,6 @@ def test_gspo_token_differs_from_gspo_if_advantages_vary_in_a_response(seed, len
 # On policy
 
 
-@settings(deadline=None, max_examples=60)
 @given(SEEDS, st.integers(1, 6), st.integers(1, 5), names)
 def test_on_policy_gradients_are_the_weighted_advantages(seed, length, count, name):
     """At equal lengths all presets have the same gradient for one prompt, up to a constant of the aggregation."""
@@ -150,7 +145,6 @@ def test_nothing_is_clipped_on_the_first_mini_batch(name, dtype):
     assert (gradient != 0).all()
 
 
-@settings(deadline=None, max_examples=60)
 @given(SEEDS, SOME_LENGTHS, names, st.booleans(), st.sampled_from([torch.float32, torch.float64]))
 def test_the_first_mini_batch_of_any_batch_is_exact(seed, lengths, name, by_token, dtype):
     """Every ratio is exactly 1 and every clip fraction exactly 0, for any mismatch with mu."""

@@ -41,9 +41,9 @@ def test_a_verdict_does_not_depend_on_earlier_verdicts() -> None:
         assert verdict(case[0], case[1]) == case[2], case
 
 
-@pytest.mark.parametrize("reference", sorted({case[0] for case in VERDICTS}))
-def test_every_reference_of_the_table_can_be_read(reference: str) -> None:
-    assert check_answer("math", reference) is None
+def test_every_reference_of_the_table_can_be_read() -> None:
+    found = {reference: check_answer("math", reference) for reference in {case[0] for case in VERDICTS}}
+    assert {reference: why for reference, why in found.items() if why is not None} == {}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -226,7 +226,6 @@ def reduced(ranks: Sequence[RoutingStats]) -> dict[str, float]:
 seeds, counts = st.integers(0, 2**20), st.integers(1, 40)
 
 
-@settings(max_examples=40)
 @given(seed=seeds, rows=counts, data=st.data())
 def test_metrics_do_not_depend_on_micro_batches_or_ranks(seed: int, rows: int, data: st.DataObject) -> None:
     drawn = draw(seed, rows)
@@ -240,7 +239,6 @@ def test_metrics_do_not_depend_on_micro_batches_or_ranks(seed: int, rows: int, d
     assert reduced(ranks) == pytest.approx(report_of(drawn))
 
 
-@settings(max_examples=40)
 @given(seed=seeds, rows=counts)
 def test_metrics_do_not_depend_on_pipeline_stages(seed: int, rows: int) -> None:
     drawn = draw(seed, rows)
@@ -258,7 +256,6 @@ def test_metrics_do_not_depend_on_pipeline_stages(seed: int, rows: int) -> None:
         assert found[name.replace(PAIR, RERUN)] == pytest.approx(whole[name]), name
 
 
-@settings(max_examples=40)
 @given(seed=seeds, rows=counts)
 def test_values_in_padding_are_never_read(seed: int, rows: int) -> None:
     drawn = draw(seed, rows)
@@ -272,7 +269,6 @@ def test_values_in_padding_are_never_read(seed: int, rows: int) -> None:
     assert report_of(spoilt) == pytest.approx(report_of(without))
 
 
-@settings(max_examples=40)
 @given(seed=seeds, rows=counts)
 def test_the_order_of_a_rows_experts_affects_only_top1_change(seed: int, rows: int) -> None:
     drawn = draw(seed, rows)
@@ -288,7 +284,6 @@ def test_the_order_of_a_rows_experts_affects_only_top1_change(seed: int, rows: i
             assert value == 0, name
 
 
-@settings(max_examples=20)
 @given(seed=seeds, rows=counts)
 def test_ids_of_any_integer_type_and_bf16_logits_are_accepted(seed: int, rows: int) -> None:
     drawn = draw(seed, rows)
@@ -297,7 +292,6 @@ def test_ids_of_any_integer_type_and_bf16_logits_are_accepted(seed: int, rows: i
     assert report_of(narrow) == report_of(drawn)
 
 
-@settings(max_examples=40)
 @given(seed=seeds, rows=counts)
 def test_random_rows_equal_the_reference(seed: int, rows: int) -> None:
     drawn = draw(seed, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,14 @@ FEW = {"data": {"train": "arithmetic:terms=3,count=600"}}
 ARMS: dict[str, Any] = {"a": {}, "b": {"set": {"optim": {"lr": 1e-4}}}}
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("study") / "model", num_layers=1)
+
+
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
-    make_tiny_model(tmp_path / "model", num_layers=1)
+def base(model: Path, tmp_path: Path) -> Path:
+    shutil.copytree(model, tmp_path / "model")
     file = tmp_path / "base.yaml"
     file.write_text(
         f"""
@@ -240,7 +246,7 @@ def test_what_is_no_study_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_data_set_is_named_with_its_arm(base: Path) -> None:
-    plan = plan_of(base, {"a": {}, "b": {"set": {"data": {"train": str(base.with_name("gone.jsonl"))}}}})
+    plan = plan_of(base, {"a": {}, "b": {"set": {"data": {"train": str(base.with_name("gone.jsonl"))}}}}, set=FEW)
     with pytest.raises(ConfigError, match=r"arms\.b: data\.train: .*gone\.jsonl does not exist"):
         check_files(plan)
 
@@ -267,10 +273,12 @@ def test_there_are_published_studies() -> None:
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
-def test_a_published_study_can_be_planned(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_published_study_can_be_planned(
+    file: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The demo's cold start is made by `make demo`; a model of its family stands in for it here."""
     monkeypatch.chdir(tmp_path)
-    make_tiny_model(tmp_path / ".demo" / "cold-start", num_layers=1)
+    shutil.copytree(model, tmp_path / ".demo" / "cold-start")
     study = load_study(file)
     plan = make_plan(study, file)
     assert len(plan.runs) >= 6
