@@ -48,6 +48,18 @@ LAYOUTS = {
     "mu-for-old": ["parallel.pp=2"],
 }
 
+TEN_LAYOUTS = {
+    2: ["", "parallel.tp=2", "parallel.pp=2 parallel.vpp=2", "parallel.cp=2", "parallel.ep=2"],
+    4: [
+        "parallel.tp=2 parallel.pp=2",
+        "parallel.cp=2 parallel.ep=2",
+        "parallel.tp=2 parallel.cp=2",
+        "parallel.tp=2 parallel.ep=2 parallel.etp=2 engine.recompute=full",
+    ],
+    8: ["parallel.tp=2 parallel.pp=2 parallel.ep=2"],
+}
+"""By number of ranks; the last has two replicas."""
+
 
 def steps_of(name: str) -> int:
     """Returns the rollout steps of a run: a critic learns in the first and judges in the second."""
@@ -100,6 +112,26 @@ def test_results_do_not_depend_on_the_layout(forks: Forks, setting: Path) -> Non
     run_all(forks, setting, 2, runs)
     for found, expected in directories:
         assert_same(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("ranks", TEN_LAYOUTS)
+def test_what_the_laboratory_adds_is_the_same_in_ten_layouts(forks: Forks, setting: Path, ranks: int) -> None:
+    """Score centering, mimo's aggregation, and a frozen router."""
+    frozen = setting.parent / "mimo-frozen"
+    if not frozen.exists():
+        run_all(forks, setting, 1, [overrides(setting, "mimo", frozen, "optim.freeze=[router]")])
+    directories, runs = [], []
+    for number, layout in enumerate(TEN_LAYOUTS[ranks]):
+        for name, more in (("centred", ""), ("mimo", ""), ("mimo-frozen", "optim.freeze=[router]")):
+            found = setting.parent / f"ten-{ranks}-{number}-{name}"
+            directories.append((found, setting.parent / name))
+            runs.append(overrides(setting, name.removesuffix("-frozen"), found, f"{layout} {more}"))
+    run_all(forks, setting, ranks, runs)
+    for found, expected in directories:
+        assert_same(found, expected)
+    assert lines(frozen)[0]["grad_norm"] != lines(setting.parent / "mimo")[0]["grad_norm"]
 
 
 def test_the_critic_learns_and_logs_its_metrics(setting: Path) -> None:

@@ -290,6 +290,13 @@ def test_likely_tokens_of_another_response_are_refused(tmp_path):
     assert_same(sample.with_top_tokens(top), dataclasses.replace(sample, top_tokens=top))
 
 
+def test_a_row_may_miss_several_likely_tokens():
+    logprobs = np.array([[-0.1, -np.inf, -np.inf]], dtype=np.float32)
+    assert TopTokens(np.array([[5, 0, 0]], dtype=np.int32), logprobs).k == 3
+    with pytest.raises(TopTokensError, match=r"token 0: .*expected different ids"):
+        TopTokens(np.array([[5, 7, 7]], dtype=np.int32), np.full((1, 3), -2, dtype=np.float32))
+
+
 def test_bytes_that_are_no_likely_tokens_are_refused(tmp_path):
     sample = one_group().samples[0]
     good = dataclasses.replace(one_group(), samples=(sample.with_top_tokens(some_top_tokens(sample, 2)),))

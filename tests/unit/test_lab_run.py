@@ -116,6 +116,17 @@ def test_each_logged_line_is_complete_in_the_file_at_once(tmp_path: Path) -> Non
         assert content.count(b"\n") == step
 
 
+def test_sync_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = start(tmp_path)
+    log_steps(made, 1, 1)
+    synced = []
+    monkeypatch.setattr(
+        "megatron_rl.lab.sinks.os.fsync", lambda file: synced.append(Path(f"/proc/self/fd/{file}").readlink())
+    )
+    made.journal.sync()
+    assert {file.name for file in synced} >= {"metrics.jsonl", "eval.jsonl"}
+
+
 def test_a_metrics_line_has_its_tags_and_plain_numbers(tmp_path: Path) -> None:
     made = start(tmp_path)
     values = {"a": np.float32(0.5), "b": torch.tensor(2.5), "tokens": 7, "c": np.int64(3)}

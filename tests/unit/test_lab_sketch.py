@@ -103,6 +103,14 @@ def test_non_finite_values_are_counted_and_left_out():
     assert "x/not_finite" not in accumulate(torch.ones(3), {"x": Kind.TAIL}).finalize()
 
 
+def test_a_ratio_that_is_not_finite_does_not_count_as_1():
+    values = torch.tensor([math.log(2), math.nan, math.inf], dtype=torch.float64)
+    report = accumulate(values, {"w": Kind.RATIO}).finalize()
+    assert report["w/not_finite"] == 2
+    assert report["w/mean"] == pytest.approx(2)
+    assert report["w/chi2"] == pytest.approx(3)
+
+
 def test_an_overflowing_ratio_is_reported_as_infinite():
     report = accumulate(torch.tensor([0.0, 800.0], dtype=torch.float64), {"w": Kind.RATIO}).finalize()
     assert report["w/max"] == report["w/mean"] == math.inf
