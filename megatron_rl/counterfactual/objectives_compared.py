@@ -46,11 +46,10 @@ class ObjectiveArm:
     def objective(self) -> ObjectiveConfig:
         return self.config.objective
 
-    @property
-    def unavailable(self) -> str:
-        """Why the objective cannot be evaluated without training; "" if it can."""
-        if self.objective.centering is not None:
-            return "score centering needs mu's most likely tokens, which a study does not read"
+    def unavailable(self, top_k: int) -> str:
+        """Why the objective cannot be evaluated without training, on a batch with `top_k` top tokens; "" if it can."""
+        if self.objective.centering is not None and not top_k:
+            return "score centering needs mu's most likely tokens, which responses of this batch lack"
         if not needs_forward_pass(self.objective):
             return ""
         return "its advantages come from a critic or from a KL in the reward, which a saved batch does not have"
@@ -99,7 +98,8 @@ def with_sample_advantages(mini_batch: MiniBatch, advantages: Mapping[int, float
 
 @dataclass(frozen=True, eq=False)
 class TokenColumns:
-    """What one routing made of one mini-batch: values of each response's tokens, [|y|] float64, by sample number."""
+    """What one routing made of one mini-batch: values of each response's tokens, [|y|] float64, by sample number. Those
+    of top tokens are [|y|, k]."""
 
     new: Mapping[int, Doubles]
     old: Mapping[int, Doubles]
@@ -107,6 +107,8 @@ class TokenColumns:
     entropy: Mapping[int, Doubles]
     reference: Mapping[int, Doubles] | None = None
     shift: Mapping[int, Doubles] | None = None
+    top: Mapping[int, Doubles] | None = None
+    top_mu: Mapping[int, Doubles] | None = None
 
 
 def objective_figures(
@@ -140,6 +142,11 @@ def _inputs(objective: ObjectiveConfig, columns: TokenColumns, advantages: Mappi
         reference = _column(columns.reference, present)
     if objective.router_shift is not None and columns.shift is not None:
         shift = _column(columns.shift, present)
+    top = top_mu = None
+    if objective.centering is not None and columns.top is not None and columns.top_mu is not None:
+        top, top_mu = (
+            torch.from_numpy(np.concatenate([each[i] for i in present])) for each in (columns.top, columns.top_mu)
+        )
     return LossInputs(
         logprobs=new,
         old_logprobs=old,
@@ -150,6 +157,8 @@ def _inputs(objective: ObjectiveConfig, columns: TokenColumns, advantages: Mappi
         num_sequences=len(present),
         reference_logprobs=reference,
         router_shift=shift,
+        top_logprobs=top,
+        top_rollout_logprobs=top_mu,
     )
 
 

@@ -28,7 +28,14 @@ from megatron_rl.counterfactual.objectives_compared import (
     sample_advantages,
 )
 from megatron_rl.counterfactual.routings import ROUTINGS, load_routers, unavailable
-from megatron_rl.counterfactual.saved_batch import SavedBatch, gather_tokens, load_batch, pack_batch, write_lines
+from megatron_rl.counterfactual.saved_batch import (
+    SavedBatch,
+    gather_heads,
+    gather_tokens,
+    load_batch,
+    pack_batch,
+    write_lines,
+)
 from megatron_rl.counterfactual.study_lines import (
     Line,
     cosine_lines,
@@ -133,24 +140,27 @@ class _Study:
         self.trainer = trainer
         self.batch = batch
         asked = [load_objective(name, config) for name in options.objectives]
-        self.objectives = [arm for arm in asked if not arm.unavailable]
+        reasons = {arm.name: arm.unavailable(batch.top_k) for arm in asked}
+        self.objectives = [arm for arm in asked if not reasons[arm.name]]
         if asked and not self.objectives:
-            raise ConfigError("--objective: " + "; ".join(f"{arm.name}: {arm.unavailable}" for arm in asked))
+            raise ConfigError("--objective: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
         self.base = config.routing.replay
         """The configuration's own routing, under which objectives are compared; routings are compared under the first
         objective."""
         if reason := self._missing(self.base):
             raise ConfigError(f"routing.replay: {self.base}, but {reason}")
         self.missing = {name: reason for name in options.routings if (reason := self._missing(name))}
-        self.missing |= {arm.name: arm.unavailable for arm in asked if arm.unavailable}
+        self.missing |= {name: reason for name, reason in reasons.items() if reason}
         wanted = {*options.routings, self.base, "none"} - set(self.missing)
         self.routings = [name for name in ROUTINGS if name in wanted]
         agree = options.agree or max(trainer.policy.arch.experts_per_token - 1, 1)
         shifts = any(arm.objective.router_shift is not None for arm in self.objectives)
-        self.packing = Packing(batch.mini_batches, agree, shifts)
+        centred = any(arm.objective.centering is not None for arm in self.objectives)
+        top_k = batch.top_k if centred else 0
+        self.packing = Packing(batch.mini_batches, agree, shifts, top_k)
         smaller = max(config.engine.max_tokens_per_micro_batch // 2, 1)
-        again = pack_batch(config, trainer, batch.groups, smaller, batch.without_traces == 0)
-        self.other_packing = Packing(again, agree, shifts)
+        again = pack_batch(config, trainer, batch.groups, smaller, batch.without_traces == 0, batch.top_k)
+        self.other_packing = Packing(again, agree, shifts, top_k)
         self.advantages = {arm.name: sample_advantages(batch.groups, arm, trainer.place) for arm in self.objectives}
 
     def _missing(self, name: str) -> str:
@@ -251,14 +261,17 @@ class _Study:
 
     def _rerun_columns(self, base: Sequence[TokenColumns], rerun: OldPass) -> list[TokenColumns]:
         """pi_old's second pass in place of pi_theta's: no weight differs, and no router has moved."""
-        again = gather_tokens(self.other_packing.mini_batches, rerun.logprobs, self.trainer.place)
+        minis, place, top_k = self.other_packing.mini_batches, self.trainer.place, self.packing.top_k
+        again = gather_tokens(minis, rerun.logprobs, place)
+        tops = gather_heads(minis, rerun.top, place, top_k) if top_k else [None] * len(minis)
         return [
             dataclasses.replace(
                 columns,
                 new=new,
+                top=top,
                 shift=columns.shift and {index: np.ones(len(values)) for index, values in new.items()},
             )
-            for columns, new in zip(base, again, strict=True)
+            for columns, new, top in zip(base, again, tops, strict=True)
         ]
 
     def _header(self, columns: Sequence[TokenColumns]) -> Line:

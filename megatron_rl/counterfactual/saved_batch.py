@@ -16,6 +16,7 @@ from megatron_rl.data.sample import Group
 from megatron_rl.disk import write_durably
 from megatron_rl.engine.distribute import MiniBatch, distribute
 from megatron_rl.engine.packed_advantages import responses
+from megatron_rl.engine.top_exchange import TopExchange
 from megatron_rl.loop.progress import Progress
 from megatron_rl.loop.rollouts import SavedGroups
 from megatron_rl.loop.trainer import Trainer
@@ -35,6 +36,8 @@ class SavedBatch:
     """This leader's groups, with the verifiers' own rewards; [] on ranks that lead no replica."""
     without_traces: int
     """Samples of all leaders without a routing trace. 0: the rollout's routes can be replayed."""
+    top_k: int
+    """How many of mu's most likely tokens each token of all leaders has; 0 if a sample lacks them."""
     mini_batches: list[MiniBatch]
     """Packed as a run with this configuration packs them."""
 
@@ -47,20 +50,29 @@ def load_batch(config: Config, trainer: Trainer, step: int) -> SavedBatch:
     """
     progress = Progress(step - 1, step, PromptCursor(config.seed))
     groups = SavedGroups(config, trainer, None).draw(progress).kept
-    mine = sum(sample.trace is None for group in groups for sample in group.samples)
-    missing = sum(orjson.loads(part) for part in all_gather_bytes(orjson.dumps(mine), trainer.place.control))
+    mine = [
+        (sample.trace is None, sample.top_tokens.k if sample.top_tokens else 0)
+        for group in groups
+        for sample in group.samples
+    ]
+    every = [
+        each for part in all_gather_bytes(orjson.dumps(mine), trainer.place.control) for each in orjson.loads(part)
+    ]
+    missing = sum(untraced for untraced, _ in every)
+    counts = {count for _, count in every}
+    top_k = counts.pop() if len(counts) == 1 else 0
     if trainer.policy.arch.num_experts and not missing:
         spec = RouteSpec.of(trainer.policy.arch)
         with together(trainer.place.control):
             for sample in (sample for group in groups for sample in group.samples):
                 assert sample.trace is not None
                 spec.check(sample.trace)
-    mini_batches = pack_batch(config, trainer, groups, config.engine.max_tokens_per_micro_batch, missing == 0)
-    return SavedBatch(groups, missing, mini_batches)
+    mini_batches = pack_batch(config, trainer, groups, config.engine.max_tokens_per_micro_batch, missing == 0, top_k)
+    return SavedBatch(groups, missing, top_k, mini_batches)
 
 
 def pack_batch(
-    config: Config, trainer: Trainer, groups: Sequence[Group], max_tokens: int, has_traces: bool
+    config: Config, trainer: Trainer, groups: Sequence[Group], max_tokens: int, has_traces: bool, top_k: int
 ) -> list[MiniBatch]:
     """Cuts all leaders' groups into mini-batches of micro-batches of at most `max_tokens`. Collective."""
     policy = trainer.policy
@@ -74,6 +86,7 @@ def pack_batch(
         mini_batches=config.train.mini_batches,
         max_tokens=max_tokens,
         routes=exchange,
+        tops=TopExchange(top_k, trainer.place, trainer.layout) if top_k else None,
     )
 
 
@@ -99,19 +112,28 @@ def gather_tokens(
             for packed, outcomes, output in batches:
                 array = output.detach().double().cpu().numpy()
                 for outcome, at in responses(packed, outcomes):
-                    rows.append([number, outcome.index, len(at)])
-                    parts.append(array[at])
+                    own = array[at].ravel()
+                    rows.append([number, outcome.index, len(own)])
+                    parts.append(own)
     header = orjson.dumps(rows)
     mine = len(header).to_bytes(8, "little") + header + np.concatenate(parts).tobytes()
     found: list[dict[int, Doubles]] = [{} for _ in mini_batches]
     for data in all_gather_bytes(mine, place.control):
         end = 8 + int.from_bytes(data[:8], "little")
-        own = orjson.loads(data[8:end])
+        sizes = orjson.loads(data[8:end])
         column = np.frombuffer(data[end:], dtype=np.float64)
-        pieces = np.split(column, np.cumsum([count for _, _, count in own])[:-1]) if own else []
-        for (number, index, _), piece in zip(own, pieces, strict=True):
+        pieces = np.split(column, np.cumsum([count for _, _, count in sizes])[:-1]) if sizes else []
+        for (number, index, _), piece in zip(sizes, pieces, strict=True):
             found[number][index] = piece
     return [{index: each[index] for index in sorted(each)} for each in found]
+
+
+def gather_heads(
+    mini_batches: Sequence[MiniBatch], values: Sequence[Sequence[Tensor]], place: Place, top_k: int
+) -> list[dict[int, Doubles]]:
+    """As gather_tokens, for values [T, top_k] of the top tokens; returns [|y|, top_k]. Collective."""
+    flat = gather_tokens(mini_batches, values, place)
+    return [{index: each.reshape(-1, top_k) for index, each in mini_batch.items()} for mini_batch in flat]
 
 
 def joined(tokens: Sequence[dict[int, Doubles]]) -> Doubles:

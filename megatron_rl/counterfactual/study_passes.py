@@ -13,7 +13,7 @@ from megatron_rl.counterfactual.gradients import Vectors, add, gradient_of
 from megatron_rl.counterfactual.objectives_compared import ObjectiveArm, TokenColumns, with_sample_advantages
 from megatron_rl.counterfactual.ratio_figures import Doubles
 from megatron_rl.counterfactual.routings import RoutingArm, make_pass
-from megatron_rl.counterfactual.saved_batch import gather_tokens
+from megatron_rl.counterfactual.saved_batch import gather_heads, gather_tokens
 from megatron_rl.engine.distribute import MiniBatch
 from megatron_rl.engine.packed_losses import PolicyLoss, without_rejected
 from megatron_rl.engine.policy import Policy
@@ -29,6 +29,8 @@ class OldPass:
     """pi_old under one routing."""
 
     logprobs: Columns
+    top: Columns
+    """[T, k]: the log-probs of mu's most likely tokens."""
     live: list[list[Tensor]]
     """For each mini-batch [rows, own layers, top_k] per micro-batch: the experts that the routers chose."""
     shifts: list[RouterShift] | None
@@ -43,6 +45,8 @@ class NewPass:
     entropy: Columns
     shift: list[list[Tensor]] | None
     """Router shift [T] per micro-batch, on every pipeline stage; None if no objective has one."""
+    top: Columns
+    """[T, k]: the log-probs of mu's most likely tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +58,8 @@ class Packing:
     """Experts of a row that must agree under r3-agreeing."""
     shifts: bool
     """Whether an objective needs the router shift."""
+    top_k: int
+    """How many of mu's most likely tokens are read; 0 if no objective is centred."""
 
 
 def old_pass(policy: Policy, packing: Packing, arm: RoutingArm) -> OldPass:
@@ -67,30 +73,32 @@ def old_pass(policy: Policy, packing: Packing, arm: RoutingArm) -> OldPass:
             )
             for mini in packing.mini_batches
         ]
-    logprobs, live = [], []
+    logprobs, top, live = [], [], []
     for number, mini_batch in enumerate(packing.mini_batches):
         observers = [shifts[number].keep] if shifts else []
         routing = make_pass(policy, arm.old, mini_batch, (), agree=packing.agree, record=True, observers=observers)
-        found = policy.logprobs(mini_batch.micro_batches, routing=routing)
-        logprobs.append([each for each, _ in found])
+        found = policy.logprobs_with_top(mini_batch.micro_batches, routing)
+        logprobs.append([each for each, _, _ in found])
+        top.append([each for _, _, each in found])
         live.append(routing.live)
-    return OldPass(logprobs, live, shifts)
+    return OldPass(logprobs, top, live, shifts)
 
 
 def new_pass(theta: Policy, packing: Packing, arm: RoutingArm, old: OldPass, older: OldPass | None) -> NewPass:
     """The pass of pi_theta's weights, which `theta` has. `older`: the pass of older weights, for stale routes."""
-    logprobs, entropy, shift = [], [], []
+    logprobs, entropy, shift, top = [], [], [], []
     for number, mini_batch in enumerate(packing.mini_batches):
         observers = [old.shifts[number].compare] if old.shifts else []
         recorded = _recorded(arm, number, old, older)
         routing = make_pass(theta, arm.new, mini_batch, recorded, agree=packing.agree, observers=observers)
-        found = theta.logprobs(mini_batch.micro_batches, routing=routing)
-        logprobs.append([each for each, _ in found])
-        entropy.append([each for _, each in found])
+        found = theta.logprobs_with_top(mini_batch.micro_batches, routing)
+        logprobs.append([each for each, _, _ in found])
+        entropy.append([each for _, each, _ in found])
+        top.append([each for _, _, each in found])
         if old.shifts:
             distances, layers = old.shifts[number].distances, len(theta.arch.moe_layers)
             shift.append(packed_shift(distances, mini_batch.micro_batches, layers, theta.layout, theta.place))
-    return NewPass(logprobs, entropy, shift if old.shifts else None)
+    return NewPass(logprobs, entropy, shift if old.shifts else None, top)
 
 
 def _recorded(arm: RoutingArm, number: int, old: OldPass, older: OldPass | None) -> Sequence[Tensor]:
@@ -150,12 +158,18 @@ def token_columns(
     shift = None if new.shift is None else gathered(new.shift)
     its_reference = None if reference is None else gathered(reference)
     mu = gather_tokens(minis, rollout_logprobs(policy, packing), place)
+    top = top_mu = None
+    if packing.top_k:
+        top = gather_heads(minis, new.top, place, packing.top_k)
+        top_mu = gather_heads(minis, rollout_heads(policy, packing), place, packing.top_k)
     columns = zip(gathered(new.logprobs), gathered(old.logprobs), mu, gathered(new.entropy), strict=True)
     return [
         TokenColumns(
             *each,
             reference=None if its_reference is None else its_reference[number],
             shift=None if shift is None else shift[number],
+            top=None if top is None else top[number],
+            top_mu=None if top_mu is None else top_mu[number],
         )
         for number, each in enumerate(columns)
     ]
@@ -166,3 +180,12 @@ def rollout_logprobs(policy: Policy, packing: Packing) -> Columns:
     if not policy.is_last_stage:
         return [[] for _ in packing.mini_batches]
     return [[torch.as_tensor(batch.rollout_logprobs) for batch in mini.micro_batches] for mini in packing.mini_batches]
+
+
+def rollout_heads(policy: Policy, packing: Packing) -> Columns:
+    """mu's log-probs [T, k] of its most likely tokens; [] if this is not the last pipeline stage."""
+    if not policy.is_last_stage:
+        return [[] for _ in packing.mini_batches]
+    none = torch.empty(0, packing.top_k)  # of a micro-batch without samples
+    heads = [[batch.top for batch in mini.micro_batches] for mini in packing.mini_batches]
+    return [[none if top is None else torch.as_tensor(top.logprobs) for top in mini] for mini in heads]

@@ -69,6 +69,13 @@ class Policy(Network):
             for model in self.models:
                 model.temperature = self.temperature
 
+    def logprobs_with_top(
+        self, batches: Sequence[PackedBatch], routing: RoutingPass | None = None
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """As `logprobs`, and the log-probs [T, k] of each micro-batch's top tokens; k is 0 if it has none."""
+        outputs = forward(self.stages, self.micro_batches(batches, top=True), routing)
+        return [(output[:, 0], output[:, 1], output[:, 2:]) for output in outputs]
+
     def gradients(self, batches: Sequence[PackedBatch], loss: TokenLoss, routing: RoutingPass | None = None) -> None:
         """Leaves the gradient of the summed loss in each parameter's main_grad."""
         self.accumulate(batches, _of_columns(loss), routing)

@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forced_routers import Choose, force, load, moe_layers, perturb, response_logprobs, save_sampled
+from forced_routers import (
+    Choose,
+    force,
+    load,
+    moe_layers,
+    perturb,
+    response_distributions,
+    response_logprobs,
+    save_sampled,
+)
 from forks import Forks
 from rl_runs import write_config
 from tiny_models import make_tiny_model
@@ -21,8 +30,9 @@ from megatron_rl.data.sample import Group, Sample
 from megatron_rl.data.store import read_groups, write_groups
 
 Lines = list[dict[str, Any]]
-TOP_K, GROUP_SIZE, CLIP = 2, 3, 0.05
+TOP_K, GROUP_SIZE, CLIP, HEAD = 2, 3, 0.05, 4
 OBJECTIVES = ("own", "grpo", "rspo", "minirl", "ppo", "score_centering")
+COMPARED = tuple(name for name in OBJECTIVES if name != "ppo")
 FEW = ("r2", "r3-agreeing", "frozen-router")
 KINDS = ("router", "expert", "attention", "embedding", "other")
 
@@ -46,7 +56,7 @@ def saved(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
         drawn = torch.rand(probabilities.shape, generator=generator).topk(TOP_K, dim=-1).indices
         return torch.where(torch.rand(len(live), 1, generator=generator) < 0.2, drawn, live)
 
-    save_sampled(load(models["old"], torch.float32), run_dir, group=GROUP_SIZE, choose=drifted)
+    save_sampled(load(models["old"], torch.float32), run_dir, group=GROUP_SIZE, choose=drifted, top_k=HEAD)
     return run_dir
 
 
@@ -65,7 +75,7 @@ def one(forks: Forks, config: Path, models: dict[str, Path], tmp_path_factory: p
     root = tmp_path_factory.mktemp("one")
     whole = {"step": 1, "routings": tuple(ROUTINGS), "objectives": OBJECTIVES}
     whole |= {key: models[key] for key in ("later", "older", "graft")}
-    few = {"step": 1, "routings": FEW, "objectives": ("rspo",), "updates": 2}
+    few = {"step": 1, "routings": FEW, "objectives": ("rspo", "score_centering"), "updates": 2}
     runs = [(overrides(root / "whole"), whole), (overrides(root / "few"), few)]
     (found,) = forks.world(1, "counterfactual_worker:studies", config, runs)
     return found
@@ -184,7 +194,7 @@ def test_the_routings_differ_and_their_shares_are_of_live_routing(one: list[Line
 
 def test_what_is_not_available_is_said(one: list[Lines]) -> None:
     header = one[0][0]
-    assert set(header["unavailable"]) == {"r3-weights", "ppo", "score_centering"}
+    assert set(header["unavailable"]) == {"r3-weights", "ppo"}
     assert "no gate weights" in header["unavailable"]["r3-weights"]
     assert (header["mini_batches"], header["responses"], header["agree"]) == (2, 4 * GROUP_SIZE, 1)
 
@@ -204,6 +214,10 @@ def gspo_gradient(reference: Reference, saved: Path, routing: str) -> dict[str, 
         old, new = reference.pair(routing, sample)
         s, a = (new - old).mean().exp(), advantage(group, sample)
         (-torch.minimum(s * a, s.clamp(1 - CLIP, 1 + CLIP) * a) / (4 * GROUP_SIZE)).backward()
+    return by_kind(model)
+
+
+def by_kind(model: Any) -> dict[str, torch.Tensor]:
     parts: dict[str, list[torch.Tensor]] = {kind: [] for kind in KINDS}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
@@ -213,12 +227,12 @@ def gspo_gradient(reference: Reference, saved: Path, routing: str) -> dict[str, 
 
 def test_gradients_and_their_cosines_equal_the_reference(one: list[Lines], reference: Reference, saved: Path) -> None:
     expected = {routing: gspo_gradient(reference, saved, routing) for routing in ("none", "r2")}
-    for routing, by_kind in expected.items():
+    for routing, its in expected.items():
         found = of(one[0], "gradient", routing=routing, objective="own")
-        for kind, gradient in by_kind.items():
+        for kind, gradient in its.items():
             assert found[f"norm/{kind}"] == pytest.approx(float(gradient.norm()), rel=2e-3), (routing, kind)
     pair = of(one[0], "cosine", a=["none", "own"], b=["r2", "own"])  # type: ignore[arg-type]
-    none, r2 = (torch.cat([by_kind[kind] for kind in KINDS]) for by_kind in expected.values())
+    none, r2 = (torch.cat([its[kind] for kind in KINDS]) for its in expected.values())
     assert pair["cosine/all"] == pytest.approx(float(none @ r2 / none.norm() / r2.norm()), abs=2e-4)
     assert pair["cosine/all"] < 0.999, "the two routings have one gradient: nothing is tested"
     assert pair["relative_difference"] == pytest.approx(float((none - r2).norm() / none.norm()), rel=5e-3)
@@ -227,13 +241,42 @@ def test_gradients_and_their_cosines_equal_the_reference(one: list[Lines], refer
     assert pair["cosine/router"] == pytest.approx(cosine, abs=5e-4)
 
 
+def test_score_centering_equals_the_reference(one: list[Lines], reference: Reference, saved: Path) -> None:
+    """REINFORCE less the mean over mu of its terms, whose tail is in proportion to pi_theta's."""
+    model, terms, masses = reference.models["later"], [], []
+    force(model)
+    model.zero_grad()
+    for group, sample in samples(saved):
+        assert sample.verdict is not None
+        assert sample.top_tokens is not None
+        a = sample.verdict.reward - float(np.mean([each.verdict.reward for each in group.samples if each.verdict]))
+        prompt = len(sample.prompt.token_ids)
+        log_p = response_distributions(model, sample.token_ids, prompt)
+        own = log_p.gather(1, torch.as_tensor(sample.response_ids.astype(np.int64))[:, None])[:, 0]
+        head = log_p.gather(1, torch.as_tensor(sample.top_tokens.ids.astype(np.int64)))
+        q, p = torch.as_tensor(np.exp(sample.top_tokens.logprobs.astype(np.float64))), head.detach().exp()
+        alpha = (1 - q.sum(1, keepdim=True)) / (1 - p.sum(1, keepdim=True))
+        terms.append(a * (own - ((q - alpha * p) * head).sum(1)))
+        masses.append(p.sum(1))
+    half = len(terms) // 2  # of two mini-batches
+    means = [torch.cat(each).mean() for each in (terms[:half], terms[half:])]
+    (-(means[0] + means[1]) / 2).backward()
+    found = of(one[0], "objective", routing="none", objective="score_centering")
+    assert found["centering/policy_mass/mean"] == pytest.approx(float(torch.cat(masses).mean()), rel=1e-4)
+    gradients = of(one[0], "gradient", routing="none", objective="score_centering")
+    for kind, gradient in by_kind(model).items():
+        assert gradients[f"norm/{kind}"] == pytest.approx(float(gradient.norm()), rel=2e-3), kind
+    again = of(one[0], "objective", routing="rerun", objective="score_centering")
+    assert again["centering/policy_mass/mean"] != pytest.approx(found["centering/policy_mass/mean"], rel=1e-4)
+
+
 def test_pairs_of_gradients_differ_in_the_routing_or_in_the_objective(one: list[Lines]) -> None:
     gradients = {(x["routing"], x["objective"]) for x in one[0] if x["kind"] == "gradient"}
     routings = {*ROUTINGS, "rerun"} - {"r3-weights"}
-    assert gradients == {(name, "own") for name in routings} | {("none", name) for name in OBJECTIVES[:4]}
+    assert gradients == {(name, "own") for name in routings} | {("none", name) for name in COMPARED}
     pairs = [x for x in one[0] if x["kind"] == "cosine"]
     assert all((x["a"][0] == x["b"][0]) != (x["a"][1] == x["b"][1]) for x in pairs)
-    assert len(pairs) == len(routings) * (len(routings) - 1) // 2 + 4 * 3 // 2
+    assert len(pairs) == len(routings) * (len(routings) - 1) // 2 + 5 * 4 // 2
     noise = of(one[0], "cosine", a=["none", "own"], b=["rerun", "own"])  # type: ignore[arg-type]
     assert noise["cosine/all"] > 0.99999
     assert noise["relative_difference"] < 1e-3
@@ -257,7 +300,7 @@ def assert_same(found: Lines, expected: Lines) -> None:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_layouts_do_not_change_a_study(forks: Forks, config: Path, one: list[Lines], tmp_path: Path) -> None:
-    few = {"step": 1, "routings": FEW, "objectives": ("rspo",), "updates": 2}
+    few = {"step": 1, "routings": FEW, "objectives": ("rspo", "score_centering"), "updates": 2}
     layouts = ("parallel.tp=2", "parallel.pp=2", "parallel.cp=2 parallel.ep=2")
     assert of(one[1], "ratios", routing="none")["kl/old_policy/k3"] > 1e-5  # the updates changed something
     runs = [(overrides(tmp_path / str(number), layout), few) for number, layout in enumerate(layouts)]
@@ -276,7 +319,9 @@ def test_the_command_studies_rollouts_without_traces_on_two_leaders(
     plain = tmp_path / "plain"
     file = saved / "rollouts" / "step-000001-dp-0000.jsonl"
     groups = [
-        dataclasses.replace(group, samples=tuple(dataclasses.replace(s, trace=None) for s in group.samples))
+        dataclasses.replace(
+            group, samples=tuple(dataclasses.replace(s, trace=None, top_tokens=None) for s in group.samples)
+        )
         for group in read_groups(file)
     ]
     write_groups(plain / "rollouts" / file.name, groups, weight_version=0)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rl.data.sample import Group, Prompt, Sample, Verdict
 from megatron_rl.data.store import write_groups
+from megatron_rl.data.top_tokens import TopTokens
 from megatron_rl.data.trace import RoutingTrace
 from megatron_rl.data.versions import VersionSpan
 
@@ -61,8 +62,14 @@ def force(model: Any, choose: Choose | None = None, rounds_gates: bool = False) 
 def response_logprobs(model: Any, token_ids: np.ndarray, prompt: int) -> torch.Tensor:
     """Returns the log-probs [|y|] of the tokens after the first `prompt` ones."""
     ids = torch.as_tensor(token_ids.astype(np.int64))
-    logits = model(ids[None]).logits[0, prompt - 1 : -1]
-    return logits.log_softmax(-1).gather(1, ids[prompt:, None])[:, 0]
+    return response_distributions(model, token_ids, prompt).gather(1, ids[prompt:, None])[:, 0]
+
+
+def response_distributions(model: Any, token_ids: np.ndarray, prompt: int) -> torch.Tensor:
+    """Returns the log-probs [|y|, V] of all tokens where those after the first `prompt` ones are sampled."""
+    ids = torch.as_tensor(token_ids.astype(np.int64))
+    logits: torch.Tensor = model(ids[None]).logits[0, prompt - 1 : -1]
+    return logits.log_softmax(-1)
 
 
 def save_sampled(
@@ -73,8 +80,10 @@ def save_sampled(
     group: int = 4,
     choose: Choose | None = None,
     rounds_gates: bool = False,
+    top_k: int = 0,
 ) -> None:
-    """Saves random responses of step 1 with the model's log-probs and routes, as if it were the rollout engine."""
+    """Saves random responses of step 1 with the model's log-probs, routes and most likely tokens, as if it were the
+    rollout engine."""
     chosen = force(model, choose, rounds_gates)
     rng = np.random.default_rng(11)
     groups = []
@@ -85,7 +94,8 @@ def save_sampled(
         for number in range(group):
             response = [*rng.integers(2, VOCAB_SIZE, rng.integers(8, 24)).tolist(), EOS]
             with torch.no_grad():
-                logprobs = response_logprobs(model, np.array([*ids, *response]), len(ids)).clamp(max=0).tolist()
+                mu = response_distributions(model, np.array([*ids, *response]), len(ids)).clamp(max=0)
+            logprobs = mu.gather(1, torch.tensor(response)[:, None])[:, 0].tolist()
             routes = torch.stack(chosen, dim=1).numpy()[:-1]
             trace = RoutingTrace.from_ids(
                 routes,
@@ -96,6 +106,9 @@ def save_sampled(
             )
             correct = (index + number) % 2 == 0  # every group has both
             sample = Sample.start(prompt, number).extend(response, logprobs, 0).with_trace(trace)
+            if top_k:
+                likely = mu.topk(top_k)
+                sample = sample.with_top_tokens(TopTokens(likely.indices.int().numpy(), likely.values.numpy()))
             samples.append(replace(sample, finish_reason="stop", verdict=Verdict(float(correct), correct)))
         groups.append(Group(index, prompt, tuple(samples)))
     write_groups(run_dir / "rollouts" / "step-000001-dp-0000.jsonl", groups, weight_version=0)
