@@ -16,19 +16,20 @@ FROZEN := requirements/cpu$(if $(filter 3.12 3.13,$(VERSION)),-py312).txt
 NODEPS := requirements/cpu-nodeps.txt
 TE_STUB := requirements/te-stub.txt
 STAMP := $(VENV)/.installed-$(VERSION)
-# uv installs in seconds what takes pip minutes; it reads its own settings, not pip's. To compile all packages would
-# double pip's time (uv does not by default); what is used is compiled at the end of the installation.
-INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip \
+# uv installs in seconds what takes pip minutes; it reads its own settings, not pip's. `make install UV=` takes pip. To
+# compile all packages would double pip's time (uv does not by default); what is used is compiled at the end.
+UV ?= $(shell uv --version >/dev/null 2>&1 && echo uv)
+INSTALL := $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip \
 	--disable-pip-version-check install --quiet --no-compile)
 
 # If this is set, as in many containers, every rank and test would compile all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo study test test-fast test-all lint format clean
+.PHONY: install demo study test test-fast test-all mutations lint format clean
 
 install: $(STAMP)
 
-# The stamp is written last, so an interrupted install starts again at the step that is missing.
+# The stamp is written last, so an interrupted install is done again.
 $(STAMP): $(FROZEN) $(NODEPS) $(TE_STUB) pyproject.toml setup.py
 	@case '$(VERSION)' in 3.11|3.12|3.13) ;; *) \
 		echo 'megatron_rl needs Python 3.11, 3.12 or 3.13; $(or $(PYTHON),python3) is $(or $(VERSION),missing).' >&2; \
@@ -74,6 +75,10 @@ test-fast: install
 test-all: install
 	$(PYTEST) --timeout 1800 --hypothesis-profile thorough
 
+# Takes one guard after another out of a copy of the package; the tests that are listed with it must fail.
+mutations: install
+	$(BIN)/python tools/mutate.py
+
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -81,10 +86,10 @@ lint: install
 	$(BIN)/lint-imports --no-cache
 
 format: install
-	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
-# Removes what these targets made, .venv included. Run directories (runs/) stay.
+# Removes what these targets made, environments included. Runs (runs/, .demo/) stay.
 clean:
-	rm -rf $(VENV) .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
 """`megatron-rl certify`: proves, on the real model and in each layout, that routers replay exactly their own rows.
 
-Layouts run on ranks started for each world size. watch.py proves the replay. spoil.py shows that the proof can fail:
-each of its negative cases spoils the replay in one way and must be caught.
+Layouts run on ranks started for each world size. router_watch.py proves the replay. spoil.py shows that the proof can
+fail: each of its negative cases spoils the replay in one way and must be caught.
 """
 
 from __future__ import annotations

@@ -123,5 +123,5 @@ def load_routers(policy: Policy, model_dir: Path) -> None:
     ranks = model_ranks(policy.layout, policy.place.rank)
     files = TensorFiles(model_dir)
     for slot in bind(list(policy.models), policy.arch, ranks, policy.layers.weight_names):
-        if ".router." in slot.weight.name:
+        if slot.weight.kind == "router":
             fill(slot.weight, slot.of(slot.parameter.data), files.read, *ranks.share(slot.weight))

@@ -16,7 +16,7 @@ from megatron_rl.routing.wire import RouteSpec
 
 
 class Environment:
-    """Usable on the data-parallel leaders."""
+    """Samples from the servers and has answers judged, on the data-parallel leaders."""
 
     def __init__(
         self,
@@ -53,6 +53,7 @@ class Environment:
             concurrency=self._config.concurrency,
             vocab_size=self._trainer.policy.arch.vocab_size,
             versions=self._publisher.versions,
+            seed=self._trainer.config.seed,
             routes=routes,
             top_k=top_k,
         )

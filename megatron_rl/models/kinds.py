@@ -1,6 +1,6 @@
 """The kinds of weights: gradient norms are told by kind, and `freeze` and `graft` are asked for kinds. No torch.
 
-A family's file gives each weight its kind (Weight.kind), and nothing else sorts weights.
+A family's file gives each weight its kind (Weight.kind).
 """
 
 from __future__ import annotations

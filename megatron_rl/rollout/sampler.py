@@ -31,7 +31,7 @@ class Sampling:
     concurrency: int
     vocab_size: int
     versions: frozenset[int]  # weight versions that the servers may hold
-    seed: int = 0  # a request's seed follows from it, the versions and the sample's position in the batch
+    seed: int  # a request's seed follows from it, the versions and the sample's position in the batch
     routes: RouteSpec | None = None  # ask for the experts that each token visited
     top_k: int = 0  # ask for that many of mu's most likely tokens at each token
 

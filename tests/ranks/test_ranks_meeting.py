@@ -18,7 +18,7 @@ from paths import ROOT
 from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_model
 
-from megatron_rl.ranks.meeting import Report, verdict
+from megatron_rl.ranks.meeting import LostError, Meeting, Report, verdict
 from megatron_rl.ranks.world import WorldError, read_world
 from megatron_rl.rollout.server import free_ports
 
@@ -349,6 +349,19 @@ def test_the_error_names_ranks_that_never_arrive() -> None:
     (text,) = verdict(reports("", "", ranks_per_node=4), 4).values()
     assert text == "rank 0 on host h0: 2 of 4 ranks have not come within 600 s: 2, 3"
     assert verdict(reports("", "a", ranks_per_node=4), 4) == {1: "rank 1 on host h0: a"}
+    assert verdict(reports("a", "a", ranks_per_node=4), 4) == {0: "rank 0 on host h0: a"}
+
+
+def test_a_second_process_with_the_same_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    (port,) = free_ports(1)
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    world = read_world({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    first = Meeting(world, 5.0)
+    with pytest.raises(LostError, match="RANK is 0, but another process has it too"):
+        Meeting(world, 5.0)
+    assert first.world == world
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ SAMPLING = Sampling(
     concurrency=16,
     vocab_size=VOCAB_SIZE,
     versions=frozenset({0}),
+    seed=0,
 )
 PROMPTS = [
     (10 + n, Prompt(f"p{n}", "", tuple(np.random.default_rng(n).integers(2, VOCAB_SIZE, 6).tolist()), "", ""))

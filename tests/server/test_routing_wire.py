@@ -201,6 +201,7 @@ def test_groups_have_traces_only_if_routes_are_requested(url: str, model_dir: Pa
             concurrency=8,
             vocab_size=VOCAB_SIZE,
             versions=frozenset(range(9)),
+            seed=0,
             routes=routes,
         )
         for group in call(url, lambda client, s=sampling: rollout_groups([client], prompts, s)):  # type: ignore[misc]

@@ -57,6 +57,24 @@ def test_five_sections_have_kinds() -> None:
     assert not sections_of_kinds(SftConfig)
 
 
+def test_the_default_kind_stays_if_a_later_layer_names_it(tmp_path: Path) -> None:
+    write(tmp_path / "own.yaml", "objective: {clip: {low: 0.1, high: 0.3}}\n")
+    config, notes = load(tmp_path, "presets: [own.yaml]\nobjective: {clip: {kind: min, low: 0.2}}\n")
+    assert config.objective.clip == MinClip(low=0.2, high=0.3)
+    assert notes == []
+
+
+def test_another_kind_does_not_take_over_keys_with_the_same_name(tmp_path: Path) -> None:
+    config, _ = load(tmp_path, "presets: [dapo]\nobjective: {clip: {kind: weight, high: 4}}\n")
+    assert config.objective.clip == WeightClip(high=4)
+
+
+def test_a_section_that_is_an_alias_of_another_is_set_alone(tmp_path: Path) -> None:
+    config, _ = load(tmp_path, "presets: [ppo]\noptim: &shared {lr: 1e-4}\ncritic: {optim: *shared}\n", "optim.lr=2e-4")
+    assert config.critic is not None
+    assert (config.optim.lr, config.critic.optim.lr) == (2e-4, 1e-4)
+
+
 def test_keys_are_set_one_by_one_if_the_kind_stays_the_same(tmp_path: Path) -> None:
     config, notes = load(tmp_path, "presets: [dapo]\nobjective: {clip: {low: 0.1}}\n", "objective.clip.kind=min")
     assert config.objective.clip == MinClip(low=0.1, high=0.28)
@@ -269,6 +287,8 @@ def test_changing_a_setting_drops_the_preset_keys_that_depended_on_it(
         ("optim: {schedule: linear, decay_steps: 9}\n", ["optim.schedule=constant"], "optim.decay_steps: 9 does"),
         ("presets: [base.yaml]\noptim: {decay_steps: 9, min_lr: 0}\n", ["optim.schedule=constant"], "optim.decay_st"),
         ("presets: [own.yaml]\n", [], "optim.decay_steps: 5 does nothing under optim.schedule constant"),
+        ("presets: [both.yaml]\n", [], "optim.decay_steps: 5 does nothing under optim.schedule constant"),
+        ("presets: [ppo, group.yaml]\ncritic: {epochs: 2}\n", [], "critic: does nothing under"),
         ("presets: [ppo]\n", ["objective.advantage.estimator=group", "critic.epochs=2"], "critic: does nothing under"),
         ("presets: [grpo]\n", ["objective.constant_length=9"], "objective.constant_length: 9 does nothing under"),
     ],
@@ -277,6 +297,8 @@ def test_a_useless_key_set_by_the_user_is_an_error(tmp_path: Path, text: str, ov
     """A preset key is also an error if the preset itself makes it useless."""
     write(tmp_path / "base.yaml", BASE.replace("eval: {every: 2}\n", ""))
     write(tmp_path / "own.yaml", "optim: {decay_steps: 5}\n")
+    write(tmp_path / "both.yaml", "optim: {schedule: constant, decay_steps: 5}\n")
+    write(tmp_path / "group.yaml", "objective: {advantage: {estimator: group}}\n")
     config, _ = load(tmp_path, text, *overrides)
     with pytest.raises(ConfigError) as caught:
         check_config(config, ARCHITECTURE, 1)

@@ -149,6 +149,14 @@ def test_engine_settings_that_do_not_fit_are_reported(text: str, engine: dict[st
     assert problem.startswith(message)
 
 
+def test_micro_batches_and_sequences_divide_as_the_schedule_and_the_ring_need() -> None:
+    """The interleaved schedule takes micro-batches by the pp, and a rank of cp has two stretches of a sequence."""
+    layout = Layout.resolve(ParallelConfig(pp=4, vpp=2, cp=4), 16)
+    assert (layout.micro_batch_multiple, layout.sequence_multiple) == (4, 8)
+    layout = Layout.resolve(ParallelConfig(pp=4), 4)
+    assert (layout.micro_batch_multiple, layout.sequence_multiple) == (1, 1)
+
+
 def test_a_load_balancing_loss_needs_experts() -> None:
     engine = EngineConfig(aux_loss_coefficient=0.01)
     assert check_layout(resolve(""), ARCHITECTURE, engine) == []

@@ -242,6 +242,12 @@ def test_the_kl_setting_in_a_presets_comment_loads(tmp_path: Path, name: str, kl
     check_config(config, ARCHITECTURE, 1)
 
 
+def test_the_readme_lists_the_presets_and_each_has_a_demo() -> None:
+    text = (ROOT / "README.md").read_text().split("Built-in presets are ")[1].split(". Keys in your file")[0]
+    assert sorted(re.split(r",\s+|\s+and\s+", text)) == sorted(PAPERS)
+    assert {file.stem for file in (EXAMPLES / "demo").glob("*.yaml")} >= set(PAPERS)
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_preset_names_its_source(file: Path) -> None:
     assert re.match(r"# .*\[\d{4}\.\d{5}", file.read_text())

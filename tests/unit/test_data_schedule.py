@@ -61,6 +61,15 @@ def test_the_samples_of_a_step_do_not_depend_on_the_layout(lengths, one, other, 
     assert [s.mini_batch for s in first.steps] == list(range(mini_batches))
 
 
+@given(groups, layouts, st.randoms(use_true_random=False))
+def test_a_plan_does_not_depend_on_the_order_of_the_sizes(lengths, layout, shuffler):
+    """Every rank makes its own, and they must be the same."""
+    sizes = batch([[(p, r // 100) for p, r in samples] for samples in lengths])  # many of one length
+    shuffled = list(sizes)
+    shuffler.shuffle(shuffled)
+    assert plan(shuffled, mini_batches=2, **layout) == plan(sizes, mini_batches=2, **layout)
+
+
 @given(groups)
 def test_mini_batches_are_consecutive_blocks_of_whole_groups(lengths):
     sizes = batch(lengths)

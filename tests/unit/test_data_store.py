@@ -208,6 +208,7 @@ def sealed(records: list[dict[str, Any]]) -> bytes:
         (lambda r: r["samples"][0].update(versions=[[7, 2, 4]]), "versions: the spans do not follow"),
         (lambda r: r["samples"][0].update(versions=[[7, 1, 5]]), "versions: the spans do not follow"),
         (lambda r: r["samples"][0].update(versions=[[7, 2, 5], [8, 5, 3]]), "versions: the spans do not follow"),
+        (lambda r: r["samples"][0].update(versions=[[7, 2, 9], [8, 9, 5]]), "versions: the spans do not follow"),
         (lambda r: r["samples"][0].update(versions=[[2**63, 2, 5]]), r"versions\.0\.0"),
         (lambda r: r["samples"][0]["rollout_logprobs"].__setitem__(3, -1e39), r"rollout_logprobs\.3"),
         (lambda r: r["samples"][0].update(sample=1), r"samples: found numbers \[1\]; expected 0 to 0"),

@@ -140,6 +140,10 @@ def test_file_digests_tell_a_models_files_apart(tmp_path: Path) -> None:
     assert sorted(first) == ["config.json", "model.safetensors", "tokenizer.json"]
     assert file_digests(tmp_path) == first
     assert first["model.safetensors"].startswith("sampled:")
+    (tmp_path / "longer.safetensors").touch()
+    os.truncate(tmp_path / "longer.safetensors", WHOLE_BYTES + 10_000_002)  # as empty as the other
+    assert file_digests(tmp_path)["longer.safetensors"] != first["model.safetensors"]
+    (tmp_path / "longer.safetensors").unlink()
     for at in (0, WHOLE_BYTES + 10_000_000, SAMPLE_BYTES - 1):
         with (tmp_path / "model.safetensors").open("r+b") as file:
             file.seek(at)

@@ -126,6 +126,9 @@ def test_responses_and_tokens_stand_worst_first(run: Path) -> None:
     mean = {each.measure.key: each.mean for each in page.measures}
     assert mean["mismatch"] == pytest.approx((0 + 0 + 0 - 0.5 - 2.75) / 5)
     assert mean["rollout_change"] == pytest.approx(0.04 / 4)  # a token that was not compared does not count
+    p99 = {each.measure.key: each.p99 for each in page.measures}
+    assert p99["mismatch"] == pytest.approx(np.percentile([0, 0, 0, 0.5, 2.75], 99))  # of the size ...
+    assert p99["logprob"] == pytest.approx(np.percentile([0.25, 0.255, 0.25, 0.25, 3.5], 99))  # ... and of the fall
 
 
 def test_only_the_worst_responses_of_each_measure_are_shown(run: Path) -> None:

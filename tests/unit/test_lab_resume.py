@@ -81,6 +81,13 @@ def test_a_key_added_by_a_later_version_counts_as_its_default(tmp_path: Path) ->
         RunDir.open(tmp_path, config(64), resume=True)
 
 
+def test_a_key_that_the_run_alone_has_is_refused(tmp_path: Path) -> None:
+    start_and_end(tmp_path)
+    (tmp_path / "config.yaml").write_text(changed() + "forgotten: 1\n")
+    with pytest.raises(RunDirError, match="forgotten: 1 in the run, absent now"):
+        RunDir.open(tmp_path, changed(), resume=True)
+
+
 def test_a_key_that_shares_a_prefix_with_a_changeable_key_is_compared(tmp_path: Path) -> None:
     start_and_end(tmp_path)
     with pytest.raises(RunDirError, match=r"evaluation\.every"):

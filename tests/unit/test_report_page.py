@@ -146,7 +146,7 @@ def test_runs_side_by_side_are_overlaid_with_their_differences(tmp_path: Path) -
     assert ["optim.lr", "1e-4", "2e-4"] in page.rows
     assert assert_numbers(page, a, "a/run") == assert_numbers(page, b, "b/run") > 3
     names = [name for name, _ in report.images()]
-    assert "compared-accuracy.png" in names
+    assert {"compared-accuracy.png", "a_run-accuracy.png", "b_run-accuracy.png"} <= set(names)  # in no other folder
     assert len(names) == len(set(names))
 
 
