@@ -99,3 +99,9 @@ def test_transformer_engine_is_used_only_on_a_gpu(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     chosen = choose_layers(EngineConfig(device=device, layers=layers))
     assert isinstance(chosen, TransformerEngineLayers) is found
+
+
+def test_transformer_engine_that_is_not_installed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"engine\.layers is te, but transformer_engine is not installed"):
+        choose_layers(EngineConfig(device="cuda", layers="te"))

@@ -50,6 +50,20 @@ def through(
     return asyncio.run(run())
 
 
+def test_mu_is_the_whole_distribution_whatever_a_models_defaults_say(served: str) -> None:
+    """generation_config.json may have a top-p, and then the log-probs would not be those of the trained policy."""
+
+    async def run() -> dict[str, Any]:
+        async with FaultProxy(served) as proxy, SGLangClient(proxy.url, deadline=20.0) as client:
+            await generate(client)
+            sent: dict[str, Any] = proxy.seen[0][1]["sampling_params"]
+            return sent
+
+    neutral = {"top_p": 1, "top_k": -1, "min_p": 0, "repetition_penalty": 1}
+    neutral |= {"frequency_penalty": 0, "presence_penalty": 0}
+    assert asyncio.run(run()).items() >= neutral.items()
+
+
 # ---- faults that are retried
 
 

@@ -201,3 +201,7 @@ def test_saved_likely_tokens_must_be_as_many_as_the_run_needs(tmp_path: Path) ->
         read("without", 2)
     with pytest.raises(StoreError, match=r"top_tokens: 2 for each token, but objective\.centering\.top_k.* is 3;"):
         read("with", 3)
+    odd = TopTokens(np.array([[8, 1], [9, 2]], dtype=np.int32), logprobs)
+    save(tmp_path / "odd", [dataclasses.replace(plain, samples=(plain.samples[0].with_top_tokens(odd),))])
+    with pytest.raises(StoreError, match=r"sample 0: top_tokens: token 1: .*expected ids in \[0, 9\)"):
+        read("odd", 2)
