@@ -62,6 +62,15 @@ def test_create_refuses_a_directory_that_is_not_empty(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize("left", ["rollouts/step-000001-dp-0000.jsonl", "checkpoints/step-000001/manifest.json"])
+def test_a_directory_with_rollouts_or_checkpoints_is_not_empty(tmp_path: Path, left: str) -> None:
+    """Even if the records of the run that wrote them are gone."""
+    (tmp_path / left).parent.mkdir(parents=True)
+    (tmp_path / left).touch()
+    with pytest.raises(FileExistsError, match="is not an empty directory"):
+        RunDir.open(tmp_path, changed(), resume=False)
+
+
 def test_create_refuses_a_file(tmp_path: Path) -> None:
     file = tmp_path / "run"
     file.write_text("mine")
