@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,20 +119,24 @@ def objective_figures(
     metrics = MetricAccumulator(TRAINING)
     loss = get_objective(arm.objective)
     for columns in mini_batches:
-        inputs = _inputs(arm.objective, columns, advantages)
+        inputs = _inputs(arm.config, columns, advantages)
         if inputs is None:
             continue
         lengths = inputs.sequence_ids.bincount()
         if leaves_denominators(arm.objective):
             lengths = kept_lengths(inputs, arm.objective)
-        denominators = Denominators(int(lengths.sum()), int((lengths > 0).sum()))
+        by_prompt: Counter[int] = Counter()
+        for prompt, tokens in zip(inputs.prompts or (), lengths.tolist(), strict=True):
+            by_prompt[prompt] += tokens
+        denominators = Denominators(int(lengths.sum()), int((lengths > 0).sum()), by_prompt)
         outputs = loss(inputs, arm.objective, denominators)
         training_metrics(metrics, inputs, outputs, _column(columns.entropy, list(columns.new)))
     return metrics.finalize()
 
 
-def _inputs(objective: ObjectiveConfig, columns: TokenColumns, advantages: Mapping[int, float]) -> LossInputs | None:
-    """One mini-batch as one packed row without prompts; None if all its tokens are masked out."""
+def _inputs(config: Config, columns: TokenColumns, advantages: Mapping[int, float]) -> LossInputs | None:
+    """One mini-batch as one packed row of responses; None if all its tokens are masked out."""
+    objective = config.objective
     present = [index for index, values in columns.new.items() if len(values)]
     if not present:
         return None
@@ -159,6 +164,7 @@ def _inputs(objective: ObjectiveConfig, columns: TokenColumns, advantages: Mappi
         router_shift=shift,
         top_logprobs=top,
         top_rollout_logprobs=top_mu,
+        prompts=[index // config.rollout.group_size for index in present],  # as train.with_advantages numbers samples
     )
 
 

@@ -123,8 +123,10 @@ def replay_study(config: Config, options: StudyOptions) -> list[Line]:
     """
     with open_trainer(config, steps=1, resume=False, temperature=config.rollout.temperature) as trainer:
         with trainer.console.starting("data", f"step {options.step} of {config.rollout.replay_from}"):
-            batch = load_batch(config, trainer, options.step)
-        study = _Study(config, options, trainer, batch)
+            objectives = [load_objective(name, config) for name in options.objectives]
+            centred = any(arm.objective.centering is not None for arm in objectives)
+            batch = load_batch(config, trainer, options.step, with_top=centred)
+        study = _Study(config, options, trainer, batch, objectives)
         trainer.begin()
         lines = study.run()
         write_lines(trainer, "the study", OUTPUT, lines)
@@ -134,12 +136,18 @@ def replay_study(config: Config, options: StudyOptions) -> list[Line]:
 class _Study:
     """One study on this rank. Its methods are collective."""
 
-    def __init__(self, config: Config, options: StudyOptions, trainer: Trainer, batch: SavedBatch) -> None:
+    def __init__(
+        self,
+        config: Config,
+        options: StudyOptions,
+        trainer: Trainer,
+        batch: SavedBatch,
+        asked: Sequence[ObjectiveArm],
+    ) -> None:
         self.config = config
         self.options = options
         self.trainer = trainer
         self.batch = batch
-        asked = [load_objective(name, config) for name in options.objectives]
         reasons = {arm.name: arm.unavailable(batch.top_k) for arm in asked}
         self.objectives = [arm for arm in asked if not reasons[arm.name]]
         if asked and not self.objectives:
@@ -155,12 +163,10 @@ class _Study:
         self.routings = [name for name in ROUTINGS if name in wanted]
         agree = options.agree or max(trainer.policy.arch.experts_per_token - 1, 1)
         shifts = any(arm.objective.router_shift is not None for arm in self.objectives)
-        centred = any(arm.objective.centering is not None for arm in self.objectives)
-        top_k = batch.top_k if centred else 0
-        self.packing = Packing(batch.mini_batches, agree, shifts, top_k)
+        self.packing = Packing(batch.mini_batches, agree, shifts, batch.top_k)
         smaller = max(config.engine.max_tokens_per_micro_batch // 2, 1)
         again = pack_batch(config, trainer, batch.groups, smaller, batch.without_traces == 0, batch.top_k)
-        self.other_packing = Packing(again, agree, shifts, top_k)
+        self.other_packing = Packing(again, agree, shifts, batch.top_k)
         self.advantages = {arm.name: sample_advantages(batch.groups, arm, trainer.place) for arm in self.objectives}
 
     def _missing(self, name: str) -> str:

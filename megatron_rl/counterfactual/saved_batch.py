@@ -37,13 +37,14 @@ class SavedBatch:
     without_traces: int
     """Samples of all leaders without a routing trace. 0: the rollout's routes can be replayed."""
     top_k: int
-    """How many of mu's most likely tokens each token of all leaders has; 0 if a sample lacks them."""
+    """How many of mu's most likely tokens each token of all leaders has; 0 if they were not read or a sample lacks
+    them."""
     mini_batches: list[MiniBatch]
     """Packed as a run with this configuration packs them."""
 
 
-def load_batch(config: Config, trainer: Trainer, step: int) -> SavedBatch:
-    """Reads step `step` of rollout.replay_from. Collective.
+def load_batch(config: Config, trainer: Trainer, step: int, *, with_top: bool = False) -> SavedBatch:
+    """Reads step `step` of rollout.replay_from, and the samples' top tokens `with_top`. Collective.
 
     Raises UserError, on every rank, if there are no such rollouts, if they do not fit the configuration, or if their
     traces are not of this model's routers.
@@ -51,7 +52,7 @@ def load_batch(config: Config, trainer: Trainer, step: int) -> SavedBatch:
     progress = Progress(step - 1, step, PromptCursor(config.seed))
     groups = SavedGroups(config, trainer, None).draw(progress).kept
     mine = [
-        (sample.trace is None, sample.top_tokens.k if sample.top_tokens else 0)
+        (sample.trace is None, sample.top_tokens.k if with_top and sample.top_tokens else 0)
         for group in groups
         for sample in group.samples
     ]

@@ -59,7 +59,7 @@ class Packing:
     shifts: bool
     """Whether an objective needs the router shift."""
     top_k: int
-    """How many of mu's most likely tokens are read; 0 if no objective is centred."""
+    """How many of mu's most likely tokens each token has; 0 if no objective needs them."""
 
 
 def old_pass(policy: Policy, packing: Packing, arm: RoutingArm) -> OldPass:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from megatron_rl.data.store import read_groups, write_groups
 
 Lines = list[dict[str, Any]]
 TOP_K, GROUP_SIZE, CLIP, HEAD = 2, 3, 0.05, 4
-OBJECTIVES = ("own", "grpo", "rspo", "minirl", "ppo", "score_centering")
+OBJECTIVES = ("own", "grpo", "rspo", "minirl", "mimo", "ppo", "score_centering")
 COMPARED = tuple(name for name in OBJECTIVES if name != "ppo")
 FEW = ("r2", "r3-agreeing", "frozen-router")
 KINDS = ("router", "expert", "attention", "embedding", "other")
@@ -270,13 +271,29 @@ def test_score_centering_equals_the_reference(one: list[Lines], reference: Refer
     assert again["centering/policy_mass/mean"] != pytest.approx(found["centering/policy_mass/mean"], rel=1e-4)
 
 
+def test_a_mean_over_prompts_equals_the_reference(one: list[Lines], reference: Reference, saved: Path) -> None:
+    """mimo: pi_theta/mu weighs A log pi_theta within [0.2, 5], and each prompt counts alike."""
+    terms: dict[int, list[float]] = {}
+    for group, sample in samples(saved):
+        assert sample.verdict is not None
+        a = sample.verdict.reward - float(np.mean([each.verdict.reward for each in group.samples if each.verdict]))
+        with torch.no_grad():
+            new = reference.pair("none", sample)[1].numpy()
+        omega = np.exp(new - sample.rollout_logprobs[len(group.prompt.token_ids) :])
+        kept = (omega >= 0.2) & (omega <= 5)
+        terms.setdefault(group.index, []).extend(kept * omega * a * new)
+    means = [np.mean(values) for _, values in sorted(terms.items())]
+    found = of(one[0], "objective", routing="none", objective="mimo")
+    assert found["loss"] == pytest.approx(-np.mean(means[:2]) - np.mean(means[2:]), rel=2e-3, abs=1e-5)
+
+
 def test_pairs_of_gradients_differ_in_the_routing_or_in_the_objective(one: list[Lines]) -> None:
     gradients = {(x["routing"], x["objective"]) for x in one[0] if x["kind"] == "gradient"}
     routings = {*ROUTINGS, "rerun"} - {"r3-weights"}
     assert gradients == {(name, "own") for name in routings} | {("none", name) for name in COMPARED}
     pairs = [x for x in one[0] if x["kind"] == "cosine"]
     assert all((x["a"][0] == x["b"][0]) != (x["a"][1] == x["b"][1]) for x in pairs)
-    assert len(pairs) == len(routings) * (len(routings) - 1) // 2 + 5 * 4 // 2
+    assert len(pairs) == len(routings) * (len(routings) - 1) // 2 + math.comb(len(COMPARED), 2)
     noise = of(one[0], "cosine", a=["none", "own"], b=["rerun", "own"])  # type: ignore[arg-type]
     assert noise["cosine/all"] > 0.99999
     assert noise["relative_difference"] < 1e-3
