@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,9 @@ settings.register_profile("thorough", parent=settings.default, deadline=None, ma
 settings.load_profile("megatron_rl")
 
 collect_rarely()
+
+# A shell's background job ignores SIGINT, and so would the runs to which tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:

@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -74,7 +73,7 @@ class Workspace:
                 (directory / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, directory / name)
 
-    @contextmanager
+    @contextlib.contextmanager
     def mutated(self, mutation: Mutation) -> Iterator[None]:
         path = self.root / mutation.file
         before = path.read_text()

@@ -33,6 +33,7 @@ ALONE = [
     replace(EXPERTS_TRAIN, model="late", recompute="full"),
     replace(EMBEDDING, model="tied", recompute="none"),
     HEAD_TRAINS,
+    Case(model="tied"),
 ]
 TWO_RANKS = [
     replace(ALONE[0], layout="tp=2"),
@@ -42,6 +43,7 @@ TWO_RANKS = [
     replace(ALONE[4], layout="pp=2"),  # the first stage has dense layers alone, so it is frozen as a whole
     replace(ALONE[5], layout="pp=2"),
     replace(HEAD_TRAINS, layout="pp=2"),
+    replace(ALONE[7], layout="pp=2"),  # both stages hold the embeddings, which count once in the norm
 ]
 FOUR_RANKS = [replace(ALONE[0], layout="tp=2,pp=2,ep=2", recompute="full"), replace(ALONE[1], layout="tp=2,ep=2,etp=2")]
 

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from broadcast import TIMEOUT, buckets, route
 from fault_proxy import Fault
 from forks import Forks
-from tiny_models import make_tiny_model
+from tiny_models import VOCAB_SIZE, make_tiny_model, reference_logprobs
 
 from megatron_rl.rollout.client import SGLangClient
 from megatron_rl.weights.collective import WeightSyncError
@@ -51,6 +52,20 @@ def assert_next_push_arrives(url: str, trained: Path, expected: str) -> None:
             assert following.push(buckets(trained), version) > 100_000
             assert ask(url, lambda c: c.model_info())["weight_version"] == str(version)
     assert ask(url, lambda c: c.weights_checksum()) == expected
+
+
+def test_prefixes_that_were_cached_before_a_weight_sync_are_not_used_after_it(served: str, trained: Path) -> None:
+    prompt = list(range(5, 29))
+
+    def greedy(client: SGLangClient) -> Any:
+        return client.generate(prompt, max_new_tokens=8, temperature=0.0, vocab_size=VOCAB_SIZE, versions={0, 7})
+
+    ask(served, greedy)
+    with route(served) as sync:
+        sync.push(buckets(trained), 7)
+    found = ask(served, greedy)
+    expected = reference_logprobs(trained, [*prompt, *found.token_ids])[len(prompt) - 1 :]
+    np.testing.assert_allclose(found.logprobs, expected, atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,9 @@ def test_nested_aliases_are_counted_before_they_are_expanded() -> None:
     started = time.process_time()
     assert "more than 10000 values, with aliases written out" in refused("\n".join(lines))
     assert time.process_time() - started < 2.0
+    for empty in ("[]", "{}"):
+        lists = [f"a0: &a0 {empty}", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 7))]
+        assert "more than 10000 values, with aliases written out" in refused("\n".join(lists))
     merges = ["a0: &a0 {x: 1}"]
     merges += [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 9)]
     assert "more than 10000 values, with aliases written out" in refused("\n".join(merges))

@@ -76,6 +76,14 @@ def test_all_files_are_synced_before_the_checkpoint_gets_its_final_name(
     assert entry.sha256 == checkpoint._digest(root / "step-000001" / "rank-00000.pt")
 
 
+def test_a_shard_that_does_not_fit_on_the_disk_is_an_error(checkpoint: Any) -> None:
+    """torch.save is not told, so that the error stays the system's."""
+    file = checkpoint._Digesting(Path("/dev/full"))
+    assert file.write(b"x" * 10) == 10
+    with pytest.raises(OSError, match="No space left on device"):
+        file.close()
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 @pytest.mark.parametrize("call", range(5))
 def test_a_failed_write_keeps_older_checkpoints(

@@ -82,6 +82,10 @@ def test_the_error_names_a_server_with_larger_differences(found: Asked, bound: f
         check(found, bound)
 
 
+def test_a_hot_temperature_does_not_tighten_the_bound() -> None:
+    check(asked(sampled=0.09), temperature=2.0)
+
+
 def test_the_default_bound_allows_bf16_servers_with_an_fp32_engine() -> None:
     unset = WeightsConfig()
     assert (bound_of(unset, exact=True), bound_of(unset, exact=False)) == (1e-5, 0.1)
@@ -128,6 +132,14 @@ class Served:
 
 def ask(served: Served, directory: Path) -> Asked:
     return asyncio.run(ask_servers([served], read_architecture(directory), 1.0, 1))  # type: ignore[list-item]
+
+
+def test_every_server_samples_for_the_verification(tiny_model_dir: Path) -> None:
+    servers = [Served() for _ in range(6)]
+    for number, server in enumerate(servers):
+        server.url = f"http://a:{number}"
+    found = asyncio.run(ask_servers(servers, read_architecture(tiny_model_dir), 1.0, 1))  # type: ignore[arg-type]
+    assert {answer.url for answer in found.answers} == {server.url for server in servers}
 
 
 def test_aborted_answers_are_retried_until_the_error_names_the_server(tiny_model_dir: Path) -> None:
@@ -191,6 +203,33 @@ def test_a_server_that_refuses_to_join_is_an_error_at_once() -> None:
     assert time.monotonic() - start < 30.0
     assert routes[0]._name != routes[1]._name
     loop.close()
+
+
+class Joining(Refusing):
+    """Notes where it was to join, and refuses once all have been told."""
+
+    def __init__(self, number: int, tp: int, told: dict[int, tuple[int, int]]) -> None:
+        self.url, self.tp = f"http://127.0.0.1:{number}", tp
+        self.number, self.told = number, told
+
+    async def server_info(self) -> dict[str, Any]:
+        return {"tp_size": self.tp}
+
+    async def init_weights_update_group(self, **given: Any) -> None:
+        self.told[self.number] = given["rank_offset"], given["world_size"]
+        await asyncio.sleep(0.2)
+        raise RolloutError("no")
+
+
+def test_the_ranks_of_several_servers_follow_each_other() -> None:
+    """Rank 0 is the trainer's."""
+    loop = BackgroundLoop()
+    told: dict[int, tuple[int, int]] = {}
+    clients: Any = [Joining(number, tp, told) for number, tp in ((1, 2), (2, 4), (3, 1))]
+    with pytest.raises(WeightSyncError):
+        CollectiveRoute(clients, loop, torch.device("cpu"), 60.0).push([], 1)
+    loop.close()
+    assert told == {1: (1, 8), 2: (3, 8), 3: (7, 8)}
 
 
 @pytest.mark.parametrize(
