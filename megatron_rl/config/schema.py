@@ -176,6 +176,10 @@ class ServersConfig(Frozen):
     """Seconds until a server must answer, launched or under `urls`."""
     max_total_tokens: PositiveInt = 65536
     """KV cache of a launched server, in tokens."""
+    threads: PositiveInt | None = None
+    """Threads of a launched server on a CPU. Defaults to null: an equal part of the cores. They spin while they wait for
+    each other: if other processes need the cores, a server may be ten times slower. A model of a few million parameters
+    is as fast with one."""
     extra_flags: tuple[str, ...] = ()
     """Given to `sglang.launch_server` as they are."""
 

@@ -81,7 +81,7 @@ class Pool:
             first_gpu=local_ranks() + number * config.tp,
             max_total_tokens=config.max_total_tokens,
             max_running_requests=self._asked.rollout.concurrency,
-            threads=threads_per_process(config.launch),
+            threads=config.threads or threads_per_process(config.launch),
             seed=self._asked.seed + number,
             return_routed_experts=self._asked.return_routed_experts,
             extra_flags=config.extra_flags,
