@@ -177,9 +177,9 @@ class ServersConfig(Frozen):
     max_total_tokens: PositiveInt = 65536
     """KV cache of a launched server, in tokens."""
     threads: PositiveInt | None = None
-    """Threads of a launched server on a CPU. Defaults to null: an equal part of the cores. They spin while they wait for
-    each other: if other processes need the cores, a server may be ten times slower. A model of a few million parameters
-    is as fast with one."""
+    """Threads of a launched server on a CPU. Defaults to null: an equal part of the cores. Threads spin while they wait
+    for each other: if other processes need the cores, a server may be ten times slower. One is enough for a model of a
+    few million parameters."""
     extra_flags: tuple[str, ...] = ()
     """Given to `sglang.launch_server` as they are."""
 

@@ -93,8 +93,8 @@ class Conductor:
                 group.append(run)
             elif not group:
                 raise Stopped(
-                    f"{run.run} replays the rollouts of {run.needs}, which has no result yet; start it again when "
-                    f"task {self._task(run.needs)} is done (Slurm: --dependency)"
+                    f"{run.run} needs the {'model' if run.needs_model else 'rollouts'} of {run.needs}, which has no "
+                    f"result yet; start it again when task {self._task(run.needs)} is done (Slurm: --dependency)"
                 )
         return group
 

@@ -18,8 +18,9 @@ from megatron_rl.config.schema import Config
 from megatron_rl.config.sources import ConfigError, nearest
 from megatron_rl.data.arithmetic_task import PREFIX, ArithmeticTask
 from megatron_rl.errors import UserError
+from megatron_rl.models.kinds import PolicyKind
 from megatron_rl.study.decision_rules import EdgeShiftRule, GridEdgeRule, SlopeRule
-from megatron_rl.study.study_file import NAME, Coordinate, Replay, StudyArm, StudyFile
+from megatron_rl.study.study_file import NAME, Coordinate, Replay, Start, StudyArm, StudyFile
 
 FACTOR = re.compile(r"\{(\w+)\}")
 MAX_RUNS = 10_000
@@ -38,7 +39,23 @@ class ArmPoint:
     seeds: tuple[int, ...]
     ranks: int
     replay: Replay | None
+    start: Start | None
     at: dict[str, Coordinate]
+
+    @property
+    def source(self) -> Replay | Start | None:
+        """The arm whose run comes first, because this one needs its rollouts or its model."""
+        return self.replay or self.start
+
+
+@dataclass(frozen=True)
+class Grafting:
+    """The model of a run that starts from another run's: that model with some kinds of weights of a third one."""
+
+    donor: str
+    base: str
+    out: str
+    kinds: tuple[PolicyKind, ...]
 
 
 @dataclass(frozen=True)
@@ -51,12 +68,17 @@ class PlannedRun:
     at: dict[str, Coordinate]
     ranks: int
     needs: str | None
-    """The run whose rollouts it replays."""
+    """The run whose rollouts it replays, or from whose model it starts."""
     config: Config
+    needs_model: bool = False
+    """Whether it needs the model of that run, and not the rollouts."""
+    graft: Grafting | None = None
+    """How its model is made; None if it starts from a model as it is."""
 
     def as_json(self) -> dict[str, Any]:
         return {
-            **{field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "config"},
+            **{name: value for name, value in vars(self).items() if name not in ("config", "graft")},
+            "graft": self.graft and dataclasses.asdict(self.graft),
             "steps": self.config.train.steps,
             "run_dir": f"runs/{self.run}",
             "log": f"logs/{self.run}.log",
@@ -77,13 +99,14 @@ class Plan:
 def make_plan(study: StudyFile, file: Path) -> Plan:
     """Resolves every arm by the loader of configurations. Raises ConfigError with the mistakes of all arms.
 
-    Runs that others replay come first. Runs that can share ranks follow one another, and among these the runs that can
+    Runs that others need come first. Runs that can share ranks follow one another, and among these the runs that can
     share servers. Within them all arms of one seed come before the next seed, so an unfinished study has compared what
     it can.
     """
     arms = _arms(study, file)
     problems = [*_names_that_rules_miss(study, arms)]
-    depths = {name: _depth(name, arms, problems) for name in arms}
+    problems += _missing_sources(arms)
+    depths = {name: _depth(name, arms) for name in arms}
     raise_all([f"{file}: {each}" for each in problems])
     resolved: dict[str, Resolved[Config]] = {}
     for arm in arms.values():
@@ -115,6 +138,8 @@ def make_plan(study: StudyFile, file: Path) -> Plan:
             arm.ranks,
             _source(arm, seed),
             _config_of(study, resolved[arm.name].config, arm, seed),
+            needs_model=arm.start is not None,
+            graft=_graft(study, resolved[arm.name].config, arm, seed),
         )
         for task, (arm, seed) in enumerate(pairs)
     )
@@ -191,6 +216,7 @@ def _arms(study: StudyFile, file: Path) -> dict[str, ArmPoint]:
                     seeds=arm.seeds or study.seeds,
                     ranks=arm.ranks or study.ranks,
                     replay=arm.replay and arm.replay.model_copy(update={"source": _filled(arm.replay.source, point)}),
+                    start=arm.start and arm.start.model_copy(update={"source": _filled(arm.start.source, point)}),
                     at={**arm.at, **point},
                 )
     raise_all([f"{file}: {each}" for each in dict.fromkeys(problems)])
@@ -243,8 +269,8 @@ def _overrides(study: StudyFile, arm: ArmPoint) -> list[str]:
     seed = arm.seeds[0]
     budget: dict[str, Any] = {"train.steps": study.budget.steps, "train.max_minutes": study.budget.minutes}
     own: dict[str, Any] = {"seed": seed, "run_dir": str(study.directory / "runs" / _run_name(arm.name, seed))}
-    if (source := _source(arm, seed)) is not None:
-        own["rollout.replay_from"] = str(study.directory / "runs" / source)
+    if arm.replay is not None:
+        own["rollout.replay_from"] = str(study.directory / "runs" / str(_source(arm, seed)))
     given = [(key, value) for key, value in budget.items() if value is not None]
     given += [*_filled(study.set, arm.point).items(), *arm.values.items(), *own.items()]
     return [f"{key}={json.dumps(value)}" for key, value in given]
@@ -253,10 +279,25 @@ def _overrides(study: StudyFile, arm: ArmPoint) -> list[str]:
 def _config_of(study: StudyFile, config: Config, arm: ArmPoint, seed: int) -> Config:
     """The arm's configuration with another seed."""
     update: dict[str, Any] = {"seed": seed, "run_dir": study.directory / "runs" / _run_name(arm.name, seed)}
-    if (source := _source(arm, seed)) is not None:
-        replay_from = study.directory / "runs" / source
+    if arm.replay is not None:
+        replay_from = study.directory / "runs" / str(_source(arm, seed))
         update["rollout"] = config.rollout.model_copy(update={"replay_from": replay_from})
+    if arm.start is not None:
+        graft = _graft(study, config, arm, seed)
+        path = Path(graft.out) if graft else _trained(study, arm, seed)
+        update["model"] = config.model.model_copy(update={"path": path})
     return config.model_copy(update=update)
+
+
+def _graft(study: StudyFile, config: Config, arm: ArmPoint, seed: int) -> Grafting | None:
+    if arm.start is None or not arm.start.graft:
+        return None
+    out = study.directory / "models" / _run_name(arm.name, seed)
+    return Grafting(str(config.model.path), str(_trained(study, arm, seed)), str(out), arm.start.graft)
+
+
+def _trained(study: StudyFile, arm: ArmPoint, seed: int) -> Path:
+    return study.directory / "runs" / str(_source(arm, seed)) / "model"
 
 
 def _run_name(arm: str, seed: int) -> str:
@@ -271,37 +312,41 @@ def _servers(config: Config) -> tuple[object, ...]:
     return rollout.servers, rollout.concurrency, engine.dtype, config.model.path, config.routing.needs_rollout_routes
 
 
-# ---- arms that replay others -----------------------------------------------------------------------------------
+# ---- arms that need others -------------------------------------------------------------------------------------
 
 
 def _source(arm: ArmPoint, seed: int) -> str | None:
-    if arm.replay is None:
-        return None
-    return _run_name(arm.replay.source, seed if arm.replay.seed is None else arm.replay.seed)
+    """The run that this arm's run of `seed` needs."""
+    needed = arm.source
+    return None if needed is None else _run_name(needed.source, seed if needed.seed is None else needed.seed)
 
 
-def _depth(name: str, arms: Mapping[str, ArmPoint], problems: list[str]) -> int:
-    """1 for an arm that replays another. A run that replays saves no rollouts, so nothing can replay it."""
-    arm = arms[name]
-    if arm.replay is None:
-        return 0
-    source = arms.get(arm.replay.source)
-    if source is None:
-        problems.append(
-            f"arms.{name}.replay: no arm is called {arm.replay.source!r}{nearest(arm.replay.source, list(arms))}"
-        )
-    elif source.replay is not None:
-        problems.append(
-            f"arms.{name}.replay: {source.name} replays rollouts itself and saves none; name {source.replay.source}"
-        )
-    else:
-        wanted = arm.seeds if arm.replay.seed is None else (arm.replay.seed,)
-        missing = [seed for seed in wanted if seed not in source.seeds]
-        if missing:
-            problems.append(
-                f"arms.{name}.replay: {source.name} has no seed {missing[0]}; its seeds are {list(source.seeds)}"
-            )
-    return 1
+def _depth(name: str, arms: Mapping[str, ArmPoint]) -> int:
+    """How many arms come before this one, each because the next one needs it."""
+    chain = [name]
+    while (needed := arms[chain[-1]].source) is not None and needed.source in arms and needed.source not in chain:
+        chain.append(needed.source)
+    return len(chain) - 1
+
+
+def _missing_sources(arms: Mapping[str, ArmPoint]) -> Iterator[str]:
+    """One line for each arm whose source does not exist, does not come first, or has not what the arm needs."""
+    for name, arm in arms.items():
+        needed = arm.source
+        if needed is None:
+            continue
+        key = f"arms.{name}.{'start' if arm.replay is None else 'replay'}"
+        source = arms.get(needed.source)
+        if source is None:
+            yield f"{key}: no arm is called {needed.source!r}{nearest(needed.source, list(arms))}"
+            continue
+        if arm.replay is not None and source.replay is not None:  # it saves no rollouts
+            yield f"{key}: {source.name} replays rollouts itself and saves none; name {source.replay.source}"
+        elif _depth(source.name, arms) >= _depth(name, arms):
+            yield f"{key}: {source.name} needs {name} itself, directly or through other arms"
+        wanted = arm.seeds if needed.seed is None else (needed.seed,)
+        if missing := [seed for seed in wanted if seed not in source.seeds]:
+            yield f"{key}: {source.name} has no seed {missing[0]}; its seeds are {list(source.seeds)}"
 
 
 def _unfit_replays(arms: Mapping[str, ArmPoint], resolved: Mapping[str, Resolved[Config]]) -> Iterator[tuple[str, str]]:

@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,23 +92,29 @@ def main(order_file: Path) -> None:
         dist.init_process_group(backend(device))
     else:
         dist.init_process_group(backend(device), store=dist.HashStore(), rank=0, world_size=1)
-    ranks = Ranks(directory, study, dist.new_group(backend="gloo"), KeptPool(directory.logs), begun_file(order_file))
+    kept_models = {run["needs"] for run in plan.values() if run["needs_model"]}
+    pool = KeptPool(directory.logs)
+    ranks = Ranks(directory, study, dist.new_group(backend="gloo"), pool, begun_file(order_file), kept_models)
     try:
         for name in order.runs:
             ranks.do(plan[name])
             gc.collect()  # networks of the run refer to each other in circles
     finally:
-        ranks.pool.close()
+        pool.close()
     dist.destroy_process_group()
 
 
 class Ranks:
     """This rank, for the runs that the ranks do together."""
 
-    def __init__(self, directory: StudyDir, study: StudyFile, control: Any, pool: Any, begun: Path) -> None:
+    def __init__(
+        self, directory: StudyDir, study: StudyFile, control: Any, pool: Any, begun: Path, kept_models: Collection[str]
+    ) -> None:
+        """`kept_models`: the runs from whose models others start."""
         import torch.distributed as dist
 
-        self.pool = pool
+        self._pool = pool
+        self._kept_models = kept_models
         self._directory = directory
         self._study = study
         self._control = control
@@ -141,25 +147,39 @@ class Ranks:
 
     def _run(self, planned: dict[str, Any], *, resume: bool, tells: bool) -> None:
         from megatron_rl.loop.parts import check_start
+        from megatron_rl.ranks.collectives import together
         from megatron_rl.train import train
 
         directory, name = self._directory, planned["run"]
         _redirect(directory.logs / f"{name}.log")
+        with together(self._control):
+            if self._leads and planned["graft"]:
+                _graft(planned["graft"])
         config = _config(directory, name)
         check_start(config)
         halt = Halt(self._study.stops, config.run_dir)
         began = time.time()
         reason = ""
         try:
-            train(config, resume, halt=halt if self._study.stops else None, open_pool=self.pool.open)
+            train(config, resume, halt=halt if self._study.stops else None, open_pool=self._pool.open)
         except Stopped as stopped:
             if stopped.reason != TIME_UP and not stopped.reason.startswith(HALTED):
                 raise
             reason = stopped.reason
         if tells:
             directory.record(_outcome(self._study, directory, planned, reason, began))
-            directory.prune(name, self._study.keep)
+            directory.prune(name, (*self._study.keep, *(["model"] if name in self._kept_models else [])))
         _redirect(directory.logs / "ranks.log")
+
+
+def _graft(order: dict[str, Any]) -> None:
+    """Makes the run's model, unless an earlier try did. Raises ModelError and DiskError."""
+    from megatron_rl.models.graft import graft
+
+    out = Path(order["out"])
+    if not out.is_dir():
+        out.parent.mkdir(exist_ok=True)
+        graft(Path(order["donor"]), Path(order["base"]), out, order["kinds"])
 
 
 HALTED = tuple(f"{kind}: " for kind in ("fall", "beyond"))

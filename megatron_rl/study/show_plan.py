@@ -22,7 +22,7 @@ def show_plan(plan: Plan) -> None:
     for note in plan.notes:
         _say(console, f"note: {note}")
     arms = Table(title=f"{len(plan.resolved)} arms")
-    for column in ("arm", "changes", "ranks", "steps", "seeds", "replays"):
+    for column in ("arm", "changes", "ranks", "steps", "seeds", "needs"):
         arms.add_column(column)
     for name, resolved in plan.resolved.items():
         runs = [run for run in plan.runs if run.arm == name]

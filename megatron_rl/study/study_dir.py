@@ -168,6 +168,7 @@ class StudyDir:
         run_dir = self.path / "runs" / run
         for name in {"checkpoints", "model", "critic"} - set(keep) - ({"critic"} if "model" in keep else set()):
             shutil.rmtree(run_dir / name, ignore_errors=True)
+        shutil.rmtree(self.path / "models" / run, ignore_errors=True)
 
     def _replace(self, name: str, content: bytes) -> None:
         """Replaces a file's content at once, also if another process does the same."""
@@ -186,7 +187,7 @@ class StudyDir:
 def verdict_of(study: StudyFile, runs: Sequence[PlannedRun], results: Sequence[RunOutcome]) -> dict[str, Any]:
     """What verdict.json holds. While runs are left the verdict is `incomplete`, whatever the numbers so far are.
 
-    A run whose rollouts cannot come, because their run failed, is not left.
+    A run is not left if the rollouts or the model that it needs cannot come.
     """
     counts = Counter(each.status for each in results)
     left = len(runs_left(runs, results))
@@ -223,7 +224,11 @@ def runs_left(runs: Sequence[PlannedRun], results: Sequence[RunOutcome]) -> list
 
 
 def _is_blocked(run: PlannedRun, ended: dict[str, RunOutcome]) -> bool:
-    return run.needs in ended and not ended[run.needs].has_values
+    """A stopped run has saved rollouts, but it has made no model."""
+    if run.needs not in ended:
+        return False
+    source = ended[run.needs]
+    return source.status != "done" if run.needs_model else not source.has_values
 
 
 def _outcome(file: Path) -> RunOutcome:

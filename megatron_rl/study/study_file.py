@@ -14,6 +14,7 @@ from megatron_rl.config.bounds import Frozen, NonNegativeInt, Positive, Positive
 from megatron_rl.config.load import MAX_PROBLEMS, raise_all
 from megatron_rl.config.sources import ConfigError, flatten, shown
 from megatron_rl.config.yaml12 import MAX_BYTES, YamlError, read_yaml
+from megatron_rl.models.kinds import PolicyKind
 from megatron_rl.study.decision_rules import Rule, rules_within
 from megatron_rl.study.stop_rules import StopRule
 
@@ -34,6 +35,17 @@ class Replay(Frozen):
     """Seed of its run; null: the same as this run's."""
 
 
+class Start(Frozen):
+    """Training from the model that a run of another arm has made."""
+
+    source: str = Field(alias="from")
+    """The other arm."""
+    seed: NonNegativeInt | None = None
+    """Seed of its run; null: the same as this run's."""
+    graft: tuple[PolicyKind, ...] = ()
+    """Kinds of weights that are taken from this arm's own model.path instead."""
+
+
 class StudyArm(Frozen):
     """One configuration, or with `grid` one for each point of a grid, whose factors the arm's name and values hold as
     {factor}."""
@@ -45,6 +57,7 @@ class StudyArm(Frozen):
     seeds: tuple[NonNegativeInt, ...] | None = None
     ranks: PositiveInt | None = None
     replay: Replay | None = None
+    start: Start | None = None
     at: dict[str, Coordinate] = Field(default_factory=dict)
     """The arm's coordinates, by which rules find it; a grid adds its factors."""
     grid: dict[str, Annotated[tuple[Coordinate, ...], Field(min_length=1)]] = Field(default_factory=dict)
@@ -185,6 +198,8 @@ def _mistakes(study: StudyFile) -> Iterator[tuple[str, str]]:
             if key in flatten(arm.set):
                 instead = {"seed": "`seeds`", "run_dir": "`directory`"}.get(key, "`replay`")
                 yield f"arms.{name}.set", f"{key} is set by the study itself; use {instead}"
+        if arm.replay is not None and arm.start is not None:
+            yield f"arms.{name}.start", "an arm has `replay` or `start`, not both; drop one of them"
         if both := sorted(arm.at.keys() & arm.grid.keys()):
             yield f"arms.{name}.at", f"{both[0]} is a factor of the arm's grid too; drop one of them"
         if arm.seeds is not None and (not arm.seeds or len(set(arm.seeds)) < len(arm.seeds)):

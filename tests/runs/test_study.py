@@ -15,8 +15,10 @@ from typing import Any
 import orjson
 import psutil
 import pytest
+import torch
 from forks import Forks, Run
 from rl_runs import environment, save_rollouts, write_config
+from safetensors.torch import load_file
 from study_files import write_study
 from tiny_models import make_tiny_model
 
@@ -123,6 +125,60 @@ def test_runs_share_a_world_and_the_rule_reads_their_lines(base: Path, runs_of: 
     run_study(file)  # nothing is left
     assert len(runs_of) == 3
     assert (directory / "results.jsonl").read_bytes() == before
+
+
+@pytest.mark.distributed
+def test_an_arm_starts_from_another_arms_model_with_its_first_routers(
+    base: Path, runs_of: list[int], tmp_path: Path
+) -> None:
+    """Kinds of weights in `graft` are the first model's, all others the trained one's; what is missing is named."""
+    still = {"optim": {"lr": 1e-12}, "train": {"steps": 1}}
+    file = write_study(
+        tmp_path / "s.yaml",
+        base,
+        {
+            "graft": {"ranks": 2, "start": {"from": "train", "graft": ["router"]}, "set": still},
+            "same": {"start": {"from": "train"}, "set": still},
+            "train": {"set": {"optim": {"lr": 1e-2}}},
+        },
+        metrics=METRICS,
+        keep=["model"],
+    )
+    run_study(file)
+    directory = tmp_path / "s"
+    assert {each["status"] for each in results(directory).values()} == {"done"}
+    first = load_file(base.parent / "model" / "model.safetensors")
+    trained, same, grafted = (
+        load_file(directory / "runs" / f"{arm}-seed-0" / "model" / "model.safetensors")
+        for arm in ("train", "same", "graft")
+    )
+    routers = [name for name in first if name.endswith("mlp.gate.weight")]
+    assert routers
+    for name in first:
+        assert (first[name] - trained[name]).abs().max() > 1e-4
+        torch.testing.assert_close(same[name], trained[name], rtol=0, atol=1e-9)
+        torch.testing.assert_close(grafted[name], first[name] if name in routers else trained[name], rtol=0, atol=1e-9)
+    assert not list((directory / "models").iterdir())  # made for a run, and removed with it
+    shutil.rmtree(directory / "runs" / "same-seed-0" / "model")
+    (directory / "results" / "graft-seed-0.json").unlink()
+    shutil.rmtree(directory / "runs" / "graft-seed-0")
+    shutil.rmtree(directory / "runs" / "train-seed-0" / "model")
+    run_study(file)
+    failed = results(directory)["graft-seed-0"]
+    assert failed["status"] == "failed"
+    assert "train-seed-0/model/config.json does not exist; expected a Hugging Face model" in failed["reason"]
+
+
+def test_a_study_that_keeps_nothing_keeps_the_models_that_others_need(
+    base: Path, runs_of: list[int], tmp_path: Path
+) -> None:
+    arms = {"train": {}, "again": {"start": {"from": "train"}}}
+    run_study(write_study(tmp_path / "s.yaml", base, arms, set={"train": {"steps": 1}}, keep=[]))
+    runs = tmp_path / "s" / "runs"
+    assert {run: (runs / run / "model").is_dir() for run in results(tmp_path / "s")} == {
+        "train-seed-0": True,
+        "again-seed-0": False,
+    }
 
 
 def test_a_study_goes_on_after_kill_9(forks: Forks, base: Path, runs_of: list[int], tmp_path: Path) -> None:

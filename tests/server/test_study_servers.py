@@ -45,7 +45,7 @@ train: {{steps: 1, mini_batches: 2}}
         "reward": {"name": "rollout/reward/mean"},
     }
     file = write_study(tmp_path / "s.yaml", base, arms, seeds=[0, 1], metrics=metrics)
-    with pytest.raises(Stopped, match=r"replay-seed-1 replays the rollouts of collect-seed-1.* when task 1 is done"):
+    with pytest.raises(Stopped, match=r"replay-seed-1 needs the rollouts of collect-seed-1.* when task 1 is done"):
         run_study(file, task=4)
     run_study(file)
     directory = tmp_path / "s"

@@ -73,6 +73,16 @@ def test_a_pool_starts_servers_with_routes_only_if_wanted(tmp_path: Path) -> Non
         assert pool._options(0, 1).return_routed_experts is wanted
 
 
+def test_a_server_has_the_threads_that_are_asked_for_or_its_part_of_the_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_rl.cores.usable_cores", lambda: 12)
+    for servers, threads in (({"launch": 3}, 4), ({"launch": 3, "threads": 2}, 2), ({}, 12)):
+        rollout = RolloutConfig.model_validate({"servers": servers})
+        pool = Pool(PoolOptions(rollout, EngineConfig(), tmp_path, tmp_path, 0))
+        assert pool._options(0, 1).threads == threads
+
+
 def test_each_run_makes_a_new_key_for_its_own_servers_only(tmp_path: Path) -> None:
     pools = [Pool(PoolOptions(RolloutConfig(), EngineConfig(), tmp_path, tmp_path, 0)) for _ in range(2)]
     keys = [pool._options(0, 1).api_key for pool in pools]

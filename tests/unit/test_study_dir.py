@@ -175,7 +175,11 @@ def test_a_run_that_waits_for_a_failed_one_is_not_left(study: StudyFile) -> None
     source = outcomes("a", [None])[0]
     runs = planned([source]) + planned(outcomes("b", [1.0]), needs="a-seed-0")
     assert verdict_of(study, runs, [source])["left"] == 0
-    assert verdict_of(study, runs, [dataclasses.replace(source, status="stopped")])["left"] == 1
+    stopped = dataclasses.replace(source, status="stopped")
+    assert verdict_of(study, runs, [stopped])["left"] == 1
+    starts = [runs[0], dataclasses.replace(runs[1], needs_model=True)]
+    assert verdict_of(study, starts, [stopped])["left"] == 0  # it has saved rollouts, and made no model
+    assert verdict_of(study, starts, [dataclasses.replace(source, status="done")])["left"] == 1
 
 
 def test_a_damaged_result_is_named(study: StudyFile) -> None:

@@ -14,6 +14,7 @@ from study_files import QUESTION, write_study
 from tiny_models import make_tiny_model
 
 from megatron_rl.config.load import ConfigError
+from megatron_rl.study.fingerprint import take_fingerprint
 from megatron_rl.study.planning import Plan, check_files, make_plan
 from megatron_rl.study.study_file import load_study
 
@@ -105,6 +106,40 @@ def test_runs_that_others_replay_come_first(base: Path) -> None:
     runs = base.with_name("study") / "runs"
     assert plan.runs[4].config.rollout.replay_from == runs / "collect-seed-1"
     assert plan.runs[5].config.rollout.replay_from == runs / "collect-seed-0"
+
+
+def test_an_arm_starts_from_the_model_of_another(base: Path, model: Path) -> None:
+    """Models that the study makes are no part of its fingerprint."""
+    arms = {
+        "graft": {"start": {"from": "train", "graft": ["router", "embedding"]}},
+        "again": {"start": {"from": "train", "seed": 0}, "set": {"optim": {"lr": 1e-9}}},
+        "third": {"start": {"from": "again"}},
+        "train": {},
+    }
+    plan = plan_of(base, arms, seeds=[0, 1], set=FEW)
+    check_files(plan)
+    study = base.with_name("study")
+    assert [run.run for run in plan.runs[:2]] == ["train-seed-0", "train-seed-1"]
+    assert [run.run for run in plan.runs[-2:]] == ["third-seed-0", "third-seed-1"]
+    by_name = {run.run: run for run in plan.runs}
+    grafted, again, third = by_name["graft-seed-1"], by_name["again-seed-1"], by_name["third-seed-1"]
+    assert (grafted.needs, again.needs, third.needs) == ("train-seed-1", "train-seed-0", "again-seed-1")
+    assert all(run.needs_model for run in (grafted, again, third))
+    assert not plan.runs[0].needs_model
+    assert again.config.model.path == study / "runs" / "train-seed-0" / "model"
+    assert third.config.model.path == study / "runs" / "again-seed-1" / "model"
+    assert again.graft is third.graft is None
+    assert grafted.graft is not None
+    assert grafted.as_json()["graft"] == {
+        "donor": str(base.with_name("model")),
+        "base": str(study / "runs" / "train-seed-1" / "model"),
+        "out": str(grafted.config.model.path),
+        "kinds": ("router", "embedding"),
+    }
+    assert grafted.config.model.path == study / "models" / "graft-seed-1"
+    configs = {run.run: run.config for run in plan.runs}
+    taken = take_fingerprint(base, b"", plan.bases, configs, study)["model"]
+    assert {Path(name).parent for name in taken} == {base.with_name("model")}
 
 
 def test_base_is_relative_to_the_study_file_and_an_arm_may_have_its_own(base: Path) -> None:
@@ -207,6 +242,14 @@ def test_a_study_file_with_a_mistake_is_refused(base: Path, keys: dict[str, Any]
             {"a": {"replay": {"from": "b"}}, "b": {"set": {"train": {"steps": 1}}}},
             "arms.a: train.steps: 3, but b saves 1 steps",
         ),
+        ({"a": {"start": {"from": "c"}}}, "arms.a.start: no arm is called 'c'"),
+        ({"a": {"start": {"from": "b", "seed": 3}}, "b": {}}, "arms.a.start: b has no seed 3; its seeds are [0]"),
+        (
+            {"a": {"start": {"from": "b"}}, "b": {"start": {"from": "c"}}, "c": {"start": {"from": "a"}}},
+            "arms.b.start: c needs b itself, directly or through other arms",
+        ),
+        ({"a": {"start": {"from": "b"}, "replay": {"from": "b"}}, "b": {}}, "arms.a.start: an arm has `replay` or"),
+        ({"a": {"start": {"from": "b", "graft": ["routers"]}}, "b": {}}, "start.graft.0: found"),
         (
             {"a": {"set": {"rollout": {"replay_from": "x"}}}},
             "arms.a.set: rollout.replay_from is set by the study itself; use",
