@@ -143,8 +143,19 @@ def make_plan(study: StudyFile, file: Path) -> Plan:
         )
         for task, (arm, seed) in enumerate(pairs)
     )
-    notes = dict.fromkeys(f"arms.{name}: {note}" for name, each in resolved.items() for note in each.notes)
-    return Plan(study, runs, tuple({arm.base: None for arm in arms.values()}), tuple(notes), resolved)
+    bases = tuple({arm.base: None for arm in arms.values()})
+    return Plan(study, runs, bases, tuple(_notes(resolved)), resolved)
+
+
+def _notes(resolved: Mapping[str, Resolved[Config]]) -> Iterator[str]:
+    """Each note once, with the arms that it is about."""
+    arms: dict[str, list[str]] = {}
+    for name, each in resolved.items():
+        for note in each.notes:
+            arms.setdefault(note, []).append(name)
+    for note, names in arms.items():
+        many = "all arms" if len(names) == len(resolved) else f"{len(names)} arms, from {names[0]} on"
+        yield f"{many if len(names) > 1 else f'arms.{names[0]}'}: {note}"
 
 
 def check_files(plan: Plan) -> None:

@@ -109,11 +109,12 @@ def test_runs_that_others_replay_come_first(base: Path) -> None:
 
 
 def test_an_arm_starts_from_the_model_of_another(base: Path, model: Path) -> None:
-    """Models that the study makes are no part of its fingerprint."""
+    """Models and rollouts that the study makes are no part of its fingerprint."""
     arms = {
         "graft": {"start": {"from": "train", "graft": ["router", "embedding"]}},
         "again": {"start": {"from": "train", "seed": 0}, "set": {"optim": {"lr": 1e-9}}},
         "third": {"start": {"from": "again"}},
+        "replay": {"replay": {"from": "train"}, "seeds": [0]},
         "train": {},
     }
     plan = plan_of(base, arms, seeds=[0, 1], set=FEW)
@@ -138,8 +139,21 @@ def test_an_arm_starts_from_the_model_of_another(base: Path, model: Path) -> Non
     }
     assert grafted.config.model.path == study / "models" / "graft-seed-1"
     configs = {run.run: run.config for run in plan.runs}
-    taken = take_fingerprint(base, b"", plan.bases, configs, study)["model"]
-    assert {Path(name).parent for name in taken} == {base.with_name("model")}
+    taken = take_fingerprint(base, b"", plan.bases, configs, study)
+    assert {Path(name).parent for name in taken["model"]} == {base.with_name("model")}
+    assert taken["rollouts"] == {}
+
+
+def test_a_note_on_several_arms_is_told_once(base: Path) -> None:
+    parent = base.read_text().replace("rollout: {", "optim: {schedule: cosine, decay_steps: 9}\nrollout: {")
+    base.with_name("parent.yaml").write_text(parent)
+    base.write_text("presets: [parent.yaml]\n")
+    constant = {"set": {"optim": {"schedule": "constant"}}}
+    frozen = {"set": {"optim": {"freeze": ["router"]}, "engine": {"aux_loss_coefficient": 0.1}}}
+    plans = [plan_of(base, arms).notes for arms in ({"a": constant, "b": {}, "c": constant}, {"a": frozen}, {"a": {}})]
+    assert [[note.partition(" ")[0] for note in notes] for notes in plans] == [["2"], ["arms.a:"], []]
+    assert plans[0][0].startswith("2 arms, from a on: optim.decay_steps: 9 does nothing")
+    assert plan_of(base, {"a": constant, "b": constant}).notes[0].startswith("all arms: optim.decay_steps: 9")
 
 
 def test_base_is_relative_to_the_study_file_and_an_arm_may_have_its_own(base: Path) -> None:
@@ -319,9 +333,10 @@ def test_there_are_published_studies() -> None:
 def test_a_published_study_can_be_planned(
     file: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The demo's cold start is made by `make demo`; a model of its family stands in for it here."""
+    """The cold starts take minutes to make; a model of their family stands in for them here."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(model, tmp_path / ".demo" / "cold-start")
+    for cold_start in ("cold-start", "lengths/cold-start"):
+        shutil.copytree(model, tmp_path / ".demo" / cold_start)
     study = load_study(file)
     plan = make_plan(study, file)
     assert len(plan.runs) >= 6
