@@ -115,7 +115,7 @@ class TokenColumns:
 def objective_figures(
     arm: ObjectiveArm, mini_batches: Sequence[TokenColumns], advantages: Mapping[int, float]
 ) -> dict[str, float]:
-    """Returns a run's metrics of optimizer steps (lab/metrics.py), pooled over the mini-batches; `loss` is their sum."""
+    """Returns a run's metrics of optimizer steps (lab/metrics.py), pooled over the mini-batches; `loss` is a sum."""
     metrics = MetricAccumulator(TRAINING)
     loss = get_objective(arm.objective)
     for columns in mini_batches:

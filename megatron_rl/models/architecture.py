@@ -1,7 +1,7 @@
 """The architecture of a model, read from its Hugging Face config.json. Importable without torch.
 
 An Architecture lists features: what the forward pass computes and how large it is. The engine reads these. Which fields
-of config.json say so is common to most decoders (read_decoder), or stands in the family's own file.
+of config.json say so is common to most decoders (decoder_fields.py), or stands in the family's own file.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ _INERT: dict[str, tuple[Any, ...]] = dict.fromkeys(
     "tie_encoder_decoder": (False,),
 }
 
-MAX_LAYERS = 1_000  # lists as long as this are made of a model's layers; today's deepest has 126
+QkNorm = Literal["none", "head", "all"]
+"""Norms on queries and keys before the rotation. head: over each head, with one weight for all of them; all: over all
+heads together."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class Architecture:
     rms_norm_eps: float
     rope_theta: float
     max_position_embeddings: int
-    qk_norm: bool  # a norm over each query head and each key head, before the rotation
+    qk_norm: QkNorm
     tied_embeddings: bool
     initializer_range: float
     num_experts: int = 0  # 0: no layer has experts, and what follows on experts does not count
@@ -116,6 +118,9 @@ class Architecture:
     dense_layers: tuple[int, ...] = ()  # 0-based numbers of the layers without experts; empty if num_experts is 0
     router_scores: Literal["softmax"] = "softmax"  # what the router's logits become
     pre_softmax: bool = False  # over all experts, unnormalised over those chosen; else over the chosen ones alone
+    shared_hidden_size: int = 0  # width of the expert that every token visits; 0: there is none
+    shared_gate: bool = False  # whether its output is multiplied by a sigmoid of the token
+    qkv_bias: bool = False  # on queries, keys and values
     value_head: bool = False  # a critic: one number per token in place of the logits
 
     @property
@@ -151,68 +156,3 @@ def read_architecture(model_dir: Path, value_head: bool = False) -> Architecture
     architecture = family.read(fields)
     fields.end({**_INERT, **family.INERT})
     return dataclasses.replace(architecture, value_head=value_head)
-
-
-def read_decoder(fields: JsonFields, model_type: str, *, qk_norm: bool, derives_head_dim: bool) -> Architecture:
-    """Takes what every pre-norm decoder with grouped-query attention, rotary positions and SwiGLU has: all but experts.
-
-    `derives_head_dim`: whether a missing head_dim means hidden_size / num_attention_heads. Raises ModelError.
-    """
-    fields.must_be("hidden_act", "silu")
-    fields.must_be("attention_bias", False)
-    fields.must_be("attention_dropout", 0.0, 0)
-    fields.must_be("use_sliding_window", False)
-    fields.must_be("is_encoder_decoder", False)
-    fields.must_be("quantization_config", None)
-    num_layers = fields.integer("num_hidden_layers", largest=MAX_LAYERS)
-    layer_types = fields.left.pop("layer_types", None)
-    if layer_types not in (None, ["full_attention"] * num_layers):
-        raise fields.error("layer_types", layer_types, f'"full_attention" for each of the {num_layers} layers')
-    hidden_size = fields.integer("hidden_size")
-    num_heads = fields.integer("num_attention_heads")
-    num_kv_heads = fields.integer("num_key_value_heads")
-    if num_heads % num_kv_heads:
-        raise fields.error("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads = {num_heads}")
-    if fields.left.get("head_dim", 0) is None:
-        del fields.left["head_dim"]
-    derived = hidden_size // num_heads if derives_head_dim and hidden_size % num_heads == 0 else None
-    return Architecture(
-        model_type=model_type,
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=fields.integer("head_dim", derived),
-        vocab_size=fields.integer("vocab_size"),
-        ffn_hidden_size=fields.integer("intermediate_size"),
-        rms_norm_eps=fields.number("rms_norm_eps"),
-        rope_theta=_rope_theta(fields),
-        max_position_embeddings=fields.integer("max_position_embeddings"),
-        qk_norm=qk_norm,
-        tied_embeddings=fields.boolean("tie_word_embeddings"),
-        initializer_range=fields.number("initializer_range", 0.02),
-    )
-
-
-def _rope_theta(fields: JsonFields) -> float:
-    """transformers 5 writes rope_parameters; earlier versions write rope_theta and rope_scaling."""
-    thetas = [fields.number("rope_theta")] if "rope_theta" in fields.left else []
-    for name in ("rope_parameters", "rope_scaling"):
-        content = fields.left.pop(name, None)
-        if content is None:
-            continue
-        if not isinstance(content, dict):
-            raise fields.error(name, content, "an object, or null")
-        rope = JsonFields(fields.path, content, prefix=f"{name}.")
-        rope.must_be("rope_type", "default")
-        rope.must_be("type", "default")
-        rope.must_be("partial_rotary_factor", 1.0, 1)
-        rope.must_be("attention_factor", None)
-        if "rope_theta" in rope.left:
-            thetas.append(rope.number("rope_theta"))
-        rope.end()
-    if not thetas:
-        return fields.number("rope_theta")  # raises: it is missing
-    if len(set(thetas)) > 1:
-        raise fields.error("rope_theta", thetas, "one value; rope_theta and rope_parameters.rope_theta differ")
-    return thetas[0]

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.kinds import PolicyKind
 from megatron_rl.models.weight import COLUMNS, GATE_UP, REPLICATED, VOCABULARY, Source, Weight, grouped_qkv
 
 
-def decoder(arch: Architecture) -> list[Weight]:
-    """A whole model under the names that most families have: layers of attention and an MLP, dense or of experts."""
+@dataclass(frozen=True)
+class MlpNames:
+    """What a family's files call the parts of an MLP, below `model.layers.N`."""
+
+    gate_up_down: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    router: str = "mlp.gate"
+    experts: str = "mlp.experts"
+    shared: str = "mlp.shared_experts"
+    shared_gate: str = "mlp.shared_expert_gate"
+
+
+def decoder(arch: Architecture, names: MlpNames = MlpNames()) -> list[Weight]:
+    """A whole model: layers of attention and an MLP, dense or of experts."""
     found = list(embedding(arch))
     for layer in range(arch.num_layers):
         found += attention(arch, layer)
-        found += experts(arch, layer) if arch.is_moe(layer) else dense_mlp(arch, layer)
+        if arch.is_moe(layer):
+            found += experts(arch, layer, names)
+        else:
+            found += mlp(arch.hidden_size, arch.ffn_hidden_size, layer, "mlp", "mlp", names, "other")
     return [*found, *head(arch)]
 
 
@@ -33,20 +48,18 @@ def attention(arch: Architecture, layer: int) -> Iterator[Weight]:
         return Weight(f"{mcore}.{name}.weight", (Source(f"{hf}.{hf_name}.weight", (width,)),), REPLICATED, layer, kind)
 
     yield norm("input_layernorm", "input_layernorm", hidden, "other")
-    yield Weight(
-        f"{mcore}.self_attention.linear_qkv.weight",
-        (
-            Source(f"{hf}.self_attn.q_proj.weight", (q_rows, hidden)),
-            Source(f"{hf}.self_attn.k_proj.weight", (kv_rows, hidden)),
-            Source(f"{hf}.self_attn.v_proj.weight", (kv_rows, hidden)),
-        ),
-        grouped_qkv(arch.num_kv_heads),
-        layer,
-        "attention",
-    )
-    if arch.qk_norm:
-        yield norm("self_attention.q_layernorm", "self_attn.q_norm", arch.head_dim, "attention")
-        yield norm("self_attention.k_layernorm", "self_attn.k_norm", arch.head_dim, "attention")
+    columns = {"weight": (hidden,), "bias": ()} if arch.qkv_bias else {"weight": (hidden,)}
+    for part, width in columns.items():
+        sources = tuple(
+            Source(f"{hf}.self_attn.{name}_proj.{part}", (rows, *width))
+            for name, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows))
+        )
+        shared = grouped_qkv(arch.num_kv_heads)
+        yield Weight(f"{mcore}.self_attention.linear_qkv.{part}", sources, shared, layer, "attention")
+    for name, rows in (("q", q_rows), ("k", kv_rows)):
+        if arch.qk_norm != "none":
+            length = arch.head_dim if arch.qk_norm == "head" else rows
+            yield norm(f"self_attention.{name}_layernorm", f"self_attn.{name}_norm", length, "attention")
     yield Weight(
         f"{mcore}.self_attention.linear_proj.weight",
         (Source(f"{hf}.self_attn.o_proj.weight", (hidden, q_rows)),),
@@ -57,27 +70,39 @@ def attention(arch: Architecture, layer: int) -> Iterator[Weight]:
     yield norm("pre_mlp_layernorm", "post_attention_layernorm", hidden, "other")
 
 
-def dense_mlp(arch: Architecture, layer: int) -> Iterator[Weight]:
-    mcore, hf = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}.mlp"
-    ffn, hidden = arch.ffn_hidden_size, arch.hidden_size
-    gate_up = tuple(Source(f"{hf}.{name}_proj.weight", (ffn, hidden)) for name in ("gate", "up"))
-    yield Weight(f"{mcore}.linear_fc1.weight", gate_up, GATE_UP, layer, "other")
-    down = Source(f"{hf}.down_proj.weight", (hidden, ffn))
-    yield Weight(f"{mcore}.linear_fc2.weight", (down,), COLUMNS, layer, "other")
+def mlp(
+    hidden: int,
+    width: int,
+    layer: int,
+    mcore: str,
+    hf: str,
+    names: MlpNames,
+    kind: PolicyKind,
+    expert: int | None = None,
+) -> Iterator[Weight]:
+    """A gated MLP under its names within a layer; of one expert if `expert` is given."""
+    gate, up, down = (f"model.layers.{layer}.{hf}.{name}.weight" for name in names.gate_up_down)
+    number = "" if expert is None else str(expert)
+    gate_up = (Source(gate, (width, hidden)), Source(up, (width, hidden)))
+    mcore = f"decoder.layers.{layer}.{mcore}"
+    yield Weight(f"{mcore}.linear_fc1.weight{number}", gate_up, GATE_UP, layer, kind, expert)
+    yield Weight(f"{mcore}.linear_fc2.weight{number}", (Source(down, (hidden, width)),), COLUMNS, layer, kind, expert)
 
 
-def experts(arch: Architecture, layer: int) -> Iterator[Weight]:
-    """The router of a layer and all its experts, one after another."""
-    mcore, hf = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}.mlp"
-    ffn, hidden = arch.expert_hidden_size, arch.hidden_size
-    gate = Source(f"{hf}.gate.weight", (arch.num_experts, hidden))
+def experts(arch: Architecture, layer: int, names: MlpNames) -> Iterator[Weight]:
+    """The router of a layer, all its experts, one after another, and the expert that every token visits."""
+    hidden = arch.hidden_size
+    mcore, hf = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}"
+    gate = Source(f"{hf}.{names.router}.weight", (arch.num_experts, hidden))
     yield Weight(f"{mcore}.router.weight", (gate,), REPLICATED, layer, "router")
     for expert in range(arch.num_experts):
-        own = f"{hf}.experts.{expert}"
-        gate_up = tuple(Source(f"{own}.{name}_proj.weight", (ffn, hidden)) for name in ("gate", "up"))
-        yield Weight(f"{mcore}.experts.linear_fc1.weight{expert}", gate_up, GATE_UP, layer, "expert", expert)
-        down = Source(f"{own}.down_proj.weight", (hidden, ffn))
-        yield Weight(f"{mcore}.experts.linear_fc2.weight{expert}", (down,), COLUMNS, layer, "expert", expert)
+        own = f"{names.experts}.{expert}"
+        yield from mlp(hidden, arch.expert_hidden_size, layer, "mlp.experts", own, names, "expert", expert)
+    if arch.shared_hidden_size:
+        yield from mlp(hidden, arch.shared_hidden_size, layer, "mlp.shared_experts", names.shared, names, "expert")
+    if arch.shared_gate:
+        source = Source(f"{hf}.{names.shared_gate}.weight", (1, hidden))
+        yield Weight(f"{mcore}.shared_experts.gate_weight", (source,), REPLICATED, layer, "expert")
 
 
 def head(arch: Architecture) -> Iterator[Weight]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_rl.models import blocks
-from megatron_rl.models.architecture import Architecture, read_decoder
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.decoder_fields import read_decoder
 from megatron_rl.models.fields import JsonFields
 from megatron_rl.models.weight import Weight
 
@@ -18,7 +19,7 @@ UNUSED = (r".*\.rotary_emb\.inv_freq",)
 
 def read(fields: JsonFields) -> Architecture:
     # Without head_dim transformers takes 128, and SGLang hidden_size / num_attention_heads.
-    return read_decoder(fields, MODEL_TYPE, qk_norm=True, derives_head_dim=False)
+    return read_decoder(fields, MODEL_TYPE, qk_norm="head", derives_head_dim=False)
 
 
 def weights(arch: Architecture) -> list[Weight]:

@@ -20,6 +20,11 @@ if TYPE_CHECKING:  # architecture.py looks families up here
 MODULES = {
     "qwen3_moe": "megatron_rl.models.qwen3_moe",
     "qwen3": "megatron_rl.models.qwen3",
+    "qwen2_moe": "megatron_rl.models.qwen2_moe",
+    "qwen2": "megatron_rl.models.qwen2",
+    "mixtral": "megatron_rl.models.mixtral",
+    "olmoe": "megatron_rl.models.olmoe",
+    "llama": "megatron_rl.models.llama",
 }
 """The file of each model_type."""
 
@@ -31,7 +36,7 @@ class Family(Protocol):
     CAUSAL_LM: str
     """What transformers calls its language model."""
     VALUE_MODEL: str
-    """What transformers calls a model with one number per token in place of the logits."""
+    """What transformers calls a model with one number per token in place of the logits, or would call it."""
     INERT: Mapping[str, tuple[Any, ...]]
     """Fields of config.json that change nothing, beside those of every model: with these values, or () for any."""
     UNUSED: tuple[str, ...]

@@ -29,7 +29,7 @@ def moe_architecture(**changes: object) -> Architecture:
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "max_position_embeddings": 64,
-        "qk_norm": True,
+        "qk_norm": "head",
         "tied_embeddings": False,
         "initializer_range": 0.02,
         "num_experts": 4,

@@ -83,7 +83,7 @@ def test_the_configuration_of_qwen3_30b_a3b_is_read(tmp_path):
         rms_norm_eps=1e-6,
         rope_theta=1e6,
         max_position_embeddings=40960,
-        qk_norm=True,
+        qk_norm="head",
         tied_embeddings=False,
         initializer_range=0.02,
         num_experts=128,

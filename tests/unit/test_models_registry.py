@@ -54,8 +54,10 @@ def test_the_check_finds_a_mention_of_a_family(source: str) -> None:
 def test_each_family_declares_its_required_attributes(model_type: str) -> None:
     family = find_family(model_type)
     assert model_type == family.MODEL_TYPE
-    for name in (family.CAUSAL_LM, family.VALUE_MODEL):
-        assert getattr(transformers, name).config_class.model_type == model_type
+    assert getattr(transformers, family.CAUSAL_LM).config_class.model_type == model_type
+    assert family.CAUSAL_LM.replace("ForCausalLM", "ForTokenClassification") == family.VALUE_MODEL
+    if hasattr(transformers, family.VALUE_MODEL):
+        assert getattr(transformers, family.VALUE_MODEL).config_class.model_type == model_type
     assert all(isinstance(values, tuple) for values in family.INERT.values())
     assert all(re.compile(pattern) for pattern in family.UNUSED)
     assert all(callable(getattr(family, name)) for name in ("read", "weights", "server_caveats"))
@@ -71,7 +73,7 @@ def test_server_caveats_name_dense_layers() -> None:
 def test_a_model_without_qk_norm_has_no_qk_norm_weights() -> None:
     with_norms, without = (
         {weight.name for weight in weights_of(dense_architecture(num_layers=1, qk_norm=qk_norm))}
-        for qk_norm in (True, False)
+        for qk_norm in ("head", "none")
     )
     norms = {f"decoder.layers.0.self_attention.{head}_layernorm.weight" for head in "qk"}
     assert with_norms - without == norms

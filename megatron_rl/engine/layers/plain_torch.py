@@ -21,16 +21,22 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -61,6 +67,35 @@ class RMSNorm(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         normed = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype)
         return normed * self.weight
+
+
+class AllHeadsNorm(torch.nn.Module):
+    """Root-mean-square norm in fp32 over the heads of all tensor-parallel ranks together.
+
+    Each rank holds the whole weight [all heads * D] and uses its own heads' part: Megatron-Core adds up over the ranks
+    the gradients of whatever is called q_layernorm or k_layernorm.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, heads: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(heads * hidden_size, dtype=config.params_dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., heads of this rank, D]."""
+        mine = x.float().flatten(-2)
+        squares = reduce_from_tensor_model_parallel_region(mine.square().sum(-1, keepdim=True))
+        squares = copy_to_tensor_model_parallel_region(squares)  # each rank's heads depend on the sum
+        normed = (mine * torch.rsqrt(squares / len(self.weight) + self.eps)).to(x.dtype)
+        first = parallel_state.get_tensor_model_parallel_rank() * mine.shape[-1]
+        return (normed * self.weight[first : first + mine.shape[-1]]).view_as(x)
+
+
+class SharedExpert(SharedExpertMLP):
+    """Megatron-Core's, with the arguments that all its versions agree on."""
+
+    def __init__(self, config: TransformerConfig, gate: bool, pg_collection: Any = None, **_: Any) -> None:
+        super().__init__(config, _mlp_parts(), gate=gate, pg_collection=pg_collection)
 
 
 class RotatedSelfAttention(SelfAttention):
@@ -212,7 +247,6 @@ def grouped_linear(x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
 
 def layer_spec(arch: Architecture, layer: int) -> ModuleSpec:
     """Describes transformer layer `layer` (0-based, global), dense or with experts."""
-    head_norm = RMSNorm if arch.qk_norm else IdentityOp
     attention = ModuleSpec(
         module=RotatedSelfAttention,
         params={"attn_mask_type": AttnMaskType.padding_causal},
@@ -220,14 +254,15 @@ def layer_spec(arch: Architecture, layer: int) -> ModuleSpec:
             linear_qkv=ColumnParallelLinear,
             core_attention=PackedAttention,
             linear_proj=RowParallelLinear,
-            q_layernorm=head_norm,
-            k_layernorm=head_norm,
+            q_layernorm=_head_norm(arch, arch.num_heads),
+            k_layernorm=_head_norm(arch, arch.num_kv_heads),
         ),
     )
-    dense = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    )
-    experts = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=GroupedExperts))
+    if arch.is_moe(layer):
+        shared = SharedExpert if arch.shared_hidden_size else None
+        mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=GroupedExperts, shared_experts=shared))
+    else:
+        mlp = ModuleSpec(module=MLP, submodules=_mlp_parts())
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -235,10 +270,21 @@ def layer_spec(arch: Architecture, layer: int) -> ModuleSpec:
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=experts if arch.is_moe(layer) else dense,
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )
+
+
+def _mlp_parts() -> MLPSubmodules:
+    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+
+def _head_norm(arch: Architecture, heads: int) -> Any:
+    """Describes the norm on queries or keys, which have so many heads over all ranks."""
+    if arch.qk_norm == "all":
+        return ModuleSpec(module=AllHeadsNorm, params={"heads": heads})
+    return RMSNorm if arch.qk_norm == "head" else IdentityOp
 
 
 class TorchLayers:

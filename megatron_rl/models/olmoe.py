@@ -1,0 +1,37 @@
+"""OLMoE: one norm over all query heads and one over all key heads, and experts in every layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from megatron_rl.models import blocks
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.decoder_fields import read_decoder, read_experts
+from megatron_rl.models.fields import JsonFields
+from megatron_rl.models.weight import Weight
+
+MODEL_TYPE = "olmoe"
+CAUSAL_LM = "OlmoeForCausalLM"
+VALUE_MODEL = "OlmoeForTokenClassification"  # which transformers 5.19 lacks
+INERT: dict[str, tuple[Any, ...]] = {}
+UNUSED = (r".*\.rotary_emb\.inv_freq",)
+
+
+def read(fields: JsonFields) -> Architecture:
+    fields.must_be("clip_qkv", None)
+    decoder = read_decoder(fields, MODEL_TYPE, qk_norm="all")
+    return dataclasses.replace(
+        decoder,
+        **read_experts(fields),
+        expert_hidden_size=decoder.ffn_hidden_size,
+        pre_softmax=not fields.boolean("norm_topk_prob", False),
+    )
+
+
+def weights(arch: Architecture) -> list[Weight]:
+    return blocks.decoder(arch)
+
+
+def server_caveats(arch: Architecture) -> tuple[str, ...]:
+    return ()
