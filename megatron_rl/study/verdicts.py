@@ -27,7 +27,9 @@ from megatron_rl.study.decision_rules import (
     ThresholdRule,
     Where,
 )
+from megatron_rl.study.edges import Edge, edge_slope, find_edge
 from megatron_rl.study.outcome import RunOutcome
+from megatron_rl.study.power_law import PowerLaw, fit
 
 RuleVerdict = Literal["confirmed", "refuted", "undecided", "underpowered", "none"]
 INTERVAL = 2.0
@@ -49,10 +51,7 @@ def judge(rule: Rule, results: Results) -> Judgement:
         case DifferenceRule():
             return _difference(rule, results)
         case SlopeRule():
-            lines = _lines(rule, results)
-            slopes = {seed: None if line is None else line.slope for seed, line in lines.items()}
-            misfits = [line.error for line in lines.values() if line and line.error is not None]
-            return _over_seeds(rule, "slope", slopes, rule.min_seeds, misfits)
+            return _of_lines(rule, _lines(rule, results))
         case ShareRule():
             return _by_seed(rule, "share", _shares(rule, results))
         case ThresholdRule():
@@ -114,52 +113,26 @@ def standard_error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
-@dataclass(frozen=True)
-class PowerLaw:
-    """The least-squares line of log y on log x."""
+def _of_lines(rule: SlopeRule | GridEdgeRule, lines: Mapping[int, PowerLaw | None]) -> Judgement:
+    """The verdict on the mean slope of the seeds' lines.
 
-    slope: float
-    error: float | None
-    """Standard error of the slope, from the distances of the points to the line; None with two points, which lie on
-    it."""
-
-
-def fit(x: Sequence[float], y: Sequence[float]) -> PowerLaw | None:
-    """Returns None with fewer than two different x, or a number that is not positive."""
-    if min([*x, *y], default=0.0) <= 0 or len(set(x)) < 2:
-        return None
-    log_x, log_y = [math.log(each) for each in x], [math.log(each) for each in y]
-    slope, intercept = statistics.linear_regression(log_x, log_y)
-    if len(x) < 3:
-        return PowerLaw(slope, None)
-    mean = statistics.fmean(log_x)
-    squares = sum((b - intercept - slope * a) ** 2 for a, b in zip(log_x, log_y, strict=True))
-    return PowerLaw(slope, math.sqrt(squares / (len(x) - 2) / sum((a - mean) ** 2 for a in log_x)))
-
-
-def _over_seeds(
-    rule: SlopeRule | GridEdgeRule,
-    what: str,
-    by_seed: Mapping[int, float | None],
-    min_seeds: int,
-    misfits: Sequence[float] = (),
-) -> Judgement:
-    """`misfits`: each seed's error of its number. Seeds can agree on a slope although their points lie on no line, so
-    the error is not below the mean of these."""
-    values = [value for value in by_seed.values() if value is not None]
-    numbers: dict[str, Any] = {"by_seed": _keyed(by_seed)}
-    if len(values) < min_seeds:
-        return Judgement("underpowered", f"{len(values)} seeds have a {what}, the rule needs {min_seeds}", numbers)
+    Seeds can agree on a slope although their points lie on no line, or although a grid is too coarse to tell. So the
+    error is not below the mean of the lines' own.
+    """
+    values = [line.slope for line in lines.values() if line is not None]
+    numbers: dict[str, Any] = {"by_seed": {str(seed): line and line.slope for seed, line in lines.items()}}
+    if len(values) < rule.min_seeds:
+        return Judgement("underpowered", f"{len(values)} seeds have a slope, the rule needs {rule.min_seeds}", numbers)
     mean = statistics.fmean(values)
     errors = [standard_error(values)] if len(values) > 1 else []
-    if misfits:
-        errors.append(statistics.fmean(misfits))
+    if own := [line.error for line in lines.values() if line is not None and line.error is not None]:
+        errors.append(statistics.fmean(own))
         numbers["error_of_the_fit"] = errors[-1]
     error = max(errors, default=None)
-    numbers |= {what: mean, "standard_error": error}
+    numbers |= {"slope": mean, "standard_error": error}
     verdict = decide(mean, error or 0.0, rule.confirms, rule.refutes)
     spread = f" +- {error:.3g}" if error is not None else ""
-    text = f"{what} {mean:.3g}{spread} over {len(values)} seeds; {_bands(rule.confirms, rule.refutes)}"
+    text = f"slope {mean:.3g}{spread} over {len(values)} seeds; {_bands(rule.confirms, rule.refutes)}"
     return Judgement(verdict, text, numbers)
 
 
@@ -309,31 +282,6 @@ def _seeds(results: Results) -> list[int]:
 # ---- edges of stability ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Edge:
-    """Index of the largest stable value along a grid; -1 if none is stable."""
-
-    index: int
-    values: tuple[float, ...]
-
-    @property
-    def is_top(self) -> bool:
-        """Whether the grid ends before stability does."""
-        return self.index == len(self.values) - 1
-
-    @property
-    def is_inside(self) -> bool:
-        return self.index >= 0 and not self.is_top
-
-
-def find_edge(results: Results, along: str) -> Edge:
-    """The edge of one seed's runs that differ in `along` alone; a done run is stable, others are not."""
-    runs = sorted((each for each in results if along in each.at), key=lambda each: float(each.at[along]))
-    stable = [each.status == "done" for each in runs]
-    index = stable.index(False) - 1 if False in stable else len(stable) - 1
-    return Edge(index, tuple(float(each.at[along]) for each in runs))
-
-
 def _grid_edge(rule: GridEdgeRule, results: Results) -> Judgement:
     edges: dict[int, dict[float, Edge]] = {}
     for each in results:
@@ -342,12 +290,8 @@ def _grid_edge(rule: GridEdgeRule, results: Results) -> Judgement:
     for seed, by_x in edges.items():
         for x in by_x:
             by_x[x] = find_edge(_selected(results, seed, {**rule.where, rule.over: x}), rule.along)
-    slopes: dict[int, float | None] = {}
-    for seed, by_x in edges.items():
-        whole = all(edge.is_inside for edge in by_x.values())
-        line = fit(list(by_x), [e.values[e.index] for e in by_x.values()]) if whole else None
-        slopes[seed] = None if line is None else line.slope
-    judgement = _over_seeds(rule, "slope", slopes, rule.min_seeds)
+    lines = {seed: edge_slope(by_x) for seed, by_x in edges.items()}
+    judgement = _of_lines(rule, lines)
     shown = {seed: {f"{x:g}": _edge_shown(e) for x, e in sorted(by_x.items())} for seed, by_x in edges.items()}
     return Judgement(judgement.verdict, judgement.text, judgement.numbers | {"edges": _keyed(shown)})
 

@@ -110,7 +110,7 @@ def test_runs_that_others_replay_come_first(base: Path) -> None:
 
 def test_an_arm_starts_from_the_model_of_another(base: Path, model: Path) -> None:
     """Models and rollouts that the study makes are no part of its fingerprint."""
-    arms = {
+    arms: dict[str, Any] = {
         "graft": {"start": {"from": "train", "graft": ["router", "embedding"]}},
         "again": {"start": {"from": "train", "seed": 0}, "set": {"optim": {"lr": 1e-9}}},
         "third": {"start": {"from": "again"}},

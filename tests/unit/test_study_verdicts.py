@@ -14,7 +14,8 @@ from study_files import outcomes
 
 from megatron_rl.study.decision_rules import Rule
 from megatron_rl.study.outcome import RunOutcome
-from megatron_rl.study.verdicts import Judgement, fit, judge
+from megatron_rl.study.power_law import fit
+from megatron_rl.study.verdicts import Judgement, judge
 
 RULES: TypeAdapter[Rule] = TypeAdapter(Rule)
 
@@ -246,7 +247,7 @@ def grid(edges: dict[float, int], seeds: int = 2, **at: str) -> list[RunOutcome]
     [
         ({1: 2, 2: 1, 4: 0}, "confirmed"),  # 4e-4, 2e-4, 1e-4: slope -1
         ({1: 1, 2: 1, 4: 1}, "refuted"),
-        ({1: 2, 2: 2, 4: 1}, "undecided"),  # slope -.5
+        ({1: 2, 2: 2, 4: 1}, "underpowered"),  # slope -.5, and by the grid's steps anything from -.9 to -.1
         ({1: 3, 2: 2, 4: 1}, "underpowered"),  # the grid ends before n = 1 breaks
         ({1: 2, 2: 1, 4: -1}, "underpowered"),
     ],
@@ -257,6 +258,16 @@ def test_verdicts_on_a_grid_edge(edges: dict[float, int], verdict: str) -> None:
     shown = {-1: "below the grid", 3: "above the grid"}
     expected = {f"{n}": shown.get(edge, LRS[edge]) for n, edge in edges.items()}
     assert judgement.numbers["edges"]["0"] == expected
+
+
+def test_the_error_of_an_edges_slope_is_not_below_that_of_the_grid() -> None:
+    """Seeds agree to the digit, because an edge is one of few values. The simulation draws where stability ends."""
+    numbers = says(grid({1: 1, 2: 1, 4: 1}, seeds=3), **EDGE).numbers
+    rng = np.random.default_rng(0)
+    x = np.log([1, 2, 4])
+    slopes = [np.polyfit(x, rng.uniform(np.log(2e-4), np.log(4e-4), 3), 1)[0] for _ in range(4000)]
+    assert numbers["slope"] == pytest.approx(0, abs=1e-12)
+    assert numbers["standard_error"] == pytest.approx(np.std(slopes), rel=0.05)
 
 
 def test_a_stable_run_above_an_unstable_one_does_not_move_the_edge() -> None:
