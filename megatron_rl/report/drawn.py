@@ -139,7 +139,7 @@ def arm_figures(arms: Mapping[str, Sequence[LoadedRun]], stopped: frozenset[str]
 def measure_figures(study: LoadedStudy) -> list[PageFigure]:
     """Figures of the study's own metrics: each run's number, by arm."""
     figures = []
-    for measure, (file, names) in study.measures.items():
+    for measure, (file, names, ratio) in study.measures.items():
         values: dict[str, list[float]] = {}
         for each in study.runs:
             value = each.metrics.get(measure)
@@ -147,8 +147,12 @@ def measure_figures(study: LoadedStudy) -> list[PageFigure]:
                 values.setdefault(each.arm, []).append(value)
         if values:
             panel = Panel(f"measure-{measure}", f"{measure} by arm", tuple(names), file=file)
-            note = "Dots: seeds. Bar: mean with the 95% interval of Student's t. study.yaml says how it is combined."
-            figures.append(_page_figure(panel, draw_arms(values, _unit(file, names)), names, [], note))
+            note = (
+                "Dots: seeds. Bar: mean with the 95% interval of Student's t, which may leave the figure. study.yaml "
+                "says how it is combined."
+            )
+            drawn = draw_arms(values, ratio or _unit(file, names))
+            figures.append(_page_figure(panel, drawn, names, [], note))
     return figures
 
 

@@ -37,6 +37,12 @@ STYLE = {
     "text.parse_math": False,  # a name of a run may have dollar signs
     "path.simplify": True,
 }
+FEW = 6
+"""More labelled curves than these have their legend below the axes, and no bands: both would hide the curves."""
+ROW = 0.2
+"""Inches of a row of a legend below the axes, or of an arm."""
+MAX_NAME = 30
+"""Characters of an arm's name beside its row."""
 MARKED = 30
 """Curves of at most this many points have markers, so that a run of one step shows a point."""
 
@@ -93,33 +99,38 @@ class CurvePlot:
 
 def draw_curves(plot: CurvePlot) -> DrawnFigure:
     with _figure() as (figure, axes):
-        shown = [_drawn(axes, curve, plot) for curve in plot.curves]
+        labelled = sum(bool(curve.label) for curve in plot.curves)
+        banded = labelled <= FEW and any(curve.low is not None for curve in plot.curves)
+        shown = [_drawn(axes, curve, plot, banded) for curve in plot.curves]
         if plot.log and any(shown):
             axes.set_yscale("log")
             _plain_decades(axes)
         for mark in plot.marks:
             axes.axvline(mark, color="firebrick", linewidth=0.8, linestyle=":")
+        if banded:
+            _fit_to_lines(axes, plot)
         axes.set_xlabel(plot.across)
         axes.set_ylabel(plot.unit)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        labelled = [curve for curve in plot.curves if curve.label]
-        if len(labelled) > 1:
-            axes.legend(loc="best", ncols=1 if len(labelled) < 7 else 2)
+        if labelled > FEW:
+            _legend_below(figure, axes, labelled)
+        elif labelled > 1:
+            axes.legend(loc="best")
         if plot.log and not any(shown):
             axes.text(0.5, 0.5, "all values are 0", ha="center", va="center", transform=axes.transAxes)
         return _finish(figure)
 
 
-def _drawn(axes: Axes, curve: Curve, plot: CurvePlot) -> bool:
+def _drawn(axes: Axes, curve: Curve, plot: CurvePlot, banded: bool) -> bool:
     """Draws the curve; returns whether it has points. On a log axis only numbers above 0 can be shown."""
     there = np.isfinite(curve.y) & ((curve.y > 0) | (not plot.log))
-    color = f"C{curve.color % 10}" if curve.color is not None else None
+    color = _color(curve.color, plot) if curve.color is not None else None
     x, y = decimate(curve.x[there], curve.y[there], plot.points)
     marker = "o" if len(x) <= MARKED else ""
     (line,) = axes.plot(x, y, label=curve.label or "_", color=color, marker=marker, markersize=3)
     if not curve.label:
         line.set(linewidth=0.6, alpha=0.6)
-    if curve.low is not None and curve.high is not None:
+    if banded and curve.low is not None and curve.high is not None:
         low = np.maximum(curve.low[there], plot.floor) if plot.log else curve.low[there]
         axes.fill_between(curve.x[there], low, curve.high[there], color=line.get_color(), alpha=0.2, linewidth=0)
     if curve.stopped and len(x):
@@ -127,19 +138,55 @@ def _drawn(axes: Axes, curve: Curve, plot: CurvePlot) -> bool:
     return bool(there.any())
 
 
+def _color(number: int, plot: CurvePlot) -> Any:
+    """Ten colours, or twenty if there are more curves than ten."""
+    last = max(curve.color for curve in plot.curves if curve.color is not None)
+    return f"C{number}" if last < 10 else matplotlib.colormaps["tab20"](number % 20)
+
+
+def _fit_to_lines(axes: Axes, plot: CurvePlot) -> None:
+    """Chooses the vertical range by the lines: the band of two seeds would be ten times as wide."""
+    values = np.concatenate([curve.y[np.isfinite(curve.y) & ((curve.y > 0) | (not plot.log))] for curve in plot.curves])
+    if not len(values):
+        return
+    low, high = float(values.min()), float(values.max())
+    if plot.log:
+        axes.set_ylim(low / 1.5, high * 1.5)
+    else:
+        margin = 0.15 * (high - low) or 0.1 * abs(high) or 1.0
+        axes.set_ylim(low - margin, high + margin)
+
+
+def _legend_below(figure: Figure, axes: Axes, entries: int) -> None:
+    width, height = SIZE
+    below = 0.55 + ROW * -(-entries // 2)
+    figure.set_size_inches(width, height + below - 0.3)
+    figure.subplots_adjust(bottom=below / (height + below - 0.3), top=1 - 0.22 / (height + below - 0.3))
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.5 / (height - 0.52)), ncols=2, frameon=False)
+
+
 def draw_arms(values: Mapping[str, Sequence[float]], unit: str) -> DrawnFigure:
-    """One dot for each seed of each arm, and the mean with the 95% interval of Student's t if there are several."""
+    """A row for each arm: a dot for each seed, and the mean with the 95% interval of Student's t if there are several.
+
+    The dots choose the horizontal range; an interval may leave it.
+    """
     with _figure() as (figure, axes):
+        height = 0.9 + ROW * len(values)
+        figure.set_size_inches(SIZE[0], height)
+        names = [name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…" for name in values]
+        figure.subplots_adjust(left=0.05 + 0.017 * max(map(len, names)), bottom=0.6 / height, top=1 - 0.1 / height)
         for number, seeds in enumerate(values.values()):
             color = f"C{number % 10}"
-            axes.plot([number] * len(seeds), seeds, "o", color=color, markersize=4, alpha=0.7)
+            axes.plot(seeds, [number] * len(seeds), "o", color=color, markersize=4, alpha=0.7)
             if len(seeds) > 1:
                 error = student_t95(len(seeds) - 1) * np.std(seeds, ddof=1) / np.sqrt(len(seeds))
-                axes.errorbar(number + 0.15, np.mean(seeds), error, color=color, capsize=4, marker="_")
-        axes.set_xticks(range(len(values)), list(values), rotation=20 if len(values) < 5 else 60, ha="right")
-        axes.set_xlim(-0.5, len(values) - 0.5)
-        axes.set_ylabel(unit)
-        figure.subplots_adjust(bottom=0.3)
+                axes.errorbar(np.mean(seeds), number + 0.2, xerr=error, color=color, capsize=3, marker="|")
+        axes.set_yticks(range(len(values)), names)
+        axes.set_ylim(len(values) - 0.5, -0.5)
+        low, high = (f(f(seeds) for seeds in values.values()) for f in (min, max))
+        margin = 0.15 * (high - low) or 0.1 * abs(high) or 1.0
+        axes.set_xlim(low - margin, high + margin)
+        axes.set_xlabel(unit)
         return _finish(figure)
 
 
@@ -175,7 +222,7 @@ def _extent(found: LayerMap) -> tuple[float, float, float, float]:
 def _figure() -> Iterator[tuple[Figure, Axes]]:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=SIZE)
-        figure.subplots_adjust(left=0.16, right=0.97, bottom=0.15, top=0.93)  # a layout engine takes half of the time
+        figure.subplots_adjust(left=0.16, right=0.97, bottom=0.17, top=0.94)  # a layout engine takes half of the time
         FigureCanvasAgg(figure)
         yield figure, figure.add_subplot()
 

@@ -46,8 +46,8 @@ class LoadedStudy:
     numbers: Sequence[tuple[str, str]]
     also: Sequence[tuple[str, str, str]]
     """(name, verdict, text) of further rules, which do not decide."""
-    measures: Mapping[str, tuple[str, Sequence[str]]]
-    """The study's own metrics: (file, names in its lines) of each."""
+    measures: Mapping[str, tuple[str, Sequence[str], str]]
+    """The study's own metrics: (file, names in its lines, what it divides by what, or "") of each."""
     runs: Sequence[StudyRun]
 
     @property
@@ -102,11 +102,15 @@ def load_study(path: Path) -> LoadedStudy:
     )
 
 
-def _measure(asked: Any) -> tuple[str, Sequence[str]]:
-    """File and names of a metric as study.yaml gives it."""
-    names = asked.get("name", []) if isinstance(asked, dict) else []
-    file = "eval.jsonl" if isinstance(asked, dict) and asked.get("file") == "eval" else "metrics.jsonl"
-    return file, [names] if isinstance(names, str) else [str(name) for name in names]
+def _measure(asked: Any) -> tuple[str, Sequence[str], str]:
+    """What LoadedStudy.measures has of a metric that study.yaml declares."""
+    if not isinstance(asked, dict):
+        return "metrics.jsonl", [], ""
+    given = asked.get("name", [])
+    names = [given] if isinstance(given, str) else [str(name) for name in given]
+    file = "eval.jsonl" if asked.get("file") == "eval" else "metrics.jsonl"
+    ratio = " / ".join(names) if asked.get("combine") == "ratio" else ""
+    return file, names, "last / first" if asked.get("reduce") == "last_over_first" else ratio
 
 
 def _load_run_of(path: Path, entry: Any) -> StudyRun:
