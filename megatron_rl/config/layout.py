@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +11,8 @@ from dataclasses import dataclass
 from megatron_rl.config.schema import EngineConfig, ParallelConfig
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture
+
+DEGREES = ("tp", "pp", "vpp", "cp", "ep", "etp")
 
 
 class LayoutError(UserError):
@@ -47,6 +51,7 @@ class Layout:
     dp: int
     edp: int
     world_size: int
+    stage_layers: tuple[int, ...] | None = None
 
     @classmethod
     def resolve(cls, parallel: ParallelConfig, world_size: int) -> Layout:
@@ -84,6 +89,15 @@ class Layout:
         width = self.tp * self.cp
         return [stage * self.stage_size + dp * width + i for stage in range(self.pp) for i in range(width)]
 
+    def split(self, num_layers: int) -> list[range]:
+        """Layers of each stage, from 0, in the order of the model; virtual stage v of stage p is number v * pp + p."""
+        stages = self.pp * self.vpp
+        counts = list(self.stage_layers or [num_layers // stages] * stages)
+        for stage in _middle_first(stages)[: num_layers - sum(counts)]:
+            counts[stage] += 1
+        ends = list(itertools.accumulate(counts))
+        return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
     @property
     def micro_batch_multiple(self) -> int:
         """What each replica's micro-batches divide by: the interleaved schedule takes them by the pp."""
@@ -93,6 +107,11 @@ class Layout:
     def sequence_multiple(self) -> int:
         """What the length of a packed sequence divides by: context parallelism cuts each into 2 * cp chunks."""
         return 2 * self.cp if self.cp > 1 else 1
+
+
+def _middle_first(stages: int) -> list[int]:
+    """Stage numbers: those between the first and the last, then the last, then the first."""
+    return [*range(1, stages - 1), stages - 1, 0]
 
 
 def world_size_of(parallel: ParallelConfig) -> int:
@@ -105,7 +124,7 @@ def parse_layout(text: str) -> tuple[ParallelConfig, int]:
 
     Raises LayoutError naming the part that is no degree, or is there twice.
     """
-    known = (*ParallelConfig.model_fields, "dp")
+    known = (*DEGREES, "dp")
     degrees: dict[str, int] = {}
     for part in filter(None, text.split(",")):
         key, _, value = part.partition("=")
@@ -115,7 +134,7 @@ def parse_layout(text: str) -> tuple[ParallelConfig, int]:
             raise LayoutError(f"layout {text!r}: {key} is given twice")
         degrees[key] = int(value)
     dp = degrees.pop("dp", None)
-    parallel = ParallelConfig(**degrees)
+    parallel = ParallelConfig.model_validate(degrees)
     if dp is None:
         return parallel, world_size_of(parallel)
     return parallel, parallel.tp * parallel.cp * parallel.pp * dp
@@ -144,11 +163,15 @@ def _check_widths(layout: Layout, arch: Architecture) -> Iterator[str]:
 def _check_stages(layout: Layout, arch: Architecture) -> Iterator[str]:
     if layout.vpp > 1 and layout.pp == 1:
         yield f"parallel.vpp: {layout.vpp} virtual stages need pipeline stages; set parallel.pp above 1"
-    stages = layout.pp * layout.vpp
-    if arch.num_layers % stages:
+    stages, given = layout.pp * layout.vpp, layout.stage_layers
+    if stages > arch.num_layers:
+        yield f"parallel.pp * parallel.vpp: {stages} stages, but the model has {arch.num_layers} layers; take fewer"
+    elif given is not None and (len(given) != stages or sum(given) != arch.num_layers):
+        layout = dataclasses.replace(layout, stage_layers=None)
+        even = [len(layers) for layers in layout.split(arch.num_layers)]
         yield (
-            f"parallel.pp * parallel.vpp: {stages} does not divide the {arch.num_layers} layers of the model; "
-            "uneven stages are not supported"
+            f"parallel.stage_layers: {list(given)} are {len(given)} stages with {sum(given)} layers, but parallel.pp * "
+            f"parallel.vpp is {stages} and the model has {arch.num_layers} layers; write as {even}, or leave it out"
         )
 
 

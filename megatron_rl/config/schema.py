@@ -80,6 +80,9 @@ class ParallelConfig(Frozen):
     """Pipeline stages."""
     vpp: PositiveInt = 1
     """Virtual stages per pipeline stage (interleaved schedule)."""
+    stage_layers: tuple[PositiveInt, ...] | None = None
+    """Layers of each stage in the order of the model: pp numbers, or pp * vpp with virtual stages. Defaults to null:
+    equally many, and what is left over one each to stages in the middle, as the first and the last have most to do."""
     cp: PositiveInt = 1
     """Context parallelism: each sequence in 2 * cp chunks, zigzag."""
     ep: PositiveInt = 1

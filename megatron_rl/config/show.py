@@ -17,9 +17,7 @@ MAX_RANKS = 64
 
 def stage_layers(layout: Layout, arch: Architecture, pp: int) -> list[range]:
     """Layers of pipeline stage `pp`, from 0, one range for each virtual stage."""
-    depth = arch.num_layers // (layout.pp * layout.vpp)
-    starts = [(stage * layout.pp + pp) * depth for stage in range(layout.vpp)]
-    return [range(start, start + depth) for start in starts]
+    return layout.split(arch.num_layers)[pp :: layout.pp]
 
 
 def rank_experts(layout: Layout, arch: Architecture, ep: int) -> range:

@@ -81,8 +81,8 @@ def model_ranks(layout: Layout, rank: int) -> ModelRanks:
 def holders(layout: Layout, weight: Weight, arch: Architecture) -> range:
     """The ranks of the first replica that hold the weight's shards, in shard order."""
     if isinstance(weight.at, int):
-        per_chunk = arch.num_layers // (layout.pp * layout.vpp)
-        stage = weight.at // per_chunk % layout.pp
+        split = layout.split(arch.num_layers)
+        stage = next(number for number, layers in enumerate(split) if weight.at in layers) % layout.pp
     else:
         stage = 0 if weight.at == "first" else layout.pp - 1
     first, size = stage * layout.stage_size, layout.tp

@@ -27,6 +27,7 @@ def transformer_config(
         **_mixture(arch, engine, fused_kernels),
         **_numbers(engine),
         **_parallelism(layout),
+        **uneven_stages(arch.num_layers, layout),
         **_recomputation(engine),
         apply_rope_fusion=fused_kernels,
         bias_activation_fusion=fused_kernels,
@@ -105,6 +106,17 @@ def _parallelism(layout: Layout) -> dict[str, Any]:
         "overlap_p2p_comm": layout.vpp > 1,
         "batch_p2p_comm": layout.vpp == 1,
     }
+
+
+def uneven_stages(num_layers: int, layout: Layout) -> dict[str, Any]:
+    """Stages of unequal depth, layer by layer; Megatron-Core makes equal ones by itself."""
+    split = layout.split(num_layers)
+    if len(set(map(len, split))) == 1:
+        return {}
+    stages = [["decoder"] * len(layers) for layers in split]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return {"pipeline_model_parallel_layout": stages}
 
 
 def _recomputation(engine: EngineConfig) -> dict[str, Any]:

@@ -85,6 +85,12 @@ def test_parity_holds_with_recompute_in_every_layout(
 
 
 @pytest.mark.distributed
+def test_parity_holds_with_uneven_stages(compare: Compare, tmp_path: Path, tokens: Path) -> None:
+    model = make_tiny_model(tmp_path / "five", num_layers=5, mlp_only_layers=(1,))
+    check(compare, model, tokens, ["pp=3", "pp=2,vpp=2", "tp=2,pp=2"])
+
+
+@pytest.mark.distributed
 def test_parity_holds_with_tied_embeddings(compare: Compare, tmp_path: Path, tokens: Path) -> None:
     tied = make_tiny_model(tmp_path / "tied", num_layers=4, mlp_only_layers=(1,), tied=True)
     check(compare, tied, tokens, ["tp=2", "pp=2", "pp=2,vpp=2", "dp=2"])

@@ -67,6 +67,9 @@ LAYOUTS = (
     "pp=2,vpp=2",
     "pp=2,vpp=4,tp=2",
     "pp=4,vpp=2",
+    "pp=3",
+    "pp=3,vpp=2,tp=2",
+    "pp=5",
 )
 
 

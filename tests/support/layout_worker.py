@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import torch
+from megatron.core import parallel_state
 from megatron.core.parallel_state import RankGenerator
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_rl.config.layout import Layout, parse_layout
+from megatron_rl.engine.megatron_config import uneven_stages
 
 Groups = dict[str, list[list[int]]]
 
@@ -37,11 +41,18 @@ def layers(layout: Layout, num_layers: int) -> list[list[list[int]]]:
         pipeline_dtype=torch.float32,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        **uneven_stages(num_layers, layout),
     )
 
     def part(pp: int, vpp: int | None) -> list[int]:
-        first = get_transformer_layer_offset(config, vp_stage=vpp, pp_rank=pp)
-        return list(range(first, first + get_num_layers_to_build(config, vpp, pp)))
+        # For uneven stages Megatron-Core asks its process groups, and there are none here.
+        virtual = None if vpp is None else layout.vpp
+        with (
+            mock.patch.object(parallel_state, "get_pipeline_model_parallel_rank", return_value=pp),
+            mock.patch.object(parallel_state, "get_virtual_pipeline_model_parallel_world_size", return_value=virtual),
+        ):
+            first = get_transformer_layer_offset(config, vp_stage=vpp, pp_rank=pp)
+            return list(range(first, first + get_num_layers_to_build(config, vpp, pp)))
 
     stages = range(layout.vpp) if layout.vpp > 1 else [None]
     return [[part(pp, vpp) for vpp in stages] for pp in range(layout.pp)]

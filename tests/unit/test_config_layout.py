@@ -110,14 +110,41 @@ def test_a_layout_that_fits_the_model_has_no_problems(text: str) -> None:
         ("tp=8", "parallel.tp: 8 does not divide the 4 key-value heads of the model"),
         ("etp=5", "parallel.etp: 5 does not divide the 48 features of each expert of the model"),
         ("ep=3", "parallel.ep: 3 does not divide the 16 experts of the model"),
-        ("pp=3", "parallel.pp * parallel.vpp: 3 does not divide the 8 layers of the model; uneven stages"),
-        ("pp=2,vpp=3", "parallel.pp * parallel.vpp: 6 does not divide the 8 layers"),
+        ("pp=9", "parallel.pp * parallel.vpp: 9 stages, but the model has 8 layers; take fewer"),
+        ("pp=3,vpp=3", "parallel.pp * parallel.vpp: 9 stages, but the model has 8 layers; take fewer"),
         ("vpp=2", "parallel.vpp: 2 virtual stages need pipeline stages; set parallel.pp above 1"),
     ],
 )
 def test_a_layout_that_does_not_fit_the_model_is_reported(text: str, message: str) -> None:
     problems = check_layout(resolve(text), ARCHITECTURE, EngineConfig())
     assert sum(problem.startswith(message) for problem in problems) == 1, problems
+
+
+@pytest.mark.parametrize(
+    ("text", "layers", "expected"),
+    [
+        ("pp=4", 8, [2, 2, 2, 2]),
+        ("pp=4", 94, [23, 24, 24, 23]),  # Qwen3-235B
+        ("pp=8", 61, [7, 8, 8, 8, 8, 8, 7, 7]),  # DeepSeek-V3
+        ("pp=2", 5, [2, 3]),
+        ("pp=2,vpp=2", 7, [1, 2, 2, 2]),
+        ("pp=3", 3, [1, 1, 1]),
+    ],
+)
+def test_layers_that_are_left_over_go_to_the_middle(text: str, layers: int, expected: list[int]) -> None:
+    split = resolve(text).split(layers)
+    assert [len(stage) for stage in split] == expected
+    assert [number for stage in split for number in stage] == list(range(layers))
+
+
+def test_stages_may_be_given() -> None:
+    layout = replace(resolve("pp=2,vpp=2"), stage_layers=(1, 3, 3, 1))
+    assert check_layout(layout, ARCHITECTURE, EngineConfig()) == []
+    assert layout.split(8) == [range(1), range(1, 4), range(4, 7), range(7, 8)]
+    for stages in ((1, 3, 4), (1, 3, 3, 2)):
+        (problem,) = check_layout(replace(layout, stage_layers=stages), ARCHITECTURE, EngineConfig())
+        assert problem.startswith(f"parallel.stage_layers: {list(stages)} are {len(stages)} stages with {sum(stages)} ")
+        assert problem.endswith("the model has 8 layers; write as [2, 2, 2, 2], or leave it out")
 
 
 def test_dense_mlp_sizes_are_checked_only_if_the_model_has_dense_layers() -> None:
