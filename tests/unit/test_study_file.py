@@ -150,7 +150,8 @@ def test_a_note_on_several_arms_is_told_once(base: Path) -> None:
     base.write_text("presets: [parent.yaml]\n")
     constant = {"set": {"optim": {"schedule": "constant"}}}
     frozen = {"set": {"optim": {"freeze": ["router"]}, "engine": {"aux_loss_coefficient": 0.1}}}
-    plans = [plan_of(base, arms).notes for arms in ({"a": constant, "b": {}, "c": constant}, {"a": frozen}, {"a": {}})]
+    cases: list[dict[str, Any]] = [{"a": constant, "b": {}, "c": constant}, {"a": frozen}, {"a": {}}]
+    plans = [plan_of(base, arms).notes for arms in cases]
     assert [[note.partition(" ")[0] for note in notes] for notes in plans] == [["2"], ["arms.a:"], []]
     assert plans[0][0].startswith("2 arms, from a on: optim.decay_steps: 9 does nothing")
     assert plan_of(base, {"a": constant, "b": constant}).notes[0].startswith("all arms: optim.decay_steps: 9")
