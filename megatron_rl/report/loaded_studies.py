@@ -22,7 +22,7 @@ class StudyRun:
     arm: str
     seed: int
     status: str
-    """done, stopped, failed, or left."""
+    """done, stopped, failed, left, or left out: what the run needs cannot come."""
     reason: str
     metrics: Mapping[str, float | None]
     """The study's own metrics of this run; empty without a result."""
@@ -69,7 +69,7 @@ class LoadedStudy:
         return {status: sum(each.status == status for each in self.runs) for status in STATUSES}
 
 
-STATUSES = ("done", "stopped", "failed", "left")
+STATUSES = ("done", "stopped", "failed", "left", "left out")
 
 
 def is_study(path: Path) -> bool:
@@ -98,7 +98,7 @@ def load_study(path: Path) -> LoadedStudy:
         numbers=[(key, _shown(value)) for key, value in flatten(decided.get("numbers") or {}).items() if key],
         also=[(name, str(e.get("verdict")), str(e.get("text"))) for name, e in (decided.get("also") or {}).items()],
         measures={name: _measure(each) for name, each in (asked.get("metrics") or {}).items()},
-        runs=[_load_run_of(path, entry) for entry in plan],
+        runs=[_load_run_of(path, entry, "left out" if decided.get("left") == 0 else "left") for entry in plan],
     )
 
 
@@ -113,7 +113,7 @@ def _measure(asked: Any) -> tuple[str, Sequence[str], str]:
     return file, names, "last / first" if asked.get("reduce") == "last_over_first" else ratio
 
 
-def _load_run_of(path: Path, entry: Any) -> StudyRun:
+def _load_run_of(path: Path, entry: Any, missing: str) -> StudyRun:
     try:
         name, arm, seed = str(entry["run"]), str(entry["arm"]), int(entry["seed"])
         directory = path / str(entry["run_dir"])
@@ -124,7 +124,7 @@ def _load_run_of(path: Path, entry: Any) -> StudyRun:
     file = path / "results" / f"{name}.json"
     result = _read_json(file, dict) if file.is_file() else {}
     run = load_run(directory, name) if is_run(directory) else None
-    status, reason = str(result.get("status", "left")), str(result.get("reason", ""))
+    status, reason = str(result.get("status", missing)), str(result.get("reason", ""))
     metrics, errors = result.get("metrics") or {}, result.get("errors") or {}
     return StudyRun(name, arm, seed, status, reason, metrics, errors, run)
 

@@ -5,10 +5,11 @@ A terminal shows one line that changes. A log file gets a plain line when a run 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -16,6 +17,7 @@ import rich.console
 from rich.live import Live
 from rich.text import Text
 
+from megatron_rl.errors import UserError
 from megatron_rl.study.outcome import RunOutcome, read_lines
 from megatron_rl.study.planning import PlannedRun
 from megatron_rl.study.study_dir import StudyDir, runs_left
@@ -31,8 +33,16 @@ FIGURES = {
 class Board:
     """Reads the study's files from a thread of its own. Use it as a context manager."""
 
-    def __init__(self, directory: StudyDir, runs: Sequence[PlannedRun], file: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        directory: StudyDir,
+        runs: Sequence[PlannedRun],
+        ended: Callable[[], object],
+        file: TextIO | None = None,
+    ) -> None:
+        """Calls `ended` when a run has ended."""
         out = file or sys.stdout
+        self._call = ended
         self.group: Sequence[PlannedRun] = ()
         """Runs that this process has its ranks do now, in order."""
         self._directory = directory
@@ -72,6 +82,8 @@ class Board:
             for name, outcome in results.items():
                 if name not in self._told:
                     self._told.add(name)
+                    with contextlib.suppress(UserError):  # the conductor does it too, and tells of it
+                        self._call()
                     self.say(describe(outcome))
             left = runs_left(self._runs, list(results.values()))
             run = next((run for run in self.group if run.run not in results), None)

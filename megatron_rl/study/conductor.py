@@ -44,7 +44,8 @@ def run_study(file: Path, *, task: int | None = None, dry_run: bool = False) -> 
         return
     check_files(plan)
     configs = {run.run: run.config for run in plan.runs}
-    fingerprint = take_fingerprint(file, content, plan.bases, configs, study.directory)
+    donors = {Path(run.graft.donor) for run in plan.runs if run.graft is not None}
+    fingerprint = take_fingerprint(file, content, plan.bases, configs, study.directory, donors)
     directory = StudyDir.open(plan, content, fingerprint)
     wanted = plan.runs if task is None else (plan.runs[task],)
     try:
@@ -68,7 +69,7 @@ class Conductor:
         """Does the wanted runs that are left. Raises Stopped if a signal came."""
         plan = self._plan
         self._directory.refresh(plan.study, plan.runs)
-        with Board(self._directory, plan.runs) as board:
+        with Board(self._directory, plan.runs, lambda: self._directory.refresh(plan.study, plan.runs)) as board:
             while group := self._next_group():
                 board.group = group
                 board.look()
@@ -113,7 +114,9 @@ class Conductor:
             begun = read_begun(order)
         unfinished = [run for run in group if not self._directory.has_result(run.run)]
         if status == 0:
-            self._elsewhere |= {run.run for run in unfinished}
+            results = list(self._directory.read_results(self._plan.runs).values())
+            possible = {run.run for run in runs_left(self._plan.runs, results)}
+            self._elsewhere |= {run.run for run in unfinished} & possible
         elif status in SIGNALLED:
             raise Stopped("the study stopped; the same command goes on with it")
         elif broken := [run for run in unfinished if run.run in begun]:

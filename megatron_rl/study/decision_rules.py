@@ -34,6 +34,10 @@ class Band(Frozen):
     def holds(self, value: float) -> bool:
         return self.touches(value, value)
 
+    def contains(self, low: float, high: float) -> bool:
+        """Whether all numbers of low..high are in the band; an end may be infinite."""
+        return (self.min is None or low >= self.min) and (self.max is None or high <= self.max)
+
     def touches(self, low: float, high: float) -> bool:
         """Whether the band has a number in common with low..high."""
         return (self.min is None or high >= self.min) and (self.max is None or low <= self.max)
@@ -59,7 +63,8 @@ class DecisionRule(Frozen):
 class Banded(DecisionRule):
     confirms: Band
     refutes: Band | None = None
-    min_seeds: PositiveInt = 2
+    min_seeds: PositiveInt | None = None
+    """Seeds that must have a number. Defaults to null: all, and at least 2; two of those that are counted by seed."""
 
     @model_validator(mode="after")
     def _check_bands(self) -> Banded:

@@ -28,6 +28,13 @@ class Edge:
         return self.index >= 0 and not self.is_top
 
     @property
+    def bounds(self) -> tuple[float, float]:
+        """Between which indices the edge lies: equal if it is inside, and unbounded beyond an end of the grid."""
+        if not self.values:
+            return -math.inf, math.inf
+        return self.index if self.index >= 0 else -math.inf, math.inf if self.is_top else self.index
+
+    @property
     def spread(self) -> float:
         """Standard deviation of log(where stability ends), which is anywhere between an edge inside and the next value
         of the grid."""
@@ -35,11 +42,18 @@ class Edge:
 
 
 def find_edge(results: Sequence[RunOutcome], along: str) -> Edge:
-    """The edge of one seed's runs that differ in `along` alone; a done run is stable, others are not."""
-    runs = sorted((each for each in results if along in each.at), key=lambda each: float(each.at[along]))
-    stable = [each.status == "done" for each in runs]
-    index = stable.index(False) - 1 if False in stable else len(stable) - 1
-    return Edge(index, tuple(float(each.at[along]) for each in runs))
+    """The edge of one seed's runs. A value of `along` is stable if all its runs are done; without values if a run was
+    left out."""
+    stable: dict[float, bool] = {}
+    for each in results:
+        if each.status == "left out":
+            return Edge(-1, ())
+        if along in each.at:
+            value = float(each.at[along])
+            stable[value] = stable.get(value, True) and each.status == "done"
+    values = sorted(stable)
+    unstable = [index for index, value in enumerate(values) if not stable[value]]
+    return Edge(min(unstable, default=len(values)) - 1, tuple(values))
 
 
 def edge_slope(edges: Mapping[float, Edge]) -> PowerLaw | None:

@@ -22,10 +22,16 @@ CODE_SUFFIXES = (".py", ".yaml")
 
 
 def take_fingerprint(
-    study_file: Path, content: bytes, bases: Iterable[Path], runs: Mapping[str, Config], directory: Path
+    study_file: Path,
+    content: bytes,
+    bases: Iterable[Path],
+    runs: Mapping[str, Config],
+    directory: Path,
+    donors: Iterable[Path] = (),
 ) -> Fingerprint:
     """Digests the study file, its base configurations, each run's configuration, this package, versions of what it runs
-    on, models and saved rollouts from outside of the study's directory, data sets, and own objectives and verifiers."""
+    on, models (`donors` are those of which runs get some weights) and saved rollouts from outside of the study's
+    directory, data sets, and own objectives and verifiers."""
     configs = list(runs.values())
     return {
         "study file": {study_file.name: _sha(content)},
@@ -35,7 +41,7 @@ def take_fingerprint(
         "software": {
             name: str(version) for name, version in versions().items() if name not in ("platform", "cpu_count")
         },
-        "model": _models(configs, directory),
+        "model": _models(configs, donors, directory),
         "data": _of_paths(path for config in configs for path in _data(config)),
         "rollouts": _of_paths(_rollouts(configs, directory)),
         "own code": _own_code(configs),
@@ -74,11 +80,11 @@ def _sha(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _models(configs: Iterable[Config], directory: Path) -> dict[str, str]:
+def _models(configs: Iterable[Config], donors: Iterable[Path], directory: Path) -> dict[str, str]:
     """Digests of models outside of `directory`; the study itself makes those inside."""
     from megatron_rl.models.identity import file_digests  # needs torch
 
-    models = {model for config in configs for _, model, _ in model_dirs(config)}
+    models = {model for config in configs for _, model, _ in model_dirs(config)} | set(donors)
     outside = sorted(model for model in models if not model.is_relative_to(directory))
     return {f"{model}/{name}": digest for model in outside for name, digest in file_digests(model).items()}
 

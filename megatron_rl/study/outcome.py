@@ -13,7 +13,8 @@ from megatron_rl.lab.run import read_metrics
 from megatron_rl.study.stop_rules import Line, Lines
 from megatron_rl.study.study_file import StudyMetric
 
-Status = Literal["done", "stopped", "failed"]
+Status = Literal["done", "stopped", "failed", "left out"]
+"""left out: what the run needs cannot come; results have no line of it, but rules see it."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class RunOutcome:
     seed: int
     at: dict[str, int | float | str]
     status: Status
-    """stopped: by a stop rule; what the run had measured until then counts."""
+    """stopped: by a stop rule or an alarm; what the run had measured until then counts."""
     reason: str = ""
     """The stop rule with its numbers, or the error; `max_minutes` if a done run had no more time."""
     exit_status: int = 0
@@ -47,7 +48,7 @@ class RunOutcome:
 
     @property
     def has_values(self) -> bool:
-        return self.status != "failed"
+        return self.status in ("done", "stopped")
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_rl.config.load import raise_all
 from megatron_rl.config.resolve import Resolved, local_files, model_dirs, resolve
@@ -20,8 +20,10 @@ from megatron_rl.data.arithmetic_task import PREFIX, ArithmeticTask
 from megatron_rl.errors import UserError
 from megatron_rl.models.kinds import PolicyKind
 from megatron_rl.study.decision_rules import EdgeShiftRule, GridEdgeRule, SlopeRule
+from megatron_rl.study.outcome import RunOutcome
 from megatron_rl.study.study_file import NAME, Coordinate, Replay, Start, StudyArm, StudyFile
 
+S = TypeVar("S", Replay, Start)
 FACTOR = re.compile(r"\{(\w+)\}")
 MAX_RUNS = 10_000
 
@@ -74,6 +76,10 @@ class PlannedRun:
     """Whether it needs the model of that run, and not the rollouts."""
     graft: Grafting | None = None
     """How its model is made; None if it starts from a model as it is."""
+
+    def as_left_out(self) -> RunOutcome:
+        """What rules see of a run that cannot be done."""
+        return RunOutcome(self.task, self.run, self.arm, self.seed, self.at, "left out")
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -226,12 +232,17 @@ def _arms(study: StudyFile, file: Path) -> dict[str, ArmPoint]:
                     base=file.parent / (arm.base or study.base),
                     seeds=arm.seeds or study.seeds,
                     ranks=arm.ranks or study.ranks,
-                    replay=arm.replay and arm.replay.model_copy(update={"source": _filled(arm.replay.source, point)}),
-                    start=arm.start and arm.start.model_copy(update={"source": _filled(arm.start.source, point)}),
+                    replay=arm.replay
+                    and arm.replay.model_copy(update={"source": str(_filled(arm.replay.source, point))}),
+                    start=arm.start and arm.start.model_copy(update={"source": str(_filled(arm.start.source, point))}),
                     at={**arm.at, **point},
                 )
     raise_all([f"{file}: {each}" for each in dict.fromkeys(problems)])
     return found
+
+
+def _source_filled(needed: S | None, point: Mapping[str, Coordinate]) -> S | None:
+    return needed and needed.model_copy(update={"source": str(_filled(needed.source, point))})
 
 
 def _points(arm: StudyArm) -> Iterator[dict[str, Coordinate]]:

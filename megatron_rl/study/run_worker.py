@@ -27,7 +27,7 @@ import psutil
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config
 from megatron_rl.errors import UserError
-from megatron_rl.stop import TIME_UP, Stopped
+from megatron_rl.stop import SIGNALS, TIME_UP, Stopped
 from megatron_rl.study.outcome import RunOutcome, measure, measure_error, read_lines
 from megatron_rl.study.planning import PlannedRun
 from megatron_rl.study.stop_rules import StopRule, stop_reason
@@ -122,7 +122,8 @@ class Ranks:
         self._leads = dist.get_rank() == 0
 
     def do(self, planned: dict[str, Any]) -> None:
-        """Does one run and records its result, unless it has one or another process is at it. Collective."""
+        """Does one run and records its result, unless it has one, another process is at it, or what it needs has not
+        come. Collective."""
         name = planned["run"]
         if not self._leads:
             word = self._told(None)
@@ -130,7 +131,8 @@ class Ranks:
                 self._run(planned, resume=word, tells=False)
             return
         with self._directory.claim(name) as mine:
-            resume = self._directory.make_way(name) if mine else None
+            can = mine and self._directory.has_what_it_needs(planned["needs"], planned["needs_model"])
+            resume = self._directory.make_way(name) if can else None
             if resume is not None:
                 with self._begun.open("a") as file:
                     file.write(f"{name} {time.time()}\n")
@@ -163,7 +165,7 @@ class Ranks:
         try:
             train(config, resume, halt=halt if self._study.stops else None, open_pool=self._pool.open)
         except Stopped as stopped:
-            if stopped.reason != TIME_UP and not stopped.reason.startswith(HALTED):
+            if stopped.reason in ("", *(each.name for each in SIGNALS)):
                 raise
             reason = stopped.reason
         if tells:
@@ -180,10 +182,6 @@ def _graft(order: dict[str, Any]) -> None:
     if not out.is_dir():
         out.parent.mkdir(exist_ok=True)
         graft(Path(order["donor"]), Path(order["base"]), out, order["kinds"])
-
-
-HALTED = tuple(f"{kind}: " for kind in ("fall", "beyond"))
-"""How the reasons of stop rules begin."""
 
 
 class Halt:
@@ -207,7 +205,7 @@ def _outcome(study: StudyFile, directory: StudyDir, planned: dict[str, Any], rea
     now = time.time()
     return RunOutcome(
         **{key: planned[key] for key in ("task", "run", "arm", "seed", "at", "run_dir", "log")},
-        status="stopped" if reason.startswith(HALTED) else "done",
+        status="done" if reason in ("", TIME_UP) else "stopped",
         reason=reason,
         steps=lines["metrics"][-1]["step"] if lines["metrics"] else 0,
         seconds=now - began,

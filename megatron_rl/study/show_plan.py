@@ -58,6 +58,7 @@ def show_verdict(verdict: dict[str, Any], directory: StudyDir) -> None:
     """Prints the verdict with its reason, the further rules, and where the results are."""
     console = Console()
     counts = ", ".join(f"{verdict[status]} {status}" for status in ("done", "stopped", "failed", "left"))
+    counts += f", {verdict['left_out']} left out" if verdict["left_out"] else ""
     _say(console, f"runs: {counts}; {directory.results_file}")
     for name, also in verdict["also"].items():
         _say(console, f"{name}: {also['verdict']}: {also['text']}")

@@ -15,7 +15,7 @@ Lines = Mapping[str, Sequence[Line]]
 
 
 class Fall(Frozen):
-    """Stops if a metric has fallen below a part of its first value."""
+    """Stops if a metric has fallen below a part of its first value, which is above 0: with another it never stops."""
 
     kind: Literal["fall"]
     file: Literal["metrics", "eval"] = "eval"
@@ -59,7 +59,7 @@ def _fallen(rule: Fall, values: Sequence[tuple[int, float | None]]) -> str:
     if len(values) < 2:
         return ""
     (_, first), (step, last) = values[0], values[-1]
-    if first is None or (last is not None and last >= rule.to * first):
+    if first is None or first <= 0 or (last is not None and last >= rule.to * first):
         return ""
     return f"fall: {rule.name} is {_shown(last)} after step {step}, below {rule.to:g} of its first value {first:.6g}"
 

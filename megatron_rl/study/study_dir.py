@@ -113,6 +113,13 @@ class StudyDir:
     def has_result(self, run: str) -> bool:
         return (self.path / "results" / f"{run}.json").exists()
 
+    def has_what_it_needs(self, needs: str | None, model: bool) -> bool:
+        """Whether the run that another needs has ended and gives its model, or its rollouts."""
+        if needs is None:
+            return True
+        file = self.path / "results" / f"{needs}.json"
+        return file.exists() and gives(_outcome(file), model)
+
     def record(self, outcome: RunOutcome) -> None:
         """Writes the result of one run. Raises DiskError."""
         with writes(f"the result of {outcome.run}", self.path):
@@ -191,7 +198,10 @@ def verdict_of(study: StudyFile, runs: Sequence[PlannedRun], results: Sequence[R
     """
     counts = Counter(each.status for each in results)
     left = len(runs_left(runs, results))
-    decided = judge(study.rule, results)
+    ended = {each.run for each in results}
+    left_out = [] if left else [run.as_left_out() for run in runs if run.run not in ended]
+    seen = [*results, *left_out]
+    decided = judge(study.rule, seen)
     if left:
         text = f"{left} of {len(runs)} runs are left; so far: {decided.verdict}: {decided.text}"
         decided = Judgement("undecided", text, decided.numbers)
@@ -202,9 +212,10 @@ def verdict_of(study: StudyFile, runs: Sequence[PlannedRun], results: Sequence[R
         "stopped": counts["stopped"],
         "failed": counts["failed"],
         "left": left,
+        "left_out": len(left_out),
         "rule": study.rule.model_dump(mode="json"),
         "numbers": decided.numbers,
-        "also": {name: _shown(judge(rule, results), rule) for name, rule in study.also.items()},
+        "also": {name: _shown(judge(rule, seen), rule) for name, rule in study.also.items()},
     }
 
 
@@ -218,17 +229,22 @@ def _shown(judgement: Judgement, rule: Any) -> dict[str, Any]:
 
 
 def runs_left(runs: Sequence[PlannedRun], results: Sequence[RunOutcome]) -> list[PlannedRun]:
-    """Runs without a result that can still have one, in the order of the plan."""
+    """Runs without a result that can still have one, in the order of the plan, where each comes after what it needs."""
     ended = {each.run: each for each in results}
-    return [run for run in runs if run.run not in ended and not _is_blocked(run, ended)]
+    left: dict[str, PlannedRun] = {}
+    for run in runs:
+        can_come = run.needs is None or run.needs in left or gives(ended.get(run.needs), run.needs_model)
+        if run.run not in ended and can_come:
+            left[run.run] = run
+    return list(left.values())
 
 
-def _is_blocked(run: PlannedRun, ended: dict[str, RunOutcome]) -> bool:
-    """A stopped run has saved rollouts, but it has made no model."""
-    if run.needs not in ended:
+def gives(source: RunOutcome | None, model: bool) -> bool:
+    """Whether a run that has ended gives what another needs: its model, or its rollouts. A run that was stopped, or had
+    no more time, has saved rollouts and made no model."""
+    if source is None:
         return False
-    source = ended[run.needs]
-    return source.status != "done" if run.needs_model else not source.has_values
+    return source.status == "done" and not source.reason if model else source.has_values
 
 
 def _outcome(file: Path) -> RunOutcome:

@@ -121,8 +121,9 @@ def _of_lines(rule: SlopeRule | GridEdgeRule, lines: Mapping[int, PowerLaw | Non
     """
     values = [line.slope for line in lines.values() if line is not None]
     numbers: dict[str, Any] = {"by_seed": {str(seed): line and line.slope for seed, line in lines.items()}}
-    if len(values) < rule.min_seeds:
-        return Judgement("underpowered", f"{len(values)} seeds have a slope, the rule needs {rule.min_seeds}", numbers)
+    needed = rule.min_seeds or max(len(lines), 2)
+    if len(values) < needed:
+        return Judgement("underpowered", f"{len(values)} seeds have a slope, the rule needs {needed}", numbers)
     mean = statistics.fmean(values)
     errors = [standard_error(values)] if len(values) > 1 else []
     if own := [line.error for line in lines.values() if line is not None and line.error is not None]:
@@ -146,8 +147,8 @@ def _by_seed(
     text = (
         f"{what} by seed: {listed}; {_bands(rule.confirms, rule.refutes)}, in {needed or 'all'} of {len(by_seed)} seeds"
     )
-    if len(values) < rule.min_seeds:
-        verdict, text = "underpowered", f"{text}; the rule needs {rule.min_seeds} seeds with a number"
+    if len(values) < (least := rule.min_seeds or 2):
+        verdict, text = "underpowered", f"{text}; the rule needs {least} seeds with a number"
     mean = statistics.fmean(values) if values else None
     error = standard_error(values) if len(values) > 1 else None
     return Judgement(verdict, text, {"by_seed": _keyed(by_seed), "mean": mean, "standard_error": error})
@@ -203,19 +204,21 @@ def _pairs(results: Results, one: str, other: str, metric: str) -> dict[int, tup
 
 def _difference(rule: DifferenceRule, results: Results) -> Judgement:
     sides = [_values(results, arm, rule.metric) for arm in rule.arms]
+    seeds = [len(side) for side in sides]
     if rule.paired:
-        pairs = _pairs(results, rule.arm, rule.against, rule.metric).values()
-        samples = [[a - b for a, b in pairs if a is not None and b is not None]]
+        pairs = _pairs(results, rule.arm, rule.against, rule.metric)
+        samples = [[a - b for a, b in pairs.values() if a is not None and b is not None]]
+        seeds = [len(pairs)]
     else:
         samples = [[value for value in side.values() if value is not None] for side in sides]
     by_seed = {arm: _keyed(side) for arm, side in zip(rule.arms, sides, strict=True)}
     numbers: dict[str, Any] = {"by_seed": by_seed}
-    if (fewest := min(map(len, samples))) < max(rule.min_seeds, 2):
-        needed = max(rule.min_seeds, 2)
-        return Judgement("underpowered", f"{fewest} seeds have values, the rule needs {needed}", numbers)
+    for sample, each in zip(samples, seeds, strict=True):
+        if len(sample) < (needed := max(rule.min_seeds or each, 2)):
+            return Judgement("underpowered", f"{len(sample)} seeds have values, the rule needs {needed}", numbers)
     means = [statistics.fmean(sample) for sample in samples]
     difference = means[0] if rule.paired else means[0] - means[1]
-    error = math.hypot(*map(standard_error, samples)) if rule.paired else _error_of_arms(rule, results, samples)
+    error = _error_of_difference(rule, results, samples)
     in_errors = _in_errors(difference, error)
     numbers |= {"difference": difference, "standard_error": error, "in_standard_errors": in_errors}
     text = f"{rule.metric} of {rule.arm} minus {rule.against}: {difference:.3g} +- {error:.3g}"
@@ -229,18 +232,22 @@ def _difference(rule: DifferenceRule, results: Results) -> Judgement:
     return Judgement(verdict, text, numbers)
 
 
-def _error_of_arms(rule: DifferenceRule, results: Results, samples: Sequence[Sequence[float]]) -> float:
-    """The standard error of the difference of two means, without the assumption of equal variances.
+def _error_of_difference(rule: DifferenceRule, results: Results, samples: Sequence[Sequence[float]]) -> float:
+    """The standard error of the mean of the paired differences, or of the difference of two means, without the
+    assumption of equal variances.
 
     The values' own standard errors, as of an evaluation, are part of their spread over seeds. A spread of few seeds may
-    come out too small by chance, so an arm's error is at least that of the values.
+    come out too small by chance, so the error is at least that of the values.
     """
-    variances = []
-    for arm, sample in zip(rule.arms, samples, strict=True):
-        own = [each.errors.get(rule.metric) for each in results if each.arm == arm and each.has_values]
-        known = [error**2 for error in own if error is not None]
-        floor = statistics.fmean(known) / len(sample) if known else 0.0
-        variances.append(max(standard_error(sample) ** 2, floor))
+    own = []
+    for arm in rule.arms:
+        errors = [each.errors.get(rule.metric) for each in results if each.arm == arm and each.has_values]
+        known = [error**2 for error in errors if error is not None]
+        own.append(statistics.fmean(known) if known else 0.0)
+    floors = [sum(own)] if rule.paired else own
+    variances = [
+        max(standard_error(sample) ** 2, floor / len(sample)) for sample, floor in zip(samples, floors, strict=True)
+    ]
     return math.sqrt(sum(variances))
 
 
@@ -314,7 +321,14 @@ def _edge_shifts(rule: EdgeShiftRule, results: Results) -> dict[int, float | Non
             for value in (rule.value, rule.against)
         )
         if one.values and other.values:
-            # An edge above the grid is at least at its top: what it is compared with must lie inside.
-            known = one.values == other.values and not other.is_top
-            shifts[seed] = float(one.index - other.index) if known else None
+            shifts[seed] = _shift(rule, one, other) if one.values == other.values else None
     return shifts
+
+
+def _shift(rule: EdgeShiftRule, one: Edge, other: Edge) -> float | None:
+    """The shift; if an edge is beyond an end of its grid, the least or largest one, if it decides, else None."""
+    low, high = one.bounds[0] - other.bounds[1], one.bounds[1] - other.bounds[0]
+    bands = [band for band in (rule.confirms, rule.refutes) if band is not None]
+    if low != high and not any(band.contains(low, high) for band in bands):
+        return None
+    return low if math.isfinite(low) else high

@@ -169,6 +169,30 @@ def test_an_arm_starts_from_another_arms_model_with_its_first_routers(
     assert "train-seed-0/model/config.json does not exist; expected a Hugging Face model" in failed["reason"]
 
 
+def test_an_alarm_ends_a_run_and_what_needs_its_model_is_left_out(
+    base: Path, runs_of: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alarm = {"metric": "grad_norm", "above": 0.0, "action": "stop"}
+    arms = {
+        "alarmed": {"set": {"lab": {"alarms": [alarm]}, "optim": {"lr": 1e-3}}},
+        "from-it": {"start": {"from": "alarmed"}},
+        "from-that": {"start": {"from": "from-it"}},
+        "other": {},
+    }
+    run_study(write_study(tmp_path / "s.yaml", base, arms, metrics=METRICS))
+    found = results(tmp_path / "s")
+    assert {name: each["status"] for name, each in found.items()} == {
+        "alarmed-seed-0": "stopped",
+        "other-seed-0": "done",
+    }
+    assert "grad_norm" in found["alarmed-seed-0"]["reason"]
+    assert found["alarmed-seed-0"]["steps"] == 1
+    told = verdict(tmp_path / "s")
+    assert (told["left"], told["left_out"]) == (0, 2)
+    assert "other processes" not in capsys.readouterr().out
+    assert runs_of == [1]
+
+
 def test_a_study_that_keeps_nothing_keeps_the_models_that_others_need(
     base: Path, runs_of: list[int], tmp_path: Path
 ) -> None:

@@ -40,7 +40,7 @@ def test_a_study_shows_question_rule_verdict_and_numbers(study: tuple[Path, Repo
     assert SCRIPT in text
     assert "<script" not in render(study[1])
     assert "confirmed : The slope is -0.51." in text
-    assert "4 done, 1 stopped, 0 failed, 1 left of 6 runs" in text
+    assert "4 done, 1 stopped, 0 failed, 1 left, 0 left out of 6 runs" in text
     for row in (
         ["kind", "slope"],
         ["confirmed", "[-0.6, -0.4]"],

@@ -177,9 +177,25 @@ def test_a_run_that_waits_for_a_failed_one_is_not_left(study: StudyFile) -> None
     assert verdict_of(study, runs, [source])["left"] == 0
     stopped = dataclasses.replace(source, status="stopped")
     assert verdict_of(study, runs, [stopped])["left"] == 1
+    assert verdict_of(study, runs, [source])["left_out"] == 1
+    third = dataclasses.replace(planned(outcomes("c", [1.0]), needs="b-seed-0")[0], needs_model=True)
+    assert verdict_of(study, [*runs, third], [source])["left"] == 0  # the chain breaks at its first link
     starts = [runs[0], dataclasses.replace(runs[1], needs_model=True)]
     assert verdict_of(study, starts, [stopped])["left"] == 0  # it has saved rollouts, and made no model
     assert verdict_of(study, starts, [dataclasses.replace(source, status="done")])["left"] == 1
+    late = dataclasses.replace(source, status="done", reason="max_minutes")
+    assert verdict_of(study, starts, [late])["left"] == 0  # it had no time to make one
+    assert verdict_of(study, runs, [late])["left"] == 1
+
+
+def test_rules_see_the_runs_that_were_left_out(study: StudyFile) -> None:
+    """Two seeds confirm, and the third could not be done: that is not `all seeds`."""
+    results = outcomes("a", [2.0, 2.0, 2.0])
+    assert verdict_of(study, planned(results), results)["verdict"] == "confirmed"
+    collect = outcomes("collect", [None])
+    runs = planned(collect) + planned(results[:2]) + planned(results[2:], needs="collect-seed-0")
+    found = verdict_of(study, runs, [*collect, *results[:2]])
+    assert (found["verdict"], found["left"], found["left_out"]) == ("underpowered", 0, 1)
 
 
 def test_a_damaged_result_is_named(study: StudyFile) -> None:

@@ -57,6 +57,25 @@ def test_a_changed_file_is_named_with_its_part(root: Path, file: str, part: str)
     assert differences(before, taken(root)) == [f"{part}: {name} has changed"]
 
 
+def test_the_donor_of_a_graft_is_digested(root: Path) -> None:
+    """A run that starts from another's model names a model inside of the study, but its routers come from elsewhere."""
+    inside = Config.model_validate(
+        {
+            "run_dir": str(root / "run"),
+            "model": {"path": str(root / "study" / "models" / "a-seed-0")},
+            "data": {"train": "arithmetic:terms=3"},
+            "train": {"steps": 1},
+        }
+    )
+
+    def digests() -> Fingerprint:
+        return take_fingerprint(root / "s.yaml", b"", [], {"a-seed-0": inside}, root / "study", [root / "model"])
+
+    before, weights = digests(), root / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b"x")
+    assert differences(before, digests()) == [f"model: {weights} has changed"]
+
+
 def test_another_version_of_a_library_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = taken(root)
     monkeypatch.setattr(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -46,6 +47,30 @@ def test_a_difference_is_measured_in_its_standard_errors() -> None:
     assert judgement.numbers["standard_error"] == pytest.approx(math.sqrt(0.0004 / 3 + variance / 4))
     assert judgement.numbers["in_standard_errors"] == pytest.approx(0.2 / math.sqrt(0.0004 / 3 + variance / 4))
     assert says(old, **{**DIFFERENCE, "arm": "old", "against": "old"}).verdict == "refuted"
+
+
+def with_error(results: list[RunOutcome], error: float) -> list[RunOutcome]:
+    return [dataclasses.replace(each, errors={"m": error}) for each in results]
+
+
+def test_seeds_that_tie_do_not_hide_the_error_of_their_evaluations() -> None:
+    """Accuracies take few values, so the differences of two pairs may be equal by chance."""
+    tied = with_error(outcomes("new", [0.5, 0.6]) + outcomes("old", [0.49, 0.59]), 0.05)
+    for paired in (False, True):
+        judgement = says(tied, **DIFFERENCE, paired=paired)
+        assert judgement.numbers["standard_error"] >= 0.05 * (1 - 1e-12)  # sqrt(2 * 0.05^2 / 2)
+        assert judgement.verdict != "confirmed"
+        assert says(tied, **DIFFERENCE, paired=paired, max_error=0.03).verdict == "underpowered"
+    assert says(tied, **DIFFERENCE, paired=True).numbers["standard_error"] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_a_mean_of_the_seeds_that_are_left_confirms_nothing(paired: bool) -> None:
+    new, old = outcomes("new", [1, 1.01, None]), outcomes("old", [0, 0.01, 0.02])
+    assert says(new + old, **DIFFERENCE, paired=paired).verdict == "underpowered"
+    assert says(new + old, **DIFFERENCE, paired=paired, min_seeds=2).verdict == "confirmed"
+    gone = [dataclasses.replace(each, status="left out") if each.metrics["m"] is None else each for each in new]
+    assert says(gone + old, **DIFFERENCE, paired=paired).verdict == "underpowered"
 
 
 @pytest.mark.parametrize(
@@ -270,6 +295,25 @@ def test_the_error_of_an_edges_slope_is_not_below_that_of_the_grid() -> None:
     assert numbers["standard_error"] == pytest.approx(np.std(slopes), rel=0.05)
 
 
+def test_an_edge_is_that_of_all_runs_at_its_value() -> None:
+    """A third factor has three values. One unstable run makes its learning rate unstable, and a step is a step."""
+    threes = [run for k in range(3) for run in grid({1: 2, 2: 1}, k=str(k))]
+    assert says(threes, **EDGE).numbers["edges"]["0"] == {"1": 4e-4, "2": 2e-4}
+    worse = threes + grid({1: 0, 2: 1}, k="3")
+    assert says(worse, **EDGE).numbers["edges"]["0"] == {"1": 1e-4, "2": 2e-4}
+    shift = {"kind": "edge_shift", "along": "lr", "factor": "r", "value": "a", "against": "b", "confirms": {"min": 2}}
+    moved = [run for k in range(3) for run in [*grid({4: 2}, r="a", k=str(k)), *grid({4: 1}, r="b", k=str(k))]]
+    assert says(moved, **shift).numbers["by_seed"] == {"0": 1.0, "1": 1.0}
+
+
+def test_a_run_that_was_left_out_leaves_its_edge_unknown() -> None:
+    results = [
+        dataclasses.replace(each, status="left out") if each.at == {"n": 1, "lr": 8e-4} else each
+        for each in grid({1: 2, 2: 1, 4: 0})
+    ]
+    assert says(results, **EDGE).verdict == "underpowered"
+
+
 def test_a_stable_run_above_an_unstable_one_does_not_move_the_edge() -> None:
     results = [each for each in grid({1: 3, 2: 2}) if each.at != {"n": 1, "lr": 2e-4}]
     results += outcomes("", [1.0, 1.0], status="stopped", n=1, lr=2e-4)
@@ -294,6 +338,12 @@ def test_an_edge_that_moves_by_a_grid_step_is_counted_by_seed() -> None:
     assert says(grid({4: 1}, replay="r2") + grid({4: 1}, replay="none"), **rule).verdict == "refuted"
     assert says(grid({4: 3}, replay="r2") + grid({4: 1}, replay="none"), **rule).verdict == "confirmed"
     assert says(grid({4: 3}, replay="r2") + grid({4: 3}, replay="none"), **rule).verdict == "underpowered"
+    # Below the grid in both arms: the shift can be anything. Below it in one: at most so much.
+    assert says(grid({4: -1}, replay="r2") + grid({4: -1}, replay="none"), **rule).verdict == "underpowered"
+    assert says(grid({4: -1}, replay="r2") + grid({4: 1}, replay="none"), **rule).verdict == "refuted"
+    assert says(grid({4: 1}, replay="r2") + grid({4: -1}, replay="none"), **rule).verdict == "confirmed"
+    exact = {**rule, "confirms": {"min": 1, "max": 2}, "refutes": {"min": 3}}
+    assert says(grid({4: 3}, replay="r2") + grid({4: 1}, replay="none"), **exact).verdict == "underpowered"
     fewer = [run for run in grid({4: 2}, replay="r2") if run.at["lr"] != LRS[0]]
     assert says(fewer + grid({4: 1}, replay="none"), **rule).verdict == "underpowered"
 
