@@ -253,7 +253,7 @@ RULES: tuple[Rule, ...] = (
         "optimizer stuck",
         Severity.COLLAPSED,
         "skipped = 1 in three optimizer steps in a row",
-        "no weight changes any more, because no gradient is finite",
+        "no weight changes any more: no gradient is finite, or an alarm skips every step",
         "definition of skipped; three in a row is our choice",
         lambda lines, _: stuck(lines, 3),
         "skipped",

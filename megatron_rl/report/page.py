@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,15 +55,21 @@ class ReportPage:
     """(key, value in each run)."""
 
     def images(self) -> Iterator[tuple[str, DrawnFigure]]:
-        """Yields every figure with the name of its PNG file."""
+        """Yields every figure with the name of its PNG file; a name that is taken gets a number."""
+        taken: Counter[str] = Counter()
+        for name, drawn in self._named():
+            taken[name] += 1
+            yield f"{name}-{taken[name]}.png" if taken[name] > 1 else f"{name}.png", drawn
+
+    def _named(self) -> Iterator[tuple[str, DrawnFigure]]:
         for section in self.studies:
             for figure in (*section.measures, *section.figures):
-                yield f"{_plain(section.study.name)}-{_plain(figure.key)}.png", figure.drawn
+                yield f"{_plain(section.study.name)}-{_plain(figure.key)}", figure.drawn
         for figure in self.compared:
-            yield f"compared-{figure.key}.png", figure.drawn
+            yield f"compared-{figure.key}", figure.drawn
         for each in self.runs:
             for figure in (figure for group in each.groups for figure in group.figures):
-                yield f"{_plain(each.run.name)}-{figure.key}.png", figure.drawn
+                yield f"{_plain(each.run.name)}-{figure.key}", figure.drawn
 
 
 def compose(studies: Sequence[LoadedStudy], runs: Sequence[LoadedRun]) -> ReportPage:

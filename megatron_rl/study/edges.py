@@ -1,4 +1,4 @@
-"""Where stability ends along a grid. Pure; imports no torch."""
+"""Finds where stability ends along a grid. Pure; imports no torch."""
 
 from __future__ import annotations
 

@@ -4,50 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from megatron_rl.config.load import raise_all
 from megatron_rl.config.resolve import Resolved, local_files, model_dirs, resolve
 from megatron_rl.config.schema import Config
-from megatron_rl.config.sources import ConfigError, nearest
+from megatron_rl.config.sources import ConfigError
 from megatron_rl.data.arithmetic_task import PREFIX, ArithmeticTask
 from megatron_rl.errors import UserError
 from megatron_rl.models.kinds import PolicyKind
-from megatron_rl.study.decision_rules import EdgeShiftRule, GridEdgeRule, SlopeRule
+from megatron_rl.study.arms import ArmPoint, arms_of, depth, filled, run_name
 from megatron_rl.study.outcome import RunOutcome
-from megatron_rl.study.study_file import NAME, Coordinate, Replay, Start, StudyArm, StudyFile
-
-S = TypeVar("S", Replay, Start)
-FACTOR = re.compile(r"\{(\w+)\}")
-MAX_RUNS = 10_000
-
-
-@dataclass(frozen=True)
-class ArmPoint:
-    """An arm of the study file, or one point of its grid."""
-
-    name: str
-    values: dict[str, Any]
-    """What it changes, in sections of the configuration."""
-    point: dict[str, Coordinate]
-    """The point of its grid."""
-    base: Path
-    seeds: tuple[int, ...]
-    ranks: int
-    replay: Replay | None
-    start: Start | None
-    at: dict[str, Coordinate]
-
-    @property
-    def source(self) -> Replay | Start | None:
-        """The arm whose run comes first, because this one needs its rollouts or its model."""
-        return self.replay or self.start
+from megatron_rl.study.plan_checks import missing_sources, names_that_rules_miss, unfit_plans
+from megatron_rl.study.study_file import Coordinate, StudyFile
 
 
 @dataclass(frozen=True)
@@ -109,10 +82,10 @@ def make_plan(study: StudyFile, file: Path) -> Plan:
     share servers. Within them all arms of one seed come before the next seed, so an unfinished study has compared what
     it can.
     """
-    arms = _arms(study, file)
-    problems = [*_names_that_rules_miss(study, arms)]
-    problems += _missing_sources(arms)
-    depths = {name: _depth(name, arms) for name in arms}
+    arms = arms_of(study, file)
+    problems = [*names_that_rules_miss(study, arms)]
+    problems += missing_sources(arms)
+    depths = {name: depth(name, arms) for name in arms}
     raise_all([f"{file}: {each}" for each in problems])
     resolved: dict[str, Resolved[Config]] = {}
     for arm in arms.values():
@@ -122,7 +95,7 @@ def make_plan(study: StudyFile, file: Path) -> Plan:
         except UserError as error:
             problems += [f"{file}: arms.{arm.name}: {line}" for line in str(error).splitlines()]
     raise_all(problems)
-    problems += [f"{file}: arms.{arm}: {what}" for arm, what in _unfit_replays(arms, resolved)]
+    problems += [f"{file}: {what}" for what in unfit_plans(study, arms, resolved)]
     raise_all(problems)
     servers = [_servers(each.config) for each in resolved.values()]
     order = {name: number for number, name in enumerate(arms)}
@@ -137,12 +110,12 @@ def make_plan(study: StudyFile, file: Path) -> Plan:
     runs = tuple(
         PlannedRun(
             task,
-            _run_name(arm.name, seed),
+            run_name(arm.name, seed),
             arm.name,
             seed,
             arm.at,
             arm.ranks,
-            _source(arm, seed),
+            arm.source_run(seed),
             _config_of(study, resolved[arm.name].config, arm, seed),
             needs_model=arm.start is not None,
             graft=_graft(study, resolved[arm.name].config, arm, seed),
@@ -207,102 +180,23 @@ def _naming(key: str) -> Iterator[None]:
         raise ConfigError(f"{key}: {error}") from None
 
 
-# ---- arms ------------------------------------------------------------------------------------------------------
-
-
-def _arms(study: StudyFile, file: Path) -> dict[str, ArmPoint]:
-    """The arms by name, grids written out. Raises ConfigError for names that cannot be or are double."""
-    found: dict[str, ArmPoint] = {}
-    problems = []
-    for template, arm in study.arms.items():
-        for point in _points(arm):
-            name = _filled(template, point)
-            if not isinstance(name, str) or not NAME.fullmatch(name) or (FACTOR.search(template) and not arm.grid):
-                problems.append(f"arms: found {template!r}, expected a name of letters, digits and . _ + = -")
-            elif name in found:
-                problems.append(f"arms: two arms are called {name!r}; put every factor of a grid into its name")
-            elif len(found) * len(study.seeds) > MAX_RUNS:
-                problems.append(f"arms: more than {MAX_RUNS} runs")
-                break
-            else:
-                found[name] = ArmPoint(
-                    name=name,
-                    values=_filled(arm.set, point),
-                    point=point,
-                    base=file.parent / (arm.base or study.base),
-                    seeds=arm.seeds or study.seeds,
-                    ranks=arm.ranks or study.ranks,
-                    replay=arm.replay
-                    and arm.replay.model_copy(update={"source": str(_filled(arm.replay.source, point))}),
-                    start=arm.start and arm.start.model_copy(update={"source": str(_filled(arm.start.source, point))}),
-                    at={**arm.at, **point},
-                )
-    raise_all([f"{file}: {each}" for each in dict.fromkeys(problems)])
-    return found
-
-
-def _source_filled(needed: S | None, point: Mapping[str, Coordinate]) -> S | None:
-    return needed and needed.model_copy(update={"source": str(_filled(needed.source, point))})
-
-
-def _points(arm: StudyArm) -> Iterator[dict[str, Coordinate]]:
-    for values in itertools.product(*arm.grid.values()):
-        yield dict(zip(arm.grid, values, strict=True))
-
-
-def _filled(value: Any, point: Mapping[str, Coordinate]) -> Any:
-    """The value with each {factor} of the point filled in; a text that is one factor becomes the factor's value."""
-    if isinstance(value, dict):
-        return {key: _filled(each, point) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_filled(each, point) for each in value]
-    if not isinstance(value, str):
-        return value
-    if (whole := FACTOR.fullmatch(value)) and whole[1] in point:
-        return point[whole[1]]
-    return FACTOR.sub(lambda match: str(point.get(match[1], match[0])), value)
-
-
-def _names_that_rules_miss(study: StudyFile, arms: Mapping[str, ArmPoint]) -> Iterator[str]:
-    for key, rule in study.rules:
-        for arm in rule.arms:
-            if arm not in arms:
-                yield f"{key}: no arm is called {arm!r}{nearest(arm, list(arms))}"
-        known = {factor for arm in arms.values() for factor in arm.at}
-        for factor in rule.factors:
-            if factor not in known:
-                yield f"{key}: no arm has {factor!r} in its `at` or `grid`"
-        numeric = {factor for factor in known if all(not isinstance(a.at.get(factor), str) for a in arms.values())}
-        for factor in _numbers(rule):
-            if factor in known - numeric:
-                yield f"{key}: {factor!r} must be a number in every arm that has it"
-
-
-def _numbers(rule: object) -> tuple[str, ...]:
-    if isinstance(rule, GridEdgeRule):
-        return rule.along, rule.over
-    if isinstance(rule, EdgeShiftRule):
-        return (rule.along,)
-    return (rule.x_factor,) if isinstance(rule, SlopeRule) and rule.x_factor else ()
-
-
 def _overrides(study: StudyFile, arm: ArmPoint) -> list[str]:
     """Later ones win: budget, the study's values, the arm's values, and what the study sets itself."""
     seed = arm.seeds[0]
     budget: dict[str, Any] = {"train.steps": study.budget.steps, "train.max_minutes": study.budget.minutes}
-    own: dict[str, Any] = {"seed": seed, "run_dir": str(study.directory / "runs" / _run_name(arm.name, seed))}
+    own: dict[str, Any] = {"seed": seed, "run_dir": str(study.directory / "runs" / run_name(arm.name, seed))}
     if arm.replay is not None:
-        own["rollout.replay_from"] = str(study.directory / "runs" / str(_source(arm, seed)))
+        own["rollout.replay_from"] = str(study.directory / "runs" / str(arm.source_run(seed)))
     given = [(key, value) for key, value in budget.items() if value is not None]
-    given += [*_filled(study.set, arm.point).items(), *arm.values.items(), *own.items()]
+    given += [*filled(study.set, arm.point).items(), *arm.values.items(), *own.items()]
     return [f"{key}={json.dumps(value)}" for key, value in given]
 
 
 def _config_of(study: StudyFile, config: Config, arm: ArmPoint, seed: int) -> Config:
     """The arm's configuration with another seed."""
-    update: dict[str, Any] = {"seed": seed, "run_dir": study.directory / "runs" / _run_name(arm.name, seed)}
+    update: dict[str, Any] = {"seed": seed, "run_dir": study.directory / "runs" / run_name(arm.name, seed)}
     if arm.replay is not None:
-        replay_from = study.directory / "runs" / str(_source(arm, seed))
+        replay_from = study.directory / "runs" / str(arm.source_run(seed))
         update["rollout"] = config.rollout.model_copy(update={"replay_from": replay_from})
     if arm.start is not None:
         graft = _graft(study, config, arm, seed)
@@ -314,16 +208,12 @@ def _config_of(study: StudyFile, config: Config, arm: ArmPoint, seed: int) -> Co
 def _graft(study: StudyFile, config: Config, arm: ArmPoint, seed: int) -> Grafting | None:
     if arm.start is None or not arm.start.graft:
         return None
-    out = study.directory / "models" / _run_name(arm.name, seed)
+    out = study.directory / "models" / run_name(arm.name, seed)
     return Grafting(str(config.model.path), str(_trained(study, arm, seed)), str(out), arm.start.graft)
 
 
 def _trained(study: StudyFile, arm: ArmPoint, seed: int) -> Path:
-    return study.directory / "runs" / str(_source(arm, seed)) / "model"
-
-
-def _run_name(arm: str, seed: int) -> str:
-    return f"{arm}-seed-{seed}"
+    return study.directory / "runs" / str(arm.source_run(seed)) / "model"
 
 
 def _servers(config: Config) -> tuple[object, ...]:
@@ -332,59 +222,3 @@ def _servers(config: Config) -> tuple[object, ...]:
     if rollout.replay_from is not None:
         return ()
     return rollout.servers, rollout.concurrency, engine.dtype, config.model.path, config.routing.needs_rollout_routes
-
-
-# ---- arms that need others -------------------------------------------------------------------------------------
-
-
-def _source(arm: ArmPoint, seed: int) -> str | None:
-    """The run that this arm's run of `seed` needs."""
-    needed = arm.source
-    return None if needed is None else _run_name(needed.source, seed if needed.seed is None else needed.seed)
-
-
-def _depth(name: str, arms: Mapping[str, ArmPoint]) -> int:
-    """How many arms come before this one, each because the next one needs it."""
-    chain = [name]
-    while (needed := arms[chain[-1]].source) is not None and needed.source in arms and needed.source not in chain:
-        chain.append(needed.source)
-    return len(chain) - 1
-
-
-def _missing_sources(arms: Mapping[str, ArmPoint]) -> Iterator[str]:
-    """One line for each arm whose source does not exist, does not come first, or has not what the arm needs."""
-    for name, arm in arms.items():
-        needed = arm.source
-        if needed is None:
-            continue
-        key = f"arms.{name}.{'start' if arm.replay is None else 'replay'}"
-        source = arms.get(needed.source)
-        if source is None:
-            yield f"{key}: no arm is called {needed.source!r}{nearest(needed.source, list(arms))}"
-            continue
-        if arm.replay is not None and source.replay is not None:  # it saves no rollouts
-            yield f"{key}: {source.name} replays rollouts itself and saves none; name {source.replay.source}"
-        elif _depth(source.name, arms) >= _depth(name, arms):
-            yield f"{key}: {source.name} needs {name} itself, directly or through other arms"
-        wanted = arm.seeds if needed.seed is None else (needed.seed,)
-        if missing := [seed for seed in wanted if seed not in source.seeds]:
-            yield f"{key}: {source.name} has no seed {missing[0]}; its seeds are {list(source.seeds)}"
-
-
-def _unfit_replays(arms: Mapping[str, ArmPoint], resolved: Mapping[str, Resolved[Config]]) -> Iterator[tuple[str, str]]:
-    """What a replay would refuse only when it starts: the arm and the problem."""
-    for name, arm in arms.items():
-        if arm.replay is None:
-            continue
-        mine, theirs = resolved[name].config, resolved[arm.replay.source].config
-        if (elsewhere := theirs.rollout.replay_from) is not None:
-            yield (
-                name,
-                f"replay: {arm.replay.source} has rollout.replay_from, so it saves no rollouts; name {elsewhere}",
-            )
-        for key in ("prompts_per_step", "group_size", "temperature"):
-            own, saved = getattr(mine.rollout, key), getattr(theirs.rollout, key)
-            if own != saved:
-                yield name, f"rollout.{key}: {own}, but {arm.replay.source} saves rollouts with {saved}"
-        if mine.train.steps > theirs.train.steps:
-            yield name, f"train.steps: {mine.train.steps}, but {arm.replay.source} saves {theirs.train.steps} steps"

@@ -14,6 +14,7 @@ from megatron_rl.config.bounds import Frozen, NonNegativeInt, Positive, Positive
 from megatron_rl.config.load import MAX_PROBLEMS, raise_all
 from megatron_rl.config.sources import ConfigError, flatten, shown
 from megatron_rl.config.yaml12 import MAX_BYTES, YamlError, read_yaml
+from megatron_rl.lab.declared_all import DECLARATION
 from megatron_rl.models.kinds import PolicyKind
 from megatron_rl.study.decision_rules import Rule, rules_within
 from megatron_rl.study.stop_rules import StopRule
@@ -211,8 +212,25 @@ def _mistakes(study: StudyFile) -> Iterator[tuple[str, str]]:
             yield f"metrics.{name}.mini_batches", "lines of eval.jsonl have no mini-batch; drop it"
         if metric.error and (metric.file, metric.name) != ("eval", "avg_at_k"):
             yield f"metrics.{name}.error", "binomial is the error of `file: eval`, `name: avg_at_k` alone"
+        elif metric.error and metric.reduce not in ("first", "last"):
+            yield f"metrics.{name}.error", f"one evaluation has it, and reduce is {metric.reduce}; take first or last"
+        for each in (metric.name,) if isinstance(metric.name, str) else metric.name:
+            yield from _unknown(f"metrics.{name}.name", metric.file, each)
+    for number, stop in enumerate(study.stops):
+        yield from _unknown(f"stops.{number}.name", stop.file, stop.name)
     for key, rule in study.rules:
+        if len(set(rule.arms)) < len(rule.arms):
+            yield key, f"{rule.arms[0]!r} is compared with itself; name another arm"
         for metric_name in rule.metrics:
             if metric_name not in study.metrics:
                 known = ", ".join(study.metrics) or "none"
                 yield key, f"no metric is called {metric_name!r}; `metrics` declares: {known}"
+
+
+def _unknown(key: str, file: str, name: str) -> Iterator[tuple[str, str]]:
+    """A metric that no line has: its number would be missing in every run, and its rule would never stop one."""
+    lines = f"{file}.jsonl"
+    if DECLARATION.find(lines, name) is None:
+        close = DECLARATION.nearest(lines, name)
+        hint = f"did you mean {close!r}?" if close else "docs/metrics.md lists all metrics"
+        yield key, f"found {name!r}, which no line of {lines} has; {hint}"

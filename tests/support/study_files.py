@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter
 
+from megatron_rl.study.decision_rules import Rule
 from megatron_rl.study.outcome import RunOutcome, Status
+from megatron_rl.study.verdicts import Judgement, judge
 
 QUESTION = {"question": "Does it hold?", "hypothesis": "It does.", "source": "a test"}
 
@@ -37,3 +40,10 @@ def outcomes(
         )
         for seed, value in enumerate(values)
     ]
+
+
+RULES: TypeAdapter[Rule] = TypeAdapter(Rule)
+
+
+def says(results: list[RunOutcome], **rule: Any) -> Judgement:
+    return judge(RULES.validate_python(rule), results)

@@ -367,7 +367,7 @@ def test_rollout_routes_are_requested_only_if_needed(tmp_path: Path, overrides: 
 
 
 def test_reference_and_critic_must_fit_the_policy(tmp_path: Path) -> None:
-    its = {"vocab_size": 98, "num_hidden_layers": 9, "max_position_embeddings": 1024}
+    its = {"vocab_size": 98, "num_hidden_layers": 1, "max_position_embeddings": 1024}
     for name, changes in (("other", {"hidden_size": 128}), ("critic", its)):
         write_model(tmp_path / name)
         write(tmp_path / name / "config.json", json.dumps(MODEL_FIELDS | changes))
@@ -383,9 +383,9 @@ def test_reference_and_critic_must_fit_the_policy(tmp_path: Path) -> None:
     assert first.startswith(f"model.reference: {tmp_path / 'other'} is of another architecture than model.path: ")
     assert "hidden_size 128, not 64" in first
     assert second.startswith(f"critic.path: {tmp_path / 'critic'} has a vocabulary of 98 tokens, the policy one of 99")
-    assert third.startswith(f"critic.path: {tmp_path / 'critic'}: parallel.pp")
+    assert third.startswith(f"critic.path: {tmp_path / 'critic'}: parallel.pp * parallel.vpp: 2 stages")
     assert fourth.startswith(
         f"critic.path: {tmp_path / 'critic'}: data.max_prompt_tokens + rollout.max_response_tokens"
     )
-    assert fifth.startswith("engine.aux_loss_coefficient: 0.001, but the critic has 9 layers and the policy ")
+    assert fifth.startswith("engine.aux_loss_coefficient: 0.001, but the critic has 1 layers and the policy ")
     check_companions(rl(tmp_path, "presets=ppo"), ARCHITECTURE, layout)

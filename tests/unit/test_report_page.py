@@ -150,6 +150,13 @@ def test_runs_side_by_side_are_overlaid_with_their_differences(tmp_path: Path) -
     assert len(names) == len(set(names))
 
 
+def test_figures_of_runs_with_equal_names_have_names_of_their_own(tmp_path: Path) -> None:
+    paths = [write_run(tmp_path / name, names=FEW[:1], steps=2) for name in ("a b", "a_b")]
+    names = [name for name, _ in report_of(*paths).images()]
+    assert len(names) == len(set(names))
+    assert sum(name.startswith("a_b-") for name in names) == 2 * sum(name.endswith("-2.png") for name in names) > 0
+
+
 def test_many_runs_are_compared_without_their_single_figures(tmp_path: Path) -> None:
     paths = [write_run(tmp_path / str(n), names=FEW[:1], seed=n, steps=2) for n in range(5)]
     report = report_of(*paths)

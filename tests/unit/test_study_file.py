@@ -144,6 +144,18 @@ def test_an_arm_starts_from_the_model_of_another(base: Path, model: Path) -> Non
     assert taken["rollouts"] == {}
 
 
+def test_an_arm_starts_from_a_model_of_its_own_architecture(base: Path) -> None:
+    make_tiny_model(base.with_name("wide"), num_layers=1, ffn_hidden_size=64)
+    other = {"set": {"model": {"path": str(base.with_name("wide"))}}}
+    told = refusal(base, {"a": other, "b": {"start": {"from": "a", "graft": ["router"]}}})
+    assert "arms.b.start: model.path is of another architecture than that of a: ffn_hidden_size 96, not 64" in told
+
+
+def test_a_factor_alone_may_name_the_arm_that_another_needs(base: Path) -> None:
+    arms = {"{n}": {"grid": {"n": [1, 2]}}, "from-{n}": {"grid": {"n": [1, 2]}, "start": {"from": "{n}"}}}
+    assert [run.needs for run in plan_of(base, arms).runs] == [None, None, "1-seed-0", "2-seed-0"]
+
+
 def test_a_note_on_several_arms_is_told_once(base: Path) -> None:
     parent = base.read_text().replace("rollout: {", "optim: {schedule: cosine, decay_steps: 9}\nrollout: {")
     base.with_name("parent.yaml").write_text(parent)
@@ -232,6 +244,36 @@ def test_base_is_relative_to_the_study_file_and_an_arm_may_have_its_own(base: Pa
         ({"metrics": {"m": {"name": ["a", "b"]}}}, "metrics.m: `combine` is for a `name` of two metrics"),
         ({"metrics": {"m": {"name": "a", "combine": "sum"}}}, "metrics.m: `combine` is for a `name` of two metrics"),
         ({"stops": [{"kind": "fall"}]}, "stops.0.name: not set"),
+        (
+            {"stops": [{"kind": "fall", "name": "avg_at"}]},
+            "stops.0.name: found 'avg_at', which no line of eval.jsonl has",
+        ),
+        (
+            {"metrics": {"m": {"name": "kl/old_polcy/k3"}}},
+            "no line of metrics.jsonl has; did you mean 'kl/old_policy/k3'?",
+        ),
+        (
+            {"metrics": {"m": {"name": "loss", "mini_batches": [9]}}},
+            "m.mini_batches: found [9], but the arms have at most",
+        ),
+        (
+            {"metrics": {"m": {"file": "eval", "name": "avg_at_k", "error": "binomial"}}},
+            "metrics.m.error: one evaluation has it, and reduce is mean; take first or last",
+        ),
+        (
+            {
+                "metrics": {"m": {"name": "loss"}},
+                "rule": {"kind": "difference", "metric": "m", "arm": "a", "against": "a", "confirms": {"min": 2}},
+            },
+            "rule: 'a' is compared with itself; name another arm",
+        ),
+        (
+            {
+                "metrics": {"m": {"name": "loss"}},
+                "rule": {"kind": "threshold", "metric": "m", "arm": "a", "confirms": {"min": 2}, "seeds": 2},
+            },
+            "rule.seeds: found 2, but the runs have 1 seeds",
+        ),
         ({"set": {"optim": {"rl": 1}}}, "arms.a: override 'optim={\"rl\": 1}': optim.rl: no such key"),
     ],
 )
