@@ -304,7 +304,9 @@ def _layout(networks: Mapping[str, Network]) -> dict[str, Any]:
     policy = networks["policy"]
     layout = policy.layout
     degrees = {k: getattr(layout, k) for k in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")}
-    return {**degrees, "dtype": policy.engine.dtype}
+    # Without it the layers of each stage follow from the degrees and the model.
+    given = {"stage_layers": list(layout.stage_layers)} if layout.stage_layers else {}
+    return {**degrees, **given, "dtype": policy.engine.dtype}
 
 
 def _digest(path: Path) -> str:

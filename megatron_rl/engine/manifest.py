@@ -24,6 +24,10 @@ _NAME = re.compile(r"step-(\d{6,})")
 _Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
+LayoutRecord = Mapping[str, int | str | list[int]]
+"""Degrees of parallelism, dtype, and the layers of each stage if they were given."""
+
+
 class CheckpointError(UserError):
     """A checkpoint of another layout, run, model or data."""
 
@@ -76,7 +80,7 @@ class State(_StrictModel):
 
 class Manifest(_StrictModel):
     format: Literal[4]
-    layout: dict[str, int | str]
+    layout: LayoutRecord
     identity: Identity
     files: list[ShardFile]
     state: State
@@ -118,7 +122,7 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def check_identity(directory: Path, manifest: Manifest, layout: Mapping[str, int | str], now: Identity) -> None:
+def check_identity(directory: Path, manifest: Manifest, layout: LayoutRecord, now: Identity) -> None:
     """Raises CheckpointError if the checkpoint is of another layout, run, model or data than this start."""
     then = manifest.identity
     if then.run != now.run:

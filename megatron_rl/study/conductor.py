@@ -81,9 +81,8 @@ class Conductor:
 
     def _next_group(self) -> list[PlannedRun]:
         """The next runs that one world can do. Raises Stopped if a run has to wait for another process's."""
-        results = list(self._directory.read_results(self._plan.runs).values())
-        ended = {each.run for each in results}
-        possible = {run.run for run in runs_left(self._plan.runs, results)} - self._elsewhere
+        ended = set(self._directory.read_results(self._plan.runs))
+        possible = self._possible() - self._elsewhere
         todo = [run for run in self._wanted if run.run in possible]
         if not todo:
             return []
@@ -98,6 +97,11 @@ class Conductor:
                     f"result yet; start it again when task {self._task(run.needs)} is done (Slurm: --dependency)"
                 )
         return group
+
+    def _possible(self) -> set[str]:
+        """Runs without a result that can still have one."""
+        results = list(self._directory.read_results(self._plan.runs).values())
+        return {run.run for run in runs_left(self._plan.runs, results)}
 
     def _task(self, name: str) -> int:
         return next(run.task for run in self._plan.runs if run.run == name)
@@ -114,9 +118,7 @@ class Conductor:
             begun = read_begun(order)
         unfinished = [run for run in group if not self._directory.has_result(run.run)]
         if status == 0:
-            results = list(self._directory.read_results(self._plan.runs).values())
-            possible = {run.run for run in runs_left(self._plan.runs, results)}
-            self._elsewhere |= {run.run for run in unfinished} & possible
+            self._elsewhere |= {run.run for run in unfinished} & self._possible()
         elif status in SIGNALLED:
             raise Stopped("the study stopped; the same command goes on with it")
         elif broken := [run for run in unfinished if run.run in begun]:

@@ -306,7 +306,9 @@ def _grid_edge(rule: GridEdgeRule, results: Results) -> Judgement:
 def _edge_shown(edge: Edge) -> float | str:
     if edge.is_inside:
         return edge.values[edge.index]
-    return "above the grid" if edge.is_top and edge.values else "below the grid"
+    if not edge.values:
+        return "not known"
+    return "above the grid" if edge.is_top else "below the grid"
 
 
 def _selected(results: Results, seed: int, where: Where) -> list[RunOutcome]:
@@ -316,11 +318,9 @@ def _selected(results: Results, seed: int, where: Where) -> list[RunOutcome]:
 def _edge_shifts(rule: EdgeShiftRule, results: Results) -> dict[int, float | None]:
     shifts: dict[int, float | None] = {}
     for seed in _seeds(results):
-        one, other = (
-            find_edge(_selected(results, seed, {**rule.where, rule.factor: value}), rule.along)
-            for value in (rule.value, rule.against)
-        )
-        if one.values and other.values:
+        runs = [_selected(results, seed, {**rule.where, rule.factor: each}) for each in (rule.value, rule.against)]
+        if all(runs):
+            one, other = (find_edge(each, rule.along) for each in runs)
             shifts[seed] = _shift(rule, one, other) if one.values == other.values else None
     return shifts
 

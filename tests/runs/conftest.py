@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
 from forks import Forks
+from parity_checks import Compare, write_sequences
 from resume_runs import SFT, STEPS
 from tiny_models import make_tiny_model
+
+from megatron_rl import parity
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +38,23 @@ checkpoint: {{every: 1, keep: 9}}
     done = forks.run(*SFT, root / "sft.yaml", f"run_dir={root / 'whole'}")
     assert done.status == [0], done.stderr
     return root
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sequences(tmp_path_factory.mktemp("tokens") / "tokens.jsonl")
+
+
+@pytest.fixture
+def compare(forked_ranks: None, capsys: pytest.CaptureFixture[str]) -> Compare:
+    """Returns a function that compares with forked ranks and returns (status, results).
+
+    tests/runs/test_cli.py and tests/ranks/test_ranks_launch.py start the command with real ranks.
+    """
+
+    def run(model: Path, tokens: Path, layouts: list[str], **options: Any) -> tuple[int, list[dict[str, Any]]]:
+        capsys.readouterr()
+        status = parity.run(model, tokens, layouts, device="cpu", as_json=True, **options)
+        return status, [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+
+    return run

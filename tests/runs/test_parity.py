@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
+from parity_checks import Compare, check
 from tiny_models import VOCAB_SIZE, make_tiny_model
 
 from megatron_rl import parity
-
-Compare = Callable[..., tuple[int, list[dict[str, Any]]]]
 
 ONE_RANK = ["tp=1"]
 TWO_RANKS = ["tp=2", "pp=2", "pp=2,vpp=2", "cp=2", "ep=2", "dp=2", "cp=2,ep=2"]
@@ -21,43 +17,8 @@ FOUR_RANKS = ["tp=2,ep=2,etp=2", "tp=2,pp=2", "tp=2,pp=2,ep=2"]
 
 
 @pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of sequences of unequal length, enough for the micro-batches of every layout."""
-    rng = np.random.default_rng(0)
-    lines = [rng.integers(0, VOCAB_SIZE, n).tolist() for n in (5, 17, 40, 33, 9, 24, 3, 12, 50, 21, 2, 31)]
-    path = tmp_path_factory.mktemp("tokens") / "tokens.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)))
-    return path
-
-
-@pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model") / "moe", num_layers=4, mlp_only_layers=(1,))
-
-
-@pytest.fixture
-def compare(forked_ranks: None, capsys: pytest.CaptureFixture[str]) -> Compare:
-    """Returns a function that compares with forked ranks and returns (status, results).
-
-    tests/runs/test_cli.py and tests/ranks/test_ranks_launch.py start the command with real ranks.
-    """
-
-    def run(model: Path, tokens: Path, layouts: list[str], **options: Any) -> tuple[int, list[dict[str, Any]]]:
-        capsys.readouterr()
-        status = parity.run(model, tokens, layouts, device="cpu", as_json=True, **options)
-        return status, [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-
-    return run
-
-
-def check(compare: Compare, model: Path, tokens: Path, layouts: list[str], recompute: str = "none") -> None:
-    status, results = compare(model, tokens, layouts, recompute=recompute)
-    assert [r["layout"] for r in results] == layouts
-    for result in results:
-        assert result["logprob_max"] <= 2e-5, result
-        assert result["grad_max"] <= 1e-4, result
-        assert result["tokens"] == 235
-    assert status == 0
 
 
 @pytest.mark.distributed

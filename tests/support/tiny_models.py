@@ -95,14 +95,18 @@ def _random_model(family: str, config: dict[str, Any], std: float, seed: int) ->
         model: PreTrainedModel = Qwen3MoeForCausalLM(Qwen3MoeConfig(**config))
     else:
         model = Qwen3ForCausalLM(Qwen3Config(**config))
-    generator = torch.Generator().manual_seed(seed)
+    fill(model, std, torch.Generator().manual_seed(seed))
+    return model
+
+
+def fill(model: torch.nn.Module, std: float, generator: torch.Generator) -> None:
+    """Draws all parameters: matrices are normal with `std`; what has one dimension, as norms, is 0.5 + U(0, 1)."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator))
             else:
                 parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def reference_logprobs(path: Path, token_ids: Sequence[int], temperature: float = 1.0) -> torch.Tensor:

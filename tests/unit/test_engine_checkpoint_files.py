@@ -38,11 +38,19 @@ def checkpoint(monkeypatch: pytest.MonkeyPatch) -> Any:
     return checkpoint
 
 
-def save(checkpoint: Any, root: Path, step: int) -> None:
+def save(checkpoint: Any, root: Path, step: int, **parallel: Any) -> None:
     place = SimpleNamespace(rank=0, control=dist.group.WORLD)
-    layout = Layout.resolve(ParallelConfig(), 1)
+    layout = Layout.resolve(ParallelConfig(**parallel), 1)
     networks = {"policy": SimpleNamespace(place=place, layout=layout, engine=SimpleNamespace(dtype="fp32"))}
     checkpoint.save_checkpoint(root, networks, IDENTITY, State(step=step, cursor={}))
+
+
+def test_given_stages_are_part_of_the_layout(tmp_path: Path, checkpoint: Any) -> None:
+    """Under other stages a rank would hold the optimizer state of other layers."""
+    save(checkpoint, tmp_path, 1)
+    save(checkpoint, tmp_path, 2, stage_layers=(3,))
+    plain, given = (read_manifest(tmp_path / f"step-00000{step}").layout for step in (1, 2))
+    assert given == {**plain, "stage_layers": [3]}
 
 
 def test_all_files_are_synced_before_the_checkpoint_gets_its_final_name(

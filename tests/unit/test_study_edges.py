@@ -70,11 +70,20 @@ def test_an_edge_is_that_of_all_runs_at_its_value() -> None:
 
 
 def test_a_run_that_was_left_out_leaves_its_edge_unknown() -> None:
+    """A seed whose edge is not known has no number, and is one of the seeds all the same."""
     results = [
         dataclasses.replace(each, status="left out") if each.at == {"n": 1, "lr": 8e-4} else each
         for each in grid({1: 2, 2: 1, 4: 0})
     ]
-    assert says(results, **EDGE).verdict == "underpowered"
+    judgement = says(results, **EDGE)
+    assert judgement.verdict == "underpowered"
+    assert judgement.numbers["edges"]["0"]["1"] == "not known"
+    shift = {"kind": "edge_shift", "along": "lr", "factor": "r", "value": "a", "against": "b", "confirms": {"min": 1}}
+    runs = grid({4: 2}, seeds=3, r="a") + grid({4: 1}, seeds=3, r="b")
+    assert says(runs, **shift).verdict == "confirmed"
+    runs[2] = dataclasses.replace(runs[2], status="left out")
+    assert says(runs, **shift).numbers["by_seed"] == {"0": 1.0, "1": 1.0, "2": None}
+    assert says(runs, **shift).verdict == "underpowered"
 
 
 def test_a_stable_run_above_an_unstable_one_does_not_move_the_edge() -> None:
