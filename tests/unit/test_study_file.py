@@ -139,6 +139,7 @@ def test_an_arm_starts_from_the_model_of_another(base: Path, model: Path) -> Non
     }
     assert grafted.config.model.path == study / "models" / "graft-seed-1"
     configs = {run.run: run.config for run in plan.runs}
+    shutil.copytree(model, study / "runs" / "train-seed-0" / "model")  # the study may have made some already
     taken = take_fingerprint(base, b"", plan.bases, configs, study)
     assert {Path(name).parent for name in taken["model"]} == {base.with_name("model")}
     assert taken["rollouts"] == {}
