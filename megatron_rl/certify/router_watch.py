@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
@@ -84,11 +85,25 @@ class RouterWatch:
         again = recomputes and torch.is_grad_enabled()
         layer = router.layer_number - 1
         with torch.no_grad():
-            logits = router.gating(args[0]).flatten(0, -2)
-            live = torch.zeros_like(logits, dtype=torch.bool).scatter(1, logits.topk(router.topk, dim=1).indices, True)
+            live = _own_choice(router, router.gating(args[0]).flatten(0, -2))
         call = Call(layer, self._calls[layer, again], out[1].bool().cpu().numpy(), live.cpu().numpy())
         self._calls[layer, again] += 1
         (self.backward if again else self.forward).append(call)
+
+
+def _own_choice(router: TopKRouter, logits: Tensor) -> Tensor:
+    """Returns [rows, experts] bool: what Megatron-Core chooses by logits [rows, experts] if nothing is replayed."""
+    config = router.config
+    _, chosen = topk_routing_with_score_function(
+        logits,
+        router.topk,
+        use_pre_softmax=config.moe_router_pre_softmax,
+        num_groups=config.moe_router_num_groups,
+        group_topk=config.moe_router_group_topk,
+        score_function=router.score_function,
+        expert_bias=router.expert_bias,
+    )
+    return chosen.bool()
 
 
 def _plain(tensor: Tensor) -> Tensor:

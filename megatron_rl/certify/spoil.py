@@ -92,7 +92,7 @@ def refuses_fusion(policy: Policy) -> bool:
     config = stages[0].config
     config.moe_router_fusion = True
     try:
-        Routers(stages)
+        Routers(stages, policy.arch.router)
     except UserError:
         return True
     finally:

@@ -29,7 +29,7 @@ def gradient_of(policy: Policy) -> Vectors:
     rank = policy.place.rank
     parts: dict[str, list[Tensor]] = {kind: [] for kind in POLICY_KINDS}
     for slot in bind(list(policy.models), policy.arch, model_ranks(policy.layout, rank), policy.layers.weight_names):
-        if not slot.weight.copy and rank in holders(policy.layout, slot.weight, policy.arch):
+        if slot.weight.trained and not slot.weight.copy and rank in holders(policy.layout, slot.weight, policy.arch):
             gradient = slot.of(slot.parameter.main_grad)  # type: ignore[attr-defined]
             parts[slot.weight.kind].append(gradient.detach().float().flatten().cpu())
     return {kind: torch.cat([torch.zeros(0), *pieces]) for kind, pieces in parts.items()}

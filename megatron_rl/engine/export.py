@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from megatron_rl.config.layout import Layout
 from megatron_rl.models.architecture import Architecture
-from megatron_rl.models.binding import ModelRanks, WeightNames, bind
+from megatron_rl.models.binding import ModelRanks, Slot, WeightNames, bind
 from megatron_rl.models.registry import weights_of
 from megatron_rl.models.shards import assemble
 from megatron_rl.models.weight import Weight
@@ -30,34 +31,38 @@ def export_stream(
     layout: Layout,
     names: WeightNames,
     bucket_bytes: int,
-    tensor_of: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter.data,
+    tensor_of: Callable[[nn.Parameter], Tensor] | None = None,
 ) -> Iterator[list[tuple[str, Tensor]]]:
     """Buckets of (Hugging Face name, whole tensor) on rank 0, empty lists elsewhere. Collective.
 
     `chunks` are the rank's virtual stages, unwrapped, and `names` those of their layers; `tensor_of` gives what is
-    exported for a parameter: itself, or its gradient, of the parameter's shape and of one dtype throughout. Tensors
-    come in the order of the model's list of weights under every layout. Rank 0 holds at most two buckets' bytes, other
-    ranks one; a bucket is larger than `bucket_bytes` only when a single weight is. Every rank must exhaust the
-    stream.
+    exported for a parameter in its place, as its gradient, of the parameter's shape and of one dtype throughout;
+    weights that do not train are then left out. Tensors come in the order of the model's list of weights under every
+    layout. Rank 0 holds at most two buckets' bytes, other ranks one; a bucket is larger than `bucket_bytes` only when a
+    single weight is. Every rank must exhaust the stream.
 
     Raises RuntimeError when stages are not cut as the layout says, or when ranks disagree on dtype or bucket size,
     and ValueError for what `bind` refuses.
     """
     rank = dist.get_rank()
     slots = {slot.weight.name: slot for slot in bind(chunks, arch, model_ranks(layout, rank), names)}
-    weights = [weight for weight in weights_of(arch) if not weight.copy]
+    weights = [weight for weight in weights_of(arch) if not weight.copy and (weight.trained or tensor_of is None)]
     for weight in weights:
         if rank in holders(layout, weight, arch) and weight.name not in slots:
             raise RuntimeError(f"rank {rank} should hold {weight.name}; expected Megatron-Core's even pipeline split")
-    sample = tensor_of(next(iter(slots.values())).parameter)
+
+    def whole(slot: Slot) -> Tensor:
+        return slot.parameter if tensor_of is None else tensor_of(cast(nn.Parameter, slot.parameter))
+
+    sample = whole(next(slot for slot in slots.values() if slot.weight.trained))
 
     def local(weight: Weight) -> Tensor:
-        parameter = slots[weight.name].parameter
-        tensor = tensor_of(parameter)
-        if tensor.dtype != sample.dtype or tensor.shape != parameter.shape:
+        parameter, tensor = slots[weight.name].parameter, whole(slots[weight.name])
+        expected = _dtype(weight, sample)
+        if tensor.dtype != expected or tensor.shape != parameter.shape:
             raise RuntimeError(
                 f"{weight.name}: a {tensor.dtype} tensor of shape {tuple(tensor.shape)} was to be exported; "
-                f"expected {sample.dtype} and {tuple(parameter.shape)}"
+                f"expected {expected} and {tuple(parameter.shape)}"
             )
         return slots[weight.name].of(tensor).detach()
 
@@ -92,12 +97,16 @@ def holders(layout: Layout, weight: Weight, arch: Architecture) -> range:
     return range(first, first + (size if weight.sharding.split else 1))
 
 
+def _dtype(weight: Weight, sample: Tensor) -> torch.dtype:
+    return sample.dtype if weight.trained else torch.float32
+
+
 def _buckets(weights: Sequence[Weight], max_elements: int) -> list[list[Weight]]:
-    """Consecutive weights, as many as fit."""
+    """Consecutive weights of one dtype, as many as fit."""
     buckets: list[list[Weight]] = []
     filled = max_elements
     for weight in weights:
-        if not buckets or filled + weight.elements() > max_elements:
+        if not buckets or filled + weight.elements() > max_elements or weight.trained != buckets[-1][-1].trained:
             buckets.append([])
             filled = 0
         buckets[-1].append(weight)
@@ -124,14 +133,15 @@ def _gather(
 
 
 def _receive(bucket: Sequence[tuple[Weight, range]], like: Tensor) -> dict[int, Iterator[Tensor]]:
-    """What each other holder sends of the bucket, shard by shard in the bucket's order."""
+    """What each other holder sends of the bucket, shard by shard in the bucket's order; `like` is on the device."""
+    dtype = _dtype(bucket[0][0], like)
     shapes: dict[int, list[tuple[int, ...]]] = {}
     for weight, holders in bucket:
         for number, holder in enumerate(holders):
             if holder != DESTINATION:
                 shapes.setdefault(holder, []).append(weight.cut(number, len(holders))[0])
     counts = {holder: [math.prod(shape) for shape in shapes[holder]] for holder in shapes}
-    flats = {holder: like.new_empty(sum(counts[holder])) for holder in shapes}
+    flats = {holder: like.new_empty(sum(counts[holder]), dtype=dtype) for holder in shapes}
     _transfer([dist.P2POp(dist.irecv, flat, holder) for holder, flat in flats.items()])
     return {holder: map(Tensor.view, flat.split(counts[holder]), shapes[holder]) for holder, flat in flats.items()}
 

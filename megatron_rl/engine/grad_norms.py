@@ -21,6 +21,8 @@ def norm_groups(slots: Iterable[Slot]) -> dict[torch.nn.Parameter, tuple[str, ..
     """Returns the norms in which each parameter counts: its kind's, and a router's layer's."""
     groups: dict[torch.nn.Parameter, tuple[str, ...]] = {}
     for slot in slots:
+        if not isinstance(slot.parameter, torch.nn.Parameter):
+            continue
         kind = slot.weight.kind
         layer = (_of_layer(slot.weight.at),) if kind == "router" and isinstance(slot.weight.at, int) else ()
         groups[slot.parameter] = (kind, *layer)

@@ -14,7 +14,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import EngineConfig
-from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.architecture import Architecture, Router
 from megatron_rl.models.weights_io import torch_dtype
 
 
@@ -73,16 +73,27 @@ def _mixture(arch: Architecture, engine: EngineConfig, fused_kernels: bool) -> d
         "moe_router_topk": arch.experts_per_token,
         "moe_ffn_hidden_size": arch.expert_hidden_size,
         "moe_layer_freq": [int(arch.is_moe(layer)) for layer in range(arch.num_layers)],
-        "moe_router_score_function": arch.router_scores,
-        "moe_router_pre_softmax": arch.pre_softmax,
+        **_router(arch.router),
         "moe_shared_expert_intermediate_size": arch.shared_hidden_size or None,
         "moe_shared_expert_gate": arch.shared_gate,
-        "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "aux_loss" if engine.aux_loss_coefficient else "none",
         "moe_aux_loss_coeff": engine.aux_loss_coefficient,
         "moe_grouped_gemm": fused_kernels,
         "moe_permute_fusion": fused_kernels,
         **dispatcher,
+    }
+
+
+def _router(router: Router) -> dict[str, Any]:
+    return {
+        "moe_router_score_function": router.scores,
+        "moe_router_pre_softmax": router.pre_softmax,
+        "moe_router_enable_expert_bias": router.bias,
+        "moe_router_bias_update_rate": 0.0,  # it stays as it is in the files
+        "moe_router_num_groups": router.groups if router.groups > 1 else None,
+        "moe_router_group_topk": router.groups_per_token if router.groups > 1 else None,
+        "moe_router_topk_scaling_factor": router.scale if router.scale != 1 else None,
+        "moe_router_dtype": "fp32",
     }
 
 

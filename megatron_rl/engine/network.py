@@ -181,9 +181,10 @@ class Network:
             )
 
     def export(
-        self, bucket_bytes: int, tensor_of: Callable[[torch.nn.Parameter], Tensor] = lambda p: p.data
+        self, bucket_bytes: int, tensor_of: Callable[[torch.nn.Parameter], Tensor] | None = None
     ) -> Iterator[list[tuple[str, Tensor]]]:
-        """Buckets of (Hugging Face name, whole tensor) on rank 0, empty lists elsewhere."""
+        """Buckets of (Hugging Face name, whole tensor) on rank 0, empty lists elsewhere. With `tensor_of`, of what it
+        gives for each parameter, as its gradient, and of weights that train alone."""
         return export_stream(
             list(self.models), self.arch, self.layout, self.layers.weight_names, bucket_bytes, tensor_of
         )

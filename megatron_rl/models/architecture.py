@@ -95,6 +95,18 @@ heads together."""
 
 
 @dataclass(frozen=True)
+class Router:
+    """How a router chooses experts by its logits, and how it weighs those chosen."""
+
+    scores: Literal["softmax", "sigmoid"] = "softmax"  # what the logits become; sigmoids are normalised over the chosen
+    pre_softmax: bool = False  # over all experts, unnormalised over those chosen; else over the chosen ones alone
+    bias: bool = False  # whether one number for each expert, which does not train, is added to the scores to choose by
+    groups: int = 1  # the experts form so many groups, in order, and
+    groups_per_token: int = 1  # are chosen from the best of these: by the sum of a group's best scores
+    scale: float = 1.0  # multiplies the weights of the chosen
+
+
+@dataclass(frozen=True)
 class Architecture:
     """What config.json says of a model; widths are those of the whole model, not of one rank."""
 
@@ -116,8 +128,7 @@ class Architecture:
     experts_per_token: int = 0
     expert_hidden_size: int = 0
     dense_layers: tuple[int, ...] = ()  # 0-based numbers of the layers without experts; empty if num_experts is 0
-    router_scores: Literal["softmax"] = "softmax"  # what the router's logits become
-    pre_softmax: bool = False  # over all experts, unnormalised over those chosen; else over the chosen ones alone
+    router: Router = Router()
     shared_hidden_size: int = 0  # width of the expert that every token visits; 0: there is none
     shared_gate: bool = False  # whether its output is multiplied by a sigmoid of the token
     qkv_bias: bool = False  # on queries, keys and values
@@ -137,9 +148,18 @@ def differences(found: Architecture, expected: Architecture) -> list[str]:
 
     How a model was initialised says nothing of what it computes.
     """
-    its, theirs = dataclasses.asdict(found), dataclasses.asdict(expected)
-    differing = [field for field in its if its[field] != theirs[field] and field != "initializer_range"]
-    return [f"{field} {its[field]}, not {theirs[field]}" for field in differing]
+    its, theirs = _flat(found), _flat(expected)
+    differing = [field for field in its | theirs if its.get(field) != theirs.get(field)]
+    return [f"{field} {its.get(field)}, not {theirs.get(field)}" for field in differing if field != "initializer_range"]
+
+
+def _flat(features: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns the fields of a dataclass by name, and those of a dataclass in it as `name.field`."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(features):
+        value, name = getattr(features, field.name), f"{prefix}{field.name}"
+        found |= _flat(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: value}
+    return found
 
 
 def read_architecture(model_dir: Path, value_head: bool = False) -> Architecture:

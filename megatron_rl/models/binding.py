@@ -43,10 +43,11 @@ class ModelRanks:
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """The place of one weight's shard on this rank: a parameter, or row `index` of a stacked one."""
+    """The place of one weight's shard on this rank: a parameter, or row `index` of a stacked one; or a buffer, if the
+    weight does not train."""
 
     weight: Weight
-    parameter: nn.Parameter
+    parameter: Tensor
     index: int | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
@@ -68,9 +69,11 @@ def bind(chunks: Sequence[nn.Module], arch: Architecture, ranks: ModelRanks, nam
     experts = range(ranks.ep_rank * local_experts, (ranks.ep_rank + 1) * local_experts)
     slots: dict[str, Slot] = {}
     for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
+        for name, parameter in (*chunk.named_parameters(), *chunk.named_buffers()):
             for canonical, index in _canonical(chunk, name, experts, names):
                 weight = weights.get(canonical)
+                if not isinstance(parameter, nn.Parameter) and (weight is None or weight.trained):
+                    continue  # what Megatron-Core counts with, or derives from the configuration
                 if weight is None or (weight.expert is not None and weight.expert not in experts):
                     raise ValueError(f"parameter {name} ({canonical}) is no weight of this rank's {arch.model_type}")
                 if canonical in slots:
@@ -85,6 +88,8 @@ def parameter_kinds(slots: Iterable[Slot]) -> dict[nn.Parameter, WeightKind]:
     """Returns the kind of the weights that each parameter holds. Raises ValueError for a parameter of two kinds."""
     kinds: dict[nn.Parameter, WeightKind] = {}
     for slot in slots:
+        if not isinstance(slot.parameter, nn.Parameter):
+            continue
         if kinds.setdefault(slot.parameter, slot.weight.kind) != slot.weight.kind:
             raise ValueError(f"{slot.weight.name} ({slot.weight.kind}): its parameter holds another kind of weight too")
     return kinds

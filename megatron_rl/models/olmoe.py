@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from megatron_rl.models import blocks
-from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.architecture import Architecture, Router
 from megatron_rl.models.decoder_fields import read_decoder, read_experts
 from megatron_rl.models.fields import JsonFields
 from megatron_rl.models.weight import Weight
@@ -25,7 +25,7 @@ def read(fields: JsonFields) -> Architecture:
         decoder,
         **read_experts(fields),
         expert_hidden_size=decoder.ffn_hidden_size,
-        pre_softmax=not fields.boolean("norm_topk_prob", False),
+        router=Router(pre_softmax=not fields.boolean("norm_topk_prob", False)),
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_rl.models import blocks
-from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.architecture import Architecture, Router
 from megatron_rl.models.decoder_fields import read_decoder, read_dense_layers, read_experts
 from megatron_rl.models.fields import JsonFields
 from megatron_rl.models.weight import Weight
@@ -29,7 +29,7 @@ def read(fields: JsonFields) -> Architecture:
         qkv_bias=fields.boolean("qkv_bias", True),
         expert_hidden_size=fields.integer("moe_intermediate_size"),
         dense_layers=read_dense_layers(fields, decoder.num_layers),
-        pre_softmax=not fields.boolean("norm_topk_prob", False),
+        router=Router(pre_softmax=not fields.boolean("norm_topk_prob", False)),
         shared_hidden_size=fields.integer("shared_expert_intermediate_size"),
         shared_gate=True,
     )

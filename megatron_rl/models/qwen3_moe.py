@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_rl.models import blocks
-from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.architecture import Architecture, Router
 from megatron_rl.models.decoder_fields import read_decoder, read_dense_layers, read_experts
 from megatron_rl.models.fields import JsonFields
 from megatron_rl.models.weight import Weight
@@ -33,7 +33,7 @@ def read(fields: JsonFields) -> Architecture:
         expert_hidden_size=fields.integer("moe_intermediate_size"),
         dense_layers=read_dense_layers(fields, decoder.num_layers),
         # Softmax over the chosen scores is softmax over all, then normalised over the chosen.
-        pre_softmax=not fields.boolean("norm_topk_prob"),
+        router=Router(pre_softmax=not fields.boolean("norm_topk_prob")),
     )
 
 

@@ -91,6 +91,7 @@ class Weight:
     expert: int | None = None  # set: shared over expert-tensor ranks, held by one expert-parallel rank
     copy: bool = False  # a second copy of tied embeddings: loaded, never exported
     optional: bool = False  # zero where the files lack it
+    trained: bool = True  # False: a buffer, fp32 in every model, that has no gradient and never changes
 
     def cut(self, rank: int, size: int) -> tuple[Shape, tuple[Piece, ...]]:
         """Shape and pieces of rank's shard of `size`. Raises ValueError when it does not divide evenly."""

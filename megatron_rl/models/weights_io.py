@@ -239,7 +239,7 @@ def save_weights(
     partial.mkdir(parents=True)
     try:
         _copy_companions(source_dir, partial, dtype, arch)
-        _write_shards(_checked(tensors, arch), partial, max_shard_bytes, dtype)
+        _write_shards(_cast(_checked(tensors, arch), arch, dtype), partial, max_shard_bytes)
         partial.rename(model_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -274,9 +274,18 @@ def _checked(tensors: Iterable[tuple[str, Tensor]], arch: Architecture) -> Itera
         raise ModelError(f"never given to be saved: {_some(sorted(awaited))}")
 
 
-def _write_shards(
-    tensors: Iterable[tuple[str, Tensor]], target: Path, max_shard_bytes: int, dtype: torch.dtype | None
-) -> None:
+def _cast(
+    tensors: Iterable[tuple[str, Tensor]], arch: Architecture, dtype: torch.dtype | None
+) -> Iterable[tuple[str, Tensor]]:
+    """Copies tensors to the CPU, cast to `dtype`. Weights that do not train keep theirs: rounded, a router's bias would
+    choose other experts."""
+    kept = {source.name for weight in weights_of(arch) if not weight.trained for source in weight.sources}
+    for name, tensor in tensors:
+        own = None if name in kept else dtype
+        yield name, tensor.detach().to(device="cpu", dtype=own, copy=True).contiguous()
+
+
+def _write_shards(tensors: Iterable[tuple[str, Tensor]], target: Path, max_shard_bytes: int) -> None:
     shards: list[list[str]] = []  # names per file
     held: dict[str, Tensor] = {}
     held_bytes = total_bytes = 0
@@ -294,8 +303,7 @@ def _write_shards(
         shards.append(list(held))
         held.clear()
 
-    for name, tensor in tensors:
-        stored = tensor.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
+    for name, stored in tensors:
         if held and held_bytes + stored.nbytes > max_shard_bytes:
             write()
             held_bytes = 0

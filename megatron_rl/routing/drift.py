@@ -16,6 +16,7 @@ this module in every micro-batch, so nothing waits for the device before `finali
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,14 @@ DRIFT = ("set_mismatch", "expert_change", "top1_change")
 COLD = 0.1
 """A cold expert gets less than this fraction of the mean load."""
 MEANS = (*ROUTER, *(f"{measure}/{pair}" for measure in DRIFT for pair in PAIRS))
+
+
+class RouterScores(NamedTuple):
+    """What a router says of each row's experts, [R, experts] fp32 each."""
+
+    logprobs: Tensor
+    ranked: Tensor
+    """It chooses the K highest: logits, or sigmoids with the bias, -inf for experts that the row's groups exclude."""
 
 
 class RoutingStats:
@@ -71,25 +80,25 @@ class RoutingStats:
         self,
         micro_batch: int,
         layer: int,
-        logits: Tensor,
+        scores: RouterScores,
         used: Tensor,
         live: Tensor,
         replayed: Tensor | None,
         valid: Tensor,
     ) -> None:
-        """Adds a router's choices. logits [R, experts]; used, live [R, K] ids; valid [R] bool, False on padding.
+        """Adds a router's choices. used, live [R, K] ids; valid [R] bool, False on padding.
 
         replayed [R] bool is True for rows with a route to replay; None if nothing is replayed.
         """
-        logits = logits.float()
         chosen = used.long().masked_fill(~valid[:, None], 0)  # not used[valid], whose shape depends on the data
-        probabilities = logits.softmax(-1)
+        probabilities = scores.logprobs.exp()
         # entr(0) is 0, while the log of a probability that underflowed is -inf.
         self._add("entropy", layer, torch.special.entr(probabilities).sum(-1), valid)
         self._add("mass", layer, probabilities.gather(1, chosen).double().sum(-1), valid)
-        if self._top_k < logits.shape[1]:
-            best = logits.topk(self._top_k + 1, dim=-1).values
-            self._add("margin", layer, best[:, -2] - best[:, -1], valid)
+        if self._top_k < scores.ranked.shape[1]:
+            best = scores.ranked.topk(self._top_k + 1, dim=-1).values
+            # The groups of a row may have no expert but those chosen.
+            self._add("margin", layer, best[:, -2] - best[:, -1], valid & best[:, -1].isfinite())
         if replayed is not None:
             self._add("live_overlap", layer, common(used, live) / self._top_k, valid & replayed)
             self._add("fallback", layer, ~replayed, valid)

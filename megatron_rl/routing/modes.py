@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_rl.config.schema import RoutingConfig
 from megatron_rl.routing.drift import OLD_POLICY, RERUN, ROLLOUT_OLD, RoutingStats
 from megatron_rl.routing.replay import Observer, Routers, RoutingPass, Tap
-from megatron_rl.routing.scores import router_logits
+from megatron_rl.routing.scores import router_scores
 from megatron_rl.routing.shift import RouterShift
 from megatron_rl.routing.slicing import RankRoutes
 
@@ -81,9 +81,9 @@ class MiniBatchRouting:
 
     def _router(self, routes: Sequence[RankRoutes] | None) -> Observer:
         def observe(index: int, tap: Tap, scores: Tensor, live: Tensor, used: Tensor) -> None:
-            logits = router_logits(tap, scores)
             replayed = None if routes is None else routes[index].present
-            self.stats.observe_router(index, tap.layer, logits, used, live, replayed, self._valid[index])
+            said = router_scores(tap, scores)
+            self.stats.observe_router(index, tap.layer, said, used, live, replayed, self._valid[index])
 
         return observe
 

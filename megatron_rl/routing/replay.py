@@ -22,6 +22,7 @@ from megatron.core.transformer.moe.router_replay import RouterReplay
 from torch import Tensor
 
 from megatron_rl.errors import UserError
+from megatron_rl.models.architecture import Router
 from megatron_rl.routing.slicing import RankRoutes, ids_dtype
 
 TopK = Callable[..., tuple[Tensor, Tensor]]
@@ -46,7 +47,10 @@ class Keeps(Protocol):
 class Tap(RouterReplay):
     """The hook of one router. `column` is the position of its layer among this rank's MoE layers, by global number."""
 
-    def __init__(self, stage: int, layer: int, column: int, num_experts: int, pre_softmax: bool) -> None:
+    def __init__(
+        self, stage: int, layer: int, column: int, num_experts: int, top_k: int, features: Router, bias: Tensor | None
+    ) -> None:
+        """`bias` [experts] is what `features` says that the router adds to its scores; None if it adds nothing."""
         super().__init__()
         # Megatron-Core's list of all instances pairs by construction order and keeps old models alive.
         RouterReplay.global_router_replay_instances.remove(self)
@@ -54,7 +58,9 @@ class Tap(RouterReplay):
         self.layer = layer
         self.column = column
         self.num_experts = num_experts
-        self.pre_softmax = pre_softmax  # the scores are probabilities, not logits
+        self.top_k = top_k
+        self.features = features
+        self.bias = bias
         self.routing_pass: RoutingPass | None = None
 
     def get_replay_topk(
@@ -87,8 +93,10 @@ def _by_falling_score(scores: Tensor, ids: Tensor) -> Tensor:
 class Routers:
     """The taps on this rank's routers."""
 
-    def __init__(self, stages: Sequence[torch.nn.Module]) -> None:
-        """Puts a tap on each router. Raises UserError if a router's choice cannot be replaced."""
+    def __init__(self, stages: Sequence[torch.nn.Module], features: Router) -> None:
+        """Puts a tap on each router, all of which have these features. Raises UserError if a router's choice cannot be
+        replaced."""
+        self._features = features
         self.taps: list[Tap] = []
         for number, stage in enumerate(stages):
             for name, router in stage.named_modules():
@@ -112,7 +120,9 @@ class Routers:
             layer=router.layer_number - 1,
             column=len(self.taps),
             num_experts=config.num_moe_experts,
-            pre_softmax=config.moe_router_pre_softmax,
+            top_k=router.topk,
+            features=self._features,
+            bias=router.expert_bias,
         )
         router.router_replay = tap
         self.taps.append(tap)

@@ -28,7 +28,8 @@ def substituted(policy: Policy, bucket_bytes: int, change: Callable[[str, Tensor
     second copy of the rank's weights meanwhile. Raises WeightSyncError if an exported tensor is not what the ranks
     hold.
     """
-    own = [(parameter, parameter.data.clone()) for model in policy.models for parameter in model.parameters()]
+    held = [tensor for model in policy.models for tensor in (*model.parameters(), *model.buffers())]
+    own = [(tensor, tensor.detach().clone()) for tensor in held]
     try:
         wrong = _replace(policy, bucket_bytes, change)
         with together(policy.place.control):
@@ -37,8 +38,8 @@ def substituted(policy: Policy, bucket_bytes: int, change: Callable[[str, Tensor
         yield
     finally:
         with torch.no_grad():
-            for parameter, weight in own:
-                parameter.data.copy_(weight)
+            for tensor, weight in own:
+                tensor.copy_(weight)
 
 
 def _replace(policy: Policy, bucket_bytes: int, change: Callable[[str, Tensor], Tensor]) -> list[str]:
@@ -69,11 +70,12 @@ def _reader(tensors: Mapping[str, Tensor]) -> Callable[[Source, int, int, int], 
 
 def _broadcast(bucket: list[tuple[str, Tensor]], shapes: Mapping[str, Shape], policy: Policy) -> dict[str, Tensor]:
     """Returns rank 0's tensors on every rank, by name. Collective."""
-    names = orjson.loads(broadcast_bytes(orjson.dumps([name for name, _ in bucket]), policy.place.control))
+    mine = [[name for name, _ in bucket], *{str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket}]
+    names, dtype = orjson.loads(broadcast_bytes(orjson.dumps(mine), policy.place.control))
     sizes = [torch.Size(shapes[name]).numel() for name in names]
     if dist.get_rank() == DESTINATION:
         flat = torch.cat([tensor.reshape(-1) for _, tensor in bucket])
     else:
-        flat = next(policy.models[0].parameters()).new_empty(sum(sizes))
+        flat = next(policy.models[0].parameters()).new_empty(sum(sizes), dtype=getattr(torch, dtype))
     dist.broadcast(flat, src=DESTINATION)
     return {name: part.view(shapes[name]) for name, part in zip(names, flat.split(sizes), strict=True)}

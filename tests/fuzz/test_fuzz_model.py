@@ -159,7 +159,7 @@ def check(directory: Path) -> str:
     config = json.loads((directory / "config.json").read_text())
     given = {name: value for name, value in config.items() if name in FIELDS and (name, value) != ("head_dim", None)}
     assert given == {name: getattr(arch, FIELDS[name]) for name in given}
-    assert config["norm_topk_prob"] is not arch.pre_softmax
+    assert config["norm_topk_prob"] is not arch.router.pre_softmax
     listed = json.loads((directory / INDEX).read_text())["weight_map"]
     files = TensorFiles(directory)
     assert set(listed) >= set(hf_shapes(arch))

@@ -10,13 +10,13 @@ import torch
 from forks import Forks
 from routing_worker import drifted_samples
 from safetensors.torch import load_file
+from taps import make_tap
 from tiny_models import VOCAB_SIZE, make_tiny_model
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from megatron_rl.data.sample import Sample
 from megatron_rl.parity import _file_tensors
-from megatron_rl.routing.replay import Tap
 
 MOE_LAYERS, EXPERTS, TOP_K = (0, 2, 3), 8, 2
 
@@ -95,7 +95,7 @@ def test_gradients_under_replayed_routes_equal_the_reference(
 
 def test_expert_order_does_not_depend_on_the_order_that_topk_returns() -> None:
     """Megatron-Core 0.19 sorts experts only in passes with gradients."""
-    tap = Tap(stage=0, layer=0, column=0, num_experts=EXPERTS, pre_softmax=False)
+    tap = make_tap(EXPERTS)
     scores = torch.randn(50, EXPERTS, generator=torch.Generator().manual_seed(0)).requires_grad_()
     with torch.no_grad():
         scores[7] = 1.0  # equal scores must have a fixed order too

@@ -14,6 +14,7 @@ from objective_reference import FAMILY
 from routing_worker import LENGTHS, drifted_samples
 from safetensors.torch import load_file
 from shift_worker import MODES
+from taps import make_tap
 from tiny_models import VOCAB_SIZE, make_tiny_model
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
@@ -23,7 +24,6 @@ from megatron_rl.data.sample import Sample
 from megatron_rl.data.schedule import Denominators
 from megatron_rl.engine.distribute import MiniBatch, Outcome
 from megatron_rl.engine.packed_losses import PolicyLoss
-from megatron_rl.routing.replay import Tap
 from megatron_rl.routing.scores import router_logprobs
 from megatron_rl.routing.shift import RouterShift, router_distance
 
@@ -53,7 +53,7 @@ def test_gamma_of_half_normal_distances(sd: float, gamma: float) -> None:
 
 def test_an_expert_with_vanishing_probability_has_a_finite_distance() -> None:
     assert router_distance(torch.tensor([[-900.0, -1.0]]), torch.tensor([[-1.0, -1.0]])).item() == 899 / 2
-    tap = Tap(0, 0, 0, EXPERTS, pre_softmax=True)
+    tap = make_tap(EXPERTS, pre_softmax=True)
     gone, here = router_logprobs(tap, torch.tensor([[1.0, 0.0]])), torch.tensor([[-1.0, -1.0]])
     assert router_distance(gone, gone).tolist() == [0.0]
     assert router_distance(gone, here).isfinite().all()
@@ -63,13 +63,13 @@ def test_an_expert_with_vanishing_probability_has_a_finite_distance() -> None:
 def test_router_log_probs_cover_all_experts_for_logits_and_for_probabilities(pre_softmax: bool) -> None:
     probabilities = torch.tensor([[0.5, 0.3, 0.2]])
     scores = probabilities if pre_softmax else probabilities.log() + 7
-    found = router_logprobs(Tap(0, 0, 0, 3, pre_softmax), scores.bfloat16() if not pre_softmax else scores)
+    found = router_logprobs(make_tap(3, pre_softmax=pre_softmax), scores.bfloat16() if not pre_softmax else scores)
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found.exp(), probabilities, rtol=0.03)
 
 
 def test_layer_distances_add_up_over_the_experts_that_pi_old_used() -> None:
-    taps = [Tap(0, layer, column, 3, False) for column, layer in enumerate((1, 4))]
+    taps = [make_tap(3, layer=layer, column=column) for column, layer in enumerate((1, 4))]
     old = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.1, 0.8]]).log()
     new = torch.tensor([[0.1, 0.3, 0.6], [0.1, 0.2, 0.7]]).log()
     used, chosen_now = torch.tensor([[0, 1], [2, 1]]), torch.tensor([[2, 1], [2, 1]])

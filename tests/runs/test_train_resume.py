@@ -139,7 +139,7 @@ def test_resume_refuses_another_model(forks: Forks, setting: Path, tmp_path: Pat
     before = contents(run_dir)
     for change, words in (
         ({"num_layers": 2}, "of another model than model.path: num_layers 1, not 2"),
-        ({"norm_topk_prob": False}, "of another model than model.path: pre_softmax False, not True"),
+        ({"norm_topk_prob": False}, "of another model than model.path: router.pre_softmax False, not True"),
         ({"seed": 1}, "of another model than model.path: model.safetensors differ"),
     ):
         shutil.rmtree(model)

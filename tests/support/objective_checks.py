@@ -10,6 +10,7 @@ import pytest
 import torch
 from objective_inputs import by_the_formula, by_the_paper, inputs_of
 from objective_reference import kept_denominators, pack, random_sequences, reference, split
+from taps import make_tap
 
 from megatron_rl.config.switches import Gae, GroupAdvantage, ObjectiveConfig
 from megatron_rl.data.packing import pack as pack_samples
@@ -19,7 +20,6 @@ from megatron_rl.engine import packed_advantages
 from megatron_rl.engine.distribute import Outcome
 from megatron_rl.objectives import advantages, policy_loss, value
 from megatron_rl.routing import shift as routing_shift
-from megatron_rl.routing.replay import Tap
 
 LENGTHS = [3, 0, 5, 1, 7, 2]
 
@@ -119,7 +119,7 @@ def router_shift_is_the_papers() -> None:
     for scores, observe in ((old, shift.keep), (new, shift.compare)):
         for layer in range(2):
             ids = torch.tensor(used[layer])
-            observe(0, Tap(0, layer, layer, 8, False), torch.tensor(scores[layer]), ids, ids)
+            observe(0, make_tap(8, layer=layer, column=layer), torch.tensor(scores[layer]), ids, ids)
     p, q = (np.exp(each) / np.exp(each).sum(-1, keepdims=True) for each in (old, new))
     moved = np.abs(np.log(np.take_along_axis(q / p, used, -1)))
     np.testing.assert_allclose(torch.exp(-shift.distances[0] / 2), np.exp(-moved.mean(-1).mean(0)), rtol=1e-5)

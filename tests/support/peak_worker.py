@@ -21,6 +21,7 @@ def reduced(layouts: list[str]) -> dict[str, dict[str, float]]:
     """Returns the metrics of each layout."""
     device = use_device("cpu")
     import torch
+    from taps import of_logits
 
     from megatron_rl.ranks.place import start_process_groups, stop_process_groups
     from megatron_rl.routing.drift import RoutingStats
@@ -35,7 +36,7 @@ def reduced(layouts: list[str]) -> dict[str, dict[str, float]]:
         for micro_batch in range(MICRO_BATCHES):
             for layer in LAYERS:
                 ids = torch.tensor(chosen(place.rank, micro_batch, layer))
-                stats.observe_router(micro_batch, layer, torch.zeros(ROWS, EXPERTS), ids, ids, None, valid)
+                stats.observe_router(micro_batch, layer, of_logits(torch.zeros(ROWS, EXPERTS)), ids, ids, None, valid)
         found[text] = reduce_stats(stats, place).finalize()
         stop_process_groups(leave_world=False)
     return found

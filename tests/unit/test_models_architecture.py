@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.models.architecture import Architecture, read_architecture
+from megatron_rl.models.architecture import Architecture, Router, read_architecture
 from megatron_rl.models.fields import ModelError
 
 # As published for Qwen3-30B-A3B (written by transformers 4.51).
@@ -90,8 +90,7 @@ def test_the_configuration_of_qwen3_30b_a3b_is_read(tmp_path):
         experts_per_token=8,
         expert_hidden_size=768,
         dense_layers=(),
-        router_scores="softmax",
-        pre_softmax=False,
+        router=Router(scores="softmax", pre_softmax=False),
     )
 
 

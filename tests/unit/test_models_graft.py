@@ -120,7 +120,7 @@ def test_another_architecture_is_refused(pair: tuple[Path, Path], tmp_path: Path
     config = json.loads((donor / "config.json").read_text())
     (donor / "config.json").write_text(json.dumps({**config, "norm_topk_prob": not config["norm_topk_prob"]}))
     error = refused(donor, base, tmp_path / "out")
-    assert f"{donor} is of another architecture than {base}: pre_softmax " in error
+    assert f"{donor} is of another architecture than {base}: router.pre_softmax " in error
 
 
 def test_a_kind_that_the_model_lacks_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from taps import of_logits
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -68,7 +69,7 @@ def test_layers_have_equal_weight_and_the_extremes_are_reported() -> None:
     for layer, gap, rows in ((1, 3.0, 1), (4, 1.0, 2)):
         logits = torch.tensor([[gap, gap, gap, 0.0, 0.0, 0.0]]).repeat(rows, 1)
         nothing = torch.zeros(rows, dtype=torch.bool)
-        found.observe_router(0, layer, logits, ids.repeat(rows, 1), ids.repeat(rows, 1), nothing, ~nothing)
+        found.observe_router(0, layer, of_logits(logits), ids.repeat(rows, 1), ids.repeat(rows, 1), nothing, ~nothing)
     report = found.finalize()
     margins = {key.rpartition("/")[2]: value for key, value in report.items() if key.startswith("routing/margin/")}
     assert margins == {"layer_01": 3.0, "layer_04": 1.0, "mean": 2.0, "min": 1.0, "max": 3.0}
@@ -82,7 +83,7 @@ def test_router_metrics_by_hand() -> None:
     live = torch.tensor([[0, 1, 2], [0, 1, 2], [5, 5, 5]])
     found = stats()
     replayed, valid = torch.tensor([False, True, True]), torch.tensor([True, True, False])
-    found.observe_router(0, 4, logits, used, live, replayed, valid)
+    found.observe_router(0, 4, of_logits(logits), used, live, replayed, valid)
     report = found.finalize()
     weights = [math.exp(x) for x in logits[0].tolist()]
     entropy = -sum(w / sum(weights) * math.log(w / sum(weights)) for w in weights)
@@ -104,7 +105,7 @@ def test_router_metrics_by_hand() -> None:
 def test_a_cold_expert_has_less_than_a_tenth_of_the_mean_load() -> None:
     found = RoutingStats([0], 4, 1, CPU)
     ids = torch.tensor([0] * 60 + [1] * 57 + [2] * 3)[:, None]  # a mean load of 30; 3 is no less than a tenth
-    found.observe_router(0, 0, torch.zeros(120, 4), ids, ids, None, torch.ones(120, dtype=torch.bool))
+    found.observe_router(0, 0, of_logits(torch.zeros(120, 4)), ids, ids, None, torch.ones(120, dtype=torch.bool))
     assert found.finalize()["routing/cold_experts/layer_00"] == 1 / 4
     assert found.finalize()["routing/dead_experts/layer_00"] == 1
 
@@ -114,7 +115,7 @@ def test_the_load_of_expert_ranks_is_counted_by_micro_batch_and_layer() -> None:
     valid = torch.tensor([True, True, False])
     for micro_batch, ids in enumerate(([[0, 1, 2], [0, 1, 3], [3, 4, 5]], [[3, 4, 5], [0, 4, 5], [0, 1, 2]])):
         chosen = torch.tensor(ids)
-        found.observe_router(micro_batch, 4, torch.zeros(3, EXPERTS), chosen, chosen, None, valid)
+        found.observe_router(micro_batch, 4, of_logits(torch.zeros(3, EXPERTS)), chosen, chosen, None, valid)
     assert found.rank_load.tolist() == [[[0, 0], [5, 1]], [[0, 0], [1, 5]]]
     assert peak_over_mean(found.rank_load).tolist() == [[0, 5 / 3], [0, 5 / 3]]
     # Over the whole mini-batch both ranks have the same load, so only the peak shows the imbalance.
@@ -127,7 +128,7 @@ def test_the_load_of_expert_ranks_is_counted_by_micro_batch_and_layer() -> None:
 def test_replay_metrics_are_absent_without_replay() -> None:
     found = stats()
     ids = torch.tensor([[0, 1, 2]])
-    found.observe_router(0, 1, torch.randn(1, EXPERTS), ids, ids, None, torch.tensor([True]))
+    found.observe_router(0, 1, of_logits(torch.randn(1, EXPERTS)), ids, ids, None, torch.tensor([True]))
     report = found.finalize()
     assert "routing/entropy/layer_01" in report
     assert not [name for name in report if "overlap" in name or "fallback" in name]
@@ -144,14 +145,15 @@ def test_an_accumulator_without_rows_reports_nothing() -> None:
 def test_an_underflowed_probability_adds_no_entropy() -> None:
     found = stats()
     ids, valid = torch.tensor([[0, 1, 2]]), torch.tensor([True])
-    found.observe_router(0, 1, torch.tensor([[0.0, 0, 0, 0, -math.inf, -math.inf]]), ids, ids, None, valid)
+    scores = of_logits(torch.tensor([[0.0, 0, 0, 0, -math.inf, -math.inf]]))
+    found.observe_router(0, 1, scores, ids, ids, None, valid)
     assert found.finalize()["routing/entropy/layer_01"] == pytest.approx(math.log(4))
 
 
 def test_there_is_no_margin_if_every_expert_is_chosen() -> None:
     found = RoutingStats([0], 2, 2, CPU)
     ids = torch.tensor([[1, 0]])
-    found.observe_router(0, 0, torch.tensor([[0.0, 1.0]]), ids, ids, None, torch.tensor([True]))
+    found.observe_router(0, 0, of_logits(torch.tensor([[0.0, 1.0]])), ids, ids, None, torch.tensor([True]))
     assert not [name for name in found.finalize() if "margin" in name]
 
 
@@ -166,7 +168,8 @@ def test_an_undeclared_or_unexpected_pair_is_an_error() -> None:
 def test_the_autograd_graph_is_not_kept_alive() -> None:
     found = stats()
     ids = torch.tensor([[0, 1, 2]])
-    found.observe_router(0, 1, torch.randn(1, EXPERTS, requires_grad=True), ids, ids, None, torch.tensor([True]))
+    scores = of_logits(torch.randn(1, EXPERTS, requires_grad=True))
+    found.observe_router(0, 1, scores, ids, ids, None, torch.tensor([True]))
     assert not any(sums.requires_grad for sums in found.sums())
 
 
@@ -205,7 +208,8 @@ def feed(
     for layer in layers:
         place = LAYERS.index(layer)
         used, live = d["used"][:, place], d["live"][:, place]
-        found.observe_router(micro_batch, layer, d["logits"][:, place], used, live, d["replayed"], d["valid"])
+        scores = of_logits(d["logits"][:, place])
+        found.observe_router(micro_batch, layer, scores, used, live, d["replayed"], d["valid"])
         found.compare(pair, micro_batch, layer, used, live)
 
 
