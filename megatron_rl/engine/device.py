@@ -137,6 +137,7 @@ def _factories() -> None:
         def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
             if "cuda" in str(kwargs.get("device")):
                 kwargs["device"] = CPU
+            kwargs.pop("pin_memory", None)  # YaRN asks for it under context parallelism
             return factory(*args, **kwargs)
 
         return wrapped
@@ -224,6 +225,14 @@ def _router_gemm() -> None:
         moe_utils.te_general_gemm = None
 
 
+def _latent_attention() -> None:
+    """megatron-core 0.16.1 takes Transformer Engine for there if its own extensions can be imported."""
+    import megatron.core.transformer.multi_latent_attention as latent
+
+    if not isinstance(latent.TELinear, type):
+        latent.HAVE_TE = False
+
+
 CPU_LAYER: dict[str, Callable[[], None]] = {
     "current_device": _current_device,
     "streams": _streams,
@@ -236,4 +245,4 @@ CPU_LAYER: dict[str, Callable[[], None]] = {
 }
 
 # Needed on a GPU too, and applied more than once without harm.
-ON_EVERY_DEVICE: dict[str, Callable[[], None]] = {"router_gemm": _router_gemm}
+ON_EVERY_DEVICE: dict[str, Callable[[], None]] = {"router_gemm": _router_gemm, "latent_attention": _latent_attention}

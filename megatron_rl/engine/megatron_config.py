@@ -7,14 +7,15 @@ routing/replay.py.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch.nn.functional as F
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import EngineConfig
-from megatron_rl.models.architecture import Architecture, Router
+from megatron_rl.models.architecture import Architecture, Llama3Rope, Router, Yarn
 from megatron_rl.models.weights_io import torch_dtype
 
 
@@ -22,8 +23,10 @@ def transformer_config(
     arch: Architecture, engine: EngineConfig, layout: Layout, *, fused_kernels: bool
 ) -> TransformerConfig:
     """`fused_kernels`: whether the layers have those of rotary embedding, activation, permutation and grouped GEMM."""
-    return TransformerConfig(
+    kind = MLATransformerConfig if arch.latent else TransformerConfig
+    config = kind(
         **_decoder(arch),
+        **_latent(arch),
         **_mixture(arch, engine, fused_kernels),
         **_numbers(engine),
         **_parallelism(layout),
@@ -39,6 +42,11 @@ def transformer_config(
         # Losses and gradients are summed: the denominators are global and already in the loss.
         calculate_per_token_loss=True,
     )
+    if isinstance(arch.rope_scaling, Yarn) and not arch.latent:
+        # GPTModel reads them from the configuration, of which they are no fields (gpt_model.py, 0.16.1 and 0.19.2).
+        for name, value in _yarn(arch.rope_scaling).items():
+            setattr(config, f"yarn_{name}", value)
+    return config
 
 
 def _decoder(arch: Architecture) -> dict[str, Any]:
@@ -59,6 +67,55 @@ def _decoder(arch: Architecture) -> dict[str, Any]:
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
     }
+
+
+def _latent(arch: Architecture) -> dict[str, Any]:
+    if arch.latent is None:
+        return {}
+    widths = {
+        "q_lora_rank": arch.latent.query_rank,
+        "kv_lora_rank": arch.latent.kv_rank,
+        "qk_head_dim": arch.latent.nope_dim,
+        "qk_pos_emb_head_dim": arch.latent.rope_dim,
+        "v_head_dim": arch.latent.value_dim,
+        "rotary_base": arch.rope_theta,
+    }
+    if not isinstance(arch.rope_scaling, Yarn):
+        return {**widths, "rope_type": "rope", "rotary_scaling_factor": 1.0}
+    yarn = _yarn(arch.rope_scaling)
+    del yarn["correction_range_round_to_int"]  # it is always done
+    return {**widths, "rope_type": "yarn", **yarn}
+
+
+def _yarn(yarn: Yarn) -> dict[str, Any]:
+    """YaRN as Megatron-Core is told of it. Its factor of cosine and sine is the ratio of two: of 0.1 * mscale *
+    ln(factor) + 1 and of the same with mscale_all_dim."""
+    below = 0.1 * yarn.mscale_all_dim * math.log(yarn.factor) + 1
+    return {
+        "rotary_scaling_factor": yarn.factor,
+        "original_max_position_embeddings": yarn.original_length,
+        "beta_fast": yarn.beta_fast,
+        "beta_slow": yarn.beta_slow,
+        "mscale": (yarn.attention_factor * below - 1) / (0.1 * math.log(yarn.factor)),
+        "mscale_all_dim": yarn.mscale_all_dim,
+        "correction_range_round_to_int": yarn.truncate,
+    }
+
+
+def rotary_embedding(arch: Architecture) -> dict[str, Any]:
+    """Returns GPTModel's arguments on it. Our own layers and latent attention pass its angles over."""
+    embedding = {"rotary_base": arch.rope_theta, "rotary_percent": arch.rotary_fraction}
+    match arch.rope_scaling:
+        case Yarn() if arch.latent is None:
+            return {**embedding, "position_embedding_type": "yarn"}
+        case Llama3Rope() as llama3:
+            return {
+                **embedding,
+                "position_embedding_type": "rope",
+                "rope_scaling": True,
+                "rope_scaling_factor": llama3.factor,
+            }
+    return {**embedding, "position_embedding_type": "rope"}
 
 
 def _mixture(arch: Architecture, engine: EngineConfig, fused_kernels: bool) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import EngineConfig
 from megatron_rl.engine.heads import PolicyModel, ValueModel
 from megatron_rl.engine.layers.provider import LayerProvider
+from megatron_rl.engine.megatron_config import rotary_embedding
 from megatron_rl.models.architecture import Architecture
 
 
@@ -39,8 +40,7 @@ def build_stages(
             "max_sequence_length": arch.max_position_embeddings,
             "pre_process": parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             "post_process": parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-            "position_embedding_type": "rope",
-            "rotary_base": arch.rope_theta,
+            **rotary_embedding(arch),
             "vp_stage": vp_stage,
         }
         if arch.value_head:

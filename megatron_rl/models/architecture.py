@@ -95,6 +95,40 @@ heads together."""
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """YaRN: rotary frequencies for longer texts [2309.00071]."""
+
+    factor: float
+    original_length: int  # in tokens
+    beta_fast: float  # turns over the original length from which on a frequency stays as it is
+    beta_slow: float  # turns up to which it is divided by the factor
+    attention_factor: float  # multiplies cosines and sines
+    mscale_all_dim: float = 0.0  # if above 0, the softmax of latent attention gets (0.1 * this * ln(factor) + 1)^2
+    truncate: bool = True  # whether the ends of the ramp between the two are whole numbers
+
+
+@dataclass(frozen=True)
+class Llama3Rope:
+    """Rotary frequencies of Llama 3.1: those up to `low_turns` over the original length are divided by the factor."""
+
+    factor: float
+    original_length: int
+    low_turns: float
+    high_turns: float
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Widths of multi-head latent attention [DeepSeek-V2, 2405.04434, section 2.1]; it rotates neighbouring pairs."""
+
+    query_rank: int | None  # None: queries are projected directly
+    kv_rank: int
+    nope_dim: int  # of a head's query and key, without positions
+    rope_dim: int  # and with: one key for all heads
+    value_dim: int
+
+
+@dataclass(frozen=True)
 class Router:
     """How a router chooses experts by its logits, and how it weighs those chosen."""
 
@@ -132,7 +166,16 @@ class Architecture:
     shared_hidden_size: int = 0  # width of the expert that every token visits; 0: there is none
     shared_gate: bool = False  # whether its output is multiplied by a sigmoid of the token
     qkv_bias: bool = False  # on queries, keys and values
+    rotary_fraction: float = 1.0  # of each head, its first elements
+    rope_scaling: Yarn | Llama3Rope | None = None
+    latent: LatentAttention | None = None
+    predictor_layers: int = 0  # in the files after the others, for several tokens at once: neither trained nor exported
     value_head: bool = False  # a critic: one number per token in place of the logits
+
+    @property
+    def rotary_width(self) -> int:
+        """Elements of a head that turn with its position."""
+        return self.latent.rope_dim if self.latent else int(self.head_dim * self.rotary_fraction)
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

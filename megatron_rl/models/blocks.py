@@ -7,7 +7,18 @@ from dataclasses import dataclass
 
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.kinds import PolicyKind
-from megatron_rl.models.weight import COLUMNS, GATE_UP, REPLICATED, VOCABULARY, Source, Weight, grouped_qkv
+from megatron_rl.models.weight import (
+    COLUMNS,
+    GATE_UP,
+    REPLICATED,
+    ROWS,
+    VOCABULARY,
+    Shape,
+    Sharding,
+    Source,
+    Weight,
+    grouped_qkv,
+)
 
 
 @dataclass(frozen=True)
@@ -16,6 +27,7 @@ class MlpNames:
 
     gate_up_down: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     router: str = "mlp.gate"
+    router_bias: str = "mlp.gate.e_score_correction_bias"
     experts: str = "mlp.experts"
     shared: str = "mlp.shared_experts"
     shared_gate: str = "mlp.shared_expert_gate"
@@ -25,12 +37,14 @@ def decoder(arch: Architecture, names: MlpNames = MlpNames()) -> list[Weight]:
     """A whole model: layers of attention and an MLP, dense or of experts."""
     found = list(embedding(arch))
     for layer in range(arch.num_layers):
-        found += attention(arch, layer)
+        found += latent_attention(arch, layer) if arch.latent else attention(arch, layer)
         if arch.is_moe(layer):
             found += experts(arch, layer, names)
         else:
             found += mlp(arch.hidden_size, arch.ffn_hidden_size, layer, "mlp", "mlp", names, "other")
-    return [*found, *head(arch)]
+    # Last, because they alone are fp32 in every model: the tensors that are exported together have one dtype.
+    biases = [router_bias(arch, layer, names) for layer in arch.moe_layers] if arch.router.bias else []
+    return [*found, *head(arch), *biases]
 
 
 def embedding(arch: Architecture) -> Iterator[Weight]:
@@ -70,6 +84,34 @@ def attention(arch: Architecture, layer: int) -> Iterator[Weight]:
     yield norm("pre_mlp_layernorm", "post_attention_layernorm", hidden, "other")
 
 
+def latent_attention(arch: Architecture, layer: int) -> Iterator[Weight]:
+    """The latent attention of a layer, and the layer's two norms."""
+    mcore, hf = f"decoder.layers.{layer}", f"model.layers.{layer}"
+    latent, hidden = arch.latent, arch.hidden_size
+    assert latent is not None
+
+    def weight(name: str, hf_name: str, shape: Shape, sharding: Sharding, kind: PolicyKind = "attention") -> Weight:
+        return Weight(f"{mcore}.{name}.weight", (Source(f"{hf}.{hf_name}.weight", shape),), sharding, layer, kind)
+
+    def own(name: str, hf_name: str, shape: Shape, sharding: Sharding) -> Weight:
+        return weight(f"self_attention.{name}", f"self_attn.{hf_name}", shape, sharding)
+
+    yield weight("input_layernorm", "input_layernorm", (hidden,), REPLICATED, "other")
+    rows, rank = arch.num_heads * arch.head_dim, latent.query_rank
+    if rank is None:
+        yield own("linear_q_proj", "q_proj", (rows, hidden), ROWS)
+    else:
+        yield own("linear_q_down_proj", "q_a_proj", (rank, hidden), REPLICATED)
+        yield own("q_layernorm", "q_a_layernorm", (rank,), REPLICATED)
+        yield own("linear_q_up_proj", "q_b_proj", (rows, rank), ROWS)
+    down, up = latent.kv_rank + latent.rope_dim, arch.num_heads * (latent.nope_dim + latent.value_dim)
+    yield own("linear_kv_down_proj", "kv_a_proj_with_mqa", (down, hidden), REPLICATED)
+    yield own("kv_layernorm", "kv_a_layernorm", (latent.kv_rank,), REPLICATED)
+    yield own("linear_kv_up_proj", "kv_b_proj", (up, latent.kv_rank), ROWS)
+    yield own("linear_proj", "o_proj", (hidden, arch.num_heads * latent.value_dim), COLUMNS)
+    yield weight("pre_mlp_layernorm", "post_attention_layernorm", (hidden,), REPLICATED, "other")
+
+
 def mlp(
     hidden: int,
     width: int,
@@ -103,6 +145,13 @@ def experts(arch: Architecture, layer: int, names: MlpNames) -> Iterator[Weight]
     if arch.shared_gate:
         source = Source(f"{hf}.{names.shared_gate}.weight", (1, hidden))
         yield Weight(f"{mcore}.shared_experts.gate_weight", (source,), REPLICATED, layer, "expert")
+
+
+def router_bias(arch: Architecture, layer: int, names: MlpNames) -> Weight:
+    """What a layer's router adds to its scores to choose experts, and not to weigh them."""
+    source = Source(f"model.layers.{layer}.{names.router_bias}", (arch.num_experts,))
+    name = f"decoder.layers.{layer}.mlp.router.expert_bias"
+    return Weight(name, (source,), REPLICATED, layer, "router", trained=False)
 
 
 def head(arch: Architecture) -> Iterator[Weight]:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
-from megatron_rl.models.architecture import Architecture, QkNorm
+from megatron_rl.models.architecture import Architecture, QkNorm, Router
 from megatron_rl.models.fields import JsonFields
+from megatron_rl.models.rotary_fields import read_rotary
 
 MAX_LAYERS = 1_000  # lists as long as this are made of a model's layers; today's deepest has 126
 MAX_EXPERTS = 4_096  # lists as long as this are made of a model's experts; today's widest has 512
 
 
 def read_decoder(
-    fields: JsonFields, model_type: str, *, qk_norm: QkNorm = "none", derives_head_dim: bool = True
+    fields: JsonFields,
+    model_type: str,
+    *,
+    qk_norm: QkNorm = "none",
+    derives_head_dim: bool = True,
+    partial_rotary: float | None = None,
 ) -> Architecture:
     """Takes what every pre-norm decoder with grouped-query attention, rotary positions and SwiGLU has: all but experts.
 
-    `derives_head_dim`: whether a missing head_dim means hidden_size / num_attention_heads. Raises ModelError.
+    `derives_head_dim`: whether a missing head_dim means hidden_size / num_attention_heads; `partial_rotary`: see
+    read_rotary. Raises ModelError.
     """
     fields.must_be("hidden_act", "silu")
     fields.must_be("attention_bias", False)
@@ -36,7 +43,7 @@ def read_decoder(
     if fields.left.get("head_dim", 0) is None:
         del fields.left["head_dim"]
     derived = hidden_size // num_heads if derives_head_dim and hidden_size % num_heads == 0 else None
-    return Architecture(
+    decoder = Architecture(
         model_type=model_type,
         num_layers=num_layers,
         hidden_size=hidden_size,
@@ -46,12 +53,15 @@ def read_decoder(
         vocab_size=fields.integer("vocab_size"),
         ffn_hidden_size=fields.integer("intermediate_size"),
         rms_norm_eps=fields.number("rms_norm_eps"),
-        rope_theta=_rope_theta(fields),
+        **read_rotary(fields, partial_rotary),
         max_position_embeddings=fields.integer("max_position_embeddings"),
         qk_norm=qk_norm,
         tied_embeddings=fields.boolean("tie_word_embeddings"),
         initializer_range=fields.number("initializer_range", 0.02),
     )
+    if decoder.rotary_width < 2 or decoder.rotary_width % 2:
+        raise fields.error("head_dim", decoder.head_dim, "one of which an even number of elements turns")
+    return decoder
 
 
 def read_experts(fields: JsonFields) -> dict[str, Any]:
@@ -77,25 +87,34 @@ def read_dense_layers(fields: JsonFields, num_layers: int) -> tuple[int, ...]:
     return tuple(n for n in range(num_layers) if n in mlp_only or (n + 1) % step)
 
 
-def _rope_theta(fields: JsonFields) -> float:
-    """transformers 5 writes rope_parameters; earlier versions write rope_theta and rope_scaling."""
-    thetas = [fields.number("rope_theta")] if "rope_theta" in fields.left else []
-    for name in ("rope_parameters", "rope_scaling"):
-        content = fields.left.pop(name, None)
-        if content is None:
-            continue
-        if not isinstance(content, dict):
-            raise fields.error(name, content, "an object, or null")
-        rope = JsonFields(fields.path, content, prefix=f"{name}.")
-        rope.must_be("rope_type", "default")
-        rope.must_be("type", "default")
-        rope.must_be("partial_rotary_factor", 1.0, 1)
-        rope.must_be("attention_factor", None)
-        if "rope_theta" in rope.left:
-            thetas.append(rope.number("rope_theta"))
-        rope.end()
-    if not thetas:
-        return fields.number("rope_theta")  # raises: it is missing
-    if len(set(thetas)) > 1:
-        raise fields.error("rope_theta", thetas, "one value; rope_theta and rope_parameters.rope_theta differ")
-    return thetas[0]
+def read_routed_experts(fields: JsonFields, num_layers: int, scores: Literal["softmax", "sigmoid"]) -> dict[str, Any]:
+    """Takes the experts of DeepSeek's kind as fields of Architecture: routed ones, chosen within groups, and shared
+    ones, after some dense layers. Sigmoids come with a bias. Raises ModelError."""
+    fields.must_be("moe_layer_freq", 1)
+    width, first = fields.integer("moe_intermediate_size"), fields.integer("first_k_dense_replace", 0, least=0)
+    if "num_local_experts" not in fields.left:
+        fields.left["num_experts"] = fields.take("n_routed_experts", None)
+    experts = read_experts(fields)
+    groups, best = fields.integer("n_group", 1), fields.integer("topk_group", 1)
+    per_token, num_experts = experts["experts_per_token"], experts["num_experts"]
+    if num_experts % groups or best > groups:
+        raise fields.error("n_group", groups, f"a divisor of {num_experts} experts, and at least topk_group = {best}")
+    if groups == best:
+        groups = best = 1  # every group is chosen
+    elif per_token != 2 * best:
+        # DeepSeek ranks groups by their 2 best experts, Megatron-Core by their num_experts_per_tok / topk_group best.
+        raise fields.error("topk_group", best, f"half of num_experts_per_tok = {per_token}, or n_group")
+    return {
+        **experts,
+        "expert_hidden_size": width,
+        "dense_layers": tuple(range(min(first, num_layers))),
+        "shared_hidden_size": width * fields.integer("n_shared_experts"),
+        "router": Router(
+            scores=scores,
+            pre_softmax=scores == "softmax",
+            bias=scores == "sigmoid",
+            groups=groups,
+            groups_per_token=best,
+            scale=fields.number("routed_scaling_factor", 1.0),
+        ),
+    }

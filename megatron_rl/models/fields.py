@@ -77,10 +77,10 @@ class JsonFields:
             raise ModelError(f"{self.path}: {self.prefix}{name} is missing, and it has no safe default; add it")
         return default
 
-    def integer(self, name: str, default: int | None = None, largest: int = MAX_INTEGER) -> int:
+    def integer(self, name: str, default: int | None = None, largest: int = MAX_INTEGER, least: int = 1) -> int:
         value = self.take(name, default)
-        if type(value) is not int or value < 1:
-            raise self.error(name, value, "an integer of at least 1")
+        if type(value) is not int or value < least:
+            raise self.error(name, value, f"an integer of at least {least}")
         if value > largest:
             raise self.error(name, value, f"an integer of at most {largest}")
         return value

@@ -25,6 +25,11 @@ MODULES = {
     "mixtral": "megatron_rl.models.mixtral",
     "olmoe": "megatron_rl.models.olmoe",
     "llama": "megatron_rl.models.llama",
+    "deepseek_v3": "megatron_rl.models.deepseek_v3",
+    "kimi_k2": "megatron_rl.models.deepseek_v3",
+    "deepseek_v2": "megatron_rl.models.deepseek_v2",
+    "glm4_moe": "megatron_rl.models.glm4_moe",
+    "glm4_moe_lite": "megatron_rl.models.glm4_moe_lite",
 }
 """The file of each model_type."""
 

@@ -69,6 +69,7 @@ class Sharding:
 
 
 REPLICATED = Sharding(split=False)
+ROWS = Sharding()  # column-parallel linear layers: [out / n, in]
 COLUMNS = Sharding(dim=1)  # row-parallel linear layers: [out, in / n]
 VOCABULARY = Sharding(padded=True)
 GATE_UP = Sharding(blocks=None)  # each rank: its part of gate, then its part of up

@@ -100,13 +100,17 @@ def _random_model(family: str, config: dict[str, Any], std: float, seed: int) ->
 
 
 def fill(model: torch.nn.Module, std: float, generator: torch.Generator) -> None:
-    """Draws all parameters: matrices are normal with `std`; what has one dimension, as norms, is 0.5 + U(0, 1)."""
+    """Draws all parameters: matrices are normal with `std`; what has one dimension, as norms, is 0.5 + U(0, 1). The
+    biases of routers, which are buffers, are 0.3 * U(0, 1)."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator))
             else:
                 parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.copy_(0.3 * torch.rand(buffer.shape, generator=generator))
 
 
 def reference_logprobs(path: Path, token_ids: Sequence[int], temperature: float = 1.0) -> torch.Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_rl.data.packing import cp_index
 from megatron_rl.engine.device import put
+from megatron_rl.engine.layers.rotary import Turns, rotate
 
 
 @dataclass(frozen=True)
@@ -48,24 +49,22 @@ class PlannedSequences(PackedSeqParams):
     attention: AttentionPlan = field(kw_only=True)
     _rotation: dict[torch.dtype, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def turn(self, angles: Tensor) -> None:
-        """Keeps the cosine and sine of each token's position, [T, 1, 1, D]; angles [longest, 1, 1, D] by position.
+    def turn(self, turns: Turns) -> None:
+        """Keeps the cosine and sine of each token's position; every layer turns alike.
 
         Megatron-Core's own rotary embedding, without fused kernels, goes through the sequences one by one, in every
         layer, and on a GPU waits for their lengths.
         """
         if not self._rotation:
-            mine = angles.index_select(0, self.attention.positions)
-            self._rotation[torch.float32] = mine.cos(), mine.sin()
+            self._rotation[torch.float32] = turns.at(self.attention.positions)
 
     def rotate(self, x: Tensor) -> Tensor:
-        """Applies the rotary embedding to x [T, 1, heads, D], in its dtype."""
+        """Applies the rotary embedding to x [T, 1, heads, D], in its dtype; to the first elements of a head, if only a
+        part of it turns."""
         if x.dtype not in self._rotation:
             cosine, sine = self._rotation[torch.float32]
             self._rotation[x.dtype] = cosine.to(x.dtype), sine.to(x.dtype)
-        cosine, sine = self._rotation[x.dtype]
-        first, second = x.chunk(2, dim=-1)
-        return x * cosine + torch.cat((-second, first), dim=-1) * sine
+        return rotate(x, *self._rotation[x.dtype])
 
 
 def attention_plan(cu_seqlens: npt.NDArray[np.integer], cp: int, cp_rank: int, device: torch.device) -> AttentionPlan:

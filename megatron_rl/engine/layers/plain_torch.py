@@ -1,9 +1,10 @@
 """Transformer layers in plain PyTorch, if Transformer Engine is not installed or not wanted.
 
 They fill the places that Megatron-Core's local modules leave empty: a norm under sequence parallelism, packed attention
-(THD) with context parallelism, and grouped experts. Linear layers, the router, the dispatcher and the transformer layer
-itself are Megatron-Core's own, except for the order of tokens by expert (permutation.py) and where the rotary embedding
-is applied. Weights have the same values and the same Hugging Face names as with Transformer Engine.
+with context parallelism (attention.py), and grouped experts. Linear layers, the router, the dispatcher and the
+transformer layer itself are Megatron-Core's own, except for the order of tokens by expert (permutation.py) and where
+the rotary embedding is applied. Weights have the same values and the same Hugging Face names as with Transformer
+Engine.
 
 Shapes: T packed tokens of this rank, H hidden, N query heads and G key-value heads of this tensor-parallel rank, D head
 width, E experts of this rank, F expert width on this expert-tensor-parallel rank.
@@ -11,8 +12,6 @@ width, E experts of this rank, F expert width on this expert-tensor-parallel ran
 
 from __future__ import annotations
 
-import inspect
-import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -23,20 +22,19 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -48,7 +46,8 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor
 
 from megatron_rl.engine.device import put
-from megatron_rl.engine.layers.attention_plan import AttentionPlan, PlannedSequences, attention_plan
+from megatron_rl.engine.layers.attention import LatentSelfAttention, PackedAttention, RotatedSelfAttention
+from megatron_rl.engine.layers.attention_plan import PlannedSequences, attention_plan
 from megatron_rl.engine.layers.permutation import use_equal_bits
 from megatron_rl.engine.layers.provider import sequence_bounds
 from megatron_rl.models.architecture import Architecture
@@ -98,113 +97,6 @@ class SharedExpert(SharedExpertMLP):
         super().__init__(config, _mlp_parts(), gate=gate, pg_collection=pg_collection)
 
 
-class RotatedSelfAttention(SelfAttention):
-    """Megatron-Core's self-attention, except that PlannedSequences apply the rotary embedding."""
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None,
-        *args: Any,
-        rotary_pos_emb: Tensor,
-        packed_seq_params: PlannedSequences,
-        **kwargs: Any,
-    ) -> Any:
-        packed_seq_params.turn(rotary_pos_emb)
-        self._sequences: PlannedSequences | None = packed_seq_params  # for this call alone: it holds masks
-        try:
-            return super().forward(hidden_states, attention_mask, *args, packed_seq_params=packed_seq_params, **kwargs)
-        finally:
-            self._sequences = None
-
-    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        query, key, *rest = super().get_query_key_value_tensors(*args, **kwargs)
-        assert self._sequences is not None
-        return self._sequences.rotate(query), self._sequences.rotate(key), *rest
-
-
-class PackedAttention(MegatronModule):
-    """Causal attention over packed sequences (THD), with all-gathered keys and values under context parallelism.
-
-    Without context parallelism a GPU has a kernel for it in bf16. Elsewhere sequences are batched by length class, so
-    that none is padded to more than twice its own length.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        softmax_scale: float | None = None,
-        pg_collection: Any = None,
-        **_: Any,
-    ) -> None:
-        super().__init__(config=config)
-        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
-        self.cp_group = pg_collection.cp
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        packed_seq_params: PlannedSequences,
-        **_: Any,
-    ) -> Tensor:
-        """query [T, N, D], key and value [T, G, D]; returns [T, N * D]."""
-        if self.cp_group.size() == 1 and has_flash_attention(query):
-            return flash_attention(query, key, value, packed_seq_params, self.softmax_scale)
-        if self.cp_group.size() > 1:
-            key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
-        return padded_attention(query, key, value, packed_seq_params.attention, self.softmax_scale)
-
-
-def padded_attention(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
-    """query [T, N, D], key and value [T', G, D] of all context-parallel ranks; returns [T, N * D]."""
-    outputs = []
-    for batch in plan.batches:
-        out = F.scaled_dot_product_attention(
-            _take(query, batch.queries),
-            _take(key, batch.keys),
-            _take(value, batch.keys),
-            attn_mask=batch.mask,
-            is_causal=batch.mask is None,
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        outputs.append(out.transpose(1, 2).reshape(-1, query.shape[1] * query.shape[2]))
-    return torch.cat(outputs).index_select(0, plan.order)
-
-
-def has_flash_attention(query: Tensor) -> bool:
-    width = query.shape[-1]
-    return query.is_cuda and query.dtype == torch.bfloat16 and width % 8 == 0 and width <= 256
-
-
-def flash_attention(query: Tensor, key: Tensor, value: Tensor, bounds: PackedSeqParams, scale: float) -> Tensor:
-    """query [T, N, D], key and value [T, G, D], bf16 on a GPU; returns [T, N * D]."""
-    from torch.nn.attention.varlen import varlen_attn  # loads torch's compiler, so only a GPU does it
-
-    parameters = inspect.signature(varlen_attn).parameters
-    # Between torch 2.10 and 2.13 the window replaced is_causal, and heads in groups came to be asked for.
-    options: dict[str, Any] = {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
-    if "enable_gqa" in parameters:
-        options["enable_gqa"] = query.shape[1] != key.shape[1]
-    if "scale" in parameters:
-        options["scale"] = scale
-    lengths = bounds.cu_seqlens_q, bounds.cu_seqlens_kv, bounds.max_seqlen_q, bounds.max_seqlen_kv
-    output: Any = varlen_attn(query, key, value, *lengths, **options)  # with return_aux it would be a pair
-    return output.flatten(1)
-
-
-def _take(x: Tensor, rows: Tensor) -> Tensor:
-    """x [T, heads, D], rows [B, S] -> [B, heads, S, D]."""
-    return x.index_select(0, rows.flatten()).view(*rows.shape, *x.shape[1:]).transpose(1, 2)
-
-
 class GroupedExperts(MegatronModule):
     """The gated experts of this rank as two stacked weights, one grouped matrix product each.
 
@@ -247,17 +139,7 @@ def grouped_linear(x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
 
 def layer_spec(arch: Architecture, layer: int) -> ModuleSpec:
     """Describes transformer layer `layer` (0-based, global), dense or with experts."""
-    attention = ModuleSpec(
-        module=RotatedSelfAttention,
-        params={"attn_mask_type": AttnMaskType.padding_causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
-            core_attention=PackedAttention,
-            linear_proj=RowParallelLinear,
-            q_layernorm=_head_norm(arch, arch.num_heads),
-            k_layernorm=_head_norm(arch, arch.num_kv_heads),
-        ),
-    )
+    attention = _latent_attention(arch) if arch.latent else _attention(arch)
     if arch.is_moe(layer):
         shared = SharedExpert if arch.shared_hidden_size else None
         mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=GroupedExperts, shared_experts=shared))
@@ -272,6 +154,38 @@ def layer_spec(arch: Architecture, layer: int) -> ModuleSpec:
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _attention(arch: Architecture) -> ModuleSpec:
+    return ModuleSpec(
+        module=RotatedSelfAttention,
+        params={"attn_mask_type": AttnMaskType.padding_causal, "arch": arch},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=PackedAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=_head_norm(arch, arch.num_heads),
+            k_layernorm=_head_norm(arch, arch.num_kv_heads),
+        ),
+    )
+
+
+def _latent_attention(arch: Architecture) -> ModuleSpec:
+    return ModuleSpec(
+        module=LatentSelfAttention,
+        params={"attn_mask_type": AttnMaskType.padding_causal, "arch": arch},
+        submodules=MLASelfAttentionSubmodules(
+            linear_q_proj=ColumnParallelLinear,
+            linear_q_down_proj=ColumnParallelLinear,
+            linear_q_up_proj=ColumnParallelLinear,
+            linear_kv_down_proj=ColumnParallelLinear,
+            linear_kv_up_proj=ColumnParallelLinear,
+            core_attention=PackedAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=RMSNorm,
+            kv_layernorm=RMSNorm,
         ),
     )
 
