@@ -301,7 +301,7 @@ def _refuse_world_size(world_size: int | None) -> None:
 
 def _show(cls: type[C], path: Path, overrides: Sequence[str], world_size: int | None) -> None:
     """Prints all that can be said of a configuration without torch."""
-    from megatron_rl.config.show import show_layout, show_schedule
+    from megatron_rl.config.show import show_layout, show_schedule, show_sizes
     from megatron_rl.lab.alarms import check_alarms
 
     resolved = resolve(cls, path, overrides, world_size or read_world().size)
@@ -309,6 +309,7 @@ def _show(cls: type[C], path: Path, overrides: Sequence[str], world_size: int | 
     tell(resolved.notes)
     print(dump_config(resolved.config))
     show_layout(resolved.layout, resolved.arch, resolved.config.engine)
+    show_sizes(resolved.arch)
     show_schedule(resolved.config, resolved.layout)
 
 

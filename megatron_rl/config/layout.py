@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_rl.config.schema import EngineConfig, ParallelConfig
@@ -13,6 +13,8 @@ from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture
 
 DEGREES = ("tp", "pp", "vpp", "cp", "ep", "etp")
+MAX_SIZES = 12
+"""Sizes that a message lists before it leaves some out."""
 
 
 class LayoutError(UserError):
@@ -145,19 +147,52 @@ def check_layout(layout: Layout, arch: Architecture, engine: EngineConfig) -> li
     return [*_check_widths(layout, arch), *_check_stages(layout, arch), *_check_engine(layout, arch, engine)]
 
 
+def fitting_sizes(key: str, arch: Architecture) -> list[int]:
+    """Sizes of degree `key` (tp, ep or etp) that cut the model evenly, smallest first."""
+    largest = {"tp": arch.num_heads, "ep": arch.num_experts, "etp": arch.expert_hidden_size}[key]
+    return [size for size in range(1, max(largest, 1) + 1) if _misfit(key, size, arch) is None]
+
+
+def listed(sizes: Sequence[int]) -> str:
+    """`1, 2, 4, 8`; a long list is cut in the middle."""
+    short = sizes if len(sizes) <= MAX_SIZES else [*sizes[: MAX_SIZES - 1], "...", sizes[-1]]
+    return ", ".join(map(str, short))
+
+
+def _misfit(key: str, size: int, arch: Architecture) -> str | None:
+    """Returns why a degree of `size` does not cut the model evenly."""
+    heads = arch.num_kv_heads
+    # With more ranks than key-value heads Megatron-Core gives each head to several ranks.
+    if key == "tp" and max(size, heads) % min(size, heads):
+        return f"is neither a divisor nor a multiple of the {heads} key-value heads of the model"
+    for what, extent in _extents(key, arch):
+        if extent % size:
+            return f"does not divide the {extent} {what} of the model"
+    return None
+
+
+def _extents(key: str, arch: Architecture) -> Iterator[tuple[str, int]]:
+    """Yields what degree `key` cuts in the model, and how many there are of it."""
+    if key == "tp":
+        yield "attention heads", arch.num_heads
+        yield "rows of queries, keys and values", (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
+        if arch.dense_layers or not arch.num_experts:
+            yield "features of the dense MLP", arch.ffn_hidden_size
+        if arch.shared_hidden_size:
+            yield "features of the shared expert", arch.shared_hidden_size
+    elif key == "ep":
+        yield "experts", max(arch.num_experts, 1)
+    elif key == "etp":
+        yield "features of each expert", arch.expert_hidden_size
+
+
 def _check_widths(layout: Layout, arch: Architecture) -> Iterator[str]:
-    shards = [("tp", "attention heads", arch.num_heads), ("tp", "key-value heads", arch.num_kv_heads)]
-    if arch.dense_layers or not arch.num_experts:
-        shards.append(("tp", "features of the dense MLP", arch.ffn_hidden_size))
-    if arch.num_experts:
-        shards.append(("ep", "experts", arch.num_experts))
-        shards.append(("etp", "features of each expert", arch.expert_hidden_size))
-    elif layout.ep > 1 or layout.etp > 1:
+    if not arch.num_experts and (layout.ep > 1 or layout.etp > 1):
         yield f"parallel.ep, parallel.etp: {layout.ep}, {layout.etp} on a model without experts; both must be 1"
-    for key, what, size in shards:
-        degree = getattr(layout, key)
-        if size % degree:
-            yield f"parallel.{key}: {degree} does not divide the {size} {what} of the model"
+    for key in ("tp", "ep", "etp") if arch.num_experts else ("tp",):
+        size = getattr(layout, key)
+        if misfit := _misfit(key, size, arch):
+            yield f"parallel.{key}: {size} {misfit}; sizes that fit: {listed(fitting_sizes(key, arch))}"
 
 
 def _check_stages(layout: Layout, arch: Architecture) -> Iterator[str]:
@@ -165,7 +200,10 @@ def _check_stages(layout: Layout, arch: Architecture) -> Iterator[str]:
         yield f"parallel.vpp: {layout.vpp} virtual stages need pipeline stages; set parallel.pp above 1"
     stages, given = layout.pp * layout.vpp, layout.stage_layers
     if stages > arch.num_layers:
-        yield f"parallel.pp * parallel.vpp: {stages} stages, but the model has {arch.num_layers} layers; take fewer"
+        yield (
+            f"parallel.pp * parallel.vpp: {stages} stages, but the model has {arch.num_layers} layers; take at most "
+            f"{arch.num_layers} (parallel.stage_layers may say how many layers each has)"
+        )
     elif given is not None and (len(given) != stages or sum(given) != arch.num_layers):
         layout = dataclasses.replace(layout, stage_layers=None)
         even = [len(layers) for layers in layout.split(arch.num_layers)]

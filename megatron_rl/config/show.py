@@ -7,7 +7,7 @@ import dataclasses
 from rich.console import Console
 from rich.table import Table
 
-from megatron_rl.config.layout import Coordinates, Layout
+from megatron_rl.config.layout import Coordinates, Layout, fitting_sizes, listed
 from megatron_rl.config.schema import Config, EngineConfig, SftConfig
 from megatron_rl.data.schedule import SampleSize, StepPlan, plan
 from megatron_rl.models.architecture import Architecture
@@ -46,6 +46,17 @@ def show_layout(layout: Layout, arch: Architecture, engine: EngineConfig) -> Non
     console.print(table)
     if layout.world_size > MAX_RANKS:
         console.print(f"... and {layout.world_size - MAX_RANKS} ranks more")
+
+
+def show_sizes(arch: Architecture) -> None:
+    """Prints which degrees of parallelism fit the model, whatever the world."""
+    keys = ("tp", "ep", "etp") if arch.num_experts else ("tp",)
+    sizes = "; ".join(f"{key} {listed(fitting_sizes(key, arch))}" for key in keys)
+    text = (
+        f"sizes that fit this model: {sizes}; pp * vpp up to {arch.num_layers}, with parallel.stage_layers for stages "
+        "of your own; any cp"
+    )
+    Console().print(text, highlight=False, soft_wrap=True)
 
 
 def show_schedule(config: Config | SftConfig, layout: Layout) -> None:

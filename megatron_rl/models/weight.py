@@ -76,7 +76,11 @@ GATE_UP = Sharding(blocks=None)  # each rank: its part of gate, then its part of
 
 
 def grouped_qkv(num_kv_heads: int) -> Sharding:
-    """Per key-value head: its query heads, its key, its value."""
+    """Per key-value head: its query heads, its key, its value.
+
+    With more ranks than key-value heads a shard is a part of a group, without regard to heads: Megatron-Core gathers
+    the outputs of all ranks, and each rank takes its query heads and their key and value.
+    """
     return Sharding(blocks=num_kv_heads)
 
 

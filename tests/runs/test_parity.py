@@ -52,6 +52,14 @@ def test_parity_holds_with_uneven_stages(compare: Compare, tmp_path: Path, token
 
 
 @pytest.mark.distributed
+def test_parity_holds_with_more_ranks_than_key_value_heads(compare: Compare, tmp_path: Path, tokens: Path) -> None:
+    model = make_tiny_model(tmp_path / "shared", num_heads=8, mlp_only_layers=(1,))
+    check(compare, model, tokens, ["tp=4"])
+    model = make_tiny_model(tmp_path / "one", num_kv_heads=1, mlp_only_layers=(1,))
+    check(compare, model, tokens, ["tp=2,cp=2,ep=2"], recompute="selective")
+
+
+@pytest.mark.distributed
 def test_parity_holds_with_tied_embeddings(compare: Compare, tmp_path: Path, tokens: Path) -> None:
     tied = make_tiny_model(tmp_path / "tied", num_layers=4, mlp_only_layers=(1,), tied=True)
     check(compare, tied, tokens, ["tp=2", "pp=2", "pp=2,vpp=2", "dp=2"])

@@ -52,3 +52,22 @@ def test_a_family_equals_transformers_in_every_layout(
 ) -> None:
     model = model_of(family)
     check(compare, model, tokens, layouts_of(model), recompute)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("family", ["olmoe", "qwen2"])
+def test_several_ranks_may_share_a_key_value_head(compare: Compare, tmp_path: Path, tokens: Path, family: str) -> None:
+    """OLMoE norms all key heads together, and Qwen2 has biases; test_parity.py has a norm on each head."""
+    model = make_family_model(tmp_path / family, family, num_hidden_layers=2, num_attention_heads=8)
+    check(compare, model, tokens, ["tp=4"])
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_ranks_may_share_the_only_key_value_head(
+    compare: Compare, tmp_path: Path, tokens: Path, family: str, recompute: str
+) -> None:
+    model = make_family_model(tmp_path / family, family, num_key_value_heads=1)
+    check(compare, model, tokens, ["tp=2", "tp=4", "tp=2,cp=2", "tp=2,pp=2"], recompute)

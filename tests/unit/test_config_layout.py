@@ -9,9 +9,17 @@ from config_files import ARCHITECTURE, LAYOUTS
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rl.config.layout import Layout, LayoutError, check_layout, parse_layout, world_size_of
+from megatron_rl.config.layout import (
+    Layout,
+    LayoutError,
+    check_layout,
+    fitting_sizes,
+    listed,
+    parse_layout,
+    world_size_of,
+)
 from megatron_rl.config.schema import EngineConfig, ParallelConfig
-from megatron_rl.config.show import MAX_RANKS, rank_experts, show_layout
+from megatron_rl.config.show import MAX_RANKS, rank_experts, show_layout, show_sizes
 
 DENSE = replace(ARCHITECTURE, model_type="qwen3", num_experts=0, experts_per_token=0, expert_hidden_size=0)
 degrees = st.builds(ParallelConfig, **dict.fromkeys(("tp", "pp", "cp", "ep", "etp"), st.integers(1, 6)))
@@ -98,7 +106,7 @@ def test_parse_layout_names_the_mistake(text: str, message: str) -> None:
 # ---- check_layout ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["", "tp=4,pp=2,vpp=2,cp=2,ep=8,etp=2", "pp=8", "ep=16", "etp=3,tp=2"])
+@pytest.mark.parametrize("text", ["", "tp=4,pp=2,vpp=2,cp=2,ep=8,etp=2", "pp=8", "ep=16", "etp=3,tp=2", "tp=8"])
 def test_a_layout_that_fits_the_model_has_no_problems(text: str) -> None:
     assert check_layout(resolve(text), ARCHITECTURE, EngineConfig()) == []
 
@@ -106,12 +114,22 @@ def test_a_layout_that_fits_the_model_has_no_problems(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("tp=3", "parallel.tp: 3 does not divide the 8 attention heads of the model"),
-        ("tp=8", "parallel.tp: 8 does not divide the 4 key-value heads of the model"),
-        ("etp=5", "parallel.etp: 5 does not divide the 48 features of each expert of the model"),
-        ("ep=3", "parallel.ep: 3 does not divide the 16 experts of the model"),
-        ("pp=9", "parallel.pp * parallel.vpp: 9 stages, but the model has 8 layers; take fewer"),
-        ("pp=3,vpp=3", "parallel.pp * parallel.vpp: 9 stages, but the model has 8 layers; take fewer"),
+        (
+            "tp=3",
+            "parallel.tp: 3 is neither a divisor nor a multiple of the 4 key-value heads of the model; sizes that fit: "
+            "1, 2, 4, 8",
+        ),
+        ("tp=16", "parallel.tp: 16 does not divide the 8 attention heads of the model; sizes that fit: 1, 2, 4, 8"),
+        (
+            "etp=5",
+            "parallel.etp: 5 does not divide the 48 features of each expert of the model; sizes that fit: 1, 2, 3, 4,",
+        ),
+        ("ep=3", "parallel.ep: 3 does not divide the 16 experts of the model; sizes that fit: 1, 2, 4, 8, 16"),
+        (
+            "pp=9",
+            "parallel.pp * parallel.vpp: 9 stages, but the model has 8 layers; take at most 8 (parallel.stage_layers",
+        ),
+        ("pp=3,vpp=3", "parallel.pp * parallel.vpp: 9 stages, but the model has 8 layers; take at most 8"),
         ("vpp=2", "parallel.vpp: 2 virtual stages need pipeline stages; set parallel.pp above 1"),
     ],
 )
@@ -152,7 +170,47 @@ def test_dense_mlp_sizes_are_checked_only_if_the_model_has_dense_layers() -> Non
     assert check_layout(resolve("tp=2"), odd, EngineConfig()) == []
     for arch in (replace(odd, dense_layers=(0,)), replace(DENSE, ffn_hidden_size=97)):
         (problem,) = check_layout(resolve("tp=2"), arch, EngineConfig())
-        assert problem == "parallel.tp: 2 does not divide the 97 features of the dense MLP of the model"
+        assert problem == (
+            "parallel.tp: 2 does not divide the 97 features of the dense MLP of the model; sizes that fit: 1"
+        )
+
+
+def test_the_width_of_the_shared_expert_is_checked() -> None:
+    (problem,) = check_layout(resolve("tp=4"), replace(ARCHITECTURE, shared_hidden_size=6), EngineConfig())
+    assert problem.startswith("parallel.tp: 4 does not divide the 6 features of the shared expert of the model; ")
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "sizes"),
+    [
+        (64, 4, 128, [1, 2, 4, 8, 16, 32, 64]),  # Qwen3-235B
+        (12, 2, 8, [1, 2, 4]),  # 6 ranks: a third of a head's 32 rows of keys and values is no whole number
+        (12, 2, 12, [1, 2, 4, 6, 12]),
+        (6, 6, 8, [1, 2, 3, 6]),
+        (8, 1, 8, [1, 2, 4, 8]),
+    ],
+)
+def test_tensor_parallelism_may_exceed_the_key_value_heads(
+    heads: int, kv_heads: int, head_dim: int, sizes: list[int]
+) -> None:
+    arch = replace(ARCHITECTURE, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
+    assert fitting_sizes("tp", arch) == sizes
+
+
+def test_the_dry_run_says_which_sizes_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    show_sizes(ARCHITECTURE)
+    show_sizes(replace(DENSE, num_layers=94))
+    moe, dense = capsys.readouterr().out.splitlines()
+    assert moe == (
+        "sizes that fit this model: tp 1, 2, 4, 8; ep 1, 2, 4, 8, 16; etp 1, 2, 3, 4, 6, 8, 12, 16, 24, 48; "
+        "pp * vpp up to 8, with parallel.stage_layers for stages of your own; any cp"
+    )
+    assert dense.startswith("sizes that fit this model: tp 1, 2, 4, 8; pp * vpp up to 94, with ")
+
+
+def test_a_long_list_of_sizes_is_cut() -> None:
+    sizes = fitting_sizes("etp", replace(ARCHITECTURE, expert_hidden_size=1536))
+    assert listed(sizes) == "1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, ..., 1536"
 
 
 @pytest.mark.parametrize("text", ["ep=2", "etp=2"])

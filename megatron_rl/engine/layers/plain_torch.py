@@ -72,7 +72,8 @@ class AllHeadsNorm(torch.nn.Module):
     """Root-mean-square norm in fp32 over the heads of all tensor-parallel ranks together.
 
     Each rank holds the whole weight [all heads * D] and uses its own heads' part: Megatron-Core adds up over the ranks
-    the gradients of whatever is called q_layernorm or k_layernorm.
+    the gradients of whatever is called q_layernorm or k_layernorm. With more ranks than key-value heads several
+    consecutive ranks have the same head.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, heads: int, eps: float = 1e-6, **_: Any) -> None:
@@ -83,11 +84,13 @@ class AllHeadsNorm(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., heads of this rank, D]."""
         mine = x.float().flatten(-2)
-        squares = reduce_from_tensor_model_parallel_region(mine.square().sum(-1, keepdim=True))
+        width, ranks = mine.shape[-1], parallel_state.get_tensor_model_parallel_world_size()
+        copies = ranks * width // len(self.weight)
+        squares = reduce_from_tensor_model_parallel_region(mine.square().sum(-1, keepdim=True) / copies)
         squares = copy_to_tensor_model_parallel_region(squares)  # each rank's heads depend on the sum
         normed = (mine * torch.rsqrt(squares / len(self.weight) + self.eps)).to(x.dtype)
-        first = parallel_state.get_tensor_model_parallel_rank() * mine.shape[-1]
-        return (normed * self.weight[first : first + mine.shape[-1]]).view_as(x)
+        first = parallel_state.get_tensor_model_parallel_rank() // copies * width
+        return (normed * self.weight[first : first + width]).view_as(x)
 
 
 class SharedExpert(SharedExpertMLP):
