@@ -75,7 +75,8 @@ class ParallelConfig(Frozen):
     """Degrees of parallelism. Data parallelism is what is left of the world: world / (tp * pp * cp)."""
 
     tp: PositiveInt = 1
-    """Tensor parallelism; sequence parallelism is on whenever it is above 1."""
+    """Tensor parallelism; sequence parallelism is on whenever it is above 1. It divides the attention heads, and is a
+    divisor or a multiple of the key-value heads. --dry-run lists the sizes that fit."""
     pp: PositiveInt = 1
     """Pipeline stages."""
     vpp: PositiveInt = 1

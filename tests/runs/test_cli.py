@@ -163,6 +163,7 @@ def test_a_dry_run_needs_no_torch(run: Command, directory: Path) -> None:
     assert load_config(Config, shown) == load_config(Config, directory / "a.yaml", ["optim.lr=1e-5", "parallel.ep=4"])
     assert table.startswith("tp=1, pp=1, vpp=1, cp=1, dp=4, ep=4, etp=1, edp=1")
     assert "12-15" in table
+    assert "sizes that fit this model: tp 1, 2, 4, 8; ep 1, 2, 4, 8, 16; " in table
     assert "micro-batches on each of 4 data-parallel replicas" in table
     assert not (directory / "runs").exists()
 
