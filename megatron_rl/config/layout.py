@@ -154,7 +154,7 @@ def fitting_sizes(key: str, arch: Architecture) -> list[int]:
 
 
 def listed(sizes: Sequence[int]) -> str:
-    """`1, 2, 4, 8`; a long list is cut in the middle."""
+    """Returns `1, 2, 4, 8`; leaves out the middle of a long list."""
     short = sizes if len(sizes) <= MAX_SIZES else [*sizes[: MAX_SIZES - 1], "...", sizes[-1]]
     return ", ".join(map(str, short))
 
@@ -163,7 +163,7 @@ def _misfit(key: str, size: int, arch: Architecture) -> str | None:
     """Returns why a degree of `size` does not cut the model evenly."""
     heads = arch.num_kv_heads
     # With more ranks than key-value heads Megatron-Core gives each head to several ranks.
-    if key == "tp" and max(size, heads) % min(size, heads):
+    if key == "tp" and arch.num_heads % size == 0 and max(size, heads) % min(size, heads):
         return f"is neither a divisor nor a multiple of the {heads} key-value heads of the model"
     for what, extent in _extents(key, arch):
         if extent % size:

@@ -114,11 +114,7 @@ def test_a_layout_that_fits_the_model_has_no_problems(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (
-            "tp=3",
-            "parallel.tp: 3 is neither a divisor nor a multiple of the 4 key-value heads of the model; sizes that fit: "
-            "1, 2, 4, 8",
-        ),
+        ("tp=3", "parallel.tp: 3 does not divide the 8 attention heads of the model; sizes that fit: 1, 2, 4, 8"),
         ("tp=16", "parallel.tp: 16 does not divide the 8 attention heads of the model; sizes that fit: 1, 2, 4, 8"),
         (
             "etp=5",
@@ -195,6 +191,15 @@ def test_tensor_parallelism_may_exceed_the_key_value_heads(
 ) -> None:
     arch = replace(ARCHITECTURE, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
     assert fitting_sizes("tp", arch) == sizes
+
+
+def test_ranks_do_not_hold_parts_of_two_key_value_heads() -> None:
+    arch = replace(ARCHITECTURE, num_heads=12, num_kv_heads=4, head_dim=12)
+    (problem,) = check_layout(resolve("tp=6"), arch, EngineConfig())
+    assert problem == (
+        "parallel.tp: 6 is neither a divisor nor a multiple of the 4 key-value heads of the model; sizes that fit: "
+        "1, 2, 4, 12"
+    )
 
 
 def test_the_dry_run_says_which_sizes_fit(capsys: pytest.CaptureFixture[str]) -> None:
