@@ -34,6 +34,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.garbage import collect_rarely
 from megatron_rl.lab.differences import Bounds, Errors, GradientErrors, finite, largest_and_rms
 from megatron_rl.models.architecture import read_architecture
+from megatron_rl.models.quantisation import refuse_quantised
 from megatron_rl.models.registry import weights_of
 
 
@@ -115,6 +116,7 @@ def run(
         by_world.setdefault(layout.world_size, []).append(text)
     from megatron_rl.models.check import check_weights
 
+    refuse_quantised(model, "which transformers computes with on some GPUs only")
     check_weights(model, values=True)
 
     with tempfile.TemporaryDirectory(prefix="megatron-rl-parity-") as scratch:

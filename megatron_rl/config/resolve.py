@@ -20,6 +20,7 @@ from megatron_rl.config.switches import NoKL
 from megatron_rl.data.arithmetic_task import PREFIX
 from megatron_rl.models.architecture import Architecture, read_architecture
 from megatron_rl.models.fields import ModelError
+from megatron_rl.models.quantisation import refuse_quantised
 
 # Read by every rank, small, and decisive: which tokens a text has, and what the weights mean.
 _MODEL_TEXTS = ("*.json", "merges.txt", "*.model", "chat_template*")
@@ -44,6 +45,8 @@ def resolve(cls: type[C], path: Path, overrides: Sequence[str], world_size: int)
     config = load_config(cls, path, overrides, notes)
     try:
         arch = read_architecture(config.model.path)
+        if isinstance(config, Config) and config.rollout.replay_from is None:
+            refuse_quantised(config.model.path, "and rollout servers would take the trainer's weights for fp8 too")
     except ModelError as error:
         raise ConfigError(f"model.path: {error}") from None
     layout = check_config(config, arch, world_size)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_rl.models.fields import JsonFields, read_json_object
+from megatron_rl.models.quantisation import take_quantisation
 from megatron_rl.models.registry import MODULES, find_family
 
 # Neither the weights nor what the forward pass computes depends on these, or not with these values.
@@ -220,6 +221,7 @@ def read_architecture(model_dir: Path, value_head: bool = False) -> Architecture
     family = find_family(model_type)
     with_head = [[family.VALUE_MODEL]] if value_head else []
     fields.must_be("architectures", [family.CAUSAL_LM], *with_head, None)
+    take_quantisation(fields)  # how weights are stored changes nothing in what they compute
     architecture = family.read(fields)
     fields.end({**_INERT, **family.INERT})
     return dataclasses.replace(architecture, value_head=value_head)

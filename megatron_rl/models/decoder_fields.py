@@ -30,7 +30,6 @@ def read_decoder(
     fields.must_be("attention_dropout", 0.0, 0)
     fields.must_be("use_sliding_window", False)
     fields.must_be("is_encoder_decoder", False)
-    fields.must_be("quantization_config", None)
     num_layers = fields.integer("num_hidden_layers", largest=MAX_LAYERS)
     layer_types = fields.left.pop("layer_types", None)
     if layer_types not in (None, ["full_attention"] * num_layers):

@@ -28,8 +28,8 @@ class Graft:
 def graft(donor: Path, base: Path, out: Path, kinds: Collection[PolicyKind]) -> Graft:
     """Writes a model directory: `base`, its tokenizer and config.json included, with the donor's weights of `kinds`.
 
-    Each tensor keeps the dtype in which its file stores it. The directory appears whole or not at all. At most
-    MAX_SHARD_BYTES and one tensor are in memory.
+    Each tensor keeps the dtype in which its file stores it; weights in fp8 become bf16. The directory appears whole or
+    not at all. At most MAX_SHARD_BYTES and one tensor are in memory.
 
     Raises FileInTheWayError if `out` exists, DiskError if it cannot be written, and ModelError for two architectures,
     for a kind that the models lack, and for files of either model that are damaged or hold NaN or infinity.
@@ -49,7 +49,7 @@ def graft(donor: Path, base: Path, out: Path, kinds: Collection[PolicyKind]) -> 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         theirs, ours = TensorFiles(donor), TensorFiles(base)
         for source, is_taken in sources.items():
-            yield source.name, (theirs if is_taken else ours).read(source, 0, 0, source.shape[0])
+            yield source.name, (theirs if is_taken else ours).whole(source)
 
     with writes(f"the model in {out}", out, then="start again"):
         save_weights(tensors(), out, base, MAX_SHARD_BYTES, None)

@@ -6,6 +6,7 @@ of whole tensors, and never holds more than one file's worth.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -24,6 +25,8 @@ from megatron_rl.errors import FileInTheWayError
 from megatron_rl.models.architecture import Architecture, read_architecture
 from megatron_rl.models.binding import ModelRanks, Slot, WeightNames, bind
 from megatron_rl.models.fields import MissingModelError, ModelError, cut, read_json_object
+from megatron_rl.models.fp8 import FP8, SCALE_DTYPES, decode, scale_name, touched
+from megatron_rl.models.quantisation import FIELD, Fp8Blocks, read_quantisation
 from megatron_rl.models.registry import family_of, weights_of
 from megatron_rl.models.shards import fill
 from megatron_rl.models.weight import Shape, Source
@@ -31,7 +34,7 @@ from megatron_rl.models.weight import Shape, Source
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _FILE_NAME = re.compile(r"[^/\\\0\ud800-\udfff]{1,200}\.safetensors")
-_DTYPES = ("F32", "F16", "BF16")
+_DTYPES = ("F32", "F16", "BF16", FP8)
 MAX_SHARD_BYTES = 4 << 30
 """Largest file of weights that a run writes."""
 # Besides weights, what a server or transformers needs to load the directory.
@@ -86,13 +89,15 @@ class TensorFiles:
         return str(self._slice(name).get_dtype())
 
     def read(self, source: Source, dim: int, start: int, length: int) -> Tensor:
-        """Positions [start, start + length) of a tensor along `dim`, in the file's dtype, on the CPU.
+        """Reads positions [start, start + length) of a tensor along `dim`, in the file's dtype, on the CPU.
 
-        Raises ModelError when the tensor is missing, or has not the source's shape, or is not floating
-        point of 16 or 32 bits.
+        A weight in fp8 becomes fp32: its values times the scales of their blocks. Raises ModelError for what `check`
+        refuses, and for values or scales that are not finite.
         """
         self.check(source)
-        stretch: Tensor = self._slice(source.name)[(slice(None),) * dim + (slice(start, start + length),)]
+        stretch = self._stretch(source.name, dim, start, length)
+        if self.is_fp8(source.name):
+            stretch = self._dequantised(source.name, stretch, dim, start)
         if stretch.numel() and not all(map(math.isfinite, torch.stack(torch.aminmax(stretch)).tolist())):
             raise ModelError(
                 f"{self._files[source.name]}: {source.name} holds NaN or infinity; nothing can be trained from it: "
@@ -100,13 +105,30 @@ class TensorFiles:
             )
         return stretch
 
+    def whole(self, source: Source) -> Tensor:
+        """Reads a tensor as a copy in bf16 stores it: in the file's dtype, or in bf16 if that is fp8."""
+        tensor = self.read(source, 0, 0, source.shape[0])
+        return tensor.bfloat16() if self.is_fp8(source.name) else tensor
+
+    def is_fp8(self, name: str) -> bool:
+        return self.dtype(name) == FP8
+
+    def scales(self) -> set[str]:
+        """Returns the names of the tensors that hold scales of weights in fp8."""
+        return {scale_name(name) for name in self._files if scale_name(name) in self._files and self.is_fp8(name)}
+
     def check(self, source: Source) -> None:
-        """Raises ModelError when the tensor is missing, or has not the source's shape, or no dtype that is read."""
+        """Raises ModelError when the tensor is missing, or has not the source's shape, or no dtype that is read.
+
+        If it is in fp8, its scales are checked too.
+        """
         name = source.name
         if (found := self.shape(name)) != source.shape:
             raise ModelError(f"{self._files[name]}: {name} has shape {found}; config.json asks for {source.shape}")
         if (dtype := self.dtype(name)) not in _DTYPES:
             raise ModelError(f"{self._files[name]}: {name} has dtype {dtype}; expected one of {', '.join(_DTYPES)}")
+        if dtype == FP8:
+            self._check_fp8(name)
 
     def check_listing(self) -> None:
         """Raises ModelError unless every file is whole and holds the tensors that the index puts there, no others."""
@@ -119,6 +141,40 @@ class TensorFiles:
                 held[name] = file
         for name in self._files.keys() - held.keys():
             self._slice(name)  # raises: it is missing
+
+    @functools.cached_property
+    def _blocks(self) -> Fp8Blocks | None:
+        return read_quantisation(self.model_dir)
+
+    def _check_fp8(self, name: str) -> None:
+        file, scale, shape = self._files[name], scale_name(name), self.shape(name)
+        if self._blocks is None:
+            raise ModelError(
+                f"{file}: {name} has dtype {FP8}, but config.json has no {FIELD}; "
+                "take config.json and weights from one source"
+            )
+        if len(shape) != 2:
+            raise ModelError(f"{file}: {name} has dtype {FP8} and shape {shape}; only matrices have scales per block")
+        if scale not in self._files:
+            raise ModelError(f"{self.listing}: tensor {scale} is missing; {name} is in fp8, and those are its scales")
+        if (found := self.shape(scale)) != (expected := self._blocks.count(shape)):
+            raise ModelError(f"{self._files[scale]}: {scale} has shape {found}; {name} has {expected} blocks")
+        if (dtype := self.dtype(scale)) not in SCALE_DTYPES:
+            raise ModelError(
+                f"{self._files[scale]}: {scale} has dtype {dtype}; expected one of {', '.join(SCALE_DTYPES)}"
+            )
+
+    def _stretch(self, name: str, dim: int, start: int, length: int) -> Tensor:
+        stretch: Tensor = self._slice(name)[(slice(None),) * dim + (slice(start, start + length),)]
+        return stretch
+
+    def _dequantised(self, name: str, stretch: Tensor, dim: int, start: int) -> Tensor:
+        assert self._blocks is not None  # _check_fp8 has seen it
+        scale = scale_name(name)
+        scales = self._stretch(scale, dim, *touched(self._blocks.size[dim], start, stretch.shape[dim]))
+        if not bool((scales.isfinite() & (scales > 0)).all()):
+            raise ModelError(f"{self._files[scale]}: {scale} holds a scale that is not a finite number above 0")
+        return decode(stretch, scales, self._blocks, dim, start)
 
     def _open(self, file: Path) -> Any:
         if file not in self._handles:
@@ -188,7 +244,7 @@ def check_names(files: TensorFiles, arch: Architecture) -> tuple[str, ...]:
     needed = {source.name for weight in weights if not weight.optional for source in weight.sources}
     if missing := sorted(needed.difference(files.names)):
         raise ModelError(f"{files.listing}: {_some(missing)} missing; config.json asks for it")
-    excess = sorted(set(files.names) - wanted)
+    excess = sorted(set(files.names) - wanted - files.scales())
     no_head = arch.tied_embeddings or arch.value_head
     harmless = [*family_of(arch).UNUSED, *([r"lm_head\.weight"] if no_head else [])]
     if arch.predictor_layers:
@@ -228,6 +284,7 @@ def save_weights(
 ) -> None:
     """Writes a Hugging Face directory: `tensors` cast to `dtype`, the rest from source_dir; with `value_head` that of a
     model with one number per token. A `dtype` of None leaves each tensor's dtype, and config.json's, as they are.
+    config.json loses its quantization_config, as no tensor is quantised.
 
     The directory appears whole or not at all. Raises FileInTheWayError when model_dir is there already, and
     ModelError when a tensor is not one of source_dir's config.json, comes twice, has another shape or never
@@ -251,15 +308,16 @@ def save_weights(
 def _copy_companions(source_dir: Path, target: Path, dtype: torch.dtype | None, arch: Architecture) -> None:
     for file in sorted({f for pattern in COMPANIONS for f in source_dir.glob(pattern) if f.is_file()}):
         shutil.copyfile(file, target / file.name)
-    config = json.loads((target / "config.json").read_text())
+    found = json.loads((target / "config.json").read_text())
+    config = {field: value for field, value in found.items() if field != FIELD}
     changed: dict[str, Any] = {}
     if dtype is not None:
         changed["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
     if arch.value_head:
         labels = {"id2label": {"0": "value"}, "label2id": {"value": 0}}
         changed |= {"architectures": [family_of(arch).VALUE_MODEL], **labels}
-    if any(config.get(field) != value for field, value in changed.items()):
-        (target / "config.json").write_text(json.dumps({**config, **changed}, indent=2) + "\n")
+    if (new := {**config, **changed}) != found:
+        (target / "config.json").write_text(json.dumps(new, indent=2) + "\n")
 
 
 def _checked(tensors: Iterable[tuple[str, Tensor]], arch: Architecture) -> Iterable[tuple[str, Tensor]]:

@@ -143,8 +143,8 @@ def verify(
             raise WeightSyncError(
                 f"{url}: log-probs of the probe differ from the trainer's by up to {gaps.max():.3g} "
                 f"(mean {gaps.mean():.3g}), more than weights.verify_bound {bound:g}; its weights are not the "
-                "trainer's: does it serve a model of another shape than model.path? If it is the same model on kernels "
-                "that round more coarsely, raise weights.verify_bound"
+                "trainer's: does it serve a model of another shape than model.path? Or a quantised one? If it is the "
+                "same model on kernels that round more coarsely, raise weights.verify_bound"
             )
         differences.append(gaps)
     for form in set(asked.forms.values()):

@@ -32,6 +32,7 @@ OPTIONS = {
     "study": {"file", "--task", "--dry-run"},
     "serve": {"model", "--host", "--port", "--device", "--dtype", "--tp", "--max-total-tokens", "--api-key-env"},
     "graft": {"donor", "base", "out", "--weights"},
+    "dequantise": {"model", "out"},
     "report": {"paths", "--out"},
     "inspect": {"run", "--step", "--responses", "--model", "--rollouts", "--out"},
     "attribute": {"config", "overrides", "--step"},

@@ -1,0 +1,51 @@
+"""A quantised model as one in bf16, which transformers trains and rollout servers take weights for. Needs no ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_rl.disk import writes
+from megatron_rl.models.architecture import read_architecture
+from megatron_rl.models.check import check_weights
+from megatron_rl.models.fields import ModelError
+from megatron_rl.models.quantisation import FIELD, read_quantisation
+from megatron_rl.models.registry import weights_of
+from megatron_rl.models.weights_io import MAX_SHARD_BYTES, TensorFiles, save_weights
+
+
+@dataclass(frozen=True)
+class Dequantised:
+    """How many tensors of the copy were in fp8, and how many were not."""
+
+    converted: int
+    kept: int
+
+
+def dequantise(model: Path, out: Path) -> Dequantised:
+    """Writes a copy of a quantised model directory: weights in fp8 become bf16, and others keep their dtype.
+
+    The copy's config.json has no quantization_config. The directory appears whole or not at all. At most
+    MAX_SHARD_BYTES and one tensor are in memory.
+
+    Raises FileInTheWayError if `out` exists, DiskError if it cannot be written, and ModelError for a model that is not
+    quantised, and for files that are damaged or hold NaN or infinity.
+    """
+    arch = read_architecture(model)
+    if read_quantisation(model) is None:
+        raise ModelError(f"{model / 'config.json'} has no {FIELD}; there is nothing to convert")
+    check_weights(model)
+    files = TensorFiles(model)
+    sources = [source for weight in weights_of(arch) if not weight.copy for source in weight.sources]
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for source in sources:
+            yield source.name, files.whole(source)
+
+    with writes(f"the model in {out}", out, then="start again"):
+        save_weights(tensors(), out, model, MAX_SHARD_BYTES, None)
+    converted = sum(files.is_fp8(source.name) for source in sources)
+    return Dequantised(converted, len(sources) - converted)
