@@ -16,6 +16,7 @@ from fuzzing import drawing
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from models_reference import hf_shapes
+from quantised_models import quantise_model, values_of
 from safetensors.torch import load_file
 from tiny_models import make_tiny_model
 from transformers import AutoModelForCausalLM
@@ -63,8 +64,8 @@ BYTES = [
 NOT_FINITE = [b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f", b"\x00\x00\x80\xff", b"\xff\xff\xff\xff"]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["plain", "fp8"])
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undamaged directory with two files of weights and an index."""
     directory = tmp_path_factory.mktemp("models") / "whole"
     make_tiny_model(
@@ -75,7 +76,19 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "model.safetensors").unlink()
     model.save_pretrained(directory, max_shard_size="8KB")
     assert len(list(directory.glob("*.safetensors"))) == 2
+    if request.param == "fp8":
+        quantise_model(directory, (5, 7))
     return directory
+
+
+def stored(directory: Path, listed: dict[str, str], name: str, config: dict[str, Any]) -> torch.Tensor:
+    """Returns a weight as safetensors' own reader has it; in fp8, what it stands for."""
+    tensor = load_file(directory / listed[name])[name]
+    if tensor.dtype != torch.float8_e4m3fn:
+        return tensor
+    scale = f"{name}_scale_inv"
+    size = config["quantization_config"]["weight_block_size"]
+    return values_of(tensor, load_file(directory / listed[scale])[scale], size)
 
 
 def _set_somewhere(draw: Draw, tree: Any) -> Any:
@@ -164,7 +177,7 @@ def check(directory: Path) -> str:
     files = TensorFiles(directory)
     assert set(listed) >= set(hf_shapes(arch))
     for name, shape in hf_shapes(arch).items():
-        expected = load_file(directory / listed[name])[name]
+        expected = stored(directory, listed, name, config)
         found = files.read(Source(name, tuple(shape)), 0, 0, shape[0])
         assert torch.equal(found, expected)
         assert found.dtype == expected.dtype
