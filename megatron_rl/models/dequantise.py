@@ -1,4 +1,4 @@
-"""A quantised model as one in bf16, which transformers trains and rollout servers take weights for. Needs no ranks."""
+"""Writes a quantised model in bf16, as transformers and the weight sync to rollout servers need it. Needs no ranks."""
 
 from __future__ import annotations
 
