@@ -30,6 +30,7 @@ MODULES = {
     "deepseek_v2": "megatron_rl.models.deepseek_v2",
     "glm4_moe": "megatron_rl.models.glm4_moe",
     "glm4_moe_lite": "megatron_rl.models.glm4_moe_lite",
+    "minimax_m2": "megatron_rl.models.minimax_m2",
 }
 """The file of each model_type."""
 
