@@ -15,7 +15,7 @@ from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import EngineConfig
-from megatron_rl.models.architecture import Architecture, Llama3Rope, Router, Yarn
+from megatron_rl.models.architecture import Architecture, RampedRope, Router, Yarn
 from megatron_rl.models.weights_io import torch_dtype
 
 
@@ -108,12 +108,12 @@ def rotary_embedding(arch: Architecture) -> dict[str, Any]:
     match arch.rope_scaling:
         case Yarn() if arch.latent is None:
             return {**embedding, "position_embedding_type": "yarn"}
-        case Llama3Rope() as llama3:
+        case RampedRope() as ramped:
             return {
                 **embedding,
                 "position_embedding_type": "rope",
                 "rope_scaling": True,
-                "rope_scaling_factor": llama3.factor,
+                "rope_scaling_factor": ramped.factor,
             }
     return {**embedding, "position_embedding_type": "rope"}
 

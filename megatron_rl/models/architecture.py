@@ -109,7 +109,7 @@ class Yarn:
 
 
 @dataclass(frozen=True)
-class Llama3Rope:
+class RampedRope:
     """Rotary frequencies of Llama 3.1: those up to `low_turns` over the original length are divided by the factor."""
 
     factor: float
@@ -168,7 +168,7 @@ class Architecture:
     shared_gate: bool = False  # whether its output is multiplied by a sigmoid of the token
     qkv_bias: bool = False  # on queries, keys and values
     rotary_fraction: float = 1.0  # of each head, its first elements
-    rope_scaling: Yarn | Llama3Rope | None = None
+    rope_scaling: Yarn | RampedRope | None = None
     latent: LatentAttention | None = None
     predictor_layers: int = 0  # in the files after the others, for several tokens at once: neither trained nor exported
     value_head: bool = False  # a critic: one number per token in place of the logits

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from megatron_rl.models.architecture import Llama3Rope, Yarn
+from megatron_rl.models.architecture import RampedRope, Yarn
 from megatron_rl.models.fields import JsonFields
 
 
@@ -20,7 +20,7 @@ def read_rotary(fields: JsonFields, partial: float | None = None) -> dict[str, A
     """
     thetas = {fields.number("rope_theta")} if "rope_theta" in fields.left else set()
     shares = {fields.number("partial_rotary_factor")} if "partial_rotary_factor" in fields.left else set()
-    scaling: Yarn | Llama3Rope | None = None
+    scaling: Yarn | RampedRope | None = None
     for name in ("rope_parameters", "rope_scaling"):
         content = fields.left.pop(name, None)
         if content is None:
@@ -46,12 +46,12 @@ def _one(fields: JsonFields, name: str, values: set[float]) -> float:
     return values.pop()
 
 
-def _scaling(rope: JsonFields) -> Yarn | Llama3Rope | None:
+def _scaling(rope: JsonFields) -> Yarn | RampedRope | None:
     # Some files have both names of the kind.
-    kinds = [rope.left.pop(name) for name in ("rope_type", "type") if name in rope.left]
-    kind = kinds[0] if kinds else "default"
-    if any(each != kind for each in kinds):
-        raise rope.error("type", kinds[1], f"{kind}, as rope_type is")
+    kinds = {name: rope.left.pop(name) for name in ("rope_type", "type") if name in rope.left}
+    name, kind = next(iter(kinds.items()), ("rope_type", "default"))
+    if any(each != kind for each in kinds.values()):
+        raise rope.error("type", kinds["type"], f"{kind}, as rope_type is")
     match kind:
         case "default":
             return None
@@ -59,7 +59,7 @@ def _scaling(rope: JsonFields) -> Yarn | Llama3Rope | None:
             return _yarn(rope)
         case "llama3":
             return _llama3(rope)
-    raise rope.error("rope_type", kind, "default, yarn or llama3")
+    raise rope.error(name, kind, "default, yarn or llama3")
 
 
 def _yarn(rope: JsonFields) -> Yarn:
@@ -88,9 +88,9 @@ def _yarn(rope: JsonFields) -> Yarn:
     )
 
 
-def _llama3(rope: JsonFields) -> Llama3Rope:
+def _llama3(rope: JsonFields) -> RampedRope:
     # Megatron-Core's embedding, which Transformer Engine's layers use, has these numbers in its code.
     rope.must_be("low_freq_factor", 1.0, 1)
     rope.must_be("high_freq_factor", 4.0, 4)
     rope.must_be("original_max_position_embeddings", 8192)
-    return Llama3Rope(rope.number("factor"), original_length=8192, low_turns=1.0, high_turns=4.0)
+    return RampedRope(rope.number("factor"), original_length=8192, low_turns=1.0, high_turns=4.0)

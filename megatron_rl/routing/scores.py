@@ -33,7 +33,7 @@ def router_logprobs(tap: Tap, scores: Tensor) -> Tensor:
 
 def _within_groups(tap: Tap, scores: Tensor) -> Tensor:
     """Returns the scores, -inf outside of each row's best groups: those with the highest sums of their
-    K / groups_per_token best scores [DeepSeek-V3, 2412.19437, section 2.1.2]."""
+    K / groups_per_token best scores [2412.19437, section 2.1.2]."""
     features = tap.features
     grouped = scores.unflatten(1, (features.groups, -1))
     sums = grouped.topk(tap.top_k // features.groups_per_token, dim=-1).values.sum(-1)

@@ -1,4 +1,4 @@
-"""Attention over packed sequences (THD) in plain PyTorch: grouped queries, and DeepSeek's latent attention.
+"""Attention over packed sequences (THD) in plain PyTorch: grouped queries, and latent attention.
 
 Shapes: T packed tokens of this rank, N query heads and G key-value heads of this tensor-parallel rank, D head width, V
 value width.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_rl.models.architecture import Architecture, Llama3Rope, Yarn
+from megatron_rl.models.architecture import Architecture, RampedRope, Yarn
 
 
 def inverse_frequencies(arch: Architecture) -> Tensor:
@@ -17,8 +17,8 @@ def inverse_frequencies(arch: Architecture) -> Tensor:
     match arch.rope_scaling:
         case Yarn() as yarn:
             return _yarn(plain, yarn, arch)
-        case Llama3Rope() as llama3:
-            return _llama3(plain, llama3)
+        case RampedRope() as ramped:
+            return _ramped(plain, ramped)
     return plain
 
 
@@ -54,7 +54,7 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 def pairs_to_halves(x: Tensor) -> Tensor:
-    """Moves elements 0, 2, 4, ... of [..., W] before 1, 3, 5, ...: DeepSeek's pairs are neighbours in the files."""
+    """Moves elements 0, 2, 4, ... of [..., W] before 1, 3, 5, ...: latent attention turns neighbours together."""
     return torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
 
 
@@ -75,9 +75,8 @@ def _yarn(plain: Tensor, yarn: Yarn, arch: Architecture) -> Tensor:
     return plain / yarn.factor * share + plain * (1 - share)
 
 
-def _llama3(plain: Tensor, scaling: Llama3Rope) -> Tensor:
-    """Returns the frequencies of Llama 3.1: as YaRN's, with a ramp over the turns themselves (transformers,
-    modeling_rope_utils, llama3)."""
+def _ramped(plain: Tensor, scaling: RampedRope) -> Tensor:
+    """As _yarn, with the ramp over the turns themselves (transformers, modeling_rope_utils)."""
     turns = scaling.original_length * plain / (2 * math.pi)
     kept = (turns - scaling.low_turns) / (scaling.high_turns - scaling.low_turns)
     share = kept.clamp(0, 1)

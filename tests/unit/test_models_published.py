@@ -1,0 +1,94 @@
+"""The config.json files of published models: what is read from each, how many parameters follow, which layouts fit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+
+from megatron_rl.config.layout import Layout, check_layout, parse_layout
+from megatron_rl.config.schema import EngineConfig
+from megatron_rl.models.architecture import Architecture, read_architecture
+from megatron_rl.models.fields import ModelError
+from megatron_rl.models.registry import weights_of
+
+PUBLISHED = ROOT / "tests" / "families" / "published"
+
+# Billions of parameters as the model cards have them, without layers that predict several tokens.
+PARAMETERS = {
+    "Qwen--Qwen1.5-MoE-A2.7B": 14.3,
+    "Qwen--Qwen2-57B-A14B": 57.4,
+    "Qwen--Qwen3-235B-A22B": 235.1,
+    "Qwen--Qwen3-30B-A3B": 30.5,
+    "Qwen--Qwen3-8B": 8.2,
+    "Qwen--Qwen3-Coder-480B-A35B-Instruct": 480.2,
+    "allenai--OLMoE-1B-7B-0924": 6.9,
+    "deepseek-ai--DeepSeek-V2-Lite": 15.7,
+    "deepseek-ai--DeepSeek-V3": 671.0,
+    "mistralai--Mixtral-8x7B-v0.1": 46.7,
+    "moonshotai--Kimi-K2-Instruct": 1026.4,
+    "moonshotai--Moonlight-16B-A3B-Instruct": 16.0,
+    "zai-org--GLM-4.5-Air": 106.9,
+}
+REFUSED = {
+    "Qwen--Qwen3-Next-80B-A3B-Instruct": "model_type is 'qwen3_next'; expected ",
+    "Qwen--Qwen3.5-35B-A3B": "model_type is 'qwen3_5_moe'; expected ",
+    "openai--gpt-oss-20b": "model_type is 'gpt_oss'; expected ",
+}
+LAYOUTS = {
+    "Qwen--Qwen3-235B-A22B": ["tp=4,pp=4,ep=8", "tp=8,pp=4,ep=16", "tp=4,pp=2,vpp=4,ep=8"],
+    "Qwen--Qwen3-30B-A3B": ["tp=2,ep=8", "tp=4,cp=2,ep=8"],
+    "deepseek-ai--DeepSeek-V3": ["tp=8,pp=8,ep=32", "tp=8,pp=8,vpp=2,ep=32", "pp=16,ep=64"],
+    "moonshotai--Kimi-K2-Instruct": ["tp=8,pp=8,ep=48"],
+    "moonshotai--Moonlight-16B-A3B-Instruct": ["tp=2,pp=4,ep=8"],
+    "zai-org--GLM-4.5-Air": ["tp=8,pp=4,ep=8"],
+}
+
+
+def read(name: str, tmp_path: Path) -> Architecture:
+    shutil.copy(PUBLISHED / f"{name}.json", tmp_path / "config.json")
+    return read_architecture(tmp_path)
+
+
+def test_every_published_file_is_accepted_or_refused() -> None:
+    assert {file.stem for file in PUBLISHED.glob("*.json")} == PARAMETERS.keys() | REFUSED.keys()
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_published_model_has_as_many_parameters_as_its_card_says(name: str, tmp_path: Path) -> None:
+    arch = read(name, tmp_path)
+    count = sum(weight.elements() for weight in weights_of(arch) if not weight.copy)
+    assert round(count / 1e9, 1) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refusal_is_one_short_line(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError) as refused:
+        read(name, tmp_path)
+    message = str(refused.value).removeprefix(f"{tmp_path}/")
+    assert message.startswith(f"config.json: {REFUSED[name]}")
+    assert "\n" not in message
+    assert len(message) < 300
+
+
+@pytest.mark.parametrize(("name", "layout"), [(name, each) for name, layouts in LAYOUTS.items() for each in layouts])
+def test_a_published_model_fits_the_layouts_that_its_users_take(name: str, layout: str, tmp_path: Path) -> None:
+    """94 layers in four stages, 61 in eight, and more tensor-parallel ranks than key-value heads."""
+    arch = read(name, tmp_path)
+    resolved = Layout.resolve(*parse_layout(layout))
+    assert check_layout(resolved, arch, EngineConfig()) == []
+    stages = resolved.split(arch.num_layers)
+    assert [layer for stage in stages for layer in stage] == list(range(arch.num_layers))
+    assert max(map(len, stages)) - min(map(len, stages)) <= 1
+
+
+def test_features_that_numbers_of_parameters_do_not_show(tmp_path: Path) -> None:
+    router = read("deepseek-ai--DeepSeek-V3", tmp_path).router
+    assert (router.groups, router.groups_per_token, router.scale) == (8, 4, 2.5)
+    assert read("deepseek-ai--DeepSeek-V3", tmp_path).predictor_layers == 1
+    assert read("moonshotai--Kimi-K2-Instruct", tmp_path).router.groups == 1
+    assert read("zai-org--GLM-4.5-Air", tmp_path).rotary_width == 64
+    assert read("deepseek-ai--DeepSeek-V2-Lite", tmp_path).router.pre_softmax
+    assert read("moonshotai--Moonlight-16B-A3B-Instruct", tmp_path).dense_layers == (0,)
