@@ -7,14 +7,7 @@ from pathlib import Path
 
 import pytest
 from family_models import FAMILIES, make_family_model
-from parity_checks import Compare, check
-
-from megatron_rl.models.architecture import read_architecture
-
-LAYOUTS = {
-    "moe": ["tp=1", "tp=2", "pp=2,vpp=2", "cp=2,ep=2", "tp=2,ep=2,etp=2", "tp=2,pp=2,ep=2"],
-    "dense": ["tp=1", "tp=2", "pp=2", "pp=2,vpp=2", "cp=2", "tp=2,pp=2"],
-}
+from parity_checks import Compare, check, layouts_of
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +20,6 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[family]
 
     return model
-
-
-def layouts_of(model: Path) -> list[str]:
-    return LAYOUTS["moe" if read_architecture(model).num_experts else "dense"]
 
 
 @pytest.mark.distributed

@@ -10,8 +10,21 @@ from typing import Any
 import numpy as np
 from tiny_models import VOCAB_SIZE
 
+from megatron_rl.models.architecture import read_architecture
+
 Compare = Callable[..., tuple[int, list[dict[str, Any]]]]
 """(model, tokens, layouts, options of parity.run) -> (status, result of each layout)."""
+
+
+LAYOUTS = {
+    "moe": ["tp=1", "tp=2", "pp=2,vpp=2", "cp=2,ep=2", "tp=2,ep=2,etp=2", "tp=2,pp=2,ep=2"],
+    "dense": ["tp=1", "tp=2", "pp=2", "pp=2,vpp=2", "cp=2", "tp=2,pp=2"],
+}
+"""What the table of parity has for each family."""
+
+
+def layouts_of(model: Path) -> list[str]:
+    return LAYOUTS["moe" if read_architecture(model).num_experts else "dense"]
 
 
 def write_sequences(path: Path) -> Path:
