@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from megatron_rl.models import blocks
@@ -33,5 +34,10 @@ def weights(arch: Architecture) -> list[Weight]:
     return blocks.decoder(arch)
 
 
-def server_caveats(arch: Architecture) -> tuple[str, ...]:
-    return ()
+def server_caveats(arch: Architecture) -> Iterator[str]:
+    # SGLang 0.5.23 takes neither from config.json.
+    if arch.num_kv_heads * arch.head_dim != arch.hidden_size:
+        width = arch.num_kv_heads * arch.head_dim
+        yield f"keys are {width} wide, but SGLang's {MODEL_TYPE} has a norm of hidden_size = {arch.hidden_size} on them"
+    if arch.qk_norm == "all" and arch.rms_norm_eps != 1e-5:
+        yield f"rms_norm_eps is {arch.rms_norm_eps}, but SGLang's {MODEL_TYPE} has 1e-05 in the norms on heads"

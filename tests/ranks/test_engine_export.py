@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from family_models import make_family_model
 from forks import Forks
 from models_reference import TINY
 from tiny_models import make_tiny_model
@@ -19,4 +20,5 @@ def test_two_ranks_export_the_checkpoint_and_the_check_detects_mistakes(forks: F
 def test_four_ranks_export_the_checkpoint_and_reject_mismatches(forks: Forks, tmp_path: Path) -> None:
     for family, arguments in TINY.items():
         make_tiny_model(tmp_path / family, **arguments)
+    make_family_model(tmp_path / "deepseek_v3", "deepseek_v3")
     forks.world(4, "export_worker:four_ranks", tmp_path)

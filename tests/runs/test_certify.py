@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from family_models import make_family_model
 from forks import Forks
 from tiny_models import make_tiny_model
 
@@ -61,6 +62,18 @@ def test_the_certificate_holds_on_two_ranks(check: Check) -> None:
 @pytest.mark.distributed
 def test_the_certificate_holds_on_two_ranks_without_recomputation(check: Check) -> None:
     check(["cp=2,ep=2"], "none")
+
+
+@pytest.mark.distributed
+def test_the_certificate_holds_for_sigmoid_routers_with_a_bias_and_groups(
+    forked_ranks: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_family_model(tmp_path / "model", "deepseek_v3")
+    status = run(model, ["tp=2,pp=2,ep=2"], ["full"], device="cpu", as_json=True)
+    (result,) = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
+    assert (status, result["passed"]) == (0, True), result
+    assert result["replayed_rows"] + result["live_rows"] == TOKENS * 3
+    assert all(result["caught"].values())
 
 
 @pytest.mark.slow

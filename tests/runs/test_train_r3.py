@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from declared_names import LIVE, written
+from family_models import make_family_model
 from forks import Forks
 from rl_runs import run_all, write_config
 from tiny_models import VOCAB_SIZE, make_tiny_model
@@ -57,3 +58,33 @@ def test_routes_and_likely_tokens_from_a_live_server_are_used(forks: Forks, tmp_
             assert line["centering/drift/max"] < 1e-4
     assert len(read_metrics(tmp_path / "run" / "eval.jsonl")) == 2
     assert written(tmp_path / "run") >= LIVE
+
+
+@pytest.mark.server
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "family", ["glm4_moe", *(pytest.param(family, marks=pytest.mark.slow) for family in ("mixtral", "olmoe"))]
+)
+def test_r3_replays_the_routes_of_families_that_the_servers_cpu_path_computes(
+    forks: Forks, tmp_path: Path, family: str
+) -> None:
+    """Routers with sigmoids and a bias, and with softmaxes over all and over the chosen experts."""
+    changes = {"num_key_value_heads": 4} if family == "olmoe" else {}  # SGLang's needs as many as query heads
+    model = make_family_model(tmp_path / "model", family, num_hidden_layers=2, **changes)
+    config = write_config(tmp_path / "config.yaml", model, tmp_path / "unused")
+    options = (
+        "data.train=arithmetic:terms=3,split=train,count=64",
+        "rollout.replay_from=null",
+        "rollout.servers.max_total_tokens=4096",
+        f"train.steps={STEPS}",
+        "routing.replay=r3",
+        "weights.verify=1",
+        "parallel.ep=2",
+    )
+    run_all(forks, config, 2, [f"run_dir={tmp_path / 'run'} {' '.join(options)}"])
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert len(lines) >= STEPS
+    for line in lines:
+        assert line["routing/set_mismatch/rollout_old/effective/max"] == 0
+        assert line["routing/set_mismatch/rollout_old/live/max"] < 0.02
+        assert line["abs_logprob_gap/max"] < 1e-3

@@ -62,6 +62,9 @@ def four_ranks(models: Path) -> None:
     for layout in ("tp=2,pp=2,ep=2", "pp=2,vpp=2,ep=2", "tp=2,ep=2,etp=2,dp=2"):
         check_engine(models / "qwen3_moe", layout)
     check_engine(models / "qwen3", "tp=2,pp=2")
+    for layout in ("tp=2,pp=2,ep=2", "pp=2,vpp=2,ep=2"):
+        check_engine(models / "deepseek_v3", layout)
+    check_biases_stay_fp32(models / "deepseek_v3", models / "saved")
     check_ranks_that_do_not_fit(dist.get_rank())
     check_another_order(dist.get_rank())
 
@@ -140,6 +143,27 @@ def check_engine(model: Path, layout_text: str) -> None:
         file = load_file(model / "model.safetensors")
         assert exported.keys() == file.keys()
         assert [name for name in file if not torch.equal(exported[name], file[name])] == []
+
+
+def check_biases_stay_fp32(model: Path, saved: Path) -> None:
+    """Checks that a bf16 model exports and saves its routers' biases to the bit, and all else in bf16."""
+    from megatron_rl.engine.policy import Policy
+    from megatron_rl.models.weights_io import save_weights
+
+    layout, place = start("tp=2,pp=2,ep=2")
+    engine = EngineConfig(device="cpu", dtype="bf16")
+    policy = Policy(model, layout, place, engine, torch.device("cpu"), optim=None)
+    buckets = [bucket for bucket in policy.export(bucket_bytes=5000) if bucket]
+    assert all(len({tensor.dtype for _, tensor in bucket}) == 1 for bucket in buckets)
+    if dist.get_rank() == 0:
+        save_weights(flat(buckets), saved, model, 10**9, torch.bfloat16)
+        file, written = load_file(model / "model.safetensors"), load_file(saved / "model.safetensors")
+        biases = [name for name in file if name.endswith("e_score_correction_bias")]
+        assert len(biases) == 3
+        for name, tensor in file.items():
+            expected = tensor if name in biases else tensor.bfloat16()
+            assert written[name].dtype == expected.dtype
+            assert torch.equal(written[name], expected)
 
 
 def check_ranks_that_do_not_fit(rank: int) -> None:

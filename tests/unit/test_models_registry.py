@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,6 +72,15 @@ def test_server_caveats_name_dense_layers() -> None:
     assert list(server_caveats(dense_architecture())) == []
     (caveat,) = server_caveats(moe_architecture(dense_layers=(1,)))
     assert caveat.startswith("layers [1] are dense, but SGLang")
+
+
+def test_server_caveats_name_norms_that_the_servers_make_otherwise() -> None:
+    found = dataclasses.replace(dense_architecture(), model_type="olmoe", qk_norm="all", rms_norm_eps=1e-5)
+    served = dataclasses.replace(found, hidden_size=found.num_kv_heads * found.head_dim)
+    assert list(server_caveats(served)) == []
+    narrow, eps = server_caveats(dataclasses.replace(served, hidden_size=2 * served.hidden_size, rms_norm_eps=1e-6))
+    assert "but SGLang's olmoe has a norm of hidden_size" in narrow
+    assert eps == "rms_norm_eps is 1e-06, but SGLang's olmoe has 1e-05 in the norms on heads"
 
 
 def test_a_model_without_qk_norm_has_no_qk_norm_weights() -> None:
