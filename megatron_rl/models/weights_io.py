@@ -247,9 +247,8 @@ def check_names(files: TensorFiles, arch: Architecture) -> tuple[str, ...]:
     excess = sorted(set(files.names) - wanted - files.scales())
     no_head = arch.tied_embeddings or arch.value_head
     harmless = [*family_of(arch).UNUSED, *([r"lm_head\.weight"] if no_head else [])]
-    if arch.predictor_layers:
-        numbers = range(arch.num_layers, arch.num_layers + arch.predictor_layers)
-        harmless.append(rf"model\.layers\.({'|'.join(map(str, numbers))})\..*")
+    predictors = range(arch.num_layers, arch.num_layers + arch.predictor_layers)
+    harmless += [rf"model\.layers\.{number}\..*" for number in predictors]
     unknown = [name for name in excess if not any(re.fullmatch(pattern, name) for pattern in harmless)]
     if unknown:
         raise ModelError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from paths import ROOT
@@ -82,6 +84,27 @@ def test_a_published_model_fits_the_layouts_that_its_users_take(name: str, layou
     stages = resolved.split(arch.num_layers)
     assert [layer for stage in stages for layer in stage] == list(range(arch.num_layers))
     assert max(map(len, stages)) - min(map(len, stages)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts_per_tok": 4}, "topk_group is 4; expected half of num_experts_per_tok = 4, or n_group"),
+        ({"n_group": 7}, "n_group is 7; expected a divisor of 256 experts, and at least topk_group = 4"),
+        ({"scoring_func": "softmax"}, "scoring_func is 'softmax'; expected \"sigmoid\""),
+        ({"norm_topk_prob": False}, "norm_topk_prob is False; expected true"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq is 2; expected 1"),
+        ({"num_key_value_heads": 8}, "num_key_value_heads is 8; expected 128 or null"),
+        ({"kv_lora_rank": None}, "kv_lora_rank is None; expected an integer"),
+    ],
+)
+def test_what_a_router_cannot_do_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """And what latent attention cannot."""
+    published = json.loads((PUBLISHED / "deepseek-ai--DeepSeek-V3.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**published, **changes}))
+    with pytest.raises(ModelError) as refused:
+        read_architecture(tmp_path)
+    assert message in str(refused.value)
 
 
 def test_features_that_numbers_of_parameters_do_not_show(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -133,6 +134,16 @@ def test_known_unused_tensors_are_returned(moe):
     extra = "model.layers.0.self_attn.rotary_emb.inv_freq"
     edit(directory, lambda t: t.update({extra: torch.zeros(4)}))
     assert load_weights([empty_stage(arch)], arch, directory, ModelRanks(), weight_names()) == (extra,)
+
+
+def test_layers_that_predict_several_tokens_are_passed_over(moe):
+    directory, arch = moe
+    extra = f"model.layers.{arch.num_layers}.self_attn.q_proj.weight"
+    edit(directory, lambda t: t.update({extra: torch.zeros(4, 4)}))
+    predicting = dataclasses.replace(arch, predictor_layers=1)
+    assert load_weights([empty_stage(arch)], predicting, directory, ModelRanks(), weight_names()) == (extra,)
+    with pytest.raises(ValueError, match=f"{extra} has no place"):
+        load_weights([empty_stage(arch)], arch, directory, ModelRanks(), weight_names())
 
 
 def test_a_stray_output_layer_must_be_the_tied_embedding(tied):
