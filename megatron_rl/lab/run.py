@@ -187,9 +187,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Lines of a metrics.jsonl or eval.jsonl; a metric that was not finite is None.
 
     Omits a last line without a line end: the run was interrupted there, or is writing it. Raises RunDirError, which
-    names the file and the line, if a line is not a JSON object with a step.
+    names the file and the line, if a line is not a JSON object of numbers with a step.
     """
     return [record for record, _ in _lines(path)]
+
+
+_NUMBERS = (int, float, type(None))  # None: it was not finite
 
 
 def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
@@ -205,6 +208,10 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
                 raise RunDirError(f"{path}, line {number}: not JSON ({error}). Remove the line.") from error
             if not isinstance(record, dict) or not isinstance(record.get("step"), int):
                 raise RunDirError(f"{path}, line {number}: expected an object with an integer `step`. Remove it.")
+            for name, value in record.items():
+                if type(value) not in _NUMBERS or (name == "mini_batch" and not isinstance(value, int)):
+                    found = repr(value)[:40]
+                    raise RunDirError(f"{path}, line {number}: {name[:80]} is {found}; expected a number. Remove it.")
             end += len(line)
             yield record, end
 

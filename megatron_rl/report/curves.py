@@ -117,7 +117,8 @@ def layer_map(columns: MetricColumns, name: str, limit: int = COLUMNS) -> LayerM
     """`name`/layer_NN over steps; None if there are no layers. A column has the largest value of its lines, so that no
     spike is lost; NaN without a value."""
     prefix = f"{name}/layer_"
-    layers = sorted(int(each.removeprefix(prefix)) for each in columns.names if each.startswith(prefix))
+    numbers = [each.removeprefix(prefix) for each in columns.names if each.startswith(prefix)]
+    layers = sorted(int(number) for number in numbers if number.isdecimal())
     if not layers:
         return None
     table = np.array([columns.column(f"{prefix}{layer:02d}") for layer in layers])

@@ -196,3 +196,20 @@ def test_the_error_names_the_file_and_the_bad_line(tmp_path: Path, bad: bytes) -
     file.write_bytes(b'{"step":1}\n' + bad + b'{"step":2}\n')
     with pytest.raises(RunDirError, match=r"metrics\.jsonl, line 2"):
         read_metrics(file)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"step": 1, "loss": "high"}', "line 1: loss is 'high'; expected a number. Remove it."),
+        ('{"step": 1, "loss": [1, 2]}', "line 1: loss is [1, 2]; expected a number"),
+        ('{"step": 1, "loss": true}', "line 1: loss is True; expected a number"),
+        ('{"step": 1, "mini_batch": 0.5}', "line 1: mini_batch is 0.5; expected a number"),
+    ],
+)
+def test_an_edited_line_is_an_error_that_names_it(tmp_path: Path, line: str, words: str) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(f"{line}\n")
+    with pytest.raises(RunDirError) as error:
+        read_metrics(file)
+    assert words in str(error.value)
