@@ -19,6 +19,7 @@ def names_that_rules_miss(study: StudyFile, arms: Mapping[str, ArmPoint]) -> Ite
             if arm not in arms:
                 yield f"{key}: no arm is called {arm!r}{nearest(arm, list(arms))}"
         yield from _too_many_seeds(key, rule, arms)
+        yield from (f"{key}{what}" for what in _too_few_arms(rule, arms, bool(study.stops)))
         known = {factor for arm in arms.values() for factor in arm.at}
         for factor in rule.factors:
             if factor not in known:
@@ -39,6 +40,32 @@ def _too_many_seeds(key: str, rule: object, arms: Mapping[str, ArmPoint]) -> Ite
     for name, number in asked.items():
         if number is not None and number > there:
             yield f"{key}.{name}: found {number}, but the runs have {there} seeds"
+
+
+def _too_few_arms(rule: object, arms: Mapping[str, ArmPoint], may_stop: bool) -> Iterator[str]:
+    """A rule about several arms, of which the study has too few, would never decide."""
+    if not isinstance(rule, SlopeRule | GridEdgeRule | EdgeShiftRule):
+        return
+    meant = [arm for arm in arms.values() if all(arm.at.get(name) == value for name, value in rule.where.items())]
+    if not meant:
+        yield f".where: no arm has {rule.where}"
+        return
+
+    def values(factor: str) -> set[int | float | str]:
+        return {arm.at[factor] for arm in meant if factor in arm.at}
+
+    spread = _numbers(rule)
+    if isinstance(rule, SlopeRule) and not spread and len(meant) < 2:
+        yield ": a slope needs two arms at least"
+    if isinstance(rule, EdgeShiftRule):
+        for key, value in (("value", rule.value), ("against", rule.against)):
+            if (there := values(rule.factor)) and value not in there:
+                yield f".{key}: found {value!r}; the arms have {', '.join(map(str, there))} in {rule.factor!r}"
+    for factor in spread:
+        if len(there := values(factor)) == 1:
+            yield f": all its arms have {there.pop()} in {factor!r}; it needs two values at least"
+    if not isinstance(rule, SlopeRule) and not may_stop:
+        yield ": without `stops` only a run that fails could be beyond an edge; add a stop rule"
 
 
 def _numbers(rule: object) -> tuple[str, ...]:
