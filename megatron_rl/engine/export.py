@@ -7,6 +7,7 @@ context-parallel duplicates send nothing.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
@@ -39,7 +40,7 @@ def export_stream(
     exported for a parameter in its place, as its gradient, of the parameter's shape and of one dtype throughout;
     weights that do not train are then left out. Tensors come in the order of the model's list of weights under every
     layout. Rank 0 holds at most two buckets' bytes, other ranks one; a bucket is larger than `bucket_bytes` only when a
-    single weight is. Every rank must exhaust the stream.
+    single weight is, or all experts that one tensor stacks are. Every rank must exhaust the stream.
 
     Raises RuntimeError when stages are not cut as the layout says, or when ranks disagree on dtype or bucket size,
     and ValueError for what `bind` refuses.
@@ -102,16 +103,22 @@ def _dtype(weight: Weight, sample: Tensor) -> torch.dtype:
 
 
 def _buckets(weights: Sequence[Weight], max_elements: int) -> list[list[Weight]]:
-    """Consecutive weights of one dtype, as many as fit."""
+    """Consecutive weights of one dtype, as many as fit; those of one tensor are together."""
     buckets: list[list[Weight]] = []
     filled = max_elements
-    for weight in weights:
-        if not buckets or filled + weight.elements() > max_elements or weight.trained != buckets[-1][-1].trained:
+    for _, group in itertools.groupby(weights, _tensors):
+        together = list(group)
+        elements = sum(weight.elements() for weight in together)
+        if not buckets or filled + elements > max_elements or together[0].trained != buckets[-1][-1].trained:
             buckets.append([])
             filled = 0
-        buckets[-1].append(weight)
-        filled += weight.elements()
+        buckets[-1] += together
+        filled += elements
     return buckets
+
+
+def _tensors(weight: Weight) -> list[str]:
+    return [source.name for source in weight.sources]
 
 
 def _gather(
@@ -125,11 +132,11 @@ def _gather(
             _transfer([dist.P2POp(dist.isend, torch.cat(mine), DESTINATION)])
         return []
     received = _receive(bucket, like)
-    tensors: list[tuple[str, Tensor]] = []
-    for weight, holders in bucket:
-        shards = [local(weight) if holder == DESTINATION else next(received[holder]) for holder in holders]
-        tensors += assemble(weight, shards)
-    return tensors
+
+    def shards(holders: range, weight: Weight) -> list[Tensor]:
+        return [local(weight) if holder == DESTINATION else next(received[holder]) for holder in holders]
+
+    return assemble((weight, shards(holders, weight)) for weight, holders in bucket)
 
 
 def _receive(bucket: Sequence[tuple[Weight, range]], like: Tensor) -> dict[int, Iterator[Tensor]]:

@@ -42,6 +42,9 @@ def transformer_config(
         # Losses and gradients are summed: the denominators are global and already in the loss.
         calculate_per_token_loss=True,
     )
+    # Set late, as Megatron-Core refuses biases with expert-tensor parallelism: its own experts would add them once a
+    # rank, and ours do not. Routers and attention read it.
+    config.add_bias_linear = arch.biases
     if isinstance(arch.rope_scaling, Yarn) and not arch.latent:
         # GPTModel reads them from the configuration, of which they are no fields (gpt_model.py, 0.16.1 and 0.19.2).
         for name, value in _yarn(arch.rope_scaling).items():

@@ -130,6 +130,15 @@ class LatentAttention:
 
 
 @dataclass(frozen=True)
+class ClampedSwiglu:
+    """An activation in place of SwiGLU: (up + 1) * gate * sigmoid(alpha * gate), with gate at most `limit` and up
+    within -limit and limit (transformers, GptOssExperts)."""
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True)
 class Router:
     """How a router chooses experts by its logits, and how it weighs those chosen."""
 
@@ -166,7 +175,12 @@ class Architecture:
     router: Router = Router()
     shared_hidden_size: int = 0  # width of the expert that every token visits; 0: there is none
     shared_gate: bool = False  # whether its output is multiplied by a sigmoid of the token
+    clamped: ClampedSwiglu | None = None  # the experts' activation; None: SwiGLU
     qkv_bias: bool = False  # on queries, keys and values
+    biases: bool = False  # on every linear layer but the last: of attention, routers and experts
+    sinks: bool = False  # whether the softmax of attention has one more logit, learned for each head, without a value
+    window: int | None = None  # tokens that a token looks at in the windowed layers, itself included
+    windowed_layers: tuple[int, ...] = ()  # 0-based numbers; empty if there is no window
     rotary_fraction: float = 1.0  # of each head, its first elements
     rope_scaling: Yarn | RampedRope | None = None
     latent: LatentAttention | None = None
@@ -181,6 +195,10 @@ class Architecture:
     @property
     def moe_layers(self) -> tuple[int, ...]:
         return tuple(layer for layer in range(self.num_layers) if self.is_moe(layer))
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a token looks at in layer `layer` (0-based, global); None: all before it."""
+        return self.window if layer in self.windowed_layers else None
 
     def is_moe(self, layer: int) -> bool:
         """Whether layer `layer` (0-based, global) has experts."""

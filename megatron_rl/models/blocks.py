@@ -13,6 +13,7 @@ from megatron_rl.models.weight import (
     REPLICATED,
     ROWS,
     VOCABULARY,
+    Part,
     Shape,
     Sharding,
     Source,
@@ -31,6 +32,7 @@ class MlpNames:
     experts: str = "mlp.experts"
     shared: str = "mlp.shared_experts"
     shared_gate: str = "mlp.shared_expert_gate"
+    stacked: bool = False  # whether one tensor has all experts of a layer: see stacked_experts
 
 
 def decoder(arch: Architecture, names: MlpNames = MlpNames()) -> list[Weight]:
@@ -39,7 +41,7 @@ def decoder(arch: Architecture, names: MlpNames = MlpNames()) -> list[Weight]:
     for layer in range(arch.num_layers):
         found += latent_attention(arch, layer) if arch.latent else attention(arch, layer)
         if arch.is_moe(layer):
-            found += experts(arch, layer, names)
+            found += stacked_experts(arch, layer, names) if names.stacked else experts(arch, layer, names)
         else:
             found += mlp(arch.hidden_size, arch.ffn_hidden_size, layer, "mlp", "mlp", names, "other")
     # Last, because they alone are fp32 in every model: the tensors that are exported together have one dtype.
@@ -62,7 +64,8 @@ def attention(arch: Architecture, layer: int) -> Iterator[Weight]:
         return Weight(f"{mcore}.{name}.weight", (Source(f"{hf}.{hf_name}.weight", (width,)),), REPLICATED, layer, kind)
 
     yield norm("input_layernorm", "input_layernorm", hidden, "other")
-    columns = {"weight": (hidden,), "bias": ()} if arch.qkv_bias else {"weight": (hidden,)}
+    has_bias = arch.qkv_bias or arch.biases
+    columns = {"weight": (hidden,), "bias": ()} if has_bias else {"weight": (hidden,)}
     for part, width in columns.items():
         sources = tuple(
             Source(f"{hf}.self_attn.{name}_proj.{part}", (rows, *width))
@@ -81,6 +84,12 @@ def attention(arch: Architecture, layer: int) -> Iterator[Weight]:
         layer,
         "attention",
     )
+    if arch.biases:
+        bias = Source(f"{hf}.self_attn.o_proj.bias", (hidden,))
+        yield Weight(f"{mcore}.self_attention.linear_proj.bias", (bias,), REPLICATED, layer, "attention")
+    if arch.sinks:
+        sinks = Source(f"{hf}.self_attn.sinks", (arch.num_heads,))
+        yield Weight(f"{mcore}.self_attention.core_attention.softmax_offset", (sinks,), ROWS, layer, "attention")
     yield norm("pre_mlp_layernorm", "post_attention_layernorm", hidden, "other")
 
 
@@ -145,6 +154,34 @@ def experts(arch: Architecture, layer: int, names: MlpNames) -> Iterator[Weight]
     if arch.shared_gate:
         source = Source(f"{hf}.{names.shared_gate}.weight", (1, hidden))
         yield Weight(f"{mcore}.shared_experts.gate_weight", (source,), REPLICATED, layer, "expert")
+
+
+def stacked_experts(arch: Architecture, layer: int, names: MlpNames) -> Iterator[Weight]:
+    """The router of a layer and its experts, each with biases, as four tensors hold them [gpt-oss].
+
+    gate_up_proj [E, H, 2F] and its bias [E, 2F] have gate at even and up at odd positions; down_proj [E, F, H] and its
+    bias [E, H]. Each rank of expert-tensor parallelism adds the second bias to some outputs.
+    """
+    count, hidden, width = arch.num_experts, arch.hidden_size, arch.expert_hidden_size
+    mcore, hf = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}"
+    for part, shape in (("weight", (count, hidden)), ("bias", (count,))):
+        gate = Source(f"{hf}.{names.router}.{part}", shape)
+        yield Weight(f"{mcore}.router.{part}", (gate,), REPLICATED, layer, "router")
+    name = f"{hf}.{names.experts}"
+    for expert in range(count):
+        pair = (Part((count, hidden, 2 * width), expert, True, offset, step=2) for offset in (0, 1))
+        sources = tuple(Source(f"{name}.gate_up_proj", (width, hidden), part) for part in pair)
+        yield Weight(f"{mcore}.experts.linear_fc1.weight{expert}", sources, GATE_UP, layer, "expert", expert)
+    for expert in range(count):
+        pair = (Part((count, 2 * width), expert, False, offset, step=2) for offset in (0, 1))
+        sources = tuple(Source(f"{name}.gate_up_proj_bias", (width,), part) for part in pair)
+        yield Weight(f"{mcore}.experts.linear_fc1.bias{expert}", sources, GATE_UP, layer, "expert", expert)
+    for expert in range(count):
+        down = Source(f"{name}.down_proj", (hidden, width), Part((count, width, hidden), expert, True))
+        yield Weight(f"{mcore}.experts.linear_fc2.weight{expert}", (down,), COLUMNS, layer, "expert", expert)
+    for expert in range(count):
+        bias = Source(f"{name}.down_proj_bias", (hidden,), Part((count, hidden), expert))
+        yield Weight(f"{mcore}.experts.linear_fc2.bias{expert}", (bias,), ROWS, layer, "expert", expert)
 
 
 def router_bias(arch: Architecture, layer: int, names: MlpNames) -> Weight:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_rl.models.architecture import read_architecture
 from megatron_rl.models.fields import read_json_object
-from megatron_rl.models.registry import weights_of
+from megatron_rl.models.registry import tensors_of
 from megatron_rl.models.tokenizer import load_tokenizer
 from megatron_rl.models.weights_io import TensorFiles, check_names
 
@@ -28,7 +28,7 @@ def check_weights(directory: Path, value_head: bool = False, *, values: bool = F
     files.check_listing()
     check_names(files, arch)
     held = set(files.names)
-    for source in (source for weight in weights_of(arch) for source in weight.sources):
+    for source in tensors_of(arch):
         if source.name not in held:
             continue  # check_names has let pass what may be absent
         files.check(source)

@@ -13,7 +13,7 @@ from megatron_rl.models.architecture import read_architecture
 from megatron_rl.models.check import check_weights
 from megatron_rl.models.fields import ModelError
 from megatron_rl.models.quantisation import FIELD, read_quantisation
-from megatron_rl.models.registry import weights_of
+from megatron_rl.models.registry import tensors_of
 from megatron_rl.models.weights_io import MAX_SHARD_BYTES, TensorFiles, save_weights
 
 
@@ -39,7 +39,7 @@ def dequantise(model: Path, out: Path) -> Dequantised:
         raise ModelError(f"{model / 'config.json'} has no {FIELD}; there is nothing to convert")
     check_weights(model)
     files = TensorFiles(model)
-    sources = [source for weight in weights_of(arch) if not weight.copy for source in weight.sources]
+    sources = list(tensors_of(arch))
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for source in sources:

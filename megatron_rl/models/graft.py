@@ -13,7 +13,7 @@ from megatron_rl.models.architecture import differences, read_architecture
 from megatron_rl.models.check import check_weights
 from megatron_rl.models.fields import ModelError
 from megatron_rl.models.kinds import PolicyKind
-from megatron_rl.models.registry import kinds_of, weights_of
+from megatron_rl.models.registry import kinds_of, tensors_of
 from megatron_rl.models.weights_io import MAX_SHARD_BYTES, TensorFiles, save_weights
 
 
@@ -42,9 +42,7 @@ def graft(donor: Path, base: Path, out: Path, kinds: Collection[PolicyKind]) -> 
         raise ModelError(f"{base} has no weights of kind {' or '.join(lacking)}; it has {', '.join(held)}")
     for directory in (donor, base):
         check_weights(directory)
-    sources = {
-        source: weight.kind in kinds for weight in weights_of(arch) if not weight.copy for source in weight.sources
-    }
+    sources = {source: kind in kinds for source, kind in tensors_of(arch).items()}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         theirs, ours = TensorFiles(donor), TensorFiles(base)

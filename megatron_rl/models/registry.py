@@ -15,7 +15,7 @@ from megatron_rl.models.kinds import WEIGHT_KINDS, WeightKind
 if TYPE_CHECKING:  # architecture.py looks families up here
     from megatron_rl.models.architecture import Architecture
     from megatron_rl.models.fields import JsonFields
-    from megatron_rl.models.weight import Weight
+    from megatron_rl.models.weight import Source, Weight
 
 MODULES = {
     "qwen3_moe": "megatron_rl.models.qwen3_moe",
@@ -31,6 +31,7 @@ MODULES = {
     "glm4_moe": "megatron_rl.models.glm4_moe",
     "glm4_moe_lite": "megatron_rl.models.glm4_moe_lite",
     "minimax_m2": "megatron_rl.models.minimax_m2",
+    "gpt_oss": "megatron_rl.models.gpt_oss",
 }
 """The file of each model_type."""
 
@@ -70,6 +71,11 @@ def family_of(arch: Architecture) -> Family:
 def weights_of(arch: Architecture) -> list[Weight]:
     """The model's weights, in the order in which they are exported."""
     return family_of(arch).weights(arch)
+
+
+def tensors_of(arch: Architecture) -> dict[Source, WeightKind]:
+    """The model's tensors in Hugging Face's files, in the order in which they are exported, and their kinds."""
+    return {source.whole: weight.kind for weight in weights_of(arch) if not weight.copy for source in weight.sources}
 
 
 def kinds_of(arch: Architecture) -> tuple[WeightKind, ...]:

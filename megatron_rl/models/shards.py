@@ -5,7 +5,7 @@ Both copy along the pieces of weight.py, so there is no second description to di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,12 +28,20 @@ def fill(weight: Weight, shard: Tensor, read: Callable[[Source, int, int, int], 
 
 
 @torch.no_grad()
-def assemble(weight: Weight, shards: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Returns (Hugging Face name, whole tensor) of each source, from the shards of all ranks."""
-    dim = weight.sharding.dim
-    whole = [shards[0].new_empty(source.shape) for source in weight.sources]
-    for rank, shard in enumerate(shards):
-        for piece in weight.cut(rank, len(shards))[1]:
-            stretch = shard.narrow(dim, piece.offset, piece.length)
-            whole[piece.source].narrow(dim, piece.start, piece.length).copy_(stretch)
-    return zip((source.name for source in weight.sources), whole, strict=True)
+def assemble(weights: Iterable[tuple[Weight, Sequence[Tensor]]]) -> list[tuple[str, Tensor]]:
+    """Returns (Hugging Face name, whole tensor) of the weights' sources, from the shards of all ranks.
+
+    `weights` have every part of a tensor that one of them is a part of.
+    """
+    wholes: dict[str, Tensor] = {}
+    for weight, shards in weights:
+        dim = weight.sharding.dim
+        for source in weight.sources:
+            if source.name not in wholes:
+                wholes[source.name] = shards[0].new_empty(source.whole.shape)
+        views = [source.of(wholes[source.name]) for source in weight.sources]
+        for rank, shard in enumerate(shards):
+            for piece in weight.cut(rank, len(shards))[1]:
+                stretch = shard.narrow(dim, piece.offset, piece.length)
+                views[piece.source].narrow(dim, piece.start, piece.length).copy_(stretch)
+    return list(wholes.items())

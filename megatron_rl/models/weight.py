@@ -9,19 +9,57 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from megatron_rl.models.kinds import WeightKind
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Source:
-    """A tensor of the Hugging Face checkpoint."""
+class Part:
+    """Where a source lies in a larger tensor, which stacks experts along its first dimension."""
 
-    name: str
-    shape: Shape
+    whole: Shape  # of the larger tensor
+    index: int  # the expert
+    transposed: bool = False  # whether the tensor has a matrix as [in, out]
+    offset: int = 0  # of the outputs: the source has those from `offset` on,
+    step: int = 1  # each `step`-th of them
+
+    def stretch(self, dim: int, start: int, length: int) -> tuple[slice | int, ...]:
+        """Returns the index, into the larger tensor, of positions [start, start + length) of the source along `dim`."""
+        outputs = slice(self.offset, None, self.step)
+        if dim == 0:
+            first = self.offset + start * self.step
+            outputs = slice(first, first + (length - 1) * self.step + 1, self.step)
+        if len(self.whole) == 2:
+            return self.index, outputs
+        inputs = slice(start, start + length) if dim == 1 else slice(None)
+        return (self.index, inputs, outputs) if self.transposed else (self.index, outputs, inputs)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor of the Hugging Face checkpoint, or a part of one."""
+
+    name: str  # of the tensor
+    shape: Shape  # [out, in] of a matrix
+    part: Part | None = None  # None: the source is the whole tensor
+
+    @property
+    def whole(self) -> Source:
+        """The tensor as a source."""
+        return self if self.part is None else Source(self.name, self.part.whole)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Returns the view of the tensor that is this source, in the source's shape."""
+        if self.part is None:
+            return tensor
+        view = tensor[self.part.stretch(0, 0, self.shape[0])]
+        return view.t() if self.part.transposed else view
 
 
 @dataclass(frozen=True)

@@ -89,13 +89,17 @@ class TensorFiles:
         return str(self._slice(name).get_dtype())
 
     def read(self, source: Source, dim: int, start: int, length: int) -> Tensor:
-        """Reads positions [start, start + length) of a tensor along `dim`, in the file's dtype, on the CPU.
+        """Reads positions [start, start + length) of a source along `dim`, in the file's dtype, on the CPU.
 
         A weight in fp8 becomes fp32: its values times the scales of their blocks. Raises ModelError for what `check`
         refuses, and for values or scales that are not finite.
         """
         self.check(source)
-        stretch = self._stretch(source.name, dim, start, length)
+        if source.part is None:
+            stretch = self._stretch(source.name, dim, start, length)
+        else:
+            stretch = self._slice(source.name)[source.part.stretch(dim, start, length)]
+            stretch = stretch.t() if source.part.transposed else stretch
         if self.is_fp8(source.name):
             stretch = self._dequantised(source.name, stretch, dim, start)
         if stretch.numel() and not all(map(math.isfinite, torch.stack(torch.aminmax(stretch)).tolist())):
@@ -118,13 +122,13 @@ class TensorFiles:
         return {scale_name(name) for name in self._files if scale_name(name) in self._files and self.is_fp8(name)}
 
     def check(self, source: Source) -> None:
-        """Raises ModelError when the tensor is missing, or has not the source's shape, or no dtype that is read.
+        """Raises ModelError when the source's tensor is missing, or has another shape, or no dtype that is read.
 
         If it is in fp8, its scales are checked too.
         """
         name = source.name
-        if (found := self.shape(name)) != source.shape:
-            raise ModelError(f"{self._files[name]}: {name} has shape {found}; config.json asks for {source.shape}")
+        if (found := self.shape(name)) != (shape := source.whole.shape):
+            raise ModelError(f"{self._files[name]}: {name} has shape {found}; config.json asks for {shape}")
         if (dtype := self.dtype(name)) not in _DTYPES:
             raise ModelError(f"{self._files[name]}: {name} has dtype {dtype}; expected one of {', '.join(_DTYPES)}")
         if dtype == FP8:
@@ -321,7 +325,7 @@ def _copy_companions(source_dir: Path, target: Path, dtype: torch.dtype | None, 
 
 def _checked(tensors: Iterable[tuple[str, Tensor]], arch: Architecture) -> Iterable[tuple[str, Tensor]]:
     weights = weights_of(arch)
-    awaited = {source.name: source.shape for weight in weights for source in weight.sources}
+    awaited = {source.name: source.whole.shape for weight in weights for source in weight.sources}
     for name, tensor in tensors:
         if name not in awaited:
             raise ModelError(

@@ -48,7 +48,7 @@ def _replace(policy: Policy, bucket_bytes: int, change: Callable[[str, Tensor], 
     slots: dict[str, list[Slot]] = {}  # by first source: tied embeddings may be in two slots
     for slot in bind(list(policy.models), policy.arch, ranks, policy.layers.weight_names):
         slots.setdefault(slot.weight.sources[0].name, []).append(slot)
-    shapes = {source.name: source.shape for weight in weights_of(policy.arch) for source in weight.sources}
+    shapes = {source.name: source.whole.shape for weight in weights_of(policy.arch) for source in weight.sources}
     wrong = []
     for bucket in policy.export(bucket_bytes):
         tensors = _broadcast(bucket, shapes, policy)
@@ -57,7 +57,8 @@ def _replace(policy: Policy, bucket_bytes: int, change: Callable[[str, Tensor], 
             weight, shard, share = slot.weight, slot.of(slot.parameter.data), ranks.share(slot.weight)
             dim = weight.sharding.dim
             for piece in weight.cut(*share)[1]:
-                exported = tensors[weight.sources[piece.source].name].narrow(dim, piece.start, piece.length)
+                source = weight.sources[piece.source]
+                exported = source.of(tensors[source.name]).narrow(dim, piece.start, piece.length)
                 if not torch.equal(shard.narrow(dim, piece.offset, piece.length), exported):
                     wrong.append(weight.name)
             fill(weight, shard, _reader(changed), *share)
@@ -65,7 +66,7 @@ def _replace(policy: Policy, bucket_bytes: int, change: Callable[[str, Tensor], 
 
 
 def _reader(tensors: Mapping[str, Tensor]) -> Callable[[Source, int, int, int], Tensor]:
-    return lambda source, dim, start, length: tensors[source.name].narrow(dim, start, length)
+    return lambda source, dim, start, length: source.of(tensors[source.name]).narrow(dim, start, length)
 
 
 def _broadcast(bucket: list[tuple[str, Tensor]], shapes: Mapping[str, Shape], policy: Policy) -> dict[str, Tensor]:

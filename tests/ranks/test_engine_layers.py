@@ -46,5 +46,5 @@ def test_on_a_gpu_two_passes_give_the_same_bits_and_flash_attention_equals_padde
     sequences = TorchLayers().packed_sequences(bounds, 1, 0, device)
     query, key, value = (torch.randn(200, heads, 32, device=device, generator=made).bfloat16() for heads in (4, 2, 2))
     flash = flash_attention(query, key, value, sequences, 0.2)
-    padded = padded_attention(query, key, value, sequences.attention, 0.2)
+    padded = padded_attention(query, key, value, sequences, 0.2)
     torch.testing.assert_close(flash, padded, atol=2e-2, rtol=2e-2)

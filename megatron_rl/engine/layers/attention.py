@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -21,7 +22,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
-from megatron_rl.engine.layers.attention_plan import AttentionPlan, PlannedSequences
+from megatron_rl.engine.layers.attention_plan import PlannedSequences
 from megatron_rl.engine.layers.rotary import Turns, pairs_to_halves
 from megatron_rl.models.architecture import Architecture
 
@@ -123,8 +124,10 @@ class LatentSelfAttention(MLASelfAttention):
 class PackedAttention(MegatronModule):
     """Causal attention over packed sequences (THD), with all-gathered keys and values under context parallelism.
 
-    Without context parallelism a GPU has a kernel for it in bf16. Elsewhere sequences are batched by length class, so
-    that none is padded to more than twice its own length.
+    Without context parallelism, windows and sinks a GPU has a kernel for it in bf16. Elsewhere sequences are batched by
+    length class, so that none is padded to more than twice its own length.
+
+    softmax_offset [N], if there are sinks: each head's extra logit. Megatron-Core and Transformer Engine call it so.
     """
 
     def __init__(
@@ -135,11 +138,19 @@ class PackedAttention(MegatronModule):
         attention_type: str,
         softmax_scale: float | None = None,
         pg_collection: Any = None,
+        *,
+        arch: Architecture,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.cp_group = pg_collection.cp
+        self.window = arch.window_of(layer_number - 1)
+        self.softmax_offset: torch.nn.Parameter | None = None
+        if arch.sinks:
+            heads, device = config.num_attention_heads // pg_collection.tp.size(), torch.cuda.current_device()
+            self.softmax_offset = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype, device=device))
+            set_tensor_model_parallel_attributes(self.softmax_offset, is_parallel=True, dim=0, stride=1)
 
     def forward(
         self,
@@ -152,28 +163,60 @@ class PackedAttention(MegatronModule):
         **_: Any,
     ) -> Tensor:
         """query [T, N, D], key [T, G, D] and value [T, G, V]; returns [T, N * V]."""
-        if self.cp_group.size() == 1 and has_flash_attention(query, value):
+        sinks = self.softmax_offset
+        is_plain = self.cp_group.size() == 1 and self.window is None and sinks is None
+        if is_plain and has_flash_attention(query, value):
             return flash_attention(query, key, value, packed_seq_params, self.softmax_scale)
         if self.cp_group.size() > 1:
             key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
-        return padded_attention(query, key, value, packed_seq_params.attention, self.softmax_scale)
+        return padded_attention(query, key, value, packed_seq_params, self.softmax_scale, self.window, sinks)
 
 
-def padded_attention(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
-    """query [T, N, D], key [T', G, D] and value [T', G, V] of all context-parallel ranks; returns [T, N * V]."""
-    outputs = []
-    for batch in plan.batches:
+def padded_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sequences: PlannedSequences,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """query [T, N, D], key [T', G, D] and value [T', G, V] of all context-parallel ranks; returns [T, N * V].
+
+    A token looks at the `window` last tokens, itself included; None: at all. sinks [N]: each head's extra logit.
+    """
+    plan, masks, outputs = sequences.attention, sequences.masks(window, sinks is not None), []
+    for batch, mask in zip(plan.batches, masks, strict=True):
+        q, k, v = _take(query, batch.queries), _take(key, batch.keys), _take(value, batch.keys)
+        if sinks is not None:
+            q, k, v = with_sinks(q, k, v, sinks / scale)
         out = F.scaled_dot_product_attention(
-            _take(query, batch.queries),
-            _take(key, batch.keys),
-            _take(value, batch.keys),
-            attn_mask=batch.mask,
-            is_causal=batch.mask is None,
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
         outputs.append(out.transpose(1, 2).reshape(-1, query.shape[1] * value.shape[2]))
     return torch.cat(outputs).index_select(0, plan.order)
+
+
+def with_sinks(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Adds one more key, whose product with head n's queries is sinks[n], and whose value is 0.
+
+    So attention kernels, which know no sinks, compute the softmax over one logit more. The R heads of a group share the
+    key: it has one element more for each of them, and a head's queries are 1 there and 0 at the others'.
+
+    query [B, N, S, D], key [B, G, S', D], value [B, G, S', V] and sinks [N], head n of group n // R; returns
+    [B, N, S, D + R], [B, G, S' + 1, D + R] and [B, G, S' + 1, V].
+    """
+    (batch, groups, _, width), heads = key.shape, len(sinks) // key.shape[1]
+    own = torch.eye(heads, dtype=query.dtype, device=query.device).repeat(groups, 1)[:, None]
+    query = torch.cat((query, own.expand(batch, -1, query.shape[2], -1)), dim=-1)
+    sink = F.pad(sinks.view(groups, 1, heads), (width, 0)).expand(batch, -1, -1, -1)
+    return query, torch.cat((F.pad(key, (0, heads)), sink), dim=2), F.pad(value, (0, 0, 0, 1))
 
 
 def has_flash_attention(query: Tensor, value: Tensor) -> bool:

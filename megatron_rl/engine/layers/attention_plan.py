@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
@@ -22,13 +23,27 @@ from megatron_rl.engine.layers.rotary import Turns, rotate
 class AttentionBatch:
     """Sequences of similar length, as rows of one padded attention call.
 
-    queries [B, S_q] indexes this rank's tokens, keys [B, S_k] the tokens gathered over context parallelism; mask
-    [B, 1, S_q, S_k] is True where a query may look, None where plain causality says it all.
+    queries [B, S_q] indexes this rank's tokens, keys [B, S_k] the tokens gathered over context parallelism; positions
+    [B or 1, S_q] are those of the queries in their sequences. Keys lie at the positions 0, 1, ...
     """
 
     queries: Tensor
     keys: Tensor
-    mask: Tensor | None
+    positions: Tensor
+
+    def mask(self, window: int | None, sink: bool) -> Tensor:
+        """Returns [B or 1, 1, S_q, S_k], True if the query may look at the key: at its own token's and those before it,
+        `window` in all. With `sink` there is one more key, which every query may look at."""
+        last = self.positions[:, :, None]
+        keys = torch.arange(self.keys.shape[1], device=last.device)
+        seen = keys <= last
+        if window is not None:
+            seen &= keys > last - window
+        return (F.pad(seen, (0, 1), value=True) if sink else seen).unsqueeze(1)
+
+
+Masks = tuple[Tensor | None, ...]
+"""The mask of each batch of a plan; None if plain causality says it all."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +54,26 @@ class AttentionPlan:
     batches: tuple[AttentionBatch, ...]
     order: Tensor
     positions: Tensor
+    is_whole: bool  # whether this rank has all queries of its sequences
 
 
 @dataclass
 class PlannedSequences(PackedSeqParams):
-    """Megatron-Core's description of packed sequences, with the plan. Under context parallelism the plan holds masks of
-    a byte for each query and key."""
+    """Megatron-Core's description of packed sequences, with the plan. Masks have a byte for each query and key: of a
+    class of lengths, or of each sequence under context parallelism."""
 
     attention: AttentionPlan = field(kw_only=True)
     _rotation: dict[torch.dtype, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _masks: dict[tuple[int | None, bool], Masks] = field(default_factory=dict)
+
+    def masks(self, window: int | None, sink: bool) -> Masks:
+        """Returns the plan's masks for layers with this window; see AttentionBatch. They are made once."""
+        key = window, sink
+        if self.attention.is_whole and window is None and not sink:
+            return (None,) * len(self.attention.batches)
+        if key not in self._masks:
+            self._masks[key] = tuple(batch.mask(window, sink) for batch in self.attention.batches)
+        return self._masks[key]
 
     def turn(self, turns: Turns) -> None:
         """Keeps the cosine and sine of each token's position; every layer turns alike.
@@ -81,11 +107,9 @@ def attention_plan(cu_seqlens: npt.NDArray[np.integer], cp: int, cp_rank: int, d
         members = np.flatnonzero(classes == length_class)
         q_rows = _padded_ranges(local_starts[members], lengths[members] // cp)
         k_rows = _padded_ranges(starts[members], lengths[members])
-        mask = None
+        q_position = np.arange(q_rows.shape[1])[None]
         if cp > 1:
             q_position = mine[q_rows.clip(0)] - starts[members][:, None]
-            k_position = np.arange(k_rows.shape[1])
-            mask = (put(k_position, device) <= put(q_position, device)[:, :, None]).unsqueeze(1)
         real = q_rows >= 0
         slot_of[q_rows[real]] = slots + np.flatnonzero(real)
         slots += real.size
@@ -93,11 +117,11 @@ def attention_plan(cu_seqlens: npt.NDArray[np.integer], cp: int, cp_rank: int, d
             AttentionBatch(
                 queries=put(q_rows.clip(0), device),
                 keys=put(in_gathered[k_rows.clip(0)], device),
-                mask=mask,
+                positions=put(q_position, device),
             )
         )
     positions = mine - np.repeat(starts, lengths)[mine]
-    return AttentionPlan(tuple(batches), order=put(slot_of, device), positions=put(positions, device))
+    return AttentionPlan(tuple(batches), put(slot_of, device), put(positions, device), is_whole=cp == 1)
 
 
 def _padded_ranges(starts: npt.NDArray[np.integer], lengths: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:

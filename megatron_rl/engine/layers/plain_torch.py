@@ -50,7 +50,7 @@ from megatron_rl.engine.layers.attention import LatentSelfAttention, PackedAtten
 from megatron_rl.engine.layers.attention_plan import PlannedSequences, attention_plan
 from megatron_rl.engine.layers.permutation import use_equal_bits
 from megatron_rl.engine.layers.provider import sequence_bounds
-from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.architecture import Architecture, ClampedSwiglu
 
 
 class RMSNorm(torch.nn.Module):
@@ -105,15 +105,31 @@ class GroupedExperts(MegatronModule):
 
     weight1 [E, 2F, H]: gate, then up; weight2 [E, H, F]. Communication over expert-tensor parallelism is the
     dispatcher's: it gathers the input tokens and reduces the output.
+
+    bias1 [E, 2F] and bias2 [E, H / expert-tensor ranks], if the experts have biases. Each rank adds its own stretch of
+    the second to the output, so that the sum over ranks has it once.
     """
 
-    def __init__(self, num_local_experts: int, config: TransformerConfig, pg_collection: Any = None, **_: Any) -> None:
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        pg_collection: Any = None,
+        *,
+        arch: Architecture,
+        **_: Any,
+    ) -> None:
         super().__init__(config=config)
-        ffn = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
-        shapes = {
-            "weight1": (num_local_experts, 2 * ffn, config.hidden_size),
-            "weight2": (num_local_experts, config.hidden_size, ffn),
+        self.clamped = arch.clamped
+        ranks, hidden = pg_collection.expt_tp.size(), config.hidden_size
+        ffn = config.moe_ffn_hidden_size // ranks
+        self.own_outputs = pg_collection.expt_tp.rank() * (hidden // ranks)
+        shapes: dict[str, tuple[int, ...]] = {
+            "weight1": (num_local_experts, 2 * ffn, hidden),
+            "weight2": (num_local_experts, hidden, ffn),
         }
+        if arch.biases:
+            shapes |= {"bias1": (num_local_experts, 2 * ffn), "bias2": (num_local_experts, hidden // ranks)}
         for name, shape in shapes.items():
             # Values come from a Hugging Face checkpoint; there is no initialisation to keep equal across layouts.
             weight = torch.nn.Parameter(
@@ -123,9 +139,29 @@ class GroupedExperts(MegatronModule):
 
     def forward(self, x: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         """x [n, H] sorted by expert, tokens_per_expert [E], probs [n] of the router; returns ([n, H], None)."""
-        gate, up = grouped_linear(x, self.weight1, tokens_per_expert).chunk(2, dim=-1)
-        hidden = (F.silu(gate) * up * probs.unsqueeze(-1)).to(x.dtype)
-        return grouped_linear(hidden, self.weight2, tokens_per_expert), None
+        gate_up = grouped_linear(x, self.weight1, tokens_per_expert)
+        if hasattr(self, "bias1"):
+            gate_up = gate_up + rows_of(self.bias1, tokens_per_expert, len(x))
+        gate, up = gate_up.chunk(2, dim=-1)
+        activated = F.silu(gate) * up if self.clamped is None else clamped_swiglu(gate, up, self.clamped)
+        hidden = (activated * probs.unsqueeze(-1)).to(x.dtype)
+        output = grouped_linear(hidden, self.weight2, tokens_per_expert)
+        if hasattr(self, "bias2"):
+            bias = (rows_of(self.bias2, tokens_per_expert, len(x)) * probs.unsqueeze(-1)).to(x.dtype)
+            after = output.shape[-1] - self.own_outputs - bias.shape[-1]
+            output = output + F.pad(bias, (self.own_outputs, after))
+        return output, None
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor, clamp: ClampedSwiglu) -> Tensor:
+    """Returns what ClampedSwiglu says, of the shape and dtype of gate and up."""
+    gate, up = gate.clamp(max=clamp.limit), up.clamp(-clamp.limit, clamp.limit)
+    return (up + 1) * gate * torch.sigmoid(clamp.alpha * gate)
+
+
+def rows_of(bias: Tensor, rows: Tensor, count: int) -> Tensor:
+    """bias [E, out], rows [E] with the sum `count`; returns [count, out]: expert e's bias rows[e] times."""
+    return bias.repeat_interleave(put(rows, bias.device), dim=0, output_size=count)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
@@ -145,7 +181,8 @@ def layer_spec(arch: Architecture, layer: int) -> ModuleSpec:
     attention = _latent_attention(arch) if arch.latent else _attention(arch)
     if arch.is_moe(layer):
         shared = SharedExpert if arch.shared_hidden_size else None
-        mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=GroupedExperts, shared_experts=shared))
+        experts = ModuleSpec(module=GroupedExperts, params={"arch": arch})
+        mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, shared_experts=shared))
     else:
         mlp = ModuleSpec(module=MLP, submodules=_mlp_parts())
     return ModuleSpec(
@@ -167,7 +204,7 @@ def _attention(arch: Architecture) -> ModuleSpec:
         params={"attn_mask_type": AttnMaskType.padding_causal, "arch": arch},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
-            core_attention=PackedAttention,
+            core_attention=ModuleSpec(module=PackedAttention, params={"arch": arch}),
             linear_proj=RowParallelLinear,
             q_layernorm=_head_norm(arch, arch.num_heads),
             k_layernorm=_head_norm(arch, arch.num_kv_heads),
@@ -185,7 +222,7 @@ def _latent_attention(arch: Architecture) -> ModuleSpec:
             linear_q_up_proj=ColumnParallelLinear,
             linear_kv_down_proj=ColumnParallelLinear,
             linear_kv_up_proj=ColumnParallelLinear,
-            core_attention=PackedAttention,
+            core_attention=ModuleSpec(module=PackedAttention, params={"arch": arch}),
             linear_proj=RowParallelLinear,
             q_layernorm=RMSNorm,
             kv_layernorm=RMSNorm,
@@ -225,9 +262,9 @@ class TorchLayers:
         return PlannedSequences(**sequence_bounds(cu_seqlens, device), attention=plan)
 
     def weight_names(self, name: str, experts: range) -> Iterator[tuple[str, int | None]]:
-        stacked = re.fullmatch(r"mlp\.experts\.weight([12])", name)
+        stacked = re.fullmatch(r"mlp\.experts\.(weight|bias)([12])", name)
         if stacked is None:
             yield name, None
             return
         for row, expert in enumerate(experts):
-            yield f"mlp.experts.linear_fc{stacked[1]}.weight{expert}", row
+            yield f"mlp.experts.linear_fc{stacked[2]}.{stacked[1]}{expert}", row
