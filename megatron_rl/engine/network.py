@@ -91,7 +91,7 @@ class Network:
         self.engine = engine
         self.device = device
         self.skipped = 0  # optimizer steps, of the whole run
-        self.layers = choose_layers(engine)
+        self.layers = choose_layers(engine, self.arch)
         config = transformer_config(self.arch, engine, layout, fused_kernels=self.layers.fused_kernels)
         config.finalize_model_grads_func = finalize_model_grads
         stages = build_stages(self.arch, engine, layout, config, self.layers, temperature)

@@ -1,4 +1,4 @@
-"""gpt-oss: attention with sinks, in every other layer within a window, biases, and stacked experts with clamped SwiGLU."""
+"""gpt-oss: attention with sinks, in some layers within a window, biases, and stacked experts with clamped SwiGLU."""
 
 from __future__ import annotations
 
@@ -47,7 +47,11 @@ def _read_windows(fields: JsonFields) -> tuple[int | None, tuple[int, ...]]:
     kinds = fields.left.pop("layer_types", None)
     if kinds is None:
         kinds = [("sliding_attention", "full_attention")[n % 2] for n in range(count if type(count) is int else 0)]
-    if not isinstance(kinds, list) or len(kinds) != count or {*map(str, kinds)} - {"sliding_attention", "full_attention"}:
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != count
+        or {*map(str, kinds)} - {"sliding_attention", "full_attention"}
+    ):
         raise fields.error("layer_types", kinds, "sliding_attention or full_attention for each layer")
     windowed = tuple(n for n, kind in enumerate(kinds) if kind == "sliding_attention")
     return (fields.integer("sliding_window") if windowed else None), windowed

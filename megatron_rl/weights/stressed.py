@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_rl.config.stress import QUANTISED, Fp8, Integer, Noise, NoStress, Stress, StressConfig, Target
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.registry import weights_of
-from megatron_rl.models.weight import Weight
+from megatron_rl.models.weight import Source, Weight
 from megatron_rl.weights.quantise import BLOCK, relative_error, round_to_fp8, round_to_integers, seed_of, with_noise
 
 Bucket = list[tuple[str, Tensor]]
@@ -27,22 +27,31 @@ class WeightStress:
         self._config = config
         self._seed = seed
         targets = QUANTISED if config.targets is None else config.targets
-        self.names = frozenset(
-            source.name for weight in weights_of(arch) if target_of(weight) in targets for source in weight.sources
-        )
+        self._sources: dict[str, list[Source]] = {}
+        for weight in weights_of(arch):
+            if target_of(weight) in targets:
+                for source in weight.sources:
+                    self._sources.setdefault(source.name, []).append(source)
+        self.names = frozenset(self._sources)
         """Names of the tensors that are changed."""
 
     def change(self, name: str, weight: Tensor, version: int) -> Tensor:
         """Returns a tensor as the servers get it with weight version `version`; untargeted ones are returned as is."""
-        config = self._config
         if name not in self.names:
             return weight
-        if isinstance(config, Fp8):
-            return round_to_fp8(weight, BLOCK if config.scale == "block" else None)
-        if isinstance(config, Integer):
-            return round_to_integers(weight, bits={"int8": 8, "int4": 4}[config.kind])
-        assert isinstance(config, Noise)
-        return with_noise(weight, config.size, seed_of(self._seed, version, name))
+        if isinstance(self._config, Noise):
+            return with_noise(weight, self._config.size, seed_of(self._seed, version, name))
+        changed = weight.clone()
+        for source in self._sources[name]:
+            source.of(changed).copy_(self._round(source.of(weight)))
+        return changed
+
+    def _round(self, matrix: Tensor) -> Tensor:
+        """Rounds [out, in], the whole of a tensor or one expert's part of it."""
+        if isinstance(self._config, Fp8):
+            return round_to_fp8(matrix, BLOCK if self._config.scale == "block" else None)
+        assert isinstance(self._config, Integer)
+        return round_to_integers(matrix, bits={"int8": 8, "int4": 4}[self._config.kind])
 
 
 class StressedBuckets:

@@ -7,11 +7,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import megatron.core
 import pytest
 import torch
+from models_reference import moe_architecture
 from paths import SUPPORT
 from rl_runs import environment, torchrun
 from tiny_models import make_tiny_model
@@ -19,7 +20,10 @@ from tiny_models import make_tiny_model
 from megatron_rl.config.schema import Device, EngineConfig
 from megatron_rl.engine.device import CPU_LAYER, ON_EVERY_DEVICE
 from megatron_rl.engine.layers.choice import choose_layers
+from megatron_rl.engine.layers.plain_torch import TorchLayers
 from megatron_rl.engine.layers.transformer_engine import TransformerEngineLayers
+from megatron_rl.errors import UserError
+from megatron_rl.models.architecture import ClampedSwiglu
 
 LAYOUTS = {"all_to_all": "ep=2", "uneven_collectives": "tp=2,ep=2,etp=2", "to_cuda": "pp=2"}
 """Layout for each item that is needed only under some kind of parallelism."""
@@ -97,11 +101,32 @@ def test_transformer_engine_is_used_only_on_a_gpu(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    chosen = choose_layers(EngineConfig(device=device, layers=layers))
+    chosen = choose_layers(EngineConfig(device=device, layers=layers), moe_architecture())
     assert isinstance(chosen, TransformerEngineLayers) is found
 
 
 def test_transformer_engine_that_is_not_installed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match=r"engine\.layers is te, but transformer_engine is not installed"):
-        choose_layers(EngineConfig(device="cuda", layers="te"))
+        choose_layers(EngineConfig(device="cuda", layers="te"), moe_architecture())
+
+
+@pytest.mark.parametrize("layers", ["auto", "te"])
+@pytest.mark.parametrize(
+    ("feature", "name"),
+    [
+        ({"sinks": True}, "sinks of attention"),
+        ({"window": 4, "windowed_layers": (0,)}, "sliding windows"),
+        ({"biases": True}, "biases of experts"),
+        ({"clamped": ClampedSwiglu(1.702, 7.0)}, "clamped activations"),
+    ],
+)
+def test_transformer_engine_is_refused_for_features_that_it_has_not_been_run_with(
+    monkeypatch: pytest.MonkeyPatch, layers: Literal["auto", "te"], feature: dict[str, Any], name: str
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    arch = moe_architecture(**feature)
+    with pytest.raises(UserError, match=rf"layers is {layers}, and the model has {name}, .*set engine.layers to torch"):
+        choose_layers(EngineConfig(layers=layers), arch)
+    assert isinstance(choose_layers(EngineConfig(layers="torch"), arch), TorchLayers)

@@ -61,7 +61,7 @@ def empty_stage(
 def whole(stage: nn.Module, arch: Architecture) -> list[tuple[str, Tensor]]:
     """Returns the exported tensors of a single rank."""
     slots = bind([stage], arch, ModelRanks(), weight_names())
-    return [pair for s in slots for pair in assemble(s.weight, [s.of(s.parameter.data)])]
+    return assemble((s.weight, [s.of(s.parameter.data)]) for s in slots)
 
 
 def edit(directory: Path, change: Callable[..., object]) -> None:

@@ -28,7 +28,7 @@ from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.binding import ModelRanks, bind
 from megatron_rl.models.registry import family_of, weights_of
 from megatron_rl.models.shards import assemble, fill
-from megatron_rl.models.weight import COLUMNS, GATE_UP, VOCABULARY, Piece, grouped_qkv
+from megatron_rl.models.weight import COLUMNS, GATE_UP, VOCABULARY, Piece, Weight, grouped_qkv
 
 
 def fill_rank(
@@ -107,11 +107,12 @@ def test_every_layout_loads_the_reference_and_exports_the_checkpoint(case, trans
         slots = bind(chunks, arch, model_ranks(layout, rank), weight_names(transformer_engine))
         ranks.append({slot.weight.name: slot for slot in slots})
 
-    exported: list[tuple[str, Tensor]] = []
+    held: list[tuple[Weight, list[Tensor]]] = []
     for weight in weights_of(arch):
         if not weight.copy:
             slots = [ranks[holder][weight.name] for holder in holders(layout, weight, arch)]
-            exported += assemble(weight, [slot.of(slot.parameter.data) for slot in slots])
+            held.append((weight, [slot.of(slot.parameter.data) for slot in slots]))
+    exported = assemble(held)
     assert [name for name, _ in exported] == list(hf)
     assert all(torch.equal(tensor, hf[name]) for name, tensor in exported)
 

@@ -18,7 +18,8 @@ from megatron_rl.models.registry import MODULES, find_family, server_caveats, we
 PACKAGE = Path(megatron_rl.__file__).parent
 PAPERS = re.compile(r"deepseek-v[0-9.]+")  # a report that is the source of objectives
 ELSEWHERE = [path for path in sorted(PACKAGE.rglob("*.py")) if PACKAGE / "models" not in path.parents]
-PREFIXES = {re.match("[a-z]+", model_type)[0] for model_type in MODULES}  # type: ignore[index]
+# Megatron-Core's own model is called GPTModel.
+PREFIXES = {re.match("gpt_oss|[a-z]+", model_type)[0] for model_type in MODULES} | {"gpt-oss"}  # type: ignore[index]
 
 
 def mentions(source: str) -> Iterator[str]:

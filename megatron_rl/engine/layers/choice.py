@@ -1,4 +1,4 @@
-"""The choice of a layer provider, from the configuration and from what is installed."""
+"""The choice of a layer provider, from the configuration, the model and what is installed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from megatron_rl.config.schema import EngineConfig
 from megatron_rl.engine.layers.plain_torch import TorchLayers
 from megatron_rl.engine.layers.provider import LayerProvider
 from megatron_rl.engine.layers.transformer_engine import TransformerEngineLayers
+from megatron_rl.errors import UserError
+from megatron_rl.models.architecture import Architecture
 
 
-def choose_layers(engine: EngineConfig) -> LayerProvider:
-    """Raises RuntimeError when Transformer Engine is asked for and cannot be imported."""
+def choose_layers(engine: EngineConfig, arch: Architecture) -> LayerProvider:
+    """Raises RuntimeError if Transformer Engine is asked for and cannot be imported, and UserError if it would be used
+    for a model with features that have not been run with it."""
     installed = importlib.util.find_spec("transformer_engine") is not None
     if engine.layers == "te" and not installed:
         raise RuntimeError(
@@ -21,5 +24,21 @@ def choose_layers(engine: EngineConfig) -> LayerProvider:
         )
     on_gpu = engine.device != "cpu" and torch.cuda.is_available()
     if engine.layers == "te" or (engine.layers == "auto" and installed and on_gpu):
+        if features := _plain_features(arch):
+            raise UserError(
+                f"engine.layers is {engine.layers}, and the model has {', '.join(features)}, which have not been run "
+                "with Transformer Engine's layers; set engine.layers to torch"
+            )
         return TransformerEngineLayers()
     return TorchLayers()
+
+
+def _plain_features(arch: Architecture) -> list[str]:
+    """Returns the model's features that the layers in plain PyTorch alone have."""
+    features = {
+        "sinks of attention": arch.sinks,
+        "sliding windows": bool(arch.windowed_layers),
+        "biases of experts": arch.biases,
+        "clamped activations": arch.clamped is not None,
+    }
+    return [name for name, present in features.items() if present]
