@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from critic_samples import samples, weight_of
+from family_models import make_family_model
 from forks import Forks
 from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_model
@@ -32,7 +33,8 @@ def value_model(model: Path, target: Path, bias: float = 0.3) -> Path:
     weights.pop("lm_head.weight", None)
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((model / "config.json").read_text())
-    head = {"architectures": ["Qwen3MoeForTokenClassification"], "id2label": {"0": "v"}, "label2id": {"v": 0}}
+    architectures = [name.replace("CausalLM", "TokenClassification") for name in config["architectures"]]
+    head = {"architectures": architectures, "id2label": {"0": "v"}, "label2id": {"v": 0}}
     (target / "config.json").write_text(json.dumps({**config, **head}))
     return target
 
@@ -48,15 +50,18 @@ def expected(model: Path) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
         loss = loss + weight_of(number) * mine.sum()
     loss.backward()
     gradients = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
-    return values, dict(pair for item in gradients.items() for pair in by_expert(*item))
+    stored = load_file(model / "model.safetensors").keys()
+    return values, dict(pair for item in gradients.items() for pair in by_expert(*item, stored))
 
 
-def by_expert(name: str, gradient: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields gradients by checkpoint name; transformers holds all experts of a layer in one tensor."""
-    layer, experts, kind = name.partition(".experts.")
-    if not experts:
+def by_expert(name: str, gradient: torch.Tensor, stored: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields gradients by checkpoint name; transformers holds all experts of a layer in one tensor, and some
+    checkpoints do."""
+    if name in stored:
         yield name, gradient
-    for number, own in enumerate(gradient if experts else ()):
+        return
+    layer, _, kind = name.partition(".experts.")
+    for number, own in enumerate(gradient):
         parts = own.chunk(2) if kind == "gate_up_proj" else (own,)
         for projection, part in zip(kind.removesuffix("_proj").split("_"), parts, strict=True):
             yield f"{layer}.experts.{number}.{projection}_proj.weight", part
@@ -77,6 +82,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_values_and_gradients_equal_transformers(
     forks: Forks, model: Path, tmp_path: Path, ranks: int, layouts: list[str]
 ) -> None:
+    check(forks, model, tmp_path, ranks, layouts)
+
+
+@pytest.mark.distributed
+def test_a_critic_with_stacked_experts_equals_transformers(forks: Forks, tmp_path: Path) -> None:
+    language_model = make_family_model(tmp_path / "lm", "gpt_oss")
+    critic = value_model(language_model, tmp_path / "critic of gpt-oss")
+    check(forks, critic, tmp_path, 4, ["tp=2,ep=2,etp=2", "tp=2,pp=2,ep=2"])
+
+
+def check(forks: Forks, model: Path, tmp_path: Path, ranks: int, layouts: list[str]) -> None:
+    """Compares values, gradients and the exported critic."""
     forks.world(ranks, "critic_worker:main", model, tmp_path, layouts)
     values, gradients = expected(model)
     for layout in layouts:
