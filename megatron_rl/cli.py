@@ -242,14 +242,16 @@ def graft(
 
 @app.command()
 def dequantise(
-    model: Annotated[Path, typer.Argument(metavar="FROM", exists=True, file_okay=False, help="Model with fp8 weights")],
+    model: Annotated[
+        Path, typer.Argument(metavar="FROM", exists=True, file_okay=False, help="Model with quantised weights")
+    ],
     out: Annotated[Path, typer.Argument(metavar="INTO", help="Directory of the copy")],
 ) -> None:
-    """Writes a copy of a model whose published weights are in fp8, with these in bf16."""
+    """Writes a copy of a model whose published weights are in fp8 or mxfp4, with these in bf16."""
     from megatron_rl.models.dequantise import dequantise as run
 
     done = run(model, out)
-    print(f"{out}: {done.converted} tensors converted from fp8 to bf16, {done.kept} as they were")
+    print(f"{out}: {done.converted} tensors converted to bf16, {done.kept} as they were")
 
 
 Step = Annotated[int, typer.Option(min=1, help="Rollout step of the run that rollout.replay_from names.")]

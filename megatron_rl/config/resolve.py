@@ -46,7 +46,7 @@ def resolve(cls: type[C], path: Path, overrides: Sequence[str], world_size: int)
     try:
         arch = read_architecture(config.model.path)
         if isinstance(config, Config) and config.rollout.replay_from is None:
-            refuse_quantised(config.model.path, "and rollout servers would take the trainer's weights for fp8 too")
+            refuse_quantised(config.model.path, "and rollout servers would take the trainer's weights for such too")
     except ModelError as error:
         raise ConfigError(f"model.path: {error}") from None
     layout = check_config(config, arch, world_size)

@@ -15,7 +15,7 @@ from megatron_rl.engine.export import model_ranks
 from megatron_rl.engine.policy import Policy
 from megatron_rl.models.binding import bind
 from megatron_rl.models.shards import fill
-from megatron_rl.models.weights_io import TensorFiles
+from megatron_rl.models.tensor_files import TensorFiles
 from megatron_rl.routing.drift import common
 from megatron_rl.routing.replay import Observer, Routers, RoutingPass, Tap
 from megatron_rl.routing.slicing import RankRoutes

@@ -8,8 +8,9 @@ from pathlib import Path
 from megatron_rl.models.architecture import read_architecture
 from megatron_rl.models.fields import read_json_object
 from megatron_rl.models.registry import tensors_of
+from megatron_rl.models.tensor_files import TensorFiles
 from megatron_rl.models.tokenizer import load_tokenizer
-from megatron_rl.models.weights_io import TensorFiles, check_names
+from megatron_rl.models.weights_io import check_names
 
 
 def check_model(directory: Path, value_head: bool = False) -> None:

@@ -14,19 +14,21 @@ from megatron_rl.models.check import check_weights
 from megatron_rl.models.fields import ModelError
 from megatron_rl.models.quantisation import FIELD, read_quantisation
 from megatron_rl.models.registry import tensors_of
-from megatron_rl.models.weights_io import MAX_SHARD_BYTES, TensorFiles, save_weights
+from megatron_rl.models.tensor_files import TensorFiles
+from megatron_rl.models.weights_io import MAX_SHARD_BYTES, save_weights
 
 
 @dataclass(frozen=True)
 class Dequantised:
-    """How many tensors of the copy were in fp8, and how many were not."""
+    """How many tensors of the copy were in fp8 or mxfp4, and how many were not."""
 
     converted: int
     kept: int
 
 
 def dequantise(model: Path, out: Path) -> Dequantised:
-    """Writes a copy of a quantised model directory: weights in fp8 become bf16, and others keep their dtype.
+    """Writes a copy of a quantised model directory: weights in fp8 or mxfp4 become bf16, and others keep their
+    dtype.
 
     The copy's config.json has no quantization_config. The directory appears whole or not at all. At most
     MAX_SHARD_BYTES and one tensor are in memory.
@@ -47,5 +49,5 @@ def dequantise(model: Path, out: Path) -> Dequantised:
 
     with writes(f"the model in {out}", out, then="start again"):
         save_weights(tensors(), out, model, MAX_SHARD_BYTES, None)
-    converted = sum(files.is_fp8(source.name) for source in sources)
+    converted = sum(files.is_quantised(source.name) for source in sources)
     return Dequantised(converted, len(sources) - converted)

@@ -14,7 +14,8 @@ from megatron_rl.models.check import check_weights
 from megatron_rl.models.fields import ModelError
 from megatron_rl.models.kinds import PolicyKind
 from megatron_rl.models.registry import kinds_of, tensors_of
-from megatron_rl.models.weights_io import MAX_SHARD_BYTES, TensorFiles, save_weights
+from megatron_rl.models.tensor_files import TensorFiles
+from megatron_rl.models.weights_io import MAX_SHARD_BYTES, save_weights
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,19 @@ class Fp8Blocks:
         return tuple(-(-extent // size) for extent, size in zip(shape, self.size, strict=True))
 
 
-def take_quantisation(fields: JsonFields) -> Fp8Blocks | None:
+@dataclass(frozen=True)
+class Mxfp4:
+    """Weights of experts in mxfp4, as gpt-oss is published: see models/mxfp4.py. Which weights, the tensors' names
+    say."""
+
+
+Quantisation = Fp8Blocks | Mxfp4
+
+
+def take_quantisation(fields: JsonFields) -> Quantisation | None:
     """Takes quantization_config; returns None if the model is not quantised.
 
-    Raises ModelError for any other form than fp8 with scales per block, and for a field that is unknown.
+    Raises ModelError for any other form than mxfp4 or fp8 with scales per block, and for a field that is unknown.
     """
     content = fields.left.pop(FIELD, None)
     if content is None:
@@ -42,23 +51,27 @@ def take_quantisation(fields: JsonFields) -> Fp8Blocks | None:
         raise fields.error(FIELD, content, "an object, or null")
     quantised = JsonFields(fields.path, content, prefix=f"{FIELD}.")
     method = quantised.left.pop("quant_method", None)
-    if method != "fp8":
-        raise quantised.error("quant_method", method, '"fp8"; no other value is supported')
-    quantised.must_be("fmt", "e4m3", "float8_e4m3fn")
-    # Activations are not quantised here. Engines round the scales of activations as scale_fmt says.
-    quantised.must_be("activation_scheme", "dynamic")
-    quantised.must_be("scale_fmt", None, "float", "ue8m0")
+    if method not in ("fp8", "mxfp4"):
+        raise quantised.error("quant_method", method, '"fp8" or "mxfp4"; no other value is supported')
     quantised.must_be("dequantize", False, True)
     for name in _LISTS:
         modules = quantised.left.pop(name, None) or []
         if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
             raise quantised.error(name, modules, "a list of names of modules, or null")
-    size = _block_size(quantised)
+    kind = Mxfp4() if method == "mxfp4" else _fp8(quantised)
     quantised.end()
-    return Fp8Blocks(size)
+    return kind
 
 
-def read_quantisation(model_dir: Path) -> Fp8Blocks | None:
+def _fp8(quantised: JsonFields) -> Fp8Blocks:
+    quantised.must_be("fmt", "e4m3", "float8_e4m3fn")
+    # Activations are not quantised here. Engines round the scales of activations as scale_fmt says.
+    quantised.must_be("activation_scheme", "dynamic")
+    quantised.must_be("scale_fmt", None, "float", "ue8m0")
+    return Fp8Blocks(_block_size(quantised))
+
+
+def read_quantisation(model_dir: Path) -> Quantisation | None:
     """Reads how the weights in model_dir are stored; returns None if they are not quantised. Raises ModelError."""
     path = Path(model_dir) / "config.json"
     return take_quantisation(JsonFields(path, read_json_object(path)))
@@ -66,9 +79,11 @@ def read_quantisation(model_dir: Path) -> Fp8Blocks | None:
 
 def refuse_quantised(model_dir: Path, reason: str) -> None:
     """Raises ModelError if the model is quantised, with the command that writes a copy in bf16."""
-    if read_quantisation(model_dir) is not None:
+    found = read_quantisation(model_dir)
+    if found is not None:
+        kind = "fp8" if isinstance(found, Fp8Blocks) else "mxfp4"
         raise ModelError(
-            f"{model_dir} has weights in fp8, {reason}; write a copy in bf16 by `megatron-rl dequantise {model_dir} "
+            f"{model_dir} has weights in {kind}, {reason}; write a copy in bf16 by `megatron-rl dequantise {model_dir} "
             "OUT` and give that"
         )
 

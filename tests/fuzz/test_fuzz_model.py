@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM
 from megatron_rl.models.architecture import read_architecture
 from megatron_rl.models.check import check_weights
 from megatron_rl.models.fields import ModelError
+from megatron_rl.models.tensor_files import TensorFiles
 from megatron_rl.models.weight import Source
-from megatron_rl.models.weights_io import TensorFiles
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 INDEX = "model.safetensors.index.json"

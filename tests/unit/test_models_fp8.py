@@ -22,8 +22,9 @@ from megatron_rl.models.check import check_weights
 from megatron_rl.models.fields import ModelError
 from megatron_rl.models.fp8 import decode, touched
 from megatron_rl.models.quantisation import Fp8Blocks
+from megatron_rl.models.tensor_files import TensorFiles
 from megatron_rl.models.weight import Source
-from megatron_rl.models.weights_io import TensorFiles, load_weights, save_weights
+from megatron_rl.models.weights_io import load_weights, save_weights
 
 SCALES = f"{K_PROJ}_scale_inv"
 Change = Callable[[dict[str, Tensor]], object]

@@ -20,8 +20,8 @@ from megatron_rl.models.architecture import Architecture, ClampedSwiglu, Yarn, r
 from megatron_rl.models.fields import ModelError
 from megatron_rl.models.registry import tensors_of, weights_of
 from megatron_rl.models.shards import assemble, fill
+from megatron_rl.models.tensor_files import TensorFiles
 from megatron_rl.models.weight import Part, Source, Weight
-from megatron_rl.models.weights_io import TensorFiles
 from megatron_rl.weights.quantise import round_to_fp8
 from megatron_rl.weights.stressed import read_stress
 

@@ -16,7 +16,8 @@ from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.binding import ModelRanks
 from megatron_rl.models.check import check_files, check_model, check_weights
 from megatron_rl.models.fields import ModelError
-from megatron_rl.models.weights_io import TensorFiles, load_weights
+from megatron_rl.models.tensor_files import TensorFiles
+from megatron_rl.models.weights_io import load_weights
 
 
 def refusal(directory: Path, arch: Architecture) -> str:

@@ -21,8 +21,9 @@ from megatron_rl.models import weights_io
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.binding import ModelRanks
 from megatron_rl.models.fields import ModelError
+from megatron_rl.models.tensor_files import TensorFiles
 from megatron_rl.models.weight import Source
-from megatron_rl.models.weights_io import TensorFiles, load_weights, save_weights
+from megatron_rl.models.weights_io import load_weights, save_weights
 
 TOKENS = torch.arange(20).view(2, 10)
 
