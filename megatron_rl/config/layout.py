@@ -175,7 +175,10 @@ def _extents(key: str, arch: Architecture) -> Iterator[tuple[str, int]]:
     """Yields what degree `key` cuts in the model, and how many there are of it."""
     if key == "tp":
         yield "attention heads", arch.num_heads
-        yield "rows of queries, keys and values", (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
+        query_heads = 2 * arch.num_heads if arch.output_gate else arch.num_heads
+        yield "rows of queries, keys and values", (query_heads + 2 * arch.num_kv_heads) * arch.head_dim
+        if arch.delta_net:
+            yield "key heads of the delta networks", arch.delta_net.key_heads
         if arch.dense_layers or not arch.num_experts:
             yield "features of the dense MLP", arch.ffn_hidden_size
         if arch.shared_hidden_size:

@@ -139,6 +139,24 @@ class ClampedSwiglu:
 
 
 @dataclass(frozen=True)
+class DeltaNet:
+    """Gated delta networks [2412.06464] in place of attention: each head keeps a state that decays, after a causal
+    convolution over time."""
+
+    layers: tuple[int, ...]  # 0-based numbers of the layers that have one
+    key_heads: int
+    value_heads: int  # a multiple of key_heads: consecutive ones share a key head
+    key_dim: int
+    value_dim: int
+    kernel: int  # tokens that the convolution sees: one and those before it
+
+    @property
+    def values_per_key(self) -> int:
+        """Value heads of each key head."""
+        return self.value_heads // self.key_heads
+
+
+@dataclass(frozen=True)
 class Router:
     """How a router chooses experts by its logits, and how it weighs those chosen."""
 
@@ -184,6 +202,9 @@ class Architecture:
     rotary_fraction: float = 1.0  # of each head, its first elements
     rope_scaling: Yarn | RampedRope | None = None
     latent: LatentAttention | None = None
+    output_gate: bool = False  # whether attention's output is multiplied by a sigmoid of the token, made with queries
+    zero_centred_norms: bool = False  # whether norms multiply by 1 + weight, but for those of delta networks
+    delta_net: DeltaNet | None = None
     predictor_layers: int = 0  # in the files after the others, for several tokens at once: neither trained nor exported
     value_head: bool = False  # a critic: one number per token in place of the logits
 
@@ -199,6 +220,10 @@ class Architecture:
     def window_of(self, layer: int) -> int | None:
         """Tokens that a token looks at in layer `layer` (0-based, global); None: all before it."""
         return self.window if layer in self.windowed_layers else None
+
+    def has_delta_net(self, layer: int) -> bool:
+        """Whether layer `layer` (0-based, global) has a gated delta network in place of attention."""
+        return self.delta_net is not None and layer in self.delta_net.layers
 
     def is_moe(self, layer: int) -> bool:
         """Whether layer `layer` (0-based, global) has experts."""

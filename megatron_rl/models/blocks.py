@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from megatron_rl.models.architecture import Architecture
@@ -39,7 +39,7 @@ def decoder(arch: Architecture, names: MlpNames = MlpNames()) -> list[Weight]:
     """A whole model: layers of attention and an MLP, dense or of experts."""
     found = list(embedding(arch))
     for layer in range(arch.num_layers):
-        found += latent_attention(arch, layer) if arch.latent else attention(arch, layer)
+        found += _mixer(arch, layer)
         if arch.is_moe(layer):
             found += stacked_experts(arch, layer, names) if names.stacked else experts(arch, layer, names)
         else:
@@ -47,6 +47,13 @@ def decoder(arch: Architecture, names: MlpNames = MlpNames()) -> list[Weight]:
     # Last, because they alone are fp32 in every model: the tensors that are exported together have one dtype.
     biases = [router_bias(arch, layer, names) for layer in arch.moe_layers] if arch.router.bias else []
     return [*found, *head(arch), *biases]
+
+
+def _mixer(arch: Architecture, layer: int) -> Iterator[Weight]:
+    """What mixes a layer's tokens, and the layer's two norms."""
+    if arch.has_delta_net(layer):
+        return delta_net(arch, layer)
+    return latent_attention(arch, layer) if arch.latent else attention(arch, layer)
 
 
 def embedding(arch: Architecture) -> Iterator[Weight]:
@@ -64,12 +71,14 @@ def attention(arch: Architecture, layer: int) -> Iterator[Weight]:
         return Weight(f"{mcore}.{name}.weight", (Source(f"{hf}.{hf_name}.weight", (width,)),), REPLICATED, layer, kind)
 
     yield norm("input_layernorm", "input_layernorm", hidden, "other")
+    # With an output gate a head's query is followed by its gate.
+    with_gate = 2 * q_rows if arch.output_gate else q_rows
     has_bias = arch.qkv_bias or arch.biases
     columns = {"weight": (hidden,), "bias": ()} if has_bias else {"weight": (hidden,)}
     for part, width in columns.items():
         sources = tuple(
             Source(f"{hf}.self_attn.{name}_proj.{part}", (rows, *width))
-            for name, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows))
+            for name, rows in (("q", with_gate), ("k", kv_rows), ("v", kv_rows))
         )
         shared = grouped_qkv(arch.num_kv_heads)
         yield Weight(f"{mcore}.self_attention.linear_qkv.{part}", sources, shared, layer, "attention")
@@ -119,6 +128,37 @@ def latent_attention(arch: Architecture, layer: int) -> Iterator[Weight]:
     yield own("linear_kv_up_proj", "kv_b_proj", (up, latent.kv_rank), ROWS)
     yield own("linear_proj", "o_proj", (hidden, arch.num_heads * latent.value_dim), COLUMNS)
     yield weight("pre_mlp_layernorm", "post_attention_layernorm", (hidden,), REPLICATED, "other")
+
+
+def delta_net(arch: Architecture, layer: int) -> Iterator[Weight]:
+    """The gated delta network of a layer, and the layer's two norms."""
+    mcore, hf = f"decoder.layers.{layer}", f"model.layers.{layer}"
+    net, hidden = arch.delta_net, arch.hidden_size
+    assert net is not None
+    keys, values = net.key_heads * net.key_dim, net.value_heads * net.value_dim
+
+    def own(name: str, sources: Mapping[str, Shape], sharding: Sharding) -> Weight:
+        found = tuple(Source(f"{hf}.linear_attn.{source}", shape) for source, shape in sources.items())
+        return Weight(f"{mcore}.self_attention.{name}", found, sharding, layer, "attention")
+
+    def norm(name: str, hf_name: str) -> Weight:
+        source = Source(f"{hf}.{hf_name}.weight", (hidden,))
+        return Weight(f"{mcore}.{name}.weight", (source,), REPLICATED, layer, "other")
+
+    yield norm("input_layernorm", "input_layernorm")
+    # Both are in groups, one for each key head.
+    inputs = {
+        "in_proj_qkvz.weight": (2 * keys + 2 * values, hidden),
+        "in_proj_ba.weight": (2 * net.value_heads, hidden),
+    }
+    yield own("in_proj.weight", inputs, Sharding(blocks=net.key_heads))
+    sections = Sharding(sections=(keys, keys, values))
+    yield own("conv_weight", {"conv1d.weight": (2 * keys + values, 1, net.kernel)}, sections)
+    yield own("dt_bias", {"dt_bias": (net.value_heads,)}, ROWS)
+    yield own("A_log", {"A_log": (net.value_heads,)}, ROWS)
+    yield own("norm.weight", {"norm.weight": (net.value_dim,)}, REPLICATED)
+    yield own("out_proj.weight", {"out_proj.weight": (hidden, values)}, COLUMNS)
+    yield norm("pre_mlp_layernorm", "post_attention_layernorm")
 
 
 def mlp(

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 PolicyKind = Literal["router", "expert", "attention", "embedding", "other"]
-"""A kind of a policy's weights. router: the routers; expert: the MLPs of experts; attention: its projections, and its
-norms of query and key heads; embedding: word embeddings and output layer, which may be one tensor; other: all other
-norms, and dense MLPs."""
+"""A kind of a policy's weights. router: the routers; expert: the MLPs of experts; attention: its projections and its
+norms of query and key heads, or all of a delta network; embedding: word embeddings and output layer, which may be one
+tensor; other: all other norms, and dense MLPs."""
 
 POLICY_KINDS: tuple[PolicyKind, ...] = get_args(PolicyKind)
 

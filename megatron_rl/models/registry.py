@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # architecture.py looks families up here
 MODULES = {
     "qwen3_moe": "megatron_rl.models.qwen3_moe",
     "qwen3": "megatron_rl.models.qwen3",
+    "qwen3_next": "megatron_rl.models.qwen3_next",
     "qwen2_moe": "megatron_rl.models.qwen2_moe",
     "qwen2": "megatron_rl.models.qwen2",
     "mixtral": "megatron_rl.models.mixtral",

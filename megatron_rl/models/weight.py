@@ -80,6 +80,7 @@ class Sharding:
     blocks: int | None = 1  # block b holds the b-th part of each source; None: as many blocks as shards
     split: bool = True  # False: every rank holds the whole
     padded: bool = False  # zeros are added at the end until the shards are equal
+    sections: tuple[int, ...] = ()  # extents of the parts of the only source, of each of which a shard has its share
 
     def cut(self, lengths: Sequence[int], rank: int, size: int) -> tuple[int, tuple[Piece, ...]]:
         """The extent along `dim` of rank's shard of `size`, and its pieces; zeros where no piece lies.
@@ -88,6 +89,8 @@ class Sharding:
         """
         if not self.split:
             rank, size = 0, 1
+        if self.sections:
+            return self._cut_sections(rank, size)
         blocks = size if self.blocks is None else self.blocks
         total = sum(lengths)
         if any(length % blocks for length in lengths) or (total % size and not self.padded):
@@ -104,6 +107,16 @@ class Sharding:
                     pieces.append(Piece(source, start, end - begin, begin - first))
                 position += length
         return extent, tuple(pieces)
+
+    def _cut_sections(self, rank: int, size: int) -> tuple[int, tuple[Piece, ...]]:
+        if any(section % size for section in self.sections):
+            raise ValueError(f"sections {list(self.sections)} do not divide into {size} shards")
+        pieces, start, offset = [], 0, 0
+        for section in self.sections:
+            length = section // size
+            pieces.append(Piece(0, start + rank * length, length, offset))
+            start, offset = start + section, offset + length
+        return offset, tuple(pieces)
 
 
 REPLICATED = Sharding(split=False)

@@ -100,12 +100,14 @@ def _random_model(family: str, config: dict[str, Any], std: float, seed: int) ->
 
 
 def fill(model: torch.nn.Module, std: float, generator: torch.Generator) -> None:
-    """Draws all parameters: matrices are normal with `std`; what has one dimension, as norms, is 0.5 + U(0, 1). The
-    biases of routers, which are buffers, are 0.3 * U(0, 1)."""
+    """Draws all parameters: matrices are normal with `std`; what has one dimension, as norms, is 0.5 + U(0, 1), or 1
+    less for norms that multiply by 1 + weight. The biases of routers, which are buffers, are 0.3 * U(0, 1)."""
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
-                parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator))
+                is_zero_centred = "norm" in name and not parameter.any()
+                low = -0.5 if is_zero_centred else -2.5 if name.endswith("A_log") else 0.5  # a state that lasts
+                parameter.copy_(low + torch.rand(parameter.shape, generator=generator))
             else:
                 parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
         for name, buffer in model.named_buffers():

@@ -14,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    all_gather_last_dim_from_tensor_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -54,6 +57,32 @@ class RotatedSelfAttention(SelfAttention):
         query, key, *rest = super().get_query_key_value_tensors(*args, **kwargs)
         assert self._sequences is not None
         return self._sequences.rotate(query), self._sequences.rotate(key), *rest
+
+
+class GatedSelfAttention(RotatedSelfAttention):
+    """Self-attention whose output is multiplied by a sigmoid of the token, before the output projection.
+
+    In the weight each query head is followed by its gate, as in the files. Megatron-Core's own has all gates of a
+    key-value head behind its queries, and does not cut them if ranks share that head (0.16.1).
+    """
+
+    def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """Returns query [T, 1, N, D], key and value [T, 1, G, D], and the gate [T, 1, N, D]; hidden_states
+        [T / tensor-parallel ranks, 1, hidden]."""
+        mixed, _ = self.linear_qkv(hidden_states)
+        width, groups = self.hidden_size_per_attention_head, self.config.num_query_groups
+        sharing = max(self.world_size // groups, 1)  # ranks that have the same key-value head
+        if sharing > 1:
+            mixed = all_gather_last_dim_from_tensor_parallel_region(mixed, group=self.tp_group)
+            mixed = mixed.chunk(groups, dim=-1)[self.tp_group.rank() // sharing]
+        mixed = mixed.unflatten(-1, (self.num_query_groups_per_partition, -1))
+        gated, key, value = mixed.split((mixed.shape[-1] - 2 * width, width, width), dim=-1)
+        gated = gated.flatten(-2).unflatten(-1, (-1, 2 * width))
+        gated = gated.chunk(sharing, dim=-2)[self.tp_group.rank() % sharing]
+        query, gate = gated.chunk(2, dim=-1)
+        assert self._sequences is not None
+        query, key = self.q_layernorm(query), self.k_layernorm(key)
+        return self._sequences.rotate(query), self._sequences.rotate(key), value, gate
 
 
 class WholeLinear(torch.nn.Module):

@@ -5,6 +5,7 @@ The packing itself, and the order of context parallelism, are made in megatron_r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from megatron_rl.data.packing import cp_index
 from megatron_rl.engine.device import put
+from megatron_rl.engine.layers.chunk_plan import ChunkPlan
 from megatron_rl.engine.layers.rotary import Turns, rotate
 
 
@@ -63,8 +65,10 @@ class PlannedSequences(PackedSeqParams):
     class of lengths, or of each sequence under context parallelism."""
 
     attention: AttentionPlan = field(kw_only=True)
+    chunked: Callable[[int], ChunkPlan] = field(kw_only=True)  # asked by chunks()
     _rotation: dict[torch.dtype, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _masks: dict[tuple[int | None, bool], Masks] = field(default_factory=dict)
+    _chunks: dict[int, ChunkPlan] = field(default_factory=dict)
 
     def masks(self, window: int | None, sink: bool) -> Masks:
         """Returns the plan's masks for layers with this window; see AttentionBatch. They are made once."""
@@ -74,6 +78,12 @@ class PlannedSequences(PackedSeqParams):
         if key not in self._masks:
             self._masks[key] = tuple(batch.mask(window, sink) for batch in self.attention.batches)
         return self._masks[key]
+
+    def chunks(self, before: int) -> ChunkPlan:
+        """Returns how a recurrence goes through the tokens, each chunk with the `before` tokens before it."""
+        if before not in self._chunks:
+            self._chunks[before] = self.chunked(before)
+        return self._chunks[before]
 
     def turn(self, turns: Turns) -> None:
         """Keeps the cosine and sine of each token's position; every layer turns alike.

@@ -40,5 +40,8 @@ def _plain_features(arch: Architecture) -> list[str]:
         "sliding windows": bool(arch.windowed_layers),
         "biases of experts": arch.biases,
         "clamped activations": arch.clamped is not None,
+        "gated delta networks": arch.delta_net is not None,
+        "gates on attention": arch.output_gate,
+        "zero-centred norms": arch.zero_centred_norms,
     }
     return [name for name, present in features.items() if present]

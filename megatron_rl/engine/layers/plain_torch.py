@@ -12,6 +12,7 @@ width, E experts of this rank, F expert width on this expert-tensor-parallel ran
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -46,26 +47,40 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor
 
 from megatron_rl.engine.device import put
-from megatron_rl.engine.layers.attention import LatentSelfAttention, PackedAttention, RotatedSelfAttention
+from megatron_rl.engine.layers.attention import (
+    GatedSelfAttention,
+    LatentSelfAttention,
+    PackedAttention,
+    RotatedSelfAttention,
+)
 from megatron_rl.engine.layers.attention_plan import PlannedSequences, attention_plan
+from megatron_rl.engine.layers.chunk_plan import chunk_plan
+from megatron_rl.engine.layers.delta_net import GatedDeltaNet
 from megatron_rl.engine.layers.permutation import use_equal_bits
 from megatron_rl.engine.layers.provider import sequence_bounds
 from megatron_rl.models.architecture import Architecture, ClampedSwiglu
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm in fp32, over the last dimension; its weight is shared under sequence parallelism."""
+    """Root-mean-square norm in fp32, over the last dimension; its weight is shared under sequence parallelism.
+
+    If the configuration has layernorm_zero_centered_gamma, it multiplies by 1 + weight, in fp32: 1 plus a small number
+    is not that number in bf16.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__()
         self.eps = eps
+        self.is_zero_centred = config.layernorm_zero_centered_gamma
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         # Each tensor-parallel rank sees other tokens (or other heads): Megatron sums such gradients over the group.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype)
-        return normed * self.weight
+        normed = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps)
+        if self.is_zero_centred:
+            return (normed * (1 + self.weight.float())).to(x.dtype)
+        return normed.to(x.dtype) * self.weight
 
 
 class AllHeadsNorm(torch.nn.Module):
@@ -178,7 +193,6 @@ def grouped_linear(x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
 
 def layer_spec(arch: Architecture, layer: int) -> ModuleSpec:
     """Describes transformer layer `layer` (0-based, global), dense or with experts."""
-    attention = _latent_attention(arch) if arch.latent else _attention(arch)
     if arch.is_moe(layer):
         shared = SharedExpert if arch.shared_hidden_size else None
         experts = ModuleSpec(module=GroupedExperts, params={"arch": arch})
@@ -189,7 +203,7 @@ def layer_spec(arch: Architecture, layer: int) -> ModuleSpec:
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=attention,
+            self_attention=_mixer(arch, layer),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp,
@@ -198,9 +212,15 @@ def layer_spec(arch: Architecture, layer: int) -> ModuleSpec:
     )
 
 
+def _mixer(arch: Architecture, layer: int) -> ModuleSpec:
+    if arch.has_delta_net(layer):
+        return ModuleSpec(module=GatedDeltaNet, params={"net": arch.delta_net})
+    return _latent_attention(arch) if arch.latent else _attention(arch)
+
+
 def _attention(arch: Architecture) -> ModuleSpec:
     return ModuleSpec(
-        module=RotatedSelfAttention,
+        module=GatedSelfAttention if arch.output_gate else RotatedSelfAttention,
         params={"attn_mask_type": AttnMaskType.padding_causal, "arch": arch},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
@@ -259,7 +279,8 @@ class TorchLayers:
         self, cu_seqlens: npt.NDArray[np.integer], cp: int, cp_rank: int, device: torch.device
     ) -> PlannedSequences:
         plan = attention_plan(cu_seqlens, cp, cp_rank, device)
-        return PlannedSequences(**sequence_bounds(cu_seqlens, device), attention=plan)
+        chunked = functools.partial(chunk_plan, cu_seqlens, cp, cp_rank, device)
+        return PlannedSequences(**sequence_bounds(cu_seqlens, device), attention=plan, chunked=chunked)
 
     def weight_names(self, name: str, experts: range) -> Iterator[tuple[str, int | None]]:
         stacked = re.fullmatch(r"mlp\.experts\.(weight|bias)([12])", name)
