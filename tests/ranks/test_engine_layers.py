@@ -27,6 +27,13 @@ def test_the_rotary_embedding_of_packed_sequences_is_that_of_megatron(forks: For
     assert torch.equal(found["ours"], found["megatron"])
 
 
+@pytest.mark.distributed
+def test_a_delta_network_gives_a_packed_sequence_what_it_gives_it_alone(forks: Forks) -> None:
+    (found,) = forks.world(1, "layers_worker:delta_net", [3, 130, 1, 64, 65])
+    for name, expected in found["alone"].items():
+        torch.testing.assert_close(found["packed"][name], expected, atol=1e-4, rtol=1e-5, msg=name)
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_two_passes_give_the_same_bits_and_flash_attention_equals_padded_attention() -> None:
     import numpy as np

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
 TOKENS, HIDDEN, EXPERTS, TOP_K = 40, 16, 8, 3
 
 
@@ -65,3 +66,39 @@ def rotation(lengths: list[int]) -> dict[str, Tensor]:
         "megatron": apply_rotary_pos_emb(query, angles, config, cu_seqlens=sequences.cu_seqlens_q, cp_group=group),
         "ours": sequences.rotate(query.unsqueeze(1)).squeeze(1),
     }
+
+
+def delta_net(lengths: list[int]) -> dict[str, dict[str, Tensor]]:
+    """Outputs and gradients of a gated delta network: of packed sequences, and of each alone, put together."""
+    import numpy as np
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_rl.config.layout import Layout, parse_layout
+    from megatron_rl.engine.layers.delta_net import GatedDeltaNet
+    from megatron_rl.engine.layers.plain_torch import TorchLayers
+    from megatron_rl.models.architecture import DeltaNet
+    from megatron_rl.ranks.place import start_process_groups
+
+    start_process_groups(Layout.resolve(*parse_layout("tp=1")), CPU, seed=0)
+    config = TransformerConfig(num_layers=1, hidden_size=HIDDEN, num_attention_heads=2, perform_initialization=False)
+    net = DeltaNet(layers=(0,), key_heads=2, value_heads=4, key_dim=6, value_dim=5, kernel=4)
+    layer = GatedDeltaNet(config, 1, net, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
+    made = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=made))
+    hidden = torch.randn(sum(lengths), 1, HIDDEN, generator=made)
+
+    def through(parts: list[list[int]]) -> dict[str, Tensor]:
+        x = hidden.clone().requires_grad_()
+        outputs = []
+        for rows, part in zip(x.split([sum(part) for part in parts]), parts, strict=True):
+            sequences = TorchLayers().packed_sequences(np.cumsum([0, *part]), 1, 0, CPU)
+            outputs.append(layer(rows, None, packed_seq_params=sequences)[0])
+        output = torch.cat(outputs)
+        output.square().sum().backward()
+        return {"output": output.detach(), "gradient": x.grad}
+
+    packed, alone = through([lengths]), through([[length] for length in lengths])
+    return {"packed": packed, "alone": alone}

@@ -76,9 +76,8 @@ def packed(inputs: Inputs, lengths: list[int], cp: int = 1, cp_rank: int = 0) ->
     plan = chunk_plan(cu_seqlens, cp, cp_rank, CPU, before=0)
     gathered = np.concatenate([cp_index(cu_seqlens, cp, rank) for rank in range(cp)])
     chunks = [tensor[gathered][plan.rows].transpose(1, 2) for tensor in inputs.all()]
-    real = plan.real.unsqueeze(1)
-    decay, beta = chunks[3] * real, chunks[4] * real
-    output = chunked_delta_rule(*chunks[:3], decay, beta, plan.steps)
+    query, key, value, decay, beta = chunks
+    output = chunked_delta_rule(query, key, value, decay, beta, plan.steps)
     return output.transpose(1, 2).flatten(0, 1)[plan.order]
 
 

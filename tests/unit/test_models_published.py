@@ -26,6 +26,7 @@ PARAMETERS = {
     "Qwen--Qwen3-30B-A3B": 30.5,
     "Qwen--Qwen3-8B": 8.2,
     "Qwen--Qwen3-Coder-480B-A35B-Instruct": 480.2,
+    "Qwen--Qwen3-Next-80B-A3B-Instruct": 79.7,
     "allenai--OLMoE-1B-7B-0924": 6.9,
     "deepseek-ai--DeepSeek-V2-Lite": 15.7,
     "deepseek-ai--DeepSeek-V3": 671.0,
@@ -35,13 +36,13 @@ PARAMETERS = {
     "zai-org--GLM-4.5-Air": 106.9,
 }
 REFUSED = {
-    "Qwen--Qwen3-Next-80B-A3B-Instruct": "model_type is 'qwen3_next'; expected ",
     "Qwen--Qwen3.5-35B-A3B": "model_type is 'qwen3_5_moe'; expected ",
     "openai--gpt-oss-20b": "model_type is 'gpt_oss'; expected ",
 }
 LAYOUTS = {
     "Qwen--Qwen3-235B-A22B": ["tp=4,pp=4,ep=8", "tp=8,pp=4,ep=16", "tp=4,pp=2,vpp=4,ep=8"],
     "Qwen--Qwen3-30B-A3B": ["tp=2,ep=8", "tp=4,cp=2,ep=8"],
+    "Qwen--Qwen3-Next-80B-A3B-Instruct": ["tp=4,pp=2,ep=8", "tp=8,cp=2,ep=16"],
     "deepseek-ai--DeepSeek-V3": ["tp=8,pp=8,ep=32", "tp=8,pp=8,vpp=2,ep=32", "pp=16,ep=64"],
     "moonshotai--Kimi-K2-Instruct": ["tp=8,pp=8,ep=48"],
     "moonshotai--Moonlight-16B-A3B-Instruct": ["tp=2,pp=4,ep=8"],

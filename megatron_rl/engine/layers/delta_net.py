@@ -90,13 +90,12 @@ class GatedDeltaNet(MegatronModule):
         channels, beta, step = chunks.split((len(self.conv_weight), heads, heads), dim=-1)
         query, key, value = self._convolve(channels)
         decay = -self.A_log.float().exp() * F.softplus(step[:, before:].float() + self.dt_bias)
-        real = plan.real[:, before:].unsqueeze(-1)
         output = chunked_delta_rule(
             self._unit(query) * self.key_dim**-0.5,
             self._unit(key),
             value.float().transpose(1, 2),
-            (decay * real).transpose(1, 2),
-            (beta[:, before:].sigmoid().float() * real).transpose(1, 2),
+            decay.transpose(1, 2),
+            beta[:, before:].sigmoid().float().transpose(1, 2),
             plan.steps,
         )
         return output.transpose(1, 2).flatten(0, 1).index_select(0, plan.order).to(mixed.dtype)

@@ -19,8 +19,8 @@ def chunked_delta_rule(
     torch_chunk_gated_delta_rule].
 
     query and key [N, heads, C, K], value [N, heads, C, V], decay and beta [N, heads, C], all in the dtype of the state;
-    decay is at most 0. A place without a token has decay and beta 0. `steps` are those of ChunkPlan: the chunks of
-    step i go on with the states of the first steps[i] sequences.
+    decay is at most 0. `steps` are those of ChunkPlan: the chunks of step i go on with the states of the first steps[i]
+    sequences. What stands in a chunk behind a sequence's last token changes nothing before it.
     """
     total = decay.cumsum(-1)  # from the chunk's beginning
     later = torch.ones(decay.shape[-1], decay.shape[-1], dtype=torch.bool, device=decay.device).triu(1)
