@@ -21,7 +21,7 @@ class ChunkPlan:
     """N chunks of CHUNK tokens, step by step: the first chunk of every sequence, then the second of those that have
     one, and so on. Longer sequences come first, so that a step's sequences are the first ones of the step before.
 
-    The last chunk of a sequence may be longer than what is left of it, and before the first chunk there is nothing.
+    A last chunk may be longer than what is left of its sequence, and nothing comes before a first chunk.
     """
 
     rows: Tensor  # [N, before + CHUNK] of the tokens gathered over context parallelism; 0 where there is none
