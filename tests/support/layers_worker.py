@@ -52,16 +52,18 @@ def rotation(lengths: list[int]) -> dict[str, Tensor]:
 
     from megatron_rl.config.layout import Layout, parse_layout
     from megatron_rl.engine.layers.plain_torch import TorchLayers
+    from megatron_rl.engine.layers.rotary import Turns
     from megatron_rl.ranks.place import start_process_groups
 
     start_process_groups(Layout.resolve(*parse_layout("tp=1")), torch.device("cpu"), seed=0)
     group = parallel_state.get_context_parallel_group()
     bounds = np.cumsum([0, *lengths])
     sequences = TorchLayers().packed_sequences(bounds, 1, 0, torch.device("cpu"))
-    angles = RotaryEmbedding(8, 1.0, cp_group=group)(max(lengths))
+    rotary = RotaryEmbedding(8, 1.0, cp_group=group)
+    angles = rotary(max(lengths))
     query = torch.randn(int(bounds[-1]), 2, 8, generator=torch.Generator().manual_seed(0))
     config = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=2)
-    sequences.turn(angles)
+    sequences.turn(Turns(rotary.inv_freq, 1.0))
     return {
         "megatron": apply_rotary_pos_emb(query, angles, config, cu_seqlens=sequences.cu_seqlens_q, cp_group=group),
         "ours": sequences.rotate(query.unsqueeze(1)).squeeze(1),
