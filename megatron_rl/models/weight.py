@@ -21,7 +21,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Part:
-    """Where a source lies in a larger tensor, which stacks experts along its first dimension."""
+    """A source's place in a larger tensor, which stacks experts along its first dimension."""
 
     whole: Shape  # of the larger tensor
     index: int  # the expert

@@ -24,7 +24,7 @@ from megatron_rl.engine.layers.choice import choose_layers
 from megatron_rl.engine.layers.plain_torch import TorchLayers
 from megatron_rl.engine.layers.transformer_engine import TransformerEngineLayers
 from megatron_rl.errors import UserError
-from megatron_rl.models.architecture import ClampedSwiglu
+from megatron_rl.models.architecture import ClampedSwiglu, DeltaNet
 
 LAYOUTS = {"all_to_all": "ep=2", "uneven_collectives": "tp=2,ep=2,etp=2", "to_cuda": "pp=2"}
 """Layout for each item that is needed only under some kind of parallelism."""
@@ -122,6 +122,9 @@ def test_transformer_engine_that_is_not_installed_is_an_error(monkeypatch: pytes
         ({"window": 4, "windowed_layers": (0,)}, "sliding windows"),
         ({"biases": True}, "biases of experts"),
         ({"clamped": ClampedSwiglu(1.702, 7.0)}, "clamped activations"),
+        ({"delta_net": DeltaNet((0,), 2, 4, 8, 8, 4)}, "gated delta networks"),
+        ({"output_gate": True}, "gates on attention"),
+        ({"zero_centred_norms": True}, "zero-centred norms"),
     ],
 )
 def test_transformer_engine_is_refused_for_features_that_it_has_not_been_run_with(

@@ -10,51 +10,17 @@ from typing import Any
 import pytest
 import torch
 from config_files import ARCHITECTURE
+from paths import ROOT
 
 from megatron_rl.config.layout import fitting_sizes
-from megatron_rl.config.schema import EngineConfig
-from megatron_rl.config.sources import ConfigError
-from megatron_rl.engine.layers.choice import choose_layers
 from megatron_rl.models.architecture import Architecture, DeltaNet, Router, read_architecture
 from megatron_rl.models.fields import ModelError
 from megatron_rl.models.registry import server_caveats, weights_of
 from megatron_rl.models.shards import assemble, fill
 from megatron_rl.models.weight import Weight
 
-# As published for Qwen3-Next-80B-A3B-Instruct.
-PUBLISHED: dict[str, Any] = {
-    "architectures": ["Qwen3NextForCausalLM"],
-    "attention_dropout": 0.0,
-    "decoder_sparse_step": 1,
-    "full_attention_interval": 4,
-    "head_dim": 256,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "intermediate_size": 5120,
-    "linear_conv_kernel_dim": 4,
-    "linear_key_head_dim": 128,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 32,
-    "linear_value_head_dim": 128,
-    "max_position_embeddings": 262144,
-    "mlp_only_layers": [],
-    "model_type": "qwen3_next",
-    "moe_intermediate_size": 512,
-    "norm_topk_prob": True,
-    "num_attention_heads": 16,
-    "num_experts": 512,
-    "num_experts_per_tok": 10,
-    "num_hidden_layers": 48,
-    "num_key_value_heads": 2,
-    "partial_rotary_factor": 0.25,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 10000000,
-    "shared_expert_intermediate_size": 512,
-    "tie_word_embeddings": False,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
+CONFIG = ROOT / "tests" / "families" / "published" / "Qwen--Qwen3-Next-80B-A3B-Instruct.json"
+PUBLISHED: dict[str, Any] = json.loads(CONFIG.read_text())
 NET = DeltaNet(layers=(0,), key_heads=4, value_heads=8, key_dim=3, value_dim=2, kernel=4)
 
 
@@ -132,7 +98,7 @@ def test_each_rank_has_whole_heads(ranks: int) -> None:
         mine = [kind.chunk(ranks)[rank].flatten(0, 1) for kind in channels]
         assert torch.equal(cut(convolution, rank), torch.cat(mine))
     for each in (projections, convolution):
-        for name, whole in assemble(each, [cut(each, rank) for rank in range(ranks)]):
+        for name, whole in assemble([(each, [cut(each, rank) for rank in range(ranks)])]):
             assert torch.equal(whole, files[name])
 
 
@@ -140,13 +106,3 @@ def test_a_convolution_is_cut_by_heads_or_not_at_all() -> None:
     arch = replace(ARCHITECTURE, model_type="qwen3_next", delta_net=NET)
     with pytest.raises(ValueError, match=r"conv_weight: sections \[12, 12, 16\] do not divide into 8 shards"):
         weight(arch, "conv_weight").cut(0, 8)
-
-
-def test_transformer_engines_layers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    arch = replace(ARCHITECTURE, delta_net=NET)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for layers in ("te", "auto"):
-        with pytest.raises(ConfigError, match=rf"engine\.layers: {layers} means Transformer Engine.*set it to torch"):
-            choose_layers(EngineConfig(device="cuda", layers=layers), arch)
-    assert not choose_layers(EngineConfig(device="cuda", layers="torch"), arch).fused_kernels

@@ -12,6 +12,7 @@ from family_models import make_family_model
 from hypothesis import given
 from hypothesis import strategies as st
 from model_directories import files_of
+from paths import ROOT
 from torch import Tensor
 
 from megatron_rl.config.schema import WeightsConfig
@@ -26,46 +27,8 @@ from megatron_rl.weights.quantise import round_to_fp8
 from megatron_rl.weights.stressed import read_stress
 
 LAYERS = ["sliding_attention", "full_attention"] * 12
-PUBLISHED: dict[str, Any] = {  # openai/gpt-oss-20b, without quantization_config
-    "architectures": ["GptOssForCausalLM"],
-    "attention_bias": True,
-    "attention_dropout": 0.0,
-    "eos_token_id": 200002,
-    "experts_per_token": 4,
-    "head_dim": 64,
-    "hidden_act": "silu",
-    "hidden_size": 2880,
-    "initial_context_length": 4096,
-    "initializer_range": 0.02,
-    "intermediate_size": 2880,
-    "layer_types": LAYERS,
-    "max_position_embeddings": 131072,
-    "model_type": "gpt_oss",
-    "num_attention_heads": 64,
-    "num_experts_per_tok": 4,
-    "num_hidden_layers": 24,
-    "num_key_value_heads": 8,
-    "num_local_experts": 32,
-    "output_router_logits": False,
-    "pad_token_id": 199999,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": {
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "factor": 32.0,
-        "original_max_position_embeddings": 4096,
-        "rope_type": "yarn",
-        "truncate": False,
-    },
-    "rope_theta": 150000,
-    "router_aux_loss_coef": 0.9,
-    "sliding_window": 128,
-    "swiglu_limit": 7.0,
-    "tie_word_embeddings": False,
-    "transformers_version": "4.55.0.dev0",
-    "use_cache": True,
-    "vocab_size": 201088,
-}
+CONFIG = ROOT / "tests" / "families" / "published" / "openai--gpt-oss-20b.json"
+PUBLISHED: dict[str, Any] = json.loads(CONFIG.read_text())
 
 
 def read(directory: Path, **changes: Any) -> Architecture:

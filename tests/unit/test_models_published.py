@@ -33,11 +33,11 @@ PARAMETERS = {
     "mistralai--Mixtral-8x7B-v0.1": 46.7,
     "moonshotai--Kimi-K2-Instruct": 1026.4,
     "moonshotai--Moonlight-16B-A3B-Instruct": 16.0,
+    "openai--gpt-oss-20b": 20.9,
     "zai-org--GLM-4.5-Air": 106.9,
 }
 REFUSED = {
     "Qwen--Qwen3.5-35B-A3B": "model_type is 'qwen3_5_moe'; expected ",
-    "openai--gpt-oss-20b": "model_type is 'gpt_oss'; expected ",
 }
 LAYOUTS = {
     "Qwen--Qwen3-235B-A22B": ["tp=4,pp=4,ep=8", "tp=8,pp=4,ep=16", "tp=4,pp=2,vpp=4,ep=8"],
