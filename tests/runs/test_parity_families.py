@@ -23,7 +23,7 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 # These have every feature of attention, routers and experts between them; the slow test has the others.
-DISTINCT = ("deepseek_v3", "glm4_moe", "minimax_m2", "qwen2_moe")
+DISTINCT = ("deepseek_v3", "glm4_moe", "gpt_oss", "minimax_m2", "qwen2_moe", "qwen3_next")
 
 
 @pytest.mark.distributed
