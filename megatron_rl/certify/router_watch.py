@@ -148,7 +148,8 @@ def judge(calls: Sequence[Call], rows: Sequence[Sequence[int]], samples: Sequenc
     """
     traces = [trace_of(sample) for sample in samples]
     columns = {layer: column for column, layer in enumerate(traces[0].layers)}
-    seen: dict[str, list[int]] = {}  # (token, layer) -> number of rows that used its trace, its live choice, or neither
+    # (token, layer) -> number of rows that used its trace, its live choice, neither, or a trace that is the live choice
+    seen: dict[str, list[int]] = {}
     for call in calls:
         for row, token_id in enumerate(rows[call.micro_batch]):
             token = token_of(token_id)
@@ -156,11 +157,12 @@ def judge(calls: Sequence[Call], rows: Sequence[Sequence[int]], samples: Sequenc
             wanted = call.live[row]
             kind = 1
             if token.position < trace.rows and trace.present[token.position]:
-                wanted, kind = np.zeros_like(wanted), 0
+                wanted = np.zeros_like(wanted)
                 wanted[trace.experts[token.position, columns[call.layer]]] = True
-            counts = seen.setdefault(f"{token_id}:{call.layer}", [0, 0, 0])
+                kind = 3 if np.array_equal(wanted, call.live[row]) else 0
+            counts = seen.setdefault(f"{token_id}:{call.layer}", [0] * 4)
             counts[kind if np.array_equal(call.got[row], wanted) else 2] += 1
-    totals: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    totals: defaultdict[str, list[int]] = defaultdict(lambda: [0] * 4)
     for part in all_gather_bytes(orjson.dumps(seen), place.control):
         for key, counts in orjson.loads(part).items():
             totals[key] = [a + b for a, b in zip(totals[key], counts, strict=True)]
@@ -170,13 +172,15 @@ def judge(calls: Sequence[Call], rows: Sequence[Sequence[int]], samples: Sequenc
 def _count(totals: dict[str, list[int]], traces: Sequence[RoutingTrace], layers: int) -> ReplayCount:
     """Adds up the rows of all tokens and layers.
 
-    Padding repeats its sequence and routes live, so a token may have several rows. Exactly one may use its own trace.
+    Padding repeats its sequence and routes live, so a token may have several rows. Exactly one may use its own trace,
+    except for rows whose live choice is the trace: with few experts that happens by chance, and shows nothing.
     """
     present = sum(int(trace.present.sum()) for trace in traces) * layers
     live = sum(LENGTHS[: len(traces)]) * layers - present
-    replayed = sum(counts[0] == 1 for counts in totals.values())
-    routed_live = sum(counts[0] == 0 and counts[1] > 0 and counts[2] == 0 for counts in totals.values())
-    strange = sum(counts[2] for counts in totals.values() if counts[0] != 1)
+    own = [counts[0] == 1 or (counts[0] == 0 and counts[3] > 0) for counts in totals.values()]
+    replayed = sum(own)
+    routed_live = sum(not any((counts[0], counts[2], counts[3])) and counts[1] > 0 for counts in totals.values())
+    strange = sum(counts[2] for counts, replays in zip(totals.values(), own, strict=True) if not replays)
     return ReplayCount(replayed, routed_live, present, live, strange)
 
 
