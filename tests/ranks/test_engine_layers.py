@@ -41,8 +41,9 @@ def test_on_a_gpu_two_passes_give_the_same_bits_and_flash_attention_equals_padde
     from megatron_rl.engine.device import use_device
 
     device = use_device("cuda")
+    from megatron_rl.engine.layers.attention import flash_attention, padded_attention
     from megatron_rl.engine.layers.permutation import add_rows
-    from megatron_rl.engine.layers.plain_torch import TorchLayers, flash_attention, padded_attention
+    from megatron_rl.engine.layers.plain_torch import TorchLayers
 
     made = torch.Generator(device).manual_seed(0)
     rows = torch.randn(8 * 4096, 64, device=device, generator=made).bfloat16()

@@ -100,6 +100,7 @@ def delta_net(lengths: list[int]) -> dict[str, dict[str, Tensor]]:
             outputs.append(layer(rows, None, packed_seq_params=sequences)[0])
         output = torch.cat(outputs)
         output.square().sum().backward()
+        assert x.grad is not None
         return {"output": output.detach(), "gradient": x.grad}
 
     packed, alone = through([lengths]), through([[length] for length in lengths])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def test_each_rank_gets_its_shard(quantised: tuple[Path, Architecture, dict[str,
     """Shards of queries, experts and columns begin within blocks."""
     directory, arch, meaning = quantised
     for rank in (0, 1):
-        shares = {"tp": (rank, 2), "ep": (rank, 2), "etp": (rank, 2)}
+        shares: dict[str, Any] = dict.fromkeys(("tp", "ep", "etp"), (rank, 2))
         ranks = ModelRanks(tp_rank=rank, tp_size=2, ep_rank=rank, ep_size=2, etp_rank=rank, etp_size=2)
         stage = empty_stage(arch, **shares)
         load_weights([stage], arch, directory, ranks, weight_names())

@@ -68,7 +68,7 @@ def seen(tap: Tap, logits: Tensor) -> tuple[Tensor, Tensor]:
         group_topk=features.groups_per_token if features.groups > 1 else None,
         score_function=features.scores,
         expert_bias=tap.bias,
-        router_replay=Spy(),  # type: ignore[arg-type]
+        router_replay=Spy(),
     )
     return found[0], found[1]
 
