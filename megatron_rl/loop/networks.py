@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import orjson
@@ -15,6 +14,7 @@ from megatron_rl.engine.critic import Critic
 from megatron_rl.engine.manifest import Identity, ModelIdentity
 from megatron_rl.engine.network import Network
 from megatron_rl.engine.policy import Policy
+from megatron_rl.models.architecture import features_of
 from megatron_rl.models.identity import file_digests
 from megatron_rl.ranks.place import Place
 
@@ -53,7 +53,7 @@ def identify(config: Config | SftConfig, networks: Networks, run: str) -> Identi
     models = {}
     for name, network in {**networks.trained, "reference": networks.reference}.items():
         if network is not None:
-            architecture = orjson.loads(orjson.dumps(dataclasses.asdict(network.arch)))
+            architecture = orjson.loads(orjson.dumps(features_of(network.arch)))
             files = file_digests(network.model_dir)
             models[name] = ModelIdentity(key=keys[name], architecture=architecture, files=files)
     sources = {"data.train": config.data.train}

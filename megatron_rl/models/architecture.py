@@ -235,17 +235,17 @@ def differences(found: Architecture, expected: Architecture) -> list[str]:
 
     How a model was initialised says nothing of what it computes.
     """
-    its, theirs = _flat(found), _flat(expected)
+    its, theirs = features_of(found), features_of(expected)
     differing = [field for field in its | theirs if its.get(field) != theirs.get(field)]
     return [f"{field} {its.get(field)}, not {theirs.get(field)}" for field in differing if field != "initializer_range"]
 
 
-def _flat(features: Any, prefix: str = "") -> dict[str, Any]:
+def features_of(features: Any, prefix: str = "") -> dict[str, Any]:
     """Returns the fields of a dataclass by name, and those of a dataclass in it as `name.field`."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(features):
         value, name = getattr(features, field.name), f"{prefix}{field.name}"
-        found |= _flat(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: value}
+        found |= features_of(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: value}
     return found
 
 
