@@ -25,7 +25,7 @@ def transformer_config(
     """`fused_kernels`: whether the layers have those of rotary embedding, activation, permutation and grouped GEMM."""
     kind = MLATransformerConfig if arch.latent else TransformerConfig
     config = kind(
-        **_decoder(arch),
+        **_decoder(arch, fused_kernels),
         **_latent(arch),
         **_mixture(arch, engine, fused_kernels),
         **_numbers(engine),
@@ -52,7 +52,7 @@ def transformer_config(
     return config
 
 
-def _decoder(arch: Architecture) -> dict[str, Any]:
+def _decoder(arch: Architecture, fused_kernels: bool) -> dict[str, Any]:
     return {
         "num_layers": arch.num_layers,
         "hidden_size": arch.hidden_size,
@@ -62,7 +62,8 @@ def _decoder(arch: Architecture) -> dict[str, Any]:
         "ffn_hidden_size": arch.ffn_hidden_size,
         "layernorm_epsilon": arch.rms_norm_eps,
         "layernorm_zero_centered_gamma": arch.zero_centred_norms,
-        "qk_layernorm": arch.qk_norm != "none",
+        # Our own latent attention makes its norms itself.
+        "qk_layernorm": arch.qk_norm != "none" or (arch.latent is not None and fused_kernels),
         "attention_output_gate": arch.output_gate,
         "add_qkv_bias": arch.qkv_bias,
         "normalization": "RMSNorm",

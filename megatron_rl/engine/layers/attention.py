@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -107,9 +108,15 @@ class LatentSelfAttention(MLASelfAttention):
     key lacks the other ranks' heads (megatron-core 0.16.1 and 0.19.2).
     """
 
-    def __init__(self, config: MLATransformerConfig, *args: Any, arch: Architecture, **kwargs: Any) -> None:
+    def __init__(
+        self, config: MLATransformerConfig, *args: Any, arch: Architecture, norm: Callable[..., Any], **kwargs: Any
+    ) -> None:
         super().__init__(config, *args, **kwargs)
         self._turns = Turns.of(arch)
+        # Made here, because megatron-core 0.19 takes norms of latents with fused linear layers only, or with both.
+        self.kv_layernorm = norm(config, config.kv_lora_rank, eps=config.layernorm_epsilon)
+        if config.q_lora_rank is not None:
+            self.q_layernorm = norm(config, config.q_lora_rank, eps=config.layernorm_epsilon)
         width = config.kv_lora_rank + config.qk_pos_emb_head_dim
         self.linear_kv_down_proj = WholeLinear(config, config.hidden_size, width)
         if config.q_lora_rank is not None:

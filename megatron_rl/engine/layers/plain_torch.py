@@ -235,7 +235,7 @@ def _attention(arch: Architecture) -> ModuleSpec:
 def _latent_attention(arch: Architecture) -> ModuleSpec:
     return ModuleSpec(
         module=LatentSelfAttention,
-        params={"attn_mask_type": AttnMaskType.padding_causal, "arch": arch},
+        params={"attn_mask_type": AttnMaskType.padding_causal, "arch": arch, "norm": RMSNorm},
         submodules=MLASelfAttentionSubmodules(
             linear_q_proj=ColumnParallelLinear,
             linear_q_down_proj=ColumnParallelLinear,
@@ -244,8 +244,8 @@ def _latent_attention(arch: Architecture) -> ModuleSpec:
             linear_kv_up_proj=ColumnParallelLinear,
             core_attention=ModuleSpec(module=PackedAttention, params={"arch": arch}),
             linear_proj=RowParallelLinear,
-            q_layernorm=RMSNorm,
-            kv_layernorm=RMSNorm,
+            q_layernorm=IdentityOp,  # see LatentSelfAttention
+            kv_layernorm=IdentityOp,
         ),
     )
 
