@@ -39,7 +39,9 @@ def decoder(arch: Architecture, names: MlpNames = MlpNames()) -> list[Weight]:
     """A whole model: layers of attention and an MLP, dense or of experts."""
     found = list(embedding(arch))
     for layer in range(arch.num_layers):
+        found.append(_layer_norm(arch, layer, "input_layernorm", "input_layernorm"))
         found += _mixer(arch, layer)
+        found.append(_layer_norm(arch, layer, "pre_mlp_layernorm", "post_attention_layernorm"))
         if arch.is_moe(layer):
             found += stacked_experts(arch, layer, names) if names.stacked else experts(arch, layer, names)
         else:
@@ -50,10 +52,15 @@ def decoder(arch: Architecture, names: MlpNames = MlpNames()) -> list[Weight]:
 
 
 def _mixer(arch: Architecture, layer: int) -> Iterator[Weight]:
-    """What mixes a layer's tokens, and the layer's two norms."""
+    """What mixes a layer's tokens."""
     if arch.has_delta_net(layer):
         return delta_net(arch, layer)
     return latent_attention(arch, layer) if arch.latent else attention(arch, layer)
+
+
+def _layer_norm(arch: Architecture, layer: int, name: str, hf_name: str) -> Weight:
+    source = Source(f"model.layers.{layer}.{hf_name}.weight", (arch.hidden_size,))
+    return Weight(f"decoder.layers.{layer}.{name}.weight", (source,), REPLICATED, layer, "other")
 
 
 def embedding(arch: Architecture) -> Iterator[Weight]:
@@ -62,15 +69,11 @@ def embedding(arch: Architecture) -> Iterator[Weight]:
 
 
 def attention(arch: Architecture, layer: int) -> Iterator[Weight]:
-    """The attention of a layer, its norms on query and key heads if it has them, and the layer's two norms."""
+    """The attention of a layer, and its norms on query and key heads if it has them."""
     mcore, hf = f"decoder.layers.{layer}", f"model.layers.{layer}"
     hidden = arch.hidden_size
     q_rows, kv_rows = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
 
-    def norm(name: str, hf_name: str, width: int, kind: PolicyKind) -> Weight:
-        return Weight(f"{mcore}.{name}.weight", (Source(f"{hf}.{hf_name}.weight", (width,)),), REPLICATED, layer, kind)
-
-    yield norm("input_layernorm", "input_layernorm", hidden, "other")
     # With an output gate a head's query is followed by its gate.
     with_gate = 2 * q_rows if arch.output_gate else q_rows
     has_bias = arch.qkv_bias or arch.biases
@@ -85,7 +88,8 @@ def attention(arch: Architecture, layer: int) -> Iterator[Weight]:
     for name, rows in (("q", q_rows), ("k", kv_rows)):
         if arch.qk_norm != "none":
             length = arch.head_dim if arch.qk_norm == "head" else rows
-            yield norm(f"self_attention.{name}_layernorm", f"self_attn.{name}_norm", length, "attention")
+            norm = Source(f"{hf}.self_attn.{name}_norm.weight", (length,))
+            yield Weight(f"{mcore}.self_attention.{name}_layernorm.weight", (norm,), REPLICATED, layer, "attention")
     yield Weight(
         f"{mcore}.self_attention.linear_proj.weight",
         (Source(f"{hf}.self_attn.o_proj.weight", (hidden, q_rows)),),
@@ -99,22 +103,18 @@ def attention(arch: Architecture, layer: int) -> Iterator[Weight]:
     if arch.sinks:
         sinks = Source(f"{hf}.self_attn.sinks", (arch.num_heads,))
         yield Weight(f"{mcore}.self_attention.core_attention.softmax_offset", (sinks,), ROWS, layer, "attention")
-    yield norm("pre_mlp_layernorm", "post_attention_layernorm", hidden, "other")
 
 
 def latent_attention(arch: Architecture, layer: int) -> Iterator[Weight]:
-    """The latent attention of a layer, and the layer's two norms."""
-    mcore, hf = f"decoder.layers.{layer}", f"model.layers.{layer}"
+    """The latent attention of a layer."""
+    mcore, hf = f"decoder.layers.{layer}.self_attention", f"model.layers.{layer}.self_attn"
     latent, hidden = arch.latent, arch.hidden_size
     assert latent is not None
 
-    def weight(name: str, hf_name: str, shape: Shape, sharding: Sharding, kind: PolicyKind = "attention") -> Weight:
-        return Weight(f"{mcore}.{name}.weight", (Source(f"{hf}.{hf_name}.weight", shape),), sharding, layer, kind)
-
     def own(name: str, hf_name: str, shape: Shape, sharding: Sharding) -> Weight:
-        return weight(f"self_attention.{name}", f"self_attn.{hf_name}", shape, sharding)
+        source = Source(f"{hf}.{hf_name}.weight", shape)
+        return Weight(f"{mcore}.{name}.weight", (source,), sharding, layer, "attention")
 
-    yield weight("input_layernorm", "input_layernorm", (hidden,), REPLICATED, "other")
     rows, rank = arch.num_heads * arch.head_dim, latent.query_rank
     if rank is None:
         yield own("linear_q_proj", "q_proj", (rows, hidden), ROWS)
@@ -127,25 +127,19 @@ def latent_attention(arch: Architecture, layer: int) -> Iterator[Weight]:
     yield own("kv_layernorm", "kv_a_layernorm", (latent.kv_rank,), REPLICATED)
     yield own("linear_kv_up_proj", "kv_b_proj", (up, latent.kv_rank), ROWS)
     yield own("linear_proj", "o_proj", (hidden, arch.num_heads * latent.value_dim), COLUMNS)
-    yield weight("pre_mlp_layernorm", "post_attention_layernorm", (hidden,), REPLICATED, "other")
 
 
 def delta_net(arch: Architecture, layer: int) -> Iterator[Weight]:
-    """The gated delta network of a layer, and the layer's two norms."""
-    mcore, hf = f"decoder.layers.{layer}", f"model.layers.{layer}"
+    """The gated delta network of a layer."""
+    mcore, hf = f"decoder.layers.{layer}.self_attention", f"model.layers.{layer}.linear_attn"
     net, hidden = arch.delta_net, arch.hidden_size
     assert net is not None
     keys, values = net.key_heads * net.key_dim, net.value_heads * net.value_dim
 
     def own(name: str, sources: Mapping[str, Shape], sharding: Sharding) -> Weight:
-        found = tuple(Source(f"{hf}.linear_attn.{source}", shape) for source, shape in sources.items())
-        return Weight(f"{mcore}.self_attention.{name}", found, sharding, layer, "attention")
+        found = tuple(Source(f"{hf}.{source}", shape) for source, shape in sources.items())
+        return Weight(f"{mcore}.{name}", found, sharding, layer, "attention")
 
-    def norm(name: str, hf_name: str) -> Weight:
-        source = Source(f"{hf}.{hf_name}.weight", (hidden,))
-        return Weight(f"{mcore}.{name}.weight", (source,), REPLICATED, layer, "other")
-
-    yield norm("input_layernorm", "input_layernorm")
     # Both are in groups, one for each key head.
     inputs = {
         "in_proj_qkvz.weight": (2 * keys + 2 * values, hidden),
@@ -158,7 +152,6 @@ def delta_net(arch: Architecture, layer: int) -> Iterator[Weight]:
     yield own("A_log", {"A_log": (net.value_heads,)}, ROWS)
     yield own("norm.weight", {"norm.weight": (net.value_dim,)}, REPLICATED)
     yield own("out_proj.weight", {"out_proj.weight": (hidden, values)}, COLUMNS)
-    yield norm("pre_mlp_layernorm", "post_attention_layernorm")
 
 
 def mlp(
