@@ -1,8 +1,8 @@
 """Megatron-Core's configuration: one row for each feature of the architecture, the engine and the layout.
 
 Every field here means the same in Megatron-Core 0.16.1 to 0.19.x. What differs between these versions is met elsewhere:
-by ON_EVERY_DEVICE in device.py, by the marks of expert weights in stages.py, and by the order of a router's choice in
-routing/replay.py.
+by ON_EVERY_DEVICE in device.py, by the marks of expert weights in stages.py, by the norms of latents in
+layers/attention.py, and by the order of a router's choice in routing/replay.py.
 """
 
 from __future__ import annotations
