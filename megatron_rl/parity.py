@@ -17,7 +17,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,9 +33,9 @@ from megatron_rl.data.vocabulary import unknown_token
 from megatron_rl.errors import UserError
 from megatron_rl.garbage import collect_rarely
 from megatron_rl.lab.differences import Bounds, Errors, GradientErrors, finite, largest_and_rms
-from megatron_rl.models.architecture import read_architecture
+from megatron_rl.models.architecture import Architecture, read_architecture
 from megatron_rl.models.quantisation import refuse_quantised
-from megatron_rl.models.registry import weights_of
+from megatron_rl.models.registry import tensors_of, weights_of
 
 
 @dataclass(frozen=True)
@@ -174,13 +174,15 @@ def _transformers(
         chosen = torch.log_softmax(logits, -1).gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
         (-chosen.sum() / total).backward()
         logprobs.append(chosen.tolist())
-    return logprobs, dict(_file_tensors(reference))
+    return logprobs, file_gradients(reference, read_architecture(model))
 
 
-def _file_tensors(reference: Any) -> Iterator[tuple[str, Any]]:
-    """Gradients under the names that save_pretrained gives the weights in files."""
+def file_gradients(reference: Any, arch: Architecture) -> dict[str, Any]:
+    """Gradients under the names that the model's weights have in files. Puts them in the weights' place."""
     import torch
     from safetensors.torch import load_file
+
+    from megatron_rl.models.shards import join
 
     with torch.no_grad():
         for parameter in reference.parameters():
@@ -188,8 +190,13 @@ def _file_tensors(reference: Any) -> Iterator[tuple[str, Any]]:
             parameter.copy_(torch.zeros_like(parameter) if grad is None else grad)
     with tempfile.TemporaryDirectory() as scratch:
         reference.save_pretrained(scratch)
-        for file in sorted(Path(scratch).glob("*.safetensors")):
-            yield from load_file(file).items()
+        found = {name: each for file in Path(scratch).glob("*.safetensors") for name, each in load_file(file).items()}
+    for parts in tensors_of(arch):
+        # transformers writes some tensors as it found them, and may have found the parts alone.
+        alone = [part.alone for part in parts if part.alone in found]
+        if alone:
+            found[parts[0].name] = join(parts, [found.pop(name) for name in alone])
+    return found
 
 
 def _run_ranks(spec: ParitySpec, world: int, scratch: Path) -> list[ParityResult]:

@@ -20,6 +20,7 @@ from megatron_rl.config.schema import EngineConfig
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture, read_architecture
 from megatron_rl.models.random_model import make_random_model
+from megatron_rl.models.registry import tensors_of
 
 GRID = ("tp=1", "tp=2", "pp=2", "pp=2,vpp=2", "cp=2", "ep=2", "dp=2", "tp=2,ep=2,etp=2", "cp=2,ep=2", "tp=2,pp=2,ep=2")
 RECOMPUTE = ("none", "full", "selective")
@@ -85,14 +86,15 @@ def _with_vocabulary(model: Path, directory: Path) -> Path:
 
     config = orjson.loads((model / "config.json").read_bytes())
     tensors = {name: tensor for file in sorted(model.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        if name in tensors:
-            old = tensors[name]
+    for (source, *_), kind in tensors_of(read_architecture(model)).items():
+        if kind == "embedding":
+            old = tensors[source.name]
             generator = torch.Generator().manual_seed(0)
             wide = torch.randn(VOCABULARY, old.shape[1], generator=generator) * old.float().std()
-            tensors[name] = wide.to(old.dtype)
+            tensors[source.name] = wide.to(old.dtype)
+    config.get("text_config", config)["vocab_size"] = VOCABULARY  # beside a vision tower
     directory.mkdir()
-    (directory / "config.json").write_bytes(orjson.dumps({**config, "vocab_size": VOCABULARY}))
+    (directory / "config.json").write_bytes(orjson.dumps(config))
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 

@@ -16,7 +16,7 @@ from megatron_rl.models.quantisation import take_quantisation
 from megatron_rl.models.registry import MODULES, find_family
 
 # Neither the weights nor what the forward pass computes depends on these, or not with these values.
-_INERT: dict[str, tuple[Any, ...]] = dict.fromkeys(
+INERT: dict[str, tuple[Any, ...]] = dict.fromkeys(
     (
         "_attn_implementation",
         "_attn_implementation_autoset",
@@ -205,7 +205,7 @@ class Architecture:
     output_gate: bool = False  # whether attention's output is multiplied by a sigmoid of the token, made with queries
     zero_centred_norms: bool = False  # whether norms multiply by 1 + weight, but for those of delta networks
     delta_net: DeltaNet | None = None
-    predictor_layers: int = 0  # in the files after the others, for several tokens at once: neither trained nor exported
+    predictor_layers: int = 0  # in the files after the others, for several tokens at once: not trained
     value_head: bool = False  # a critic: one number per token in place of the logits
 
     @property
@@ -266,5 +266,5 @@ def read_architecture(model_dir: Path, value_head: bool = False) -> Architecture
     fields.must_be("architectures", [family.CAUSAL_LM], *with_head, None)
     take_quantisation(fields)  # how weights are stored changes nothing in what they compute
     architecture = family.read(fields)
-    fields.end({**_INERT, **family.INERT})
+    fields.end({**INERT, **family.INERT})
     return dataclasses.replace(architecture, value_head=value_head)

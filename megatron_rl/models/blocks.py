@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.kinds import PolicyKind
@@ -23,8 +25,8 @@ from megatron_rl.models.weight import (
 
 
 @dataclass(frozen=True)
-class MlpNames:
-    """What a family's files call the parts of an MLP, below `model.layers.N`."""
+class Names:
+    """What a family's files call the parts of a layer, below `model.layers.N`, and how they join them."""
 
     gate_up_down: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     router: str = "mlp.gate"
@@ -32,18 +34,19 @@ class MlpNames:
     experts: str = "mlp.experts"
     shared: str = "mlp.shared_experts"
     shared_gate: str = "mlp.shared_expert_gate"
-    stacked: bool = False  # whether one tensor has all experts of a layer: see stacked_experts
+    stacked: Literal["no", "alternating", "in_halves"] = "no"  # whether one tensor has all experts of a layer, and how
+    delta_inputs: Literal["grouped", "split"] = "grouped"  # projections of a delta network: by key head, or by kind
 
 
-def decoder(arch: Architecture, names: MlpNames = MlpNames()) -> list[Weight]:
+def decoder(arch: Architecture, names: Names = Names()) -> list[Weight]:
     """A whole model: layers of attention and an MLP, dense or of experts."""
     found = list(embedding(arch))
     for layer in range(arch.num_layers):
         found.append(_layer_norm(arch, layer, "input_layernorm", "input_layernorm"))
-        found += _mixer(arch, layer)
+        found += _mixer(arch, layer, names)
         found.append(_layer_norm(arch, layer, "pre_mlp_layernorm", "post_attention_layernorm"))
         if arch.is_moe(layer):
-            found += stacked_experts(arch, layer, names) if names.stacked else experts(arch, layer, names)
+            found += experts(arch, layer, names)
         else:
             found += mlp(arch.hidden_size, arch.ffn_hidden_size, layer, "mlp", "mlp", names, "other")
     # Last, because they alone are fp32 in every model: the tensors that are exported together have one dtype.
@@ -51,10 +54,22 @@ def decoder(arch: Architecture, names: MlpNames = MlpNames()) -> list[Weight]:
     return [*found, *head(arch), *biases]
 
 
-def _mixer(arch: Architecture, layer: int) -> Iterator[Weight]:
+def below(prefix: str, weights: list[Weight]) -> list[Weight]:
+    """Returns the weights of a decoder that is a part of a larger model, in whose files `model.` is `model.prefix.`."""
+
+    def within(name: str) -> str:
+        return name.replace("model.", f"model.{prefix}.", 1)
+
+    def renamed(source: Source) -> Source:
+        return dataclasses.replace(source, name=within(source.name), alone=source.alone and within(source.alone))
+
+    return [dataclasses.replace(weight, sources=tuple(map(renamed, weight.sources))) for weight in weights]
+
+
+def _mixer(arch: Architecture, layer: int, names: Names) -> Iterator[Weight]:
     """What mixes a layer's tokens."""
     if arch.has_delta_net(layer):
-        return delta_net(arch, layer)
+        return delta_net(arch, layer, names)
     return latent_attention(arch, layer) if arch.latent else attention(arch, layer)
 
 
@@ -129,7 +144,7 @@ def latent_attention(arch: Architecture, layer: int) -> Iterator[Weight]:
     yield own("linear_proj", "o_proj", (hidden, arch.num_heads * latent.value_dim), COLUMNS)
 
 
-def delta_net(arch: Architecture, layer: int) -> Iterator[Weight]:
+def delta_net(arch: Architecture, layer: int, names: Names) -> Iterator[Weight]:
     """The gated delta network of a layer."""
     mcore, hf = f"decoder.layers.{layer}.self_attention", f"model.layers.{layer}.linear_attn"
     net, hidden = arch.delta_net, arch.hidden_size
@@ -140,12 +155,22 @@ def delta_net(arch: Architecture, layer: int) -> Iterator[Weight]:
         found = tuple(Source(f"{hf}.{source}", shape) for source, shape in sources.items())
         return Weight(f"{mcore}.{name}", found, sharding, layer, "attention")
 
-    # Both are in groups, one for each key head.
-    inputs = {
-        "in_proj_qkvz.weight": (2 * keys + 2 * values, hidden),
-        "in_proj_ba.weight": (2 * net.value_heads, hidden),
-    }
-    yield own("in_proj.weight", inputs, Sharding(blocks=net.key_heads))
+    inputs = own(
+        "in_proj.weight",
+        {
+            "in_proj_qkvz.weight": (2 * keys + 2 * values, hidden),
+            "in_proj_ba.weight": (2 * net.value_heads, hidden),
+        },
+        Sharding(blocks=net.key_heads),
+    )
+    if names.delta_inputs == "split":
+        joined = (2 * keys + values, hidden)
+        parts = ((keys, 0), (keys, keys), (values, 2 * keys))
+        qkv = tuple(Source(f"{hf}.in_proj_qkv.weight", (rows, hidden), Part(joined, offset=at)) for rows, at in parts)
+        others = (("z", values), ("b", net.value_heads), ("a", net.value_heads))
+        apart = tuple(Source(f"{hf}.in_proj_{name}.weight", (rows, hidden)) for name, rows in others)
+        inputs = dataclasses.replace(inputs, sources=(*qkv, *apart))
+    yield inputs
     sections = Sharding(sections=(keys, keys, values))
     yield own("conv_weight", {"conv1d.weight": (2 * keys + values, 1, net.kernel)}, sections)
     yield own("dt_bias", {"dt_bias": (net.value_heads,)}, ROWS)
@@ -160,7 +185,7 @@ def mlp(
     layer: int,
     mcore: str,
     hf: str,
-    names: MlpNames,
+    names: Names,
     kind: PolicyKind,
     expert: int | None = None,
 ) -> Iterator[Weight]:
@@ -173,15 +198,24 @@ def mlp(
     yield Weight(f"{mcore}.linear_fc2.weight{number}", (Source(down, (hidden, width)),), COLUMNS, layer, kind, expert)
 
 
-def experts(arch: Architecture, layer: int, names: MlpNames) -> Iterator[Weight]:
+def experts(arch: Architecture, layer: int, names: Names) -> Iterator[Weight]:
     """The router of a layer, all its experts, one after another, and the expert that every token visits."""
     hidden = arch.hidden_size
     mcore, hf = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}"
     gate = Source(f"{hf}.{names.router}.weight", (arch.num_experts, hidden))
     yield Weight(f"{mcore}.router.weight", (gate,), REPLICATED, layer, "router")
-    for expert in range(arch.num_experts):
-        own = f"{names.experts}.{expert}"
-        yield from mlp(hidden, arch.expert_hidden_size, layer, "mlp.experts", own, names, "expert", expert)
+    if arch.biases:
+        bias = Source(f"{hf}.{names.router}.bias", (arch.num_experts,))
+        yield Weight(f"{mcore}.router.bias", (bias,), REPLICATED, layer, "router")
+    match names.stacked:
+        case "alternating":
+            yield from _alternating_experts(arch, layer, f"{hf}.{names.experts}")
+        case "in_halves":
+            yield from _experts_in_halves(arch, layer, f"{hf}.{names.experts}", names)
+        case "no":
+            for expert in range(arch.num_experts):
+                own = f"{names.experts}.{expert}"
+                yield from mlp(hidden, arch.expert_hidden_size, layer, "mlp.experts", own, names, "expert", expert)
     if arch.shared_hidden_size:
         yield from mlp(hidden, arch.shared_hidden_size, layer, "mlp.shared_experts", names.shared, names, "expert")
     if arch.shared_gate:
@@ -189,35 +223,54 @@ def experts(arch: Architecture, layer: int, names: MlpNames) -> Iterator[Weight]
         yield Weight(f"{mcore}.shared_experts.gate_weight", (source,), REPLICATED, layer, "expert")
 
 
-def stacked_experts(arch: Architecture, layer: int, names: MlpNames) -> Iterator[Weight]:
-    """The router of a layer and its experts, each with biases, as four tensors hold them [gpt-oss].
+def _alternating_experts(arch: Architecture, layer: int, name: str) -> Iterator[Weight]:
+    """The experts of a layer, each with biases, as four tensors hold them [gpt-oss].
 
     gate_up_proj [E, H, 2F] and its bias [E, 2F] have gate at even and up at odd positions; down_proj [E, F, H] and its
     bias [E, H]. Each rank of expert-tensor parallelism adds the second bias to some outputs.
     """
     count, hidden, width = arch.num_experts, arch.hidden_size, arch.expert_hidden_size
-    mcore, hf = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}"
-    for part, shape in (("weight", (count, hidden)), ("bias", (count,))):
-        gate = Source(f"{hf}.{names.router}.{part}", shape)
-        yield Weight(f"{mcore}.router.{part}", (gate,), REPLICATED, layer, "router")
-    name = f"{hf}.{names.experts}"
+    mcore = f"decoder.layers.{layer}.mlp.experts"
     for expert in range(count):
         pair = (Part((count, hidden, 2 * width), expert, True, offset, step=2) for offset in (0, 1))
         sources = tuple(Source(f"{name}.gate_up_proj", (width, hidden), part) for part in pair)
-        yield Weight(f"{mcore}.experts.linear_fc1.weight{expert}", sources, GATE_UP, layer, "expert", expert)
+        yield Weight(f"{mcore}.linear_fc1.weight{expert}", sources, GATE_UP, layer, "expert", expert)
     for expert in range(count):
         pair = (Part((count, 2 * width), expert, False, offset, step=2) for offset in (0, 1))
         sources = tuple(Source(f"{name}.gate_up_proj_bias", (width,), part) for part in pair)
-        yield Weight(f"{mcore}.experts.linear_fc1.bias{expert}", sources, GATE_UP, layer, "expert", expert)
+        yield Weight(f"{mcore}.linear_fc1.bias{expert}", sources, GATE_UP, layer, "expert", expert)
     for expert in range(count):
         down = Source(f"{name}.down_proj", (hidden, width), Part((count, width, hidden), expert, True))
-        yield Weight(f"{mcore}.experts.linear_fc2.weight{expert}", (down,), COLUMNS, layer, "expert", expert)
+        yield Weight(f"{mcore}.linear_fc2.weight{expert}", (down,), COLUMNS, layer, "expert", expert)
     for expert in range(count):
         bias = Source(f"{name}.down_proj_bias", (hidden,), Part((count, hidden), expert))
-        yield Weight(f"{mcore}.experts.linear_fc2.bias{expert}", (bias,), ROWS, layer, "expert", expert)
+        yield Weight(f"{mcore}.linear_fc2.bias{expert}", (bias,), ROWS, layer, "expert", expert)
 
 
-def router_bias(arch: Architecture, layer: int, names: MlpNames) -> Weight:
+def _experts_in_halves(arch: Architecture, layer: int, name: str, names: Names) -> Iterator[Weight]:
+    """The experts of a layer as two tensors hold them [Qwen3.5]: gate_up_proj [E, 2F, H], whose first half is gate, and
+    down_proj [E, H, F]; or as those of `names` do, one by one."""
+    count, hidden, width = arch.num_experts, arch.hidden_size, arch.expert_hidden_size
+    mcore = f"decoder.layers.{layer}.mlp.experts"
+    *halves, down = names.gate_up_down
+    for expert in range(count):
+        sources = tuple(
+            Source(
+                f"{name}.gate_up_proj",
+                (width, hidden),
+                Part((count, 2 * width, hidden), expert, offset=half * width),
+                alone=f"{name}.{expert}.{own}.weight",
+            )
+            for half, own in enumerate(halves)
+        )
+        yield Weight(f"{mcore}.linear_fc1.weight{expert}", sources, GATE_UP, layer, "expert", expert)
+    for expert in range(count):
+        part = Part((count, hidden, width), expert)
+        source = Source(f"{name}.down_proj", (hidden, width), part, alone=f"{name}.{expert}.{down}.weight")
+        yield Weight(f"{mcore}.linear_fc2.weight{expert}", (source,), COLUMNS, layer, "expert", expert)
+
+
+def router_bias(arch: Architecture, layer: int, names: Names) -> Weight:
     """What a layer's router adds to its scores to choose experts, and not to weigh them."""
     source = Source(f"model.layers.{layer}.{names.router_bias}", (arch.num_experts,))
     name = f"decoder.layers.{layer}.mlp.router.expert_bias"

@@ -29,7 +29,7 @@ def check_weights(directory: Path, value_head: bool = False, *, values: bool = F
     files.check_listing()
     check_names(files, arch)
     held = set(files.names)
-    for source in tensors_of(arch):
+    for source in dict.fromkeys(files.stored(part).whole for parts in tensors_of(arch) for part in parts):
         if source.name not in held:
             continue  # check_names has let pass what may be absent
         files.check(source)

@@ -44,10 +44,10 @@ def dequantise(model: Path, out: Path) -> Dequantised:
     sources = list(tensors_of(arch))
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for source in sources:
-            yield source.name, files.whole(source)
+        for parts in sources:
+            yield parts[0].name, files.whole(parts)
 
     with writes(f"the model in {out}", out, then="start again"):
         save_weights(tensors(), out, model, MAX_SHARD_BYTES, None)
-    converted = sum(files.is_quantised(source.name) for source in sources)
+    converted = sum(files.is_quantised(parts[0]) for parts in sources)
     return Dequantised(converted, len(sources) - converted)

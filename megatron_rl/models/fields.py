@@ -97,6 +97,14 @@ class JsonFields:
             raise self.error(name, value, "true or false")
         return value
 
+    def enter(self, name: str, inert: Mapping[str, tuple[Any, ...]]) -> None:
+        """Goes on with the fields of the object `name`, if all that are left beside it are `inert`: see `end`."""
+        inner = self.take(name, None)
+        if not isinstance(inner, dict):
+            raise self.error(name, inner, "an object")
+        self.end(inert)
+        self.left, self.prefix = dict(inner), f"{self.prefix}{name}."
+
     def must_be(self, name: str, *allowed: Any) -> None:
         """Takes a field that may be absent, and otherwise has one of these values."""
         value = self.left.pop(name, allowed[0])

@@ -20,7 +20,7 @@ INERT: dict[str, tuple[Any, ...]] = {
 }
 UNUSED = (r".*\.rotary_emb\.inv_freq",)
 
-NAMES = blocks.MlpNames(router="mlp.router", stacked=True)
+NAMES = blocks.Names(router="mlp.router", stacked="alternating")
 
 
 def read(fields: JsonFields) -> Architecture:

@@ -43,12 +43,12 @@ def graft(donor: Path, base: Path, out: Path, kinds: Collection[PolicyKind]) -> 
         raise ModelError(f"{base} has no weights of kind {' or '.join(lacking)}; it has {', '.join(held)}")
     for directory in (donor, base):
         check_weights(directory)
-    sources = {source: kind in kinds for source, kind in tensors_of(arch).items()}
+    sources = {parts: kind in kinds for parts, kind in tensors_of(arch).items()}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         theirs, ours = TensorFiles(donor), TensorFiles(base)
-        for source, is_taken in sources.items():
-            yield source.name, (theirs if is_taken else ours).whole(source)
+        for parts, is_taken in sources.items():
+            yield parts[0].name, (theirs if is_taken else ours).whole(parts)
 
     with writes(f"the model in {out}", out, then="start again"):
         save_weights(tensors(), out, base, MAX_SHARD_BYTES, None)

@@ -23,7 +23,7 @@ INERT: dict[str, tuple[Any, ...]] = {
     "use_mtp": (),
 }
 UNUSED = (r".*\.rotary_emb\.inv_freq",)
-NAMES = blocks.MlpNames(
+NAMES = blocks.Names(
     gate_up_down=("w1", "w3", "w2"),
     router="block_sparse_moe.gate",
     router_bias="block_sparse_moe.e_score_correction_bias",

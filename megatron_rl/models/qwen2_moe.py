@@ -18,7 +18,7 @@ VALUE_MODEL = "Qwen2MoeForTokenClassification"
 INERT: dict[str, tuple[Any, ...]] = {}
 UNUSED = (r".*\.rotary_emb\.inv_freq",)
 
-NAMES = blocks.MlpNames(shared="mlp.shared_expert")
+NAMES = blocks.Names(shared="mlp.shared_expert")
 
 
 def read(fields: JsonFields) -> Architecture:

@@ -22,7 +22,7 @@ UNUSED = (
     r"mtp\..*",  # predicts several tokens at once
 )
 
-NAMES = blocks.MlpNames(shared="mlp.shared_expert")
+NAMES = blocks.Names(shared="mlp.shared_expert")
 INTERVAL = 4
 """Layers from one with attention to the next, if config.json does not say."""
 MAX_KERNEL = 64  # tokens; today's models have 4
@@ -30,8 +30,13 @@ _KINDS = ["linear_attention", "full_attention"]
 
 
 def read(fields: JsonFields) -> Architecture:
+    return read_hybrid(fields, MODEL_TYPE)
+
+
+def read_hybrid(fields: JsonFields, model_type: str) -> Architecture:
+    """Takes the fields of a decoder with delta networks beside attention. Raises ModelError."""
     kinds = fields.left.pop("layer_types", None)  # which read_decoder expects to be of one kind
-    decoder = read_decoder(fields, MODEL_TYPE, qk_norm="head", derives_head_dim=False, partial_rotary=0.25)
+    decoder = read_decoder(fields, model_type, qk_norm="head", derives_head_dim=False, partial_rotary=0.25)
     return dataclasses.replace(
         decoder,
         **read_experts(fields),

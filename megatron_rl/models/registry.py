@@ -21,6 +21,7 @@ MODULES = {
     "qwen3_moe": "megatron_rl.models.qwen3_moe",
     "qwen3": "megatron_rl.models.qwen3",
     "qwen3_next": "megatron_rl.models.qwen3_next",
+    "qwen3_5_moe": "megatron_rl.models.qwen3_5_moe",
     "qwen2_moe": "megatron_rl.models.qwen2_moe",
     "qwen2": "megatron_rl.models.qwen2",
     "mixtral": "megatron_rl.models.mixtral",
@@ -74,9 +75,16 @@ def weights_of(arch: Architecture) -> list[Weight]:
     return family_of(arch).weights(arch)
 
 
-def tensors_of(arch: Architecture) -> dict[Source, WeightKind]:
-    """The model's tensors in Hugging Face's files, in the order in which they are exported, and their kinds."""
-    return {source.whole: weight.kind for weight in weights_of(arch) if not weight.copy for source in weight.sources}
+def tensors_of(arch: Architecture) -> dict[tuple[Source, ...], WeightKind]:
+    """The model's tensors in Hugging Face's files, in the order in which they are exported: all sources of each, and
+    its kind."""
+    sources: dict[str, list[Source]] = {}
+    kinds: dict[str, WeightKind] = {}
+    for weight in weights_of(arch):
+        for source in () if weight.copy else weight.sources:
+            sources.setdefault(source.name, []).append(source)
+            kinds[source.name] = weight.kind
+    return {tuple(parts): kinds[name] for name, parts in sources.items()}
 
 
 def kinds_of(arch: Architecture) -> tuple[WeightKind, ...]:

@@ -11,6 +11,9 @@ from typing import Any
 from megatron_rl.models.architecture import RampedRope, Yarn
 from megatron_rl.models.fields import JsonFields
 
+# In models that see images: which elements turn with which coordinate. Those of text are all the same.
+_OF_IMAGES: dict[str, tuple[Any, ...]] = {"mrope_interleaved": (), "mrope_section": ()}
+
 
 def read_rotary(fields: JsonFields, partial: float | None = None) -> dict[str, Any]:
     """Takes what config.json says of rotary positions, as fields of Architecture. Raises ModelError.
@@ -28,11 +31,11 @@ def read_rotary(fields: JsonFields, partial: float | None = None) -> dict[str, A
         if not isinstance(content, dict):
             raise fields.error(name, content, "an object, or null")
         known = {field: value for field, value in content.items() if value is not None}
-        rope = JsonFields(fields.path, known, prefix=f"{name}.")
+        rope = JsonFields(fields.path, known, prefix=f"{fields.prefix}{name}.")
         thetas |= {rope.number("rope_theta")} if "rope_theta" in rope.left else set()
         shares |= {rope.number("partial_rotary_factor")} if "partial_rotary_factor" in rope.left else set()
         scaling = _scaling(rope) or scaling
-        rope.end()
+        rope.end(_OF_IMAGES)
     theta = _one(fields, "rope_theta", thetas) if thetas else fields.number("rope_theta")  # raises: it is missing
     share = _one(fields, "partial_rotary_factor", shares) if shares else partial or 1.0
     if share > 1 or (partial is None and share != 1):

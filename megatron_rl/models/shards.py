@@ -28,6 +28,15 @@ def fill(weight: Weight, shard: Tensor, read: Callable[[Source, int, int, int], 
 
 
 @torch.no_grad()
+def join(parts: Sequence[Source], values: Sequence[Tensor]) -> Tensor:
+    """Returns the tensor whose parts have these values; they are all of its parts."""
+    whole = values[0].new_empty(parts[0].whole.shape)
+    for part, each in zip(parts, values, strict=True):
+        part.of(whole).copy_(each)
+    return whole
+
+
+@torch.no_grad()
 def assemble(weights: Iterable[tuple[Weight, Sequence[Tensor]]]) -> list[tuple[str, Tensor]]:
     """Returns (Hugging Face name, whole tensor) of the weights' sources, from the shards of all ranks.
 

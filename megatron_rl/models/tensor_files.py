@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron_rl.models import mxfp4
 from megatron_rl.models.fields import MissingModelError, ModelError, cut, read_json_object
 from megatron_rl.models.fp8 import FP8, SCALE_DTYPES, decode, scale_name, touched
 from megatron_rl.models.quantisation import FIELD, Fp8Blocks, Mxfp4, read_quantisation
+from megatron_rl.models.shards import join
 from megatron_rl.models.weight import Shape, Source
 
 INDEX = "model.safetensors.index.json"
@@ -70,15 +72,15 @@ class TensorFiles:
         `check` refuses, and for values or scales that are not finite.
         """
         self.check(source)
+        source = self.stored(source)
         if self._is_mxfp4(source.name):
             stretch = self._read_mxfp4(source, dim, start, length)
-        elif source.part is None:
-            stretch = self._stretch(source.name, dim, start, length)
+        elif self.dtype(source.name) == FP8:
+            stretch = self._read_fp8(source, dim, start, length)
         else:
-            stretch = self._slice(source.name)[source.part.stretch(dim, start, length)]
-            stretch = stretch.t() if source.part.transposed else stretch
-        if not self._is_mxfp4(source.name) and self.dtype(source.name) == FP8:
-            stretch = self._dequantised(source.name, stretch, dim, start)
+            stretch = self._slice(source.name)[source.stretch(dim, start, length)]
+            if source.part is not None and source.part.transposed:
+                stretch = stretch.t()
         if stretch.numel() and not all(map(math.isfinite, torch.stack(torch.aminmax(stretch)).tolist())):
             raise ModelError(
                 f"{self._file(source.name)}: {source.name} holds NaN or infinity; nothing can be trained from it: "
@@ -86,15 +88,35 @@ class TensorFiles:
             )
         return stretch
 
-    def whole(self, source: Source) -> Tensor:
-        """Reads a tensor as a copy in bf16 stores it: in the file's dtype, or in bf16 if it is quantised."""
-        if self._is_mxfp4(source.name):
-            return torch.cat([self.read(source, 0, expert, 1).bfloat16() for expert in range(source.shape[0])])
-        tensor = self.read(source, 0, 0, source.shape[0])
-        return tensor.bfloat16() if self.is_quantised(source.name) else tensor
+    def stored(self, source: Source) -> Source:
+        """Returns the source as these files hold it: as part of a larger tensor, or alone."""
+        return Source(source.alone, source.shape) if source.alone in self._files else source
 
-    def is_quantised(self, name: str) -> bool:
+    def holders(self, parts: Sequence[Source]) -> list[str]:
+        """Returns the names of the tensors that these files hold the parts of a tensor in, or should hold."""
+        alone = [part.alone for part in parts if part.alone is not None]
+        return alone if any(name in self._files for name in alone) else [parts[0].name]
+
+    def whole(self, parts: Sequence[Source]) -> Tensor:
+        """Reads a tensor as a copy in bf16 stores it: in the file's dtype, or in bf16 if it is quantised. `parts` are
+        all sources of it."""
+        source = parts[0].whole
+        if self.stored(parts[0]).name != source.name:
+            tensor = join(parts, [self.read(part, 0, 0, part.shape[0]) for part in parts])
+        elif self._is_mxfp4(source.name):
+            return torch.cat([self.read(source, 0, expert, 1).bfloat16() for expert in range(source.shape[0])])
+        else:
+            tensor = self.read(source, 0, 0, source.shape[0])
+        return tensor.bfloat16() if self.is_quantised(parts[0]) else tensor
+
+    def copy(self, name: str) -> Tensor:
+        """Reads a tensor that the model does not use, as `whole` would, whatever it holds."""
+        source = Source(name, self.shape(name))
+        return self.whole([source]) if self.is_quantised(source) else self._open(self._files[name]).get_tensor(name)
+
+    def is_quantised(self, source: Source) -> bool:
         """Whether the weight is stored in fp8 or mxfp4."""
+        name = self.stored(source).name
         return self._is_mxfp4(name) or self.dtype(name) == FP8
 
     def _is_mxfp4(self, name: str) -> bool:
@@ -112,6 +134,7 @@ class TensorFiles:
 
         If it is in fp8 or mxfp4, its scales are checked too.
         """
+        source = self.stored(source)
         name = source.name
         if self._is_mxfp4(name):
             self._check_mxfp4(source.whole)
@@ -171,7 +194,8 @@ class TensorFiles:
             blocks, scales = (each[start : start + length] for each in stored)
             return mxfp4.decode_blocks(blocks, scales).transpose(1, 2)
         first, count = touched(mxfp4.BLOCK, start, length) if dim == 1 else (start, length)
-        index = dataclasses.replace(source.part, transposed=False).stretch(dim, first, count)
+        stored_so = dataclasses.replace(source, part=dataclasses.replace(source.part, transposed=False))
+        index = stored_so.stretch(dim, first, count)
         blocks, scales = (each[index] for each in stored)
         weights = mxfp4.decode_blocks(blocks, scales)
         return weights.narrow(1, start - first * mxfp4.BLOCK, length) if dim == 1 else weights
@@ -197,16 +221,22 @@ class TensorFiles:
                 f"{self._files[scale]}: {scale} has dtype {dtype}; expected one of {', '.join(SCALE_DTYPES)}"
             )
 
-    def _stretch(self, name: str, dim: int, start: int, length: int) -> Tensor:
-        stretch: Tensor = self._slice(name)[(slice(None),) * dim + (slice(start, start + length),)]
-        return stretch
-
-    def _dequantised(self, name: str, stretch: Tensor, dim: int, start: int) -> Tensor:
+    def _read_fp8(self, source: Source, dim: int, start: int, length: int) -> Tensor:
+        if source.part is not None:
+            # Scales are of whole rows; a part has a stretch of them.
+            first, rows = (start, length) if dim == 0 else (0, source.shape[0])
+            read = self._read_fp8(source.whole, 0, source.part.offset + first, rows)
+            return read if dim == 0 else read.narrow(dim, start, length)
         assert self._blocks is not None  # _check_fp8 has seen it
-        scale = scale_name(name)
-        scales = self._stretch(scale, dim, *touched(self._blocks.size[dim], start, stretch.shape[dim]))
+        scale = Source(scale_name(source.name), self.shape(scale_name(source.name)))
+        touches = touched(self._blocks.size[dim], start, length)
+        stretch, scales = (
+            self._slice(each.name)[each.stretch(dim, *at)] for each, at in ((source, (start, length)), (scale, touches))
+        )
         if not bool((scales.isfinite() & (scales > 0)).all()):
-            raise ModelError(f"{self._files[scale]}: {scale} holds a scale that is not a finite number above 0")
+            raise ModelError(
+                f"{self._files[scale.name]}: {scale.name} holds a scale that is not a finite number above 0"
+            )
         return decode(stretch, scales, self._blocks, dim, start)
 
     def _open(self, file: Path) -> Any:

@@ -21,24 +21,13 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Part:
-    """A source's place in a larger tensor, which stacks experts along its first dimension."""
+    """A source's place in a larger tensor, which joins several along their outputs, or stacks experts."""
 
     whole: Shape  # of the larger tensor
-    index: int  # the expert
+    index: int | None = None  # the expert, if the first dimension stacks them
     transposed: bool = False  # whether the tensor has a matrix as [in, out]
     offset: int = 0  # of the outputs: the source has those from `offset` on,
     step: int = 1  # each `step`-th of them
-
-    def stretch(self, dim: int, start: int, length: int) -> tuple[slice | int, ...]:
-        """Returns the index, into the larger tensor, of positions [start, start + length) of the source along `dim`."""
-        outputs = slice(self.offset, None, self.step)
-        if dim == 0:
-            first = self.offset + start * self.step
-            outputs = slice(first, first + (length - 1) * self.step + 1, self.step)
-        if len(self.whole) == 2:
-            return self.index, outputs
-        inputs = slice(start, start + length) if dim == 1 else slice(None)
-        return (self.index, inputs, outputs) if self.transposed else (self.index, outputs, inputs)
 
 
 @dataclass(frozen=True)
@@ -48,6 +37,7 @@ class Source:
     name: str  # of the tensor
     shape: Shape  # [out, in] of a matrix
     part: Part | None = None  # None: the source is the whole tensor
+    alone: str | None = None  # the tensor that is this part in files that have each part by itself, if there are such
 
     @property
     def whole(self) -> Source:
@@ -58,8 +48,23 @@ class Source:
         """Returns the view of the tensor that is this source, in the source's shape."""
         if self.part is None:
             return tensor
-        view = tensor[self.part.stretch(0, 0, self.shape[0])]
+        view = tensor[self.stretch(0, 0, self.shape[0])]
         return view.t() if self.part.transposed else view
+
+    def stretch(self, dim: int, start: int, length: int) -> tuple[slice | int, ...]:
+        """Returns the index, into the tensor, of positions [start, start + length) of this source along `dim`; of a
+        transposed part in the tensor's order."""
+        if self.part is None:
+            return *[slice(None)] * dim, slice(start, start + length)
+        first, count = (start, length) if dim == 0 else (0, self.shape[0])
+        first = self.part.offset + first * self.part.step
+        within: list[slice | int] = [slice(None)] * len(self.shape)
+        if dim:
+            within[dim] = slice(start, start + length)
+        within[0] = slice(first, first + (count - 1) * self.part.step + 1, self.part.step)
+        if self.part.transposed:
+            within.reverse()
+        return tuple(within) if self.part.index is None else (self.part.index, *within)
 
 
 @dataclass(frozen=True)

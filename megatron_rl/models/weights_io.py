@@ -6,11 +6,12 @@ of whole tensors, and never holds more than one file's worth.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,15 @@ from megatron_rl.models.architecture import Architecture, read_architecture
 from megatron_rl.models.binding import ModelRanks, Slot, WeightNames, bind
 from megatron_rl.models.fields import ModelError
 from megatron_rl.models.quantisation import FIELD
-from megatron_rl.models.registry import family_of, weights_of
+from megatron_rl.models.registry import family_of, tensors_of, weights_of
 from megatron_rl.models.shards import fill
 from megatron_rl.models.tensor_files import INDEX, SINGLE, TensorFiles
 from megatron_rl.models.weight import Source
 
 MAX_SHARD_BYTES = 4 << 30
 """Largest file of weights that a run writes."""
+HEAD = "lm_head.weight"
+"""What files of every family call the output layer."""
 # Besides weights, what a server or transformers needs to load the directory.
 COMPANIONS = (
     "config.json",
@@ -70,21 +73,23 @@ def load_weights(
             shard.zero_()
         else:
             fill(slot.weight, shard, files.read, *ranks.share(slot.weight))
-    if "lm_head.weight" in unused and not arch.value_head:
+    if HEAD in unused and not arch.value_head:
         _check_stray_head(files, slots, ranks)
     return unused
 
 
 def check_names(files: TensorFiles, arch: Architecture) -> tuple[str, ...]:
-    """All tensors of the model, not only this rank's, so that every rank gives the same answer."""
-    weights = weights_of(arch)
-    wanted = {source.name for weight in weights for source in weight.sources}
-    needed = {source.name for weight in weights if not weight.optional for source in weight.sources}
-    if missing := sorted(needed.difference(files.names)):
+    """Returns the names of harmless tensors in excess. Raises ModelError for a missing or unknown one.
+
+    Looks at all tensors of the model, not only this rank's, so that every rank gives the same answer.
+    """
+    wanted = {name for parts in tensors_of(arch) for name in files.holders(parts)}
+    optional = {source.name for weight in weights_of(arch) if weight.optional for source in weight.sources}
+    if missing := sorted(wanted.difference(files.names, optional)):
         raise ModelError(f"{files.listing}: {_some(missing)} missing; config.json asks for it")
     excess = sorted(set(files.names) - wanted - files.scales())
     no_head = arch.tied_embeddings or arch.value_head
-    harmless = [*family_of(arch).UNUSED, *([r"lm_head\.weight"] if no_head else [])]
+    harmless = [*family_of(arch).UNUSED, *([re.escape(HEAD)] if no_head else [])]
     predictors = range(arch.num_layers, arch.num_layers + arch.predictor_layers)
     harmless += [rf"model\.layers\.{number}\..*" for number in predictors]
     unknown = [name for name in excess if not any(re.fullmatch(pattern, name) for pattern in harmless)]
@@ -101,12 +106,12 @@ def _check_stray_head(files: TensorFiles, slots: Sequence[Slot], ranks: ModelRan
     for slot in slots:
         if slot.weight.name == "embedding.word_embeddings.weight":
             (embedding,) = slot.weight.sources
-            head = Source("lm_head.weight", embedding.shape)
+            head = Source(HEAD, embedding.shape)
             for piece in slot.weight.cut(*ranks.share(slot.weight))[1]:
                 stretch = (slot.weight.sharding.dim, piece.start, piece.length)
                 if not torch.equal(files.read(head, *stretch), files.read(embedding, *stretch)):
                     raise ModelError(
-                        f"{files.listing}: lm_head.weight differs from {embedding.name}, "
+                        f"{files.listing}: {HEAD} differs from {embedding.name}, "
                         "but config.json says tie_word_embeddings = true; set it to false"
                     )
 
@@ -121,7 +126,8 @@ def save_weights(
 ) -> None:
     """Writes a Hugging Face directory: `tensors` cast to `dtype`, the rest from source_dir; with `value_head` that of a
     model with one number per token. A `dtype` of None leaves each tensor's dtype, and config.json's, as they are.
-    config.json loses its quantization_config, as no tensor is quantised.
+    config.json loses its quantization_config, as no tensor is quantised. Tensors of source_dir that the model does not
+    use, such as those of a vision tower, are copied.
 
     The directory appears whole or not at all. Raises FileInTheWayError when model_dir is there already, and
     ModelError when a tensor is not one of source_dir's config.json, comes twice, has another shape or never
@@ -136,7 +142,8 @@ def save_weights(
     partial.mkdir(parents=True)
     try:
         _copy_companions(source_dir, partial, dtype, arch)
-        _write_shards(_cast(_checked(tensors, arch), arch, dtype), partial, max_shard_bytes)
+        written = itertools.chain(_cast(_checked(tensors, arch), arch, dtype), _unused(source_dir, arch))
+        _write_shards(written, partial, max_shard_bytes)
         partial.rename(model_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -170,6 +177,13 @@ def _checked(tensors: Iterable[tuple[str, Tensor]], arch: Architecture) -> Itera
         yield name, tensor
     if awaited:
         raise ModelError(f"never given to be saved: {_some(sorted(awaited))}")
+
+
+def _unused(source_dir: Path, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
+    files = TensorFiles(source_dir)
+    for name in check_names(files, arch):
+        if name != HEAD:  # of a critic, or what tied embeddings were before
+            yield name, files.copy(name)
 
 
 def _cast(

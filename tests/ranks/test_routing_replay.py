@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from megatron_rl.data.sample import Sample
-from megatron_rl.parity import _file_tensors
+from megatron_rl.models.architecture import read_architecture
+from megatron_rl.parity import file_gradients
 
 MOE_LAYERS, EXPERTS, TOP_K = (0, 2, 3), 8, 2
 
@@ -54,7 +55,7 @@ def reference(model: Path) -> dict[str, torch.Tensor]:
         ids = torch.as_tensor(sample.token_ids.astype(np.int64))
         logprobs = whole(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
         (-logprobs[torch.as_tensor(sample.loss_mask[1:])].sum()).backward()
-    return dict(_file_tensors(whole))
+    return file_gradients(whole, read_architecture(model))
 
 
 @pytest.mark.distributed

@@ -16,11 +16,12 @@ FAMILIES = sorted(file.stem for file in CONFIGS.glob("*.json"))
 
 def make_family_model(path: Path, family: str, *, std: float = 0.15, seed: int = 0, **changes: Any) -> Path:
     """Writes config.json, safetensors and the tokenizer into `path`, and returns it; `changes` are fields of config."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    content = {**json.loads((CONFIGS / f"{family}.json").read_text()), **changes}
-    model_type = content.pop("model_type")
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **content), dtype=torch.float32)
+    content = json.loads((CONFIGS / f"{family}.json").read_text())
+    content.get("text_config", content).update(changes)
+    kind = AutoModelForImageTextToText if "vision_config" in content else AutoModelForCausalLM
+    model = kind.from_config(AutoConfig.for_model(content.pop("model_type"), **content), dtype=torch.float32)
     fill(model, std, torch.Generator().manual_seed(seed))
     model.save_pretrained(path)
     make_tokenizer().save_pretrained(path)

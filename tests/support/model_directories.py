@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rl.models.architecture import Architecture, read_architecture
 from megatron_rl.models.binding import ModelRanks, bind
-from megatron_rl.models.shards import assemble
+from megatron_rl.models.shards import assemble, fill
+from megatron_rl.models.tensor_files import TensorFiles
+from megatron_rl.models.weight import Weight
 
 K_PROJ = "model.layers.1.self_attn.k_proj.weight"
 
@@ -62,6 +64,14 @@ def whole(stage: nn.Module, arch: Architecture) -> list[tuple[str, Tensor]]:
     """Returns the exported tensors of a single rank."""
     slots = bind([stage], arch, ModelRanks(), weight_names())
     return assemble((s.weight, [s.of(s.parameter.data)]) for s in slots)
+
+
+def shards_of(weight: Weight, files: TensorFiles, size: int) -> list[Tensor]:
+    """Returns every rank's shard of a weight, read from the files."""
+    shards = [torch.full(weight.cut(rank, size)[0], torch.nan) for rank in range(size)]
+    for rank, shard in enumerate(shards):
+        fill(weight, shard, files.read, rank, size)
+    return shards
 
 
 def edit(directory: Path, change: Callable[..., object]) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Size = tuple[int, int]
-QUANTISED = re.compile(r".*(_proj|experts\..*)\.weight")
+QUANTISED = re.compile(r".*(_proj|_qkv|_z|experts\..*)\.weight")
 """Names of the weights that publishers quantise: no norms, routers, embeddings or output layers."""
 
 

@@ -11,7 +11,7 @@ import torch
 from family_models import make_family_model
 from hypothesis import given
 from hypothesis import strategies as st
-from model_directories import files_of
+from model_directories import files_of, shards_of
 from paths import ROOT
 from torch import Tensor
 
@@ -20,9 +20,9 @@ from megatron_rl.engine.export import _buckets
 from megatron_rl.models.architecture import Architecture, ClampedSwiglu, Yarn, read_architecture
 from megatron_rl.models.fields import ModelError
 from megatron_rl.models.registry import tensors_of, weights_of
-from megatron_rl.models.shards import assemble, fill
+from megatron_rl.models.shards import assemble
 from megatron_rl.models.tensor_files import TensorFiles
-from megatron_rl.models.weight import Part, Source, Weight
+from megatron_rl.models.weight import Part, Source
 from megatron_rl.weights.quantise import round_to_fp8
 from megatron_rl.weights.stressed import read_stress
 
@@ -54,7 +54,7 @@ def test_the_published_configuration_is_read(tmp_path: Path) -> None:
 
 
 def test_the_model_has_as_many_weights_as_published(tmp_path: Path) -> None:
-    total = sum(torch.Size(source.shape).numel() for source in tensors_of(read(tmp_path)))
+    total = sum(torch.Size(source.whole.shape).numel() for source, *_ in tensors_of(read(tmp_path)))
     assert total == 20_914_757_184  # 21B by its model card
 
 
@@ -99,13 +99,6 @@ def expected(files: dict[str, Tensor], layer: int, expert: int) -> dict[str, Ten
     }
 
 
-def shards_of(weight: Weight, files: TensorFiles, size: int) -> list[Tensor]:
-    shards = [torch.full(weight.cut(rank, size)[0], torch.nan) for rank in range(size)]
-    for rank, shard in enumerate(shards):
-        fill(weight, shard, files.read, rank, size)
-    return shards
-
-
 def test_an_expert_is_cut_out_of_the_stacked_tensors(model: Path) -> None:
     arch, files = read_architecture(model), files_of(model)
     weights = {weight.name: weight for weight in weights_of(arch)}
@@ -128,7 +121,7 @@ def test_the_shards_of_all_experts_are_the_stacked_tensors(model: Path, size: in
     arch, read = read_architecture(model), TensorFiles(model)
     found = assemble((weight, shards_of(weight, read, size)) for weight in weights_of(arch))
     files = files_of(model)
-    assert [name for name, _ in found] == [source.name for source in tensors_of(arch)]
+    assert [name for name, _ in found] == [source.name for source, *_ in tensors_of(arch)]
     assert files.keys() == dict(found).keys()
     assert all(torch.equal(tensor, files[name]) for name, tensor in found)
 
@@ -182,7 +175,7 @@ def test_stress_rounds_each_experts_gate_up_and_down(model: Path) -> None:
 def test_kinds_of_sinks_and_biases(model: Path) -> None:
     kinds = {
         source.name.removeprefix("model.layers.0."): kind
-        for source, kind in tensors_of(read_architecture(model)).items()
+        for (source, *_), kind in tensors_of(read_architecture(model)).items()
     }
     assert kinds["self_attn.sinks"] == kinds["self_attn.o_proj.bias"] == kinds["self_attn.q_proj.bias"] == "attention"
     assert kinds["mlp.router.bias"] == kinds["mlp.router.weight"] == "router"

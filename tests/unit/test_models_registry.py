@@ -60,7 +60,9 @@ def test_each_family_declares_its_required_attributes(model_type: str) -> None:
     own = family.MODEL_TYPE  # several model_types may be one family
     assert MODULES[own] == MODULES[model_type]
     assert getattr(transformers, family.CAUSAL_LM).config_class.model_type == own
-    assert family.CAUSAL_LM.replace("ForCausalLM", "ForTokenClassification") == family.VALUE_MODEL
+    assert (
+        re.sub("For(CausalLM|ConditionalGeneration)", "ForTokenClassification", family.CAUSAL_LM) == family.VALUE_MODEL
+    )
     if hasattr(transformers, family.VALUE_MODEL):
         assert getattr(transformers, family.VALUE_MODEL).config_class.model_type == own
     assert all(isinstance(values, tuple) for values in family.INERT.values())

@@ -21,6 +21,7 @@ from megatron_rl.models import weights_io
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.binding import ModelRanks
 from megatron_rl.models.fields import ModelError
+from megatron_rl.models.registry import tensors_of
 from megatron_rl.models.tensor_files import TensorFiles
 from megatron_rl.models.weight import Source
 from megatron_rl.models.weights_io import load_weights, save_weights
@@ -154,6 +155,15 @@ def test_a_stray_output_layer_must_be_the_tied_embedding(tied):
     edit(directory, lambda t: t["lm_head.weight"][36].add_(1))
     with pytest.raises(ValueError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
         load_weights([empty_stage(arch)], arch, directory, ModelRanks(), weight_names())
+
+
+def test_a_stray_output_layer_is_not_saved(tied, tmp_path):
+    """It would be that of the weights before the training."""
+    directory, arch = tied
+    edit(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    tensors = [(source.name, torch.zeros(source.shape)) for (source,) in tensors_of(arch)]
+    save_weights(tensors, tmp_path / "saved", directory, 10**9, torch.float32)
+    assert files_of(tmp_path / "saved").keys() == dict(tensors).keys()
 
 
 def test_broken_model_directories_are_refused(tmp_path):
