@@ -164,7 +164,7 @@ def _transformers(
     from megatron_rl.models.weights_io import torch_dtype
 
     logging.disable_progress_bar()
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch_dtype(dtype))
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch_dtype(dtype), trust_remote_code=False)
     # transformers leaves out the gradient of the padding token's row, even where that token is read.
     reference.get_input_embeddings().padding_idx = None
     total = sum(len(ids) - 1 for ids in sequences)

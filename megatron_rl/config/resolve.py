@@ -18,7 +18,7 @@ from megatron_rl.config.load import C, ConfigError, check_companions, check_conf
 from megatron_rl.config.schema import Config, SftConfig
 from megatron_rl.config.switches import NoKL
 from megatron_rl.data.arithmetic_task import PREFIX
-from megatron_rl.models.architecture import Architecture, read_architecture
+from megatron_rl.models.architecture import Architecture, read_architecture, refuse_unserved
 from megatron_rl.models.fields import ModelError
 from megatron_rl.models.quantisation import refuse_quantised
 
@@ -47,6 +47,7 @@ def resolve(cls: type[C], path: Path, overrides: Sequence[str], world_size: int)
         arch = read_architecture(config.model.path)
         if isinstance(config, Config) and config.rollout.replay_from is None:
             refuse_quantised(config.model.path, "and rollout servers would take the trainer's weights for such too")
+            refuse_unserved(config.model.path, arch)
     except ModelError as error:
         raise ConfigError(f"model.path: {error}") from None
     layout = check_config(config, arch, world_size)

@@ -1,11 +1,15 @@
-"""URLs of rollout servers, who can reach them, and the variable of their key. No torch."""
+"""URLs of rollout servers, who can reach them, the variable of their key, and what they serve on CPUs. No torch."""
 
 from __future__ import annotations
 
 import ipaddress
 import re
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, urlsplit
+
+if TYPE_CHECKING:
+    from megatron_rl.models.architecture import Architecture
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(%[A-Za-z0-9]+)?\]", re.ASCII)
@@ -45,6 +49,22 @@ def same_server(url: str) -> tuple[str, str, int, str]:
     parts = urlsplit(url)
     port = parts.port or {"http": 80, "https": 443}[parts.scheme]
     return parts.scheme, _host(parts).lower(), port, parts.path.rstrip("/")
+
+
+def cpu_problem(arch: Architecture) -> str | None:
+    """What of the model SGLang 0.5.23 does not compute on CPUs; None if it serves the model there."""
+    features = {
+        "latent attention": arch.latent is not None,  # its cache is read wrongly
+        "gated delta networks": arch.delta_net is not None,  # do not start
+        "sinks of attention": arch.sinks,  # do not start
+    }
+    found = [name for name, present in features.items() if present]
+    if not found:
+        return None
+    return (
+        f"the model has {' and '.join(found)}, which SGLang does not compute on CPUs; take servers on GPUs "
+        "(rollout.servers.urls), or saved rollouts (rollout.replay_from)"
+    )
 
 
 def _host(parts: SplitResult) -> str:

@@ -8,6 +8,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from megatron_rl.config.schema import Config
+from megatron_rl.config.servers import cpu_problem
+from megatron_rl.config.sources import ConfigError
 from megatron_rl.engine.device import resolve_device
 from megatron_rl.engine.top_exchange import TopExchange
 from megatron_rl.loop.connections import connect, read_server_key
@@ -18,6 +20,7 @@ from megatron_rl.loop.publisher import Publisher
 from megatron_rl.loop.rollouts import GroupSource, LiveGroups, Rollouts, SavedGroups, check_saved, top_k
 from megatron_rl.loop.run_prompts import RunPrompts
 from megatron_rl.loop.trainer import Trainer, open_trainer
+from megatron_rl.models.architecture import read_architecture
 from megatron_rl.objectives.custom import get_objective
 from megatron_rl.ranks.collectives import together
 from megatron_rl.rewards import check_verifier
@@ -43,7 +46,10 @@ class Parts:
 def check_start(config: Config) -> None:
     """Checks what else this rank needs before it joins the others: its device, the servers' key, own code. Raises
     UserError."""
-    resolve_device(config.engine.device)
+    device = resolve_device(config.engine.device)
+    starts_servers = config.rollout.replay_from is None and not config.rollout.servers.urls
+    if starts_servers and device.type == "cpu" and (problem := cpu_problem(read_architecture(config.model.path))):
+        raise ConfigError(f"engine.device: {config.engine.device} is the CPU here, but {problem}")
     read_server_key(config)
     get_objective(config.objective)
     check_verifier(config)

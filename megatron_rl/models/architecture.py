@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_rl.models.fields import JsonFields, read_json_object
+from megatron_rl.models.fields import JsonFields, ModelError, read_json_object
 from megatron_rl.models.quantisation import take_quantisation
 from megatron_rl.models.registry import MODULES, find_family
 
@@ -247,6 +247,18 @@ def features_of(features: Any, prefix: str = "") -> dict[str, Any]:
         value, name = getattr(features, field.name), f"{prefix}{field.name}"
         found |= features_of(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: value}
     return found
+
+
+def refuse_unserved(model_dir: Path, arch: Architecture) -> None:
+    """Raises ModelError if model_dir/config.json lacks a field that rollout servers need; this project does without."""
+    path = Path(model_dir) / "config.json"
+    content = read_json_object(path)
+    fields = content.get("text_config", content)
+    if lacking := [name for name in find_family(arch.model_type).SERVER_FIELDS if name not in fields]:
+        raise ModelError(
+            f"{path} has no {' and no '.join(lacking)}, without which SGLang does not serve a {arch.model_type} "
+            "rightly; copy from the published model's"
+        )
 
 
 def read_architecture(model_dir: Path, value_head: bool = False) -> Architecture:

@@ -18,6 +18,7 @@ CAUSAL_LM = "DeepseekV2ForCausalLM"
 VALUE_MODEL = "DeepseekV2ForTokenClassification"
 INERT = deepseek_v3.INERT
 UNUSED = deepseek_v3.UNUSED
+SERVER_FIELDS = ("moe_layer_freq", "topk_method")
 
 
 def read(fields: JsonFields) -> Architecture:

@@ -20,6 +20,7 @@ INERT: dict[str, tuple[Any, ...]] = {
     "qk_head_dim": (),  # the sum of two fields that are read
 }
 UNUSED = (r".*\.rotary_emb\.inv_freq",)
+SERVER_FIELDS = ("moe_layer_freq", "scoring_func", "topk_method")
 
 
 def read(fields: JsonFields) -> Architecture:

@@ -16,6 +16,7 @@ CAUSAL_LM = "Glm4MoeForCausalLM"
 VALUE_MODEL = "Glm4MoeForTokenClassification"
 INERT: dict[str, tuple[Any, ...]] = {}
 UNUSED = (r".*\.rotary_emb\.inv_freq",)
+SERVER_FIELDS: tuple[str, ...] = ()
 
 
 def read(fields: JsonFields) -> Architecture:

@@ -16,6 +16,7 @@ CAUSAL_LM = "Glm4MoeLiteForCausalLM"
 VALUE_MODEL = "Glm4MoeLiteForTokenClassification"
 INERT: dict[str, tuple[Any, ...]] = {"qk_head_dim": ()}
 UNUSED = (r".*\.rotary_emb\.inv_freq",)
+SERVER_FIELDS = ("first_k_dense_replace",)
 
 
 def read(fields: JsonFields) -> Architecture:

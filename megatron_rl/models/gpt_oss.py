@@ -19,6 +19,7 @@ INERT: dict[str, tuple[Any, ...]] = {
     "initial_context_length": (),  # rope_scaling has it as original_max_position_embeddings
 }
 UNUSED = (r".*\.rotary_emb\.inv_freq",)
+SERVER_FIELDS: tuple[str, ...] = ()
 
 NAMES = blocks.Names(router="mlp.router", stacked="alternating")
 

@@ -15,6 +15,7 @@ CAUSAL_LM = "LlamaForCausalLM"
 VALUE_MODEL = "LlamaForTokenClassification"
 INERT: dict[str, tuple[Any, ...]] = {}
 UNUSED = (r".*\.rotary_emb\.inv_freq",)
+SERVER_FIELDS: tuple[str, ...] = ()
 
 
 def read(fields: JsonFields) -> Architecture:

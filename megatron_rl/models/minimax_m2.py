@@ -23,6 +23,7 @@ INERT: dict[str, tuple[Any, ...]] = {
     "use_mtp": (),
 }
 UNUSED = (r".*\.rotary_emb\.inv_freq",)
+SERVER_FIELDS = ("rotary_dim", "scoring_func", "use_qk_norm", "use_routing_bias")
 NAMES = blocks.Names(
     gate_up_down=("w1", "w3", "w2"),
     router="block_sparse_moe.gate",

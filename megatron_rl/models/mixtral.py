@@ -16,6 +16,7 @@ CAUSAL_LM = "MixtralForCausalLM"
 VALUE_MODEL = "MixtralForTokenClassification"
 INERT: dict[str, tuple[Any, ...]] = {"router_jitter_noise": (0.0, 0)}
 UNUSED = (r".*\.rotary_emb\.inv_freq",)
+SERVER_FIELDS: tuple[str, ...] = ()
 
 NAMES = blocks.Names(
     gate_up_down=("w1", "w3", "w2"), router="block_sparse_moe.gate", experts="block_sparse_moe.experts"

@@ -17,6 +17,7 @@ CAUSAL_LM = "OlmoeForCausalLM"
 VALUE_MODEL = "OlmoeForTokenClassification"  # which transformers 5.19 lacks
 INERT: dict[str, tuple[Any, ...]] = {}
 UNUSED = (r".*\.rotary_emb\.inv_freq",)
+SERVER_FIELDS: tuple[str, ...] = ()
 
 
 def read(fields: JsonFields) -> Architecture:

@@ -16,6 +16,7 @@ CAUSAL_LM = "Qwen2ForCausalLM"
 VALUE_MODEL = "Qwen2ForTokenClassification"
 INERT: dict[str, tuple[Any, ...]] = {}
 UNUSED = (r".*\.rotary_emb\.inv_freq",)
+SERVER_FIELDS: tuple[str, ...] = ()
 
 
 def read(fields: JsonFields) -> Architecture:

@@ -17,6 +17,7 @@ CAUSAL_LM = "Qwen2MoeForCausalLM"
 VALUE_MODEL = "Qwen2MoeForTokenClassification"
 INERT: dict[str, tuple[Any, ...]] = {}
 UNUSED = (r".*\.rotary_emb\.inv_freq",)
+SERVER_FIELDS: tuple[str, ...] = ()
 
 NAMES = blocks.Names(shared="mlp.shared_expert")
 

@@ -15,6 +15,7 @@ CAUSAL_LM = "Qwen3ForCausalLM"
 VALUE_MODEL = "Qwen3ForTokenClassification"
 INERT: dict[str, tuple[Any, ...]] = {}
 UNUSED = (r".*\.rotary_emb\.inv_freq",)
+SERVER_FIELDS: tuple[str, ...] = ()
 
 
 def read(fields: JsonFields) -> Architecture:

@@ -26,6 +26,7 @@ UNUSED = (
     r"mtp\..*",  # predicts several tokens at once
     r"model\.visual\..*",
 )
+SERVER_FIELDS = ("full_attention_interval",)
 
 NAMES = dataclasses.replace(qwen3_next.NAMES, stacked="in_halves", delta_inputs="split")
 _OF_IMAGES = (

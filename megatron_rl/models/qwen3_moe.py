@@ -22,6 +22,7 @@ INERT: dict[str, tuple[Any, ...]] = {
     "use_qk_norm": (True,),
 }
 UNUSED = (r".*\.rotary_emb\.inv_freq",)
+SERVER_FIELDS: tuple[str, ...] = ()
 
 
 def read(fields: JsonFields) -> Architecture:

@@ -21,6 +21,7 @@ UNUSED = (
     r".*\.rotary_emb\.inv_freq",
     r"mtp\..*",  # predicts several tokens at once
 )
+SERVER_FIELDS = ("full_attention_interval",)
 
 NAMES = blocks.Names(shared="mlp.shared_expert")
 INTERVAL = 4
@@ -91,7 +92,3 @@ def server_caveats(arch: Architecture) -> Iterator[str]:
     if arch.dense_layers:
         # SGLang 0.5.23 passes mlp_only_layers over.
         yield f"layers {list(arch.dense_layers)} are dense, but SGLang's {MODEL_TYPE} has experts in every layer"
-    assert arch.delta_net is not None
-    if arch.delta_net.layers != _all_but_each(INTERVAL, arch.num_layers):
-        # SGLang 0.5.23 reads full_attention_interval, which transformers 5 does not write, and not layer_types.
-        yield f"attention is not in every {INTERVAL}th layer, which is what SGLang's {MODEL_TYPE} has by default"

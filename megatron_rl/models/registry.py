@@ -50,6 +50,8 @@ class Family(Protocol):
     """Fields of config.json that change nothing, beside those of every model: with these values, or () for any."""
     UNUSED: tuple[str, ...]
     """Regular expressions for names of tensors that a checkpoint may have in excess."""
+    SERVER_FIELDS: tuple[str, ...]
+    """Fields without which SGLang 0.5.23 does not start, or computes something else. transformers 5 leaves them out."""
 
     def read(self, fields: JsonFields, /) -> Architecture:
         """Takes the model's fields from config.json. Raises ModelError."""

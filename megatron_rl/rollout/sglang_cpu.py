@@ -22,10 +22,13 @@ import multiprocessing
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_rl.garbage import collect_rarely
 from megatron_rl.rollout.sglang_launch import launch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Missing:
@@ -113,8 +116,8 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def register_hooks() -> None:
     """Replaces functions through SGLang's own registry.
 
-    Host buffers are not registered with CUDA (`--enable-return-routed-experts`), sequences attend together, and
-    processes are forked.
+    Host buffers are not registered with CUDA (`--enable-return-routed-experts`), sequences attend together, the expert
+    that every token visits is added in plain PyTorch, and processes are forked.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -128,8 +131,19 @@ def register_hooks() -> None:
     backend = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
     HookRegistry.register(f"{backend}._run_sdpa_forward_extend", sglang_cpu_attention.extend, HookType.AROUND)
     HookRegistry.register(f"{backend}._run_sdpa_forward_decode", sglang_cpu_attention.decode, HookType.AROUND)
+    gate = "sglang.kernels.ops.elementwise.elementwise._launch_fused_gate_sigmoid_mul"
+    HookRegistry.register(gate, add_gated, HookType.REPLACE)
     launcher = "sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes"
     HookRegistry.register(launcher, fork_processes, HookType.BEFORE)
+
+
+def add_gated(hidden: Tensor, gate: Tensor, shared: Tensor, output: Tensor, *, do_add: bool) -> None:
+    """Adds the output `shared` of an expert [T, H] to `output`, or puts it there, times a sigmoid of its token.
+
+    hidden [T, H], gate [H]. Computes in fp32, as SGLang's kernel does.
+    """
+    gated = (hidden.float() @ gate.float()).sigmoid().unsqueeze(-1) * shared.float()
+    output.copy_(output.float() + gated if do_add else gated)
 
 
 def fork_processes(engine: object, server_args: Any, *args: object, **options: object) -> None:

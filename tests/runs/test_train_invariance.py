@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 from forks import Forks
-from rl_runs import MINI_BATCHES, losses, run_all, save_rollouts, weights, write_config
+from rl_runs import assert_same, losses, run_all, save_rollouts, weights, write_config
 from tiny_models import make_tiny_model
 
 from megatron_rl.lab.run import read_metrics
@@ -45,17 +44,6 @@ def setting(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
         ],
     )
     return config, root / "reference"
-
-
-def assert_same(run_dir: Path, reference: Path, steps: int = 1) -> None:
-    found, expected = losses(run_dir), losses(reference)
-    assert len(expected) == steps * MINI_BATCHES
-    np.testing.assert_allclose(found[:, 0], expected[:, 0], atol=1e-5, err_msg=f"loss in {run_dir.name}")
-    np.testing.assert_allclose(found[:, 1:], expected[:, 1:], rtol=2e-3, atol=1e-4, err_msg=run_dir.name)
-    trained = weights(reference)
-    for name, weight in weights(run_dir).items():
-        scale = trained[name].abs().max()
-        assert (weight - trained[name]).abs().max() <= 1e-4 * scale, f"{name} in {run_dir.name}"
 
 
 def assert_same_shift(run_dir: Path, reference: Path) -> None:

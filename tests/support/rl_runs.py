@@ -145,3 +145,15 @@ def losses(run_dir: Path) -> np.ndarray:
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(run_dir / "model" / "model.safetensors")
+
+
+def assert_same(run_dir: Path, reference: Path, steps: int = 1) -> None:
+    """Checks that two runs have the same losses and end with the same weights."""
+    found, expected = losses(run_dir), losses(reference)
+    assert len(expected) == steps * MINI_BATCHES
+    np.testing.assert_allclose(found[:, 0], expected[:, 0], atol=1e-5, err_msg=f"loss in {run_dir.name}")
+    np.testing.assert_allclose(found[:, 1:], expected[:, 1:], rtol=2e-3, atol=1e-4, err_msg=run_dir.name)
+    trained = weights(reference)
+    for name, weight in weights(run_dir).items():
+        scale = trained[name].abs().max()
+        assert (weight - trained[name]).abs().max() <= 1e-4 * scale, f"{name} in {run_dir.name}"

@@ -1,9 +1,11 @@
-"""Extra flags of rollout servers: flags that the trainer sets itself are refused in any spelling."""
+"""Rollout servers: flags that the trainer sets are refused in any spelling, as are models that CPUs do not serve."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from config_files import ARCHITECTURE, RL, write
@@ -11,6 +13,7 @@ from config_files import ARCHITECTURE, RL, write
 from megatron_rl.config.load import ConfigError, check_config, load_config
 from megatron_rl.config.schema import Config
 from megatron_rl.config.server_flags import TRAINERS_FLAGS
+from megatron_rl.models.architecture import DeltaNet, LatentAttention
 
 
 def told(tmp_path: Path, *flags: str) -> list[str]:
@@ -57,3 +60,25 @@ def test_an_abbreviation_of_such_a_flag_is_refused_too(tmp_path: Path, given: st
 )
 def test_other_flags_are_passed_to_the_server(tmp_path: Path, flags: tuple[str, ...]) -> None:
     assert told(tmp_path, *flags) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "feature"),
+    [
+        ({"latent": LatentAttention(8, 8, 4, 4, 4)}, "latent attention"),
+        ({"delta_net": DeltaNet((0,), 2, 4, 8, 8, 4)}, "gated delta networks"),
+        ({"sinks": True}, "sinks of attention"),
+    ],
+)
+def test_servers_on_cpus_are_refused_what_they_do_not_compute(
+    tmp_path: Path, changes: dict[str, Any], feature: str
+) -> None:
+    def rl(overrides: str) -> Config:
+        return load_config(Config, write(tmp_path / "a.yaml", RL), overrides.split())
+
+    arch = dataclasses.replace(ARCHITECTURE, **changes)
+    with pytest.raises(ConfigError, match=f"engine.device: cpu, but the model has {feature}, which SGLang does not"):
+        check_config(rl("engine.device=cpu"), arch, 1)
+    check_config(rl("engine.device=cpu rollout.servers.urls=[http://127.0.0.1:30000]"), arch, 1)
+    check_config(rl("engine.device=cpu rollout.replay_from=runs/zero"), arch, 1)
+    check_config(rl("engine.device=auto"), arch, 1)

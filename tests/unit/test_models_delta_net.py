@@ -13,7 +13,7 @@ from config_files import ARCHITECTURE
 from paths import ROOT
 
 from megatron_rl.config.layout import fitting_sizes
-from megatron_rl.models.architecture import Architecture, DeltaNet, Router, read_architecture
+from megatron_rl.models.architecture import Architecture, DeltaNet, Router, read_architecture, refuse_unserved
 from megatron_rl.models.fields import ModelError
 from megatron_rl.models.registry import server_caveats, weights_of
 from megatron_rl.models.shards import assemble, fill
@@ -56,7 +56,8 @@ def test_layers_may_be_listed_in_place_of_their_interval(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps(rest | {"layer_types": kinds(5)}))
     listed = read_architecture(tmp_path)
     assert [layer for layer in range(48) if not listed.has_delta_net(layer)] == [5]
-    assert any("attention is not in every 4th layer" in caveat for caveat in server_caveats(listed))
+    with pytest.raises(ModelError, match=r"config\.json has no full_attention_interval, without which SGLang"):
+        refuse_unserved(tmp_path, listed)
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from paths import ROOT
 
 from megatron_rl.config.layout import Layout, check_layout, parse_layout
 from megatron_rl.config.schema import EngineConfig
-from megatron_rl.models.architecture import Architecture, read_architecture
+from megatron_rl.models.architecture import Architecture, read_architecture, refuse_unserved
 from megatron_rl.models.fields import ModelError
-from megatron_rl.models.registry import weights_of
+from megatron_rl.models.registry import family_of, weights_of
 
 PUBLISHED = ROOT / "tests" / "families" / "published"
 
@@ -63,6 +63,18 @@ def test_a_published_model_has_as_many_parameters_as_its_card_says(name: str, tm
     arch = read(name, tmp_path)
     count = sum(weight.elements() for weight in weights_of(arch) if not weight.copy)
     assert round(count / 1e9, 1) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_servers_need_no_more_than_published_files_have(name: str, tmp_path: Path) -> None:
+    arch = read(name, tmp_path)
+    refuse_unserved(tmp_path, arch)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for field in family_of(arch).SERVER_FIELDS:
+        del config.get("text_config", config)[field]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ModelError, match=f"config.json has no .*{field}, without"):
+            refuse_unserved(tmp_path, arch)
 
 
 @pytest.mark.parametrize(
