@@ -1,7 +1,5 @@
-"""Resumable checkpoints: each rank writes the shards it owns, and the manifest is written last (engine/manifest.py).
-
-Optimizer shards belong to one layout: resuming under another is refused (start a new run from the exported Hugging Face
-weights instead).
+"""Resumable checkpoints: each rank writes what its optimizer holds, and the manifest is written last
+(engine/manifest.py). A resume under another layout puts the weights together anew (engine/fragments.py).
 """
 
 from __future__ import annotations
@@ -33,13 +31,17 @@ from megatron_rl.engine.manifest import (
     checkpoint_name,
     checkpoints,
     read_manifest,
+    shard_name,
     strangers,
 )
 from megatron_rl.engine.network import Network
-from megatron_rl.engine.optimizer import optimizer_parts
+from megatron_rl.engine.network_state import network_state, network_tensors, restore_network
+from megatron_rl.engine.shard_file import ShardReader, write_tensors
 from megatron_rl.ranks.collectives import all_gather_bytes, broadcast_bytes, together
 
 PARTIAL = ".partial"
+RANDOM = "random"
+"""Where a rank's file has its random state."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ def save_checkpoint(root: Path, networks: Mapping[str, Network], identity: Ident
     leads = place.rank == 0
     _all_wrote(_failure(prepare, partial) if leads else "", root, directory, place.control)
     file: dict[str, Any] = {}
-    path = partial / f"rank-{place.rank:05d}.pt"
-    failure = _failure(lambda: file.update(_write_shard(path, _rank_state(networks))), path)
+    path = partial / shard_name(place.rank)
+    failure = _failure(lambda: file.update(_write_shard(path, networks)), path)
     _all_wrote(failure, root, directory, place.control)
     files += [ShardFile(**orjson.loads(part)) for part in all_gather_bytes(orjson.dumps(file), place.control)]
     _all_wrote(_failure(finish, partial / MANIFEST) if leads else "", root, directory, place.control)
@@ -113,45 +115,6 @@ def _all_wrote(failure: str, root: Path, directory: Path, control: dist.ProcessG
     raise DiskError(broadcast_bytes(text.encode(), control).decode())
 
 
-class _Digesting:
-    """A file for torch.save: what is written is digested on its way. The first failure is kept and not raised, which
-    torch's writer would turn into an error of its own."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb", buffering=0)
-        self._sha = hashlib.sha256()
-        self._bytes = 0
-        self._error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self._sha.update(view)
-        self._bytes += len(view)
-        try:
-            start = 0
-            while start < len(view) and self._error is None:
-                start += self._file.write(view[start:]) or 0
-        except OSError as error:
-            self._error = error
-        return len(view)
-
-    def flush(self) -> None: ...
-
-    def close(self) -> dict[str, Any]:
-        """Returns size and digest, once all is on the disk. Raises the first OSError."""
-        with self._file:
-            if self._error is not None:
-                raise self._error
-            os.fsync(self._file.fileno())
-        return {"bytes": self._bytes, "sha256": self._sha.hexdigest()}
-
-
-def _write_shard(path: Path, state: dict[str, Any]) -> dict[str, Any]:
-    file = _Digesting(path)
-    torch.save(state, file)  # type: ignore[arg-type]
-    return {"name": path.name, **file.close()}
-
-
 def _write(path: Path, data: bytes) -> None:
     with path.open("wb") as file:
         file.write(data)
@@ -164,10 +127,10 @@ def find_checkpoint(root: Path, networks: Mapping[str, Network], identity: Ident
     `identity` is needed on rank 0, whose view of the directory counts. Collective.
 
     Damaged and incomplete checkpoints are passed over. Raises CheckpointError, on every rank, if the newest whole one
-    is of another run, model, data or layout.
+    is of another run, model, data or dtype.
     """
     place = networks["policy"].place
-    leads = place.rank == 0
+    leads, world = place.rank == 0, dist.get_world_size(place.control)
     names = orjson.loads(broadcast_bytes(orjson.dumps([p.name for p in checkpoints(root)]), place.control))
     warnings = [f"{p}: passed over; it is no checkpoint" for p in strangers(root, PARTIAL)] if leads else []
     damaged: list[Path] = []
@@ -180,7 +143,8 @@ def find_checkpoint(root: Path, networks: Mapping[str, Network], identity: Ident
         problem = answer["damage"]
         if not problem:
             manifest = Manifest.model_validate(answer["manifest"])
-            mine = _check_shard(directory, manifest, place.rank)
+            # Another world may have written it: each rank reads its part of the files.
+            mine = next(filter(None, (_check_shard(directory, f) for f in manifest.files[place.rank :: world])), "")
             problem = next((p.decode() for p in all_gather_bytes(mine.encode(), place.control) if p), "")
         if manifest is not None and not problem:
             return Found(directory, manifest, tuple(damaged), tuple(warnings))
@@ -204,60 +168,41 @@ def _judge(directory: Path, networks: Mapping[str, Network], identity: Identity 
     return answer
 
 
-def _check_shard(directory: Path, manifest: Manifest, rank: int) -> str:
-    """Returns what is wrong with this rank's file; empty if nothing is."""
-    path = directory / f"rank-{rank:05d}.pt"
-    entry = manifest.files[rank] if rank < len(manifest.files) else None
+def _check_shard(directory: Path, entry: ShardFile) -> str:
+    """Returns what is wrong with one of the checkpoint's files; empty if nothing is."""
+    path = directory / entry.name
     try:
-        whole = (
-            entry is not None
-            and entry.name == path.name
-            and path.stat().st_size == entry.bytes
-            and _digest(path) == entry.sha256
-        )
+        whole = path.stat().st_size == entry.bytes and _digest(path) == entry.sha256
     except OSError as error:
         return f"{path}: cannot be read: {error.strerror}"
     return "" if whole else f"{path}: not what its manifest says"
 
 
-def load_checkpoint(directory: Path, networks: Mapping[str, Network]) -> None:
-    """Restores weights, optimizer, learning rate and random state from what `find_checkpoint` found. Collective.
+def load_checkpoint(directory: Path, manifest: Manifest, networks: Mapping[str, Network]) -> None:
+    """Restores weights, optimizer and learning rate from what `find_checkpoint` found, and random state too if it was
+    written under this layout: then the run goes on as if it had not ended, to the bit. Collective.
 
     Frozen weights are not in the checkpoint: the networks have loaded them. Raises an error on every rank, before
     anything is restored, if they are not those with which the checkpoint was written.
     """
     place = networks["policy"].place
-    path = directory / f"rank-{place.rank:05d}.pt"
-    # On the CPU: each network copies what it needs to its device, and a GPU's random state is kept in host memory.
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    same_layout = manifest.layout == _layout(networks)
+    files = [manifest.files[place.rank]] if same_layout else manifest.files
+    readers = [ShardReader(directory / file.name) for file in files]
     with together(place.control):
         for name, network in networks.items():
-            if saved["networks"][name].get("frozen", "") != network.frozen_digest:
+            if same_layout and readers[0].state["networks"][name]["frozen"] != network.frozen_digest:
                 raise CheckpointError(
                     f"{directory}: the {name} in {network.model_dir} has other weights of the kinds in "
                     f"{network.optim_section}.freeze than when the run began. Put back what the run began with, or "
                     "start a new run in another run_dir"
                 )
     for name, network in networks.items():
-        _restore(network, saved["networks"][name])
-    torch.set_rng_state(saved["rng"]["torch"])
-    get_cuda_rng_tracker().set_states(saved["rng"]["megatron"])
-
-
-def _restore(network: Network, saved: dict[str, Any]) -> None:
-    for optimizer, part in zip(optimizer_parts(network.optimizer), saved["optimizers"], strict=True):
-        if optimizer.is_stub_optimizer:
-            continue
-        inner = optimizer.optimizer
-        for group, values in zip(inner.param_groups, part["main_params"], strict=True):
-            for param, value in zip(group["params"], values, strict=True):
-                param.data.copy_(value)
-        inner.load_state_dict(part["inner"])
-        optimizer._copy_main_params_to_model_params()
-    for stage in network.stages:
-        stage.start_param_sync(force_sync=True)
-    network.scheduler.load_state_dict(saved["scheduler"])
-    network.skipped = saved["skipped"]
+        restore_network(network, name, readers)
+    if same_layout:
+        torch.set_rng_state(readers[0].read(f"{RANDOM}/torch"))
+        tracker = get_cuda_rng_tracker()
+        tracker.set_states({name: readers[0].read(f"{RANDOM}/megatron/{name}") for name in tracker.get_states()})
 
 
 def prune(root: Path, keep: int) -> None:
@@ -275,29 +220,11 @@ def remove_partial(root: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _rank_state(networks: Mapping[str, Network]) -> dict[str, Any]:
-    return {
-        "networks": {name: _network_state(network) for name, network in networks.items()},
-        "rng": {"torch": torch.get_rng_state(), "megatron": get_cuda_rng_tracker().get_states()},
-    }
-
-
-def _network_state(network: Network) -> dict[str, Any]:
-    return {
-        **({"frozen": network.frozen_digest} if network.frozen_digest else {}),
-        "optimizers": [
-            {}
-            if part.is_stub_optimizer
-            else {
-                # The distributed optimizer's fp32 shards, disjoint over data parallelism, hold all weights.
-                "main_params": [[p.data for p in group["params"]] for group in part.optimizer.param_groups],
-                "inner": part.optimizer.state_dict(),
-            }
-            for part in optimizer_parts(network.optimizer)
-        ],
-        "scheduler": network.scheduler.state_dict(),
-        "skipped": network.skipped,
-    }
+def _write_shard(path: Path, networks: Mapping[str, Network]) -> dict[str, Any]:
+    tensors = {name: each for key, network in networks.items() for name, each in network_tensors(network, key).items()}
+    tensors[f"{RANDOM}/torch"] = torch.get_rng_state()
+    tensors |= {f"{RANDOM}/megatron/{name}": each for name, each in get_cuda_rng_tracker().get_states().items()}
+    return write_tensors(path, tensors, {"networks": {key: network_state(each) for key, each in networks.items()}})
 
 
 def _layout(networks: Mapping[str, Network]) -> dict[str, Any]:

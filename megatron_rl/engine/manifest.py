@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_rl.errors import UserError
 
-FORMAT: Literal[4] = 4
+FORMAT: Literal[5] = 5
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -29,7 +29,7 @@ LayoutRecord = Mapping[str, int | str | list[int]]
 
 
 class CheckpointError(UserError):
-    """A checkpoint of another layout, run, model or data."""
+    """A checkpoint of another dtype, run, model or data."""
 
 
 class DamagedError(CheckpointError):
@@ -43,7 +43,7 @@ class _StrictModel(BaseModel):
 class ShardFile(_StrictModel):
     """One rank's file."""
 
-    name: Annotated[str, Field(pattern=r"^rank-\d{5}\.pt$")]
+    name: Annotated[str, Field(pattern=r"^rank-\d{5}\.safetensors$")]
     bytes: Annotated[int, Field(ge=0)]
     sha256: _Digest
 
@@ -79,7 +79,7 @@ class State(_StrictModel):
 
 
 class Manifest(_StrictModel):
-    format: Literal[4]
+    format: Literal[5]
     layout: LayoutRecord
     identity: Identity
     files: list[ShardFile]
@@ -123,17 +123,17 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def check_identity(directory: Path, manifest: Manifest, layout: LayoutRecord, now: Identity) -> None:
-    """Raises CheckpointError if the checkpoint is of another layout, run, model or data than this start."""
+    """Raises CheckpointError if the checkpoint is of another dtype, run, model or data than this start."""
     then = manifest.identity
     if then.run != now.run:
         raise CheckpointError(
             f"{directory}: of another run ({then.run}) than this run_dir's ({now.run}); move it out of "
             f"{directory.parent}"
         )
-    if manifest.layout != layout:
+    if (before := manifest.layout.get("dtype")) != layout["dtype"]:
         raise CheckpointError(
-            f"{directory}: written under {manifest.layout}, resumed under {layout}; optimizer shards "
-            "belong to one layout. Resume with the same one, or start a new run from the exported weights"
+            f"{directory}: written with engine.dtype {before}, resumed with {layout['dtype']}, which computes "
+            "something else. Resume with the same one, or start a new run from the exported weights"
         )
     if then.models.keys() != now.models.keys():
         raise CheckpointError(f"{directory}: of {', '.join(then.models)}, but this run has {', '.join(now.models)}")
@@ -183,6 +183,10 @@ def step_of(directory: Path) -> int:
     match = _NAME.fullmatch(directory.name)
     assert match is not None, directory
     return int(match[1])
+
+
+def shard_name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
 
 
 def checkpoint_name(step: int) -> str:

@@ -26,7 +26,12 @@ MAY_CHANGE = (
     "steps",
     "max_minutes",
     "checkpoint",
+    "parallel",
+    "engine.dispatcher",
     "engine.heartbeat",
+    "engine.logit_chunk_tokens",
+    "engine.max_tokens_per_micro_batch",
+    "engine.recompute",
     "eval",
     "lab",
     "rollout.servers",
@@ -42,7 +47,8 @@ MAY_CHANGE = (
     "critic.optim.max_skipped",
     "weights",
 )
-"""Keys, with all keys below them, that may differ on resume: how long a run goes, where, how fast, and what ends it.
+"""Keys, with all keys below them, that may differ on resume: how long a run goes, where, under which layout, how
+fast, and what ends it. Under the same layout it goes on to the bit, under another but for rounding.
 
 The names of presets may differ, but the keys that they set are compared. A server's dtype and flags change mu, but a
 run outlives its servers; the mismatch metrics show the change.

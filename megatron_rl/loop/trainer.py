@@ -164,7 +164,7 @@ class Trainer:
     def restore(self) -> None:
         """Restores what a resume goes on from, and changes no file; open_trainer does it, before servers are started.
 
-        Raises CheckpointError, on every rank, for a checkpoint of another run, model, data or layout, and if no
+        Raises CheckpointError, on every rank, for a checkpoint of another run, model, data or dtype, and if no
         checkpoint is whole but there is something to lose. Collective.
         """
         with together(self.place.control):
@@ -174,7 +174,8 @@ class Trainer:
             return
         self._found = find_checkpoint(self.run.checkpoints, self.networks.trained, self._identity)
         if self._found.directory is not None:
-            load_checkpoint(self._found.directory, self.networks.trained)
+            assert self._found.manifest is not None
+            load_checkpoint(self._found.directory, self._found.manifest, self.networks.trained)
             return
         with together(self.place.control):
             if self.place.rank == 0 and (refusal := self.run.refuses_step_0()):

@@ -28,6 +28,24 @@ def fill(weight: Weight, shard: Tensor, read: Callable[[Source, int, int, int], 
 
 
 @torch.no_grad()
+def reshard(weight: Weight, shards: Sequence[Tensor], rank: int, size: int) -> Tensor:
+    """Returns rank's shard of `size` of a weight, from all its shards under another number of ranks."""
+    pieces = [(piece, shard) for n, shard in enumerate(shards) for piece in weight.cut(n, len(shards))[1]]
+
+    def read(source: Source, dim: int, start: int, length: int) -> Tensor:
+        found = []
+        for piece, shard in sorted(pieces, key=lambda each: each[0].start):
+            begin, end = max(start, piece.start), min(start + length, piece.start + piece.length)
+            if weight.sources[piece.source] is source and begin < end:
+                found.append(shard.narrow(dim, piece.offset + begin - piece.start, end - begin))
+        return torch.cat(found, dim)
+
+    shard = shards[0].new_empty(weight.cut(rank, size)[0])
+    fill(weight, shard, read, rank, size)
+    return shard
+
+
+@torch.no_grad()
 def join(parts: Sequence[Source], values: Sequence[Tensor]) -> Tensor:
     """Returns the tensor whose parts have these values; they are all of its parts."""
     whole = values[0].new_empty(parts[0].whole.shape)

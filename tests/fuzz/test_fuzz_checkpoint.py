@@ -74,9 +74,9 @@ counts: collections.Counter[str] = collections.Counter()
 def manifest(step: int) -> Manifest:
     import hashlib
 
-    shard = ShardFile(name="rank-00000.pt", bytes=len(SHARD), sha256=hashlib.sha256(SHARD).hexdigest())
+    shard = ShardFile(name="rank-00000.safetensors", bytes=len(SHARD), sha256=hashlib.sha256(SHARD).hexdigest())
     cursor = {"seed": 7, "epoch": 0, "position": step}
-    return Manifest(format=4, layout=LAYOUT, identity=IDENTITY, files=[shard], state=State(step=step, cursor=cursor))
+    return Manifest(format=5, layout=LAYOUT, identity=IDENTITY, files=[shard], state=State(step=step, cursor=cursor))
 
 
 METRICS = b"".join(orjson.dumps({"step": s, "mini_batch": m, "loss": s / 7}) + b"\n" for s in (1, 2, 3) for m in (0, 1))
@@ -85,7 +85,7 @@ FILES: dict[str, bytes] = {
     "config.yaml": CONFIG.encode(),
     "metrics.jsonl": METRICS,
     **{f"checkpoints/step-{step:06d}/manifest.json": manifest(step).to_bytes() for step in (1, 2, 3)},
-    **{f"checkpoints/step-{step:06d}/rank-00000.pt": SHARD for step in (1, 2, 3)},
+    **{f"checkpoints/step-{step:06d}/rank-00000.safetensors": SHARD for step in (1, 2, 3)},
 }
 MUTABLE = [name for name in FILES if not name.startswith("checkpoints/step-000001")]
 
@@ -180,7 +180,7 @@ def damages(draw: st.DrawFn) -> dict[str, bytes | None]:
         name = draw(
             st.sampled_from(["step-000002-good", "step-copy", "step-000009", "step-9", "step-000004.partial", "x"])
         )
-        for part in ("manifest.json", "rank-00000.pt"):
+        for part in ("manifest.json", "rank-00000.safetensors"):
             files[f"checkpoints/{name}/{part}"] = FILES[f"checkpoints/step-000003/{part}"]
     return files
 
@@ -222,7 +222,7 @@ def check_accepted(directory: Path, found: Manifest | None, run: RunDir) -> None
     assert found is not None
     step = int(directory.name[5:])
     assert orjson.loads(found.to_bytes()) == orjson.loads(FILES[f"checkpoints/step-{step:06d}/manifest.json"])
-    assert (directory / "rank-00000.pt").read_bytes() == SHARD
+    assert (directory / "rank-00000.safetensors").read_bytes() == SHARD
     assert run.id == RUN
 
 
@@ -276,7 +276,7 @@ def test_a_manifest_of_an_older_format_is_refused_and_not_skipped(tmp_path: Path
     directory = tmp_path / "step-000003"
     directory.mkdir()
     (directory / "manifest.json").write_bytes(orjson.dumps({"format": 2, "layout": {}, "files": [], "state": {}}))
-    with pytest.raises(CheckpointError, match="format 2, this version reads 4") as error:
+    with pytest.raises(CheckpointError, match="format 2, this version reads 5") as error:
         read_manifest(directory)
     assert not isinstance(error.value, DamagedError)
 
@@ -298,13 +298,14 @@ def test_a_manifest_in_the_directory_of_another_step_counts_as_damaged(tmp_path:
         ({"models": {}}, "of policy, but this run has"),
     ],
 )
-def test_run_data_model_and_layout_must_match_the_manifest(change: dict[str, Any], words: str) -> None:
+def test_run_data_model_and_dtype_must_match_the_manifest(change: dict[str, Any], words: str) -> None:
     directory = Path("step-000003")
     check_identity(directory, manifest(3), LAYOUT, IDENTITY)
     with pytest.raises(CheckpointError, match=words):
         check_identity(directory, manifest(3), LAYOUT, IDENTITY.model_copy(update=change))
-    with pytest.raises(CheckpointError, match="written under"):
-        check_identity(directory, manifest(3), {**LAYOUT, "tp": 2}, IDENTITY)
+    check_identity(directory, manifest(3), {**LAYOUT, "tp": 2}, IDENTITY)
+    with pytest.raises(CheckpointError, match=r"written with engine\.dtype fp32, resumed with bf16"):
+        check_identity(directory, manifest(3), {**LAYOUT, "dtype": "bf16"}, IDENTITY)
 
 
 def test_checkpoints_beyond_a_million_steps_are_in_order(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from forks import Forks
-from rl_runs import environment, run_all, save_rollouts, torchrun, weights, write_config
+from rl_runs import assert_same, environment, run_all, save_rollouts, torchrun, weights, write_config
 from tiny_models import make_tiny_model
 
 from megatron_rl.lab.run import read_metrics
@@ -100,11 +100,24 @@ def test_torchrun_forwards_a_signal_and_no_step_is_lost(setting: Path) -> None:
         assert torch.equal(weight, weights(run_dir)[name]), name
 
 
+@pytest.fixture(scope="module")
+def begun(forks: Forks, setting: Path) -> Path:
+    """A run of two steps on four ranks."""
+    run_dir = setting.parent / "begun"
+    degrees = "parallel.tp=2 parallel.pp=2 parallel.ep=2"
+    run_all(forks, setting, 4, [f"run_dir={run_dir} train.steps=2 optim.warmup_steps=5 {degrees}"])
+    return run_dir
+
+
 @pytest.mark.distributed
-def test_resume_refuses_a_different_layout(forks: Forks, setting: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "other"
-    shutil.copytree(setting.parent / "whole", run_dir)
-    options = (f"run_dir={run_dir}", "parallel.ep=2", "optim.warmup_steps=5", "--resume")
+@pytest.mark.parametrize("layout", ["dp", "parallel.tp=2", pytest.param("parallel.ep=2", marks=pytest.mark.slow)])
+def test_a_run_goes_on_under_another_layout(
+    forks: Forks, setting: Path, begun: Path, tmp_path: Path, layout: str
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(begun, run_dir)
+    degrees = [] if layout == "dp" else [layout]
+    options = (f"run_dir={run_dir}", f"train.steps={STEPS}", "optim.warmup_steps=5", *degrees, "--resume")
     answer = forks.run("-m", "megatron_rl", "train", setting, *options, ranks=2)
-    assert answer.status == [2, 2]
-    assert "parallel.ep" in answer.stderr
+    assert answer.status == [0, 0], answer.stderr
+    assert_same(run_dir, setting.parent / "whole", steps=STEPS)

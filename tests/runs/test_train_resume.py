@@ -62,21 +62,21 @@ def damage(path: Path) -> None:
 def test_resume_skips_damaged_checkpoints(forks: Forks, setting: Path, tmp_path: Path) -> None:
     run_dir = copy(setting, tmp_path / "run")
     root = run_dir / "checkpoints"
-    damage(root / "step-000005" / "rank-00000.pt")
+    damage(root / "step-000005" / "rank-00000.safetensors")
     os.truncate(root / "step-000004" / "manifest.json", 50)
-    (root / "step-000003" / "rank-00000.pt").unlink()
+    (root / "step-000003" / "rank-00000.safetensors").unlink()
     shutil.copytree(root / "step-000002", root / "step-000002-good")
     shutil.copytree(root / "step-000002", root / "step-copy")
     shutil.copytree(root / "step-000002", root / "step-000006.partial")
     done = resume(forks, setting, run_dir)
     assert done.status == [0], done.stderr
     for words in (
-        "step-000005/rank-00000.pt: not what its manifest says",
+        "step-000005/rank-00000.safetensors: not what its manifest says",
         "step-000004/manifest.json: damaged: not JSON",
     ):
         assert words in done.stderr
     for name in (
-        "step-000003/rank-00000.pt: cannot be read",
+        "step-000003/rank-00000.safetensors: cannot be read",
         "step-000002-good: passed over",
         "step-copy: passed over",
     ):
@@ -101,10 +101,10 @@ def test_all_ranks_skip_a_checkpoint_if_one_rank_finds_a_damaged_shard(
     done = forks.run(*arguments, f"run_dir={whole}", ranks=2)
     assert done.status == [0, 0], done.stderr
     shutil.copytree(whole, run_dir)
-    damage(run_dir / "checkpoints" / "step-000003" / "rank-00001.pt")
+    damage(run_dir / "checkpoints" / "step-000003" / "rank-00001.safetensors")
     done = forks.run(*arguments, f"run_dir={run_dir}", "--resume", ranks=2)
     assert done.status == [0, 0], done.stderr
-    assert "step-000003/rank-00001.pt: not what its manifest says" in done.stderr
+    assert "step-000003/rank-00001.safetensors: not what its manifest says" in done.stderr
     assert [line["step"] for line in read_metrics(run_dir / "history" / "0" / "metrics.jsonl")] == [3]
     assert figures(run_dir) == figures(whole)
     for name, weight in weights(whole).items():
@@ -113,9 +113,11 @@ def test_all_ranks_skip_a_checkpoint_if_one_rank_finds_a_damaged_shard(
 
 def test_resume_is_refused_if_every_checkpoint_is_damaged(forks: Forks, setting: Path, tmp_path: Path) -> None:
     run_dir = copy(setting, tmp_path / "run", until=1)
-    damage(run_dir / "checkpoints" / "step-000001" / "rank-00000.pt")
+    damage(run_dir / "checkpoints" / "step-000001" / "rank-00000.safetensors")
     before = contents(run_dir)
-    assert_refused(resume(forks, setting, run_dir), "no whole checkpoint", "rank-00000.pt: not what its manifest says")
+    assert_refused(
+        resume(forks, setting, run_dir), "no whole checkpoint", "rank-00000.safetensors: not what its manifest says"
+    )
     assert contents(run_dir) == before
 
 

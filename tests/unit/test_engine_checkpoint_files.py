@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import ParallelConfig
 from megatron_rl.disk import DiskError
 from megatron_rl.engine.manifest import Identity, State, checkpoints, read_manifest
+from megatron_rl.engine.shard_file import ShardReader, write_tensors
 from megatron_rl.models.identity import SAMPLE_BYTES, WHOLE_BYTES, file_digests
 
 IDENTITY = Identity(run="0" * 32, models={}, data={})
@@ -34,7 +36,9 @@ def world() -> Iterator[None]:
 def checkpoint(monkeypatch: pytest.MonkeyPatch) -> Any:
     from megatron_rl.engine import checkpoint
 
-    monkeypatch.setattr(checkpoint, "_rank_state", lambda _: {"weights": torch.arange(1000)})
+    monkeypatch.setattr(
+        checkpoint, "_write_shard", lambda path, _: write_tensors(path, {"weights": torch.arange(1000.0)}, {"steps": 3})
+    )
     return checkpoint
 
 
@@ -72,24 +76,34 @@ def test_all_files_are_synced_before_the_checkpoint_gets_its_final_name(
     monkeypatch.setattr(os, "replace", noted_replace)
     save(checkpoint, root, 1)
     assert events == [
-        "sync rank-00000.pt",
+        "sync rank-00000.safetensors",
         "sync manifest.json",
         "sync step-000001.partial",
         "rename to step-000001",
         "sync checkpoints",
     ]
-    loaded = torch.load(root / "step-000001" / "rank-00000.pt", weights_only=True)
-    assert torch.equal(loaded["weights"], torch.arange(1000))
+    loaded = ShardReader(root / "step-000001" / "rank-00000.safetensors")
+    assert loaded.state == {"steps": 3}
+    assert torch.equal(loaded.read("weights"), torch.arange(1000.0))
+    assert torch.equal(loaded.stretch("weights", 10, 5), torch.arange(10.0, 15.0))
     (entry,) = read_manifest(root / "step-000001").files
-    assert entry.sha256 == checkpoint._digest(root / "step-000001" / "rank-00000.pt")
+    assert entry.sha256 == checkpoint._digest(root / "step-000001" / "rank-00000.safetensors")
 
 
-def test_a_shard_that_does_not_fit_on_the_disk_is_an_error(checkpoint: Any) -> None:
-    """torch.save is not told, so that the error stays the system's."""
-    file = checkpoint._Digesting(Path("/dev/full"))
-    assert file.write(b"x" * 10) == 10
+def test_a_file_that_does_not_fit_on_the_disk_is_an_error() -> None:
     with pytest.raises(OSError, match="No space left on device"):
-        file.close()
+        write_tensors(Path("/dev/full"), {"weights": torch.arange(1000.0)}, {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_tensors_are_read_as_they_were_written(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {"a/b": torch.arange(7).to(dtype), "none": torch.zeros(0, dtype=dtype), "x": torch.ones(3, dtype=dtype)}
+    entry = write_tensors(tmp_path / "file", tensors, {"text": "\u00e9", "number": 0.1})
+    found = load_file(tmp_path / "file")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) and found[name].dtype == dtype for name, tensor in tensors.items())
+    assert ShardReader(tmp_path / "file").state == {"text": "\u00e9", "number": 0.1}
+    assert entry["bytes"] == (tmp_path / "file").stat().st_size
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
@@ -131,7 +145,7 @@ def test_an_interrupted_deletion_leaves_no_incomplete_checkpoint(
         save(checkpoint, tmp_path, step)
 
     def cut_off(path: Path) -> None:
-        (path / "rank-00000.pt").unlink()
+        (path / "rank-00000.safetensors").unlink()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(shutil, "rmtree", cut_off)

@@ -1,0 +1,144 @@
+"""What a rank's optimizer holds of each weight, by the weight's name and place: a checkpoint of it fits any layout.
+
+A rank has a shard of a weight (models/weight.py), and the distributed optimizer steps a stretch of it, flattened: the
+fp32 weight and its moments. A checkpoint has these stretches under names that say of which shard of how many they are,
+and nothing else of ranks. Under another layout they are put together to shards, cut anew, and cut into stretches again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor
+
+from megatron_rl.models.binding import ModelRanks, Slot
+from megatron_rl.models.shards import reshard
+from megatron_rl.models.weight import Weight
+
+COPIED = "embedding.word_embeddings.weight"
+"""The weight that a last stage may have a copy of, which is stepped as the weight is."""
+STEP = "step"
+"""What Adam calls the number of its steps, which is no tensor of the weight's size."""
+
+
+@dataclass(frozen=True, order=True)
+class Stretch:
+    """Positions [start, start + length) of shard `rank` of `size` of a weight, flattened."""
+
+    weight: str
+    rank: int
+    size: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Held:
+    """A stretch that this rank's optimizer has, and where: positions from `at` on of what it has of the parameter."""
+
+    stretch: Stretch
+    weight: Weight
+    at: int
+
+
+Read = Callable[[Stretch, int, int], Tensor]
+"""(a saved stretch, first, length) -> these positions of it, 1-D."""
+
+
+def held_by(part: MegatronOptimizer, slots: Sequence[Slot], ranks: ModelRanks) -> dict[torch.nn.Parameter, list[Held]]:
+    """Returns what one of Megatron-Core's optimizers has of each parameter that it steps on this rank."""
+    found: dict[torch.nn.Parameter, list[Held]] = defaultdict(list)
+    for slot in slots:
+        parameter = slot.parameter
+        if not isinstance(parameter, torch.nn.Parameter) or parameter not in part.model_param_group_index_map:
+            continue
+        own = part._get_model_param_range_map(parameter)["param"]
+        extent = slot.of(parameter).numel()
+        first = (slot.index or 0) * extent
+        begin, end = max(own.start, first), min(own.end, first + extent)
+        if begin < end:
+            name = COPIED if slot.weight.copy else slot.weight.name
+            rank, size = ranks.share(slot.weight) if slot.weight.sharding.split else (0, 1)
+            stretch = Stretch(name, rank, size, begin - first, end - begin)
+            found[parameter].append(Held(stretch, slot.weight, begin - own.start))
+    return found
+
+
+def tensors_of(part: MegatronOptimizer, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
+    """Returns what the optimizer has of a parameter on this rank, by kind: `param`, and the moments once there are."""
+    return {kind: each for kind, each in part._get_main_param_and_optimizer_states(parameter).items() if kind != STEP}
+
+
+@torch.no_grad()
+def restore_tensors(part: MegatronOptimizer, parameter: torch.nn.Parameter, values: Mapping[str, Tensor]) -> None:
+    part._set_main_param_and_optimizer_states(
+        parameter, {**part._get_main_param_and_optimizer_states(parameter), **values}
+    )
+
+
+def steps_of(part: MegatronOptimizer) -> int:
+    """Returns how often Adam has stepped: the same for every weight."""
+    inner = part.optimizer
+    counts = [int(state[STEP]) for state in inner.state.values() if STEP in state]
+    counts += [int(group[STEP]) for group in inner.param_groups if STEP in group]
+    return max(counts, default=0)
+
+
+def restore_steps(part: MegatronOptimizer, steps: int) -> None:
+    """Sets the number of steps, and makes moments if there are to be some."""
+    inner = part.optimizer
+    if steps and not inner.state:
+        part._init_optimizer_states_with_dummy_values()
+    for state in inner.state.values():
+        if STEP in state:
+            state[STEP].fill_(steps)
+    for group in inner.param_groups:
+        if STEP in group:
+            group[STEP] = steps
+
+
+class Saved:
+    """The stretches of one kind of tensor in a checkpoint, from which those of any layout are made."""
+
+    def __init__(self, stretches: Iterator[Stretch], read: Read) -> None:
+        self._by_weight: dict[str, list[Stretch]] = defaultdict(list)
+        for stretch in sorted(set(stretches)):
+            self._by_weight[stretch.weight].append(stretch)
+        self._read = read
+
+    def values(self, held: Held) -> Tensor:
+        """Returns the stretch, 1-D. Raises KeyError if the checkpoint has not all of it."""
+        wanted = held.stretch
+        sizes = {stretch.size for stretch in self._by_weight[wanted.weight]}
+        if wanted.size in sizes:
+            return self._shard(wanted.weight, wanted.rank, wanted.size, wanted.start, wanted.length)
+        size = min(sizes, default=0)
+        if not size:
+            raise KeyError(wanted)
+        shards = []
+        for rank in range(size):
+            shape, _ = held.weight.cut(rank, size)
+            shards.append(self._shard(wanted.weight, rank, size, 0, math.prod(shape)).view(shape))
+        shard = reshard(held.weight, shards, wanted.rank, wanted.size)
+        return shard.reshape(-1)[wanted.start : wanted.start + wanted.length]
+
+    def _shard(self, weight: str, rank: int, size: int, start: int, length: int) -> Tensor:
+        """Returns positions [start, start + length) of a saved shard."""
+        parts, position, end = [], start, start + length
+        for stretch in self._by_weight[weight]:  # in order of their starts
+            if (stretch.rank, stretch.size) != (rank, size) or stretch.start + stretch.length <= position:
+                continue
+            if stretch.start > position or position >= end:
+                break
+            first = position - stretch.start
+            count = min(stretch.length - first, end - position)
+            parts.append(self._read(stretch, first, count))
+            position += count
+        if position < end:
+            raise KeyError(Stretch(weight, rank, size, start, length))
+        return torch.cat(parts)

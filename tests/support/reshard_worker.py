@@ -1,0 +1,104 @@
+"""Checkpoints written under one layout and read under another: what every optimizer holds comes back to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_rl.config.layout import Layout, parse_layout
+from megatron_rl.config.schema import EngineConfig, OptimConfig
+from megatron_rl.engine.manifest import Identity, State, read_manifest
+
+IDENTITY = Identity(run="0" * 32, models={}, data={})
+
+
+def main(model: Path, root: Path, first: str, others: list[str], dtype: str) -> None:
+    """Writes a checkpoint under `first`, then reads it under each other layout, writes it there, and reads that under
+    `first` again."""
+    from megatron_rl.engine.checkpoint import save_checkpoint
+
+    network = build(model, first, dtype)
+    train(network)
+    save_checkpoint(root / "first", {"policy": network}, IDENTITY, State(step=1, cursor={}))
+    expected = held(network)
+    assert any(name.startswith("policy/exp_avg_sq/") and tensor.any() for name, tensor in expected.items())
+    exported = whole(network)
+    for other in others:
+        network = build(model, other, dtype)
+        load(root / "first", network)
+        check(exported, whole(network), f"{first} -> {other}")
+        assert network.skipped == 7
+        save_checkpoint(root / other, {"policy": network}, IDENTITY, State(step=1, cursor={}))
+        network = build(model, first, dtype)
+        load(root / other, network)
+        check(expected, held(network), f"{first} -> {other} -> {first}")
+        train(network)  # what was restored can be trained
+
+
+def build(model: Path, text: str, dtype: str):  # type: ignore[no-untyped-def]
+    from megatron_rl.engine.policy import Policy
+    from megatron_rl.ranks.place import start_process_groups, stop_process_groups
+
+    stop_process_groups(leave_world=False)
+    layout = Layout.resolve(*parse_layout(text))
+    place = start_process_groups(layout, torch.device("cpu"), seed=0)
+    engine = EngineConfig(device="cpu", dtype=dtype)  # type: ignore[arg-type]
+    optim = OptimConfig(lr=0.1, weight_decay=0.1)
+    return Policy(model, layout, place, engine, torch.device("cpu"), optim)
+
+
+def train(network) -> None:  # type: ignore[no-untyped-def]
+    """Two steps with gradients that are drawn: equal on copies of a weight, and unlike anywhere else."""
+    from megatron_rl.engine.export import model_ranks
+    from megatron_rl.models.binding import bind
+
+    slots = bind(
+        list(network.models), network.arch, model_ranks(network.layout, network.place.rank), network.layers.weight_names
+    )
+    ranks = model_ranks(network.layout, network.place.rank)
+    for step in (1, 2):
+        network.optimizer.zero_grad()
+        for slot in slots:
+            if not isinstance(slot.parameter, torch.nn.Parameter):
+                continue
+            share = ranks.share(slot.weight)[0] if slot.weight.sharding.split else 0
+            seed = [*map(ord, slot.weight.sources[0].name), share, step]
+            drawn = np.random.default_rng(seed).normal(size=tuple(slot.of(slot.parameter).shape))
+            if slot.weight.sharding.padded:  # rows that no token has never get a gradient
+                drawn[sum(piece.length for piece in slot.weight.cut(*ranks.share(slot.weight))[1]) :] = 0
+            gradient = slot.of(slot.parameter.main_grad)  # type: ignore[attr-defined]
+            gradient.copy_(torch.from_numpy(drawn))
+        for stage in network.stages:
+            for buffer in (*stage.buffers, *stage.expert_parallel_buffers):
+                buffer.grad_data /= buffer.data_parallel_group.size()  # which sums them
+            stage.start_grad_sync()
+            stage.finish_grad_sync()
+        network.scheduler.step(increment=1)
+        network.optimizer.prepare_grads()
+        network.optimizer.step()
+    network.skipped = 7
+
+
+def load(root: Path, network) -> None:  # type: ignore[no-untyped-def]
+    from megatron_rl.engine.checkpoint import load_checkpoint
+
+    directory = root / "step-000001"
+    load_checkpoint(directory, read_manifest(directory), {"policy": network})
+
+
+def held(network) -> dict[str, torch.Tensor]:  # type: ignore[no-untyped-def]
+    from megatron_rl.engine.network_state import network_tensors
+
+    return {name: tensor.clone() for name, tensor in network_tensors(network, "policy").items()}
+
+
+def whole(network) -> dict[str, torch.Tensor]:  # type: ignore[no-untyped-def]
+    return {name: tensor.clone() for bucket in network.export(1 << 28) for name, tensor in bucket}
+
+
+def check(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], how: str) -> None:
+    assert found.keys() == expected.keys(), how
+    unequal = [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
+    assert not unequal, (how, unequal[:5])
