@@ -84,14 +84,17 @@ def _with_vocabulary(model: Path, directory: Path) -> Path:
     import torch
     from safetensors.torch import load_file, save_file
 
+    from megatron_rl.models.weights_io import HEAD
+
     config = orjson.loads((model / "config.json").read_bytes())
     tensors = {name: tensor for file in sorted(model.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-    for (source, *_), kind in tensors_of(read_architecture(model)).items():
-        if kind == "embedding":
-            old = tensors[source.name]
+    names = {parts[0].name for parts, kind in tensors_of(read_architecture(model)).items() if kind == "embedding"}
+    for name in names | {HEAD}:  # which some files have beside tied embeddings
+        if name in tensors:
+            old = tensors[name]
             generator = torch.Generator().manual_seed(0)
             wide = torch.randn(VOCABULARY, old.shape[1], generator=generator) * old.float().std()
-            tensors[source.name] = wide.to(old.dtype)
+            tensors[name] = wide.to(old.dtype)
     config.get("text_config", config)["vocab_size"] = VOCABULARY  # beside a vision tower
     directory.mkdir()
     (directory / "config.json").write_bytes(orjson.dumps(config))

@@ -22,7 +22,7 @@ from megatron_rl.config.objective import check_objective
 from megatron_rl.config.schema import Config, OptimConfig, SftConfig
 from megatron_rl.config.sections import Kinds, all_keys, sections, sections_of_kinds
 from megatron_rl.config.server_flags import TRAINERS_FLAGS, UNROUTED_FLAGS, check_server_flags, flags_among
-from megatron_rl.config.servers import cpu_problem, exposed
+from megatron_rl.config.servers import CPU_ADVICE, cpu_problem, exposed
 from megatron_rl.config.sources import ConfigError, Tree, nearest, read_sources, shown
 from megatron_rl.config.stress import check_stress
 from megatron_rl.config.switches import GroupAdvantage
@@ -330,7 +330,7 @@ def _check_servers(config: Config, arch: Architecture) -> Iterator[str]:
             "that the trainer starts get a random key in each run"
         )
     if config.engine.device == "cpu" and (problem := cpu_problem(arch)):
-        yield f"engine.device: cpu, but {problem}"
+        yield f"engine.device: cpu, but {problem}; {CPU_ADVICE}"
     if arch.num_heads % servers.tp:
         yield f"rollout.servers.tp: {servers.tp} does not divide the {arch.num_heads} attention heads of the model"
     yield from check_server_flags(config)

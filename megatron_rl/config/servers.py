@@ -51,6 +51,9 @@ def same_server(url: str) -> tuple[str, str, int, str]:
     return parts.scheme, _host(parts).lower(), port, parts.path.rstrip("/")
 
 
+CPU_ADVICE = "take servers on GPUs (rollout.servers.urls), or saved rollouts (rollout.replay_from)"
+
+
 def cpu_problem(arch: Architecture) -> str | None:
     """What of the model SGLang 0.5.23 does not compute on CPUs; None if it serves the model there."""
     features = {
@@ -61,10 +64,7 @@ def cpu_problem(arch: Architecture) -> str | None:
     found = [name for name, present in features.items() if present]
     if not found:
         return None
-    return (
-        f"the model has {' and '.join(found)}, which SGLang does not compute on CPUs; take servers on GPUs "
-        "(rollout.servers.urls), or saved rollouts (rollout.replay_from)"
-    )
+    return f"the model has {' and '.join(found)}, which SGLang does not compute on CPUs"
 
 
 def _host(parts: SplitResult) -> str:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from megatron_rl.config.schema import Config
-from megatron_rl.config.servers import cpu_problem
+from megatron_rl.config.servers import CPU_ADVICE, cpu_problem
 from megatron_rl.config.sources import ConfigError
 from megatron_rl.engine.device import resolve_device
 from megatron_rl.engine.top_exchange import TopExchange
@@ -49,7 +49,7 @@ def check_start(config: Config) -> None:
     device = resolve_device(config.engine.device)
     starts_servers = config.rollout.replay_from is None and not config.rollout.servers.urls
     if starts_servers and device.type == "cpu" and (problem := cpu_problem(read_architecture(config.model.path))):
-        raise ConfigError(f"engine.device: {config.engine.device} is the CPU here, but {problem}")
+        raise ConfigError(f"engine.device: {config.engine.device} is the CPU here, but {problem}; {CPU_ADVICE}")
     read_server_key(config)
     get_objective(config.objective)
     check_verifier(config)

@@ -230,14 +230,17 @@ class Architecture:
         return self.num_experts > 0 and layer not in self.dense_layers
 
 
+IRRELEVANT = ("initializer_range", "predictor_layers")
+
+
 def differences(found: Architecture, expected: Architecture) -> list[str]:
     """Returns `field value, not value` for each field in which `found` differs from `expected`.
 
-    How a model was initialised says nothing of what it computes.
+    How a model was initialised says nothing of what it computes, nor do layers that do not take part.
     """
     its, theirs = features_of(found), features_of(expected)
     differing = [field for field in its | theirs if its.get(field) != theirs.get(field)]
-    return [f"{field} {its.get(field)}, not {theirs.get(field)}" for field in differing if field != "initializer_range"]
+    return [f"{field} {its.get(field)}, not {theirs.get(field)}" for field in differing if field not in IRRELEVANT]
 
 
 def features_of(features: Any, prefix: str = "") -> dict[str, Any]:
@@ -253,8 +256,10 @@ def refuse_unserved(model_dir: Path, arch: Architecture) -> None:
     """Raises ModelError if model_dir/config.json lacks a field that rollout servers need; this project does without."""
     path = Path(model_dir) / "config.json"
     content = read_json_object(path)
+    inner = "text_config." if "text_config" in content else ""
     fields = content.get("text_config", content)
-    if lacking := [name for name in find_family(arch.model_type).SERVER_FIELDS if name not in fields]:
+    needed = find_family(arch.model_type).SERVER_FIELDS
+    if lacking := [f"{inner}{name}" for name in needed if name not in fields]:
         raise ModelError(
             f"{path} has no {' and no '.join(lacking)}, without which SGLang does not serve a {arch.model_type} "
             "rightly; copy from the published model's"

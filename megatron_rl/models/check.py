@@ -27,7 +27,8 @@ def check_weights(directory: Path, value_head: bool = False, *, values: bool = F
     arch = read_architecture(directory, value_head)
     files = TensorFiles(directory)
     files.check_listing()
-    check_names(files, arch)
+    for name in check_names(files, arch):
+        files.check_copy(name)
     held = set(files.names)
     for source in dict.fromkeys(files.stored(part).whole for parts in tensors_of(arch) for part in parts):
         if source.name not in held:

@@ -46,8 +46,12 @@ def read(fields: JsonFields) -> Architecture:
     fields.must_be("tie_word_embeddings", False)
     fields.must_be("mlp_only_layers", [], None)
     fields.must_be("decoder_sparse_step", 1)
+    # transformers always normalises, and SGLang asks this field.
+    fields.must_be("norm_topk_prob", True)
     # Every layer has experts, and config.json no width of one without.
-    fields.left |= {"tie_word_embeddings": False, "intermediate_size": fields.left.get("moe_intermediate_size")}
+    width = fields.integer("moe_intermediate_size")
+    fields.left |= {"tie_word_embeddings": False, "moe_intermediate_size": width}
+    fields.left.setdefault("intermediate_size", width)
     return qwen3_next.read_hybrid(fields, MODEL_TYPE)
 
 

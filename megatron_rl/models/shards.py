@@ -5,6 +5,7 @@ Both copy along the pieces of weight.py, so there is no second description to di
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -47,8 +48,9 @@ def reshard(weight: Weight, shards: Sequence[Tensor], rank: int, size: int) -> T
 
 @torch.no_grad()
 def join(parts: Sequence[Source], values: Sequence[Tensor]) -> Tensor:
-    """Returns the tensor whose parts have these values; they are all of its parts."""
-    whole = values[0].new_empty(parts[0].whole.shape)
+    """Returns the tensor whose parts have these values, in the widest of their dtypes; they are all of its parts."""
+    dtype = functools.reduce(torch.promote_types, (each.dtype for each in values))
+    whole = torch.empty(parts[0].whole.shape, dtype=dtype)
     for part, each in zip(parts, values, strict=True):
         part.of(whole).copy_(each)
     return whole

@@ -76,6 +76,7 @@ class TensorFiles:
         if self._is_mxfp4(source.name):
             stretch = self._read_mxfp4(source, dim, start, length)
         elif self.dtype(source.name) == FP8:
+            self._check_scales(source)
             stretch = self._read_fp8(source, dim, start, length)
         else:
             stretch = self._slice(source.name)[source.stretch(dim, start, length)]
@@ -107,12 +108,25 @@ class TensorFiles:
             return torch.cat([self.read(source, 0, expert, 1).bfloat16() for expert in range(source.shape[0])])
         else:
             tensor = self.read(source, 0, 0, source.shape[0])
-        return tensor.bfloat16() if self.is_quantised(parts[0]) else tensor
+        return tensor.bfloat16() if any(map(self.is_quantised, parts)) else tensor
+
+    def check_copy(self, name: str) -> None:
+        """Raises ModelError for a tensor that the model does not use and `copy` cannot read."""
+        if self._is_mxfp4(name):
+            raise ModelError(
+                f"{self._file(name)}: {mxfp4.blocks_name(name)} is in mxfp4, and no weight of the model: it could not "
+                "be copied into exports; remove it from the files"
+            )
+        if self.dtype(name) == FP8:
+            self._check_fp8(name)
 
     def copy(self, name: str) -> Tensor:
-        """Reads a tensor that the model does not use, as `whole` would, whatever it holds."""
+        """Reads a tensor that the model does not use, whatever it holds: as it is, or in bf16 if it is in fp8."""
+        if self.dtype(name) != FP8:
+            tensor: Tensor = self._open(self._files[name]).get_tensor(name)
+            return tensor
         source = Source(name, self.shape(name))
-        return self.whole([source]) if self.is_quantised(source) else self._open(self._files[name]).get_tensor(name)
+        return self._read_fp8(source, 0, 0, source.shape[0]).bfloat16()
 
     def is_quantised(self, source: Source) -> bool:
         """Whether the weight is stored in fp8 or mxfp4."""
@@ -233,11 +247,13 @@ class TensorFiles:
         stretch, scales = (
             self._slice(each.name)[each.stretch(dim, *at)] for each, at in ((source, (start, length)), (scale, touches))
         )
-        if not bool((scales.isfinite() & (scales > 0)).all()):
-            raise ModelError(
-                f"{self._files[scale.name]}: {scale.name} holds a scale that is not a finite number above 0"
-            )
         return decode(stretch, scales, self._blocks, dim, start)
+
+    def _check_scales(self, source: Source) -> None:
+        name = scale_name(source.name)
+        scales = self._slice(name)[:]
+        if not bool((scales.isfinite() & (scales > 0)).all()):
+            raise ModelError(f"{self._files[name]}: {name} holds a scale that is not a finite number above 0")
 
     def _open(self, file: Path) -> Any:
         if file not in self._handles:

@@ -44,6 +44,10 @@ COMPANIONS = (
     "vocab*",
     "merges.txt",
     "chat_template*",
+    # Of models that see images.
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
 )
 
 
@@ -156,7 +160,11 @@ def _copy_companions(source_dir: Path, target: Path, dtype: torch.dtype | None, 
     config = {field: value for field, value in found.items() if field != FIELD}
     changed: dict[str, Any] = {}
     if dtype is not None:
-        changed["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+        name = str(dtype).removeprefix("torch.")
+        changed["torch_dtype" if "torch_dtype" in config else "dtype"] = name
+        if "text_config" in config:  # whose dtype engines take for the language model's
+            changed["text_config"] = {**config["text_config"], "dtype": name}
+            changed["text_config"].pop("torch_dtype", None)
     if arch.value_head:
         labels = {"id2label": {"0": "value"}, "label2id": {"value": 0}}
         changed |= {"architectures": [family_of(arch).VALUE_MODEL], **labels}

@@ -20,9 +20,11 @@ import httpx
 import psutil
 
 from megatron_rl.config.server_flags import SERVE_FLAGS, flag_value, flags_among
-from megatron_rl.config.servers import is_loopback
+from megatron_rl.config.servers import cpu_problem, is_loopback
 from megatron_rl.cores import usable_cores
 from megatron_rl.errors import UserError
+from megatron_rl.models.architecture import read_architecture, refuse_unserved
+from megatron_rl.models.fields import ModelError
 from megatron_rl.rollout.sglang_launch import KEY_VARIABLE
 from megatron_rl.routing.wire import SERVER_FLAG
 
@@ -123,6 +125,17 @@ def sglang_command(options: ServerOptions, has_gpu: bool) -> tuple[list[str], di
     return [sys.executable, "-P", "-m", module, *arguments, *switches, *options.extra_flags], environment
 
 
+def _check_model(model: Path, *, on_cpu: bool) -> None:
+    """Raises a UserError for a model that this project trains and that SGLang would not serve, or not rightly."""
+    try:
+        arch = read_architecture(model)
+    except ModelError:  # SGLang has more of them
+        return
+    refuse_unserved(model, arch)
+    if on_cpu and (problem := cpu_problem(arch)):
+        raise ServerError(f"serve: {problem}; start it on a GPU")
+
+
 def _on_cpu(options: ServerOptions, has_gpu: bool) -> bool:
     return options.device == "cpu" or (options.device == "auto" and not has_gpu)
 
@@ -155,6 +168,7 @@ def serve(options: ServerOptions) -> int:
             "may change its weights and write files; name an environment variable that holds one: --api-key-env NAME"
         )
     has_gpu = _gpus() > 0
+    _check_model(options.model, on_cpu=_on_cpu(options, has_gpu))
     _require_sglang(on_cpu=_on_cpu(options, has_gpu))
     command, environment = sglang_command(options, has_gpu)
     server = _start(command, environment, output=None)

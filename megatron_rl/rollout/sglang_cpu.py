@@ -116,8 +116,9 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def register_hooks() -> None:
     """Replaces functions through SGLang's own registry.
 
-    Host buffers are not registered with CUDA (`--enable-return-routed-experts`), sequences attend together, the expert
-    that every token visits is added in plain PyTorch, and processes are forked.
+    Host buffers are not registered with CUDA (`--enable-return-routed-experts`), sequences attend together, processes
+    are forked, and two steps of some models are computed in plain PyTorch, in fp32 as SGLang's kernels do: the gate of
+    the expert that every token visits, and norms over all heads.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -133,6 +134,9 @@ def register_hooks() -> None:
     HookRegistry.register(f"{backend}._run_sdpa_forward_decode", sglang_cpu_attention.decode, HookType.AROUND)
     gate = "sglang.kernels.ops.elementwise.elementwise._launch_fused_gate_sigmoid_mul"
     HookRegistry.register(gate, add_gated, HookType.REPLACE)
+    norms = "sglang.srt.models.minimax_m2"
+    HookRegistry.register(f"{norms}.rms_sumsq_serial", sums_of_squares, HookType.REPLACE)
+    HookRegistry.register(f"{norms}.rms_apply_serial", norm_heads, HookType.REPLACE)
     launcher = "sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes"
     HookRegistry.register(launcher, fork_processes, HookType.BEFORE)
 
@@ -144,6 +148,26 @@ def add_gated(hidden: Tensor, gate: Tensor, shared: Tensor, output: Tensor, *, d
     """
     gated = (hidden.float() @ gate.float()).sigmoid().unsqueeze(-1) * shared.float()
     output.copy_(output.float() + gated if do_add else gated)
+
+
+def sums_of_squares(query: Tensor, key: Tensor) -> Tensor:
+    """query [T, Q] and key [T, K] of this rank -> [2, T] fp32, which ranks add up."""
+    import torch
+
+    return torch.stack([each.float().square().sum(-1) for each in (query, key)])
+
+
+def norm_heads(
+    query: Tensor, key: Tensor, of_query: Tensor, of_key: Tensor, squares: Tensor, tp_world: int = 1, eps: float = 1e-5
+) -> tuple[Tensor, ...]:
+    """Norms query [T, Q] and key [T, K] with weights [Q] and [K], by the `squares` [2, T] of all ranks."""
+    pairs = zip((query, key), (of_query, of_key), squares, strict=True)
+    return tuple(
+        (each.float() * (total / (each.shape[-1] * tp_world) + eps).rsqrt().unsqueeze(-1) * weight.float()).to(
+            each.dtype
+        )
+        for each, weight, total in pairs
+    )
 
 
 def fork_processes(engine: object, server_args: Any, *args: object, **options: object) -> None:

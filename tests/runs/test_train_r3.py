@@ -10,6 +10,7 @@ import pytest
 from declared_names import LIVE, written
 from family_models import make_family_model
 from forks import Forks
+from quantised_models import set_config
 from rl_runs import run_all, write_config
 from tiny_models import VOCAB_SIZE, make_tiny_model
 
@@ -24,6 +25,11 @@ SERVED: dict[str, dict[str, Any]] = {
     "mixtral": {},
     "olmoe": {"num_key_value_heads": 4},
     "qwen2_moe": {"mlp_only_layers": []},
+    "minimax_m2": {},
+}
+# What transformers does not write into config.json.
+NEEDED: dict[str, dict[str, Any]] = {
+    "minimax_m2": {"scoring_func": "sigmoid", "use_qk_norm": True, "use_routing_bias": True},
 }
 
 
@@ -78,6 +84,7 @@ def test_r3_replays_the_routes_of_families_that_the_servers_cpu_path_computes(
     forks: Forks, tmp_path: Path, family: str
 ) -> None:
     model = make_family_model(tmp_path / "model", family, num_hidden_layers=2, **SERVED[family])
+    set_config(model, **NEEDED.get(family, {}))
     lines = train_live(forks, tmp_path, model, "routing.replay=r3", "parallel.ep=2")
     for line in lines:
         assert line["routing/set_mismatch/rollout_old/effective/max"] == 0

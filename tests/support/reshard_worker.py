@@ -21,10 +21,15 @@ def main(model: Path, root: Path, first: str, others: list[str], dtype: str) -> 
 
     network = build(model, first, dtype)
     train(network)
+    torch.rand(3)  # so that the random state is not that of a start
     save_checkpoint(root / "first", {"policy": network}, IDENTITY, State(step=1, cursor={}))
     expected = held(network)
     assert any(name.startswith("policy/exp_avg_sq/") and tensor.any() for name, tensor in expected.items())
-    exported = whole(network)
+    exported, random = whole(network), torch.get_rng_state()
+    network = build(model, first, dtype)
+    load(root / "first", network)
+    check(expected, held(network), first)
+    assert torch.equal(torch.get_rng_state(), random)
     for other in others:
         network = build(model, other, dtype)
         load(root / "first", network)

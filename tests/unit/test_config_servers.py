@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 from config_files import ARCHITECTURE, RL, write
+from published_models import PUBLISHED
 
 from megatron_rl.config.load import ConfigError, check_config, load_config
 from megatron_rl.config.schema import Config
 from megatron_rl.config.server_flags import TRAINERS_FLAGS
 from megatron_rl.models.architecture import DeltaNet, LatentAttention
+from megatron_rl.models.fields import ModelError
+from megatron_rl.rollout.server import ServerError, ServerOptions, serve
 
 
 def told(tmp_path: Path, *flags: str) -> list[str]:
@@ -82,3 +85,15 @@ def test_servers_on_cpus_are_refused_what_they_do_not_compute(
     check_config(rl("engine.device=cpu rollout.servers.urls=[http://127.0.0.1:30000]"), arch, 1)
     check_config(rl("engine.device=cpu rollout.replay_from=runs/zero"), arch, 1)
     check_config(rl("engine.device=auto"), arch, 1)
+
+
+def test_serve_refuses_what_sglang_would_not_serve_rightly(tmp_path: Path) -> None:
+    published = json.loads((PUBLISHED / "Qwen--Qwen3-Next-80B-A3B-Instruct.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    options = ServerOptions(tmp_path, device="cpu")
+    with pytest.raises(ServerError, match="the model has gated delta networks, which SGLang does not compute on CPUs"):
+        serve(options)
+    del published["full_attention_interval"]
+    (tmp_path / "config.json").write_text(json.dumps({**published, "layer_types": ["linear_attention"] * 48}))
+    with pytest.raises(ModelError, match=r"config\.json has no full_attention_interval, without which SGLang"):
+        serve(options)

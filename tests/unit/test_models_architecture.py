@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+from models_reference import moe_architecture
 
-from megatron_rl.models.architecture import Architecture, Router, read_architecture
+from megatron_rl.models.architecture import Architecture, Router, differences, read_architecture
 from megatron_rl.models.fields import ModelError
 
 # As published for Qwen3-30B-A3B (written by transformers 4.51).
@@ -304,3 +306,10 @@ def test_a_directory_in_place_of_config_json_is_an_error(tmp_path):
     (tmp_path / "config.json").mkdir()
     with pytest.raises(ModelError, match=r"config\.json cannot be read: Is a directory"):
         read_architecture(tmp_path)
+
+
+def test_models_differ_in_what_they_compute() -> None:
+    arch = moe_architecture()
+    same = dataclasses.replace(arch, initializer_range=0.5, predictor_layers=1)
+    assert differences(same, arch) == []
+    assert differences(dataclasses.replace(arch, num_layers=9), arch) == [f"num_layers 9, not {arch.num_layers}"]

@@ -73,7 +73,8 @@ def test_servers_need_no_more_than_published_files_have(name: str, tmp_path: Pat
     for field in family_of(arch).SERVER_FIELDS:
         del config.get("text_config", config)[field]
         (tmp_path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ModelError, match=f"config.json has no .*{field}, without"):
+        inner = "text_config." if "text_config" in config else ""
+        with pytest.raises(ModelError, match=f"config.json has no .*{inner}{field}, without"):
             refuse_unserved(tmp_path, arch)
 
 
@@ -105,6 +106,8 @@ def test_a_refusal_is_one_short_line(name: str, changes: dict[str, Any], message
         ({"mlp_only_layers": [3]}, "text_config.mlp_only_layers is [3]; expected []"),
         ({"rope_parameters": {"rope_theta": 1e4, "mrope_time": 1}}, "rope_parameters.mrope_time = 1"),
         ({"new": 1}, "not understood: text_config.new = 1"),
+        ({"norm_topk_prob": False}, "text_config.norm_topk_prob is False; expected true"),
+        ({"moe_intermediate_size": None}, "text_config.moe_intermediate_size is None; expected an integer"),
     ],
 )
 def test_errors_name_fields_of_the_object_within(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from model_directories import edit, files_of, shards_of
 from quantised_models import quantise_model
 from torch import Tensor
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from megatron_rl.models.architecture import read_architecture
 from megatron_rl.models.check import check_weights
@@ -103,6 +104,45 @@ def test_each_stretch_of_a_part_is_read(stacked: Path, data: st.DataObject) -> N
     length = data.draw(st.integers(1, source.shape[dim] - start))
     whole = source.of(files_of(stacked)[source.name])
     assert torch.equal(files.read(source, dim, start, length), whole.narrow(dim, start, length))
+
+
+def test_an_export_has_what_processors_of_images_need_and_one_dtype(alone: Path, tmp_path: Path) -> None:
+    shutil.copytree(alone, tmp_path / "model")
+    (tmp_path / "model" / "preprocessor_config.json").write_text("{}")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["text_config"]["dtype"] = "bfloat16"
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    out = export(tmp_path / "model", tmp_path / "out")
+    assert (out / "preprocessor_config.json").exists()
+    written = json.loads((out / "config.json").read_text())
+    assert written["dtype"] == written["text_config"]["dtype"] == "float32"
+    assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("mtp.fc.weight", torch.zeros(4, 4).to(torch.float8_e4m3fn), "but config.json has no quantization_config"),
+        ("mtp.fc_blocks", torch.zeros(4, dtype=torch.uint8), "is in mxfp4, and no weight of the model"),
+    ],
+)
+def test_what_cannot_be_copied_is_found_before_the_training(
+    alone: Path, tmp_path: Path, name: str, tensor: Tensor, message: str
+) -> None:
+    shutil.copytree(alone, tmp_path / "model")
+    edit(tmp_path / "model", lambda tensors: tensors.update({name: tensor}))
+    with pytest.raises(ModelError, match=message):
+        check_weights(tmp_path / "model")
+
+
+def test_experts_of_several_dtypes_are_stacked_in_the_widest(alone: Path, tmp_path: Path) -> None:
+    shutil.copytree(alone, tmp_path / "model")
+    name = f"{LAYER}.mlp.experts.0.gate_proj.weight"
+    edit(tmp_path / "model", lambda tensors: tensors.update({name: tensors[name].bfloat16()}))
+    graft(alone, tmp_path / "model", tmp_path / "out", ["router"])
+    found = files_of(tmp_path / "out")[GATE_UP]
+    assert found.dtype == torch.float32
+    assert torch.equal(found[3, :48], files_of(alone)[f"{LAYER}.mlp.experts.3.gate_proj.weight"])
 
 
 # ---- quantised -------------------------------------------------------------------------------------------------

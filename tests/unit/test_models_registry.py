@@ -16,7 +16,8 @@ import megatron_rl
 from megatron_rl.models.registry import MODULES, find_family, server_caveats, weights_of
 
 PACKAGE = Path(megatron_rl.__file__).parent
-PAPERS = re.compile(r"deepseek-v[0-9.]+")  # a report that is the source of objectives
+# A report that is the source of objectives, and SGLang's own files.
+ALLOWED = re.compile(r"deepseek-v[0-9.]+|sglang\.srt\.models\.\w+")
 ELSEWHERE = [path for path in sorted(PACKAGE.rglob("*.py")) if PACKAGE / "models" not in path.parents]
 # Megatron-Core's own model is called GPTModel.
 PREFIXES = {re.match("gpt_oss|[a-z]+", model_type)[0] for model_type in MODULES} | {"gpt-oss"}  # type: ignore[index]
@@ -25,7 +26,7 @@ PREFIXES = {re.match("gpt_oss|[a-z]+", model_type)[0] for model_type in MODULES}
 def mentions(source: str) -> Iterator[str]:
     """Yields names of families in the text, and expressions that ask for a model's family."""
     for number, line in enumerate(source.splitlines(), start=1):
-        text = PAPERS.sub("", line.lower())
+        text = ALLOWED.sub("", line.lower())
         if any(prefix in text for prefix in PREFIXES):
             yield f"{number}: {line.strip()}"
     for node in ast.walk(ast.parse(source)):
