@@ -12,7 +12,7 @@ from parity_checks import layouts_of
 FIRST = {"moe": "tp=2,pp=2,ep=2", "dense": "tp=2,pp=2"}
 OTHERS = {
     "moe": ["dp=4", "tp=4", "pp=4", "pp=2,vpp=2,ep=2", "cp=2,ep=4", "tp=2,ep=2,etp=2", "tp=2,etp=2,dp=2"],
-    "dense": ["dp=4", "tp=4", "pp=4", "pp=2,vpp=2", "cp=2,tp=2"],
+    "dense": ["dp=4", "tp=4", "pp=4", "pp=2,vpp=2,dp=2", "cp=2,tp=2"],
 }
 # Shared experts and norms of heads, stacked experts with biases, delta networks, latent attention and fp32 buffers.
 DISTINCT = ("qwen3_moe",)
