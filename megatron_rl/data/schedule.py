@@ -6,20 +6,26 @@ only decides how the work is divided, so losses, gradients and metrics do not ch
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush, heapreplace
 
+import numpy as np
+
+from megatron_rl.data.bin_packing import fewest_bins, pack_bins
+from megatron_rl.data.replica_balance import Division, deal, exchange, near_home
 from megatron_rl.errors import UserError
 
-ATTENTION_COST = 1e-4
-"""Cost of one token's attention to one other, relative to the token's other cost; about right for a width of 4096."""
+TOKEN_COST = 10_000
+"""Cost of a token without attention, relative to its attention to one other token.
 
-MAX_BEST_FILL = 512
-"""Most samples of a mini-batch for which best fill is tried too.
-
-Best fill takes milliseconds for this many samples, and minutes for ten thousand. With so many, first-fit decreasing
-leaves hardly any room unused.
+About right for Qwen3-30B-A3B, whose layers take 110 MFLOP a token and 8 kFLOP for each token of the sequence: attention
+is slower than its operations. A width of 4096 without experts has about 50,000.
 """
+
+
+ENOUGH = 1.01
+"""Micro-batches over their lower bound that are not worth the time of better packing."""
 
 
 class ScheduleError(UserError):
@@ -36,8 +42,8 @@ class SampleSize:
     response_tokens: int  # masked in; may be 0
 
     @property
-    def cost(self) -> float:
-        return self.tokens * (1 + ATTENTION_COST * self.tokens)
+    def cost(self) -> int:
+        return self.tokens * (TOKEN_COST + self.tokens)
 
 
 @dataclass(frozen=True)
@@ -89,49 +95,21 @@ class Schedule:
 
 @dataclass(frozen=True)
 class _Budget:
-    """Token budget of a micro-batch."""
+    """Token budget of a micro-batch, which is full if it has as many multiples of `align` as the capacity."""
 
     tokens: int
     align: int
 
-    def tokens_of(self, sample: SampleSize) -> int:
-        return -(-sample.tokens // self.align) * self.align
+    @property
+    def capacity(self) -> int:
+        return max(1, self.tokens // self.align)
 
-    def total(self, samples: Sequence[SampleSize]) -> int:
-        return sum(map(self.tokens_of, samples))
+    def multiples(self, sample: SampleSize) -> int:
+        return -(-sample.tokens // self.align)
 
-    def holds(self, samples: Sequence[SampleSize]) -> bool:
-        return len(samples) <= 1 or self.total(samples) <= self.tokens
-
-    def fewest(self, samples: Sequence[SampleSize]) -> int:
-        """Lower bound of the number of micro-batches that hold the samples."""
-        sizes = [self.tokens_of(sample) for sample in samples]
-        long = sum(size > self.tokens for size in sizes)
-        halves = sum(size > self.tokens / 2 for size in sizes)
-        fluid = -(-sum(size for size in sizes if size <= self.tokens) // self.tokens)
-        return max(halves, long + fluid)
-
-
-@dataclass
-class _Bins:
-    """Micro-batches filled by first fit, in the order in which samples are added."""
-
-    budget: _Budget
-    parts: list[list[SampleSize]] = field(default_factory=list)
-    loads: list[int] = field(default_factory=list)
-
-    def add(self, sample: SampleSize, limit: int | None = None) -> bool:
-        """Adds the sample if at most `limit` micro-batches have room for it; returns whether it did."""
-        tokens, budget = self.budget.tokens_of(sample), self.budget.tokens
-        part = next((k for k, load in enumerate(self.loads) if load + tokens <= budget), len(self.parts))
-        if part == len(self.parts):
-            if part == limit:
-                return False
-            self.parts.append([])
-            self.loads.append(0)
-        self.parts[part].append(sample)
-        self.loads[part] += tokens
-        return True
+    def size(self, sample: SampleSize) -> int:
+        """What the sample takes of the capacity. A sample above the budget takes all of it, so it is alone."""
+        return min(self.multiples(sample), self.capacity)
 
 
 def plan(
@@ -181,18 +159,9 @@ def _step(
         sequences=sum(s.response_tokens > 0 for s in members),
         prompt_tokens=_tokens_by_group(members),
     )
-    replicas = _balance(members, dp, budget, homes)
-    assert replicas is not None
-    count = _count(replicas, multiple)
-    if count > _round_up(-(-budget.fewest(members) // dp), multiple):
-        together = _first_fit(members, budget)
-        if len(members) <= MAX_BEST_FILL:  # neither method is always better
-            together = min(together, _best_fill(members, budget), key=lambda bins: len(bins.parts))
-        fewest = _round_up(-(-len(together.parts) // dp), multiple)
-        if fewest < count:
-            count = fewest
-            replicas = _balance(members, dp, budget, homes, count) or _deal(together, dp, count)
-    return StepPlan(number, denominators, tuple(_cut(replica, count) for replica in replicas))
+    members = sorted(members, key=lambda sample: sample.index)
+    replicas = _divide(members, dp, budget, multiple, homes)
+    return StepPlan(number, denominators, tuple(_cut(replica, budget) for replica in replicas))
 
 
 def _tokens_by_group(members: Sequence[SampleSize]) -> dict[int, int]:
@@ -202,104 +171,74 @@ def _tokens_by_group(members: Sequence[SampleSize]) -> dict[int, int]:
     return tokens
 
 
-def _balance(
-    members: Sequence[SampleSize], dp: int, budget: _Budget, homes: Mapping[int, int], limit: int | None = None
-) -> list[_Bins] | None:
-    """Gives samples to replicas, longest first; None if a replica would need more than `limit` micro-batches.
-
-    A sample goes to its home if that exceeds the home's fair share by at most half the sample, else to the least loaded
-    replica.
-    """
-    share = sum(s.cost for s in members) / dp
-    replicas = [_Bins(budget) for _ in range(dp)]
-    loads = [0.0] * dp
-    for sample in _longest_first(members):
-        order = sorted(range(dp), key=lambda replica: (loads[replica], replica))
-        at_home = homes.get(sample.index, order[0])
-        if loads[at_home] + sample.cost / 2 <= share:
-            order.insert(0, at_home)
-        target = next((replica for replica in order if replicas[replica].add(sample, limit)), None)
-        if target is None:
-            return None
-        loads[target] += sample.cost
+def _divide(
+    members: Sequence[SampleSize], dp: int, budget: _Budget, multiple: int, homes: Mapping[int, int]
+) -> list[list[list[SampleSize]]]:
+    """Returns [dp][count] micro-batches within the budget: first as few as are found, then as balanced."""
+    sizes = [budget.size(sample) for sample in members]
+    least = _count(fewest_bins(sizes, budget.capacity), dp, multiple)
+    enough = int(least * ENOUGH) // multiple * multiple
+    packed = pack_bins(sizes, budget.capacity, enough * dp)
+    division = Division(
+        loads=np.array([[sample.tokens, sample.cost] for sample in members]),
+        sizes=np.array(sizes),
+        homes=np.array([homes.get(sample.index, -1) for sample in members]),
+        dp=dp,
+        count=_count(len(packed), dp, multiple),
+        capacity=budget.capacity,
+    )
+    start = near_home(division)
+    bins = exchange(division, deal(division, packed) if start is None else start)
+    replicas: list[list[list[SampleSize]]] = [[[] for _ in range(division.count)] for _ in range(dp)]
+    for sample, place in zip(members, bins.tolist(), strict=True):
+        replicas[place // division.count][place % division.count].append(sample)
     return replicas
 
 
-def _deal(together: _Bins, dp: int, count: int) -> list[_Bins]:
-    """Gives whole micro-batches to replicas, costliest first: to the least loaded that has fewer than `count`."""
-    replicas = [_Bins(together.budget) for _ in range(dp)]
-    loads = [0.0] * dp
-    costs = [sum(sample.cost for sample in part) for part in together.parts]
-    for number in sorted(range(len(costs)), key=lambda number: (-costs[number], number)):
-        target = min((r for r in range(dp) if len(replicas[r].parts) < count), key=lambda r: (loads[r], r))
-        replicas[target].parts.append(together.parts[number])
-        loads[target] += costs[number]
-    return replicas
+def _count(micro_batches: int, dp: int, multiple: int) -> int:
+    """Number of micro-batches of a replica. All have equally many, since schedules and all-to-alls run in lockstep."""
+    return -(-micro_batches // (dp * multiple)) * multiple
 
 
-def _count(replicas: Sequence[_Bins], multiple: int) -> int:
-    """Number of micro-batches per replica: what the fullest needs, since schedules and all-to-alls run in lockstep."""
-    return _round_up(max(len(replica.parts) for replica in replicas), multiple)
+def _cut(parts: Sequence[list[SampleSize]], budget: _Budget) -> tuple[tuple[int, ...], ...]:
+    """Returns a replica's micro-batches, made even and fullest first, so that similar ones meet in an all-to-all."""
+
+    def load(part: Sequence[SampleSize]) -> int:
+        return sum(map(budget.multiples, part))
+
+    even = _evenly([sample for part in parts for sample in part], len(parts), budget)
+    if any(sum(map(budget.size, part)) > budget.capacity for part in even):
+        even = _without_empty(parts, load)
+    even.sort(key=lambda part: (-load(part), part[0].index if part else 0))
+    return tuple(tuple(sorted(sample.index for sample in part)) for part in even)
 
 
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
-
-
-def _cut(replica: _Bins, count: int) -> tuple[tuple[int, ...], ...]:
-    """A replica's `count` micro-batches, fullest first, so that similar ones meet in an all-to-all."""
-    budget = replica.budget
-    parts = _evenly([sample for part in replica.parts for sample in part], count, budget)
-    if not all(map(budget.holds, parts)):
-        parts = list(replica.parts)
-        while len(parts) < count and any(len(part) > 1 for part in parts):
-            fullest = max((part for part in parts if len(part) > 1), key=budget.total)
-            parts.remove(fullest)
-            parts += [fullest[0::2], fullest[1::2]]
-        parts += [[] for _ in range(count - len(parts))]
-    parts.sort(key=lambda part: (-budget.total(part), part[0].index if part else 0))
-    return tuple(tuple(sorted(sample.index for sample in part)) for part in parts)
+def _without_empty(
+    parts: Sequence[list[SampleSize]], load: Callable[[Sequence[SampleSize]], int]
+) -> list[list[SampleSize]]:
+    """Halves the fullest micro-batches that have several samples, until none is empty or all have one sample."""
+    done: list[list[SampleSize]] = [part for part in parts if len(part) == 1]
+    several = [(-load(part), number, part) for number, part in enumerate(parts) if len(part) > 1]
+    heapify(several)
+    for number in range(len(parts) - len(done) - len(several)):
+        if not several:
+            return done + [[] for _ in range(len(parts) - len(done))]
+        *_, fullest = heappop(several)
+        for half in (0, 1):
+            part = fullest[half::2]
+            if len(part) == 1:
+                done.append(part)
+            else:
+                heappush(several, (-load(part), len(parts) + 2 * number + half, part))
+    return done + [part for *_, part in several]
 
 
 def _evenly(samples: Sequence[SampleSize], count: int, budget: _Budget) -> list[list[SampleSize]]:
     """Fills `count` micro-batches, longest sample first into the emptiest; one may exceed the budget."""
     parts: list[list[SampleSize]] = [[] for _ in range(count)]
-    loads = [0] * count
-    for sample in _longest_first(samples):
-        emptiest = loads.index(min(loads))
-        parts[emptiest].append(sample)
-        loads[emptiest] += budget.tokens_of(sample)
+    emptiest = [(0, number) for number in range(count)]  # a heap
+    for sample in sorted(samples, key=lambda s: (-s.tokens, s.index)):
+        load, number = emptiest[0]
+        parts[number].append(sample)
+        heapreplace(emptiest, (load + budget.multiples(sample), number))
     return parts
-
-
-def _first_fit(samples: Sequence[SampleSize], budget: _Budget) -> _Bins:
-    """Fills micro-batches by first-fit decreasing: nearly as few as can hold the samples."""
-    bins = _Bins(budget)
-    for sample in _longest_first(samples):
-        bins.add(sample)
-    return bins
-
-
-def _best_fill(samples: Sequence[SampleSize], budget: _Budget) -> _Bins:
-    """Fills one micro-batch at a time: the longest remaining sample, and the others that fill it best."""
-    bins = _Bins(budget)
-    left = _longest_first(samples)[::-1]
-    while left:
-        part = [left.pop()]
-        room = max(budget.tokens - budget.tokens_of(part[0]), 0)
-        # Bit n of reachable[k] is set if some of the k shortest have n tokens.
-        reachable, mask = [1], (1 << room + 1) - 1
-        for sample in left:
-            reachable.append(reachable[-1] | reachable[-1] << budget.tokens_of(sample) & mask)
-        wanted = reachable[-1].bit_length() - 1
-        for k in range(len(left), 0, -1):
-            rest = wanted - budget.tokens_of(left[k - 1])
-            if rest >= 0 and reachable[k - 1] >> rest & 1:
-                part.append(left.pop(k - 1))
-                wanted = rest
-        bins.parts.append(part)
-    return bins
-
-
-def _longest_first(samples: Sequence[SampleSize]) -> list[SampleSize]:
-    return sorted(samples, key=lambda s: (-s.tokens, s.index))

@@ -117,7 +117,7 @@ def test_replicas_are_balanced_to_within_one_sample(lengths, dp, at_home):
 def test_most_samples_stay_on_the_replica_that_fetched_them(max_tokens, bound):
     """512 long-tailed responses on 8 replicas: without `home`, seven of eight samples would move.
 
-    The smaller budget leaves only 6% of four micro-batches free; balancing by cost alone would need five.
+    The smaller budget leaves only 6% of four micro-batches free.
     """
     rng = random.Random(0)
     lengths = [[(100, min(8192, int(rng.lognormvariate(6.5, 0.8)))) for _ in range(16)] for _ in range(32)]
@@ -238,4 +238,4 @@ def test_a_large_batch_is_planned_quickly():
     sizes = batch([[(100, int(rng.lognormvariate(7, 1))) for _ in range(16)] for _ in range(512)])
     start = time.perf_counter()
     plan(sizes, mini_batches=1, dp=8, max_tokens=16384, home=[s.group % 8 for s in sizes])
-    assert time.perf_counter() - start < 10
+    assert time.perf_counter() - start < 8
