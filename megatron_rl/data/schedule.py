@@ -19,8 +19,8 @@ from megatron_rl.errors import UserError
 TOKEN_COST = 10_000
 """Cost of a token without attention, relative to its attention to one other token.
 
-About right for Qwen3-30B-A3B, whose layers take 110 MFLOP a token and 8 kFLOP for each token of the sequence: attention
-is slower than its operations. A width of 4096 without experts has about 50,000.
+About right for experts with 3B active parameters and 4,096 wide attention heads: a layer takes 110 MFLOP a token, and
+8 kFLOP for each token of the sequence. A dense model of width 4,096 has about 50,000.
 """
 
 

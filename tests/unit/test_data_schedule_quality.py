@@ -62,6 +62,24 @@ def least_possible(sizes: Sequence[SampleSize]) -> float:
     return float((np.maximum(half, loads.sum(axis=0) - half) / share).max(axis=1).min() - 1)
 
 
+def least_of_both(sizes: Sequence[SampleSize], dp: int) -> float:
+    """Returns a lower bound of the larger excess, of tokens or cost, over the least that the fullest replica can have.
+
+    If no other replica has too many tokens, the longest sample's has the rest, and these add cost: at least as much as
+    those of the shortest samples.
+    """
+    tokens = sorted(s.tokens for s in sizes)
+    longest, total = sizes[int(np.argmax([s.tokens for s in sizes]))], sum(tokens)
+    tokens_least, cost_least = (least_fullest(np.array(each), dp) for each in (tokens, [s.cost for s in sizes]))
+    reached = np.cumsum([0, *tokens[:-1]])
+    added = np.cumsum([0, *(SampleSize(0, 0, n, 0).cost for n in tokens[:-1])])
+    for excess in np.arange(0, 1, 0.001):
+        rest = total - (dp - 1) * (1 + excess) * tokens_least - longest.tokens
+        if longest.cost + np.interp(max(rest, 0), reached, added) <= (1 + excess) * cost_least:
+            return float(excess)
+    return 1.0
+
+
 KNOWN = {(16, 8, 0.5, 0), (16, 8, 0.5, 1), (8, 2, 0.5, 0), (8, 8, 0.5, 0)}
 """Settings (samples, dp, sigma, seed) with one budget of which the plan has a bin more than the bound."""
 
@@ -160,3 +178,18 @@ def test_a_replica_that_fetched_all_samples_gives_most_away():
     sizes = lognormal(800, 1.0, 0)
     step = plan(sizes, mini_batches=1, dp=2, max_tokens=ROOMY, home=[0] * len(sizes)).steps[0]
     assert max(excess(sizes, step)) <= 0.03
+
+
+@pytest.mark.parametrize(
+    ("samples", "dp", "sigma", "seed", "bound"),
+    [(8, 2, 1.5, 0, 0.059), (16, 8, 1.0, 0, 0.028), (16, 8, 1.5, 1, 0.021), (64, 8, 1.0, 1, 0.072)],
+)
+def test_if_a_long_sample_sets_tokens_against_cost_both_exceed_the_least_by_hardly_more_than_they_must(
+    samples, dp, sigma, seed, bound
+):
+    sizes = lognormal(samples * dp, sigma, seed)
+    loads = [np.array([s.tokens for s in sizes]), np.array([s.cost for s in sizes])]
+    unavoidable = [least_fullest(each, dp) * dp / each.sum() for each in loads]
+    mine = [(1 + each) / least - 1 for each, least in zip(excess(sizes, planned(sizes, dp)), unavoidable, strict=True)]
+    assert least_of_both(sizes, dp) == pytest.approx(bound, abs=0.0015)
+    assert max(mine) <= bound + 0.005
