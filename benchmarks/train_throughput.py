@@ -27,7 +27,7 @@ import typer
 
 from megatron_rl.config.layout import Layout, parse_layout
 from megatron_rl.config.load import load_config
-from megatron_rl.config.schema import Config, Device, EngineConfig, EngineDtype, OptimConfig, Recompute, RoutingConfig
+from megatron_rl.config.schema import Config, Device, EngineConfig, EngineDtype, OptimConfig, RoutingConfig
 from megatron_rl.cores import usable_cores
 from megatron_rl.data.packing import PackedBatch, pack
 from megatron_rl.data.sample import Prompt, Sample
@@ -244,7 +244,7 @@ def main(
     size: Annotated[Size, typer.Option()] = "demo",
     device: Annotated[Device, typer.Option()] = "cpu",
     dtype: Annotated[EngineDtype, typer.Option()] = "fp32",
-    recompute: Annotated[Recompute, typer.Option()] = "none",
+    recompute: Annotated[str, typer.Option(help="as engine.recompute")] = "none",
     sequences: Annotated[int, typer.Option(help="in a step")] = 64,
     rows: Annotated[int, typer.Option(help="sequences in a micro-batch, an even number")] = 64,
     response_tokens: Annotated[int, typer.Option(help="at most")] = 65,

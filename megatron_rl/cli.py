@@ -11,8 +11,10 @@ from typing import Annotated
 import typer
 
 from megatron_rl.config.load import C, ConfigError, dump_config
+from megatron_rl.config.recompute import read_recompute
 from megatron_rl.config.resolve import resolve
-from megatron_rl.config.schema import Config, Device, EngineDtype, Recompute, ServerDtype, SftConfig
+from megatron_rl.config.schema import Config, Device, EngineDtype, SftConfig
+from megatron_rl.config.servers import ServerDtype
 from megatron_rl.errors import UserError
 from megatron_rl.garbage import collect_rarely
 from megatron_rl.models.kinds import POLICY_KINDS
@@ -54,6 +56,18 @@ Version = Annotated[
     bool,
     typer.Option("--version", callback=_print_versions, is_eager=True, help="Print the versions in use, and stop."),
 ]
+
+
+def _check_recompute(value: str | list[str] | None) -> str | list[str] | None:
+    for text in [value] if isinstance(value, str) else value or []:
+        try:
+            read_recompute(text)
+        except ValueError as error:
+            raise typer.BadParameter(f"found {text!r}, expected {error}") from None
+    return value
+
+
+Recompute = Annotated[str, typer.Option(callback=_check_recompute, help="as engine.recompute, such as moe,layernorm")]
 Model = Annotated[Path, typer.Option(exists=True, file_okay=False, help="Hugging Face model directory")]
 
 
@@ -163,7 +177,7 @@ def parity(
     tokens: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="JSONL file: a list of token ids a line")],
     layout: Annotated[list[str], typer.Option(help="such as tp=2,pp=2,ep=2; may be given several times")],
     dtype: Annotated[EngineDtype, typer.Option()] = "fp32",
-    recompute: Annotated[Recompute, typer.Option()] = "none",
+    recompute: Recompute = "none",
     device: Annotated[Device, typer.Option()] = "auto",
     url: Annotated[str | None, typer.Option(help="Also compare a live server's log-probs.")] = None,
     api_key_env: KeyVariable = None,
@@ -182,7 +196,10 @@ def parity(
 def certify(
     model: Annotated[Path | None, typer.Option(exists=True, file_okay=False, help="Default: a random one.")] = None,
     layout: Annotated[list[str] | None, typer.Option(help="such as tp=2,pp=2,ep=2; default: a grid of ten")] = None,
-    recompute: Annotated[Recompute | None, typer.Option(help="default: all three, one after another")] = None,
+    recompute: Annotated[
+        list[str] | None,
+        typer.Option(callback=_check_recompute, help="as engine.recompute; default: five kinds, one after another"),
+    ] = None,
     dtype: Annotated[EngineDtype, typer.Option()] = "fp32",
     device: Annotated[Device, typer.Option()] = "auto",
     json: Annotated[bool, typer.Option("--json", help="One JSON object per layout and recomputation.")] = False,
@@ -190,8 +207,7 @@ def certify(
     """Proves that routing replay gives each router its own rows; fails where it does not. Starts its own ranks."""
     from megatron_rl.certify import GRID, RECOMPUTE, run
 
-    kinds = (recompute,) if recompute else RECOMPUTE
-    raise typer.Exit(run(model, layout or GRID, kinds, dtype, device, as_json=json))
+    raise typer.Exit(run(model, layout or GRID, recompute or RECOMPUTE, dtype, device, as_json=json))
 
 
 @app.command()

@@ -37,7 +37,7 @@ SGLang's do; transformers takes 1e-6 whatever config.json says, so the models co
 
 | family | layout | none | full | selective |
 |---|---|---|---|---|"""
-RECOMPUTE = ("none", "full", "selective")
+RECOMPUTE = ("none", "full", "core_attn")
 
 
 def rows(family: str, scratch: Path, progress: Console) -> Iterator[tuple[str, bool]]:

@@ -23,7 +23,7 @@ from megatron_rl.models.random_model import make_random_model
 from megatron_rl.models.registry import tensors_of
 
 GRID = ("tp=1", "tp=2", "pp=2", "pp=2,vpp=2", "cp=2", "ep=2", "dp=2", "tp=2,ep=2,etp=2", "cp=2,ep=2", "tp=2,pp=2,ep=2")
-RECOMPUTE = ("none", "full", "selective")
+RECOMPUTE = ("none", "full", "full:2", "moe", "core_attn,layernorm")
 VOCABULARY = 512
 """Size of the vocabulary: every token of the certified batch has its own id."""
 
@@ -47,7 +47,8 @@ def run(
             make_random_model(model, VOCABULARY)
         elif _read(model).vocab_size < VOCABULARY:
             model = _with_vocabulary(model, Path(scratch) / "model")
-        by_world = _by_world(model, layouts, EngineConfig(dtype=dtype, device=device))  # type: ignore[arg-type]
+        engines = [EngineConfig(dtype=dtype, device=device, recompute=each) for each in recompute]  # type: ignore[arg-type]
+        by_world = _by_world(model, layouts, engines)
         results: dict[tuple[str, str], CertificateResult] = {}
         for world, same_world in sorted(by_world.items()):
             spec = CertificateSpec(str(model), same_world, list(recompute), dtype, device)
@@ -65,14 +66,14 @@ def _read(model: Path) -> Architecture:
     return read_architecture(model)
 
 
-def _by_world(model: Path, layouts: Sequence[str], engine: EngineConfig) -> dict[int, list[str]]:
+def _by_world(model: Path, layouts: Sequence[str], engines: Sequence[EngineConfig]) -> dict[int, list[str]]:
     arch = read_architecture(model)
     if not arch.num_experts:
         raise CertifyError(f"--model {model}: no layer has experts; there is nothing to certify")
     by_world: dict[int, list[str]] = {}
     for text in layouts:
         layout = Layout.resolve(*parse_layout(text))
-        problems = check_layout(layout, arch, engine)
+        problems = dict.fromkeys(problem for engine in engines for problem in check_layout(layout, arch, engine))
         if problems:
             raise CertifyError(f"--layout {text}: " + "; ".join(problems))
         by_world.setdefault(layout.world_size, []).append(text)

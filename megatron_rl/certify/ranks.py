@@ -94,18 +94,18 @@ def _prove(
     exchange = RouteExchange(policy.arch, policy.routers.layers, place, layout)
     (mini_batch,) = distribute(numbered, place, layout, mini_batches=1, max_tokens=64, routes=exchange)
     routes = [case.routes(each).to(policy.device) for each in mini_batch.routes or ()]
-    recomputes = trains and policy.engine.recompute == "full"
+    reruns = policy.engine.recomputation.rerun_routers(layout, policy.arch) if trains else []
     routing = case.routing_pass(policy.routers, routes)
     masks = [torch.as_tensor(batch.loss_mask, device=policy.device) for batch in mini_batch.micro_batches]
     watch = RouterWatch(policy)
-    with watch.on(recomputes):
+    with watch.on(reruns):
         if trains:
             policy.gradients(mini_batch.micro_batches, lambda i, logprobs, _: -(logprobs * masks[i]).sum(), routing)
         else:
             policy.logprobs(mini_batch.micro_batches, routing=routing)
     rows = share_rows(watch.rows, place)
-    forward = judge(watch.forward, rows, samples, place)
-    backward = judge(watch.backward, rows, samples, place) if recomputes else None
+    forward = judge(watch.forward, rows, samples, place, policy.arch.moe_layers)
+    backward = judge(watch.backward, rows, samples, place, reruns) if reruns else None
     return forward, backward, sum(each.bytes for each in routes)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -54,7 +54,8 @@ class RouterWatch:
     _calls: defaultdict[tuple[int, bool], int] = field(default_factory=lambda: defaultdict(int))
 
     @contextlib.contextmanager
-    def on(self, recomputes: bool) -> Iterator[None]:
+    def on(self, reruns: Collection[int]) -> Iterator[None]:
+        """`reruns` are the layers whose routers the backward pass runs again."""
         handles = []
         for model in self.policy.models:
             if model.pre_process:
@@ -65,9 +66,7 @@ class RouterWatch:
             for router in model.modules():
                 if isinstance(router, TopKRouter):
                     handles.append(
-                        router.register_forward_hook(
-                            lambda module, args, out: self._routed(module, args, out, recomputes)
-                        )
+                        router.register_forward_hook(lambda module, args, out: self._routed(module, args, out, reruns))
                     )
         try:
             yield
@@ -79,11 +78,11 @@ class RouterWatch:
         self.rows.append([ids[row.numpy().tobytes()] for row in _plain(out).flatten(0, -2)])
 
     def _routed(
-        self, router: TopKRouter, args: tuple[Tensor, ...], out: tuple[Tensor, Tensor], recomputes: bool
+        self, router: TopKRouter, args: tuple[Tensor, ...], out: tuple[Tensor, Tensor], reruns: Collection[int]
     ) -> None:
         # If activations are recomputed, a forward pass without gradients comes first, and its activations are dropped.
-        again = recomputes and torch.is_grad_enabled()
         layer = router.layer_number - 1
+        again = layer in reruns and torch.is_grad_enabled()
         with torch.no_grad():
             live = _own_choice(router, router.gating(args[0]).flatten(0, -2))
         call = Call(layer, self._calls[layer, again], out[1].bool().cpu().numpy(), live.cpu().numpy())
@@ -141,10 +140,17 @@ class ReplayCount:
         return (self.replayed, self.live, self.strange) == (self.expected_replayed, self.expected_live, 0)
 
 
-def judge(calls: Sequence[Call], rows: Sequence[Sequence[int]], samples: Sequence[Sample], place: Place) -> ReplayCount:
+def judge(
+    calls: Sequence[Call],
+    rows: Sequence[Sequence[int]],
+    samples: Sequence[Sample],
+    place: Place,
+    layers: Collection[int],
+) -> ReplayCount:
     """Counts the router rows of this rank's calls. Collective.
 
-    `rows` are the token of each row, by micro-batch, on the first stage with this rank's tp and cp.
+    `rows` are the token of each row, by micro-batch, on the first stage with this rank's tp and cp. `layers` are those
+    whose routers should have run, on all ranks.
     """
     traces = [trace_of(sample) for sample in samples]
     columns = {layer: column for column, layer in enumerate(traces[0].layers)}
@@ -166,7 +172,7 @@ def judge(calls: Sequence[Call], rows: Sequence[Sequence[int]], samples: Sequenc
     for part in all_gather_bytes(orjson.dumps(seen), place.control):
         for key, counts in orjson.loads(part).items():
             totals[key] = [a + b for a, b in zip(totals[key], counts, strict=True)]
-    return _count(totals, traces, len(columns))
+    return _count(totals, traces, len(layers))
 
 
 def _count(totals: dict[str, list[int]], traces: Sequence[RoutingTrace], layers: int) -> ReplayCount:

@@ -50,7 +50,7 @@ def cases(policy: Policy) -> dict[str, Spoiled]:
         found["CP halves swapped"] = Spoiled(routes=_halves_swapped)
     if policy.layout.tp > 1:
         found["SP slices swapped"] = Spoiled(routes=_halves_swapped)
-    if policy.engine.recompute == "full":
+    if policy.engine.recomputation.rerun_routers(policy.layout, policy.arch):
         found["backward without replay"] = Spoiled(routing_pass=LiveBackward, backward=True)
     return found
 
@@ -92,7 +92,7 @@ def refuses_fusion(policy: Policy) -> bool:
     config = stages[0].config
     config.moe_router_fusion = True
     try:
-        Routers(stages, policy.arch.router)
+        Routers(stages, policy.arch.router, policy.engine.recomputation)
     except UserError:
         return True
     finally:

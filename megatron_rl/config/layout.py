@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from megatron_rl.config.engine import check_engine
 from megatron_rl.config.schema import EngineConfig, ParallelConfig
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture
@@ -144,7 +145,7 @@ def parse_layout(text: str) -> tuple[ParallelConfig, int]:
 
 def check_layout(layout: Layout, arch: Architecture, engine: EngineConfig) -> list[str]:
     """Contradictions with the model and the engine, each naming its keys; empty when the layout fits."""
-    return [*_check_widths(layout, arch), *_check_stages(layout, arch), *_check_engine(layout, arch, engine)]
+    return [*_check_widths(layout, arch), *_check_stages(layout, arch), *check_engine(layout, arch, engine)]
 
 
 def fitting_sizes(key: str, arch: Architecture) -> list[int]:
@@ -214,15 +215,3 @@ def _check_stages(layout: Layout, arch: Architecture) -> Iterator[str]:
             f"parallel.stage_layers: {list(given)} are {len(given)} stages with {sum(given)} layers, but parallel.pp * "
             f"parallel.vpp is {stages} and the model has {arch.num_layers} layers; write as {even}, or leave it out"
         )
-
-
-def _check_engine(layout: Layout, arch: Architecture, engine: EngineConfig) -> Iterator[str]:
-    if engine.device == "cpu" and engine.layers == "te":
-        yield "engine.layers: te needs a GPU, but engine.device is cpu; use auto or torch"
-    if engine.dispatcher == "deepep":
-        if engine.device == "cpu":
-            yield "engine.dispatcher: deepep needs a GPU, but engine.device is cpu; use alltoall"
-        if layout.ep * layout.etp == 1:
-            yield "engine.dispatcher: deepep needs parallel.ep or parallel.etp above 1; use alltoall"
-    if engine.aux_loss_coefficient and not arch.num_experts:
-        yield f"engine.aux_loss_coefficient: {engine.aux_loss_coefficient} on a model without experts; set it to 0"

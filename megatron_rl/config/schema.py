@@ -23,28 +23,11 @@ from megatron_rl.config.bounds import (
     Seconds,
 )
 from megatron_rl.config.lab import LabConfig, RlLabConfig
-from megatron_rl.config.servers import VARIABLE, same_server, url_problem
+from megatron_rl.config.recompute import Recomputation, read_recompute
+from megatron_rl.config.servers import ServersConfig
 from megatron_rl.config.stress import NoStress, StressConfig
 from megatron_rl.config.switches import ObjectiveConfig
 from megatron_rl.models.kinds import POLICY_KINDS, PolicyKind
-
-
-def _check_urls(urls: tuple[str, ...]) -> tuple[str, ...]:
-    for url in urls:
-        if problem := url_problem(url):
-            kind = "hidden_url" if "@" in url else "url"  # credentials are not repeated
-            raise PydanticCustomError(kind, "{problem}", {"problem": problem})
-    if len(set(map(same_server, urls))) < len(urls):
-        raise PydanticCustomError("url", "each server once")
-    return urls
-
-
-def _check_variable(name: str) -> str:
-    if not VARIABLE.fullmatch(name):
-        raise PydanticCustomError(
-            "hidden_variable", "the name of an environment variable (letters, digits and _), and not the key itself"
-        )
-    return name
 
 
 def _check_kinds(kinds: tuple[PolicyKind, ...]) -> tuple[PolicyKind, ...]:
@@ -53,14 +36,19 @@ def _check_kinds(kinds: tuple[PolicyKind, ...]) -> tuple[PolicyKind, ...]:
     return tuple(kind for kind in POLICY_KINDS if kind in kinds)  # their order means nothing: a resume may have another
 
 
-Urls = Annotated[tuple[str, ...], AfterValidator(_check_urls)]
-VariableName = Annotated[str, AfterValidator(_check_variable)]
+def _check_recompute(text: str) -> str:
+    try:
+        read_recompute(text)
+    except ValueError as error:
+        raise PydanticCustomError("recompute", "{expected}", {"expected": str(error)}) from None
+    return text
+
+
+Recompute = Annotated[str, AfterValidator(_check_recompute)]
 WeightKinds = Annotated[tuple[PolicyKind, ...], AfterValidator(_check_kinds)]
 
 Device = Literal["auto", "cpu", "cuda"]
 EngineDtype = Literal["fp32", "bf16"]
-ServerDtype = Literal["auto", "fp32", "bf16"]
-Recompute = Literal["none", "selective", "full"]
 
 
 class ModelConfig(Frozen):
@@ -101,8 +89,13 @@ class EngineConfig(Frozen):
     """te: layers of Transformer Engine; torch: plain PyTorch. auto: te on a GPU with Transformer Engine, else torch."""
     dispatcher: Literal["alltoall", "deepep"] = "alltoall"
     """Exchange of tokens between expert ranks: all-to-all, or DeepEP, which needs a GPU and ep or etp above 1."""
+    overlap: Literal["none", "grads", "all"] = "all"
+    """Data-parallel communication that runs during computation. grads: gradients are reduced during the backward pass;
+    all: also the new weights are gathered during the next forward pass. Results are the same."""
     recompute: Recompute = "none"
-    """Activations that the backward pass computes again. selective: core attention; full: every layer."""
+    """Activations that the backward pass computes again: none; full: every layer; full:N: the first N layers of each
+    (virtual) stage; or modules of every layer, as `moe,layernorm`: core_attn, layernorm, mlp, moe, shared_experts, and
+    with Transformer Engine moe_act and mla_up_proj."""
     max_tokens_per_micro_batch: PositiveInt = 8192
     """Packed tokens of one micro-batch, over all context-parallel ranks. A longer sample has its own micro-batch."""
     logit_chunk_tokens: PositiveInt = 1024
@@ -112,6 +105,10 @@ class EngineConfig(Frozen):
     heartbeat: Annotated[float, Field(ge=1)] | None = 90.0
     """Seconds without a sign of life after which a rank is lost: stopped, or without its host. The other ranks then end
     and name it. Defaults to 90; null disables."""
+
+    @property
+    def recomputation(self) -> Recomputation:
+        return read_recompute(self.recompute)
 
 
 class OptimConfig(Frozen):
@@ -161,31 +158,6 @@ class DataConfig(Frozen):
     """Wrap each prompt as a user message with the tokenizer's chat template."""
     max_prompt_tokens: PositiveInt = 1024
     """A longer prompt is an error that names it."""
-
-
-class ServersConfig(Frozen):
-    urls: Urls = ()
-    """Servers started elsewhere. Empty: the trainer starts and supervises `launch` servers itself."""
-    launch: PositiveInt = 1
-    """Number of servers to start if `urls` is empty."""
-    tp: PositiveInt = 1
-    """Tensor parallelism of each launched server."""
-    dtype: ServerDtype = "auto"
-    """auto: the engine's dtype."""
-    api_key_env: VariableName | None = None
-    """Environment variable, on the machine of each rank, with the key of the servers under `urls`; needed when one is
-    on another machine. The key itself is neither in the configuration nor in the run directory. Servers that the
-    trainer starts get a random key."""
-    start_timeout: Seconds = 600.0
-    """Seconds until a server must answer, launched or under `urls`."""
-    max_total_tokens: PositiveInt = 65536
-    """KV cache of a launched server, in tokens."""
-    threads: PositiveInt | None = None
-    """Threads of a launched server on a CPU. Defaults to null: an equal part of the cores. Threads spin while they wait
-    for each other: if other processes need the cores, a server may be ten times slower. One is enough for a model of a
-    few million parameters."""
-    extra_flags: tuple[str, ...] = ()
-    """Given to `sglang.launch_server` as they are."""
 
 
 class DynamicSamplingConfig(Frozen):

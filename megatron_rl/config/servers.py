@@ -1,12 +1,17 @@
-"""URLs of rollout servers, who can reach them, the variable of their key, and what they serve on CPUs. No torch."""
+"""The section rollout.servers, who can reach its URLs, the variable of their key, and what CPUs serve. No torch."""
 
 from __future__ import annotations
 
 import ipaddress
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 from urllib.parse import SplitResult, urlsplit
+
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
+
+from megatron_rl.config.bounds import Frozen, PositiveInt, Seconds
 
 if TYPE_CHECKING:
     from megatron_rl.models.architecture import Architecture
@@ -70,3 +75,51 @@ def cpu_problem(arch: Architecture) -> str | None:
 def _host(parts: SplitResult) -> str:
     host, colon, port = parts.netloc.rpartition(":")
     return host if colon and port.isdecimal() else parts.netloc
+
+
+def _check_urls(urls: tuple[str, ...]) -> tuple[str, ...]:
+    for url in urls:
+        if problem := url_problem(url):
+            kind = "hidden_url" if "@" in url else "url"  # credentials are not repeated
+            raise PydanticCustomError(kind, "{problem}", {"problem": problem})
+    if len(set(map(same_server, urls))) < len(urls):
+        raise PydanticCustomError("url", "each server once")
+    return urls
+
+
+def _check_variable(name: str) -> str:
+    if not VARIABLE.fullmatch(name):
+        raise PydanticCustomError(
+            "hidden_variable", "the name of an environment variable (letters, digits and _), and not the key itself"
+        )
+    return name
+
+
+Urls = Annotated[tuple[str, ...], AfterValidator(_check_urls)]
+VariableName = Annotated[str, AfterValidator(_check_variable)]
+ServerDtype = Literal["auto", "fp32", "bf16"]
+
+
+class ServersConfig(Frozen):
+    urls: Urls = ()
+    """Servers started elsewhere. Empty: the trainer starts and supervises `launch` servers itself."""
+    launch: PositiveInt = 1
+    """Number of servers to start if `urls` is empty."""
+    tp: PositiveInt = 1
+    """Tensor parallelism of each launched server."""
+    dtype: ServerDtype = "auto"
+    """auto: the engine's dtype."""
+    api_key_env: VariableName | None = None
+    """Environment variable, on the machine of each rank, with the key of the servers under `urls`; needed when one is
+    on another machine. The key itself is neither in the configuration nor in the run directory. Servers that the
+    trainer starts get a random key."""
+    start_timeout: Seconds = 600.0
+    """Seconds until a server must answer, launched or under `urls`."""
+    max_total_tokens: PositiveInt = 65536
+    """KV cache of a launched server, in tokens."""
+    threads: PositiveInt | None = None
+    """Threads of a launched server on a CPU. Defaults to null: an equal part of the cores. Threads spin while they wait
+    for each other: if other processes need the cores, a server may be ten times slower. One is enough for a model of a
+    few million parameters."""
+    extra_flags: tuple[str, ...] = ()
+    """Given to `sglang.launch_server` as they are."""

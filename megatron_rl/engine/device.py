@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Collection
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -233,6 +234,16 @@ def _latent_attention() -> None:
         latent.HAVE_TE = False
 
 
+def _norm_recomputation() -> None:
+    """Recomputation of norms takes `fp8=False` for fp8, and then asks Transformer Engine, if it is there or not."""
+    import megatron.core.tensor_parallel.random as random
+
+    if not random.HAVE_TE:
+        random.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False)
+        random.activation_recompute_forward = lambda **_: contextlib.nullcontext()
+        random.fp8_autocast = lambda **_: contextlib.nullcontext()
+
+
 CPU_LAYER: dict[str, Callable[[], None]] = {
     "current_device": _current_device,
     "streams": _streams,
@@ -245,4 +256,8 @@ CPU_LAYER: dict[str, Callable[[], None]] = {
 }
 
 # Needed on a GPU too, and applied more than once without harm.
-ON_EVERY_DEVICE: dict[str, Callable[[], None]] = {"router_gemm": _router_gemm, "latent_attention": _latent_attention}
+ON_EVERY_DEVICE: dict[str, Callable[[], None]] = {
+    "router_gemm": _router_gemm,
+    "latent_attention": _latent_attention,
+    "norm_recomputation": _norm_recomputation,
+}

@@ -26,9 +26,9 @@ def freeze(
     if "embedding" not in frozen:
         return
     for stage in stages:
-        # A recomputed layer gives its weights gradients only if its input requires one (CheckpointFunction). The first
+        # What is recomputed gives its weights gradients only if its input requires one (CheckpointFunction). The first
         # layer's input is the embedding's output, which requires none if the embedding is frozen.
-        if stage.pre_process and stage.config.recompute_granularity == "full":
+        if stage.pre_process and stage.config.recompute_granularity is not None:
             stage.embedding.register_forward_hook(_require_grad)
 
 

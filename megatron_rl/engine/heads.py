@@ -36,6 +36,7 @@ class PolicyModel(GPTModel):
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=True, group=self.pg_collection.tp
             )
+        _await_weights(self.output_layer)
         weight = (
             self.shared_embedding_or_output_weight()
             if self.share_embeddings_and_output_weights
@@ -52,6 +53,15 @@ class PolicyModel(GPTModel):
             self.logit_chunk_tokens,
         )
         return torch.cat([logprobs[:, None], entropy[:, None], top], dim=-1)
+
+
+def _await_weights(layer: torch.nn.Module) -> None:
+    """Waits for weights that are gathered during the forward pass (engine.overlap all).
+
+    DDP does it in a hook before each module's forward pass, and the output layer's is never called here.
+    """
+    for hook in layer._forward_pre_hooks.values():
+        hook(layer, ())
 
 
 class ValueHead(torch.nn.Module):

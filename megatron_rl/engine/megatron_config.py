@@ -194,9 +194,10 @@ def uneven_stages(num_layers: int, layout: Layout) -> dict[str, Any]:
 
 
 def _recomputation(engine: EngineConfig) -> dict[str, Any]:
-    match engine.recompute:
-        case "full":
-            return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-        case "selective":
-            return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    recomputation = engine.recomputation
+    if recomputation.is_whole:
+        method, layers = ("uniform", 1) if recomputation.layers is None else ("block", recomputation.layers)
+        return {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": layers}
+    if recomputation.modules:
+        return {"recompute_granularity": "selective", "recompute_modules": list(recomputation.modules)}
     return {}

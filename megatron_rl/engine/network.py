@@ -11,16 +11,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
 from torch import Tensor
 
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import EngineConfig, OptimConfig
 from megatron_rl.data.packing import PackedBatch
+from megatron_rl.engine.data_parallel import ddp_config, gather_weights, wrap_stages
 from megatron_rl.engine.export import export_stream, model_ranks
 from megatron_rl.engine.frozen import digest_frozen, freeze
 from megatron_rl.engine.grad_norms import grad_norms, norm_groups, reported_norms, total_norm
@@ -93,7 +89,6 @@ class Network:
         self.skipped = 0  # optimizer steps, of the whole run
         self.layers = choose_layers(engine, self.arch)
         config = transformer_config(self.arch, engine, layout, fused_kernels=self.layers.fused_kernels)
-        config.finalize_model_grads_func = finalize_model_grads
         stages = build_stages(self.arch, engine, layout, config, self.layers, temperature)
         # Most weights are made where they belong, but norms and routers on the CPU.
         self.models = [model.to(device) for model in stages]
@@ -108,13 +103,7 @@ class Network:
         slots = bind(list(self.models), self.arch, ranks, names)
         if optim is not None:
             freeze(self.models, parameter_kinds(slots), optim.freeze)
-        ddp = DistributedDataParallelConfig(
-            use_distributed_optimizer=optim is not None, grad_reduce_in_fp32=True, overlap_grad_reduce=False
-        )
-        self.stages = [
-            DistributedDataParallel(config, ddp, model, disable_bucketing=index > 0)
-            for index, model in enumerate(self.models)
-        ]
+        self.stages = wrap_stages(self.models, config, ddp_config(engine, layout, trains=optim is not None))
         if optim is not None:
             self._max_skipped = optim.max_skipped
             self._norm_groups = norm_groups(slots)
@@ -180,11 +169,17 @@ class Network:
                 f"--resume with a larger {self.optim_section}.max_skipped goes on from the last checkpoint"
             )
 
+    def gather_weights(self) -> None:
+        """Makes every rank's copy of the weights whole. With engine.overlap all, an optimizer step leaves that to the
+        next forward pass; call this before weights are read otherwise."""
+        gather_weights(self.stages)
+
     def export(
         self, bucket_bytes: int, tensor_of: Callable[[torch.nn.Parameter], Tensor] | None = None
     ) -> Iterator[list[tuple[str, Tensor]]]:
         """Buckets of (Hugging Face name, whole tensor) on rank 0, empty lists elsewhere. With `tensor_of`, of what it
         gives for each parameter, as its gradient, and of weights that train alone."""
+        self.gather_weights()
         return export_stream(
             list(self.models), self.arch, self.layout, self.layers.weight_names, bucket_bytes, tensor_of
         )

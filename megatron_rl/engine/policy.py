@@ -38,7 +38,7 @@ class Policy(Network):
     ) -> None:
         super().__init__(model_dir, layout, place, engine, device, optim, temperature=temperature, frozen=frozen)
         self.temperature = temperature
-        self.routers = Routers(self.models, self.arch.router)
+        self.routers = Routers(self.models, self.arch.router, engine.recomputation)
 
     def routing_pass(
         self, routes: Sequence[RankRoutes] | None = None, *, record: bool = False, observers: Sequence[Observer] = ()

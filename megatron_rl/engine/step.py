@@ -138,9 +138,11 @@ def _run(
 
     config = get_model_config(stages[0])
     balancing = _LoadBalancing(config)
-    recomputes = not forward_only and config.recompute_granularity == "full"
     iterators = [iter(list(enumerate(micro_batches))) for _ in stages]
-    with balancing, routing.schedule(len(micro_batches), recomputes) if routing else contextlib.nullcontext():
+    with (
+        balancing,
+        routing.schedule(len(micro_batches), backward=not forward_only) if routing else contextlib.nullcontext(),
+    ):
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iterators if len(stages) > 1 else iterators[0],

@@ -3,7 +3,7 @@
 Each router of this rank gets a Tap in place of Megatron-Core's own RouterReplay object, bound by virtual stage and
 global layer number. A RoutingPass is one run of the pipeline schedule. It tells every tap which rows to use, one
 micro-batch after another. At its end it asserts that each router ran exactly once for each micro-batch, and once more
-if the backward pass recomputes activations. Outside a pass routers route live.
+if the backward pass recomputes this router (engine.recompute). Outside a pass routers route live.
 
 Only the selection is replayed. The scores are gathered at the replayed ids before they are normalised, so gradients
 reach the router.
@@ -17,10 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.router_replay import RouterReplay
 from torch import Tensor
 
+from megatron_rl.config.recompute import Recomputation
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Router
 from megatron_rl.routing.slicing import RankRoutes, ids_dtype
@@ -48,9 +50,19 @@ class Tap(RouterReplay):
     """The hook of one router. `column` is the position of its layer among this rank's MoE layers, by global number."""
 
     def __init__(
-        self, stage: int, layer: int, column: int, num_experts: int, top_k: int, features: Router, bias: Tensor | None
+        self,
+        stage: int,
+        layer: int,
+        column: int,
+        num_experts: int,
+        top_k: int,
+        features: Router,
+        bias: Tensor | None,
+        *,
+        reruns: bool = False,
     ) -> None:
-        """`bias` [experts] is what `features` says that the router adds to its scores; None if it adds nothing."""
+        """`bias` [experts] is what `features` says that the router adds to its scores; None if it adds nothing.
+        `reruns`: the backward pass runs the router again."""
         super().__init__()
         # Megatron-Core's list of all instances pairs by construction order and keeps old models alive.
         RouterReplay.global_router_replay_instances.remove(self)
@@ -61,6 +73,7 @@ class Tap(RouterReplay):
         self.top_k = top_k
         self.features = features
         self.bias = bias
+        self.reruns = reruns
         self.routing_pass: RoutingPass | None = None
 
     def get_replay_topk(
@@ -93,21 +106,22 @@ def _by_falling_score(scores: Tensor, ids: Tensor) -> Tensor:
 class Routers:
     """The taps on this rank's routers."""
 
-    def __init__(self, stages: Sequence[torch.nn.Module], features: Router) -> None:
+    def __init__(self, stages: Sequence[GPTModel], features: Router, recomputation: Recomputation) -> None:
         """Puts a tap on each router, all of which have these features. Raises UserError if a router's choice cannot be
         replaced."""
         self._features = features
         self.taps: list[Tap] = []
         for number, stage in enumerate(stages):
-            for name, router in stage.named_modules():
-                # Multi-token prediction has its own routers, which are not replayed.
-                if isinstance(router, TopKRouter) and "mtp" not in name.split("."):
-                    self._tap(number, router)
+            # Multi-token prediction, which is outside of the decoder, has its own routers, which are not replayed.
+            for position, layer in enumerate(stage.decoder.layers):
+                for router in layer.modules():
+                    if isinstance(router, TopKRouter):
+                        self._tap(number, router, recomputation.reruns_router(position))
         self.layers = tuple(tap.layer for tap in self.taps)
         if list(self.layers) != sorted(set(self.layers)):
             raise RoutingError(f"the routers' layer numbers {self.layers} do not ascend")
 
-    def _tap(self, stage: int, router: TopKRouter) -> None:
+    def _tap(self, stage: int, router: TopKRouter, reruns: bool) -> None:
         config = router.config
         if config.moe_router_fusion:
             raise UserError(
@@ -123,6 +137,7 @@ class Routers:
             top_k=router.topk,
             features=self._features,
             bias=router.expert_bias,
+            reruns=reruns,
         )
         router.router_replay = tap
         self.taps.append(tap)
@@ -155,8 +170,8 @@ class RoutingPass:
         ] = {}  # per column, the micro-batches whose backward pass is still to run
 
     @contextlib.contextmanager
-    def schedule(self, micro_batches: int, recomputes: bool) -> Iterator[None]:
-        """Wraps one run of the schedule. `recomputes`: its backward pass runs the routers again.
+    def schedule(self, micro_batches: int, *, backward: bool) -> Iterator[None]:
+        """Wraps one run of the schedule, with or without a backward pass.
 
         Raises RoutingError if a router has not run as often as it should.
         """
@@ -175,7 +190,7 @@ class RoutingPass:
                 tap.routing_pass = None
         for tap in taps:
             ran, left = self._ran[tap.column], self._to_recompute[tap.column]
-            due = [] if recomputes else list(range(micro_batches))
+            due = [] if backward and tap.reruns else list(range(micro_batches))
             if sorted(ran) != list(range(micro_batches)) or sorted(left) != due:
                 raise RoutingError(
                     f"layer {tap.layer}: its router ran for micro-batches {ran} of {micro_batches}, and "

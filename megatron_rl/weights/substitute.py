@@ -28,6 +28,7 @@ def substituted(policy: Policy, bucket_bytes: int, change: Callable[[str, Tensor
     second copy of the rank's weights meanwhile. Raises WeightSyncError if an exported tensor is not what the ranks
     hold.
     """
+    policy.gather_weights()
     held = [tensor for model in policy.models for tensor in (*model.parameters(), *model.buffers())]
     own = [(tensor, tensor.detach().clone()) for tensor in held]
     try:

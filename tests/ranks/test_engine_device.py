@@ -52,8 +52,8 @@ def step(model: Path, layout: str, left_out: str) -> subprocess.CompletedProcess
 @pytest.mark.distributed
 @pytest.mark.parametrize("item", [*CPU_LAYER, *ON_EVERY_DEVICE])
 def test_training_fails_if_one_cpu_layer_item_is_left_out(model: Path, tmp_path: Path, item: str) -> None:
-    if item in ON_EVERY_DEVICE and not megatron.core.__version__.startswith("0.16"):
-        pytest.skip("only megatron-core 0.16 leaves names of Transformer Engine undefined")
+    if item in ("router_gemm", "latent_attention") and not megatron.core.__version__.startswith("0.16"):
+        pytest.skip("only megatron-core 0.16 leaves these names of Transformer Engine undefined")
     if item == "latent_attention":
         model = make_family_model(tmp_path / "latent", "deepseek_v3")
     assert step(model, LAYOUTS.get(item, "tp=1"), item).returncode != 0

@@ -13,7 +13,7 @@ from family_models import make_family_model
 from forks import Forks
 from tiny_models import make_tiny_model
 
-from megatron_rl.certify import VOCABULARY, CertifyError, run
+from megatron_rl.certify import RECOMPUTE, VOCABULARY, CertifyError, run
 from megatron_rl.certify.result import CertificateResult, CertificateSpec
 from megatron_rl.certify.samples import LENGTHS, make_trace, token_of
 from megatron_rl.cli import app
@@ -42,15 +42,25 @@ def check_results(layouts: list[str], recompute: str, status: int, results: list
         assert result["passed"], result
         assert result["replayed_rows"] + result["live_rows"] == TOKENS * MOE_LAYERS
         assert result["replayed_rows"] > 5 * result["live_rows"] > 0
-        assert result["recomputed_rows"] == (result["replayed_rows"] if recompute == "full" else 0)
+        rerun = _rerun_layers(result["layout"], recompute)
+        assert result["recomputed_rows"] == result["replayed_rows"] // MOE_LAYERS * rerun
         if result["layout"] in TRACE_BYTES:
             assert 1 <= result["trace_bytes"] / TRACE_BYTES[result["layout"]] <= 1.1
         expected = {"shifted by one row", "two layers swapped", "another sample's trace", "router fusion"}
         expected |= {"CP halves swapped"} if "cp=2" in result["layout"] else set()
         expected |= {"SP slices swapped"} if "tp=2" in result["layout"] else set()
-        expected |= {"backward without replay"} if recompute == "full" else set()
+        expected |= {"backward without replay"} if rerun else set()
         assert result["caught"] == dict.fromkeys(expected, True)
     assert status == 0
+
+
+def _rerun_layers(layout: str, recompute: str) -> int:
+    """Returns how many of the 7 MoE layers run their routers again; the first of the 8 layers is dense."""
+    if recompute == "full:2":
+        degrees = dict(part.split("=") for part in layout.split(","))
+        stages = int(degrees.get("pp", 1)) * int(degrees.get("vpp", 1))
+        return 2 * stages - 1
+    return MOE_LAYERS if recompute in ("full", "moe") else 0
 
 
 @pytest.mark.distributed
@@ -60,8 +70,9 @@ def test_the_certificate_holds_on_two_ranks(check: Check) -> None:
 
 
 @pytest.mark.distributed
-def test_the_certificate_holds_on_two_ranks_without_recomputation(check: Check) -> None:
-    check(["cp=2,ep=2"], "none")
+@pytest.mark.parametrize("recompute", ["none", "moe", "full:2"])
+def test_the_certificate_holds_on_two_ranks_with_other_recomputation(check: Check, recompute: str) -> None:
+    check(["pp=2" if recompute == "full:2" else "cp=2,ep=2"], recompute)
 
 
 @pytest.mark.distributed
@@ -88,7 +99,7 @@ def test_the_certificate_holds_with_few_experts(
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize(
     "layouts",
     [

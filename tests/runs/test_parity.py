@@ -30,14 +30,14 @@ def test_log_probs_and_gradients_equal_transformers(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("recompute", ["full", pytest.param("selective", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("recompute", ["full", pytest.param("core_attn", marks=pytest.mark.slow)])
 def test_parity_holds_with_recompute(compare: Compare, model: Path, tokens: Path, recompute: str) -> None:
     check(compare, model, tokens, ["tp=2", "pp=2,vpp=2", "cp=2,ep=2"], recompute)
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize("recompute", ["full", "core_attn"])
 @pytest.mark.parametrize("layouts", [ONE_RANK, TWO_RANKS, FOUR_RANKS], ids=["1 rank", "2 ranks", "4 ranks"])
 def test_parity_holds_with_recompute_in_every_layout(
     compare: Compare, model: Path, tokens: Path, layouts: list[str], recompute: str
@@ -56,7 +56,7 @@ def test_parity_holds_with_more_ranks_than_key_value_heads(compare: Compare, tmp
     model = make_tiny_model(tmp_path / "shared", num_heads=8, mlp_only_layers=(1,))
     check(compare, model, tokens, ["tp=4"])
     model = make_tiny_model(tmp_path / "one", num_kv_heads=1, mlp_only_layers=(1,))
-    check(compare, model, tokens, ["tp=2,cp=2,ep=2"], recompute="selective")
+    check(compare, model, tokens, ["tp=2,cp=2,ep=2"], recompute="core_attn")
 
 
 @pytest.mark.distributed
@@ -67,7 +67,7 @@ def test_parity_holds_with_tied_embeddings(compare: Compare, tmp_path: Path, tok
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+@pytest.mark.parametrize("recompute", ["none", "full", "core_attn"])
 @pytest.mark.parametrize("layouts", [ONE_RANK, TWO_RANKS, FOUR_RANKS], ids=["1 rank", "2 ranks", "4 ranks"])
 def test_parity_holds_with_tied_embeddings_in_every_layout(
     compare: Compare, tmp_path: Path, tokens: Path, layouts: list[str], recompute: str

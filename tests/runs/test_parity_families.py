@@ -38,7 +38,7 @@ def test_a_family_equals_transformers(
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+@pytest.mark.parametrize("recompute", ["none", "full", "core_attn"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_equals_transformers_in_every_layout(
     compare: Compare, model_of: Callable[[str], Path], tokens: Path, family: str, recompute: str
@@ -57,7 +57,7 @@ def test_several_ranks_may_share_a_key_value_head(compare: Compare, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+@pytest.mark.parametrize("recompute", ["none", "full", "core_attn"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_ranks_may_share_the_only_key_value_head(
     compare: Compare, tmp_path: Path, tokens: Path, family: str, recompute: str

@@ -21,7 +21,7 @@ def main(model: str, layout_text: str, left_out: str) -> None:
 
     layout = Layout.resolve(*parse_layout(layout_text))
     place = start_process_groups(layout, device, seed=0)
-    engine = EngineConfig(dtype="fp32", recompute="full")
+    engine = EngineConfig(dtype="fp32", recompute="core_attn,layernorm" if left_out == "norm_recomputation" else "full")
     policy = Policy(Path(model), layout, place, engine, device, OptimConfig(lr=1e-3))
     # Each rank has other tokens, so that experts get unequal numbers of them.
     ids = np.random.default_rng(place.rank).integers(0, 40, 23).tolist()

@@ -47,7 +47,7 @@ def main(model: Path, text: str, recompute: str, out: Path) -> None:
 
     layout = Layout.resolve(*parse_layout(text))
     place = start_process_groups(layout, device, seed=0)
-    engine = EngineConfig(device="cpu", dtype="fp32", recompute=recompute)  # type: ignore[arg-type]
+    engine = EngineConfig(device="cpu", dtype="fp32", recompute=recompute)
     policy = Policy(model, layout, place, engine, device, optim=None)
     arch = policy.arch
     moe = arch.moe_layers

@@ -6,6 +6,7 @@ import importlib.util
 
 import torch
 
+from megatron_rl.config.recompute import OF_TRANSFORMER_ENGINE
 from megatron_rl.config.schema import EngineConfig
 from megatron_rl.engine.layers.plain_torch import TorchLayers
 from megatron_rl.engine.layers.provider import LayerProvider
@@ -16,7 +17,7 @@ from megatron_rl.models.architecture import Architecture
 
 def choose_layers(engine: EngineConfig, arch: Architecture) -> LayerProvider:
     """Raises RuntimeError if Transformer Engine is asked for and cannot be imported, and UserError if it would be used
-    for a model with features that have not been run with it."""
+    for a model with features that have not been run with it, or is not used and engine.recompute needs it."""
     installed = importlib.util.find_spec("transformer_engine") is not None
     if engine.layers == "te" and not installed:
         raise RuntimeError(
@@ -30,6 +31,11 @@ def choose_layers(engine: EngineConfig, arch: Architecture) -> LayerProvider:
                 "with Transformer Engine's layers; set engine.layers to torch"
             )
         return TransformerEngineLayers()
+    if ignored := [each for each in engine.recomputation.modules if each in OF_TRANSFORMER_ENGINE]:
+        raise UserError(
+            f"engine.recompute: {', '.join(ignored)} needs Transformer Engine's layers, and engine.layers "
+            f"{engine.layers} gives those in plain PyTorch here; drop it"
+        )
     return TorchLayers()
 
 

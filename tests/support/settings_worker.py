@@ -1,0 +1,108 @@
+"""Optimizer steps of networks with other engine settings: one network after another, in one world of ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from critic_samples import samples, weight_of
+
+SMALL_BUCKET = 2000
+"""Parameters of a gradient bucket: the tiny models then have many, as real models do."""
+
+
+@dataclass(frozen=True)
+class Case:
+    layout: str = "tp=1"
+    engine: tuple[tuple[str, Any], ...] = ()
+    optim: tuple[tuple[str, Any], ...] = ()
+    model: str = "model"
+    critic: bool = False
+    restores: bool = False
+    """Before the last step, another network takes over from what a checkpoint holds."""
+
+
+def main(root: Path, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """Returns for each case `norm` and `output` of each step, and on rank 0 `weights` after the second and the last.
+
+    Of four steps the third is refused. `output` is the last stage's, of a forward pass after the step.
+    """
+    from megatron_rl.engine.device import use_device
+
+    device = use_device("cpu")
+    from megatron_rl.config.layout import Layout, parse_layout
+    from megatron_rl.engine import network as network_module
+    from megatron_rl.engine.data_parallel import ddp_config
+    from megatron_rl.ranks.place import start_process_groups, stop_process_groups
+
+    def small_buckets(*args: Any, **kwargs: Any) -> Any:
+        return dataclasses.replace(ddp_config(*args, **kwargs), bucket_size=SMALL_BUCKET)
+
+    answers = []
+    for case in cases:
+        layout = Layout.resolve(*parse_layout(case.layout))
+        place = start_process_groups(layout, device, seed=0)
+        with mock.patch.object(network_module, "ddp_config", small_buckets):
+            answers.append(_train(case, root / case.model, layout, place, device))
+        stop_process_groups(leave_world=False)
+    return answers
+
+
+def _train(case: Case, model: Path, layout: Any, place: Any, device: Any) -> dict[str, Any]:
+    from megatron_rl.config.schema import EngineConfig, OptimConfig
+    from megatron_rl.engine.checkpoint import _network_state, _restore
+    from megatron_rl.engine.critic import Critic
+    from megatron_rl.engine.distribute import TrainSample, distribute
+    from megatron_rl.engine.policy import Policy
+    from megatron_rl.engine.step import forward
+
+    engine = EngineConfig(**{"device": "cpu", "dtype": "fp32", **dict(case.engine)})
+    optim = OptimConfig(**{"lr": 1e-3, "eps": 1e-4, "clip_grad": 1e12, **dict(case.optim)})
+
+    def build() -> Any:
+        return (Critic if case.critic else Policy)(model, layout, place, engine, device, optim)
+
+    network = build()
+    mine = [TrainSample(i, i, sample, 0.0) for i, sample in enumerate(samples()) if place.rank == 0]
+    (batch,) = distribute(mine, place, layout, mini_batches=1, max_tokens=40)
+
+    def loss(index: int, output: Any) -> Any:
+        packed, outcomes = batch.micro_batches[index], batch.outcomes[index]
+        weights = [weight_of(outcomes[n].index) * m for n, m in zip(packed.sequence_ids, packed.loss_mask, strict=True)]
+        return (output[:, 0] * output.new_tensor(weights)).sum()
+
+    def exported() -> dict[str, Any]:
+        return {name: weight.clone() for bucket in network.export(1 << 28) for name, weight in bucket}
+
+    answer: dict[str, Any] = {"norm": [], "output": [], "weights": []}
+    for step in range(4):
+        if step == 3 and case.restores:
+            state = io.BytesIO()
+            _torch().save(_network_state(network), state)
+            network = build()
+            state.seek(0)
+            _restore(network, _torch().load(state, weights_only=True))
+        routing = None if case.critic else network.routing_pass()  # counts how often routers run
+        update = network.step(batch.micro_batches, loss, routing, approve=lambda _, step=step: step != 2)
+        answer["norm"].append(update.grad_norm)
+        if step in (1, 3):
+            answer["weights"].append(exported())
+        else:
+            answer["output"].append(forward(network.stages, network.micro_batches(batch.micro_batches)))
+    answer["buckets"] = max(_buckets(stage) for stage in network.stages)
+    return answer
+
+
+def _buckets(stage: Any) -> int:
+    return sum(len(group.buckets) for group in (*stage.bucket_groups, *stage.expert_parallel_bucket_groups))
+
+
+def _torch() -> Any:
+    import torch
+
+    return torch
