@@ -116,9 +116,10 @@ def sft(
     _refuse_world_size(world_size)
 
     def check(loaded: SftConfig) -> None:
-        from megatron_rl.engine.device import resolve_device
+        from megatron_rl.engine.device import check_deterministic, resolve_device
 
         resolve_device(loaded.engine.device)
+        check_deterministic(loaded.engine)
 
     with agree_on("sft", SftConfig, config, overrides or [], resume=resume, check=check) as loaded:
         from megatron_rl.sft import sft as run

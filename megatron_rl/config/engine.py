@@ -24,4 +24,6 @@ def check_engine(layout: Layout, arch: Architecture, engine: EngineConfig) -> It
             yield "engine.dispatcher: deepep needs parallel.ep or parallel.etp above 1; use alltoall"
     if engine.aux_loss_coefficient and not arch.num_experts:
         yield f"engine.aux_loss_coefficient: {engine.aux_loss_coefficient} on a model without experts; set it to 0"
+    if engine.grad_dtype == "bf16" and engine.dtype == "fp32":
+        yield "engine.grad_dtype: bf16 needs engine.dtype bf16, but that is fp32; set grad_dtype to fp32"
     yield from check_recompute(engine.recomputation, engine.layers, engine.device, arch)

@@ -84,7 +84,10 @@ class EngineConfig(Frozen):
     device: Device = "auto"
     """Device of the trainer and of the servers that it starts. auto: cuda if there is a GPU, else cpu."""
     dtype: EngineDtype = "bf16"
-    """Dtype of weights and activations. Gradients are reduced in fp32."""
+    """Dtype of weights and activations."""
+    grad_dtype: EngineDtype = "fp32"
+    """Dtype in which gradients are added up over micro-batches and reduced over replicas. bf16 halves their memory and
+    traffic, loses bits, and needs dtype bf16."""
     layers: Literal["auto", "te", "torch"] = "auto"
     """te: layers of Transformer Engine; torch: plain PyTorch. auto: te on a GPU with Transformer Engine, else torch."""
     dispatcher: Literal["alltoall", "deepep"] = "alltoall"
@@ -96,6 +99,9 @@ class EngineConfig(Frozen):
     """Activations that the backward pass computes again: none; full: every layer; full:N: the first N layers of each
     (virtual) stage; or modules of every layer, as `moe,layernorm`: core_attn, layernorm, mlp, moe, shared_experts, and
     with Transformer Engine moe_act and mla_up_proj."""
+    deterministic: bool = False
+    """Only kernels that give the same bits every time, and slower ones for it. On a GPU set CUBLAS_WORKSPACE_CONFIG to
+    :4096:8 for all ranks, and with Transformer Engine NVTE_ALLOW_NONDETERMINISTIC_ALGO to 0."""
     max_tokens_per_micro_batch: PositiveInt = 8192
     """Packed tokens of one micro-batch, over all context-parallel ranks. A longer sample has its own micro-batch."""
     logit_chunk_tokens: PositiveInt = 1024

@@ -22,7 +22,7 @@ def ddp_config(engine: EngineConfig, layout: Layout, *, trains: bool) -> Distrib
     gathers = trains and engine.overlap == "all"
     return DistributedDataParallelConfig(
         use_distributed_optimizer=trains,
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=engine.grad_dtype == "fp32",
         overlap_grad_reduce=trains and engine.overlap != "none",
         overlap_param_gather=gathers,
         # The interleaved schedule alone starts the gathers of all pipeline ranks together (schedules.py).

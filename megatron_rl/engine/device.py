@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Collection
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_rl.config.schema import EngineConfig
 from megatron_rl.config.sources import ConfigError
 from megatron_rl.ranks.known_warnings import ON_CPU, hide_known_warnings
 from megatron_rl.ranks.world import read_world
@@ -39,6 +41,16 @@ def resolve_device(requested: str) -> torch.device:
             "for each GPU of a node"
         )
     return torch.device("cuda", local_rank)
+
+
+def check_deterministic(engine: EngineConfig) -> None:
+    """Raises ConfigError if engine.deterministic lacks an environment variable that the kernels of a GPU need."""
+    on_gpu = engine.device != "cpu" and torch.cuda.is_available()
+    if engine.deterministic and on_gpu and os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
+        raise ConfigError(
+            "engine.deterministic: true, but the environment variable CUBLAS_WORKSPACE_CONFIG is not :4096:8, without "
+            "which cuBLAS may give other bits; set it for all ranks"
+        )
 
 
 def use_device(requested: str, leave_out: Collection[str] = ()) -> torch.device:

@@ -32,6 +32,7 @@ def transformer_config(
         **_parallelism(layout),
         **uneven_stages(arch.num_layers, layout),
         **_recomputation(engine),
+        deterministic_mode=engine.deterministic,
         apply_rope_fusion=fused_kernels,
         bias_activation_fusion=fused_kernels,
         bias_dropout_fusion=False,

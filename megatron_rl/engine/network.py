@@ -87,6 +87,7 @@ class Network:
         self.engine = engine
         self.device = device
         self.skipped = 0  # optimizer steps, of the whole run
+        torch.use_deterministic_algorithms(engine.deterministic)  # the same for all networks of a run
         self.layers = choose_layers(engine, self.arch)
         config = transformer_config(self.arch, engine, layout, fused_kernels=self.layers.fused_kernels)
         stages = build_stages(self.arch, engine, layout, config, self.layers, temperature)

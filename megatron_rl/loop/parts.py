@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megatron_rl.config.schema import Config
 from megatron_rl.config.servers import CPU_ADVICE, cpu_problem
 from megatron_rl.config.sources import ConfigError
-from megatron_rl.engine.device import resolve_device
+from megatron_rl.engine.device import check_deterministic, resolve_device
 from megatron_rl.engine.top_exchange import TopExchange
 from megatron_rl.loop.connections import connect, read_server_key
 from megatron_rl.loop.environment import Environment
@@ -47,6 +47,7 @@ def check_start(config: Config) -> None:
     """Checks what else this rank needs before it joins the others: its device, the servers' key, own code. Raises
     UserError."""
     device = resolve_device(config.engine.device)
+    check_deterministic(config.engine)
     starts_servers = config.rollout.replay_from is None and not config.rollout.servers.urls
     if starts_servers and device.type == "cpu" and (problem := cpu_problem(read_architecture(config.model.path))):
         raise ConfigError(f"engine.device: {config.engine.device} is the CPU here, but {problem}; {CPU_ADVICE}")

@@ -12,8 +12,9 @@ from unittest import mock
 
 from critic_samples import samples, weight_of
 
-SMALL_BUCKET = 2000
-"""Parameters of a gradient bucket: the tiny models then have many, as real models do."""
+SMALL_BUCKET = 1000
+"""Parameters of a gradient bucket: the tiny models then have many, and the output layer one of its own, as real models
+do."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def _train(case: Case, model: Path, layout: Any, place: Any, device: Any) -> dic
 
     network = build()
     mine = [TrainSample(i, i, sample, 0.0) for i, sample in enumerate(samples()) if place.rank == 0]
-    (batch,) = distribute(mine, place, layout, mini_batches=1, max_tokens=40)
+    # As in a run, steps differ in how many micro-batches they have.
+    batches = [distribute(mine, place, layout, mini_batches=1, max_tokens=most)[0] for most in (40, 80)]
 
     def loss(index: int, output: Any) -> Any:
         packed, outcomes = batch.micro_batches[index], batch.outcomes[index]
@@ -81,6 +83,7 @@ def _train(case: Case, model: Path, layout: Any, place: Any, device: Any) -> dic
 
     answer: dict[str, Any] = {"norm": [], "output": [], "weights": []}
     for step in range(4):
+        batch = batches[step % 2]
         if step == 3 and case.restores:
             state = io.BytesIO()
             _torch().save(_network_state(network), state)
@@ -94,6 +97,7 @@ def _train(case: Case, model: Path, layout: Any, place: Any, device: Any) -> dic
             answer["weights"].append(exported())
         else:
             answer["output"].append(forward(network.stages, network.micro_batches(batch.micro_batches)))
+    answer["deterministic"] = _torch().are_deterministic_algorithms_enabled()
     answer["buckets"] = max(_buckets(stage) for stage in network.stages)
     return answer
 

@@ -230,6 +230,11 @@ def test_expert_degrees_are_refused_for_a_dense_model(text: str) -> None:
     ("text", "engine", "message"),
     [
         ("", {"device": "cpu", "layers": "te"}, "engine.layers: te needs a GPU"),
+        (
+            "",
+            {"dtype": "fp32", "grad_dtype": "bf16"},
+            "engine.grad_dtype: bf16 needs engine.dtype bf16, but that is fp32",
+        ),
         ("ep=2", {"device": "cpu", "dispatcher": "deepep"}, "engine.dispatcher: deepep needs a GPU"),
         ("tp=2", {"dispatcher": "deepep"}, "engine.dispatcher: deepep needs parallel.ep or parallel.etp above 1"),
     ],

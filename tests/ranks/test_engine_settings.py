@@ -1,0 +1,101 @@
+"""What the engine's settings become in Megatron-Core's own configuration, and what they change in updates."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from config_files import ARCHITECTURE
+from forks import Forks
+from settings_worker import Case
+from tiny_models import make_tiny_model
+
+from megatron_rl.config.layout import Layout, parse_layout
+from megatron_rl.config.schema import EngineConfig
+from megatron_rl.config.sources import ConfigError
+from megatron_rl.engine.data_parallel import ddp_config
+from megatron_rl.engine.device import check_deterministic
+from megatron_rl.engine.layers.choice import choose_layers
+from megatron_rl.engine.megatron_config import transformer_config
+from megatron_rl.errors import UserError
+
+SIZES: dict[str, Any] = {"num_layers": 4, "hidden_size": 32, "num_experts": 4, "expert_hidden_size": 16}
+SETTINGS = (("deterministic", True), ("grad_dtype", "bf16"))
+
+
+def layout(text: str = "") -> Layout:
+    return Layout.resolve(*parse_layout(text))
+
+
+@pytest.mark.parametrize(
+    ("recompute", "fields"),
+    [
+        ("none", (None, None, None, ["core_attn"])),  # its default, which nothing reads
+        ("full", ("full", "uniform", 1, ["core_attn"])),
+        ("full:3", ("full", "block", 3, ["core_attn"])),
+        ("mlp,layernorm", ("selective", None, None, ["layernorm", "mlp"])),
+        ("moe,core_attn", ("selective", None, None, ["core_attn", "moe"])),
+    ],
+)
+def test_recomputation_in_megatrons_words(recompute: str, fields: tuple[Any, ...]) -> None:
+    engine = EngineConfig(recompute=recompute)
+    found = transformer_config(ARCHITECTURE, engine, layout(), fused_kernels=False)
+    granularity, method, layers = found.recompute_granularity, found.recompute_method, found.recompute_num_layers
+    assert (granularity, method, layers, found.recompute_modules) == fields
+
+
+@pytest.mark.parametrize(
+    ("engine", "text", "trains", "fields"),
+    [
+        ({}, "dp=2", True, (True, True, False, True)),
+        ({}, "dp=2,pp=2,vpp=2", True, (True, True, True, True)),
+        ({"overlap": "grads"}, "dp=2,pp=2,vpp=2", True, (True, False, False, True)),
+        ({"overlap": "none"}, "dp=2", True, (False, False, False, True)),
+        ({"grad_dtype": "bf16"}, "dp=2", True, (True, True, False, False)),
+        ({}, "dp=2", False, (False, False, False, True)),
+    ],
+)
+def test_data_parallelism_in_megatrons_words(
+    engine: dict[str, str], text: str, trains: bool, fields: tuple[bool, ...]
+) -> None:
+    found = ddp_config(EngineConfig.model_validate(engine), layout(text), trains=trains)
+    assert found.use_distributed_optimizer == trains
+    reduces, gathers = found.overlap_grad_reduce, found.overlap_param_gather
+    assert (reduces, gathers, found.align_param_gather, found.grad_reduce_in_fp32) == fields
+
+
+@pytest.mark.distributed
+def test_determinism_changes_nothing_on_a_cpu_and_gradients_in_bf16_change_little(forks: Forks, tmp_path: Path) -> None:
+    make_tiny_model(tmp_path / "model", mlp_only_layers=(1,), **SIZES)
+    plain = Case(layout="dp=2", engine=(("dtype", "bf16"),))
+    cases = [plain, *(replace(plain, engine=(*plain.engine, each)) for each in SETTINGS)]
+    default, deterministic, rounded = forks.world(2, "settings_worker:main", tmp_path, cases)[0]
+    assert default["norm"] == deterministic["norm"] != rounded["norm"]
+    assert rounded["norm"] == pytest.approx(default["norm"], rel=0.02)
+    for name, weight in default["weights"][1].items():
+        assert torch.equal(deterministic["weights"][1][name], weight), name
+    assert deterministic["deterministic"]
+    assert not default["deterministic"]
+
+
+def test_determinism_on_a_gpu_needs_cublass_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    check_deterministic(EngineConfig(deterministic=True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    check_deterministic(EngineConfig())
+    check_deterministic(EngineConfig(deterministic=True, device="cpu"))
+    with pytest.raises(ConfigError, match=r"deterministic: true, but the environment variable CUBLAS_WORKSPACE"):
+        check_deterministic(EngineConfig(deterministic=True))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    check_deterministic(EngineConfig(deterministic=True))
+
+
+def test_layers_that_would_ignore_a_recomputed_module_are_refused() -> None:
+    """engine.layers auto gives layers in plain PyTorch where there is no GPU or no Transformer Engine."""
+    for module in ("moe_act", "mla_up_proj"):
+        with pytest.raises(UserError, match=f"engine.recompute: {module} needs Transformer Engine's layers"):
+            choose_layers(EngineConfig(recompute=f"core_attn,{module}"), ARCHITECTURE)
+    choose_layers(EngineConfig(recompute="core_attn,layernorm,moe"), ARCHITECTURE)
