@@ -92,6 +92,9 @@ class EngineConfig(Frozen):
     """te: layers of Transformer Engine; torch: plain PyTorch. auto: te on a GPU with Transformer Engine, else torch."""
     dispatcher: Literal["alltoall", "deepep"] = "alltoall"
     """Exchange of tokens between expert ranks: all-to-all, or DeepEP, which needs a GPU and ep or etp above 1."""
+    cp_comm: Literal["p2p", "a2a"] = "p2p"
+    """Exchange of attention under context parallelism with Transformer Engine's layers. p2p: keys and values go round a
+    ring, during computation; a2a: heads are exchanged for tokens. Layers in plain PyTorch gather keys and values."""
     overlap: Literal["none", "grads", "all"] = "all"
     """Data-parallel communication that runs during computation. grads: gradients are reduced during the backward pass;
     all: also the new weights are gathered during the next forward pass. Results are the same."""

@@ -29,7 +29,7 @@ def transformer_config(
         **_latent(arch),
         **_mixture(arch, engine, fused_kernels),
         **_numbers(engine),
-        **_parallelism(layout),
+        **_parallelism(layout, engine),
         **uneven_stages(arch.num_layers, layout),
         **_recomputation(engine),
         deterministic_mode=engine.deterministic,
@@ -166,13 +166,14 @@ def _numbers(engine: EngineConfig) -> dict[str, Any]:
     return {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": engine.dtype == "bf16"}
 
 
-def _parallelism(layout: Layout) -> dict[str, Any]:
+def _parallelism(layout: Layout, engine: EngineConfig) -> dict[str, Any]:
     return {
         "tensor_model_parallel_size": layout.tp,
         "sequence_parallel": layout.tp > 1,
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
         "context_parallel_size": layout.cp,
+        "cp_comm_type": engine.cp_comm,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.etp,
         # Packed micro-batches differ in length, but the interleaved schedule cannot exchange shapes when two stages

@@ -93,9 +93,17 @@ def test_determinism_on_a_gpu_needs_cublass_variable(monkeypatch: pytest.MonkeyP
     check_deterministic(EngineConfig(deterministic=True))
 
 
-def test_layers_that_would_ignore_a_recomputed_module_are_refused() -> None:
+def test_settings_that_the_layers_would_ignore_are_refused() -> None:
     """engine.layers auto gives layers in plain PyTorch where there is no GPU or no Transformer Engine."""
     for module in ("moe_act", "mla_up_proj"):
         with pytest.raises(UserError, match=f"engine.recompute: {module} needs Transformer Engine's layers"):
             choose_layers(EngineConfig(recompute=f"core_attn,{module}"), ARCHITECTURE)
     choose_layers(EngineConfig(recompute="core_attn,layernorm,moe"), ARCHITECTURE)
+    with pytest.raises(UserError, match="cp_comm: a2a needs Transformer Engine's layers"):
+        choose_layers(EngineConfig(cp_comm="a2a"), ARCHITECTURE)
+
+
+def test_the_exchange_of_attention_in_megatrons_words() -> None:
+    for engine in (EngineConfig(), EngineConfig(cp_comm="a2a")):
+        found = transformer_config(ARCHITECTURE, engine, layout("cp=2"), fused_kernels=False)
+        assert (found.context_parallel_size, found.cp_comm_type) == (2, engine.cp_comm)

@@ -235,6 +235,17 @@ def test_expert_degrees_are_refused_for_a_dense_model(text: str) -> None:
             {"dtype": "fp32", "grad_dtype": "bf16"},
             "engine.grad_dtype: bf16 needs engine.dtype bf16, but that is fp32",
         ),
+        (
+            "cp=2",
+            {"device": "cpu", "cp_comm": "a2a"},
+            "engine.cp_comm: a2a needs Transformer Engine's layers, but engine",
+        ),
+        ("", {"cp_comm": "a2a"}, "engine.cp_comm: a2a, but parallel.cp is 1"),
+        (
+            "tp=4,cp=2",
+            {"cp_comm": "a2a"},
+            "engine.cp_comm: a2a gives each of parallel.cp 2 ranks some of the 1 key-value",
+        ),
         ("ep=2", {"device": "cpu", "dispatcher": "deepep"}, "engine.dispatcher: deepep needs a GPU"),
         ("tp=2", {"dispatcher": "deepep"}, "engine.dispatcher: deepep needs parallel.ep or parallel.etp above 1"),
     ],

@@ -16,8 +16,9 @@ from megatron_rl.models.architecture import Architecture
 
 
 def choose_layers(engine: EngineConfig, arch: Architecture) -> LayerProvider:
-    """Raises RuntimeError if Transformer Engine is asked for and cannot be imported, and UserError if it would be used
-    for a model with features that have not been run with it, or is not used and engine.recompute needs it."""
+    """Raises RuntimeError if Transformer Engine is asked for and cannot be imported. Raises UserError if it would be
+    used for a model with features that have not been run with it, or is not used and engine.recompute or engine.cp_comm
+    needs it."""
     installed = importlib.util.find_spec("transformer_engine") is not None
     if engine.layers == "te" and not installed:
         raise RuntimeError(
@@ -31,6 +32,11 @@ def choose_layers(engine: EngineConfig, arch: Architecture) -> LayerProvider:
                 "with Transformer Engine's layers; set engine.layers to torch"
             )
         return TransformerEngineLayers()
+    if engine.cp_comm == "a2a":
+        raise UserError(
+            f"engine.cp_comm: a2a needs Transformer Engine's layers, and engine.layers {engine.layers} gives those in "
+            "plain PyTorch here; use p2p"
+        )
     if ignored := [each for each in engine.recomputation.modules if each in OF_TRANSFORMER_ENGINE]:
         raise UserError(
             f"engine.recompute: {', '.join(ignored)} needs Transformer Engine's layers, and engine.layers "
