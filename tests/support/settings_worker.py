@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import io
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,10 +56,11 @@ def main(root: Path, cases: Sequence[Case]) -> list[dict[str, Any]]:
 
 def _train(case: Case, model: Path, layout: Any, place: Any, device: Any) -> dict[str, Any]:
     from megatron_rl.config.schema import EngineConfig, OptimConfig
-    from megatron_rl.engine.checkpoint import _network_state, _restore
     from megatron_rl.engine.critic import Critic
     from megatron_rl.engine.distribute import TrainSample, distribute
+    from megatron_rl.engine.network_state import network_state, network_tensors, restore_network
     from megatron_rl.engine.policy import Policy
+    from megatron_rl.engine.shard_file import ShardReader, write_tensors
     from megatron_rl.engine.step import forward
 
     engine = EngineConfig(**{"device": "cpu", "dtype": "fp32", **dict(case.engine)})
@@ -85,11 +86,11 @@ def _train(case: Case, model: Path, layout: Any, place: Any, device: Any) -> dic
     for step in range(4):
         batch = batches[step % 2]
         if step == 3 and case.restores:
-            state = io.BytesIO()
-            _torch().save(_network_state(network), state)
-            network = build()
-            state.seek(0)
-            _restore(network, _torch().load(state, weights_only=True))
+            with tempfile.TemporaryDirectory() as folder:
+                file, state = Path(folder) / "rank", {"networks": {"it": network_state(network)}}
+                write_tensors(file, network_tensors(network, "it"), state)
+                network = build()
+                restore_network(network, "it", [ShardReader(file)])
         routing = None if case.critic else network.routing_pass()  # counts how often routers run
         update = network.step(batch.micro_batches, loss, routing, approve=lambda _, step=step: step != 2)
         answer["norm"].append(update.grad_norm)
