@@ -35,7 +35,7 @@ relative error of a tensor's gradient, over 12 packed sequences in fp32 on CPUs.
 plain PyTorch: Transformer Engine's have not been compared. DeepSeek's and GLM's norms of latents take rms_norm_eps, as
 SGLang's do; transformers takes 1e-6 whatever config.json says, so the models compared have 1e-6.
 
-| family | layout | none | full | selective |
+| family | layout | none | full | core_attn |
 |---|---|---|---|---|"""
 RECOMPUTE = ("none", "full", "core_attn")
 
