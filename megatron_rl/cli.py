@@ -128,6 +128,27 @@ def sft(
 
 
 @app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs, one for each rank")] = 1,
+    memory: Annotated[
+        float | None, typer.Option(min=1, max=10000, help="GiB of one GPU; default: what --gpu has")
+    ] = None,
+    gpu: Annotated[
+        str, typer.Option(help="GPU whose speed the estimate of time takes: a100, h100, h200, b200")
+    ] = "h100",
+    sft: Annotated[bool, typer.Option("--sft", help="CONFIG is one of `sft`.")] = False,
+) -> None:
+    """Says without a GPU how much memory each rank needs, whether it fits, and which layouts do; fails if it does not."""
+    from megatron_rl.planner.forecast import find_gpu, forecast, read_job
+
+    found = find_gpu(gpu)
+    job = read_job(SftConfig if sft else Config, config, overrides or [], gpus)
+    raise typer.Exit(0 if forecast(job, found, memory or found.memory_gib) else 1)
+
+
+@app.command()
 def study(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="study file, docs/studies.md")],
     task: Annotated[int | None, typer.Option(help="Do only this run, from 0, as in a Slurm array.")] = None,
@@ -334,6 +355,8 @@ def _show(cls: type[C], path: Path, overrides: Sequence[str], world_size: int | 
     """Prints all that can be said of a configuration without torch."""
     from megatron_rl.config.show import show_layout, show_schedule, show_sizes
     from megatron_rl.lab.alarms import check_alarms
+    from megatron_rl.planner.forecast import memory_lines
+    from megatron_rl.planner.memory import Job
 
     resolved = resolve(cls, path, overrides, world_size or read_world().size)
     check_alarms(resolved.config.lab.alarms)
@@ -342,6 +365,7 @@ def _show(cls: type[C], path: Path, overrides: Sequence[str], world_size: int | 
     show_layout(resolved.layout, resolved.arch, resolved.config.engine)
     show_sizes(resolved.arch)
     show_schedule(resolved.config, resolved.layout)
+    print(memory_lines(Job(resolved.config, resolved.arch, resolved.layout)))
 
 
 def main() -> None:

@@ -61,7 +61,7 @@ def show_sizes(arch: Architecture) -> None:
 
 def show_schedule(config: Config | SftConfig, layout: Layout) -> None:
     """Prints what a mini-batch is cut into if all its samples are as long as the configuration allows."""
-    samples, longest = _largest(config)
+    samples, longest = longest_sample(config)
     micro_batches = largest_step(config, layout).micro_batches
     empty = sum(not part for replica in micro_batches for part in replica)
     text = (
@@ -75,7 +75,7 @@ def show_schedule(config: Config | SftConfig, layout: Layout) -> None:
 
 def largest_step(config: Config | SftConfig, layout: Layout) -> StepPlan:
     """The plan of one mini-batch whose samples are all as long as the configuration allows."""
-    samples, longest = _largest(config)
+    samples, longest = longest_sample(config)
     return plan(
         [SampleSize(i, i, longest, 1) for i in range(samples)],
         mini_batches=1,
@@ -86,8 +86,8 @@ def largest_step(config: Config | SftConfig, layout: Layout) -> StepPlan:
     ).steps[0]
 
 
-def _largest(config: Config | SftConfig) -> tuple[int, int]:
-    """(samples of a mini-batch, tokens of the longest sample)."""
+def longest_sample(config: Config | SftConfig) -> tuple[int, int]:
+    """Returns the samples of a mini-batch, and the tokens of the longest that the configuration allows."""
     if isinstance(config, SftConfig):
         return config.batch_size, config.data.max_tokens
     groups = config.rollout.prompts_per_step // config.train.mini_batches

@@ -171,7 +171,7 @@ def _tensor_types() -> None:
 
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         answer = plain(self, *args, **kwargs)
-        return answer.replace("torch.", "torch.cuda.") if isinstance(answer, str) else answer
+        return f"torch.cuda.{answer.rpartition('.')[2]}" if isinstance(answer, str) else answer
 
     torch.Tensor.type = type_  # type: ignore[assignment,method-assign]
 

@@ -94,8 +94,9 @@ class Network:
         # Most weights are made where they belong, but norms and routers on the CPU.
         self.models = [model.to(device) for model in stages]
         ranks, names = model_ranks(layout, place.rank), self.layers.weight_names
-        with together(place.control):  # one rank's share may be damaged, and another's not
-            self.unused_weights = load_weights(list(self.models), self.arch, model_dir, ranks, names)
+        if device.type != "meta":  # there a network is built to be counted, and has no values
+            with together(place.control):  # one rank's share may be damaged, and another's not
+                self.unused_weights = load_weights(list(self.models), self.arch, model_dir, ranks, names)
         self.stages: list[Any] = list(self.models)
         if frozen:
             for model in self.models:

@@ -52,22 +52,32 @@ def start_process_groups(layout: Layout, device: torch.device, seed: int, timeou
         if dist.get_world_size() != layout.world_size:
             raise RuntimeError(f"the layout needs {layout.world_size} ranks, but {dist.get_world_size()} were started")
         before = set(_world.pg_map)
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tp,
-            pipeline_model_parallel_size=layout.pp,
-            virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
-            context_parallel_size=layout.cp,
-            expert_model_parallel_size=layout.ep,
-            expert_tensor_parallel_size=layout.etp,
-        )
-        model_parallel_cuda_manual_seed(seed)
-        at = _check_order(layout)
+        at = start_megatron(layout, seed)
         control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
         replicas = [
             dist.new_group(layout.replica_ranks(dp), backend="gloo", timeout=CONTROL_TIMEOUT) for dp in range(layout.dp)
         ]
         _made.extend(group for group in _world.pg_map if group not in before)
     return Place(**asdict(at), rank=dist.get_rank(), control=control, replica=replicas[at.dp])
+
+
+def start_megatron(layout: Layout, seed: int, *, gloo: bool = True) -> Coordinates:
+    """Makes Megatron-Core's groups in the world that there is, without those of gloo beside NCCL's if not `gloo`.
+    Collective.
+
+    Raises RuntimeError if Megatron-Core's order of ranks differs from the layout.
+    """
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        create_gloo_process_groups=gloo,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    return _check_order(layout)
 
 
 def _join_world(device: torch.device, timeout: datetime.timedelta) -> None:

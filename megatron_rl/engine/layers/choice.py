@@ -26,7 +26,7 @@ def choose_layers(engine: EngineConfig, arch: Architecture) -> LayerProvider:
         )
     on_gpu = engine.device != "cpu" and torch.cuda.is_available()
     if engine.layers == "te" or (engine.layers == "auto" and installed and on_gpu):
-        if features := _plain_features(arch):
+        if features := plain_features(arch):
             raise UserError(
                 f"engine.layers is {engine.layers}, and the model has {', '.join(features)}, which have not been run "
                 "with Transformer Engine's layers; set engine.layers to torch"
@@ -45,7 +45,7 @@ def choose_layers(engine: EngineConfig, arch: Architecture) -> LayerProvider:
     return TorchLayers()
 
 
-def _plain_features(arch: Architecture) -> list[str]:
+def plain_features(arch: Architecture) -> list[str]:
     """Returns the model's features that the layers in plain PyTorch alone have."""
     features = {
         "sinks of attention": arch.sinks,

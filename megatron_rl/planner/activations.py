@@ -1,0 +1,267 @@
+"""Formulas for the bytes that one rank's forward pass keeps for the backward pass. No torch.
+
+They follow section 4.1 of 2205.05198 (Reducing Activation Recomputation in Large Transformer Models): one term for each
+tensor that autograd keeps. Our terms differ in what the models have in addition: RMS norms, SwiGLU, top-k experts,
+grouped queries, latent attention, gates, and delta networks; and attention keeps no matrix of scores, as its kernels
+compute it again. With plain PyTorch layers a norm keeps an fp32 copy of its input and its normalised values, and SwiGLU
+keeps five tensors of the MLP's width. Transformer Engine's kernels keep the input alone, and three. The terms for plain
+layers are compared with what autograd keeps (tests/ranks/test_planner_activations.py); those for Transformer Engine
+were found by reading its source.
+
+Two things are not counted. Plain PyTorch attention pads sequences of similar length to the longest. And a kernel that
+has no other way, such as a CPU's for values narrower than keys, keeps the scores.
+
+Units: bytes, for all tokens of one micro-batch on one rank, unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from megatron_rl.config.layout import Layout
+from megatron_rl.config.schema import Recompute
+from megatron_rl.models.architecture import Architecture, DeltaNet, LatentAttention
+
+FP32 = 4
+INT64 = 8
+CHUNK = 64
+"""Tokens of a chunk of a delta network (engine/layers/delta_net.py)."""
+IMBALANCE = 1.3
+"""Rows of the fullest expert-parallel rank, over the mean. Without expert parallelism no rank is fuller than others."""
+HEAD_BYTES = 14
+"""Bytes for each fp32 logit of a chunk in the backward pass: logits, exponentials and gradient in fp32, and the gradient
+in the model's dtype (engine/logprobs.py)."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one micro-batch of `tokens` packed tokens, over all context-parallel ranks, is to one rank."""
+
+    arch: Architecture
+    layout: Layout
+    tokens: int
+    item: int  # bytes of an activation's element
+    fused: bool = False  # whether Transformer Engine's kernels compute the layers
+    imbalance: float = IMBALANCE
+
+    @property
+    def attended(self) -> float:
+        """Tokens that this rank's heads see."""
+        return self.tokens / self.layout.cp
+
+    @property
+    def own(self) -> float:
+        """Tokens of this rank outside attention and MLP: sequence parallelism cuts them over tensor-parallel ranks."""
+        return self.attended / self.layout.tp
+
+    @property
+    def routed(self) -> float:
+        """Rows of this rank's experts, one for each token and expert that it chose."""
+        imbalance = self.imbalance if self.layout.ep > 1 else 1.0
+        return self.own * self.arch.experts_per_token * self.layout.etp * imbalance
+
+    @property
+    def query_heads(self) -> float:
+        return self.arch.num_heads / self.layout.tp
+
+    @property
+    def kv_heads(self) -> float:
+        """Key-value heads of this rank; with more ranks than heads, each has one."""
+        return max(self.arch.num_kv_heads / self.layout.tp, 1)
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """What a layer keeps: `core` inside core attention, `inputs` for core attention alone if that is recomputed, and
+    all else."""
+
+    rest: float
+    core: float = 0.0
+    inputs: float = 0.0
+
+    def under(self, recompute: Recompute) -> float:
+        """Returns what is kept while the layer's own backward pass has not begun; `full` is layer_input's."""
+        return self.rest + (self.inputs if recompute == "selective" else self.core)
+
+
+def layer_bytes(work: Workload, layer: int) -> LayerBytes:
+    """Returns what layer `layer` (0-based, global) keeps without recomputation of whole layers."""
+    mixer = _mixer(work, layer)
+    norms = 2 * _norm(work, work.arch.hidden_size) * work.own
+    mlp = _experts(work) if work.arch.is_moe(layer) else _mlp(work, work.arch.ffn_hidden_size)
+    return LayerBytes(mixer.rest + norms + mlp, mixer.core, mixer.inputs)
+
+
+def layer_input(work: Workload) -> float:
+    """Returns what a layer keeps if it is recomputed: its input."""
+    return work.own * work.arch.hidden_size * work.item
+
+
+def logits_bytes(work: Workload, chunk: int) -> float:
+    """Returns what the last stage needs while it computes log-probs: final norm and hidden states, one chunk of logits,
+    and the gradient of the output layer in fp32 and in the model's dtype."""
+    arch = work.arch
+    kept = _norm(work, arch.hidden_size) * work.own + work.attended * arch.hidden_size * work.item
+    if arch.value_head:
+        return kept
+    rows = arch.vocab_size / work.layout.tp
+    gradient = rows * arch.hidden_size * (FP32 + work.item)
+    return kept + rows * min(chunk, work.attended) * HEAD_BYTES + gradient
+
+
+def in_flight(layout: Layout, pp: int, micro_batches: int) -> int:
+    """Returns how many micro-batches' activations stage `pp` keeps at most, counted in passes of one virtual stage.
+
+    One forward, one backward: stage p of P starts P - p micro-batches before its first backward pass [2104.04473,
+    section 2.2]. Interleaved: 2 (P - p - 1) + (V - 1) P + 1 passes (Megatron-Core's schedules.py,
+    get_pp_rank_microbatches).
+    """
+    if layout.vpp == 1:
+        return min(layout.pp - pp, micro_batches)
+    started = 2 * (layout.pp - pp - 1) + (layout.vpp - 1) * layout.pp + 1
+    return min(started, layout.vpp * micro_batches)
+
+
+@dataclass(frozen=True)
+class StageActivations:
+    """Bytes that a stage keeps for all micro-batches in flight, and what comes on top while one layer's backward pass
+    runs: tensors that are computed again, and gradients of its widest tensors."""
+
+    kept: float
+    layer: float
+
+
+def stage_activations(
+    work: Workload, layers: list[range], pp: int, micro_batches: int, recompute: Recompute
+) -> StageActivations:
+    """Returns the largest sums of stage `pp`; `layers` are those of its virtual stages."""
+    numbers = Counter(_like(work.arch, layer) for virtual in layers for layer in virtual)
+    whole = {layer: layer_bytes(work, layer) for layer in numbers}
+    if recompute == "full":
+        one = layer_input(work) * numbers.total()
+        again = max(each.under("none") for each in whole.values())
+    else:
+        one = sum(whole[layer].under(recompute) * count for layer, count in numbers.items())
+        again = max(each.core for each in whole.values()) if recompute == "selective" else 0.0
+    passes = in_flight(work.layout, pp, micro_batches)
+    gradients = max(_gradients(work, layer) for layer in numbers)
+    return StageActivations(one * passes / len(layers), again + gradients)
+
+
+def _like(arch: Architecture, layer: int) -> int:
+    """Returns the first layer that keeps what `layer` keeps."""
+    kind = arch.is_moe(layer), arch.has_delta_net(layer)
+    return next(n for n in range(arch.num_layers) if (arch.is_moe(n), arch.has_delta_net(n)) == kind)
+
+
+def _gradients(work: Workload, layer: int) -> float:
+    """Returns the gradients that exist at once in a layer's backward pass: those of input and output of its widest
+    product, and of the hidden states."""
+    arch, item = work.arch, work.item
+    if arch.is_moe(layer):
+        widest = work.routed * (arch.hidden_size + 3 * arch.expert_hidden_size / work.layout.etp)
+    else:
+        widest = work.attended * 3 * arch.ffn_hidden_size / work.layout.tp
+    attention = work.attended * (3 * work.query_heads + 4 * work.kv_heads) * arch.head_dim
+    return (max(widest, attention) + 2 * work.own * arch.hidden_size) * item
+
+
+# ---- one term for each tensor ----------------------------------------------------------------------------------
+
+
+def _norm(work: Workload, width: float, values: float = 1.0) -> float:
+    """Returns the bytes a token of `values` norms over `width` elements each: fp32 copy of the input and normalised
+    values, or the input alone; and one inverse root."""
+    normalised = FP32 if work.arch.zero_centred_norms else work.item
+    return values * (width * (work.item if work.fused else FP32 + normalised) + FP32)
+
+
+def _gated(work: Workload, width: float) -> float:
+    """Returns the bytes a row of SwiGLU and of the projection that follows: gate and up, its sigmoid's product, a copy
+    of up, and the projection's input. Fused: gate and up, and the projection's input."""
+    return width * work.item * (3 if work.fused else 5)
+
+
+def _mlp(work: Workload, width: int) -> float:
+    projections = work.attended * _gated(work, width / work.layout.tp)
+    return projections + work.own * work.arch.hidden_size * work.item
+
+
+def _experts(work: Workload) -> float:
+    """Returns what router, exchange and experts keep, and the expert that every token visits."""
+    arch = work.arch
+    row = arch.hidden_size * work.item + _gated(work, arch.expert_hidden_size / work.layout.etp) + FP32
+    if arch.clamped is not None:
+        row += 2 * arch.expert_hidden_size / work.layout.etp * work.item  # clamped gate, and its sigmoid
+    if arch.biases:
+        row += arch.hidden_size / work.layout.etp * work.item + 2 * INT64  # the second bias, times the probability
+    scores = 3 if arch.router.scores == "sigmoid" else 2
+    token = arch.hidden_size * work.item
+    token += arch.num_experts * (scores * FP32 + 1) + arch.experts_per_token * (3 * INT64 + FP32)
+    total = work.routed * row + work.own * token
+    if arch.shared_hidden_size:
+        total += _mlp(work, arch.shared_hidden_size)
+    if arch.shared_gate:
+        total += work.own * (arch.hidden_size + 1) * work.item
+    return total
+
+
+def _mixer(work: Workload, layer: int) -> LayerBytes:
+    if work.arch.has_delta_net(layer):
+        assert work.arch.delta_net is not None
+        return _delta_net(work, work.arch.delta_net)
+    return _latent(work, work.arch.latent) if work.arch.latent else _attention(work)
+
+
+def _attention(work: Workload) -> LayerBytes:
+    arch, item = work.arch, work.item
+    query, key = work.query_heads * arch.head_dim, work.kv_heads * arch.head_dim
+    heads = query + 2 * key
+    rest = work.own * arch.hidden_size * item + work.attended * query * item  # inputs of both projections
+    if arch.qk_norm == "head":
+        norms = _norm(work, arch.head_dim, work.query_heads + work.kv_heads)
+        rest += work.attended * norms
+    elif arch.qk_norm == "all":
+        rest += work.attended * (_norm(work, query) + _norm(work, key))
+    if arch.output_gate:
+        rest += work.attended * query * (FP32 + item)
+        heads += query
+    if work.layout.tp > arch.num_kv_heads:  # the outputs of all ranks are gathered
+        gathered = arch.num_heads + 2 * arch.num_kv_heads
+        rest += work.attended * gathered * arch.head_dim * item
+    core = _core(work, query, key, key, query)
+    return LayerBytes(rest, core, work.attended * (query + key + heads) * item)
+
+
+def _latent(work: Workload, latent: LatentAttention) -> LayerBytes:
+    arch, item, heads = work.arch, work.item, work.query_heads
+    rest = work.own * arch.hidden_size * item
+    for rank in (latent.query_rank, latent.kv_rank):
+        if rank is not None:
+            rest += work.own * (_norm(work, rank) + rank * item)
+    key, value = heads * (latent.nope_dim + latent.rope_dim), heads * latent.value_dim
+    rest += work.attended * value * item
+    return LayerBytes(rest, _core(work, key, key, value, value), work.attended * (2 * key + value) * item)
+
+
+def _core(work: Workload, query: float, key: float, value: float, output: float) -> float:
+    """Returns what attention keeps: queries, keys and values, its output, and a logarithm for each query and head. Under
+    context parallelism keys and values are those of all its ranks."""
+    kept = work.attended * (query + output) + work.tokens * (key + value)
+    if work.fused:
+        kept -= work.attended * output  # the output projection's input, which is counted there
+    return kept * work.item + work.attended * work.query_heads * FP32
+
+
+def _delta_net(work: Workload, net: DeltaNet) -> LayerBytes:
+    """Returns what a gated delta network keeps (engine/layers/delta_rule.py): the convolution's input and output, and in
+    fp32 five matrices of a chunk, and six vectors of a head's key width and three of its value width. Under context
+    parallelism each rank computes the recurrence over all tokens."""
+    tp, item = work.layout.tp, work.item
+    heads, keys = net.value_heads / tp, net.key_heads / tp * net.key_dim
+    values, mixed = heads * net.value_dim, 2 * keys + heads * net.value_dim
+    rest = work.own * work.arch.hidden_size * item + work.attended * values * (3 * FP32 + 3 * item)
+    token = 2 * item * mixed + 2 * FP32 * (keys + net.key_heads / tp) + 3 * FP32 * values
+    token += FP32 * heads * (5 * CHUNK + 6 * net.key_dim + 8 + net.key_dim * net.value_dim / CHUNK)
+    return LayerBytes(rest, work.tokens * token, work.attended * (mixed + 2 * heads) * item)

@@ -1,0 +1,176 @@
+"""`megatron-rl plan`: what a run needs on a cluster, before anything starts; and the lines of it in a dry run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_rl.config.load import C, ConfigError, check_companions, check_config, load_config
+from megatron_rl.config.schema import Config
+from megatron_rl.models.architecture import read_architecture
+from megatron_rl.models.fields import ModelError
+from megatron_rl.planner.candidates import DEGREES, Proposal, proposals, single_changes
+from megatron_rl.planner.memory import GIB, Job, RankMemory, RankNetworks, all_ranks, largest_rank
+from megatron_rl.planner.roofline import GPUS, MFU, Gpu, StepTime, step_time
+
+KINDS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "reference": "reference",
+    "critic": "critic",
+    "reserve": "context, NCCL",
+    "activations": "activations",
+    "layer": "backward pass of a layer",
+    "logits": "logits",
+    "step": "temporaries of Adam",
+    "bucket": "exported buckets",
+}
+"""RankMemory's fields in the order in which they are shown."""
+WIDTH = 132
+
+
+def read_job(cls: type[C], path: Path, overrides: Sequence[str], gpus: int) -> Job:
+    """Reads configuration and config.json alone: no weights need be there. Raises ConfigError with all mistakes."""
+    config = load_config(cls, path, overrides)
+    try:
+        arch = read_architecture(config.model.path)
+    except ModelError as error:
+        raise ConfigError(f"model.path: {error}") from None
+    layout = check_config(config, arch, gpus)
+    if isinstance(config, Config):
+        check_companions(config, arch, layout)
+    return Job(config, arch, layout)
+
+
+def find_gpu(name: str) -> Gpu:
+    """Raises ConfigError for a GPU of which no figures are known."""
+    if name not in GPUS:
+        raise ConfigError(f"--gpu: found {name}, expected one of {', '.join(GPUS)}")
+    return GPUS[name]
+
+
+def forecast(job: Job, gpu: Gpu, memory_gib: float) -> bool:
+    """Prints the plan; returns whether the run fits into `memory_gib` on every GPU."""
+    console = Console(width=WIDTH, highlight=False)
+    ranks = all_ranks(job, built)
+    largest = max(ranks, key=lambda rank: rank.total)
+    limit = round(memory_gib * GIB)
+    console.print(_describe_layout(job), soft_wrap=True)
+    console.print(_memory_table(ranks))
+    console.print(_describe_time(step_time(job, gpu)), soft_wrap=True)
+    fits = largest.total <= limit
+    console.print(
+        f"{'fits' if fits else 'does not fit'}: rank {largest.rank} needs {_gib(largest.total)} of {memory_gib:g} GiB",
+        soft_wrap=True,
+    )
+    if not fits:
+        _print_changes(console, job, limit)
+    _print_proposals(console, job, gpu, limit)
+    return fits
+
+
+def memory_lines(job: Job) -> str:
+    """Returns two lines for a dry run: the memory of the largest rank, and its kinds."""
+    memory = largest_rank(job)
+    kinds = ", ".join(
+        f"{name} {_amount(getattr(memory, kind))}" for kind, name in KINDS.items() if getattr(memory, kind)
+    )
+    total = (
+        f"memory of the largest rank ({memory.rank}): {_amount(memory.total)} by estimate; of activations with layer"
+    )
+    return f"{total} or logits, temporaries and buckets the largest\n  {kinds}"
+
+
+def built(job: Job, rank: int) -> RankNetworks:
+    """Builds the rank's networks without values (pretended.py), and counts them."""
+    from megatron_rl.planner.pretended import built_bytes, pretended_rank
+
+    path, engine, layout = job.config.model.path, job.config.engine, job.layout
+    critic = reference = None
+    with pretended_rank(layout, rank) as place:
+        policy = built_bytes(path, layout, place, engine, job.config.optim)
+        if isinstance(job.config, Config) and job.config.critic is not None:
+            at = job.config.critic.path or path
+            critic = built_bytes(at, layout, place, engine, job.config.critic.optim, value_head=True)
+        if isinstance(job.config, Config) and job.has_reference:
+            reference = built_bytes(job.config.model.reference or path, layout, place, engine, None)
+    return RankNetworks(policy, critic, reference)
+
+
+def _describe_layout(job: Job) -> str:
+    layout, engine = job.layout, job.config.engine
+    degrees = ", ".join(f"{key}={getattr(layout, key)}" for key in ("tp", "pp", "vpp", "cp", "dp", "ep", "etp", "edp"))
+    layers = "Transformer Engine" if engine.layers == "te" else "plain PyTorch"
+    return (
+        f"{layout.world_size} GPUs: {degrees}\n{layers} layers, recompute {engine.recompute}, micro-batches of "
+        f"{job.tokens} tokens, {job.micro_batches} on each replica\nGiB of each sort of rank; what is below the line "
+        "does not exist all at once:"
+    )
+
+
+def _memory_table(ranks: Sequence[RankMemory]) -> Table:
+    table = Table(show_footer=True)
+    table.add_column("kind", footer="in all")
+    for rank in ranks:
+        table.add_column(f"rank {rank.rank}, stage {rank.stage}", footer=f"{rank.total / GIB:.1f}", justify="right")
+    for kind, name in KINDS.items():
+        values = [getattr(rank, kind) for rank in ranks]
+        if any(values):
+            table.add_row(name, *(f"{value / GIB:.1f}" for value in values), end_section=kind == "reserve")
+    return table
+
+
+def _describe_time(time: StepTime) -> str:
+    return (
+        f"a step trains in about {_seconds(time.total)} (an estimate: arithmetic at {MFU:.0%} of the peak "
+        f"{_seconds(time.compute)}, exchange {_seconds(time.exchange)}, bubble {_seconds(time.bubble)}; "
+        f"{time.flops / 1e9:.0f} GFLOPs to train on a token); sampling is not in it"
+    )
+
+
+def _print_changes(console: Console, job: Job, limit: int) -> None:
+    changes = single_changes(job, limit)
+    if not changes:
+        console.print(
+            f"no single change of {', '.join(DEGREES)}, recomputation, tokens of a micro-batch"
+            f"{' or reference' if job.has_reference else ''} makes it fit",
+            soft_wrap=True,
+        )
+        return
+    listed = "; ".join(f"{change.text} ({_gib(change.memory.total)})" for change in changes)
+    console.print(f"any one of these makes it fit: {listed}", soft_wrap=True)
+
+
+def _print_proposals(console: Console, job: Job, gpu: Gpu, limit: int) -> None:
+    found = proposals(job, gpu, limit)
+    if not found:
+        console.print(f"no layout of {job.layout.world_size} GPUs fits; take more GPUs, or shorter samples")
+        return
+    table = Table(title="layouts that fit, by estimated time")
+    for column in ("overrides", "GiB", "time of a step"):
+        table.add_column(column, justify="left" if column == "overrides" else "right")
+    for proposal in found:
+        table.add_row(_overrides(proposal), f"{proposal.memory.total / GIB:.1f}", _seconds(proposal.time.total))
+    console.print(table)
+
+
+def _overrides(proposal: Proposal) -> str:
+    layout = proposal.job.layout
+    degrees = [f"parallel.{key}={getattr(layout, key)}" for key in DEGREES]
+    return " ".join([*degrees, f"engine.recompute={proposal.job.config.engine.recompute}"])
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB"
+
+
+def _amount(size: int) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / (1 << 20):.1f} MiB"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"

@@ -1,0 +1,85 @@
+"""Builds any rank of any layout as this process, without memory and without other ranks, to count its bytes.
+
+Tensors are on torch's `meta` device: they have a shape and no values. Process groups are of torch's `fake` backend,
+whose collectives do nothing. Model, DDP buffers and distributed optimizer are Megatron-Core's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_rl.config.layout import Layout
+from megatron_rl.config.schema import EngineConfig, OptimConfig
+from megatron_rl.engine.device import use_device
+from megatron_rl.engine.network import Network
+from megatron_rl.engine.optimizer import optimizer_parts
+from megatron_rl.planner.shares import FP32, NetworkBytes
+from megatron_rl.ranks.place import Place, start_megatron, stop_process_groups
+
+META = torch.device("meta")
+
+
+@contextlib.contextmanager
+def pretended_rank(layout: Layout, rank: int) -> Iterator[Place]:
+    """Makes this process rank `rank` of the layout's world, in which no other rank exists. It never touches a GPU."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
+
+    use_device("cpu")
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
+    current = torch.cuda.current_device
+    torch.cuda.current_device = lambda: META  # type: ignore[assignment,return-value]
+    try:
+        at = start_megatron(layout, seed=0, gloo=False)
+        world = dist.group.WORLD
+        assert world is not None
+        with META:
+            yield Place(**asdict(at), rank=rank, control=world, replica=world)
+    finally:
+        torch.cuda.current_device = current
+        stop_process_groups()
+
+
+def built_bytes(
+    model_dir: Path,
+    layout: Layout,
+    place: Place,
+    engine: EngineConfig,
+    optim: OptimConfig | None,
+    *,
+    value_head: bool = False,
+) -> NetworkBytes:
+    """Builds a network on the pretended rank at `place` and counts it; without `optim` nothing trains.
+
+    The layers are those in plain PyTorch, as Transformer Engine's have weights of the same shapes.
+    """
+    engine = engine.model_copy(update={"device": "cpu", "layers": "torch", "dispatcher": "alltoall"})
+    network = Network(model_dir, layout, place, engine, META, optim, frozen=optim is None, value_head=value_head)
+    return count_network(network, trains=optim is not None)
+
+
+def count_network(network: Network, *, trains: bool) -> NetworkBytes:
+    """Counts a network's tensors, real ones too: weights, DDP buffers, and what the optimizer holds after a step."""
+    parameters = [p for model in network.models for p in model.parameters()]
+    buffers = [b for model in network.models for b in model.buffers()]
+    weights = sum(tensor.nbytes for tensor in (*parameters, *buffers))
+    if not trains:
+        return NetworkBytes(weights)
+    reduced = [b for stage in network.stages for b in (*stage.buffers, *stage.expert_parallel_buffers)]
+    trained = [p for p in parameters if p.requires_grad]
+    # DDP moves weights into its buffers, which it fills up to a multiple of the ranks.
+    weights += sum(b.param_data.nbytes for b in reduced) - sum(p.nbytes for p in trained)
+    optimizer = 0
+    for part in optimizer_parts(network.optimizer):
+        if part.is_stub_optimizer:
+            continue
+        shards = [p for group in part.optimizer.param_groups for p in group["params"]]
+        moments = 2 * sum(p.numel() for p in shards) * FP32
+        optimizer += moments + (sum(p.nbytes for p in shards) if network.engine.dtype == "bf16" else 0)
+    gradients = sum(b.grad_data.nbytes for b in reduced)
+    return NetworkBytes(weights, gradients, optimizer, max((p.nbytes for p in trained), default=0))

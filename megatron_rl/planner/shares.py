@@ -1,0 +1,116 @@
+"""How many parameters a rank holds, counted from the model's list of weights. No torch.
+
+The list is the one that every weight is loaded by: `bind` refuses a parameter that is not in it, or has another shape.
+It takes milliseconds a layout, so that many can be tried; pretended.py builds the model itself.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from megatron_rl.config.layout import Coordinates, Layout
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.kinds import WeightKind
+from megatron_rl.models.registry import weights_of
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class NetworkBytes:
+    """What one network's tensors take on a rank, from the first optimizer step on."""
+
+    weights: int
+    gradients: int = 0  # fp32 buffers
+    optimizer: int = 0  # this rank's part of the fp32 weights, if the model's are bf16, and of Adam's two moments
+    largest: int = 0  # largest parameter, whose gradient is made in the model's dtype before it is added to the buffer
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+Where = int | str
+"""A layer's number, or `first` or `last`: the end of the pipeline that holds the weight."""
+Counts = dict[Where, Counter[tuple[str, WeightKind, bool]]]
+
+
+@functools.lru_cache(maxsize=8)
+def _elements(arch: Architecture) -> Counts:
+    """Returns elements of the whole model by place, by how ranks share them (expert, expert-whole, split, whole or copy),
+    by kind, and by whether they train."""
+    counts: Counts = {}
+    for weight in weights_of(arch):
+        shared = "expert" if weight.expert is not None else "split"
+        if not weight.sharding.split:
+            shared = "expert-whole" if weight.expert is not None else "whole"
+        if weight.copy:  # of tied embeddings, where the last stage is not the first
+            shared = "copy"
+        key = shared, weight.kind, weight.trained
+        counts.setdefault(weight.at, Counter())[key] += weight.elements()
+    return counts
+
+
+@functools.lru_cache(maxsize=8)
+def largest_tensor(arch: Architecture) -> int:
+    """Returns the elements of the largest tensor that an export gathers: a weight, or all experts that it stacks."""
+    tensors: Counter[str] = Counter()
+    for weight in weights_of(arch):
+        tensors[weight.sources[0].name] += weight.elements()
+    return max(tensors.values())
+
+
+@functools.lru_cache(maxsize=8)
+def active_elements(arch: Architecture) -> float:
+    """Returns the elements of the matrices that one token is multiplied with, without the output layer: of experts those
+    that it chooses, and of the embedding none."""
+    total = 0.0
+    for counts in _elements(arch).values():
+        for (shared, kind, _), elements in counts.items():
+            if kind != "embedding":
+                chosen = arch.experts_per_token / arch.num_experts if shared.startswith("expert") else 1.0
+                total += elements * chosen
+    return total
+
+
+def held_places(arch: Architecture, layout: Layout, pp: int) -> list[Where]:
+    """Returns the places of the weights that pipeline stage `pp` holds."""
+    layers = [layer for virtual in layout.split(arch.num_layers)[pp :: layout.pp] for layer in virtual]
+    ends: list[Where] = [*(["first"] if pp == 0 else []), *(["last"] if pp == layout.pp - 1 else [])]
+    return [*ends, *layers]
+
+
+def network_bytes(
+    arch: Architecture,
+    layout: Layout,
+    at: Coordinates,
+    item: int,
+    *,
+    frozen: bool = False,
+    freeze: Collection[WeightKind] = (),
+) -> NetworkBytes:
+    """Returns what the rank at `at` holds of a network with `item` bytes a weight. `frozen`: nothing trains; `freeze`:
+    these kinds do not."""
+    shares = {"expert": layout.ep * layout.etp, "expert-whole": layout.ep, "split": layout.tp, "whole": 1}
+    shares["copy"] = layout.tp
+    replicas = {"expert": layout.edp, "expert-whole": layout.edp}
+    state = 2 * FP32 + (FP32 if item < FP32 else 0)
+    weights = gradients = optimizer = largest = 0.0
+    for place in held_places(arch, layout, at.pp):
+        stacked: Counter[str] = Counter()
+        for (shared, kind, trained), elements in _elements(arch).get(place, Counter()).items():
+            if shared == "copy" and layout.pp == 1:
+                continue
+            mine = elements / shares[shared]
+            weights += mine * (item if trained else FP32)
+            if frozen or not trained or kind in freeze:
+                continue
+            gradients += mine * FP32
+            optimizer += mine / replicas.get(shared, layout.dp * layout.cp) * state
+            stacked[kind] += mine * item  # type: ignore[assignment]
+        # Experts are stacked in two parameters: gate with up, and down.
+        largest = max([largest, *(n * 2 / 3 if kind == "expert" else n for kind, n in stacked.items())])
+    return NetworkBytes(round(weights), round(gradients), round(optimizer), round(largest))
