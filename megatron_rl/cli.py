@@ -135,16 +135,14 @@ def plan(
     memory: Annotated[
         float | None, typer.Option(min=1, max=10000, help="GiB of one GPU; default: what --gpu has")
     ] = None,
-    gpu: Annotated[
-        str, typer.Option(help="GPU whose speed the estimate of time takes: a100, h100, h200, b200")
-    ] = "h100",
+    gpu: Annotated[str, typer.Option(help="a100, h100, h200 or b200, for the estimate of time")] = "h100",
     sft: Annotated[bool, typer.Option("--sft", help="CONFIG is one of `sft`.")] = False,
 ) -> None:
-    """Says without a GPU how much memory each rank needs, whether it fits, and which layouts do; fails if it does not."""
+    """Says without a GPU how much memory each rank needs, and which layouts fit. Fails if the run does not fit."""
     from megatron_rl.planner.forecast import find_gpu, forecast, read_job
 
     found = find_gpu(gpu)
-    job = read_job(SftConfig if sft else Config, config, overrides or [], gpus)
+    job = read_job(SftConfig, config, overrides or [], gpus) if sft else read_job(Config, config, overrides or [], gpus)
     raise typer.Exit(0 if forecast(job, found, memory or found.memory_gib) else 1)
 
 

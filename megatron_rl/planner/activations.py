@@ -30,8 +30,8 @@ CHUNK = 64
 IMBALANCE = 1.3
 """Rows of the fullest expert-parallel rank, over the mean. Without expert parallelism no rank is fuller than others."""
 HEAD_BYTES = 14
-"""Bytes for each fp32 logit of a chunk in the backward pass: logits, exponentials and gradient in fp32, and the gradient
-in the model's dtype (engine/logprobs.py)."""
+"""Bytes for each logit of a chunk in the backward pass: logits, exponentials and gradient in fp32, and the gradient in
+the model's dtype (engine/logprobs.py)."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ def _latent(work: Workload, latent: LatentAttention) -> LayerBytes:
 
 
 def _core(work: Workload, query: float, key: float, value: float, output: float) -> float:
-    """Returns what attention keeps: queries, keys and values, its output, and a logarithm for each query and head. Under
+    """Returns what attention keeps: queries, keys, values, output, and a logarithm for each query and head. Under
     context parallelism keys and values are those of all its ranks."""
     kept = work.attended * (query + output) + work.tokens * (key + value)
     if work.fused:
@@ -255,7 +255,7 @@ def _core(work: Workload, query: float, key: float, value: float, output: float)
 
 
 def _delta_net(work: Workload, net: DeltaNet) -> LayerBytes:
-    """Returns what a gated delta network keeps (engine/layers/delta_rule.py): the convolution's input and output, and in
+    """Returns what a gated delta network keeps (engine/layers/delta_rule.py): the convolution's input and output; in
     fp32 five matrices of a chunk, and six vectors of a head's key width and three of its value width. Under context
     parallelism each rank computes the recurrence over all tokens."""
     tp, item = work.layout.tp, work.item

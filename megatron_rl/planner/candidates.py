@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rl.config.layout import Layout, LayoutError, check_layout
+from megatron_rl.config.plain_layers import plain_features
 from megatron_rl.config.schema import Config, ParallelConfig, Recompute
 from megatron_rl.config.show import longest_sample
 from megatron_rl.config.switches import NoKL
@@ -76,8 +77,6 @@ def _budgets(job: Job) -> Iterator[tuple[str, Job]]:
 
 def _transformer_engine(job: Job) -> Iterator[tuple[str, Job]]:
     """Yields the job with Transformer Engine's layers, if it has not them and they have run with such a model."""
-    from megatron_rl.engine.layers.choice import plain_features  # imports torch
-
     if job.config.engine.layers != "te" and job.config.engine.device != "cpu" and not plain_features(job.arch):
         yield _of_engine(job, layers="te")
 

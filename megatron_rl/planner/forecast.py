@@ -13,7 +13,7 @@ from megatron_rl.config.schema import Config
 from megatron_rl.models.architecture import read_architecture
 from megatron_rl.models.fields import ModelError
 from megatron_rl.planner.candidates import DEGREES, Proposal, proposals, single_changes
-from megatron_rl.planner.memory import GIB, Job, RankMemory, RankNetworks, all_ranks, largest_rank
+from megatron_rl.planner.memory import GIB, PASSING, Job, RankMemory, RankNetworks, all_ranks, largest_rank
 from megatron_rl.planner.roofline import GPUS, MFU, Gpu, StepTime, step_time
 
 KINDS = {
@@ -76,13 +76,13 @@ def forecast(job: Job, gpu: Gpu, memory_gib: float) -> bool:
 def memory_lines(job: Job) -> str:
     """Returns two lines for a dry run: the memory of the largest rank, and its kinds."""
     memory = largest_rank(job)
-    kinds = ", ".join(
-        f"{name} {_amount(getattr(memory, kind))}" for kind, name in KINDS.items() if getattr(memory, kind)
+    amounts = {kind: f"{name} {_amount(size)}" for kind, name in KINDS.items() if (size := getattr(memory, kind))}
+    lasting = ", ".join(text for kind, text in amounts.items() if kind not in PASSING)
+    passing = ", ".join(text for kind, text in amounts.items() if kind in PASSING)
+    return (
+        f"memory of the largest rank ({memory.rank}): about {_amount(memory.total)}; megatron-rl plan tells more\n"
+        f"  {lasting}; not all at once: {passing}"
     )
-    total = (
-        f"memory of the largest rank ({memory.rank}): {_amount(memory.total)} by estimate; of activations with layer"
-    )
-    return f"{total} or logits, temporaries and buckets the largest\n  {kinds}"
 
 
 def built(job: Job, rank: int) -> RankNetworks:
@@ -148,7 +148,7 @@ def _print_changes(console: Console, job: Job, limit: int) -> None:
 def _print_proposals(console: Console, job: Job, gpu: Gpu, limit: int) -> None:
     found = proposals(job, gpu, limit)
     if not found:
-        console.print(f"no layout of {job.layout.world_size} GPUs fits; take more GPUs, or shorter samples")
+        console.print(f"no layout of {job.layout.world_size} GPUs fits with these layers and micro-batches")
         return
     table = Table(title="layouts that fit, by estimated time")
     for column in ("overrides", "GiB", "time of a step"):

@@ -19,7 +19,7 @@ GIB = 1 << 30
 MIB = 1 << 20
 RESERVE = 3 * GIB
 """Memory of a GPU that no tensor of ours has: CUDA's context, libraries' workspaces, and NCCL's buffers."""
-PHASES = ("activations", "layer", "logits", "bucket", "step")
+PASSING = ("activations", "layer", "logits", "bucket", "step")
 """Kinds that do not exist all at once; see RankMemory.peak."""
 
 
@@ -60,7 +60,7 @@ class Job:
     @property
     def tokens(self) -> int:
         """Packed tokens of the largest micro-batch, over all context-parallel ranks; a sample is never cut."""
-        samples, longest = longest_sample(self.config)
+        longest = longest_sample(self.config)[1]
         budget = max(self.config.engine.max_tokens_per_micro_batch, longest)
         return min(budget, self.per_replica * longest)
 
@@ -87,7 +87,7 @@ class RankMemory:
     logits: int  # or while the last stage computes log-probs and their gradients
     bucket: int  # of the weights that are exported
     step: int  # temporaries of Adam
-    reserve: int = RESERVE
+    reserve: int
 
     @property
     def static(self) -> int:
@@ -148,7 +148,7 @@ def rank_memory(job: Job, rank: int, measure: Measure = counted) -> RankMemory:
     layers = stage_layers(layout, arch, pp)
     activations = stage_activations(work, layers, pp, job.micro_batches, config.engine.recompute)
     is_last = pp == layout.pp - 1
-    masters = sum(network.optimizer for network in trained[:1]) // (3 if job.item < FP32 else 2)
+    moments = max(network.optimizer for network in trained) // (3 if job.item < FP32 else 2)
     return RankMemory(
         rank=rank,
         stage=pp,
@@ -162,7 +162,8 @@ def rank_memory(job: Job, rank: int, measure: Measure = counted) -> RankMemory:
         logits=round(logits_bytes(work, config.engine.logit_chunk_tokens)) if is_last else 0,
         bucket=_bucket(job, rank),
         # torch's AdamW makes the root of all second moments at once; Transformer Engine and apex do not.
-        step=0 if fused else masters,
+        step=0 if fused else moments,
+        reserve=0 if config.engine.device == "cpu" else RESERVE,
     )
 
 

@@ -40,7 +40,7 @@ Counts = dict[Where, Counter[tuple[str, WeightKind, bool]]]
 
 @functools.lru_cache(maxsize=8)
 def _elements(arch: Architecture) -> Counts:
-    """Returns elements of the whole model by place, by how ranks share them (expert, expert-whole, split, whole or copy),
+    """Returns elements of the whole model by place, by how ranks share them (expert, expert-whole, split, whole, copy),
     by kind, and by whether they train."""
     counts: Counts = {}
     for weight in weights_of(arch):
@@ -65,7 +65,7 @@ def largest_tensor(arch: Architecture) -> int:
 
 @functools.lru_cache(maxsize=8)
 def active_elements(arch: Architecture) -> float:
-    """Returns the elements of the matrices that one token is multiplied with, without the output layer: of experts those
+    """Returns the elements of the matrices that a token is multiplied with, without the output layer: of experts those
     that it chooses, and of the embedding none."""
     total = 0.0
     for counts in _elements(arch).values():

@@ -34,7 +34,7 @@ def test_a_rank_holds_what_was_predicted(
 ) -> None:
     # Wide enough that DDP's padding, which does not grow with the model, is not what is compared.
     model = make_family_model(tmp_path / "model", family, hidden_size=256, vocab_size=1024)
-    parallel, ranks = parse_layout(text)
+    _, ranks = parse_layout(text)
     found = forks.world(ranks, "planner_worker:held", model, text, dtype, critic)
     (predicted,) = forks.world(1, "planner_worker:predicted", model, text, dtype, critic)
     for real, (built, counted) in zip(found, predicted, strict=True):

@@ -30,6 +30,7 @@ OPTIONS = {
     "train": {"config", "overrides", "--dry-run", "--resume", "--world-size"},
     "sft": {"config", "overrides", "--dry-run", "--resume", "--world-size"},
     "study": {"file", "--task", "--dry-run"},
+    "plan": {"config", "overrides", "--gpus", "--memory", "--gpu", "--sft"},
     "serve": {"model", "--host", "--port", "--device", "--dtype", "--tp", "--max-total-tokens", "--api-key-env"},
     "graft": {"donor", "base", "out", "--weights"},
     "dequantise": {"model", "out"},
@@ -166,6 +167,7 @@ def test_a_dry_run_needs_no_torch(run: Command, directory: Path) -> None:
     assert "12-15" in table
     assert "sizes that fit this model: tp 1, 2, 4, 8; ep 1, 2, 4, 8, 16; " in table
     assert "micro-batches on each of 4 data-parallel replicas" in table
+    assert "memory of the largest rank (0): about " in table
     assert not (directory / "runs").exists()
 
 
@@ -197,6 +199,27 @@ def test_a_dry_run_reports_empty_micro_batches(run: Command, directory: Path) ->
     ) in done.stdout
 
 
+# ---- plans -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("memory", "status"), [("80", 0), ("1", 1)])
+def test_a_plan_tells_whether_the_run_fits(run: Command, directory: Path, memory: str, status: int) -> None:
+    done = run(directory, "plan", "a.yaml", "parallel.pp=2", "engine.device=cuda", "--gpus", "4", "--memory", memory)
+    assert done.returncode == status, done.stderr
+    assert "rank 0, stage 0" in done.stdout
+    assert "rank 2, stage 1" in done.stdout
+    verdict = f"{'does not fit' if status else 'fits'}: rank 0 needs 3."
+    assert verdict in done.stdout
+    assert ("no single change of tp" in done.stdout) == bool(status)
+    assert ("layouts that fit, by estimated time" in done.stdout) != bool(status)
+
+
+def test_a_plan_of_supervised_fine_tuning(run: Command, directory: Path) -> None:
+    done = run(directory, "plan", "sft.yaml", "--sft", "--gpus", "2")
+    assert done.returncode == 0, done.stderr
+    assert "exported buckets" not in done.stdout
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------
 
 
@@ -218,6 +241,11 @@ def test_a_dry_run_reports_empty_micro_batches(run: Command, directory: Path) ->
             "critic.path: nowhere/config.json does not exist",
         ),
         (["train", "a.yaml", "parallel.ep=3", "--dry-run"], "parallel: etp * ep * pp = 3 does not divide the world of"),
+        (
+            ["plan", "a.yaml", "parallel.ep=3", "--gpus", "3"],
+            "parallel.ep: 3 does not divide the 16 experts of the model",
+        ),
+        (["plan", "a.yaml", "--gpu", "v100"], "--gpu: found v100, expected one of a100, h100, h200, b200"),
         (["sft", "a.yaml"], "a.yaml: steps: not set, and it has no default\na.yaml:4: train: no such key"),
         (
             ["parity", "--model", "model", "--tokens", "t.jsonl", "--layout", "tp=3"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ KINDS = ("weights", "gradients", "optimizer")
 def held(model: Path, text: str, dtype: str, critic: bool) -> dict[str, int]:
     """Returns this rank's bytes by kind after an optimizer step: of the storages of weights and gradients, and of the
     tensors that Adam and Megatron-Core's distributed optimizer keep."""
-    network, place = _network(model, text, dtype, critic)
+    network = _network(model, text, dtype, critic)
     from megatron_rl.engine.optimizer import optimizer_parts
 
     network.step(_batches(network.layout, 24), lambda _, output: output[:, 0].sum())
@@ -64,14 +65,14 @@ def predicted(model: Path, text: str, dtype: str, critic: bool) -> list[list[dic
 def kept(model: Path, cases: Sequence[tuple[str, str]], tokens: int) -> list[tuple[Any, dict[int, int]]]:
     """Returns for each (recompute, dtype) the architecture, and the bytes that each layer's forward pass over one
     sequence keeps for the backward pass, without weights. One rank."""
-    return [_kept(*_network(model, "tp=1", dtype, False, recompute), tokens) for recompute, dtype in cases]
+    return [_kept(_network(model, "tp=1", dtype, False, recompute), tokens) for recompute, dtype in cases]
 
 
 class _Forwarded(Exception):
     """Raised in place of the loss: the forward pass has ended."""
 
 
-def _kept(network: Any, _: Any, tokens: int) -> tuple[Any, dict[int, int]]:
+def _kept(network: Any, tokens: int) -> tuple[Any, dict[int, int]]:
     import torch
 
     from megatron_rl.engine.step import forward_backward
@@ -93,10 +94,9 @@ def _kept(network: Any, _: Any, tokens: int) -> tuple[Any, dict[int, int]]:
         raise _Forwarded
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        try:
-            forward_backward(network.stages, network.micro_batches(_batches(network.layout, tokens)), stop, None)
-        except _Forwarded:
-            pass
+        micro_batches = network.micro_batches(_batches(network.layout, tokens))
+        with contextlib.suppress(_Forwarded):
+            forward_backward(network.stages, micro_batches, stop, None)
     layers: Counter[int] = Counter()
     for tensor, name in found.values():
         if layer := re.match(r"decoder\.layers\.(\d+)", name):
@@ -107,7 +107,7 @@ def _kept(network: Any, _: Any, tokens: int) -> tuple[Any, dict[int, int]]:
     return network.arch, dict(layers)
 
 
-def _network(model: Path, text: str, dtype: str, critic: bool, recompute: str = "none") -> tuple[Any, Any]:
+def _network(model: Path, text: str, dtype: str, critic: bool, recompute: str = "none") -> Any:
     from megatron_rl.engine.device import use_device
 
     device = use_device("cpu")
@@ -120,7 +120,7 @@ def _network(model: Path, text: str, dtype: str, critic: bool, recompute: str = 
     layout = Layout.resolve(*parse_layout(text))
     place = start_process_groups(layout, device, seed=0)
     engine: Any = {"device": "cpu", "dtype": dtype, "recompute": recompute}
-    return (Critic if critic else Policy)(model, layout, place, EngineConfig(**engine), device, OptimConfig()), place
+    return (Critic if critic else Policy)(model, layout, place, EngineConfig(**engine), device, OptimConfig())
 
 
 def _batches(layout: Any, tokens: int) -> list[Any]:

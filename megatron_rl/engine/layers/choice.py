@@ -6,6 +6,7 @@ import importlib.util
 
 import torch
 
+from megatron_rl.config.plain_layers import plain_features
 from megatron_rl.config.recompute import OF_TRANSFORMER_ENGINE
 from megatron_rl.config.schema import EngineConfig
 from megatron_rl.engine.layers.plain_torch import TorchLayers
@@ -43,17 +44,3 @@ def choose_layers(engine: EngineConfig, arch: Architecture) -> LayerProvider:
             f"{engine.layers} gives those in plain PyTorch here; drop it"
         )
     return TorchLayers()
-
-
-def plain_features(arch: Architecture) -> list[str]:
-    """Returns the model's features that the layers in plain PyTorch alone have."""
-    features = {
-        "sinks of attention": arch.sinks,
-        "sliding windows": bool(arch.windowed_layers),
-        "biases of experts": arch.biases,
-        "clamped activations": arch.clamped is not None,
-        "gated delta networks": arch.delta_net is not None,
-        "gates on attention": arch.output_gate,
-        "zero-centred norms": arch.zero_centred_norms,
-    }
-    return [name for name, present in features.items() if present]
