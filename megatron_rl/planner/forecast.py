@@ -87,17 +87,17 @@ def memory_lines(job: Job) -> str:
 
 def built(job: Job, rank: int) -> RankNetworks:
     """Builds the rank's networks without values (pretended.py), and counts them."""
-    from megatron_rl.planner.pretended import built_bytes, pretended_rank
+    from megatron_rl.planner.pretended import build, count_network, pretended_rank
 
     path, engine, layout = job.config.model.path, job.config.engine, job.layout
     critic = reference = None
     with pretended_rank(layout, rank) as place:
-        policy = built_bytes(path, layout, place, engine, job.config.optim)
+        policy = count_network(build(path, layout, place, engine, job.config.optim))
         if isinstance(job.config, Config) and job.config.critic is not None:
             at = job.config.critic.path or path
-            critic = built_bytes(at, layout, place, engine, job.config.critic.optim, value_head=True)
+            critic = count_network(build(at, layout, place, engine, job.config.critic.optim, value_head=True))
         if isinstance(job.config, Config) and job.has_reference:
-            reference = built_bytes(job.config.model.reference or path, layout, place, engine, None)
+            reference = count_network(build(job.config.model.reference or path, layout, place, engine, None))
     return RankNetworks(policy, critic, reference)
 
 

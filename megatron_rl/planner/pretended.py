@@ -45,7 +45,7 @@ def pretended_rank(layout: Layout, rank: int) -> Iterator[Place]:
         stop_process_groups()
 
 
-def built_bytes(
+def build(
     model_dir: Path,
     layout: Layout,
     place: Place,
@@ -53,25 +53,24 @@ def built_bytes(
     optim: OptimConfig | None,
     *,
     value_head: bool = False,
-) -> NetworkBytes:
-    """Builds a network on the pretended rank at `place` and counts it; without `optim` nothing trains.
+) -> Network:
+    """Builds a network on the pretended rank at `place`; without `optim` nothing trains.
 
     The layers are those in plain PyTorch, as Transformer Engine's have weights of the same shapes.
     """
     engine = engine.model_copy(update={"device": "cpu", "layers": "torch", "dispatcher": "alltoall"})
-    network = Network(model_dir, layout, place, engine, META, optim, frozen=optim is None, value_head=value_head)
-    return count_network(network, trains=optim is not None)
+    return Network(model_dir, layout, place, engine, META, optim, frozen=optim is None, value_head=value_head)
 
 
-def count_network(network: Network, *, trains: bool) -> NetworkBytes:
-    """Counts a network's tensors, real ones too: weights, DDP buffers, and what the optimizer holds after a step."""
+def count_network(network: Network) -> NetworkBytes:
+    """Counts a network's tensors: weights, DDP buffers, and what the optimizer holds after a step."""
     parameters = [p for model in network.models for p in model.parameters()]
     buffers = [b for model in network.models for b in model.buffers()]
     weights = sum(tensor.nbytes for tensor in (*parameters, *buffers))
-    if not trains:
+    trained = [p for p in parameters if p.requires_grad]
+    if not trained:
         return NetworkBytes(weights)
     reduced = [b for stage in network.stages for b in (*stage.buffers, *stage.expert_parallel_buffers)]
-    trained = [p for p in parameters if p.requires_grad]
     # DDP moves weights into its buffers, which it fills up to a multiple of the ranks.
     weights += sum(b.param_data.nbytes for b in reduced) - sum(p.nbytes for p in trained)
     optimizer = 0
@@ -82,4 +81,4 @@ def count_network(network: Network, *, trains: bool) -> NetworkBytes:
         moments = 2 * sum(p.numel() for p in shards) * FP32
         optimizer += moments + (sum(p.nbytes for p in shards) if network.engine.dtype == "bf16" else 0)
     gradients = sum(b.grad_data.nbytes for b in reduced)
-    return NetworkBytes(weights, gradients, optimizer, max((p.nbytes for p in trained), default=0))
+    return NetworkBytes(weights, gradients, optimizer, max(p.nbytes for p in trained))

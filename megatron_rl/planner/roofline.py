@@ -57,7 +57,6 @@ class StepTime:
 def forward_flops(arch: Architecture, length: int) -> float:
     """Returns the mean FLOPs of a token's forward pass in a sequence of `length` tokens: two for each element of the
     matrices that it meets, and those of attention over the tokens before it."""
-    head = 1 if arch.value_head else arch.vocab_size
     widths = 2 * arch.head_dim
     if arch.latent is not None:
         widths = arch.latent.nope_dim + arch.latent.rope_dim + arch.latent.value_dim
@@ -65,20 +64,25 @@ def forward_flops(arch: Architecture, length: int) -> float:
     for layer in range(arch.num_layers):
         if not arch.has_delta_net(layer):
             attended += min(length / 2, arch.window_of(layer) or length)
-    return 2 * (active_elements(arch) + head * arch.hidden_size) + 2 * attended * arch.num_heads * widths
+    return 2 * active_elements(arch) + 2 * attended * arch.num_heads * widths + _head_flops(arch)
+
+
+def _head_flops(arch: Architecture) -> float:
+    return 2 * arch.hidden_size * (1 if arch.value_head else arch.vocab_size)
 
 
 def step_time(job: Job, gpu: Gpu) -> StepTime:
     """Estimates one rollout step, or one optimizer step of SFT, with all samples at their longest."""
     config, layout, arch = job.config, job.layout, job.arch
     forwards, updates, steps = _passes(job)
-    share = max(sum(map(len, stage_layers(layout, arch, pp))) for pp in range(layout.pp)) / arch.num_layers
-    flops = forward_flops(arch, longest_sample(config)[1])
+    shares = [sum(map(len, stage_layers(layout, arch, pp))) / arch.num_layers for pp in range(layout.pp)]
+    flops, head = forward_flops(arch, longest_sample(config)[1]), _head_flops(arch)
+    slowest = max(share * (flops - head) + head * (pp == layout.pp - 1) for pp, share in enumerate(shares))
     weights = counted(job, 0).policy
-    arithmetic = job.tokens * flops * share / (layout.tp * layout.cp) / (gpu.flops * MFU)
+    arithmetic = job.tokens * slowest / (layout.tp * layout.cp) / (gpu.flops * MFU)
     forward = max(arithmetic, weights.weights / gpu.hbm)
     backward = 3 if config.engine.recompute == "full" else 2
-    moved = _exchanged(job, gpu) * arch.num_layers * share
+    moved = _exchanged(job, gpu) * arch.num_layers * max(shares)
     passes = forwards + updates * (1 + backward)
     bubbles = (layout.pp - 1) / layout.vpp
     compute, exchange = passes * job.micro_batches * steps * forward, passes * job.micro_batches * steps * moved

@@ -41,3 +41,8 @@ def test_a_rank_holds_what_was_predicted(
         for kind in KINDS:
             assert built[kind] == pytest.approx(real[kind], rel=BOUND), kind
             assert counted[kind] == pytest.approx(real[kind], rel=BOUND), kind
+
+
+def test_a_build_without_values_allocates_nothing(forks: Forks, tmp_path: Path) -> None:
+    model = make_family_model(tmp_path / "model", "qwen3_moe")
+    assert forks.world(1, "planner_worker:devices", model, "tp=2,pp=2,ep=2") == [{"meta"}]

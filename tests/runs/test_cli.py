@@ -199,27 +199,6 @@ def test_a_dry_run_reports_empty_micro_batches(run: Command, directory: Path) ->
     ) in done.stdout
 
 
-# ---- plans -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("memory", "status"), [("80", 0), ("1", 1)])
-def test_a_plan_tells_whether_the_run_fits(run: Command, directory: Path, memory: str, status: int) -> None:
-    done = run(directory, "plan", "a.yaml", "parallel.pp=2", "engine.device=cuda", "--gpus", "4", "--memory", memory)
-    assert done.returncode == status, done.stderr
-    assert "rank 0, stage 0" in done.stdout
-    assert "rank 2, stage 1" in done.stdout
-    verdict = f"{'does not fit' if status else 'fits'}: rank 0 needs 3."
-    assert verdict in done.stdout
-    assert ("no single change of tp" in done.stdout) == bool(status)
-    assert ("layouts that fit, by estimated time" in done.stdout) != bool(status)
-
-
-def test_a_plan_of_supervised_fine_tuning(run: Command, directory: Path) -> None:
-    done = run(directory, "plan", "sft.yaml", "--sft", "--gpus", "2")
-    assert done.returncode == 0, done.stderr
-    assert "exported buckets" not in done.stdout
-
-
 # ---- errors ----------------------------------------------------------------------------------------------------
 
 

@@ -47,7 +47,7 @@ def predicted(model: Path, text: str, dtype: str, critic: bool) -> list[list[dic
     from megatron_rl.config.layout import Layout, parse_layout
     from megatron_rl.config.schema import EngineConfig, OptimConfig
     from megatron_rl.models.architecture import read_architecture
-    from megatron_rl.planner.pretended import built_bytes, pretended_rank
+    from megatron_rl.planner.pretended import build, count_network, pretended_rank
     from megatron_rl.planner.shares import network_bytes
 
     dist.destroy_process_group()  # that of the test
@@ -56,10 +56,27 @@ def predicted(model: Path, text: str, dtype: str, critic: bool) -> list[list[dic
     answers = []
     for rank in range(layout.world_size):
         with pretended_rank(layout, rank) as place:
-            built = built_bytes(model, layout, place, engine, OptimConfig(), value_head=critic)
+            built = count_network(build(model, layout, place, engine, OptimConfig(), value_head=critic))
         counted = network_bytes(arch, layout, layout.coordinates(rank), 2 if dtype == "bf16" else 4)
         answers.append([{kind: getattr(each, kind) for kind in KINDS} for each in (built, counted)])
     return answers
+
+
+def devices(model: Path, text: str) -> set[str]:
+    """Returns the devices of all that a built network holds: weights, gradients and optimizer."""
+    import torch.distributed as dist
+
+    from megatron_rl.config.layout import Layout, parse_layout
+    from megatron_rl.config.schema import EngineConfig, OptimConfig
+    from megatron_rl.planner.pretended import build, pretended_rank
+
+    dist.destroy_process_group()  # that of the test
+    layout = Layout.resolve(*parse_layout(text))
+    with pretended_rank(layout, layout.world_size - 1) as place:
+        network = build(model, layout, place, EngineConfig(), OptimConfig())
+    parameters = [p for module in network.models for p in module.parameters()]
+    found = {tensor.device.type for p in parameters for tensor in (p, p.main_grad)}
+    return found | {p.device.type for group in network.optimizer.param_groups for p in group["params"]}
 
 
 def kept(model: Path, cases: Sequence[tuple[str, str]], tokens: int) -> list[tuple[Any, dict[int, int]]]:

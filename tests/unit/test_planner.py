@@ -278,6 +278,12 @@ def test_a_pipeline_has_a_bubble(tmp_path: Path) -> None:
     assert times[0].bubble == 0 < times[1].bubble
 
 
+def test_the_last_stage_computes_the_logits_too(tmp_path: Path) -> None:
+    even = step_time(job(tmp_path, "Qwen--Qwen3-30B-A3B", "pp=4,dp=2"), H100)
+    fewer = ["parallel.stage_layers=[14, 14, 13, 7]"]
+    assert step_time(job(tmp_path, "Qwen--Qwen3-30B-A3B", "pp=4,dp=2", *fewer), H100).compute < even.compute
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------
 
 
