@@ -20,11 +20,12 @@ from collections import Counter
 from dataclasses import dataclass
 
 from megatron_rl.config.layout import Layout
-from megatron_rl.config.schema import Recompute
+from megatron_rl.config.recompute import Recomputation
 from megatron_rl.models.architecture import Architecture, DeltaNet, LatentAttention
 
 FP32 = 4
 INT64 = 8
+CORE = "core_attn"
 CHUNK = 64
 """Tokens of a chunk of a delta network (engine/layers/delta_net.py)."""
 IMBALANCE = 1.3
@@ -74,15 +75,16 @@ class Workload:
 @dataclass(frozen=True)
 class LayerBytes:
     """What a layer keeps: `core` inside core attention, `inputs` for core attention alone if that is recomputed, and
-    all else."""
+    all else. Other modules are counted as if they were not recomputed."""
 
     rest: float
     core: float = 0.0
     inputs: float = 0.0
 
-    def under(self, recompute: Recompute) -> float:
-        """Returns what is kept while the layer's own backward pass has not begun; `full` is layer_input's."""
-        return self.rest + (self.inputs if recompute == "selective" else self.core)
+    def under(self, recomputation: Recomputation) -> float:
+        """Returns what is kept while the layer's own backward pass has not begun, if the layer is not recomputed as a
+        whole: see layer_input."""
+        return self.rest + (self.inputs if CORE in recomputation.modules else self.core)
 
 
 def layer_bytes(work: Workload, layer: int) -> LayerBytes:
@@ -133,17 +135,17 @@ class StageActivations:
 
 
 def stage_activations(
-    work: Workload, layers: list[range], pp: int, micro_batches: int, recompute: Recompute
+    work: Workload, layers: list[range], pp: int, micro_batches: int, recomputation: Recomputation
 ) -> StageActivations:
     """Returns the largest sums of stage `pp`; `layers` are those of its virtual stages."""
     numbers = Counter(_like(work.arch, layer) for virtual in layers for layer in virtual)
+    rerun = Counter(_like(work.arch, layer) for virtual in layers for layer in virtual[: recomputation.layers])
     whole = {layer: layer_bytes(work, layer) for layer in numbers}
-    if recompute == "full":
-        one = layer_input(work) * numbers.total()
-        again = max(each.under("none") for each in whole.values())
-    else:
-        one = sum(whole[layer].under(recompute) * count for layer, count in numbers.items())
-        again = max(each.core for each in whole.values()) if recompute == "selective" else 0.0
+    one = layer_input(work) * rerun.total()
+    one += sum(whole[layer].under(recomputation) * count for layer, count in (numbers - rerun).items())
+    again = max((whole[layer].under(Recomputation()) for layer in rerun), default=0.0)
+    if CORE in recomputation.modules:
+        again = max(each.core for each in whole.values())
     passes = in_flight(work.layout, pp, micro_batches)
     gradients = max(_gradients(work, layer) for layer in numbers)
     return StageActivations(one * passes / len(layers), again + gradients)

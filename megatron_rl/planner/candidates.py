@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_rl.config.layout import Layout, LayoutError, check_layout
 from megatron_rl.config.plain_layers import plain_features
-from megatron_rl.config.schema import Config, ParallelConfig, Recompute
+from megatron_rl.config.schema import Config, ParallelConfig
 from megatron_rl.config.show import longest_sample
 from megatron_rl.config.switches import NoKL
 from megatron_rl.planner.memory import Job, RankMemory, largest_rank
@@ -19,7 +19,7 @@ from megatron_rl.planner.roofline import NODE, Gpu, StepTime, step_time
 DEGREES = ("tp", "pp", "ep", "cp")
 PROPOSED = 3
 """Layouts that are proposed."""
-RECOMPUTE: tuple[Recompute, ...] = ("none", "full")
+RECOMPUTE = ("none", "full")
 """Selective recomputation is not tried: attention's kernels keep no scores, so it saves next to nothing."""
 
 

@@ -146,7 +146,7 @@ def rank_memory(job: Job, rank: int, measure: Measure = counted) -> RankMemory:
     fused = config.engine.layers == "te"
     work = Workload(arch, layout, job.tokens, job.item, fused, IMBALANCE)
     layers = stage_layers(layout, arch, pp)
-    activations = stage_activations(work, layers, pp, job.micro_batches, config.engine.recompute)
+    activations = stage_activations(work, layers, pp, job.micro_batches, config.engine.recomputation)
     is_last = pp == layout.pp - 1
     moments = max(network.optimizer for network in trained) // (3 if job.item < FP32 else 2)
     return RankMemory(

@@ -81,7 +81,7 @@ def step_time(job: Job, gpu: Gpu) -> StepTime:
     weights = counted(job, 0).policy
     arithmetic = job.tokens * slowest / (layout.tp * layout.cp) / (gpu.flops * MFU)
     forward = max(arithmetic, weights.weights / gpu.hbm)
-    backward = 3 if config.engine.recompute == "full" else 2
+    backward = 3 if config.engine.recomputation.is_whole else 2  # full:N is counted as full
     moved = _exchanged(job, gpu) * arch.num_layers * max(shares)
     passes = forwards + updates * (1 + backward)
     bubbles = (layout.pp - 1) / layout.vpp

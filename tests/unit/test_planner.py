@@ -12,7 +12,8 @@ from config_files import ARCHITECTURE, write
 from paths import ROOT
 
 from megatron_rl.config.layout import Layout, parse_layout
-from megatron_rl.config.schema import Config, Recompute
+from megatron_rl.config.recompute import Recomputation, read_recompute
+from megatron_rl.config.schema import Config
 from megatron_rl.config.sources import ConfigError
 from megatron_rl.models.kinds import WeightKind
 from megatron_rl.planner.activations import (
@@ -64,9 +65,9 @@ def work(text: str = "tp=1", tokens: int = 1024, **options: Any) -> Workload:
     return Workload(ARCHITECTURE, layout(text), tokens, 2, **options)
 
 
-def stage(workload: Workload, recompute: Recompute, pp: int = 0, micro_batches: int = 64) -> StageActivations:
+def stage(workload: Workload, recompute: str, pp: int = 0, micro_batches: int = 64) -> StageActivations:
     layers = workload.layout.split(ARCHITECTURE.num_layers)[pp :: workload.layout.pp]
-    return stage_activations(workload, layers, pp, micro_batches, recompute)
+    return stage_activations(workload, layers, pp, micro_batches, read_recompute(recompute))
 
 
 def job(tmp_path: Path, name: str, text: str, *overrides: str) -> Job:
@@ -87,19 +88,19 @@ def test_a_dense_layer_keeps_what_the_terms_add_up_to() -> None:
     norms = 2 * (6 * hidden + 4)
     attention = 2 * hidden + 2 * heads + 2 * (heads + 2 * keys + heads) + 4 * 8
     expected = norms + attention + 2 * hidden + 10 * mlp
-    assert layer_bytes(Workload(arch, layout("tp=1"), 1, 2), 0).under("none") == expected
+    assert layer_bytes(Workload(arch, layout("tp=1"), 1, 2), 0).under(Recomputation()) == expected
 
 
 @pytest.mark.parametrize("more", ["tp=2", "cp=2", "tp=2,cp=2", "tp=4"])
 def test_more_ranks_keep_less_each(more: str) -> None:
-    for recompute in ("none", "selective", "full"):
+    for recompute in ("none", "core_attn", "full"):
         alone, shared = stage(work(), recompute), stage(work(more), recompute)
         assert shared.kept < 0.8 * alone.kept
         assert shared.layer < alone.layer
 
 
 def test_activations_grow_with_the_tokens_alone() -> None:
-    for recompute in ("none", "selective", "full"):
+    for recompute in ("none", "core_attn", "full"):
         small, large = stage(work(tokens=1024), recompute), stage(work(tokens=2048), recompute)
         assert large == StageActivations(2 * small.kept, 2 * small.layer)
 
@@ -108,6 +109,9 @@ def test_recomputation_of_layers_keeps_their_inputs_alone() -> None:
     full = stage(work(), "full")
     assert full.kept == 8 * 1024 * 64 * 2
     assert full.kept < 0.1 * stage(work(), "none").kept
+    half = stage(work(), "full:4")
+    assert half.kept == (full.kept + stage(work(), "none").kept) / 2
+    assert half.layer == full.layer
     assert full.layer > stage(work(), "none").layer  # a layer is computed again
 
 
