@@ -233,7 +233,9 @@ def _layout(networks: Mapping[str, Network]) -> dict[str, Any]:
     degrees = {k: getattr(layout, k) for k in ("tp", "pp", "vpp", "cp", "ep", "etp", "dp")}
     # Without it the layers of each stage follow from the degrees and the model.
     given = {"stage_layers": list(layout.stage_layers)} if layout.stage_layers else {}
-    return {**degrees, **given, "dtype": policy.engine.dtype}
+    # Each bucket is cut into the ranks' shards; without overlap there is one bucket.
+    buckets = {"shards": "by bucket"} if policy.engine.overlap != "none" else {}
+    return {**degrees, **given, **buckets, "dtype": policy.engine.dtype}
 
 
 def _digest(path: Path) -> str:

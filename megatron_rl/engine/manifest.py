@@ -25,7 +25,8 @@ _Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 LayoutRecord = Mapping[str, int | str | list[int]]
-"""Degrees of parallelism, dtype, and the layers of each stage if they were given."""
+"""Degrees of parallelism, dtype, the layers of each stage if they were given, and how shards are cut if they are cut by
+bucket (engine.overlap)."""
 
 
 class CheckpointError(UserError):

@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "engine.heartbeat",
     "engine.logit_chunk_tokens",
     "engine.max_tokens_per_micro_batch",
+    "engine.overlap",
     "engine.recompute",
     "eval",
     "lab",

@@ -101,7 +101,7 @@ def world() -> Iterator[None]:
 def networks() -> Any:
     place = SimpleNamespace(rank=0, control=dist.group.WORLD)
     layout = Layout.resolve(ParallelConfig(), 1)
-    return {"policy": SimpleNamespace(place=place, layout=layout, engine=SimpleNamespace(dtype="fp32"))}
+    return {"policy": SimpleNamespace(place=place, layout=layout, engine=SimpleNamespace(dtype="fp32", overlap="none"))}
 
 
 # ---- damage ----------------------------------------------------------------------------------------------------

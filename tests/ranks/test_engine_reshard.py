@@ -29,6 +29,12 @@ def test_a_checkpoint_is_read_under_every_layout(forks: Forks, tmp_path: Path, f
 
 
 @pytest.mark.distributed
+def test_a_checkpoint_is_read_with_other_buckets(forks: Forks, tmp_path: Path) -> None:
+    model = make_family_model(tmp_path / "model", "qwen3_moe")
+    forks.world(2, "reshard_worker:other_buckets", model, tmp_path)
+
+
+@pytest.mark.distributed
 def test_fp32_weights_are_restored_in_place(forks: Forks, tmp_path: Path) -> None:
     model = make_family_model(tmp_path / "model", "qwen3")  # with tied embeddings
     forks.world(2, "reshard_worker:main", model, tmp_path, "pp=2", ["tp=2", "dp=2"], "fp32")

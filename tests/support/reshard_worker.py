@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -42,14 +45,38 @@ def main(model: Path, root: Path, first: str, others: list[str], dtype: str) -> 
         train(network)  # what was restored can be trained
 
 
-def build(model: Path, text: str, dtype: str):  # type: ignore[no-untyped-def]
+def other_buckets(model: Path, root: Path) -> None:
+    """Does the same where buckets, by which shards are cut, change with engine.overlap and not the layout."""
+    from megatron_rl.engine import network as network_module
+    from megatron_rl.engine.checkpoint import save_checkpoint
+    from megatron_rl.engine.data_parallel import ddp_config
+
+    def small(*args: Any, **kwargs: Any) -> Any:
+        return dataclasses.replace(ddp_config(*args, **kwargs), bucket_size=1000)
+
+    with mock.patch.object(network_module, "ddp_config", small):  # without overlap there is one bucket all the same
+        network = build(model, "dp=2", "bf16")
+        train(network)
+        save_checkpoint(root / "all", {"policy": network}, IDENTITY, State(step=1, cursor={}))
+        expected, exported = held(network), whole(network)
+        network = build(model, "dp=2", "bf16", "none")
+        load(root / "all", network)
+        assert held(network).keys() != expected.keys()
+        check(exported, whole(network), "all -> none")
+        save_checkpoint(root / "none", {"policy": network}, IDENTITY, State(step=1, cursor={}))
+        network = build(model, "dp=2", "bf16")
+        load(root / "none", network)
+        check(expected, held(network), "all -> none -> all")
+
+
+def build(model: Path, text: str, dtype: str, overlap: str = "all"):  # type: ignore[no-untyped-def]
     from megatron_rl.engine.policy import Policy
     from megatron_rl.ranks.place import start_process_groups, stop_process_groups
 
     stop_process_groups(leave_world=False)
     layout = Layout.resolve(*parse_layout(text))
     place = start_process_groups(layout, torch.device("cpu"), seed=0)
-    engine = EngineConfig(device="cpu", dtype=dtype)  # type: ignore[arg-type]
+    engine = EngineConfig(device="cpu", dtype=dtype, overlap=overlap)  # type: ignore[arg-type]
     optim = OptimConfig(lr=0.1, weight_decay=0.1)
     return Policy(model, layout, place, engine, torch.device("cpu"), optim)
 

@@ -45,7 +45,9 @@ def checkpoint(monkeypatch: pytest.MonkeyPatch) -> Any:
 def save(checkpoint: Any, root: Path, step: int, **parallel: Any) -> None:
     place = SimpleNamespace(rank=0, control=dist.group.WORLD)
     layout = Layout.resolve(ParallelConfig(**parallel), 1)
-    networks = {"policy": SimpleNamespace(place=place, layout=layout, engine=SimpleNamespace(dtype="fp32"))}
+    networks = {
+        "policy": SimpleNamespace(place=place, layout=layout, engine=SimpleNamespace(dtype="fp32", overlap="none"))
+    }
     checkpoint.save_checkpoint(root, networks, IDENTITY, State(step=step, cursor={}))
 
 
