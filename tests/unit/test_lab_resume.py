@@ -69,16 +69,16 @@ def test_resume_refuses_another_configuration_and_names_every_key(tmp_path: Path
 
 
 def test_a_key_added_by_a_later_version_counts_as_its_default(tmp_path: Path) -> None:
-    def config(logit_chunk_tokens: int) -> str:
-        engine = {"logit_chunk_tokens": logit_chunk_tokens}
+    def config(coefficient: float) -> str:
+        engine = {"aux_loss_coefficient": coefficient}
         keys = {"run_dir": "r", "model": {"path": "m"}, "data": {"train": "arithmetic:"}, "train": {"steps": 1}}
         return dump_config(Config.model_validate({**keys, "engine": engine}))
 
-    (added,) = (line for line in config(1024).splitlines(keepends=True) if "logit_chunk_tokens" in line)
-    start_and_end(tmp_path, config(1024).replace(added, ""))
-    RunDir.open(tmp_path, config(1024), resume=True).close()
-    with pytest.raises(RunDirError, match=r"engine\.logit_chunk_tokens: 1024 in the run, 64 now"):
-        RunDir.open(tmp_path, config(64), resume=True)
+    (added,) = (line for line in config(0.0).splitlines(keepends=True) if "aux_loss_coefficient" in line)
+    start_and_end(tmp_path, config(0.0).replace(added, ""))
+    RunDir.open(tmp_path, config(0.0), resume=True).close()
+    with pytest.raises(RunDirError, match=r"engine\.aux_loss_coefficient: 0\.0 in the run, 0\.5 now"):
+        RunDir.open(tmp_path, config(0.5), resume=True)
 
 
 def test_a_key_that_the_run_alone_has_is_refused(tmp_path: Path) -> None:
