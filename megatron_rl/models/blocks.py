@@ -155,22 +155,16 @@ def delta_net(arch: Architecture, layer: int, names: Names) -> Iterator[Weight]:
         found = tuple(Source(f"{hf}.{source}", shape) for source, shape in sources.items())
         return Weight(f"{mcore}.{name}", found, sharding, layer, "attention")
 
-    inputs = own(
-        "in_proj.weight",
-        {
-            "in_proj_qkvz.weight": (2 * keys + 2 * values, hidden),
-            "in_proj_ba.weight": (2 * net.value_heads, hidden),
-        },
-        Sharding(blocks=net.key_heads),
-    )
+    inputs: list[Source] = []
+    rest: tuple[tuple[str, int], ...] = (("qkvz", 2 * keys + 2 * values), ("ba", 2 * net.value_heads))
     if names.delta_inputs == "split":
         joined = (2 * keys + values, hidden)
-        parts = ((keys, 0), (keys, keys), (values, 2 * keys))
-        qkv = tuple(Source(f"{hf}.in_proj_qkv.weight", (rows, hidden), Part(joined, offset=at)) for rows, at in parts)
-        others = (("z", values), ("b", net.value_heads), ("a", net.value_heads))
-        apart = tuple(Source(f"{hf}.in_proj_{name}.weight", (rows, hidden)) for name, rows in others)
-        inputs = dataclasses.replace(inputs, sources=(*qkv, *apart))
-    yield inputs
+        for rows, at in ((keys, 0), (keys, keys), (values, 2 * keys)):
+            inputs.append(Source(f"{hf}.in_proj_qkv.weight", (rows, hidden), Part(joined, offset=at)))
+        rest = (("z", values), ("b", net.value_heads), ("a", net.value_heads))
+    inputs += [Source(f"{hf}.in_proj_{name}.weight", (rows, hidden)) for name, rows in rest]
+    groups = Sharding(blocks=net.key_heads)
+    yield Weight(f"{mcore}.in_proj.weight", tuple(inputs), groups, layer, "attention")
     sections = Sharding(sections=(keys, keys, values))
     yield own("conv_weight", {"conv1d.weight": (2 * keys + values, 1, net.kernel)}, sections)
     yield own("dt_bias", {"dt_bias": (net.value_heads,)}, ROWS)

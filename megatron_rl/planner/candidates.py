@@ -20,7 +20,7 @@ DEGREES = ("tp", "pp", "ep", "cp")
 PROPOSED = 3
 """Layouts that are proposed."""
 RECOMPUTE = ("none", "full")
-"""Selective recomputation is not tried: attention's kernels keep no scores, so it saves next to nothing."""
+"""Recomputation of core_attn is not tried: attention's kernels keep no scores, so it saves next to nothing."""
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,8 @@ def counted(job: Job, rank: int) -> RankNetworks:
 
 
 def _counted(arch: Architecture, job: Job, at: Coordinates, optim: OptimConfig) -> NetworkBytes:
-    return network_bytes(arch, job.layout, at, job.item, freeze=optim.freeze)
+    gradient = FP32 if job.config.engine.grad_dtype == "fp32" else 2
+    return network_bytes(arch, job.layout, at, job.item, gradient=gradient, freeze=optim.freeze)
 
 
 def differing_ranks(layout: Layout, arch: Architecture) -> list[int]:

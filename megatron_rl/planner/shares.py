@@ -24,7 +24,7 @@ class NetworkBytes:
     """What one network's tensors take on a rank, from the first optimizer step on."""
 
     weights: int
-    gradients: int = 0  # fp32 buffers
+    gradients: int = 0  # buffers in engine.grad_dtype
     optimizer: int = 0  # this rank's part of the fp32 weights, if the model's are bf16, and of Adam's two moments
     largest: int = 0  # largest parameter, whose gradient is made in the model's dtype before it is added to the buffer
 
@@ -89,11 +89,12 @@ def network_bytes(
     at: Coordinates,
     item: int,
     *,
+    gradient: int = FP32,
     frozen: bool = False,
     freeze: Collection[WeightKind] = (),
 ) -> NetworkBytes:
-    """Returns what the rank at `at` holds of a network with `item` bytes a weight. `frozen`: nothing trains; `freeze`:
-    these kinds do not."""
+    """Returns what the rank at `at` holds of a network with `item` bytes a weight and `gradient` bytes a gradient.
+    `frozen`: nothing trains; `freeze`: these kinds do not."""
     shares = {"expert": layout.ep * layout.etp, "expert-whole": layout.ep, "split": layout.tp, "whole": 1}
     shares["copy"] = layout.tp
     replicas = {"expert": layout.edp, "expert-whole": layout.edp}
@@ -108,7 +109,7 @@ def network_bytes(
             weights += mine * (item if trained else FP32)
             if frozen or not trained or kind in freeze:
                 continue
-            gradients += mine * FP32
+            gradients += mine * gradient
             optimizer += mine / replicas.get(shared, layout.dp * layout.cp) * state
             stacked[kind] += mine * item  # type: ignore[assignment]
         # Experts are stacked in two parameters: gate with up, and down.

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from paths import ROOT
+from published_models import PUBLISHED
 
 from megatron_rl.config.layout import Layout, check_layout, parse_layout
 from megatron_rl.config.schema import EngineConfig
 from megatron_rl.models.architecture import Architecture, read_architecture, refuse_unserved
 from megatron_rl.models.fields import ModelError
 from megatron_rl.models.registry import family_of, weights_of
-
-PUBLISHED = ROOT / "tests" / "families" / "published"
 
 # Billions of parameters as the model cards have them, without layers that predict several tokens.
 PARAMETERS = {

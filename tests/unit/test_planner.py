@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from config_files import ARCHITECTURE, write
-from paths import ROOT
+from published_models import PUBLISHED
 
 from megatron_rl.config.layout import Layout, parse_layout
 from megatron_rl.config.recompute import Recomputation, read_recompute
@@ -32,7 +32,6 @@ from megatron_rl.planner.shares import active_elements, network_bytes
 
 NONE_AND_EXPERTS: tuple[tuple[WeightKind, ...], ...] = ((), ("expert",))
 EMBEDDING: tuple[WeightKind, ...] = ("embedding",)
-PUBLISHED = ROOT / "tests" / "families" / "published"
 H100 = GPUS["h100"]
 RUN = """\
 run_dir: runs/one
@@ -183,6 +182,15 @@ def test_a_reference_adds_weights_and_a_critic_all_that_trains(tmp_path: Path) -
     memory = largest_rank(planned)
     assert memory.reference == memory.weights
     assert memory.critic == pytest.approx(memory.weights + memory.gradients + memory.optimizer, rel=0.05)
+
+
+def test_gradients_in_bf16_take_half(tmp_path: Path) -> None:
+    fp32, bf16 = (
+        largest_rank(job(tmp_path, "Qwen--Qwen3-30B-A3B", "tp=2,ep=8,dp=4", f"engine.grad_dtype={dtype}"))
+        for dtype in ("fp32", "bf16")
+    )
+    assert bf16.gradients == fp32.gradients // 2
+    assert (bf16.weights, bf16.optimizer) == (fp32.weights, fp32.optimizer)
 
 
 def test_the_largest_of_what_is_not_there_at_once_counts(tmp_path: Path) -> None:
