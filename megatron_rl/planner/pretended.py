@@ -56,9 +56,12 @@ def build(
 ) -> Network:
     """Builds a network on the pretended rank at `place`; without `optim` nothing trains.
 
-    The layers are those in plain PyTorch, as Transformer Engine's have weights of the same shapes.
+    The layers are those in plain PyTorch, as Transformer Engine's have weights of the same shapes; what only the latter
+    do, and what else says nothing of sizes, has its default.
     """
-    engine = engine.model_copy(update={"device": "cpu", "layers": "torch", "dispatcher": "alltoall"})
+    plain = EngineConfig(device="cpu", layers="torch")
+    kept = {key: getattr(engine, key) for key in ("dtype", "grad_dtype", "overlap")}
+    engine = plain.model_copy(update=kept)
     return Network(model_dir, layout, place, engine, META, optim, frozen=optim is None, value_head=value_head)
 
 

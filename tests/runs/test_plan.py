@@ -29,3 +29,13 @@ def test_a_plan_of_supervised_fine_tuning(forks: Forks, tmp_path: Path) -> None:
     done = forks.run("-m", "megatron_rl", "plan", "sft.yaml", "--sft", "--gpus", "2", directory=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "exported buckets" not in done.stdout
+
+
+def test_what_transformer_engine_alone_does_is_planned_too(forks: Forks, tmp_path: Path) -> None:
+    """The model is built with layers in plain PyTorch, which would refuse it."""
+    write(tmp_path / "a.yaml", RL)
+    write_model(tmp_path / "model")
+    more = ["engine={device: cuda, layers: te, recompute: moe_act, cp_comm: a2a, deterministic: true}", "parallel.cp=2"]
+    done = forks.run("-m", "megatron_rl", "plan", "a.yaml", *more, "--gpus", "2", directory=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "recompute moe_act" in done.stdout
