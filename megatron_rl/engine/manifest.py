@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +20,8 @@ from megatron_rl.errors import UserError
 
 FORMAT: Literal[5] = 5
 MANIFEST = "manifest.json"
+PARTIAL = ".partial"
+"""Ending of a directory that is being written or deleted."""
 _NAME = re.compile(r"step-(\d{6,})")
 
 _Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -174,10 +177,25 @@ def checkpoints(root: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def strangers(root: Path, partial: str) -> list[Path]:
-    """Returns what lies under `root` and is no checkpoint, nor, with the ending `partial`, the rest of one."""
+def strangers(root: Path) -> list[Path]:
+    """Returns what lies under `root` and is no checkpoint, nor the rest of one."""
     known = {path.name for path in checkpoints(root)}
-    return sorted(p for p in root.iterdir() if p.name not in known and p.suffix != partial) if root.is_dir() else []
+    return sorted(p for p in root.iterdir() if p.name not in known and p.suffix != PARTIAL) if root.is_dir() else []
+
+
+def prune(root: Path, keep: int) -> None:
+    """Deletes all but the newest `keep` complete checkpoints."""
+    for old in checkpoints(root)[:-keep]:
+        # Never a checkpoint without some of its files, should this be cut off.
+        partial = old.with_name(old.name + PARTIAL)
+        old.rename(partial)
+        shutil.rmtree(partial)
+
+
+def remove_partial(root: Path) -> None:
+    """Deletes what saves that were cut off have left. Only rank 0 calls it."""
+    for partial in root.glob("step-*" + PARTIAL):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def step_of(directory: Path) -> int:

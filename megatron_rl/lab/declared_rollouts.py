@@ -179,5 +179,15 @@ CHECKPOINTS = DeclaredTable(
     "Checkpoints",
     "checkpoints.jsonl",
     "",
-    (DeclaredMetric("time/checkpoint", VALUE, "s", "Wall-clock seconds of saving the checkpoint."),),
+    (
+        DeclaredMetric(
+            "time/checkpoint", VALUE, "s", "Wall-clock seconds in which the checkpoint kept the run waiting."
+        ),
+        DeclaredMetric(
+            "time/checkpoint_write",
+            VALUE,
+            "s",
+            "Wall-clock seconds in which the checkpoint was copied and written, beside the run.",
+        ),
+    ),
 )

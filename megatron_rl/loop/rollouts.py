@@ -90,7 +90,8 @@ class Rollouts:
             return self._source.draw(progress)
         except (UserError, Interrupted) as error:
             progress.cursor = start
-            self._trainer.save(progress.state)
+            self._trainer.checkpoints.save(progress.state)
+            self._trainer.checkpoints.complete()
             if isinstance(error, Interrupted):
                 self._trainer.watch.stop_if_asked(progress.step, progress.steps)
             raise

@@ -15,19 +15,12 @@ import torch.distributed as dist
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.load import ConfigError, check_companions, check_config, dump_config
 from megatron_rl.config.schema import Config, SftConfig
-from megatron_rl.disk import explain, writes
-from megatron_rl.engine.checkpoint import (
-    Found,
-    find_checkpoint,
-    load_checkpoint,
-    prune,
-    remove_partial,
-    save_checkpoint,
-)
+from megatron_rl.disk import DiskError, explain, writes
+from megatron_rl.engine.checkpoint import Found, find_checkpoint, load_checkpoint
 from megatron_rl.engine.device import use_device
 from megatron_rl.engine.distribute import MiniBatch
 from megatron_rl.engine.grad_norms import total_norm
-from megatron_rl.engine.manifest import CheckpointError, Identity, State
+from megatron_rl.engine.manifest import CheckpointError, Identity, State, remove_partial
 from megatron_rl.engine.network import Network, UpdateResult
 from megatron_rl.engine.packed_losses import PolicyLoss, SftLoss, ValueLoss
 from megatron_rl.lab.alarms import Alarms, Firing, check_alarms
@@ -36,6 +29,7 @@ from megatron_rl.lab.journal import Journal, reduce_metrics
 from megatron_rl.lab.metrics import explained_variance
 from megatron_rl.lab.run import RunDir
 from megatron_rl.lab.wandb_sink import WandbSink, check_wandb
+from megatron_rl.loop.checkpoints import Checkpoints
 from megatron_rl.loop.networks import Networks, build_networks, identify
 from megatron_rl.loop.progress import is_due
 from megatron_rl.loop.watch import Watch
@@ -86,7 +80,7 @@ class Trainer:
         self._resumes = resumes
         self._identity: Identity | None = None  # rank 0's
         self._found: Found | None = None
-        self._saved_step = 0  # of the newest checkpoint
+        self.checkpoints = Checkpoints(run, networks.trained, place, journal, config.checkpoint.keep)
 
     def update(
         self, mini_batch: MiniBatch, loss: PolicyLoss | SftLoss, routing: MiniBatchRouting | None = None
@@ -101,6 +95,7 @@ class Trainer:
             fired, figures = self.alarms.check({**metrics, **_of_norms(norms)}, skips=True)
             metrics.update(figures)
             self._tell(fired, "this optimizer step is skipped")
+            self.checkpoints.wait_copied()
             return not fired
 
         with self.journal.phase("update"):
@@ -120,10 +115,12 @@ class Trainer:
         """One optimizer step of the critic, without the loss's metrics."""
         assert self.critic is not None
         with self.journal.phase("critic update"):
+            self.checkpoints.wait_copied()
             return self.critic.update(mini_batch.micro_batches, loss)
 
     def close(self) -> None:
-        """Ends the journal, and gives signals back."""
+        """Completes the checkpoint that is being written, ends the journal, and gives signals back. Not collective."""
+        self.checkpoints.close(complete=True)
         self.journal.close()
         self.watch.close()
 
@@ -156,8 +153,13 @@ class Trainer:
         Then the ranks agree on how the run goes on; after the `last` step there is nothing to stop. Collective.
         """
         times = self.journal.end_step(more)
-        self.watch.step_done(self.journal.failure, last=last)
+        self.checkpoints.log_written()
+        self.watch.step_done(self._failure, last=last)
         return times
+
+    @property
+    def _failure(self) -> str:
+        return self.journal.failure or self.checkpoints.failure
 
     # ---- beginning, going on, ending ---------------------------------------------------------------------------
 
@@ -193,7 +195,7 @@ class Trainer:
         with together(self.place.control):
             if self.place.rank == 0:
                 self._begin_run(state)
-        self._saved_step = state.step if state else 0
+        self.checkpoints.begin(self._identity, state.step if state else 0)
         self.watch.begin()
         return state
 
@@ -217,33 +219,18 @@ class Trainer:
 
     def check_interrupted(self) -> None:
         """Raises Interrupted, on every rank, if the run is to stop. Collective."""
-        self.watch.check_interrupted(self.journal.failure)
+        self.watch.check_interrupted(self._failure)
 
     def checkpoint(self, state: State) -> None:
         """Saves if that is due: every so many steps or minutes, after the last step, and before the run stops. Raises
         Stopped, on every rank, if it does. Collective."""
         by_count = is_due(state.step, self._steps, self.config.checkpoint.every)
-        if by_count or self.watch.checkpoint_due or self.watch.stopping:
-            self.save(state)
+        due = by_count or self.watch.checkpoint_due or self.watch.stopping
+        if due and self.checkpoints.save(state):
+            self.watch.saved()
+        if self.watch.stopping or state.step == self._steps:
+            self.checkpoints.complete()
         self.watch.stop_if_asked(state.step, self._steps)
-
-    def save(self, state: State) -> None:
-        """A resumable checkpoint, if there is none of this step yet; older ones than `checkpoint.keep` go.
-
-        Raises a UserError, on every rank, if one could not write.
-        """
-        if state.step <= self._saved_step:
-            return
-        with self.journal.phase("checkpoint"):
-            with self.writing("metrics.jsonl", self.run.path):
-                self.journal.sync()  # the step's own line has to be on the disk before its checkpoint is
-            save_checkpoint(self.run.checkpoints, self.networks.trained, self._identity, state)
-            with self.writing("the list of checkpoints", self.run.checkpoints):
-                if self.place.rank == 0:
-                    prune(self.run.checkpoints, self.config.checkpoint.keep)
-        self._saved_step = state.step
-        self.watch.saved()
-        self.journal.log_checkpoint(state.step, self.journal.timer.take("checkpoint"))
 
     def export_all(self) -> None:
         """Writes run_dir/model, and run_dir/critic if there is one. Collective."""
@@ -306,6 +293,9 @@ def open_trainer(
             trainer.restore()
             try:
                 yield trainer
+            except DiskError:
+                trainer.checkpoints.close(complete=False)  # a rank could not write: its file may never come
+                raise
             finally:
                 trainer.close()
     except Stopped as stopped:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 from typing import Any
 
@@ -65,3 +66,48 @@ def fault_deep_in_a_library(kind: str) -> None:
         raise {"FileNotFoundError": FileNotFoundError, "TypeError": TypeError}[kind]("libdeep.so")
 
     agreement.local_files = failing  # type: ignore[assignment]
+
+
+def slow_copies(seconds: float) -> None:
+    """Makes the copy of each tensor of a checkpoint begin late."""
+    from megatron_rl.engine import checkpoint_writer
+
+    copy = checkpoint_writer._copy
+
+    def slow(tensor: Any) -> Any:
+        time.sleep(seconds)
+        return copy(tensor)
+
+    checkpoint_writer._copy = slow
+
+
+def slow_files(seconds: float, rank: int = 0, failure: str = "") -> None:
+    """Makes the file of one rank late in all checkpoints after the first; with `failure` it then fails."""
+    from megatron_rl.engine import checkpoint_writer
+
+    write = checkpoint_writer.write_tensors
+
+    def slow(path: Any, *arguments: Any) -> Any:
+        if path.name == f"rank-{rank:05d}.safetensors" and "step-000001" not in str(path):
+            time.sleep(seconds)
+            if failure:
+                raise OSError(errno.EIO, failure)
+        return write(path, *arguments)
+
+    checkpoint_writer.write_tensors = slow
+
+
+def fails_in_step(step: int) -> None:
+    """Raises an error in the optimizer step of that number."""
+    from megatron_rl.errors import UserError
+    from megatron_rl.loop.trainer import Trainer
+
+    update = Trainer.update
+    steps = iter(range(1, step))
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        if next(steps, None) is None:
+            raise UserError(f"step {step} fails")
+        return update(*arguments, **options)
+
+    Trainer.update = failing  # type: ignore[method-assign]

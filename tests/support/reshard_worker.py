@@ -20,12 +20,10 @@ IDENTITY = Identity(run="0" * 32, models={}, data={})
 def main(model: Path, root: Path, first: str, others: list[str], dtype: str) -> None:
     """Writes a checkpoint under `first`, then reads it under each other layout, writes it there, and reads that under
     `first` again."""
-    from megatron_rl.engine.checkpoint import save_checkpoint
-
     network = build(model, first, dtype)
     train(network)
     torch.rand(3)  # so that the random state is not that of a start
-    save_checkpoint(root / "first", {"policy": network}, IDENTITY, State(step=1, cursor={}))
+    save(root / "first", network)
     expected = held(network)
     assert any(name.startswith("policy/exp_avg_sq/") and tensor.any() for name, tensor in expected.items())
     exported, random = whole(network), torch.get_rng_state()
@@ -38,7 +36,7 @@ def main(model: Path, root: Path, first: str, others: list[str], dtype: str) -> 
         load(root / "first", network)
         check(exported, whole(network), f"{first} -> {other}")
         assert network.skipped == 7
-        save_checkpoint(root / other, {"policy": network}, IDENTITY, State(step=1, cursor={}))
+        save(root / other, network)
         network = build(model, first, dtype)
         load(root / other, network)
         check(expected, held(network), f"{first} -> {other} -> {first}")
@@ -48,7 +46,6 @@ def main(model: Path, root: Path, first: str, others: list[str], dtype: str) -> 
 def other_buckets(model: Path, root: Path) -> None:
     """Does the same where buckets, by which shards are cut, change with engine.overlap and not the layout."""
     from megatron_rl.engine import network as network_module
-    from megatron_rl.engine.checkpoint import save_checkpoint
     from megatron_rl.engine.data_parallel import ddp_config
 
     def small(*args: Any, **kwargs: Any) -> Any:
@@ -57,13 +54,13 @@ def other_buckets(model: Path, root: Path) -> None:
     with mock.patch.object(network_module, "ddp_config", small):  # without overlap there is one bucket all the same
         network = build(model, "dp=2", "bf16")
         train(network)
-        save_checkpoint(root / "all", {"policy": network}, IDENTITY, State(step=1, cursor={}))
+        save(root / "all", network)
         expected, exported = held(network), whole(network)
         network = build(model, "dp=2", "bf16", "none")
         load(root / "all", network)
         assert held(network).keys() != expected.keys()
         check(exported, whole(network), "all -> none")
-        save_checkpoint(root / "none", {"policy": network}, IDENTITY, State(step=1, cursor={}))
+        save(root / "none", network)
         network = build(model, "dp=2", "bf16")
         load(root / "none", network)
         check(expected, held(network), "all -> none -> all")
@@ -111,6 +108,17 @@ def train(network) -> None:  # type: ignore[no-untyped-def]
         network.optimizer.prepare_grads()
         network.optimizer.step()
     network.skipped = 7
+
+
+def save(root: Path, network) -> None:  # type: ignore[no-untyped-def]
+    from megatron_rl.engine.checkpoint import describe, held_by_rank
+    from megatron_rl.engine.checkpoint_writer import CheckpointWriter
+
+    networks, place = {"policy": network}, network.place
+    manifest = describe(networks, IDENTITY, State(step=1, cursor={})) if place.rank == 0 else None
+    writer = CheckpointWriter(root, place.control, keep=1)
+    writer.start(1, *held_by_rank(networks), manifest)
+    writer.wait()
 
 
 def load(root: Path, network) -> None:  # type: ignore[no-untyped-def]

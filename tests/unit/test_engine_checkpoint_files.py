@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,7 +19,18 @@ from safetensors.torch import load_file
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import ParallelConfig
 from megatron_rl.disk import DiskError
-from megatron_rl.engine.manifest import Identity, State, checkpoints, read_manifest
+from megatron_rl.engine.checkpoint import layout_record
+from megatron_rl.engine.checkpoint_writer import CheckpointWriter
+from megatron_rl.engine.manifest import (
+    FORMAT,
+    Identity,
+    Manifest,
+    State,
+    checkpoints,
+    prune,
+    read_manifest,
+    remove_partial,
+)
 from megatron_rl.engine.shard_file import ShardReader, write_tensors
 from megatron_rl.models.identity import SAMPLE_BYTES, WHOLE_BYTES, file_digests
 
@@ -32,35 +44,30 @@ def world() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.fixture
-def checkpoint(monkeypatch: pytest.MonkeyPatch) -> Any:
-    from megatron_rl.engine import checkpoint
-
-    monkeypatch.setattr(
-        checkpoint, "_write_shard", lambda path, _: write_tensors(path, {"weights": torch.arange(1000.0)}, {"steps": 3})
-    )
-    return checkpoint
-
-
-def save(checkpoint: Any, root: Path, step: int, **parallel: Any) -> None:
-    place = SimpleNamespace(rank=0, control=dist.group.WORLD)
-    layout = Layout.resolve(ParallelConfig(**parallel), 1)
-    networks = {
-        "policy": SimpleNamespace(place=place, layout=layout, engine=SimpleNamespace(dtype="fp32", overlap="none"))
-    }
-    checkpoint.save_checkpoint(root, networks, IDENTITY, State(step=step, cursor={}))
+def save(root: Path, step: int, keep: int = 9, tensor: torch.Tensor | None = None) -> None:
+    """Writes a checkpoint as a run does, and ends as a run that fails."""
+    manifest = Manifest(format=FORMAT, layout={"tp": 1}, identity=IDENTITY, files=[], state=State(step=step, cursor={}))
+    writer = CheckpointWriter(root, dist.group.WORLD, keep)
+    try:
+        writer.start(step, {"weights": torch.arange(1000.0) if tensor is None else tensor}, {"steps": 3}, manifest)
+        writer.wait()
+    except DiskError:
+        writer.close(complete=False)
+        raise
 
 
-def test_given_stages_are_part_of_the_layout(tmp_path: Path, checkpoint: Any) -> None:
+def test_given_stages_are_part_of_the_layout() -> None:
     """Under other stages a rank would hold the optimizer state of other layers."""
-    save(checkpoint, tmp_path, 1)
-    save(checkpoint, tmp_path, 2, stage_layers=(3,))
-    plain, given = (read_manifest(tmp_path / f"step-00000{step}").layout for step in (1, 2))
+    engine = SimpleNamespace(dtype="fp32", overlap="none")
+    plain, given = (
+        layout_record({"policy": SimpleNamespace(layout=Layout.resolve(config, 1), engine=engine)})  # type: ignore[dict-item]
+        for config in (ParallelConfig(), ParallelConfig(stage_layers=(3,)))
+    )
     assert given == {**plain, "stage_layers": [3]}
 
 
 def test_all_files_are_synced_before_the_checkpoint_gets_its_final_name(
-    tmp_path: Path, checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "checkpoints"
     events: list[str] = []
@@ -76,10 +83,15 @@ def test_all_files_are_synced_before_the_checkpoint_gets_its_final_name(
 
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(os, "replace", noted_replace)
-    save(checkpoint, root, 1)
+    save(root, 1)
     assert events == [
         "sync rank-00000.safetensors",
-        "sync manifest.json",
+        "sync .rank-00000.json.partial",
+        "rename to rank-00000.json",
+        "sync step-000001.partial",
+        "sync .manifest.json.partial",
+        "rename to manifest.json",
+        "sync step-000001.partial",
         "sync step-000001.partial",
         "rename to step-000001",
         "sync checkpoints",
@@ -89,7 +101,8 @@ def test_all_files_are_synced_before_the_checkpoint_gets_its_final_name(
     assert torch.equal(loaded.read("weights"), torch.arange(1000.0))
     assert torch.equal(loaded.stretch("weights", 10, 5), torch.arange(10.0, 15.0))
     (entry,) = read_manifest(root / "step-000001").files
-    assert entry.sha256 == checkpoint._digest(root / "step-000001" / "rank-00000.safetensors")
+    assert entry.sha256 == hashlib.sha256((root / "step-000001" / "rank-00000.safetensors").read_bytes()).hexdigest()
+    assert sorted(path.name for path in (root / "step-000001").iterdir()) == ["manifest.json", "rank-00000.safetensors"]
 
 
 def test_a_file_that_does_not_fit_on_the_disk_is_an_error() -> None:
@@ -109,13 +122,13 @@ def test_tensors_are_read_as_they_were_written(tmp_path: Path, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-@pytest.mark.parametrize("call", range(5))
+@pytest.mark.parametrize("call", range(10))
 def test_a_failed_write_keeps_older_checkpoints(
-    tmp_path: Path, checkpoint: Any, monkeypatch: pytest.MonkeyPatch, call: int, number: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int, number: int
 ) -> None:
     """Each of the system calls may fail."""
     root = tmp_path / "checkpoints"
-    save(checkpoint, root, 1)
+    save(root, 1)
     calls: list[str] = []
 
     def fails_in_turn(name: str) -> Any:
@@ -132,7 +145,7 @@ def test_a_failed_write_keeps_older_checkpoints(
     for name in ("fsync", "replace"):
         monkeypatch.setattr(os, name, fails_in_turn(name))
     with pytest.raises(DiskError, match=rf"step-000002 was not written: .*{os.strerror(number).lower()}.*free there"):
-        save(checkpoint, root, 2)
+        save(root, 2)
     monkeypatch.undo()
     assert (root / "step-000001").is_dir()
     assert not list(root.glob("*.partial"))
@@ -140,11 +153,11 @@ def test_a_failed_write_keeps_older_checkpoints(
 
 
 def test_an_interrupted_deletion_leaves_no_incomplete_checkpoint(
-    tmp_path: Path, checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A partly deleted checkpoint must not look complete."""
     for step in (1, 2, 3):
-        save(checkpoint, tmp_path, step)
+        save(tmp_path, step)
 
     def cut_off(path: Path) -> None:
         (path / "rank-00000.safetensors").unlink()
@@ -152,10 +165,10 @@ def test_an_interrupted_deletion_leaves_no_incomplete_checkpoint(
 
     monkeypatch.setattr(shutil, "rmtree", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.prune(tmp_path, keep=1)
+        prune(tmp_path, keep=1)
     monkeypatch.undo()
     assert [path.name for path in checkpoints(tmp_path)] == ["step-000002", "step-000003"]
-    checkpoint.remove_partial(tmp_path)
+    remove_partial(tmp_path)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000002", "step-000003"]
 
 

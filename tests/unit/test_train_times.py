@@ -14,13 +14,12 @@ from typing import Any
 import pytest
 
 from megatron_rl import train as train_module
-from megatron_rl.config.schema import CheckpointConfig, Config, DataConfig, EvalConfig, ModelConfig, TrainConfig
+from megatron_rl.config.schema import Config, DataConfig, EvalConfig, ModelConfig, TrainConfig
 from megatron_rl.data.prompts import PromptCursor
 from megatron_rl.lab.console import Console
 from megatron_rl.lab.journal import Journal
 from megatron_rl.lab.run import RunDir, read_metrics
 from megatron_rl.loop import evaluator as evaluator_module
-from megatron_rl.loop import trainer as trainer_module
 from megatron_rl.loop.evaluator import Evaluator
 from megatron_rl.loop.parts import Parts
 from megatron_rl.loop.progress import Progress
@@ -30,7 +29,7 @@ from megatron_rl.loop.trainer import Trainer
 from megatron_rl.loop.watch import Watch
 from megatron_rl.stop import Clock
 
-ROLLOUT, SYNC, UPDATE, EVALUATION, CHECKPOINT = 1.0, 2.0, 4.0, 8.0, 16.0
+ROLLOUT, SYNC, UPDATE, EVALUATION = 1.0, 2.0, 4.0, 8.0
 
 
 class HandClock:
@@ -58,9 +57,8 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         data=DataConfig(train="", heldout=""),
         train=TrainConfig(steps=3, mini_batches=1),
         eval=EvalConfig(every=2),
-        checkpoint=CheckpointConfig(every=2),
     )
-    place = SimpleNamespace(rank=0)
+    place = SimpleNamespace(rank=0, control=None)
     policy = SimpleNamespace(arch=SimpleNamespace(vocab_size=9), check_skipped=lambda: None)
     networks: Any = SimpleNamespace(policy=policy, critic=None, reference=None, trained={"policy": policy})
     run = RunDir.open(config.run_dir, "", resume=False)
@@ -116,7 +114,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(watch, "agree", lambda *_: None)  # there are no other ranks
     monkeypatch.setattr(trainer, "writing", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(Evaluator, "check_made", lambda *_: None)
-    monkeypatch.setattr(trainer_module, "save_checkpoint", clock.takes(CHECKPOINT))
+    monkeypatch.setattr(trainer, "checkpoint", lambda _: None)
     monkeypatch.setattr(evaluator_module, "evaluation", lambda _: {"avg_at_k": 0.5})
     monkeypatch.setattr(train_module, "open_parts", open_parts)
     monkeypatch.setattr(train_module, "with_advantages", lambda *_: [])
@@ -133,12 +131,11 @@ def times(file: Path) -> list[tuple[int, dict[str, float]]]:
 
 
 def test_a_steps_line_has_only_the_times_of_its_own_phases(run_dir: Path) -> None:
-    """Times of earlier evaluations and checkpoints are excluded, and of the first weight sync too."""
+    """Times of earlier evaluations are excluded, and of the first weight sync too."""
     step = {"time/rollout": ROLLOUT, "time/update": UPDATE, "time/weight sync": SYNC}
     assert times(run_dir / "metrics.jsonl") == [(1, step), (2, step), (3, step)]
 
 
-def test_evaluations_and_checkpoints_log_their_own_times(run_dir: Path) -> None:
-    evaluation, checkpoint = {"time/evaluation": EVALUATION}, {"time/checkpoint": CHECKPOINT}
+def test_evaluations_log_their_own_times(run_dir: Path) -> None:
+    evaluation = {"time/evaluation": EVALUATION}
     assert times(run_dir / "eval.jsonl") == [(0, evaluation), (2, evaluation), (3, evaluation)]
-    assert times(run_dir / "checkpoints.jsonl") == [(2, checkpoint), (3, checkpoint)]
