@@ -94,7 +94,7 @@ def slow_files(seconds: float, rank: int = 0, failure: str = "") -> None:
                 raise OSError(errno.EIO, failure)
         return write(path, *arguments)
 
-    checkpoint_writer.write_tensors = slow
+    checkpoint_writer.write_tensors = slow  # type: ignore[assignment]
 
 
 def fails_in_step(step: int) -> None:

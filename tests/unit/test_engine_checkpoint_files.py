@@ -47,7 +47,7 @@ def world() -> Iterator[None]:
 def save(root: Path, step: int, keep: int = 9, tensor: torch.Tensor | None = None) -> None:
     """Writes a checkpoint as a run does, and ends as a run that fails."""
     manifest = Manifest(format=FORMAT, layout={"tp": 1}, identity=IDENTITY, files=[], state=State(step=step, cursor={}))
-    writer = CheckpointWriter(root, dist.group.WORLD, keep)
+    writer = CheckpointWriter(root, dist.distributed_c10d._get_default_group(), keep)
     try:
         writer.start(step, {"weights": torch.arange(1000.0) if tensor is None else tensor}, {"steps": 3}, manifest)
         writer.wait()
