@@ -15,6 +15,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 FROZEN := requirements/cpu$(if $(filter 3.12 3.13,$(VERSION)),-py312).txt
 NODEPS := requirements/cpu-nodeps.txt
 TE_STUB := requirements/te-stub.txt
+OLDER_TE_STUB := requirements/te-stub-before-2.13.txt
 STAMP := $(VENV)/.installed-$(VERSION)
 # uv installs in seconds what takes pip minutes; it reads its own settings, not pip's. `make install UV=` takes pip. To
 # compile all packages would double pip's time (uv does not by default); what is used is compiled at the end.
@@ -30,7 +31,7 @@ unexport PYTHONDONTWRITEBYTECODE
 install: $(STAMP)
 
 # The stamp is written last, so an interrupted install is done again.
-$(STAMP): $(FROZEN) $(NODEPS) $(TE_STUB) pyproject.toml setup.py
+$(STAMP): $(FROZEN) $(NODEPS) $(TE_STUB) $(OLDER_TE_STUB) pyproject.toml setup.py
 	@case '$(VERSION)' in 3.11|3.12|3.13) ;; *) \
 		echo 'megatron_rl needs Python 3.11, 3.12 or 3.13; $(or $(PYTHON),python3) is $(or $(VERSION),missing).' >&2; \
 		echo 'Install one and name it: make install PYTHON=python3.11' >&2; exit 1;; esac
@@ -40,6 +41,7 @@ $(STAMP): $(FROZEN) $(NODEPS) $(TE_STUB) pyproject.toml setup.py
 	$(INSTALL) -r $(FROZEN)
 	$(INSTALL) --no-deps -r $(NODEPS)
 	$(INSTALL) --no-deps --upgrade --target $(VENV)/te -r $(TE_STUB)
+	$(INSTALL) --no-deps --upgrade --target $(VENV)/te-before-2.13 -r $(OLDER_TE_STUB)
 	$(INSTALL) --no-deps --no-build-isolation --editable .
 	@echo 'Compiling what a trainer and a server import'
 	@$(BIN)/python -c 'import megatron_rl.train, transformers.models.qwen3_moe.modeling_qwen3_moe'

@@ -16,8 +16,8 @@ import te_stub
 
 LAYOUTS = {
     1: ["tp=1"],
-    2: ["tp=2", "tp=2,ep=2", "tp=2,etp=2"],
-    4: ["tp=2,pp=2,ep=2", "tp=2,dp=2,ep=2"],
+    2: ["tp=2", "tp=2,ep=2", "tp=2,etp=2", "cp=2"],
+    4: ["tp=2,pp=2,ep=2", "tp=2,dp=2,ep=2", "tp=2,cp=2,ep=2"],
 }
 """Layouts by number of ranks."""
 FROZEN = ("router", "attention", "embedding")
@@ -135,7 +135,9 @@ def main(model: Path, directory: Path, out: Path, worlds: list[int]) -> None:
         waiting = {process.sentinel: process for process in world}
         while waiting:
             for sentinel in multiprocessing.connection.wait(list(waiting)):
-                if waiting.pop(sentinel).exitcode:  # type: ignore[arg-type]
+                ended = waiting.pop(sentinel)  # type: ignore[arg-type]
+                ended.join()  # the sentinel may come before the exit status
+                if ended.exitcode:
                     for process in world:  # the others would wait for it
                         process.kill()
         if any(process.exitcode for process in world):

@@ -9,8 +9,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from paths import ROOT
 
-CPU, CPU_PY312, NODEPS, TE_STUB = (
-    ROOT / "requirements" / f"{n}.txt" for n in ("cpu", "cpu-py312", "cpu-nodeps", "te-stub")
+CPU, CPU_PY312, NODEPS, TE_STUB, OLDER_TE_STUB = (
+    ROOT / "requirements" / f"{n}.txt" for n in ("cpu", "cpu-py312", "cpu-nodeps", "te-stub", "te-stub-before-2.13")
 )
 
 
@@ -51,9 +51,12 @@ def test_sglang_is_pinned_in_its_range() -> None:
     assert requirement.specifier.contains(pins(NODEPS)["sglang"])
 
 
-def test_transformer_engine_is_pinned_in_its_range_and_in_its_own_file() -> None:
+def test_two_versions_of_transformer_engine_are_pinned_in_its_range_and_in_their_own_files() -> None:
     (requirement,) = declared("te")[len(declared()) :]
-    assert requirement.specifier.contains(pins(TE_STUB)[canonicalize_name(requirement.name)])
+    older, newer = (pins(file)[canonicalize_name(requirement.name)] for file in (OLDER_TE_STUB, TE_STUB))
+    assert older < Version("2.13") <= newer
+    assert requirement.specifier.contains(older)
+    assert requirement.specifier.contains(newer)
     assert not pins(TE_STUB).keys() & (pins(CPU) | pins(NODEPS)).keys()
 
 

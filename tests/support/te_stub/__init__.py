@@ -5,8 +5,9 @@ Megatron-Core and call `install_kernels()`, which implements on the CPU the few 
 calls. Each such call is bound to Transformer Engine's own signature first, so that a wrong argument is a TypeError.
 
 This tests that modules are built, marked, loaded, exported and called as Transformer Engine and Megatron-Core expect,
-and that gradients are reduced over the right ranks. It cannot test kernels (their numbers, dtypes and speed), attention
-under context parallelism, DeepEP or NCCL.
+that gradients are reduced over the right ranks, and that under context parallelism ranks hold the tokens that
+Transformer Engine takes them to hold. It cannot test kernels (their numbers, dtypes and speed), exchanges of attention,
+DeepEP or NCCL.
 """
 
 from te_stub.compiled import load

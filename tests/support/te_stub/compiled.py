@@ -80,6 +80,8 @@ def load(directory: Path) -> None:
     sys.path.insert(0, str(directory))
     extension = _Absent("transformer_engine_torch")
     vars(extension).update({name: enum.IntEnum(name, members) for name, members in _ENUMERATIONS.items()})
+    # Older versions read it. Newer ones compare the enumeration's members with their own, and it is none of them.
+    extension.NVTE_Fused_Attn_Backend.NVTE_F16_max512_seqlen = 0
     vars(extension).update(get_cudnn_version=lambda: 91500, get_num_cublas_streams=lambda: 1)
     sys.modules["transformer_engine_torch"] = extension
     if not has_triton_package():  # torch caches the answer and then does not use triton

@@ -127,26 +127,56 @@ def attention(
     attn_mask_type: str,
     **_: Any,
 ) -> Tensor:
-    """Computes attention of packed sequences one by one: [T, heads, D] -> [T, heads * D]."""
+    """Computes attention of packed sequences one by one: [T / cp, heads, D] -> [T / cp, heads * D].
+
+    cu_seqlens_q are the bounds of whole sequences, in tokens. A rank's queries see the keys of all ranks.
+    """
     assert (qkv_format, attn_mask_type, cu_seqlens_q.dtype) == ("thd", "padding_causal", torch.int32)
+    cp, rank = (1, 0) if self.cp_group is None else (self.cp_group.size(), self.cp_group.rank())
     lengths = cu_seqlens_q.diff().tolist()
-    outputs = [
-        F.scaled_dot_product_attention(
-            *(x.transpose(0, 1) for x in sequence), is_causal=True, scale=self.softmax_scale, enable_gqa=True
+    outputs = []
+    for query, key, value, length in zip(
+        query_layer.split([length // cp for length in lengths]),
+        *(_whole_sequences(x, lengths, self.cp_group, cp) for x in (key_layer, value_layer)),
+        lengths,
+        strict=True,
+    ):
+        seen = torch.arange(length) <= _chunk_positions(length, cp, rank)[:, None]
+        heads_first = (x.transpose(0, 1) for x in (query, key, value))
+        output = F.scaled_dot_product_attention(
+            *heads_first, attn_mask=seen, scale=self.fused_attention.softmax_scale, enable_gqa=True
         )
-        for sequence in zip(*(x.split(lengths) for x in (query_layer, key_layer, value_layer)), strict=True)
-    ]
-    return torch.cat([output.transpose(0, 1).flatten(1) for output in outputs])
+        outputs.append(output.transpose(0, 1).flatten(1))
+    return torch.cat(outputs)
+
+
+def _chunk_positions(length: int, cp: int, rank: int) -> Tensor:
+    """Returns the positions [length / cp] of a rank's tokens in their sequence: two of its 2 * cp chunks, one from each
+    end, as Transformer Engine's thd_get_partitioned_indices gives them."""
+    chunks = torch.arange(length).chunk(2 * cp)
+    return torch.cat([chunks[rank], chunks[-1 - rank]]) if cp > 1 else torch.arange(length)
+
+
+def _whole_sequences(x: Tensor, lengths: Sequence[int], group: Any, cp: int) -> Sequence[Tensor]:
+    """Gathers x [T / cp, ...] of all ranks; returns [length, ...] of each sequence. Gradients are summed over ranks."""
+    from megatron.core.tensor_parallel import mappings
+
+    if cp == 1:
+        return x.split(list(lengths))
+    ranks = mappings.gather_from_sequence_parallel_region(x, group=group).chunk(cp)
+    parts = zip(*(part.split([length // cp for length in lengths]) for part in ranks), strict=True)
+    order = (torch.cat([_chunk_positions(length, cp, rank) for rank in range(cp)]).argsort() for length in lengths)
+    return [torch.cat(part)[places] for part, places in zip(parts, order, strict=True)]
 
 
 # ---- functions -----------------------------------------------------------------------------------------------------
 
 
 def rotate(
-    t: Tensor, freqs: Tensor, tensor_format: str, fused: bool, cu_seqlens: Tensor, cp_size: int, **_: Any
+    t: Tensor, freqs: Tensor, tensor_format: str, fused: bool, cu_seqlens: Tensor, cp_size: int, cp_rank: int, **_: Any
 ) -> Tensor:
-    assert (tensor_format, fused, cp_size) == ("thd", True, 1)
-    positions = torch.cat([torch.arange(length) for length in cu_seqlens.diff().tolist()])
+    assert (tensor_format, fused) == ("thd", True)
+    positions = torch.cat([_chunk_positions(length, cp_size, cp_rank) for length in cu_seqlens.diff().tolist()])
     angles = freqs.flatten(1)[positions][:, None]
     first, second = t.float().chunk(2, dim=-1)
     return (t * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()).to(t.dtype)
