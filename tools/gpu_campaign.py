@@ -7,8 +7,8 @@
 updates on the same batches, live, under R2 and under R3, and the two counterfactual commands.
 
 Checks run side by side, except those that are timed. A check that fails does not stop the others; the exit status is
-the number of those that failed. With a second GPU the checks have more layouts; with Transformer Engine installed they
-use its layers where `engine.layers` is auto, which is their default. No check needs SGLang.
+the number of those that failed. With a second GPU the checks have more layouts; with Transformer Engine installed those
+in bf16 use its layers. No check needs SGLang.
 """
 
 from __future__ import annotations

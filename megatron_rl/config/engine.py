@@ -17,6 +17,11 @@ def check_engine(layout: Layout, arch: Architecture, engine: EngineConfig) -> It
     """Yields one line for each contradiction."""
     if engine.device == "cpu" and engine.layers == "te":
         yield "engine.layers: te needs a GPU, but engine.device is cpu; use auto or torch"
+    if engine.layers == "te" and engine.dtype == "fp32":
+        yield (
+            "engine.layers: te needs engine.dtype bf16, but that is fp32, which Transformer Engine multiplies in TF32; "
+            "use auto or torch"
+        )
     if engine.dispatcher == "deepep":
         if engine.device == "cpu":
             yield "engine.dispatcher: deepep needs a GPU, but engine.device is cpu; use alltoall"

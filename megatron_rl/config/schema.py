@@ -89,7 +89,8 @@ class EngineConfig(Frozen):
     """Dtype in which gradients are added up over micro-batches and reduced over replicas. bf16 halves their memory and
     traffic, loses bits, and needs dtype bf16."""
     layers: Literal["auto", "te", "torch"] = "auto"
-    """te: layers of Transformer Engine; torch: plain PyTorch. auto: te on a GPU with Transformer Engine, else torch."""
+    """te: layers of Transformer Engine, in bf16 alone; torch: plain PyTorch. auto: te in bf16 on a GPU with Transformer
+    Engine, else torch."""
     dispatcher: Literal["alltoall", "deepep"] = "alltoall"
     """Exchange of tokens between expert ranks: all-to-all, or DeepEP, which needs a GPU and ep or etp above 1."""
     cp_comm: Literal["p2p", "a2a"] = "p2p"

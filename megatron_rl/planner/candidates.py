@@ -77,7 +77,8 @@ def _budgets(job: Job) -> Iterator[tuple[str, Job]]:
 
 def _transformer_engine(job: Job) -> Iterator[tuple[str, Job]]:
     """Yields the job with Transformer Engine's layers, if it has not them and they have run with such a model."""
-    if job.config.engine.layers != "te" and job.config.engine.device != "cpu" and not plain_features(job.arch):
+    engine = job.config.engine
+    if engine.layers != "te" and engine.device != "cpu" and engine.dtype == "bf16" and not plain_features(job.arch):
         yield _of_engine(job, layers="te")
 
 

@@ -18,7 +18,7 @@ from paths import SUPPORT
 from rl_runs import environment, torchrun
 from tiny_models import make_tiny_model
 
-from megatron_rl.config.schema import Device, EngineConfig
+from megatron_rl.config.schema import Device, EngineConfig, EngineDtype
 from megatron_rl.engine.device import CPU_LAYER, ON_EVERY_DEVICE
 from megatron_rl.engine.layers.choice import choose_layers
 from megatron_rl.engine.layers.plain_torch import TorchLayers
@@ -90,21 +90,28 @@ def test_all_weights_are_on_the_gpu_before_loading(
 
 
 @pytest.mark.parametrize(
-    ("device", "layers", "gpu", "found"),
+    ("device", "layers", "dtype", "gpu", "found"),
     [
-        ("auto", "auto", True, True),
-        ("cuda", "auto", True, True),
-        ("cpu", "auto", True, False),  # the demo on a machine with a GPU
-        ("auto", "auto", False, False),
-        ("auto", "torch", True, False),
+        ("auto", "auto", "bf16", True, True),
+        ("cuda", "auto", "bf16", True, True),
+        ("cpu", "auto", "bf16", True, False),  # the demo on a machine with a GPU
+        ("auto", "auto", "bf16", False, False),
+        ("auto", "torch", "bf16", True, False),
+        ("cuda", "auto", "fp32", True, False),  # parity and certify
+        ("cpu", "te", "fp32", False, True),  # over the stub
     ],
 )
-def test_transformer_engine_is_used_only_on_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, device: Device, layers: Literal["auto", "torch"], gpu: bool, found: bool
+def test_transformer_engine_is_used_only_on_a_gpu_and_in_bf16(
+    monkeypatch: pytest.MonkeyPatch,
+    device: Device,
+    layers: Literal["auto", "te", "torch"],
+    dtype: EngineDtype,
+    gpu: bool,
+    found: bool,
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    chosen = choose_layers(EngineConfig(device=device, layers=layers), moe_architecture())
+    chosen = choose_layers(EngineConfig(device=device, layers=layers, dtype=dtype), moe_architecture())
     assert isinstance(chosen, TransformerEngineLayers) is found
 
 

@@ -230,6 +230,7 @@ def test_expert_degrees_are_refused_for_a_dense_model(text: str) -> None:
     ("text", "engine", "message"),
     [
         ("", {"device": "cpu", "layers": "te"}, "engine.layers: te needs a GPU"),
+        ("", {"dtype": "fp32", "layers": "te"}, "engine.layers: te needs engine.dtype bf16, but that is fp32"),
         (
             "",
             {"dtype": "fp32", "grad_dtype": "bf16"},

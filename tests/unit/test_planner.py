@@ -246,6 +246,13 @@ def test_a_smaller_micro_batch_is_tried_down_to_the_longest_sample(tmp_path: Pat
     assert "engine.max_tokens_per_micro_batch=32768" in texts
 
 
+def test_transformer_engine_is_proposed_in_bf16_alone(tmp_path: Path) -> None:
+    for dtype, proposed in (("bf16", True), ("fp32", False)):
+        overrides = ("engine.layers=torch", f"engine.dtype={dtype}")
+        changes = single_changes(job(tmp_path, "Qwen--Qwen3-30B-A3B", "tp=2,ep=8,dp=4", *overrides), 1000 * GIB)
+        assert ("engine.layers=te" in {change.text for change in changes}) == proposed
+
+
 def test_proposed_layouts_fit_and_come_by_time(tmp_path: Path) -> None:
     planned = job(tmp_path, "Qwen--Qwen3-30B-A3B", "dp=16")
     found = proposals(planned, H100, 79 * GIB)

@@ -26,7 +26,9 @@ def choose_layers(engine: EngineConfig, arch: Architecture) -> LayerProvider:
             "engine.layers is te, but transformer_engine is not installed; install the extra [te], or use auto"
         )
     on_gpu = engine.device != "cpu" and torch.cuda.is_available()
-    if engine.layers == "te" or (engine.layers == "auto" and installed and on_gpu):
+    # Transformer Engine multiplies fp32 in TF32, and has no attention in fp32 under context parallelism.
+    takes_it = installed and on_gpu and engine.dtype == "bf16"
+    if engine.layers == "te" or (engine.layers == "auto" and takes_it):
         if features := plain_features(arch):
             raise UserError(
                 f"engine.layers is {engine.layers}, and the model has {', '.join(features)}, which have not been run "
