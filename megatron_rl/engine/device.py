@@ -27,6 +27,11 @@ from megatron_rl.ranks.world import read_world
 
 CPU = torch.device("cpu")
 
+NCCL_OF_SERVERS = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
+"""What SGLang sets for NCCL if its environment does not. Rank 0 and the servers share a communicator for weights, whose
+ranks may fail to connect if one allocates its buffers in another way. All ranks of a run share communicators with
+rank 0, so all need the same. NCCL reads the variables once, before its first communicator."""
+
 
 def resolve_device(requested: str) -> torch.device:
     """Returns this rank's device; `requested` is auto, cpu or cuda. Raises ConfigError if there is no GPU for it."""
@@ -65,6 +70,8 @@ def use_device(requested: str, leave_out: Collection[str] = ()) -> torch.device:
     items = dict(ON_EVERY_DEVICE)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        for setting, value in NCCL_OF_SERVERS.items():
+            os.environ.setdefault(setting, value)
     elif not getattr(torch.cuda, "_megatron_rl_cpu_layer", False):
         items = CPU_LAYER | items
         torch.cuda._megatron_rl_cpu_layer = True  # type: ignore[attr-defined]

@@ -69,24 +69,33 @@ def test_training_works_with_all_cpu_layer_items(model: Path, layout: str) -> No
 
 
 @pytest.fixture(scope="module")
-def on_a_pretended_gpu(model: Path) -> dict[str, dict[str, list[str]]]:
-    """For each network, the names of weights and buffers by device, just before weights are loaded."""
+def on_a_pretended_gpu(model: Path) -> dict[str, dict[str, Any]]:
+    """For each network, the names of weights and buffers by device, just before weights are loaded; and the settings of
+    NCCL, of which the launcher's environment gives one."""
     worker = str(SUPPORT / "fake_cuda_worker.py")
     done = subprocess.run(
-        [sys.executable, worker, str(model)], env=environment(), capture_output=True, text=True, check=False
+        [sys.executable, worker, str(model)],
+        env={**environment(), "NCCL_NVLS_ENABLE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("network", ["policy", "without optimizer", "frozen", "critic"])
-def test_all_weights_are_on_the_gpu_before_loading(
-    on_a_pretended_gpu: dict[str, dict[str, list[str]]], network: str
-) -> None:
+def test_all_weights_are_on_the_gpu_before_loading(on_a_pretended_gpu: dict[str, dict[str, Any]], network: str) -> None:
     (names,) = on_a_pretended_gpu[network].values()
     assert on_a_pretended_gpu[network] == {"cuda:0": names}
     assert any(".router." in name for name in names)
     assert any("layernorm" in name for name in names)
+
+
+def test_nccl_has_the_settings_of_sglang_unless_the_environment_has_others(
+    on_a_pretended_gpu: dict[str, dict[str, Any]],
+) -> None:
+    assert on_a_pretended_gpu["nccl"] == {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "1"}
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import pytest
 from paths import ROOT
 from server_options import options
 
+from megatron_rl.engine.device import NCCL_OF_SERVERS
 from megatron_rl.errors import UserError
 from megatron_rl.rollout import server as server_module
 from megatron_rl.rollout.server import Server, ServerError, free_ports, sglang_command
@@ -50,23 +51,28 @@ import argparse, json, sys
 from types import SimpleNamespace
 from megatron_rl.rollout.sglang_cpu import Finder
 sys.meta_path.append(Finder())
-from sglang.srt.arg_groups.model_overrides import qwen3_moe
+from sglang.srt.arg_groups.overrides import collect_model_override_declarations
+from sglang.srt.runtime_context import override_platform
 from sglang.srt.server_args import ServerArgs
-model = SimpleNamespace(architectures=["Qwen3MoeForCausalLM"])
 for command in json.loads(sys.argv[1]):
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
     arguments = ServerArgs.from_cli_args(parser.parse_args(command[command.index("-m") + 2 :]))
     arguments._quantization_explicitly_unset = False
     for sm100 in (False, True):
-        qwen3_moe.get_platform = lambda: SimpleNamespace(is_sm100=sm100)
-        chosen = qwen3_moe._qwen3_moe_family_overrides(arguments, model)
-        print("experts", {"moe_runner_backend": arguments.moe_runner_backend, **chosen}["moe_runner_backend"])
+        for name in ("Qwen3MoeForCausalLM", "Glm4MoeForCausalLM"):
+            found = {"moe_runner_backend": arguments.moe_runner_backend}
+            with override_platform(is_sm90=not sm100, is_sm100=sm100):
+                model = SimpleNamespace(architectures=[name])
+                for _, chosen in collect_model_override_declarations(name, arguments, model):
+                    found |= chosen
+            print("experts", found["moe_runner_backend"])
 """
 
 
 def test_sglang_uses_expert_kernels_that_report_routes_if_routes_are_requested() -> None:
-    """From our flags SGLang chooses kernels for Qwen3-MoE's experts on sm90 and sm100; some do not report routes."""
+    """From our flags SGLang chooses kernels for the experts of two families on sm90 and sm100; some do not report
+    routes."""
     wanted: list[dict[str, Any]] = [
         {},
         {"return_routed_experts": True},
@@ -78,7 +84,38 @@ def test_sglang_uses_expert_kernels_that_report_routes_if_routes_are_requested()
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("experts ")]
-    assert found == ["auto", "flashinfer_trtllm", "triton", "triton", "triton", "triton"]
+    assert found == ["auto", "auto", "flashinfer_trtllm", "flashinfer_trtllm", *["triton"] * 8]
+
+
+_NCCL_OF = """
+import argparse, json, os, sys
+from megatron_rl.rollout.sglang_cpu import Finder
+sys.meta_path.append(Finder())
+from sglang.srt.entrypoints.engine import _set_envs_and_config
+from sglang.srt.server_args import ServerArgs
+command = json.loads(sys.argv[1])
+parser = argparse.ArgumentParser()
+ServerArgs.add_cli_args(parser)
+_set_envs_and_config(ServerArgs.from_cli_args(parser.parse_args(command[command.index("-m") + 2 :])))
+print("nccl", json.dumps({name: value for name, value in os.environ.items() if name.startswith("NCCL_")}))
+"""
+
+
+@pytest.mark.slow
+def test_sglang_gives_nccl_the_settings_that_the_trainers_ranks_have() -> None:
+    command, _ = sglang_command(options(device="cuda"), has_gpu=True)
+    without = {name: value for name, value in os.environ.items() if not name.startswith("NCCL_")}
+    environment = {**without, "SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", _NCCL_OF, json.dumps(command)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (found,) = (line for line in done.stdout.splitlines() if line.startswith("nccl "))
+    assert json.loads(found.removeprefix("nccl ")) == NCCL_OF_SERVERS
 
 
 # ---- the tether

@@ -1,6 +1,6 @@
 """fake_cuda_worker.py MODEL: builds networks for a GPU on a machine without a GPU.
 
-It prints JSON: for each network, the names of its weights by device.
+It prints JSON: for each network, the names of its weights by device; and NCCL's settings.
 
 Tensors are torch's FakeTensors, which have a shape and a device but no values. So nothing is loaded or run, except a
 router, whose first call fails without Transformer Engine under Megatron-Core 0.16.
@@ -9,6 +9,7 @@ router, whose first call fails without Transformer Engine under Megatron-Core 0.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_rl.config.layout import Layout, parse_layout
 from megatron_rl.config.schema import EngineConfig, OptimConfig
-from megatron_rl.engine.device import use_device
+from megatron_rl.engine.device import NCCL_OF_SERVERS, use_device
 
 GPU = torch.device("cuda", 0)
 
@@ -84,7 +85,7 @@ def main(model: Path) -> None:
                 build()
             except Built as stages:
                 (found[name],) = stages.args
-    print(json.dumps(found))
+    print(json.dumps({**found, "nccl": {name: os.environ[name] for name in NCCL_OF_SERVERS}}))
 
 
 if __name__ == "__main__":
