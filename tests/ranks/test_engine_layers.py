@@ -21,6 +21,14 @@ def test_in_bf16_a_sum_over_experts_is_rounded_once(forks: Forks) -> None:
 
 
 @pytest.mark.distributed
+def test_experts_and_gradients_are_added_up_without_atomic_additions(forks: Forks) -> None:
+    """On a GPU these operations add in any order, which gives other bits in every pass."""
+    (found,) = forks.world(1, "layers_worker:permutation", torch.float32)
+    assert found["called"]["megatron"] & {"scatter_add_", "index_add_", "index_add"}
+    assert not [name for name in found["called"]["ours"] if "scatter" in name or "index_add" in name]
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize("lengths", [[7, 3, 12, 1], [9]])
 def test_the_rotary_embedding_of_packed_sequences_is_that_of_megatron(forks: Forks, lengths: list[int]) -> None:
     (found,) = forks.world(1, "layers_worker:rotation", lengths)

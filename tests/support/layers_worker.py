@@ -6,18 +6,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU = torch.device("cpu")
 TOKENS, HIDDEN, EXPERTS, TOP_K = 40, 16, 8, 3
 
 
-def permutation(dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
-    """What reaches the experts, what comes back, and both gradients."""
+class Called(TorchDispatchMode):
+    """Collects the names of torch's operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def permutation(dtype: torch.dtype) -> dict[str, Any]:
+    """What reaches the experts, what comes back, both gradients, and the operations that are called for it."""
+    from config_files import ARCHITECTURE
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
-    from megatron_rl.engine.layers.permutation import use_equal_bits
+    from megatron_rl.config.layout import Layout, parse_layout
+    from megatron_rl.config.schema import EngineConfig
+    from megatron_rl.engine.layers.plain_torch import TorchLayers
+    from megatron_rl.engine.megatron_config import transformer_config
+    from megatron_rl.ranks.place import start_process_groups
 
-    use_equal_bits()
+    layout = Layout.resolve(*parse_layout("tp=1"))
+    start_process_groups(layout, CPU, seed=0)
+    config = transformer_config(ARCHITECTURE, EngineConfig(device="cpu"), layout, fused_kernels=False)
+    TorchLayers().block_spec(ARCHITECTURE, config, None)  # replaces functions of the dispatcher
     made = torch.Generator().manual_seed(0)
     tokens = torch.randn(TOKENS, HIDDEN, generator=made).to(dtype)
     scales = torch.randn(TOKENS * TOP_K, 1, generator=made).to(dtype)
@@ -35,10 +56,15 @@ def permutation(dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
         (back * weights.to(dtype)).sum().backward()
         return {"rows": rows.detach(), "back": back.detach(), "rows' gradient": rows.grad, "gradient": x.grad}
 
+    with Called() as megatrons:
+        megatron = through(moe_utils, dtype)
+    with Called() as own:
+        ours = through(token_dispatcher, dtype)
     return {
-        "megatron": through(moe_utils, dtype),
-        "ours": through(token_dispatcher, dtype),
+        "megatron": megatron,
+        "ours": ours,
         "exact": through(moe_utils, torch.float64),
+        "called": {"megatron": megatrons.names, "ours": own.names},
     }
 
 
