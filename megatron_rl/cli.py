@@ -167,7 +167,9 @@ def serve(
     device: Annotated[Device, typer.Option()] = "auto",
     dtype: Annotated[ServerDtype, typer.Option(help="auto: the dtype in the model's config.json")] = "auto",
     tp: Annotated[int, typer.Option(min=1)] = 1,
-    max_total_tokens: Annotated[int, typer.Option(min=1, help="KV cache, in tokens")] = 65536,
+    max_total_tokens: Annotated[
+        int | None, typer.Option(min=1, help="KV cache, in tokens; by default all that fit on a GPU, 65536 on a CPU")
+    ] = None,
     api_key_env: KeyVariable = None,
 ) -> None:
     """Starts a stock SGLang server with the flags that its device needs; what follows -- goes to SGLang as it is."""

@@ -22,7 +22,7 @@ from megatron_rl.config.objective import check_objective
 from megatron_rl.config.schema import Config, OptimConfig, SftConfig
 from megatron_rl.config.sections import Kinds, all_keys, sections, sections_of_kinds
 from megatron_rl.config.server_flags import TRAINERS_FLAGS, UNROUTED_FLAGS, check_server_flags, flags_among
-from megatron_rl.config.servers import CPU_ADVICE, cpu_problem, exposed
+from megatron_rl.config.servers import CPU_ADVICE, CPU_TOKENS, cpu_problem, exposed
 from megatron_rl.config.sources import ConfigError, Tree, nearest, read_sources, shown
 from megatron_rl.config.stress import check_stress
 from megatron_rl.config.switches import GroupAdvantage
@@ -232,10 +232,13 @@ def _check_positions(config: Config, arch: Architecture) -> Iterator[str]:
 def _check_servers_memory(config: Config) -> Iterator[str]:
     rollout, longest = config.rollout, _longest(config)
     launches = rollout.replay_from is None and not rollout.servers.urls
-    if launches and longest > rollout.servers.max_total_tokens:
+    on_cpu = config.engine.device == "cpu"
+    tokens = rollout.servers.max_total_tokens or (CPU_TOKENS if on_cpu else None)
+    if launches and tokens is not None and longest > tokens:
+        default = "" if rollout.servers.max_total_tokens else " (the default on a CPU)"
         yield (
-            f"rollout.servers.max_total_tokens: {rollout.servers.max_total_tokens} is less than {LENGTH_KEYS} "
-            f"{longest}: a server could not hold one request"
+            f"rollout.servers.max_total_tokens: {tokens}{default} is less than {LENGTH_KEYS} {longest}: a server could "
+            "not hold one request; set it higher"
         )
 
 

@@ -98,6 +98,9 @@ def _check_variable(name: str) -> str:
 Urls = Annotated[tuple[str, ...], AfterValidator(_check_urls)]
 VariableName = Annotated[str, AfterValidator(_check_variable)]
 ServerDtype = Literal["auto", "fp32", "bf16"]
+CPU_TOKENS = 65536
+"""Tokens of the KV cache of a server on a CPU, unless max_total_tokens says another number: SGLang would take most of
+the machine's memory."""
 
 
 class ServersConfig(Frozen):
@@ -115,8 +118,9 @@ class ServersConfig(Frozen):
     trainer starts get a random key."""
     start_timeout: Seconds = 600.0
     """Seconds until a server must answer, launched or under `urls`."""
-    max_total_tokens: PositiveInt = 65536
-    """KV cache of a launched server, in tokens."""
+    max_total_tokens: PositiveInt | None = None
+    """KV cache of a launched server, in tokens. Defaults to null: on a GPU as many as SGLang finds room for, on a CPU
+    65536."""
     threads: PositiveInt | None = None
     """Threads of a launched server on a CPU. Defaults to null: an equal part of the cores. Threads spin while they wait
     for each other: if other processes need the cores, a server may be ten times slower. One is enough for a model of a

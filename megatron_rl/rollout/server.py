@@ -20,7 +20,7 @@ import httpx
 import psutil
 
 from megatron_rl.config.server_flags import SERVE_FLAGS, flag_value, flags_among
-from megatron_rl.config.servers import cpu_problem, is_loopback
+from megatron_rl.config.servers import CPU_TOKENS, cpu_problem, is_loopback
 from megatron_rl.cores import usable_cores
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import read_architecture, refuse_unserved
@@ -67,7 +67,7 @@ class ServerOptions:
     dtype: str = "auto"  # auto, fp32, bf16
     tp: int = 1
     first_gpu: int = 0  # the server takes `tp` GPUs from this one on
-    max_total_tokens: int = 65536
+    max_total_tokens: int | None = None  # None: SGLang's choice on a GPU, CPU_TOKENS on a CPU
     max_running_requests: int = 256
     threads: int | None = None  # cores of a server on a CPU, over all its ranks; None: all
     seed: int = 0
@@ -89,12 +89,14 @@ def sglang_command(options: ServerOptions, has_gpu: bool) -> tuple[list[str], di
         "--port": str(options.port),
         "--dtype": {"fp32": "float32", "bf16": "bfloat16", "auto": "auto"}[options.dtype],
         "--tp": str(options.tp),
-        "--max-total-tokens": str(options.max_total_tokens),
         "--max-running-requests": str(options.max_running_requests),
         "--random-seed": str(options.seed),
         "--grammar-backend": "none",
         "--log-level-http": "warning",  # otherwise every request is logged
     }
+    tokens = options.max_total_tokens or (CPU_TOKENS if on_cpu else None)
+    if tokens is not None:
+        flags["--max-total-tokens"] = str(tokens)
     environment = {
         "HF_HUB_OFFLINE": "1",  # SGLang would ask the hub although the model is a directory
         # By default torch uses TMPDIR, which is removed with the server.

@@ -97,3 +97,18 @@ def test_serve_refuses_what_sglang_would_not_serve_rightly(tmp_path: Path) -> No
     (tmp_path / "config.json").write_text(json.dumps({**published, "layer_types": ["linear_attention"] * 48}))
     with pytest.raises(ModelError, match=r"config\.json has no full_attention_interval, without which SGLang"):
         serve(options)
+
+
+def test_a_long_sample_must_fit_the_cache_of_a_server_on_a_cpu(tmp_path: Path) -> None:
+    """Its cache has a bound by default, which a GPU's has not."""
+    arch = dataclasses.replace(ARCHITECTURE, max_position_embeddings=1 << 20)
+
+    def check(*overrides: str) -> None:
+        check_config(load_config(Config, write(tmp_path / "a.yaml", RL), overrides), arch, 1)
+
+    long = "rollout.max_response_tokens=65000"  # and a prompt of 1024
+    for accepted in ("engine.device=cuda", "engine.device=auto"):
+        check(long, accepted)
+    check(long, "engine.device=cpu", "rollout.servers.max_total_tokens=66024")
+    with pytest.raises(ConfigError, match=r"max_total_tokens: 65536 \(the default on a CPU\) is less than .* 66024"):
+        check(long, "engine.device=cpu")

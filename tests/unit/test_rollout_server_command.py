@@ -60,6 +60,14 @@ def test_the_command_contains_seed_and_sizes() -> None:
     assert [found[name] for name in names] == ["7", "99", "11", "/models/tiny"]
 
 
+@pytest.mark.parametrize(("has_gpu", "default"), [(False, "65536"), (True, None)])
+def test_sglang_sizes_its_cache_itself_on_a_gpu_alone(has_gpu: bool, default: str | None) -> None:
+    """On a CPU it would take most of the memory."""
+    for asked, wanted in ((None, default), (99, "99")):
+        command, _ = sglang_command(options(device="auto", max_total_tokens=asked), has_gpu)
+        assert flags(command).get("--max-total-tokens") == wanted
+
+
 @pytest.mark.parametrize("has_gpu", [False, True])
 def test_routes_are_requested_from_sglang_only_if_wanted(has_gpu: bool) -> None:
     for wanted in (False, True):
