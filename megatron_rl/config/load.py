@@ -19,7 +19,8 @@ from megatron_rl.config.freeze import check_freeze
 from megatron_rl.config.idle import idle_keys
 from megatron_rl.config.layout import Layout, LayoutError, check_layout
 from megatron_rl.config.objective import check_objective
-from megatron_rl.config.schema import Config, OptimConfig, SftConfig
+from megatron_rl.config.optim import check_optim
+from megatron_rl.config.schema import Config, SftConfig
 from megatron_rl.config.sections import Kinds, all_keys, sections, sections_of_kinds
 from megatron_rl.config.server_flags import TRAINERS_FLAGS, UNROUTED_FLAGS, check_server_flags, flags_among
 from megatron_rl.config.servers import CPU_ADVICE, CPU_TOKENS, cpu_problem, exposed
@@ -170,10 +171,10 @@ def check_config(config: Config | SftConfig, arch: Architecture, world_size: int
     except LayoutError as error:
         raise ConfigError(str(error)) from None
     problems = [*check_layout(layout, arch, config.engine), *(idle.mistake for idle in idle_keys(config))]
-    problems += [*_check_optim(config.optim, "optim"), *check_freeze(config.optim, "optim", arch)]
+    problems += [*check_optim(config.optim, "optim", config.engine), *check_freeze(config.optim, "optim", arch)]
     if isinstance(config, Config):
         if config.critic is not None:
-            problems += _check_optim(config.critic.optim, "critic.optim")
+            problems += check_optim(config.critic.optim, "critic.optim", config.engine)
             if config.critic.path is None:
                 problems += check_freeze(
                     config.critic.optim, "critic.optim", dataclasses.replace(arch, value_head=True)
@@ -196,18 +197,6 @@ def check_config(config: Config | SftConfig, arch: Architecture, world_size: int
         problems += _check_sft(config, arch)
     raise_all(problems)
     return layout
-
-
-def _check_optim(optim: OptimConfig, section: str) -> Iterator[str]:
-    if optim.schedule == "constant":
-        return
-    if optim.decay_steps <= optim.warmup_steps:
-        yield (
-            f"{section}.decay_steps: {optim.decay_steps}, but {section}.schedule {optim.schedule} needs more than "
-            f"{section}.warmup_steps {optim.warmup_steps}"
-        )
-    if optim.min_lr > optim.lr:
-        yield f"{section}.min_lr: {optim.min_lr} is above {section}.lr {optim.lr}"
 
 
 def _check_batch(config: Config) -> Iterator[str]:

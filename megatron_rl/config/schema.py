@@ -140,6 +140,12 @@ class OptimConfig(Frozen):
     """Decoupled weight decay, as in AdamW."""
     clip_grad: Annotated[float, Field(gt=0, le=1e12)] = 1.0
     """Global gradient norm above which gradients are scaled down."""
+    moments_dtype: EngineDtype = "fp32"
+    """Dtype of Adam's moments. bf16: the optimizer takes 6 bytes a weight in place of 12, and its moments lose bits. It
+    needs a GPU, Transformer Engine and engine.dtype bf16."""
+    offload: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Part of the optimizer's fp32 weights and moments that is in the host's memory and stepped by its cores; 1: all.
+    It needs a GPU, Transformer Engine and engine.dtype bf16."""
     freeze: WeightKinds = ()
     """Kinds of weights that do not train. embedding: word embeddings and output layer; attention: its projections, and
     its norms of query and key heads; other: all other norms, and dense MLPs. Empty: all train."""

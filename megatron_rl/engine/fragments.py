@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +22,6 @@ from megatron_rl.models.weight import Weight
 
 COPIED = "embedding.word_embeddings.weight"
 """The weight that a last stage may have a copy of, which is stepped as the weight is."""
-STEP = "step"
-"""What Adam calls the number of its steps, which is no tensor of the weight's size."""
 
 
 @dataclass(frozen=True, order=True)
@@ -67,39 +65,6 @@ def held_by(part: MegatronOptimizer, slots: Sequence[Slot], ranks: ModelRanks) -
             stretch = Stretch(name, rank, size, begin - first, end - begin)
             found[parameter].append(Held(stretch, slot.weight, begin - own.start))
     return found
-
-
-def tensors_of(part: MegatronOptimizer, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
-    """Returns what the optimizer has of a parameter on this rank, by kind: `param`, and the moments once there are."""
-    return {kind: each for kind, each in part._get_main_param_and_optimizer_states(parameter).items() if kind != STEP}
-
-
-@torch.no_grad()
-def restore_tensors(part: MegatronOptimizer, parameter: torch.nn.Parameter, values: Mapping[str, Tensor]) -> None:
-    part._set_main_param_and_optimizer_states(
-        parameter, {**part._get_main_param_and_optimizer_states(parameter), **values}
-    )
-
-
-def steps_of(part: MegatronOptimizer) -> int:
-    """Returns how often Adam has stepped: the same for every weight."""
-    inner = part.optimizer
-    counts = [int(state[STEP]) for state in inner.state.values() if STEP in state]
-    counts += [int(group[STEP]) for group in inner.param_groups if STEP in group]
-    return max(counts, default=0)
-
-
-def restore_steps(part: MegatronOptimizer, steps: int) -> None:
-    """Sets the number of steps, and makes moments if there are to be some."""
-    inner = part.optimizer
-    if steps and not inner.state:
-        part._init_optimizer_states_with_dummy_values()
-    for state in inner.state.values():
-        if STEP in state:
-            state[STEP].fill_(steps)
-    for group in inner.param_groups:
-        if STEP in group:
-            group[STEP] = steps
 
 
 class Saved:

@@ -11,6 +11,7 @@ from megatron.core import tensor_parallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import param_is_not_shared
 
+from megatron_rl.engine.optimizer_state import gradient_of, shard_of
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.binding import Slot
 from megatron_rl.models.kinds import WeightKind
@@ -64,9 +65,9 @@ def grad_norms(
         for optimizer in optimizers:
             if optimizer.is_stub_optimizer or parameter not in optimizer.model_param_group_index_map:
                 continue
-            group, order = optimizer.model_param_group_index_map[parameter]
-            shard = optimizer.optimizer.param_groups[group]["params"][order]
-            if shard.grad is not None and tensor_parallel.param_is_not_tensor_parallel_duplicate(shard):
-                squares[[reported.index(name) for name in names]] += shard.grad.double().square().sum()
+            shard = shard_of(optimizer, parameter)
+            gradient = gradient_of(optimizer, shard)
+            if gradient is not None and tensor_parallel.param_is_not_tensor_parallel_duplicate(shard):
+                squares[[reported.index(name) for name in names]] += gradient.double().square().sum()
     dist.all_reduce(squares)
     return dict(zip(reported, squares.sqrt().tolist(), strict=True))

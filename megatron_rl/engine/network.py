@@ -23,7 +23,7 @@ from megatron_rl.engine.grad_norms import grad_norms, norm_groups, reported_norm
 from megatron_rl.engine.layers.choice import choose_layers
 from megatron_rl.engine.megatron_config import transformer_config
 from megatron_rl.engine.micro_batch import MicroBatch, micro_batch
-from megatron_rl.engine.optimizer import build_optimizer, optimizer_parts
+from megatron_rl.engine.optimizer import build_optimizer, check_machine, optimizer_parts
 from megatron_rl.engine.stages import build_stages
 from megatron_rl.engine.step import LossFunction, forward_backward
 from megatron_rl.errors import UserError
@@ -107,10 +107,11 @@ class Network:
             freeze(self.models, parameter_kinds(slots), optim.freeze)
         self.stages = wrap_stages(self.models, config, ddp_config(engine, layout, trains=optim is not None))
         if optim is not None:
+            check_machine(optim, self.optim_section, device)
             self._max_skipped = optim.max_skipped
             self._norm_groups = norm_groups(slots)
             self._norms = reported_norms(self.arch, optim.freeze)
-            self.optimizer, self.scheduler = build_optimizer(optim, self.stages, engine.dtype == "bf16")
+            self.optimizer, self.scheduler = build_optimizer(optim, self.stages, engine)
 
     @functools.cached_property
     def frozen_digest(self) -> str:

@@ -8,18 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from megatron_rl.engine.export import model_ranks
-from megatron_rl.engine.fragments import (
-    Held,
-    Saved,
-    Stretch,
-    held_by,
-    restore_steps,
-    restore_tensors,
-    steps_of,
-    tensors_of,
-)
+from megatron_rl.engine.fragments import Held, Saved, Stretch, held_by
 from megatron_rl.engine.network import Network
 from megatron_rl.engine.optimizer import optimizer_parts
+from megatron_rl.engine.optimizer_state import restore_steps, restore_tensors, steps_of, tensors_of
 from megatron_rl.engine.shard_file import ShardReader
 from megatron_rl.models.binding import bind
 

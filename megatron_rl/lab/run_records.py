@@ -45,7 +45,9 @@ MAY_CHANGE = (
     "rollout.dynamic_sampling.oversample",
     "rollout.dynamic_sampling.max_refills",
     "optim.max_skipped",
+    "optim.offload",
     "critic.optim.max_skipped",
+    "critic.optim.offload",
     "weights",
 )
 """Keys, with all keys below them, that may differ on resume: how long a run goes, where, under which layout, how

@@ -56,6 +56,7 @@ def _sorts(job: Job) -> Iterator[Iterator[tuple[str, Job]]]:
     yield iter([_of_engine(job, recompute="full")] if job.config.engine.recompute != "full" else [])
     yield _budgets(job)
     yield _transformer_engine(job)
+    yield _optimizers(job)
     if job.has_reference:
         yield iter([("objective.kl.kind=none", _without_reference(job))])
 
@@ -80,6 +81,17 @@ def _transformer_engine(job: Job) -> Iterator[tuple[str, Job]]:
     engine = job.config.engine
     if engine.layers != "te" and engine.device != "cpu" and engine.dtype == "bf16" and not plain_features(job.arch):
         yield _of_engine(job, layers="te")
+
+
+def _optimizers(job: Job) -> Iterator[tuple[str, Job]]:
+    """Yields the job with the policy's optimizer smaller, and then out of the GPU's memory."""
+    optim, engine = job.config.optim, job.config.engine
+    if engine.device == "cpu" or engine.dtype == "fp32" or optim.offload:
+        return
+    for key, value in (("moments_dtype", "bf16"), ("offload", 1)):
+        changed = optim.model_copy(update={"moments_dtype": "fp32", key: value})
+        config = job.config.model_copy(update={"optim": changed})
+        yield f"optim.{key}={value}", dataclasses.replace(job, config=config)
 
 
 def _of_engine(job: Job, **values: Any) -> tuple[str, Job]:

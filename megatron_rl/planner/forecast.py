@@ -61,6 +61,8 @@ def forecast(job: Job, gpu: Gpu, memory_gib: float) -> bool:
     limit = round(memory_gib * GIB)
     console.print(_describe_layout(job), soft_wrap=True)
     console.print(_memory_table(ranks))
+    if host := max(rank.host for rank in ranks):
+        console.print(f"optimizers take {_gib(host)} of the host's memory for each rank", soft_wrap=True)
     console.print(_describe_time(step_time(job, gpu)), soft_wrap=True)
     fits = largest.total <= limit
     console.print(
@@ -79,8 +81,9 @@ def memory_lines(job: Job) -> str:
     amounts = {kind: f"{name} {_amount(size)}" for kind, name in KINDS.items() if (size := getattr(memory, kind))}
     lasting = ", ".join(text for kind, text in amounts.items() if kind not in PASSING)
     passing = ", ".join(text for kind, text in amounts.items() if kind in PASSING)
+    total = _amount(memory.total) + (f", and {_amount(memory.host)} of its host" if memory.host else "")
     return (
-        f"memory of the largest rank ({memory.rank}): about {_amount(memory.total)}; megatron-rl plan tells more\n"
+        f"memory of the largest rank ({memory.rank}): about {total}; megatron-rl plan tells more\n"
         f"  {lasting}; not all at once: {passing}"
     )
 
@@ -92,12 +95,13 @@ def built(job: Job, rank: int) -> RankNetworks:
     path, engine, layout = job.config.model.path, job.config.engine, job.layout
     critic = reference = None
     with pretended_rank(layout, rank) as place:
-        policy = count_network(build(path, layout, place, engine, job.config.optim))
+        policy = count_network(build(path, layout, place, engine, job.config.optim), job.config.optim)
         if isinstance(job.config, Config) and job.config.critic is not None:
             at = job.config.critic.path or path
-            critic = count_network(build(at, layout, place, engine, job.config.critic.optim, value_head=True))
+            optim = job.config.critic.optim
+            critic = count_network(build(at, layout, place, engine, optim, value_head=True), optim)
         if isinstance(job.config, Config) and job.has_reference:
-            reference = count_network(build(job.config.model.reference or path, layout, place, engine, None))
+            reference = count_network(build(job.config.model.reference or path, layout, place, engine, None), None)
     return RankNetworks(policy, critic, reference)
 
 
@@ -136,7 +140,7 @@ def _print_changes(console: Console, job: Job, limit: int) -> None:
     changes = single_changes(job, limit)
     if not changes:
         console.print(
-            f"no single change of {', '.join(DEGREES)}, recomputation, tokens of a micro-batch"
+            f"no single change of {', '.join(DEGREES)}, recomputation, optimizer, tokens of a micro-batch"
             f"{' or reference' if job.has_reference else ''} makes it fit",
             soft_wrap=True,
         )

@@ -88,6 +88,7 @@ class RankMemory:
     bucket: int  # of the weights that are exported
     step: int  # temporaries of Adam
     reserve: int
+    host: int  # of the host's memory, for optimizers
 
     @property
     def static(self) -> int:
@@ -122,13 +123,13 @@ def counted(job: Job, rank: int) -> RankNetworks:
     critic = None
     if (optim := job.critic_optim) is not None:
         critic = _counted(dataclasses.replace(job.arch, value_head=True), job, at, optim)
-    reference = network_bytes(job.arch, job.layout, at, job.item, frozen=True) if job.has_reference else None
+    reference = network_bytes(job.arch, job.layout, at, job.item) if job.has_reference else None
     return RankNetworks(_counted(job.arch, job, at, job.config.optim), critic, reference)
 
 
 def _counted(arch: Architecture, job: Job, at: Coordinates, optim: OptimConfig) -> NetworkBytes:
     gradient = FP32 if job.config.engine.grad_dtype == "fp32" else 2
-    return network_bytes(arch, job.layout, at, job.item, gradient=gradient, freeze=optim.freeze)
+    return network_bytes(arch, job.layout, at, job.item, gradient=gradient, optim=optim)
 
 
 def differing_ranks(layout: Layout, arch: Architecture) -> list[int]:
@@ -163,8 +164,9 @@ def rank_memory(job: Job, rank: int, measure: Measure = counted) -> RankMemory:
         logits=round(logits_bytes(work, config.engine.logit_chunk_tokens)) if is_last else 0,
         bucket=_bucket(job, rank),
         # torch's AdamW makes the root of all second moments at once; Transformer Engine and apex do not.
-        step=0 if fused else moments,
+        step=0 if fused or config.optim.moments_dtype == "bf16" else moments,
         reserve=0 if config.engine.device == "cpu" else RESERVE,
+        host=sum(network.host for network in trained),
     )
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Collection
 from dataclasses import dataclass
 
 from megatron_rl.config.layout import Coordinates, Layout
+from megatron_rl.config.schema import OptimConfig
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.kinds import WeightKind
 from megatron_rl.models.registry import weights_of
@@ -26,11 +26,20 @@ class NetworkBytes:
     weights: int
     gradients: int = 0  # buffers in engine.grad_dtype
     optimizer: int = 0  # this rank's part of the fp32 weights, if the model's are bf16, and of Adam's two moments
+    host: int = 0  # what of these is in the host's memory
     largest: int = 0  # largest parameter, whose gradient is made in the model's dtype before it is added to the buffer
 
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer
+
+
+def state_bytes(item: int, optim: OptimConfig) -> tuple[float, float]:
+    """Returns the bytes that the optimizer keeps for a weight of `item` bytes: on the GPU, and in the host's memory."""
+    if optim.moments_dtype == "bf16":
+        return 2 + 2 * 2, 0.0  # the 16 bits that a bf16 weight lacks, and the moments
+    state = 2 * FP32 + (FP32 if item < FP32 else 0)
+    return state * (1 - optim.offload), (state + FP32) * optim.offload  # the host has gradients too
 
 
 Where = int | str
@@ -90,16 +99,14 @@ def network_bytes(
     item: int,
     *,
     gradient: int = FP32,
-    frozen: bool = False,
-    freeze: Collection[WeightKind] = (),
+    optim: OptimConfig | None = None,
 ) -> NetworkBytes:
     """Returns what the rank at `at` holds of a network with `item` bytes a weight and `gradient` bytes a gradient.
-    `frozen`: nothing trains; `freeze`: these kinds do not."""
+    Without `optim` nothing trains."""
     shares = {"expert": layout.ep * layout.etp, "expert-whole": layout.ep, "split": layout.tp, "whole": 1}
     shares["copy"] = layout.tp
     replicas = {"expert": layout.edp, "expert-whole": layout.edp}
-    state = 2 * FP32 + (FP32 if item < FP32 else 0)
-    weights = gradients = optimizer = largest = 0.0
+    weights = gradients = stepped = largest = 0.0
     for place in held_places(arch, layout, at.pp):
         stacked: Counter[str] = Counter()
         for (shared, kind, trained), elements in _elements(arch).get(place, Counter()).items():
@@ -107,11 +114,18 @@ def network_bytes(
                 continue
             mine = elements / shares[shared]
             weights += mine * (item if trained else FP32)
-            if frozen or not trained or kind in freeze:
+            if optim is None or not trained or kind in optim.freeze:
                 continue
             gradients += mine * gradient
-            optimizer += mine / replicas.get(shared, layout.dp * layout.cp) * state
+            stepped += mine / replicas.get(shared, layout.dp * layout.cp)
             stacked[kind] += mine * item  # type: ignore[assignment]
         # Experts are stacked in two parameters: gate with up, and down.
         largest = max([largest, *(n * 2 / 3 if kind == "expert" else n for kind, n in stacked.items())])
-    return NetworkBytes(round(weights), round(gradients), round(optimizer), round(largest))
+    on_gpu, on_host = state_bytes(item, optim) if optim else (0.0, 0.0)
+    return NetworkBytes(
+        weights=round(weights),
+        gradients=round(gradients),
+        optimizer=round(stepped * on_gpu),
+        host=round(stepped * on_host),
+        largest=round(largest),
+    )

@@ -36,6 +36,8 @@ def test_what_transformer_engine_alone_does_is_planned_too(forks: Forks, tmp_pat
     write(tmp_path / "a.yaml", RL)
     write_model(tmp_path / "model")
     more = ["engine={device: cuda, layers: te, recompute: moe_act, cp_comm: a2a, deterministic: true}", "parallel.cp=2"]
+    more.append("optim.offload=0.5")
     done = forks.run("-m", "megatron_rl", "plan", "a.yaml", *more, "--gpus", "2", directory=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "recompute moe_act" in done.stdout
+    assert "optimizers take 0.0 GiB of the host's memory for each rank" in done.stdout

@@ -56,8 +56,10 @@ def predicted(model: Path, text: str, dtype: str, critic: bool) -> list[list[dic
     answers = []
     for rank in range(layout.world_size):
         with pretended_rank(layout, rank) as place:
-            built = count_network(build(model, layout, place, engine, OptimConfig(), value_head=critic))
-        counted = network_bytes(arch, layout, layout.coordinates(rank), 2 if dtype == "bf16" else 4)
+            optim = OptimConfig()
+            built = count_network(build(model, layout, place, engine, optim, value_head=critic), optim)
+        item = 2 if dtype == "bf16" else 4
+        counted = network_bytes(arch, layout, layout.coordinates(rank), item, optim=optim)
         answers.append([{kind: getattr(each, kind) for kind in KINDS} for each in (built, counted)])
     return answers
 

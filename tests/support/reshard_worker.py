@@ -17,27 +17,29 @@ from megatron_rl.engine.manifest import Identity, State, read_manifest
 IDENTITY = Identity(run="0" * 32, models={}, data={})
 
 
-def main(model: Path, root: Path, first: str, others: list[str], dtype: str) -> None:
+def main(
+    model: Path, root: Path, first: str, others: list[str], dtype: str, optim: dict[str, Any] | None = None
+) -> None:
     """Writes a checkpoint under `first`, then reads it under each other layout, writes it there, and reads that under
     `first` again."""
-    network = build(model, first, dtype)
+    network = build(model, first, dtype, optim=optim)
     train(network)
     torch.rand(3)  # so that the random state is not that of a start
     save(root / "first", network)
     expected = held(network)
     assert any(name.startswith("policy/exp_avg_sq/") and tensor.any() for name, tensor in expected.items())
     exported, random = whole(network), torch.get_rng_state()
-    network = build(model, first, dtype)
+    network = build(model, first, dtype, optim=optim)
     load(root / "first", network)
     check(expected, held(network), first)
     assert torch.equal(torch.get_rng_state(), random)
     for other in others:
-        network = build(model, other, dtype)
+        network = build(model, other, dtype, optim=optim)
         load(root / "first", network)
         check(exported, whole(network), f"{first} -> {other}")
         assert network.skipped == 7
         save(root / other, network)
-        network = build(model, first, dtype)
+        network = build(model, first, dtype, optim=optim)
         load(root / other, network)
         check(expected, held(network), f"{first} -> {other} -> {first}")
         train(network)  # what was restored can be trained
@@ -66,7 +68,9 @@ def other_buckets(model: Path, root: Path) -> None:
         check(expected, held(network), "all -> none -> all")
 
 
-def build(model: Path, text: str, dtype: str, overlap: str = "all"):  # type: ignore[no-untyped-def]
+def build(  # type: ignore[no-untyped-def]
+    model: Path, text: str, dtype: str, overlap: str = "all", optim: dict[str, Any] | None = None
+):
     from megatron_rl.engine.policy import Policy
     from megatron_rl.ranks.place import start_process_groups, stop_process_groups
 
@@ -74,8 +78,8 @@ def build(model: Path, text: str, dtype: str, overlap: str = "all"):  # type: ig
     layout = Layout.resolve(*parse_layout(text))
     place = start_process_groups(layout, torch.device("cpu"), seed=0)
     engine = EngineConfig(device="cpu", dtype=dtype, overlap=overlap)  # type: ignore[arg-type]
-    optim = OptimConfig(lr=0.1, weight_decay=0.1)
-    return Policy(model, layout, place, engine, torch.device("cpu"), optim)
+    config = OptimConfig(**{"lr": 0.1, "weight_decay": 0.1, **(optim or {})})
+    return Policy(model, layout, place, engine, torch.device("cpu"), config)
 
 
 def train(network) -> None:  # type: ignore[no-untyped-def]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 from critic_samples import samples, weight_of
+from pretended_host import pretended_host
 
 SMALL_BUCKET = 1000
 """Parameters of a gradient bucket: the tiny models then have many, and the output layer one of its own, as real models
@@ -26,6 +28,8 @@ class Case:
     critic: bool = False
     restores: bool = False
     """Before the last step, another network takes over from what a checkpoint holds."""
+    host: bool = False
+    """The machine is pretended to have a GPU, and a host beside it (pretended_host.py)."""
 
 
 def main(root: Path, cases: Sequence[Case]) -> list[dict[str, Any]]:
@@ -48,7 +52,8 @@ def main(root: Path, cases: Sequence[Case]) -> list[dict[str, Any]]:
     for case in cases:
         layout = Layout.resolve(*parse_layout(case.layout))
         place = start_process_groups(layout, device, seed=0)
-        with mock.patch.object(network_module, "ddp_config", small_buckets):
+        host = pretended_host() if case.host else contextlib.nullcontext()
+        with mock.patch.object(network_module, "ddp_config", small_buckets), host:
             answers.append(_train(case, root / case.model, layout, place, device))
         stop_process_groups(leave_world=False)
     return answers
@@ -82,7 +87,10 @@ def _train(case: Case, model: Path, layout: Any, place: Any, device: Any) -> dic
     def exported() -> dict[str, Any]:
         return {name: weight.clone() for bucket in network.export(1 << 28) for name, weight in bucket}
 
-    answer: dict[str, Any] = {"norm": [], "output": [], "weights": []}
+    def held() -> dict[str, Any]:
+        return {name: tensor.detach().clone() for name, tensor in network_tensors(network, "it").items()}
+
+    answer: dict[str, Any] = {"norm": [], "output": [], "weights": [], "first": held(), "on_host": _on_host(network)}
     for step in range(4):
         batch = batches[step % 2]
         if step == 3 and case.restores:
@@ -99,12 +107,40 @@ def _train(case: Case, model: Path, layout: Any, place: Any, device: Any) -> dic
         else:
             answer["output"].append(forward(network.stages, network.micro_batches(batch.micro_batches)))
     answer["deterministic"] = _torch().are_deterministic_algorithms_enabled()
+    answer["held"] = held()
+    answer["state_bytes"] = _state_bytes(network)
     answer["buckets"] = max(_buckets(stage) for stage in network.stages)
     return answer
 
 
 def _buckets(stage: Any) -> int:
     return sum(len(group.buckets) for group in (*stage.bucket_groups, *stage.expert_parallel_bucket_groups))
+
+
+def _on_host(network: Any) -> float:
+    """Returns the part of the weights that the host steps."""
+    inner = _optimizers(network)
+    on_host = [each for optimizer in inner for each in getattr(optimizer, "cpu_optimizers", [])]
+    return _elements(on_host) / _elements(inner)
+
+
+def _state_bytes(network: Any) -> float:
+    """Returns the bytes for each weight that an optimizer keeps of itself, wherever: its own weights among them, and
+    gradients on the host."""
+    inner = _optimizers(network)
+    states = [tensor for optimizer in inner for state in optimizer.state.values() for tensor in state.values()]
+    states += [tensor for optimizer in inner for tensor in getattr(optimizer, "cpu_copy_map_grad", {}).values()]
+    return sum(tensor.nbytes for tensor in states if tensor.numel() > 1) / _elements(inner)
+
+
+def _optimizers(network: Any) -> list[Any]:
+    from megatron_rl.engine.optimizer import optimizer_parts
+
+    return [part.optimizer for part in optimizer_parts(network.optimizer) if not part.is_stub_optimizer]
+
+
+def _elements(optimizers: Sequence[Any]) -> int:
+    return sum(p.numel() for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
 
 
 def _torch() -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,13 @@ def copies_apart(policy: Any) -> float:
 
 
 def main(model: Path, directory: Path, out: Path, worlds: list[int]) -> None:
+    prepare(directory)
+    for ranks in worlds:
+        run_world(ranks, train, ranks, model, out)
+
+
+def prepare(directory: Path) -> None:
+    """Imports all that ranks need, with Transformer Engine from `directory`."""
     te_stub.load(directory)
     from megatron_rl.engine.device import use_device
 
@@ -127,21 +135,24 @@ def main(model: Path, directory: Path, out: Path, worlds: list[int]) -> None:
     import megatron_rl.engine.policy  # noqa: F401
 
     te_stub.install_kernels()
+
+
+def run_world(ranks: int, work: Callable[..., None], *arguments: Any) -> None:
+    """Runs work(rank, *arguments) in `ranks` processes that are forked from this one."""
     context = multiprocessing.get_context("fork")
-    for ranks in worlds:
-        world = [context.Process(target=train, args=(rank, ranks, model, out)) for rank in range(ranks)]
-        for process in world:
-            process.start()
-        waiting = {process.sentinel: process for process in world}
-        while waiting:
-            for sentinel in multiprocessing.connection.wait(list(waiting)):
-                ended = waiting.pop(sentinel)  # type: ignore[arg-type]
-                ended.join()  # the sentinel may come before the exit status
-                if ended.exitcode:
-                    for process in world:  # the others would wait for it
-                        process.kill()
-        if any(process.exitcode for process in world):
-            sys.exit(f"the world of {ranks} failed")
+    world = [context.Process(target=work, args=(rank, *arguments)) for rank in range(ranks)]
+    for process in world:
+        process.start()
+    waiting = {process.sentinel: process for process in world}
+    while waiting:
+        for sentinel in multiprocessing.connection.wait(list(waiting)):
+            ended = waiting.pop(sentinel)  # type: ignore[arg-type]
+            ended.join()  # the sentinel may come before the exit status
+            if ended.exitcode:
+                for process in world:  # the others would wait for it
+                    process.kill()
+    if any(process.exitcode for process in world):
+        sys.exit(f"the world of {ranks} failed")
 
 
 if __name__ == "__main__":

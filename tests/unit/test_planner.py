@@ -13,9 +13,9 @@ from published_models import PUBLISHED
 
 from megatron_rl.config.layout import Layout, parse_layout
 from megatron_rl.config.recompute import Recomputation, read_recompute
-from megatron_rl.config.schema import Config
+from megatron_rl.config.schema import Config, OptimConfig
 from megatron_rl.config.sources import ConfigError
-from megatron_rl.models.kinds import WeightKind
+from megatron_rl.models.kinds import PolicyKind
 from megatron_rl.planner.activations import (
     StageActivations,
     Workload,
@@ -30,8 +30,8 @@ from megatron_rl.planner.memory import GIB, MIB, Job, all_ranks, largest_rank
 from megatron_rl.planner.roofline import GPUS, forward_flops, step_time
 from megatron_rl.planner.shares import active_elements, network_bytes
 
-NONE_AND_EXPERTS: tuple[tuple[WeightKind, ...], ...] = ((), ("expert",))
-EMBEDDING: tuple[WeightKind, ...] = ("embedding",)
+NONE_AND_EXPERTS: tuple[tuple[PolicyKind, ...], ...] = ((), ("expert",))
+EMBEDDING: tuple[PolicyKind, ...] = ("embedding",)
 H100 = GPUS["h100"]
 RUN = """\
 run_dir: runs/one
@@ -160,7 +160,8 @@ def test_tied_embeddings_are_held_twice_in_a_pipeline_alone() -> None:
     tied = dataclasses.replace(ARCHITECTURE, tied_embeddings=True)
     for arch, copies in ((ARCHITECTURE, 2), (tied, 1)):
         alone = network_bytes(arch, layout("tp=1"), layout("tp=1").coordinates(0), 1).weights
-        no_embedding = network_bytes(arch, layout("tp=1"), layout("tp=1").coordinates(0), 1, freeze=EMBEDDING)
+        optim = OptimConfig(freeze=EMBEDDING)
+        no_embedding = network_bytes(arch, layout("tp=1"), layout("tp=1").coordinates(0), 1, optim=optim)
         assert alone - no_embedding.gradients // 4 == copies * 99 * 64
     last = [
         network_bytes(arch, layout("pp=2"), layout("pp=2").coordinates(1), 1).weights for arch in (ARCHITECTURE, tied)
@@ -170,9 +171,12 @@ def test_tied_embeddings_are_held_twice_in_a_pipeline_alone() -> None:
 
 def test_frozen_weights_have_neither_gradients_nor_state() -> None:
     at = layout("tp=1").coordinates(0)
-    frozen = network_bytes(ARCHITECTURE, layout("tp=1"), at, 2, frozen=True)
+    frozen = network_bytes(ARCHITECTURE, layout("tp=1"), at, 2)
     assert (frozen.gradients, frozen.optimizer, frozen.largest) == (0, 0, 0)
-    whole, part = (network_bytes(ARCHITECTURE, layout("tp=1"), at, 2, freeze=kinds) for kinds in NONE_AND_EXPERTS)
+    whole, part = (
+        network_bytes(ARCHITECTURE, layout("tp=1"), at, 2, optim=OptimConfig(freeze=kinds))
+        for kinds in NONE_AND_EXPERTS
+    )
     assert part.weights == whole.weights == frozen.weights
     assert whole.gradients - part.gradients == 4 * 8 * 16 * 3 * 64 * 48
 
@@ -191,6 +195,22 @@ def test_gradients_in_bf16_take_half(tmp_path: Path) -> None:
     )
     assert bf16.gradients == fp32.gradients // 2
     assert (bf16.weights, bf16.optimizer) == (fp32.weights, fp32.optimizer)
+
+
+def test_an_optimizer_with_smaller_moments_or_on_the_host_is_counted(tmp_path: Path) -> None:
+    """By weight 12 bytes; 6 with moments in bf16; and on the host 16, with the gradient."""
+    plain, half, bf16 = (
+        largest_rank(job(tmp_path, "Qwen--Qwen3-30B-A3B", "tp=2,ep=8,dp=4", "engine.layers=auto", *overrides))
+        for overrides in ([], ["optim.offload=0.5"], ["optim.moments_dtype=bf16"])
+    )
+    assert half.optimizer == pytest.approx(plain.optimizer / 2)
+    assert half.host == pytest.approx(plain.optimizer * 16 / 12 / 2)
+    assert bf16.optimizer == pytest.approx(plain.optimizer / 2)
+    assert (plain.host, bf16.host) == (0, 0)
+    assert plain.step == pytest.approx(2 * half.step)
+    assert plain.step > bf16.step == 0
+    (line, _) = memory_lines(job(tmp_path, "Qwen--Qwen3-30B-A3B", "tp=2,ep=8,dp=4", "optim.offload=1")).splitlines()
+    assert "GiB, and 56.9 GiB of its host; " in line
 
 
 def test_the_largest_of_what_is_not_there_at_once_counts(tmp_path: Path) -> None:
@@ -232,10 +252,11 @@ def test_a_dry_run_has_two_lines(tmp_path: Path) -> None:
 def test_single_changes_are_the_smallest_that_fit(tmp_path: Path) -> None:
     planned = job(tmp_path, "Qwen--Qwen3-30B-A3B", "tp=2,ep=8,dp=4")
     changes = {change.text: change.memory.total for change in single_changes(planned, 79 * GIB)}
-    assert changes.keys() == {"parallel.tp=4", "objective.kl.kind=none"}
+    assert changes.keys() == {"parallel.tp=4", "optim.moments_dtype=bf16", "objective.kl.kind=none"}
     assert all(total <= 79 * GIB for total in changes.values())
     unrecomputed = job(tmp_path, "Qwen--Qwen3-30B-A3B", "tp=2,ep=8,dp=4", "engine.recompute=none")
     assert "engine.recompute=full" in {change.text for change in single_changes(unrecomputed, 82 * GIB)}
+    assert "optim.offload=1" in {change.text for change in single_changes(planned, 45 * GIB)}
     assert single_changes(planned, GIB) == []
 
 

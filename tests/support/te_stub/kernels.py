@@ -48,6 +48,7 @@ def install_kernels() -> None:
         extension.multi_tensor_scale: scale,
         extension.multi_tensor_scale_tensor: scale,
         extension.multi_tensor_adam: adam,
+        extension.multi_tensor_adam_param_remainder: adam_of_remainders,
     }
     stand_ins = {real: _bound(real, body) for real, body in functions.items()}
     for name, module in list(sys.modules.items()):
@@ -247,10 +248,30 @@ def adam(
     bias_correction: bool,
     weight_decay: float,
 ) -> None:
+    """Steps fp32 weights; moments may be in bf16."""
     assert decoupled
     assert bias_correction
-    for gradient, weight, mean, square in zip(*tensors, strict=True):
-        mean.lerp_(gradient, 1 - beta1)
-        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        update = mean / (1 - beta1**step) / ((square / (1 - beta2**step)).sqrt() + eps)
+    for given, weight, mean, square in zip(*tensors, strict=True):
+        assert weight.dtype == torch.float32
+        gradient = given.float()
+        first = mean.float().lerp_(gradient, 1 - beta1)
+        second = square.float().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        update = first / (1 - beta1**step) / ((second / (1 - beta2**step)).sqrt() + eps)
         weight.sub_(lr * (update + weight_decay * weight))
+        mean.copy_(first)
+        square.copy_(second)
+
+
+def adam_of_remainders(chunk: int, overflow: Tensor, tensors: Sequence[Sequence[Tensor]], *rest: Any) -> None:
+    """Steps bf16 weights with the lower halves of fp32 ones. The upper half of one whose lower half is negative as an
+    int16 has been rounded up."""
+    gradients, weights, means, squares, lower = tensors
+    whole = []
+    for weight, low in zip(weights, lower, strict=True):
+        halves = torch.stack([low, weight.view(torch.int16) - (low < 0).short()], dim=-1)  # as they lie in memory
+        whole.append(halves.contiguous().view(torch.float32).squeeze(-1))
+    adam(chunk, overflow, [gradients, whole, means, squares], *rest)
+    for full, weight, low in zip(whole, weights, lower, strict=True):
+        first, second = full.unsqueeze(-1).view(torch.int16).unbind(-1)
+        low.copy_(first)
+        weight.view(torch.int16).copy_(second + (first < 0).short())
