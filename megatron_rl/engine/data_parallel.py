@@ -15,6 +15,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import EngineConfig
+from megatron_rl.engine.layers.fused_gradients import fuse_gradients
 
 
 def ddp_config(engine: EngineConfig, layout: Layout, *, trains: bool) -> DistributedDataParallelConfig:
@@ -33,13 +34,15 @@ def ddp_config(engine: EngineConfig, layout: Layout, *, trains: bool) -> Distrib
 def wrap_stages(
     models: Sequence[GPTModel], config: TransformerConfig, ddp: DistributedDataParallelConfig
 ) -> list[DistributedDataParallel]:
-    """Returns the stages with gradient buffers, and sets in `config` what the pipeline schedule calls for them.
+    """Returns the stages with gradient buffers, to which layers that can do so add their gradients themselves. Sets in
+    `config` what the pipeline schedule calls for them.
 
     Call it once for a config: all stages share it. The functions are those that Megatron-LM's training.py sets.
     """
     stages = [
         DistributedDataParallel(config, ddp, model, disable_bucketing=index > 0) for index, model in enumerate(models)
     ]
+    fuse_gradients(models)
     config.finalize_model_grads_func = finalize_model_grads
     if ddp.overlap_grad_reduce:
         config.no_sync_func = _of_stages([stage.no_sync for stage in stages])

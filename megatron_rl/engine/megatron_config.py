@@ -20,9 +20,10 @@ from megatron_rl.models.weights_io import torch_dtype
 
 
 def transformer_config(
-    arch: Architecture, engine: EngineConfig, layout: Layout, *, fused_kernels: bool
+    arch: Architecture, engine: EngineConfig, layout: Layout, *, fused_kernels: bool, fused_gradients: bool = False
 ) -> TransformerConfig:
-    """`fused_kernels`: whether the layers have those of rotary embedding, activation, permutation and grouped GEMM."""
+    """`fused_kernels`: whether the layers have those of rotary embedding, activation, permutation and grouped GEMM.
+    `fused_gradients`: whether Megatron-Core's linear layers add weight gradients to the buffer themselves."""
     kind = MLATransformerConfig if arch.latent else TransformerConfig
     config = kind(
         **_decoder(arch, fused_kernels),
@@ -37,7 +38,7 @@ def transformer_config(
         bias_activation_fusion=fused_kernels,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fused_gradients,
         # Weights come from the Hugging Face files.
         perform_initialization=False,
         # Losses and gradients are summed: the denominators are global and already in the loss.

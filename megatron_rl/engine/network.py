@@ -21,6 +21,7 @@ from megatron_rl.engine.export import export_stream, model_ranks
 from megatron_rl.engine.frozen import digest_frozen, freeze
 from megatron_rl.engine.grad_norms import grad_norms, norm_groups, reported_norms, total_norm
 from megatron_rl.engine.layers.choice import choose_layers
+from megatron_rl.engine.layers.fused_gradients import has_apex_kernel
 from megatron_rl.engine.megatron_config import transformer_config
 from megatron_rl.engine.micro_batch import MicroBatch, micro_batch
 from megatron_rl.engine.optimizer import build_optimizer, check_machine, optimizer_parts
@@ -89,7 +90,8 @@ class Network:
         self.skipped = 0  # optimizer steps, of the whole run
         torch.use_deterministic_algorithms(engine.deterministic)  # the same for all networks of a run
         self.layers = choose_layers(engine, self.arch)
-        config = transformer_config(self.arch, engine, layout, fused_kernels=self.layers.fused_kernels)
+        fused = {"fused_kernels": self.layers.fused_kernels, "fused_gradients": has_apex_kernel(device)}
+        config = transformer_config(self.arch, engine, layout, **fused)
         stages = build_stages(self.arch, engine, layout, config, self.layers, temperature)
         # Most weights are made where they belong, but norms and routers on the CPU.
         self.models = [model.to(device) for model in stages]

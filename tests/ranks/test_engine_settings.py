@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from megatron_rl.config.sources import ConfigError
 from megatron_rl.engine.data_parallel import ddp_config
 from megatron_rl.engine.device import check_deterministic
 from megatron_rl.engine.layers.choice import choose_layers
+from megatron_rl.engine.layers.fused_gradients import has_apex_kernel
 from megatron_rl.engine.megatron_config import transformer_config
 from megatron_rl.errors import UserError
 
@@ -79,6 +83,37 @@ def test_determinism_changes_nothing_on_a_cpu_and_gradients_in_bf16_change_littl
         assert torch.equal(deterministic["weights"][1][name], weight), name
     assert deterministic["deterministic"]
     assert not default["deterministic"]
+
+
+@pytest.mark.distributed
+def test_linear_layers_with_apex_add_their_gradients_themselves(forks: Forks, tmp_path: Path) -> None:
+    """Under overlap, with weights that do not train, and with recomputation. Frozen weights get no gradient."""
+    make_tiny_model(tmp_path / "model", mlp_only_layers=(1,), **SIZES)
+    plain = Case(layout="dp=2")
+    cases = [
+        plain,
+        replace(plain, optim=(("freeze", ("attention",)),)),
+        replace(plain, layout="tp=2,ep=2", engine=(("recompute", "full"),), critic=True),
+    ]
+    found = forks.world(2, "settings_worker:main", tmp_path, [*cases, *(replace(case, apex=True) for case in cases)])[0]
+    for default, fused in zip(found[:3], found[3:], strict=True):
+        assert fused["norm"] == pytest.approx(default["norm"], rel=1e-6)
+        for name, weight in default["weights"][1].items():
+            assert float((fused["weights"][1][name] - weight).abs().max()) <= 1e-6, name
+    assert [each["fused"] for each in found[:3]] == [0, 0, 0]
+    assert found[3]["fused"] > found[4]["fused"] > 0
+
+
+def test_apexs_kernel_is_taken_on_gpus_if_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not has_apex_kernel(torch.device("cuda"))
+    there = types.ModuleType("fused_weight_gradient_mlp_cuda")
+    there.__spec__ = importlib.machinery.ModuleSpec(there.__name__, None)
+    monkeypatch.setitem(sys.modules, there.__name__, there)
+    assert has_apex_kernel(torch.device("cuda"))
+    assert not has_apex_kernel(torch.device("cpu"))
+    for fused in (False, True):
+        found = transformer_config(ARCHITECTURE, EngineConfig(), layout(), fused_kernels=False, fused_gradients=fused)
+        assert found.gradient_accumulation_fusion is fused
 
 
 def test_determinism_on_a_gpu_needs_cublass_variable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,6 +106,13 @@ def test_frozen_weights_stay_and_the_others_equal_plain_pytorch(
 
 
 @pytest.mark.distributed
+def test_its_linear_layers_add_weight_gradients_to_the_buffers_themselves(answers: dict[str, dict[str, Any]]) -> None:
+    for found in answers.values():
+        assert len(found["te"]["fused"]) >= 8
+        assert all(found["te"]["fused"])
+
+
+@pytest.mark.distributed
 def test_only_our_own_attention_receives_an_attention_plan(answers: dict[str, dict[str, Any]]) -> None:
     """Under context parallelism the masks of a plan take 512 MiB for a sequence of 32k tokens."""
     for found in answers.values():

@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 from critic_samples import samples, weight_of
+from pretended_apex import calls, pretended_apex
 from pretended_host import pretended_host
 
 SMALL_BUCKET = 1000
@@ -30,6 +31,8 @@ class Case:
     """Before the last step, another network takes over from what a checkpoint holds."""
     host: bool = False
     """The machine is pretended to have a GPU, and a host beside it (pretended_host.py)."""
+    apex: bool = False
+    """Linear layers add weight gradients to DDP's buffers themselves (pretended_apex.py)."""
 
 
 def main(root: Path, cases: Sequence[Case]) -> list[dict[str, Any]]:
@@ -53,7 +56,9 @@ def main(root: Path, cases: Sequence[Case]) -> list[dict[str, Any]]:
         layout = Layout.resolve(*parse_layout(case.layout))
         place = start_process_groups(layout, device, seed=0)
         host = pretended_host() if case.host else contextlib.nullcontext()
-        with mock.patch.object(network_module, "ddp_config", small_buckets), host:
+        apex = pretended_apex() if case.apex else contextlib.nullcontext()
+        calls.clear()
+        with mock.patch.object(network_module, "ddp_config", small_buckets), host, apex:
             answers.append(_train(case, root / case.model, layout, place, device))
         stop_process_groups(leave_world=False)
     return answers
@@ -108,6 +113,7 @@ def _train(case: Case, model: Path, layout: Any, place: Any, device: Any) -> dic
             answer["output"].append(forward(network.stages, network.micro_batches(batch.micro_batches)))
     answer["deterministic"] = _torch().are_deterministic_algorithms_enabled()
     answer["held"] = held()
+    answer["fused"] = len(calls)
     answer["state_bytes"] = _state_bytes(network)
     answer["buckets"] = max(_buckets(stage) for stage in network.stages)
     return answer

@@ -103,6 +103,7 @@ def answer(model: Path, layout: Any, place: Any, provider: str) -> dict[str, Any
         "weights": {name: w.clone() for part in policy.export(1 << 28) for name, w in part},
         **partial,
         "copies_apart": copies_apart(policy),
+        "fused": [m.fuse_wgrad_accumulation for m in policy.models[0].modules() if hasattr(m, "parallel_mode")],
         "attention_plans": [isinstance(batch.sequences, PlannedSequences) for batch in policy.micro_batches(batches)],
     }
 
