@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from megatron_rl.config.fp8_products import check_fp8
 from megatron_rl.config.recompute import check_recompute
 from megatron_rl.config.schema import EngineConfig
 from megatron_rl.models.architecture import Architecture
@@ -31,6 +32,7 @@ def check_engine(layout: Layout, arch: Architecture, engine: EngineConfig) -> It
         yield f"engine.aux_loss_coefficient: {engine.aux_loss_coefficient} on a model without experts; set it to 0"
     if engine.grad_dtype == "bf16" and engine.dtype == "fp32":
         yield "engine.grad_dtype: bf16 needs engine.dtype bf16, but that is fp32; set grad_dtype to fp32"
+    yield from check_fp8(layout, arch, engine)
     if engine.cp_comm == "a2a":
         yield from _check_head_exchange(layout, arch, engine)
     yield from check_recompute(engine.recomputation, engine.layers, engine.device, arch)

@@ -55,6 +55,8 @@ class Layout:
     edp: int
     world_size: int
     stage_layers: tuple[int, ...] | None = None
+    token_multiple: int = 1
+    """What each rank's tokens of a micro-batch divide by (engine.fp8)."""
 
     @classmethod
     def resolve(cls, parallel: ParallelConfig, world_size: int) -> Layout:

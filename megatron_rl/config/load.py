@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from megatron_rl.config.fp8_products import check_replay, fp8_multiple
 from megatron_rl.config.freeze import check_freeze
 from megatron_rl.config.idle import idle_keys
 from megatron_rl.config.layout import Layout, LayoutError, check_layout
@@ -168,6 +169,7 @@ def check_config(config: Config | SftConfig, arch: Architecture, world_size: int
     """The layout; raises ConfigError with all contradictions between keys, the model and the world."""
     try:
         layout = Layout.resolve(config.parallel, world_size)
+        layout = dataclasses.replace(layout, token_multiple=fp8_multiple(config.engine))
     except LayoutError as error:
         raise ConfigError(str(error)) from None
     problems = [*check_layout(layout, arch, config.engine), *(idle.mistake for idle in idle_keys(config))]
@@ -189,6 +191,7 @@ def check_config(config: Config | SftConfig, arch: Architecture, world_size: int
             *_check_dynamic_sampling(config),
             *_check_servers(config, arch),
             *_check_routing(config, arch),
+            *check_replay(config.routing, config.engine),
             *check_stress(config.weights.stress, arch),
             *_check_evaluation(config),
             *_check_recorded_steps(config),

@@ -88,6 +88,10 @@ class EngineConfig(Frozen):
     grad_dtype: EngineDtype = "fp32"
     """Dtype in which gradients are added up over micro-batches and reduced over replicas. bf16 halves their memory and
     traffic, loses bits, and needs dtype bf16."""
+    fp8: Literal["none", "tensorwise", "blockwise", "mxfp8"] = "none"
+    """Dtype of the layers' matrix products with Transformer Engine: none: `dtype`; else fp8 e4m3 with a scale for each
+    tensor (gradients e5m2), for each block of 128 x 128 or 1 x 128, or for each 32 numbers. Weights stay in `dtype`,
+    which must be bf16."""
     layers: Literal["auto", "te", "torch"] = "auto"
     """te: layers of Transformer Engine, in bf16 alone; torch: plain PyTorch. auto: te in bf16 on a GPU with Transformer
     Engine, else torch."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
+from megatron_rl.config.fp8_products import refuse_fp8
 from megatron_rl.config.load import ConfigError
 from megatron_rl.config.schema import Config, RoutingConfig
 from megatron_rl.counterfactual.attribution_lines import (
@@ -54,6 +55,7 @@ def check_attribution(config: Config) -> None:
     """Raises UserError if there is nothing to attribute."""
     if config.rollout.replay_from is None:
         raise ConfigError("rollout.replay_from: not set; name the run directory whose saved rollouts are studied")
+    refuse_fp8(config.engine)
 
 
 def attribute(config: Config, step: int) -> list[dict[str, object]]:

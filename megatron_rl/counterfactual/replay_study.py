@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_rl.config.fp8_products import refuse_fp8
 from megatron_rl.config.load import ConfigError
 from megatron_rl.config.schema import Config
 from megatron_rl.config.switches import NoKL
@@ -89,6 +90,7 @@ def check_options(config: Config, options: StudyOptions) -> None:
     """Checks what this rank needs for the study. Raises UserError."""
     if config.rollout.replay_from is None:
         raise ConfigError("rollout.replay_from: not set; name the run directory whose saved rollouts are studied")
+    refuse_fp8(config.engine)
     for name in options.routings:
         if name not in ROUTINGS:
             raise ConfigError(f"--routing: found {name!r}; expected one of {', '.join(ROUTINGS)}")

@@ -74,24 +74,26 @@ def pack(
     *,
     cp: int = 1,
     tp: int = 1,
+    multiple: int = 1,
     total: int | None = None,
     filler: npt.NDArray[np.integer] | None = None,
 ) -> PackedBatch:
     """Packs the samples in their order, each with one advantage for its whole response.
 
-    `total` pads the row to that many positions, which must divide among the ranks. Without samples the row is empty and
-    repeats the tokens of `filler`, or token 0. Raises ValueError if the first token of a sample is in the loss mask,
-    because nothing predicts it.
+    Each rank's tokens divide by `multiple`. `total` pads the row to that many positions, which must divide among the
+    ranks. Without samples the row is empty and repeats the tokens of `filler`, or token 0. Raises ValueError if the
+    first token of a sample is in the loss mask, because nothing predicts it.
     """
     if not samples:
-        return _pack_empty(np.zeros(1, dtype=np.int64) if filler is None else filler, cp=cp, tp=tp, total=total)
+        filler = np.zeros(1, dtype=np.int64) if filler is None else filler
+        return _pack_empty(filler, cp=cp, tp=tp, multiple=multiple, total=total)
     for sample in samples:
         if not len(sample.token_ids) or sample.loss_mask[0]:
             raise ValueError(
                 f"prompt {sample.prompt.id!r} sample {sample.index}: its first token cannot be trained on; "
                 "a prompt needs at least one token"
             )
-    lengths = padded_lengths([len(s.token_ids) for s in samples], cp=cp, tp=tp, total=total)
+    lengths = padded_lengths([len(s.token_ids) for s in samples], cp=cp, tp=tp, multiple=multiple, total=total)
     cu_seqlens = np.cumsum([0, *lengths], dtype=np.int64)
     ids = [s.token_ids.astype(np.int64) for s in samples]
     masks = [s.loss_mask[1:] for s in samples]
@@ -118,8 +120,8 @@ def _versions(sample: Sample) -> Ints:
     return versions
 
 
-def _pack_empty(filler: npt.NDArray[np.integer], *, cp: int, tp: int, total: int | None) -> PackedBatch:
-    (length,) = padded_lengths([1], cp=cp, tp=tp, total=total)
+def _pack_empty(filler: npt.NDArray[np.integer], *, cp: int, tp: int, multiple: int, total: int | None) -> PackedBatch:
+    (length,) = padded_lengths([1], cp=cp, tp=tp, multiple=multiple, total=total)
     ids = np.resize(filler.astype(np.int64), length)
     nothing, absent = np.zeros(length, dtype=np.float32), np.zeros(length, dtype=np.bool_)
     return PackedBatch(
@@ -169,7 +171,7 @@ def pack_rows(
 
 
 def pack_all(
-    micro_batches: Sequence[Sequence[tuple[Sample, float]]], *, cp: int, tp: int, equal: bool
+    micro_batches: Sequence[Sequence[tuple[Sample, float]]], *, cp: int, tp: int, equal: bool, multiple: int = 1
 ) -> tuple[PackedBatch, ...]:
     """Packs each micro-batch's (sample, advantage) pairs; `equal` makes all rows as long as the longest.
 
@@ -178,20 +180,22 @@ def pack_all(
     total = None
     if equal:
         lengths = [[len(s.token_ids) for s, _ in part] or [1] for part in micro_batches]
-        total = max(sum(padded_lengths(each, cp=cp, tp=tp)) for each in lengths)
+        total = max(sum(padded_lengths(each, cp=cp, tp=tp, multiple=multiple)) for each in lengths)
     filler = next((s.token_ids for part in micro_batches for s, _ in part), None)
     return tuple(
-        pack([s for s, _ in part], [a for _, a in part], cp=cp, tp=tp, total=total, filler=filler)
+        pack([s for s, _ in part], [a for _, a in part], cp=cp, tp=tp, multiple=multiple, total=total, filler=filler)
         for part in micro_batches
     )
 
 
-def padded_lengths(lengths: Sequence[int], *, cp: int, tp: int, total: int | None = None) -> list[int]:
+def padded_lengths(
+    lengths: Sequence[int], *, cp: int, tp: int, multiple: int = 1, total: int | None = None
+) -> list[int]:
     """Length of each sequence in the row. Raises ValueError if `total` is too small or does not divide."""
-    multiple = 2 * cp if cp > 1 else 1
-    padded = [-(-n // multiple) * multiple for n in lengths]
+    chunks = 2 * cp if cp > 1 else 1
+    padded = [-(-n // chunks) * chunks for n in lengths]
     # Each context-parallel rank's tokens divide among the tensor-parallel ranks.
-    row = math.lcm(multiple, cp * tp)
+    row = math.lcm(chunks, cp * tp * multiple)
     wanted = -(-sum(padded) // row) * row if total is None else total
     if wanted < sum(padded) or wanted % row:
         raise ValueError(f"a row of {wanted} positions cannot hold {sum(padded)} in multiples of {row}")

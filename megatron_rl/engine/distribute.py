@@ -108,6 +108,7 @@ def distribute(
             [[(samples[i].sample, samples[i].advantage) for i in part] for part in parts],
             cp=layout.cp,
             tp=layout.tp,
+            multiple=layout.token_multiple,
             equal=layout.vpp > 1,
         )
         if tops is not None:

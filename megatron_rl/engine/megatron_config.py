@@ -2,7 +2,8 @@
 
 Every field here means the same in Megatron-Core 0.16.1 to 0.19.x. What differs between these versions is met elsewhere:
 by ON_EVERY_DEVICE in device.py, by the marks of expert weights in stages.py, by the norms of latents in
-layers/attention.py, and by the order of a router's choice in routing/replay.py.
+layers/attention.py, by the order of a router's choice in routing/replay.py, and in optimizer.py, where offload needs
+Transformer Engine because 0.16.1 asks for its version.
 """
 
 from __future__ import annotations
@@ -164,7 +165,11 @@ def _router(router: Router) -> dict[str, Any]:
 
 def _numbers(engine: EngineConfig) -> dict[str, Any]:
     dtype = torch_dtype(engine.dtype)
-    return {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": engine.dtype == "bf16"}
+    numbers = {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": engine.dtype == "bf16"}
+    if engine.fp8 == "none":
+        return numbers
+    # Gradients have a wider range than e4m3, if one scale is all that a tensor has.
+    return {**numbers, "fp8": "hybrid" if engine.fp8 == "tensorwise" else "e4m3", "fp8_recipe": engine.fp8}
 
 
 def _parallelism(layout: Layout, engine: EngineConfig) -> dict[str, Any]:

@@ -22,6 +22,7 @@ KINDS = {
     "optimizer": "optimizer",
     "reference": "reference",
     "critic": "critic",
+    "fp8": "weights in fp8",
     "reserve": "context, NCCL",
     "activations": "activations",
     "layer": "backward pass of a layer",

@@ -13,7 +13,7 @@ from megatron_rl.config.show import longest_sample, stage_layers
 from megatron_rl.config.switches import NoKL
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.planner.activations import FP32, IMBALANCE, Workload, logits_bytes, stage_activations
-from megatron_rl.planner.shares import NetworkBytes, largest_tensor, network_bytes
+from megatron_rl.planner.shares import NetworkBytes, largest_tensor, multiplied_elements, network_bytes
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -82,6 +82,7 @@ class RankMemory:
     optimizer: int
     reference: int
     critic: int  # its weights, gradients and optimizer
+    fp8: int  # copies of weights
     activations: int  # kept for the backward pass, of all micro-batches in flight
     layer: int  # on top of these while one layer's backward pass runs
     logits: int  # or while the last stage computes log-probs and their gradients
@@ -92,7 +93,8 @@ class RankMemory:
 
     @property
     def static(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.reference + self.critic + self.reserve
+        own = self.weights + self.gradients + self.optimizer
+        return own + self.reference + self.critic + self.fp8 + self.reserve
 
     @property
     def peak(self) -> int:
@@ -159,6 +161,7 @@ def rank_memory(job: Job, rank: int, measure: Measure = counted) -> RankMemory:
         optimizer=networks.policy.optimizer,
         reference=networks.reference.weights if networks.reference else 0,
         critic=networks.critic.total if networks.critic else 0,
+        fp8=_fp8_copies(job, rank),
         activations=round(activations.kept),
         layer=round(activations.layer) + max(network.largest for network in trained),
         logits=round(logits_bytes(work, config.engine.logit_chunk_tokens)) if is_last else 0,
@@ -168,6 +171,15 @@ def rank_memory(job: Job, rank: int, measure: Measure = counted) -> RankMemory:
         reserve=0 if config.engine.device == "cpu" else RESERVE,
         host=sum(network.host for network in trained),
     )
+
+
+def _fp8_copies(job: Job, rank: int) -> int:
+    """Transformer Engine keeps weights in fp8 from one micro-batch to the next: a copy for the forward pass, and one
+    transposed for the backward pass. A critic is taken to be as large as the policy."""
+    if job.config.engine.fp8 == "none":
+        return 0
+    copies = 2 * (2 if job.critic_optim else 1) + job.has_reference
+    return copies * multiplied_elements(job.arch, job.layout, job.layout.coordinates(rank))
 
 
 def _bucket(job: Job, rank: int) -> int:

@@ -92,6 +92,25 @@ def held_places(arch: Architecture, layout: Layout, pp: int) -> list[Where]:
     return [*ends, *layers]
 
 
+def multiplied_elements(arch: Architecture, layout: Layout, at: Coordinates) -> int:
+    """Returns how many elements of linear layers and experts the rank at `at` holds, with those of norms."""
+    shares = _shares(layout)
+    return round(
+        sum(
+            elements / shares[shared]
+            for place in held_places(arch, layout, at.pp)
+            for (shared, kind, _), elements in _elements(arch).get(place, Counter()).items()
+            if kind in ("attention", "expert", "other")
+        )
+    )
+
+
+def _shares(layout: Layout) -> dict[str, int]:
+    """Returns over how many ranks a weight is cut, by how they share it."""
+    shares = {"expert": layout.ep * layout.etp, "expert-whole": layout.ep, "split": layout.tp, "whole": 1}
+    return {**shares, "copy": layout.tp}
+
+
 def network_bytes(
     arch: Architecture,
     layout: Layout,
@@ -103,8 +122,7 @@ def network_bytes(
 ) -> NetworkBytes:
     """Returns what the rank at `at` holds of a network with `item` bytes a weight and `gradient` bytes a gradient.
     Without `optim` nothing trains."""
-    shares = {"expert": layout.ep * layout.etp, "expert-whole": layout.ep, "split": layout.tp, "whole": 1}
-    shares["copy"] = layout.tp
+    shares = _shares(layout)
     replicas = {"expert": layout.edp, "expert-whole": layout.edp}
     weights = gradients = stepped = largest = 0.0
     for place in held_places(arch, layout, at.pp):

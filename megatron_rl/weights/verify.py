@@ -70,7 +70,8 @@ def pack_probe(sequences: Sequence[list[int]], policy: Policy) -> PackedBatch:
         Sample.start(Prompt(str(i), "", (ids[0],), "", ""), 0).extend(ids[1:], [0.0] * (len(ids) - 1), 0)
         for i, ids in enumerate(sequences)
     ]
-    return pack(samples, [0.0] * len(samples), cp=policy.layout.cp, tp=policy.layout.tp)
+    layout = policy.layout
+    return pack(samples, [0.0] * len(samples), cp=layout.cp, tp=layout.tp, multiple=layout.token_multiple)
 
 
 def trainer_logprobs(policy: Policy, sequences: Sequence[list[int]], temperature: float) -> list[np.ndarray] | None:

@@ -25,6 +25,7 @@ from tiny_models import make_tiny_model
 
 from megatron_rl.config.load import ConfigError, load_config
 from megatron_rl.config.schema import Config
+from megatron_rl.counterfactual.attribution import check_attribution
 from megatron_rl.counterfactual.objectives_compared import load_objective
 from megatron_rl.counterfactual.replay_study import ROUTINGS, StudyOptions, check_options
 from megatron_rl.data.sample import Group, Sample
@@ -375,6 +376,13 @@ def test_options_that_cannot_be_met_are_refused(
     wanted: dict[str, Any] = {"step": 1, "routings": (), "objectives": ()} | options
     with pytest.raises(ConfigError, match=message):
         check_options(load_config(Config, config, [f"run_dir={tmp_path}"]), StudyOptions(**wanted))
+
+
+def test_studies_in_fp8_are_refused(config: Path, tmp_path: Path) -> None:
+    loaded = load_config(Config, config, [f"run_dir={tmp_path}", "engine.fp8=mxfp8"])
+    for check in (check_attribution, lambda loaded: check_options(loaded, StudyOptions(1, (), ()))):
+        with pytest.raises(ConfigError, match=r"engine.fp8: mxfp8, under which no routes are replayed yet"):
+            check(loaded)
 
 
 def test_an_objective_brings_its_own_rewards_and_no_other_section(config: Path, tmp_path: Path) -> None:

@@ -86,6 +86,46 @@ def test_determinism_changes_nothing_on_a_cpu_and_gradients_in_bf16_change_littl
 
 
 @pytest.mark.distributed
+def test_padding_of_rows_as_fp8_needs_it_changes_nothing(forks: Forks, tmp_path: Path) -> None:
+    make_tiny_model(tmp_path / "model", mlp_only_layers=(1,), **SIZES)
+    cases = [Case(layout=text, token_multiple=multiple) for text in ("tp=2,ep=2", "cp=2") for multiple in (1, 16)]
+    found = forks.world(2, "settings_worker:main", tmp_path, cases)[0]
+    for default, padded in ((found[0], found[1]), (found[2], found[3])):
+        assert any(row % 32 for row in default["rows"])
+        assert not any(row % 32 for row in padded["rows"])
+        assert padded["norm"] == pytest.approx(default["norm"], rel=1e-5)
+        for name, weight in default["weights"][1].items():
+            assert float((padded["weights"][1][name] - weight).abs().max()) <= 1e-5, name
+
+
+@pytest.mark.parametrize(
+    ("fp8", "fields"),
+    [
+        ("none", (None, "delayed")),  # its default, which nothing reads
+        ("tensorwise", ("hybrid", "tensorwise")),
+        ("blockwise", ("e4m3", "blockwise")),
+        ("mxfp8", ("e4m3", "mxfp8")),
+    ],
+)
+def test_fp8_in_megatrons_words(fp8: str, fields: tuple[str | None, str]) -> None:
+    """A dense model: with experts Megatron-Core looks for Transformer Engine (test_engine_te.py)."""
+    dense = replace(ARCHITECTURE, num_experts=0, experts_per_token=0, expert_hidden_size=0)
+    engine = EngineConfig.model_validate({"fp8": fp8})
+    found = transformer_config(dense, engine, layout(), fused_kernels=False)
+    assert (found.fp8, found.fp8_recipe, found.fp8_param) == (*fields, False)
+
+
+def test_deepep_in_megatrons_words() -> None:
+    for engine, fields in (
+        (EngineConfig(), ("alltoall", "deepep")),  # whose second is its default, which nothing reads
+        (EngineConfig(dispatcher="deepep"), ("flex", "deepep")),
+    ):
+        found = transformer_config(ARCHITECTURE, engine, layout("ep=2"), fused_kernels=False)
+        assert (found.moe_token_dispatcher_type, found.moe_flex_dispatcher_backend) == fields
+        assert found.moe_router_dtype == "fp32"  # DeepEP takes no other
+
+
+@pytest.mark.distributed
 def test_linear_layers_with_apex_add_their_gradients_themselves(forks: Forks, tmp_path: Path) -> None:
     """Under overlap, with weights that do not train, and with recomputation. Frozen weights get no gradient."""
     make_tiny_model(tmp_path / "model", mlp_only_layers=(1,), **SIZES)
@@ -134,8 +174,9 @@ def test_settings_that_the_layers_would_ignore_are_refused() -> None:
         with pytest.raises(UserError, match=f"engine.recompute: {module} needs Transformer Engine's layers"):
             choose_layers(EngineConfig(recompute=f"core_attn,{module}"), ARCHITECTURE)
     choose_layers(EngineConfig(recompute="core_attn,layernorm,moe"), ARCHITECTURE)
-    with pytest.raises(UserError, match="cp_comm: a2a needs Transformer Engine's layers"):
-        choose_layers(EngineConfig(cp_comm="a2a"), ARCHITECTURE)
+    for engine in (EngineConfig(cp_comm="a2a"), EngineConfig(fp8="mxfp8")):
+        with pytest.raises(UserError, match=r"(cp_comm: a2a|fp8: mxfp8) needs Transformer Engine's layers, and"):
+            choose_layers(engine, ARCHITECTURE)
 
 
 def test_the_exchange_of_attention_in_megatrons_words() -> None:

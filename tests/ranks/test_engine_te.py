@@ -113,6 +113,16 @@ def test_its_linear_layers_add_weight_gradients_to_the_buffers_themselves(answer
 
 
 @pytest.mark.distributed
+def test_each_kind_of_fp8_is_a_recipe_of_transformer_engine(answers: dict[str, dict[str, Any]]) -> None:
+    for found in answers.values():
+        assert found["te"]["fp8"] == {
+            "tensorwise": ("Float8CurrentScaling", "HYBRID"),
+            "blockwise": ("Float8BlockScaling", "E4M3"),
+            "mxfp8": ("MXFP8BlockScaling", "E4M3"),
+        }
+
+
+@pytest.mark.distributed
 def test_only_our_own_attention_receives_an_attention_plan(answers: dict[str, dict[str, Any]]) -> None:
     """Under context parallelism the masks of a plan take 512 MiB for a sequence of 32k tokens."""
     for found in answers.values():

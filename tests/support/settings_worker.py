@@ -31,6 +31,7 @@ class Case:
     """Before the last step, another network takes over from what a checkpoint holds."""
     host: bool = False
     """The machine is pretended to have a GPU, and a host beside it (pretended_host.py)."""
+    token_multiple: int = 1
     apex: bool = False
     """Linear layers add weight gradients to DDP's buffers themselves (pretended_apex.py)."""
 
@@ -54,6 +55,7 @@ def main(root: Path, cases: Sequence[Case]) -> list[dict[str, Any]]:
     answers = []
     for case in cases:
         layout = Layout.resolve(*parse_layout(case.layout))
+        layout = dataclasses.replace(layout, token_multiple=case.token_multiple)
         place = start_process_groups(layout, device, seed=0)
         host = pretended_host() if case.host else contextlib.nullcontext()
         apex = pretended_apex() if case.apex else contextlib.nullcontext()
@@ -114,6 +116,7 @@ def _train(case: Case, model: Path, layout: Any, place: Any, device: Any) -> dic
     answer["deterministic"] = _torch().are_deterministic_algorithms_enabled()
     answer["held"] = held()
     answer["fused"] = len(calls)
+    answer["rows"] = [packed.tokens for each in batches for packed in each.micro_batches]
     answer["state_bytes"] = _state_bytes(network)
     answer["buckets"] = max(_buckets(stage) for stage in network.stages)
     return answer

@@ -45,6 +45,21 @@ def train(rank: int, ranks: int, model: Path, out: Path) -> None:
     dist.destroy_process_group()
 
 
+def fp8_recipes(arch: Any, layout: Any) -> dict[str, tuple[str, str]]:
+    """Returns for each engine.fp8 Transformer Engine's recipe, as Megatron-Core makes it, and its format."""
+    from megatron.core.fp8_utils import get_fp8_recipe
+
+    from megatron_rl.config.schema import EngineConfig
+    from megatron_rl.engine.megatron_config import transformer_config
+
+    found = {}
+    for fp8 in ("tensorwise", "blockwise", "mxfp8"):
+        config = transformer_config(arch, EngineConfig(fp8=fp8), layout, fused_kernels=True)
+        recipe = get_fp8_recipe(config)
+        found[fp8] = (type(recipe).__name__, recipe.fp8_format.name)
+    return found
+
+
 def largest(values: list[Any]) -> float:
     """Returns the largest value over all ranks; -1 if no rank has any."""
     import torch
@@ -102,6 +117,7 @@ def answer(model: Path, layout: Any, place: Any, provider: str) -> dict[str, Any
         "norms": [update.grad_norms for update in updates],
         "weights": {name: w.clone() for part in policy.export(1 << 28) for name, w in part},
         **partial,
+        "fp8": fp8_recipes(policy.arch, layout),
         "copies_apart": copies_apart(policy),
         "fused": [m.fuse_wgrad_accumulation for m in policy.models[0].modules() if hasattr(m, "parallel_mode")],
         "attention_plans": [isinstance(batch.sequences, PlannedSequences) for batch in policy.micro_batches(batches)],

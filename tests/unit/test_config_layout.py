@@ -247,13 +247,39 @@ def test_expert_degrees_are_refused_for_a_dense_model(text: str) -> None:
             {"cp_comm": "a2a"},
             "engine.cp_comm: a2a gives each of parallel.cp 2 ranks some of the 1 key-value",
         ),
+        (
+            "",
+            {"fp8": "mxfp8", "device": "cpu"},
+            "engine.fp8: mxfp8 needs Transformer Engine's layers, but engine.device",
+        ),
+        ("", {"fp8": "mxfp8", "layers": "torch"}, "engine.fp8: mxfp8 needs Transformer Engine's layers, but engine.la"),
+        ("", {"fp8": "mxfp8", "dtype": "fp32"}, "engine.fp8: mxfp8 needs engine.dtype bf16, but that is fp32"),
+        (
+            "tp=2,etp=2",
+            {"fp8": "blockwise"},
+            "engine.fp8: blockwise needs matrices whose sides divide by 16, but a rank has 24 features of each expert "
+            "at parallel.etp 2; set it to none, or take a smaller parallel.etp",
+        ),
         ("ep=2", {"device": "cpu", "dispatcher": "deepep"}, "engine.dispatcher: deepep needs a GPU"),
         ("tp=2", {"dispatcher": "deepep"}, "engine.dispatcher: deepep needs parallel.ep or parallel.etp above 1"),
     ],
 )
 def test_engine_settings_that_do_not_fit_are_reported(text: str, engine: dict[str, str], message: str) -> None:
-    (problem,) = check_layout(resolve(text), ARCHITECTURE, EngineConfig.model_validate(engine))
+    arch = replace(ARCHITECTURE, expert_hidden_size=96) if engine.get("fp8") == "mxfp8" else ARCHITECTURE
+    (problem,) = check_layout(resolve(text), arch, EngineConfig.model_validate(engine))
     assert problem.startswith(message)
+
+
+def test_matrices_in_fp8_have_sides_that_divide() -> None:
+    wide = replace(ARCHITECTURE, expert_hidden_size=96)
+    for text, fp8, problems in (
+        ("tp=2", "tensorwise", 0),
+        ("", "mxfp8", 0),
+        ("tp=8", "mxfp8", 2),
+        ("etp=2", "mxfp8", 1),
+    ):
+        engine = EngineConfig.model_validate({"fp8": fp8})
+        assert len(check_layout(resolve(text), wide, engine)) == problems, (text, fp8)
 
 
 def test_micro_batches_and_sequences_divide_as_the_schedule_and_the_ring_need() -> None:

@@ -213,6 +213,19 @@ def test_an_optimizer_with_smaller_moments_or_on_the_host_is_counted(tmp_path: P
     assert "GiB, and 56.9 GiB of its host; " in line
 
 
+def test_weights_in_fp8_are_kept_beside_the_others(tmp_path: Path) -> None:
+    """Twice for the policy, as its backward pass reads them transposed, and once for the reference."""
+    plain, fp8, alone = (
+        largest_rank(job(tmp_path, "Qwen--Qwen3-8B", "tp=2,dp=4", *overrides))
+        for overrides in ([], ["engine.fp8=mxfp8"], ["engine.fp8=mxfp8", "objective.kl.kind=none"])
+    )
+    embeddings = 2 * 151936 * 4096
+    assert fp8.fp8 == pytest.approx(3 * (8.19e9 - embeddings) / 2, rel=0.01)
+    assert alone.fp8 == pytest.approx(fp8.fp8 * 2 / 3)
+    assert fp8.total - plain.total == fp8.fp8
+    assert plain.fp8 == 0
+
+
 def test_the_largest_of_what_is_not_there_at_once_counts(tmp_path: Path) -> None:
     memory = largest_rank(job(tmp_path, "Qwen--Qwen3-30B-A3B", "tp=2,ep=8,dp=4"))
     assert memory.total - memory.static == memory.activations + max(memory.layer, memory.logits)

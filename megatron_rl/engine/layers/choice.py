@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 
 import torch
 
@@ -18,8 +19,7 @@ from megatron_rl.models.architecture import Architecture
 
 def choose_layers(engine: EngineConfig, arch: Architecture) -> LayerProvider:
     """Raises RuntimeError if Transformer Engine is asked for and cannot be imported. Raises UserError if it would be
-    used for a model with features that have not been run with it, or is not used and engine.recompute or engine.cp_comm
-    needs it."""
+    used for a model with features that have not been run with it, or is not used and another setting needs it."""
     installed = importlib.util.find_spec("transformer_engine") is not None
     if engine.layers == "te" and not installed:
         raise RuntimeError(
@@ -35,14 +35,19 @@ def choose_layers(engine: EngineConfig, arch: Architecture) -> LayerProvider:
                 "with Transformer Engine's layers; set engine.layers to torch"
             )
         return TransformerEngineLayers()
-    if engine.cp_comm == "a2a":
+    for setting, fix in _needing_transformer_engine(engine):
         raise UserError(
-            f"engine.cp_comm: a2a needs Transformer Engine's layers, and engine.layers {engine.layers} gives those in "
-            "plain PyTorch here; use p2p"
-        )
-    if ignored := [each for each in engine.recomputation.modules if each in OF_TRANSFORMER_ENGINE]:
-        raise UserError(
-            f"engine.recompute: {', '.join(ignored)} needs Transformer Engine's layers, and engine.layers "
-            f"{engine.layers} gives those in plain PyTorch here; drop it"
+            f"{setting} needs Transformer Engine's layers, and engine.layers {engine.layers} gives those in plain "
+            f"PyTorch here; {fix}"
         )
     return TorchLayers()
+
+
+def _needing_transformer_engine(engine: EngineConfig) -> Iterator[tuple[str, str]]:
+    """Yields settings that the layers in plain PyTorch would ignore, and what to do."""
+    if engine.cp_comm == "a2a":
+        yield "engine.cp_comm: a2a", "use p2p"
+    if engine.fp8 != "none":
+        yield f"engine.fp8: {engine.fp8}", "set it to none"
+    if ignored := [each for each in engine.recomputation.modules if each in OF_TRANSFORMER_ENGINE]:
+        yield f"engine.recompute: {', '.join(ignored)}", "drop it"
