@@ -90,6 +90,8 @@ class Network:
         self.skipped = 0  # optimizer steps, of the whole run
         torch.use_deterministic_algorithms(engine.deterministic)  # the same for all networks of a run
         self.layers = choose_layers(engine, self.arch)
+        if optim is not None:
+            check_machine(optim, self.optim_section, device)
         fused = {"fused_kernels": self.layers.fused_kernels, "fused_gradients": has_apex_kernel(device)}
         config = transformer_config(self.arch, engine, layout, **fused)
         stages = build_stages(self.arch, engine, layout, config, self.layers, temperature)
@@ -109,7 +111,6 @@ class Network:
             freeze(self.models, parameter_kinds(slots), optim.freeze)
         self.stages = wrap_stages(self.models, config, ddp_config(engine, layout, trains=optim is not None))
         if optim is not None:
-            check_machine(optim, self.optim_section, device)
             self._max_skipped = optim.max_skipped
             self._norm_groups = norm_groups(slots)
             self._norms = reported_norms(self.arch, optim.freeze)

@@ -84,6 +84,8 @@ def test_gradients_in_bf16_are_read_too(answers: dict[str, dict[str, Any]]) -> N
     for name in ("gradients, bf16", "gradients, half on the host"):
         assert answers[name]["norm"] == pytest.approx(answers["gradients"]["norm"], rel=5e-3), name
         assert answers[name]["norm"][0] == answers["gradients"]["norm"][0], name
+    for name, overlaps in (("half on the host", True), ("gradients, half on the host", False)):
+        assert set(answers[name]["overlaps"]) == {overlaps}, name
 
 
 @pytest.mark.distributed

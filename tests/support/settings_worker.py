@@ -116,6 +116,7 @@ def _train(case: Case, model: Path, layout: Any, place: Any, device: Any) -> dic
     answer["deterministic"] = _torch().are_deterministic_algorithms_enabled()
     answer["held"] = held()
     answer["fused"] = len(calls)
+    answer["overlaps"] = [getattr(each, "overlap_cpu_optimizer_d2h_h2d", None) for each in _optimizers(network)]
     answer["rows"] = [packed.tokens for each in batches for packed in each.micro_batches]
     answer["state_bytes"] = _state_bytes(network)
     answer["buckets"] = max(_buckets(stage) for stage in network.stages)

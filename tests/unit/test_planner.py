@@ -207,8 +207,7 @@ def test_an_optimizer_with_smaller_moments_or_on_the_host_is_counted(tmp_path: P
     assert half.host == pytest.approx(plain.optimizer * 16 / 12 / 2)
     assert bf16.optimizer == pytest.approx(plain.optimizer / 2)
     assert (plain.host, bf16.host) == (0, 0)
-    assert plain.step == pytest.approx(2 * half.step)
-    assert plain.step > bf16.step == 0
+    assert plain.step > bf16.step == half.step == 0  # they need Transformer Engine, which makes no temporaries
     (line, _) = memory_lines(job(tmp_path, "Qwen--Qwen3-30B-A3B", "tp=2,ep=8,dp=4", "optim.offload=1")).splitlines()
     assert "GiB, and 56.9 GiB of its host; " in line
 
