@@ -99,11 +99,17 @@ def tiny_server(
 @pytest.fixture
 def served(tiny_server: Server, tiny_model_dir: Path) -> str:
     """URL of the server, reset to the weights of tiny_model_dir as weight version 0."""
-    from megatron_rl.rollout.client import SGLangClient
+    from megatron_rl.rollout.client import RefusedError, SGLangClient
 
     async def load() -> None:
-        async with SGLangClient(tiny_server.url, deadline=60.0) as client:
-            await client.update_weights_from_disk(str(tiny_model_dir), weight_version=0)
+        async with SGLangClient(tiny_server.url, deadline=60.0) as client, asyncio.timeout(30.0):
+            while True:
+                try:
+                    return await client.update_weights_from_disk(str(tiny_model_dir), weight_version=0)
+                except RefusedError as error:  # an aborted request of the test before ends with the next token
+                    if "still running" not in str(error):
+                        raise
+                    await asyncio.sleep(0.05)
 
     asyncio.run(load())
     return tiny_server.url

@@ -56,7 +56,7 @@ def connect(config: Config, trainer: Trainer, open_pool: PoolOpener = Pool) -> I
                 api_key=random_key or api_key,
                 deadline=rollout.deadline,
                 first=first_server(place.dp, trainer.layout.dp, len(urls)),
-                check=pool.check_alive if pool else lambda: None,
+                check=pool.check if pool else lambda url: None,
             )
             stack.callback(leader.close)
         yield Servers(pool, leader)

@@ -57,7 +57,6 @@ class Environment:
             routes=routes,
             top_k=top_k,
         )
-        self._servers.check()
         with self._trainer.watch.wait():
             return self._servers.leader.sample(prompts, sampling)
 

@@ -1,13 +1,16 @@
 """The client of SGLang's HTTP API. Every call has a deadline, and every answer is checked.
 
-A refused or broken connection and the statuses 502, 503 and 504 are retried within the deadline. Any other status, and
-an answer that contradicts itself, raises RolloutError at once. Weight updates are retried only if the server cannot
-have seen them, because a second update would wait for a broadcast that is already over.
+A refused or broken connection and the statuses 429, 502, 503 and 504 are retried within the deadline, after as long as
+the server says. Any other status, and an answer that contradicts itself, raises RolloutError at once. Weight updates
+are retried only if the server cannot have seen them, because a second update would wait for a broadcast that is already
+over. A server is told when nobody waits for its answer any more.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import uuid
 from collections.abc import Callable, Container, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -22,15 +25,28 @@ from megatron_rl.routing.wire import RouteSpec
 
 MAX_TRIES = 8
 CONNECT_SECONDS = 10.0
-HEALING_STATUS = frozenset({502, 503, 504})
+HEALING_STATUS = frozenset({429, 502, 503, 504})
+LONGEST_WAIT = 60.0
+"""Of what a server may ask for by Retry-After, in seconds."""
+ABORT_SECONDS = 2.0
+
+
+_BACKOFF = tenacity.wait_random_exponential(multiplier=0.2, max=10.0)
+_Body = Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None
 
 
 class _Healing(Exception):
-    """A failure that a retry may fix. `reached`: the server may have seen the request."""
+    """A failure that a retry may fix."""
 
-    def __init__(self, what: str, reached: bool) -> None:
+    def __init__(self, what: str, reached: bool, wait: float = 0.0) -> None:
+        """`reached`: the server may have seen the request. `wait`: seconds before the next try, as the server says."""
         super().__init__(what)
         self.reached = reached
+        self.wait = wait
+
+
+class RefusedError(RolloutError):
+    """The server will not do what it was asked, and another one would not either: a status from 400 to 499."""
 
 
 class UnreachableError(RolloutError):
@@ -56,6 +72,7 @@ class SGLangClient:
         self._max_tries = max_tries
         self._api_key = api_key
         self._check = check
+        self._aborts: set[asyncio.Task[None]] = set()
         self._http = httpx.AsyncClient(
             base_url=self.url,
             transport=Connections(),
@@ -73,6 +90,8 @@ class SGLangClient:
         await self.close()
 
     async def close(self) -> None:
+        if self._aborts:
+            await asyncio.wait(self._aborts)
         await self._http.aclose()
 
     # ---- generation
@@ -123,7 +142,7 @@ class SGLangClient:
             # Arrays in base64, which are a quarter as long as lists of numbers.
             flat = ("return_flat_raw_output_top_logprobs", "return_flat_raw_top_logprobs_b64")
             body |= {"top_logprobs_num": top_k, **dict.fromkeys(flat, True)}
-        answer = await self._call("/generate", body)
+        answer = await self._generate(body)
         return read_completion(
             answer,
             where=self._request_name(answer),
@@ -149,6 +168,27 @@ class SGLangClient:
             },
         )
         return read_score(answer, where=self._request_name(answer), token_ids=token_ids)
+
+    async def _generate(self, body: Mapping[str, Any]) -> Any:
+        """Sends a request under a name of its own, and aborts it if its answer is not awaited to the end."""
+        names: list[str] = []
+
+        def named() -> dict[str, Any]:  # anew for each try: the server may still know the one before
+            names.append(uuid.uuid4().hex)
+            return {**body, "rid": names[-1]}
+
+        try:
+            return await self._call("/generate", named)
+        except (asyncio.CancelledError, UnreachableError):
+            self._aborts.add(task := asyncio.ensure_future(self._abort(names)))
+            task.add_done_callback(self._aborts.discard)
+            raise
+
+    async def _abort(self, names: Sequence[str]) -> None:
+        with contextlib.suppress(RolloutError, _Healing, TimeoutError):
+            async with asyncio.timeout(ABORT_SECONDS):
+                for name in names:
+                    await self._once("POST", "/abort_request", orjson.dumps({"rid": name}))
 
     async def pause_generation(self, mode: Literal["abort", "retract", "in_place"]) -> None:
         """abort ends the requests in flight; retract and in_place keep them, without and with their KV cache."""
@@ -260,7 +300,7 @@ class SGLangClient:
         meta = answer.get("meta_info") if isinstance(answer, dict) else None
         return f"{self.url}: request {meta.get('id', '?') if isinstance(meta, dict) else '?'}"
 
-    async def _call(self, path: str, body: Mapping[str, Any] | None, *, once: bool = False) -> Any:
+    async def _call(self, path: str, body: _Body, *, once: bool = False) -> Any:
         """Sends GET without a body, else POST, and returns the answer's JSON. `once` allows no retry after a send."""
         answered = await self._send("GET" if body is None else "POST", path, body, once)
         kind = answered.headers.get("Content-Type", "none")
@@ -276,8 +316,12 @@ class SGLangClient:
             raise RolloutError(f"{self.url}{path}: refused: {self._told(str(answer.get('message')))}")
         return answer
 
-    async def _send(self, method: str, path: str, body: Mapping[str, Any] | None, once: bool) -> httpx.Response:
+    async def _send(self, method: str, path: str, body: _Body, once: bool) -> httpx.Response:
         failures: list[str] = []
+
+        async def attempt() -> httpx.Response:
+            content = body() if callable(body) else body
+            return await self._once(method, path, None if content is None else orjson.dumps(content))
 
         def note(state: tenacity.RetryCallState) -> None:
             failures.append(str(state.outcome.exception()) if state.outcome else "")
@@ -289,13 +333,13 @@ class SGLangClient:
         retry = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(heals),
             stop=tenacity.stop_after_attempt(self._max_tries or MAX_TRIES),
-            wait=tenacity.wait_random_exponential(multiplier=0.2, max=10.0),
+            wait=_wait,
             before_sleep=note,
             reraise=True,
         )
         try:
             async with asyncio.timeout(self.deadline):
-                return await retry(self._once, method, path, None if body is None else orjson.dumps(body))
+                return await retry(attempt)
         except _Healing as error:
             self._check()
             raise UnreachableError(f"{self.url}{path}: {error}; tried {len(failures) + 1} times") from None
@@ -314,11 +358,24 @@ class SGLangClient:
             refused = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
             raise _Healing(f"{type(error).__name__} {error}".strip(), reached=not refused) from None
         if answer.status_code in HEALING_STATUS:
-            raise _Healing(f"status {answer.status_code}", reached=True)
+            wait = _seconds(answer.headers.get("Retry-After", ""))
+            raise _Healing(f"status {answer.status_code}", reached=True, wait=wait)
         if answer.status_code != 200:
-            raise RolloutError(f"{self.url}{path}: status {answer.status_code}: {self._told(answer.text)[:500]}")
+            kind = RefusedError if 400 <= answer.status_code < 500 else RolloutError
+            raise kind(f"{self.url}{path}: status {answer.status_code}: {self._told(answer.text)[:500]}")
         return answer
 
     def _told(self, text: str) -> str:
         """The server's message without the key, which it may have repeated."""
         return text.replace(self._api_key, "***") if self._api_key else text
+
+
+def _seconds(retry_after: str) -> float:
+    """Returns what the header says, at most LONGEST_WAIT; 0 for a date, which servers of models do not send."""
+    return min(float(retry_after), LONGEST_WAIT) if retry_after.isdecimal() else 0.0
+
+
+def _wait(state: tenacity.RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    asked = error.wait if isinstance(error, _Healing) else 0.0
+    return max(asked, _BACKOFF(state))

@@ -93,8 +93,14 @@ class Pool:
     ) -> None:
         self.close()
 
+    def check(self, url: str) -> None:
+        """Raises ServerError, with the end of its log, if the trainer started this server and it has died."""
+        for server in self._servers:
+            if server.url == url:
+                server.check_alive()
+
     def check_alive(self) -> None:
-        """Raises ServerError, with the end of its log, if a server that the trainer started has died."""
+        """Raises as `check` does, for every server."""
         for server in self._servers:
             server.check_alive()
 

@@ -1,8 +1,8 @@
 """Samples groups for prompts: one request per sample, spread over the servers.
 
-A group stays on one server, whose prefix cache then computes the prompt once. The samples depend on how the server
-batches requests, so a rollout is reproduced from its saved file, not from a seed. The exception is a GPU server with
---enable-deterministic-inference, which uses the seed that each request carries.
+A group stays on one server, whose prefix cache then computes the prompt once, unless that server fails. The samples
+depend on how the server batches requests, so a rollout is reproduced from its saved file, not from a seed. The
+exception is a GPU server with --enable-deterministic-inference, which uses the seed that each request carries.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_rl.data.sample import Group, Prompt, Sample
 from megatron_rl.rollout.client import Completion, RolloutError, SGLangClient
+from megatron_rl.rollout.fleet import EjectedError, Fleet, Member
 from megatron_rl.routing.wire import RouteSpec
 
 MAX_ABORTS = 3
@@ -39,27 +40,38 @@ class Sampling:
 class _Spread:
     """Bounds the requests in flight, and gives each group to the server with the fewest pending responses."""
 
-    def __init__(self, clients: Sequence[SGLangClient], sampling: Sampling) -> None:
+    def __init__(self, fleet: Fleet, sampling: Sampling) -> None:
+        self._fleet = fleet
         self._sampling = sampling
-        self._to_come = dict.fromkeys(clients, 0)
-        self._homes: dict[int, SGLangClient] = {}
+        self._pending = dict.fromkeys(fleet.members, 0)
+        self._to_come: dict[int, int] = {}  # by group
+        self._homes: dict[int, Member] = {}
         self._slots = asyncio.Semaphore(sampling.concurrency)
 
     async def generate(self, group: int, prompt: Prompt, seed: int) -> Completion:
-        """Returns a complete answer. Raises RolloutError if there is none."""
+        """Returns a complete answer, of another server if one fails. Raises RolloutError if there is none."""
         async with self._slots:
-            client = self._home(group)
-            completion = await complete(client, prompt, seed, self._sampling)
-            self._to_come[client] -= 1
-            return completion
+            while True:
+                home = self._home(group)
+                try:
+                    completion = await self._fleet.request(
+                        home, lambda client: complete(client, prompt, seed, self._sampling)
+                    )
+                except EjectedError:
+                    continue
+                self._pending[self._homes[group]] -= 1
+                self._to_come[group] -= 1
+                return completion
 
-    def _home(self, group: int) -> SGLangClient:
-        """The group's server, chosen when its first request is sent, so that a slow server gets fewer groups."""
-        if group not in self._homes:
-            client = min(self._to_come, key=self._to_come.__getitem__)
-            self._to_come[client] += self._sampling.samples
-            self._homes[group] = client
-        return self._homes[group]
+    def _home(self, group: int) -> Member:
+        """The group's server, chosen when its first request is sent, so that a slow server gets fewer groups; another
+        one if that is ejected."""
+        home = self._homes.get(group)
+        if home is None or home.error is not None:
+            home = min(self._fleet.live, key=self._pending.__getitem__)
+            self._pending[home] += self._to_come.setdefault(group, self._sampling.samples)
+            self._homes[group] = home
+        return home
 
 
 async def complete(client: SGLangClient, prompt: Prompt, seed: int, sampling: Sampling) -> Completion:
@@ -85,14 +97,13 @@ async def complete(client: SGLangClient, prompt: Prompt, seed: int, sampling: Sa
     raise RolloutError(f"{where}: the server aborted it {MAX_ABORTS} times")
 
 
-async def rollout_groups(
-    clients: Sequence[SGLangClient], prompts: Sequence[tuple[int, Prompt]], sampling: Sampling
-) -> list[Group]:
+async def rollout_groups(fleet: Fleet, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling) -> list[Group]:
     """Samples a group for each (index in the rollout batch, prompt), in this order.
 
-    Raises RolloutError, which names the server and the request, as soon as one sample fails, and cancels the rest.
+    Raises RolloutError, which names server and request, as soon as a sample fails on the last server that is live, and
+    cancels the rest.
     """
-    spread = _Spread(clients, sampling)
+    spread = _Spread(fleet, sampling)
 
     async def sample(index: int, prompt: Prompt, number: int) -> Sample:
         completion = await spread.generate(index, prompt, request_seed(sampling, index, number))

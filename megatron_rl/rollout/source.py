@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ from megatron_rl.data.store import StoreError, read_groups, read_header
 from megatron_rl.data.top_tokens import TopTokensError
 from megatron_rl.data.trace import TraceError
 from megatron_rl.data.vocabulary import unknown_token
-from megatron_rl.errors import MissingFileError
+from megatron_rl.errors import MissingFileError, UserError
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import SGLangClient
+from megatron_rl.rollout.fleet import Fleet
 from megatron_rl.rollout.sampler import Sampling, rollout_groups
 from megatron_rl.routing.wire import RouteSpec
 
@@ -180,18 +182,29 @@ class Leader:
         api_key: str | None,
         deadline: float,
         first: int = 0,
-        check: Callable[[], None] = lambda: None,
+        check: Callable[[str], None] = lambda url: None,
     ) -> None:
         """Groups go to the servers in turn, from number `first` on; if all leaders began with the same server, others
-        would stay idle. `check` raises if a launched server has died: Pool.check_alive, on the rank with the pool."""
+        would stay idle. `check` raises if a launched server has died: Pool.check, on the rank with the pool."""
         self.loop = BackgroundLoop()
+        self._check = check
         self.clients = [
-            SGLangClient(url, api_key=api_key, deadline=deadline, check=check) for url in (*urls[first:], *urls[:first])
+            SGLangClient(url, api_key=api_key, deadline=deadline, check=functools.partial(check, url))
+            for url in (*urls[first:], *urls[:first])
         ]
+        self.fleet = Fleet(self.clients)
 
     def sample(self, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling) -> list[Group]:
-        """Samples the groups. Raises RolloutError, and what `check` raises."""
-        return self.loop.run(rollout_groups(self.clients, prompts, sampling))
+        """Samples the groups, without servers that fail meanwhile. Raises RolloutError, and what `check` raises."""
+        return self.loop.run(self._sample(prompts, sampling))
+
+    async def _sample(self, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling) -> list[Group]:
+        for member in self.fleet.members:
+            try:
+                self._check(member.client.url)
+            except UserError as error:
+                self.fleet.eject(member, error)
+        return await rollout_groups(self.fleet, prompts, sampling)
 
     def close(self) -> None:
         for client in self.clients:

@@ -16,6 +16,7 @@ from tiny_models import VOCAB_SIZE
 from megatron_rl.data.sample import Group, Prompt
 from megatron_rl.data.versions import VersionSpan
 from megatron_rl.rollout.client import Completion, RolloutError, SGLangClient
+from megatron_rl.rollout.fleet import Fleet
 from megatron_rl.rollout.sampler import Sampling, as_sample, request_seed, rollout_groups
 
 server = pytest.mark.server
@@ -52,7 +53,7 @@ def collect(
             await proxy.__aenter__()
         clients = [SGLangClient(proxy.url, deadline=deadline) for proxy in proxies]
         try:
-            return await rollout_groups(clients, PROMPTS, sampling), proxies
+            return await rollout_groups(Fleet(clients), PROMPTS, sampling), proxies
         finally:
             for client, proxy in zip(clients, proxies, strict=True):
                 await client.close()

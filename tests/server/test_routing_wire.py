@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from megatron_rl.data.sample import Prompt
 from megatron_rl.models.architecture import read_architecture
 from megatron_rl.rollout.client import Completion, RolloutError, SGLangClient
+from megatron_rl.rollout.fleet import Fleet
 from megatron_rl.rollout.sampler import Sampling, rollout_groups
 from megatron_rl.rollout.server import Server, ServerOptions, free_ports
 from megatron_rl.routing.wire import RouteSpec
@@ -204,7 +205,7 @@ def test_groups_have_traces_only_if_routes_are_requested(url: str, model_dir: Pa
             seed=0,
             routes=routes,
         )
-        for group in call(url, lambda client, s=sampling: rollout_groups([client], prompts, s)):  # type: ignore[misc]
+        for group in call(url, lambda client, s=sampling: rollout_groups(Fleet([client]), prompts, s)):  # type: ignore[misc]
             for sample in group.samples:
                 assert (sample.trace is None) == (routes is None)
                 assert sample.trace is None or sample.trace.rows == len(sample.token_ids) - 1

@@ -23,15 +23,18 @@ class Fault:
     change: Callable[[dict[str, Any]], Any] | None = None  # changes the answer's JSON in place
     raw: Callable[[bytes], bytes] | None = None  # changes the answer's bytes
     content_type: str | None = None  # replaces the server's
+    retry_after: int | None = None  # header of the answer, in seconds
 
 
 class FaultProxy:
     """Use as an async context manager. `faults` apply to the first requests in order; later requests pass unchanged."""
 
-    def __init__(self, upstream: str, *faults: Fault, port: int = 0) -> None:
+    def __init__(self, upstream: str, *faults: Fault, port: int = 0, always: Fault | None = None) -> None:
+        """`always`: the fault of all later requests for answers."""
         self._upstream = upstream
         self._port = port
         self.faults = list(faults)
+        self._always = always
         self.seen: list[tuple[str, Any]] = []  # path and JSON body of each request
         self.most_in_flight = 0
         self._in_flight = 0
@@ -66,7 +69,8 @@ class FaultProxy:
         headers = {name.lower(): value for name, value in lines}
         body = await reader.readexactly(int(headers.get("content-length", 0)))
         self.seen.append((path, orjson.loads(body) if body else None))
-        fault = self.faults.pop(0) if self.faults else Fault()
+        later = self._always if self._always is not None and path != "/abort_request" else Fault()
+        fault = self.faults.pop(0) if self.faults else later
         await asyncio.sleep(fault.delay)
         while not fault.until():
             await asyncio.sleep(0.01)
@@ -84,7 +88,10 @@ class FaultProxy:
             kind = answer.headers.get("Content-Type", "text/plain")
         if fault.lose:
             return
-        about = f"Content-Type: {fault.content_type or kind}\r\nContent-Length: {len(content)}\r\nConnection: close"
+        kind = fault.content_type or kind
+        if fault.retry_after is not None:
+            kind += f"\r\nRetry-After: {fault.retry_after}"
+        about = f"Content-Type: {kind}\r\nContent-Length: {len(content)}\r\nConnection: close"
         writer.write(f"HTTP/1.1 {status} -\r\n{about}\r\n\r\n".encode() + content)
         await writer.drain()
 

@@ -174,8 +174,8 @@ def test_independent_leaders_together_use_all_servers(leaders: int, groups: int,
     for dp in range(leaders):
         leader = Leader(urls, api_key=None, deadline=1.0, first=first_server(dp, leaders, servers))
         assert sorted(client.url for client in leader.clients) == urls
-        spread = _Spread(leader.clients, sampling)
-        count.update(spread._home(group).url for group in range(groups))
+        spread = _Spread(leader.fleet, sampling)
+        count.update(spread._home(group).client.url for group in range(groups))
         leader.close()
     assert max(count.values()) == most
     assert len(count) == min(servers, leaders * groups)

@@ -1,0 +1,170 @@
+"""Servers that fail in the middle of a rollout: others sample what they owe. All are proxies to one real server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from fault_proxy import Fault, FaultProxy
+from tiny_models import VOCAB_SIZE
+
+from megatron_rl.data.sample import Group, Prompt
+from megatron_rl.rollout import client as client_module
+from megatron_rl.rollout import fleet as fleet_module
+from megatron_rl.rollout.client import RefusedError, RolloutError, SGLangClient
+from megatron_rl.rollout.fleet import Fleet
+from megatron_rl.rollout.sampler import Sampling, rollout_groups
+
+pytestmark = pytest.mark.server
+SAMPLING = Sampling(
+    samples=3,
+    max_response_tokens=8,
+    temperature=1.0,
+    concurrency=12,
+    vocab_size=VOCAB_SIZE,
+    versions=frozenset({0}),
+    seed=0,
+)
+PROMPTS = [
+    (n, Prompt(f"p{n}", "", tuple(np.random.default_rng(n).integers(2, VOCAB_SIZE, 6).tolist()), "", ""))
+    for n in range(6)
+]
+
+
+def collect(proxies: list[FaultProxy], deadline: float = 60.0) -> list[Group]:
+    async def run() -> list[Group]:
+        for proxy in proxies:
+            await proxy.__aenter__()
+        clients = [SGLangClient(proxy.url, deadline=deadline) for proxy in proxies]
+        try:
+            return await rollout_groups(Fleet(clients), PROMPTS, SAMPLING)
+        finally:
+            for client, proxy in zip(clients, proxies, strict=True):
+                await client.close()
+                await proxy.__aexit__()
+
+    return asyncio.run(run())
+
+
+def meta(change: Callable[[dict[str, Any]], object]) -> Fault:
+    return Fault(change=lambda answer: change(answer["meta_info"]))
+
+
+def without_number(found: dict[str, Any]) -> None:
+    found["output_token_logprobs"][0][0] = None
+
+
+def shortened(answer: dict[str, Any]) -> None:
+    """Makes the answer one of a pool of tokens that was full."""
+    if answer["meta_info"]["finish_reason"]["type"] == "length":
+        answer["output_ids"] = answer["output_ids"][:-1]
+        answer["meta_info"]["output_token_logprobs"].pop()
+        answer["meta_info"]["completion_tokens"] -= 1
+        answer["meta_info"]["weight_versions"][-1]["end"] -= 1
+    else:
+        answer["output_ids"] = []
+
+
+FAULTS = {
+    "closed": Fault(drop=True),
+    "lost": Fault(lose=True),
+    "500": Fault(status=500),
+    "502": Fault(status=502),
+    "503": Fault(status=503),
+    "truncated": Fault(raw=lambda content: content[: len(content) // 2]),
+    "not SGLang": Fault(raw=lambda _: b"<html>", content_type="text/html"),
+    "too few log-probs": meta(lambda found: found["output_token_logprobs"].pop()),
+    "no number": meta(without_number),
+    "stale version": meta(lambda found: found["weight_versions"][0].update(version="7")),
+    "cut short": Fault(change=shortened),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_other_servers_sample_what_a_faulty_one_owes(
+    served: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: Fault
+) -> None:
+    monkeypatch.setattr(client_module, "MAX_TRIES", 2)
+    proxies = [FaultProxy(served, Fault(), always=fault), FaultProxy(served)]
+    with caplog.at_level(logging.WARNING):
+        groups = collect(proxies)
+    assert [(group.index, group.prompt) for group in groups] == PROMPTS
+    for group in groups:
+        assert [sample.index for sample in group.samples] == [0, 1, 2]
+        assert all(sample.finish_reason in ("stop", "length") for sample in group.samples)
+    asked = [body["input_ids"] for path, body in proxies[1].seen if path == "/generate"]
+    assert len(asked) >= 3 * len(PROMPTS) - 1  # the first answer of the faulty server is right
+    (warning,) = [record for record in caplog.records if "ejected" in record.message]
+    assert proxies[0].url in warning.message
+
+
+def test_a_server_that_hangs_is_ejected(served: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_module, "PROBE_SECONDS", 2.0)
+    monkeypatch.setattr(fleet_module, "MISSES", 1)
+    start = time.monotonic()
+    groups = collect([FaultProxy(served, always=Fault(delay=1000.0)), FaultProxy(served)], deadline=500.0)
+    assert all(len(group.samples) == 3 for group in groups)
+    assert time.monotonic() - start < 60
+
+
+def test_a_slow_server_that_gives_signs_of_life_is_not_ejected(
+    served: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SGLang gives no sign within a second, so probes are faster here than its answers."""
+    monkeypatch.setattr(fleet_module, "PROBE_SECONDS", 3.0)
+    monkeypatch.setattr(fleet_module, "MISSES", 1)
+    slow = [Fault(delay=8.0)] * 3  # its first group; then probes
+    proxies = [FaultProxy(served, *slow), FaultProxy(served)]
+    collect(proxies)
+    assert any(path == "/health" for path, _ in proxies[0].seen)
+    assert "ejected" not in caplog.text
+
+
+def test_the_errors_of_all_servers_are_told_if_none_is_left(served: str) -> None:
+    proxies = [FaultProxy(served, always=Fault(status=500)), FaultProxy(served, always=meta(without_number))]
+    with pytest.raises(RolloutError) as caught:
+        collect(proxies)
+    text = str(caught.value)
+    assert text.startswith("no rollout server is left:\n")
+    assert f"{proxies[0].url}/generate: status 500" in text
+    assert f"{proxies[1].url}: request" in text
+
+
+def test_what_one_server_refuses_is_not_asked_of_another(served: str, caplog: pytest.LogCaptureFixture) -> None:
+    proxies = [FaultProxy(served, Fault(status=400)), FaultProxy(served)]
+    with pytest.raises(RefusedError, match="status 400"):
+        collect(proxies)
+    assert "ejected" not in caplog.text
+
+
+def test_a_busy_server_is_asked_again_when_it_says(served: str) -> None:
+    proxy = FaultProxy(served, Fault(status=429, retry_after=2))
+    start = time.monotonic()
+    groups = collect([proxy])
+    assert all(len(group.samples) == 3 for group in groups)
+    assert time.monotonic() - start >= 2
+
+
+def test_a_rollout_that_is_cancelled_aborts_its_requests(served: str) -> None:
+    async def run() -> FaultProxy:
+        async with FaultProxy(served, always=Fault(delay=600.0)) as proxy:
+            client = SGLangClient(proxy.url)
+            rollout = asyncio.ensure_future(rollout_groups(Fleet([client]), PROMPTS, SAMPLING))
+            while len(proxy.seen) < SAMPLING.concurrency:
+                await asyncio.sleep(0.01)
+            rollout.cancel()
+            await asyncio.wait([rollout])
+            assert rollout.cancelled()
+            await client.close()
+            return proxy
+
+    proxy = asyncio.run(run())
+    asked = [body["rid"] for path, body in proxy.seen if path == "/generate"]
+    aborted = [body["rid"] for path, body in proxy.seen if path == "/abort_request"]
+    assert len(set(asked)) == SAMPLING.concurrency
+    assert sorted(aborted) == sorted(asked)
