@@ -33,7 +33,7 @@ from megatron_rl.engine.device import use_device
 from megatron_rl.models.architecture import read_architecture
 from megatron_rl.rollout.client import SGLangClient
 from megatron_rl.rollout.fleet import Fleet
-from megatron_rl.rollout.sampler import Sampling, rollout_groups
+from megatron_rl.rollout.sampler import Sampler, Sampling, rollout_groups
 from megatron_rl.rollout.server import Server, ServerOptions, free_ports
 from megatron_rl.routing.wire import RouteSpec
 
@@ -53,10 +53,11 @@ def rollouts(url: str, sampling: Sampling, repeats: int) -> tuple[list[Group], l
         without, with_routes = [], []
         plain = dataclasses.replace(sampling, routes=None)
         async with SGLangClient(url, deadline=600.0) as client:
+            sampler = Sampler(Fleet([client]), SEQUENCES)
             for repeat in range(repeats + 1):
                 for chosen, seconds in ((plain, without), (sampling, with_routes)):
                     start = time.perf_counter()
-                    groups = await rollout_groups(Fleet([client]), prompts(), chosen)
+                    groups = await rollout_groups(sampler, prompts(), chosen)
                     if repeat:  # the first round warms up
                         seconds.append(time.perf_counter() - start)
         return groups, without, with_routes

@@ -199,6 +199,10 @@ class RolloutConfig(Frozen):
     """Length limit of a response, in tokens. A longer response is truncated."""
     temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
     """Sampling temperature. Trainer and servers compute log-probs from logits / temperature."""
+    lag: Annotated[int, Field(ge=0, le=64)] = 0
+    """Steps by which a rollout may begin before the one that trains on it: its tokens are at most as many weight
+    versions older than pi_old. 0: a rollout begins after the weight sync; 1: it is sampled during the update before
+    (one step off-policy). Above 0, servers put requests aside during a sync and go on with the new weights."""
     concurrency: PositiveInt = 256
     """Requests in flight per data-parallel leader."""
     deadline: Seconds = 1800.0

@@ -1,7 +1,8 @@
-"""The weight versions that generated a sample's tokens."""
+"""Weight versions: those that generated a sample's tokens, and those that servers may hold."""
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 
@@ -12,3 +13,21 @@ class VersionSpan:
     version: int
     start: int
     end: int
+
+
+class Versions(Container[int]):
+    """The weight versions that a server may answer with: the newest one, and `lag` before it."""
+
+    def __init__(self, newest: int, lag: int = 0) -> None:
+        self.newest = newest
+        self._lag = lag
+
+    @property
+    def oldest(self) -> int:
+        return max(0, self.newest - self._lag)
+
+    def __contains__(self, version: object) -> bool:
+        return isinstance(version, int) and self.oldest <= version <= self.newest
+
+    def __str__(self) -> str:
+        return str(self.newest) if self.oldest == self.newest else f"{self.oldest} to {self.newest}"

@@ -104,8 +104,7 @@ COSTS = DeclaredTable(
             "Rank 0's wall-clock seconds of a step's {phase}.",
             fields={
                 "phase": {
-                    "rollout": "sampling of responses",
-                    "rewards": "judging of responses",
+                    "rollout": "waiting for responses and their verdicts",
                     "schedule": "exchange and packing of samples and routing traces",
                     "old log-probs": "forward pass of pi_old",
                     "reference log-probs": "forward pass of pi_ref",

@@ -55,6 +55,7 @@ def connect(config: Config, trainer: Trainer, open_pool: PoolOpener = Pool) -> I
                 urls,
                 api_key=random_key or api_key,
                 deadline=rollout.deadline,
+                concurrency=rollout.concurrency,
                 first=first_server(place.dp, trainer.layout.dp, len(urls)),
                 check=pool.check if pool else lambda url: None,
             )

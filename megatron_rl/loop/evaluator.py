@@ -48,8 +48,7 @@ class Evaluator:
         count = min(len(self._heldout), config.prompts or len(self._heldout))
         prompts = [(i, self._heldout[i]) for i in range(count)]
         with trainer.journal.phase("evaluation"):
-            sampled = self._environment.sample(prompts, samples=config.samples, temperature=config.temperature)
-            groups = self._environment.judge(sampled)
+            groups = self._environment.evaluate(prompts, samples=config.samples, temperature=config.temperature)
         report = evaluation(groups) | trainer.journal.timer.take("evaluation")
         trainer.journal.log_evaluation(step, step, report)
         trainer.console.heldout(report["avg_at_k"])

@@ -102,8 +102,17 @@ def _assemble(config: Config, trainer: Trainer, prompts: RunPrompts, stack: Exit
     if servers is None:
         source = SavedGroups(config, trainer, spec)
     else:
-        environment = Environment(config.rollout, trainer, servers, publisher, prompts.tokenizer, prompts.judges)
-        source = LiveGroups(config, trainer, environment, prompts.train, spec)
+        environment = Environment(
+            config.rollout,
+            trainer,
+            servers,
+            publisher,
+            prompts.tokenizer,
+            prompts.judges,
+            routes=spec,
+            top_k=top_k(config, trainer),
+        )
+        source = LiveGroups(config, trainer, environment, prompts.train)
     return Parts(
         config=config,
         trainer=trainer,

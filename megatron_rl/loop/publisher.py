@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from megatron_rl.config.schema import Config
+from megatron_rl.data.versions import Versions
 from megatron_rl.loop.connections import Servers
 from megatron_rl.loop.trainer import Trainer
+from megatron_rl.ranks.collectives import together
 from megatron_rl.weights.sync import WeightSync
 
 
 class Publisher:
     def __init__(self, config: Config, trainer: Trainer, servers: Servers | None) -> None:
         """Without `servers`, when rollouts are replayed, nothing is published."""
-        self.versions: frozenset[int] = frozenset()
-        """Weight versions that a server may hold."""
+        self.versions = Versions(0, config.rollout.lag)
+        """Weight versions that a server may answer with."""
+        self._rollouts_go_on = config.rollout.lag > 0
         self._trainer = trainer
         self._servers = servers
         self._sync: WeightSync | None = None
@@ -39,9 +45,26 @@ class Publisher:
             return {}
         with self._trainer.journal.phase("weight sync"):
             self._servers.check()
-            report = self._sync.push(version)
-        self.versions = frozenset({version})
-        return report
+            with self._paused():
+                report = self._sync.push(version)
+                self.versions.newest = version
+            return report | self._sync.verify_if_due(version)
+
+    @contextlib.contextmanager
+    def _paused(self) -> Iterator[None]:
+        """Has the servers put aside the requests in flight, which then go on with the new weights. Collective."""
+        assert self._servers is not None
+        leader = self._servers.leader if self._rollouts_go_on and self._trainer.place.rank == 0 else None
+        if not self._rollouts_go_on:
+            yield
+            return
+        with together(self._trainer.place.control):
+            if leader is not None:
+                leader.pause()
+        yield
+        with together(self._trainer.place.control):
+            if leader is not None:
+                leader.resume()
 
     def close(self) -> None:
         if self._sync is not None:

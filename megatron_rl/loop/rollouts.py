@@ -24,6 +24,7 @@ from megatron_rl.loop.trainer import Trainer
 from megatron_rl.ranks.collectives import all_gather_bytes, together
 from megatron_rl.rewards.shaping import filter_overlong, shape_rewards, without_lost
 from megatron_rl.rollout.dynamic import Search, Tally, check_verdicts
+from megatron_rl.rollout.flow import Flow
 from megatron_rl.rollout.source import Wanted, check_headers, rollout_file, saved_groups
 from megatron_rl.routing.wire import RouteSpec
 from megatron_rl.stop import Interrupted
@@ -138,21 +139,15 @@ class LiveGroups:
     """Groups that the servers sample, some rounds of them under dynamic sampling."""
 
     def __init__(
-        self,
-        config: Config,
-        trainer: Trainer,
-        environment: Environment,
-        prompts: PromptDataset | None,
-        routes: RouteSpec | None,
+        self, config: Config, trainer: Trainer, environment: Environment, prompts: PromptDataset | None
     ) -> None:
-        """`prompts`: None on ranks that lead no replica. `routes`: as in SavedGroups."""
-        self._top_k = top_k(config, trainer)
+        """`prompts`: None on ranks that lead no replica."""
         self.saves = prompts is not None
         self._config = config.rollout
         self._trainer = trainer
         self._environment = environment
-        self._prompts = prompts
-        self._routes = routes
+        place, dp = trainer.place, trainer.layout.dp
+        self._flow = None if prompts is None else Flow(prompts, environment.start, place.dp, dp)
 
     def draw(self, progress: Progress) -> Drawn:
         if self._config.dynamic_sampling is None:
@@ -184,25 +179,24 @@ class LiveGroups:
         that lead no replica. Raises Interrupted, on every rank, if a signal came meanwhile. Collective."""
         groups: list[Group] = []
         with together(self._trainer.place.control), contextlib.suppress(Interrupted):
-            if self._prompts is not None:
-                groups = self._ask(self._prompts, progress, count, first)
+            if self._flow is not None:
+                groups = self._take(self._flow, progress, count, first)
         self._trainer.check_interrupted()
         return groups
 
-    def _ask(self, dataset: PromptDataset, progress: Progress, count: int, first: int) -> list[Group]:
-        trainer, config = self._trainer, self._config
-        prompts, progress.cursor = dataset.take(progress.cursor, count)
-        share = [(i, p) for i, p in enumerate(prompts, first) if i % trainer.layout.dp == trainer.place.dp]
-        with trainer.journal.phase("rollout"):
-            groups = self._environment.sample(
-                share,
-                samples=config.group_size,
-                temperature=config.temperature,
-                routes=self._routes,
-                top_k=self._top_k,
-            )
-        with trainer.journal.phase("rewards"):
-            return self._environment.judge(groups)
+    def _take(self, flow: Flow, progress: Progress, count: int, first: int) -> list[Group]:
+        number = flow.number(progress.cursor)
+        with self._trainer.journal.phase("rollout"):
+            flow.admit(progress.cursor, count + self._ahead(progress))
+            started, cursor = flow.take(progress.cursor, count)
+            groups = self._environment.wait(started)
+        progress.cursor = cursor
+        return [dataclasses.replace(group, index=first + group.index - number) for group in groups]
+
+    def _ahead(self, progress: Progress) -> int:
+        """Returns how many prompts behind those of this step are started with its weights: those of the next `lag`
+        steps, if the run has as many."""
+        return min(self._config.lag, progress.steps - progress.step - 1) * self._config.prompts_per_step
 
 
 def check_saved(config: Config, trainer: Trainer) -> None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
-from concurrent.futures import Future, wait
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -29,13 +29,8 @@ class BackgroundLoop:
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Waits for the coroutine and returns its result; an interrupted wait cancels it."""
-        answer = self.start(coroutine)
-        try:
-            while not wait([answer], WAKE_SECONDS).done:
-                pass
-            return answer.result()
-        finally:
-            answer.cancel()  # does nothing if it is done
+        (result,) = results([self.start(coroutine)])
+        return result
 
     def close(self) -> None:
         """Cancels what still runs and gives it a moment to clean up."""
@@ -43,6 +38,20 @@ class BackgroundLoop:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+def results(answers: Sequence[Future[T]]) -> list[T]:
+    """Waits for all. Raises the error of the first that fails, and cancels the others, as an interrupted wait does."""
+    waiting: set[Future[T]] = set(answers)
+    try:
+        while waiting:
+            done, waiting = wait(waiting, WAKE_SECONDS, FIRST_EXCEPTION)
+            for answer in done:
+                answer.result()
+        return [answer.result() for answer in answers]
+    finally:
+        for answer in answers:
+            answer.cancel()  # does nothing to one that is done
 
 
 async def _cancel_others() -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 import numpy as np
 
 from megatron_rl.data.sample import Group, Prompt, Sample
+from megatron_rl.data.versions import Versions
 from megatron_rl.rollout.client import Completion, RolloutError, SGLangClient
 from megatron_rl.rollout.fleet import EjectedError, Fleet, Member
 from megatron_rl.routing.wire import RouteSpec
@@ -29,49 +31,76 @@ class Sampling:
     samples: int  # per prompt
     max_response_tokens: int
     temperature: float
-    concurrency: int
     vocab_size: int
-    versions: frozenset[int]  # weight versions that the servers may hold
-    seed: int  # a request's seed follows from it, the versions and the sample's position in the batch
+    versions: Versions  # that the servers may answer with; they change while a request is in flight
+    seed: int  # a request's seed follows from it, the weight version and the sample's number
     routes: RouteSpec | None = None  # ask for the experts that each token visited
     top_k: int = 0  # ask for that many of mu's most likely tokens at each token
 
 
-class _Spread:
+class Sampler:
     """Bounds the requests in flight, and gives each group to the server with the fewest pending responses."""
 
-    def __init__(self, fleet: Fleet, sampling: Sampling) -> None:
+    def __init__(self, fleet: Fleet, concurrency: int) -> None:
         self._fleet = fleet
-        self._sampling = sampling
         self._pending = dict.fromkeys(fleet.members, 0)
-        self._to_come: dict[int, int] = {}  # by group
-        self._homes: dict[int, Member] = {}
-        self._slots = asyncio.Semaphore(sampling.concurrency)
+        self._slots = asyncio.Semaphore(concurrency)
 
-    async def generate(self, group: int, prompt: Prompt, seed: int) -> Completion:
+    async def group(self, index: int, prompt: Prompt, sampling: Sampling) -> Group:
+        """Samples a group. Requests are sent in the order of calls.
+
+        Raises RolloutError, which names server and request, as soon as a sample fails on the last server that is live.
+        """
+        place = _Place(self._fleet, self._pending, sampling.samples)
+        version = sampling.versions.newest
+
+        async def sample(number: int) -> Sample:
+            async with self._slots:
+                seed = request_seed(sampling.seed, version, index, number)
+                completion = await place.ask(lambda client: complete(client, prompt, seed, sampling))
+                return as_sample(prompt, number, completion)
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                started = [tasks.create_task(sample(number)) for number in range(sampling.samples)]
+        except* Exception as failures:
+            raise failures.exceptions[0] from None
+        finally:
+            place.leave()
+        return Group(index, prompt, tuple(task.result() for task in started))
+
+
+class _Place:
+    """The server of a group, chosen when its first request is sent, so that a slow server gets fewer groups; another
+    one if that is ejected."""
+
+    def __init__(self, fleet: Fleet, pending: dict[Member, int], samples: int) -> None:
+        self._fleet = fleet
+        self._pending = pending
+        self._to_come = samples
+        self._home: Member | None = None
+
+    async def ask(self, request: Callable[[SGLangClient], Coroutine[Any, Any, Completion]]) -> Completion:
         """Returns a complete answer, of another server if one fails. Raises RolloutError if there is none."""
-        async with self._slots:
-            while True:
-                home = self._home(group)
-                try:
-                    completion = await self._fleet.request(
-                        home, lambda client: complete(client, prompt, seed, self._sampling)
-                    )
-                except EjectedError:
-                    continue
-                self._pending[self._homes[group]] -= 1
-                self._to_come[group] -= 1
-                return completion
+        while True:
+            try:
+                completion = await self._fleet.request(self._live_home(), request)
+            except EjectedError:
+                continue
+            self._to_come -= 1
+            self._pending[self._live_home()] -= 1
+            return completion
 
-    def _home(self, group: int) -> Member:
-        """The group's server, chosen when its first request is sent, so that a slow server gets fewer groups; another
-        one if that is ejected."""
-        home = self._homes.get(group)
-        if home is None or home.error is not None:
-            home = min(self._fleet.live, key=self._pending.__getitem__)
-            self._pending[home] += self._to_come.setdefault(group, self._sampling.samples)
-            self._homes[group] = home
-        return home
+    def leave(self) -> None:
+        """Ends what is still to come, if the group has failed."""
+        if self._home is not None:
+            self._pending[self._home] -= self._to_come
+
+    def _live_home(self) -> Member:
+        if self._home is None or self._home.error is not None:
+            self._home = min(self._fleet.live, key=self._pending.__getitem__)
+            self._pending[self._home] += self._to_come
+        return self._home
 
 
 async def complete(client: SGLangClient, prompt: Prompt, seed: int, sampling: Sampling) -> Completion:
@@ -97,35 +126,20 @@ async def complete(client: SGLangClient, prompt: Prompt, seed: int, sampling: Sa
     raise RolloutError(f"{where}: the server aborted it {MAX_ABORTS} times")
 
 
-async def rollout_groups(fleet: Fleet, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling) -> list[Group]:
-    """Samples a group for each (index in the rollout batch, prompt), in this order.
-
-    Raises RolloutError, which names server and request, as soon as a sample fails on the last server that is live, and
-    cancels the rest.
-    """
-    spread = _Spread(fleet, sampling)
-
-    async def sample(index: int, prompt: Prompt, number: int) -> Sample:
-        completion = await spread.generate(index, prompt, request_seed(sampling, index, number))
-        return as_sample(prompt, number, completion)
-
+async def rollout_groups(sampler: Sampler, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling) -> list[Group]:
+    """Samples a group for each (number, prompt), in this order. Raises RolloutError as soon as one fails, and cancels
+    the rest."""
     try:
         async with asyncio.TaskGroup() as tasks:
-            started = [
-                [tasks.create_task(sample(index, prompt, number)) for number in range(sampling.samples)]
-                for index, prompt in prompts
-            ]
+            started = [tasks.create_task(sampler.group(index, prompt, sampling)) for index, prompt in prompts]
     except* Exception as failures:
         raise failures.exceptions[0] from None
-    return [
-        Group(index, prompt, tuple(task.result() for task in group))
-        for (index, prompt), group in zip(prompts, started, strict=True)
-    ]
+    return [task.result() for task in started]
 
 
-def request_seed(sampling: Sampling, group: int, number: int) -> int:
-    """A seed in [0, 2**63), different for each sample, group and weight version."""
-    words = np.random.SeedSequence([sampling.seed, max(sampling.versions), group, number])
+def request_seed(seed: int, version: int, group: int, number: int) -> int:
+    """A seed in [0, 2**63), different for each sample, group and weight version, and for each seed of a run."""
+    words = np.random.SeedSequence([seed, version, group, number])
     return int(words.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

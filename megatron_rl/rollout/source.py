@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_rl.data.sample import Group, Prompt, Sample
 from megatron_rl.data.store import StoreError, read_groups, read_header
 from megatron_rl.data.top_tokens import TopTokensError
 from megatron_rl.data.trace import TraceError
 from megatron_rl.data.vocabulary import unknown_token
-from megatron_rl.errors import MissingFileError, UserError
+from megatron_rl.errors import MissingFileError
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import SGLangClient
 from megatron_rl.rollout.fleet import Fleet
-from megatron_rl.rollout.sampler import Sampling, rollout_groups
+from megatron_rl.rollout.sampler import Sampler, Sampling, rollout_groups
 from megatron_rl.routing.wire import RouteSpec
 
 
@@ -181,32 +183,40 @@ class Leader:
         *,
         api_key: str | None,
         deadline: float,
+        concurrency: int = 1,
         first: int = 0,
         check: Callable[[str], None] = lambda url: None,
     ) -> None:
         """Groups go to the servers in turn, from number `first` on; if all leaders began with the same server, others
-        would stay idle. `check` raises if a launched server has died: Pool.check, on the rank with the pool."""
+        would stay idle. At most `concurrency` requests are in flight. `check` raises if a launched server has died:
+        Pool.check, on the rank with the pool."""
         self.loop = BackgroundLoop()
-        self._check = check
         self.clients = [
             SGLangClient(url, api_key=api_key, deadline=deadline, check=functools.partial(check, url))
             for url in (*urls[first:], *urls[:first])
         ]
-        self.fleet = Fleet(self.clients)
+        self._sampler = Sampler(Fleet(self.clients), concurrency)
+
+    async def group(self, number: int, prompt: Prompt, sampling: Sampling) -> Group:
+        """Samples a group, on the loop. Raises RolloutError, and what `check` raises."""
+        return await self._sampler.group(number, prompt, sampling)
 
     def sample(self, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling) -> list[Group]:
-        """Samples the groups, without servers that fail meanwhile. Raises RolloutError, and what `check` raises."""
-        return self.loop.run(self._sample(prompts, sampling))
+        """Samples groups and waits for all. Raises as `group` does."""
+        return self.loop.run(rollout_groups(self._sampler, prompts, sampling))
 
-    async def _sample(self, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling) -> list[Group]:
-        for member in self.fleet.members:
-            try:
-                self._check(member.client.url)
-            except UserError as error:
-                self.fleet.eject(member, error)
-        return await rollout_groups(self.fleet, prompts, sampling)
+    def pause(self) -> None:
+        """Has the servers put aside the requests in flight, without their cached keys and values."""
+        self.loop.run(_all(client.pause_generation("retract") for client in self.clients))
+
+    def resume(self) -> None:
+        self.loop.run(_all(client.continue_generation() for client in self.clients))
 
     def close(self) -> None:
         for client in self.clients:
             self.loop.run(client.close())
         self.loop.close()
+
+
+async def _all(calls: Iterable[Coroutine[Any, Any, None]]) -> None:
+    await asyncio.gather(*calls)

@@ -47,7 +47,7 @@ class WeightSync:
     def push(self, version: int) -> dict[str, float]:
         """Brings all servers to weight version `version`; returns metrics to log. Collective.
 
-        Raises WeightSyncError if a server or a verification fails.
+        Raises WeightSyncError if a server fails.
         """
         exported = self._policy.export(self._config.bucket_mib << 20)
         stressed = None if self._stress is None else StressedBuckets(exported, self._stress, version)
@@ -64,11 +64,17 @@ class WeightSync:
             finally:
                 for _ in exported:  # the other ranks gather until every bucket is sent
                     pass
-        # Always verify the first sync: SGLang accepts weights of a model with other shapes without an error.
-        if self._syncs == 0 or (self._config.verify and self._syncs % self._config.verify == 0):
-            report |= self._verify(version)
-        self._syncs += 1
         return report
+
+    def verify_if_due(self, version: int) -> dict[str, float]:
+        """Verifies the first sync, and those that weights.verify says, and returns metrics to log. Collective.
+
+        Raises WeightSyncError. The first is always verified, because SGLang accepts weights of a model with other
+        shapes without an error.
+        """
+        syncs, every = self._syncs, self._config.verify
+        self._syncs += 1
+        return self._verify(version) if syncs == 0 or (every and syncs % every == 0) else {}
 
     def close(self) -> None:
         if self._route is not None:

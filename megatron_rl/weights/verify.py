@@ -17,6 +17,7 @@ import orjson
 
 from megatron_rl.data.packing import PackedBatch, pack
 from megatron_rl.data.sample import Prompt, Sample
+from megatron_rl.data.versions import Versions
 from megatron_rl.engine.policy import Policy
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.ranks.collectives import broadcast_bytes
@@ -100,7 +101,7 @@ async def ask_servers(clients: Sequence[SGLangClient], arch: Architecture, tempe
 
     async def sample(client: SGLangClient, prompt: list[int]) -> SampledAnswer:
         longest = max(1, len(sequences[0]) - len(prompt))
-        sampling = Sampling(1, longest, temperature, 1, arch.vocab_size, frozenset({version}), seed=0)
+        sampling = Sampling(1, longest, temperature, arch.vocab_size, Versions(version), seed=0)
         completion = await complete(client, Prompt("probe", "", tuple(prompt), "", ""), 0, sampling)
         return SampledAnswer(client.url, [*prompt, *completion.token_ids], list(completion.logprobs))
 

@@ -14,20 +14,21 @@ from fault_proxy import Fault, FaultProxy
 from tiny_models import VOCAB_SIZE
 
 from megatron_rl.data.sample import Group, Prompt
+from megatron_rl.data.versions import Versions
 from megatron_rl.rollout import client as client_module
 from megatron_rl.rollout import fleet as fleet_module
 from megatron_rl.rollout.client import RefusedError, RolloutError, SGLangClient
 from megatron_rl.rollout.fleet import Fleet
-from megatron_rl.rollout.sampler import Sampling, rollout_groups
+from megatron_rl.rollout.sampler import Sampler, Sampling, rollout_groups
 
 pytestmark = pytest.mark.server
+CONCURRENCY = 12
 SAMPLING = Sampling(
     samples=3,
     max_response_tokens=8,
     temperature=1.0,
-    concurrency=12,
     vocab_size=VOCAB_SIZE,
-    versions=frozenset({0}),
+    versions=Versions(0),
     seed=0,
 )
 PROMPTS = [
@@ -42,7 +43,7 @@ def collect(proxies: list[FaultProxy], deadline: float = 60.0) -> list[Group]:
             await proxy.__aenter__()
         clients = [SGLangClient(proxy.url, deadline=deadline) for proxy in proxies]
         try:
-            return await rollout_groups(Fleet(clients), PROMPTS, SAMPLING)
+            return await rollout_groups(Sampler(Fleet(clients), CONCURRENCY), PROMPTS, SAMPLING)
         finally:
             for client, proxy in zip(clients, proxies, strict=True):
                 await client.close()
@@ -154,8 +155,8 @@ def test_a_rollout_that_is_cancelled_aborts_its_requests(served: str) -> None:
     async def run() -> FaultProxy:
         async with FaultProxy(served, always=Fault(delay=600.0)) as proxy:
             client = SGLangClient(proxy.url)
-            rollout = asyncio.ensure_future(rollout_groups(Fleet([client]), PROMPTS, SAMPLING))
-            while len(proxy.seen) < SAMPLING.concurrency:
+            rollout = asyncio.ensure_future(rollout_groups(Sampler(Fleet([client]), CONCURRENCY), PROMPTS, SAMPLING))
+            while len(proxy.seen) < CONCURRENCY:
                 await asyncio.sleep(0.01)
             rollout.cancel()
             await asyncio.wait([rollout])
@@ -166,5 +167,5 @@ def test_a_rollout_that_is_cancelled_aborts_its_requests(served: str) -> None:
     proxy = asyncio.run(run())
     asked = [body["rid"] for path, body in proxy.seen if path == "/generate"]
     aborted = [body["rid"] for path, body in proxy.seen if path == "/abort_request"]
-    assert len(set(asked)) == SAMPLING.concurrency
+    assert len(set(asked)) == CONCURRENCY
     assert sorted(aborted) == sorted(asked)

@@ -14,19 +14,18 @@ from fault_proxy import Fault, FaultProxy
 from tiny_models import VOCAB_SIZE
 
 from megatron_rl.data.sample import Group, Prompt
-from megatron_rl.data.versions import VersionSpan
+from megatron_rl.data.versions import Versions, VersionSpan
 from megatron_rl.rollout.client import Completion, RolloutError, SGLangClient
 from megatron_rl.rollout.fleet import Fleet
-from megatron_rl.rollout.sampler import Sampling, as_sample, request_seed, rollout_groups
+from megatron_rl.rollout.sampler import Sampler, Sampling, as_sample, request_seed, rollout_groups
 
 server = pytest.mark.server
 SAMPLING = Sampling(
     samples=4,
     max_response_tokens=12,
     temperature=1.0,
-    concurrency=16,
     vocab_size=VOCAB_SIZE,
-    versions=frozenset({0}),
+    versions=Versions(0),
     seed=0,
 )
 PROMPTS = [
@@ -39,6 +38,7 @@ def collect(
     url: str,
     *faults: Fault,
     sampling: Sampling = SAMPLING,
+    concurrency: int = 16,
     servers: int = 1,
     deadline: float = 60.0,
     seen_by: Callable[[list[FaultProxy]], None] = lambda proxies: None,
@@ -53,7 +53,7 @@ def collect(
             await proxy.__aenter__()
         clients = [SGLangClient(proxy.url, deadline=deadline) for proxy in proxies]
         try:
-            return await rollout_groups(Fleet(clients), PROMPTS, sampling), proxies
+            return await rollout_groups(Sampler(Fleet(clients), concurrency), PROMPTS, sampling), proxies
         finally:
             for client, proxy in zip(clients, proxies, strict=True):
                 await client.close()
@@ -102,7 +102,7 @@ def test_samples_have_the_most_likely_tokens_that_were_asked_for(served: str) ->
 
 @server
 def test_groups_are_spread_over_servers_and_each_group_stays_on_one(served: str) -> None:
-    _, proxies = collect(served, servers=3, sampling=dataclasses.replace(SAMPLING, concurrency=24))
+    _, proxies = collect(served, servers=3, concurrency=24)
     assert [len(bodies(proxy)) for proxy in proxies] == [8, 8, 8]
     prompts = [{tuple(body["input_ids"]) for body in bodies(proxy)} for proxy in proxies]
     assert [len(group) for group in prompts] == [2, 2, 2]
@@ -113,14 +113,13 @@ def test_a_slow_server_gets_fewer_groups(served: str) -> None:
     """The first server answers only after the second one has been asked for all the other groups."""
     proxies: list[FaultProxy] = []
     slow = [Fault(until=lambda: len(bodies(proxies[1])) == 20)] * 4
-    sampling = dataclasses.replace(SAMPLING, concurrency=8)
-    collect(served, *slow, servers=2, sampling=sampling, seen_by=proxies.extend)
+    collect(served, *slow, servers=2, concurrency=8, seen_by=proxies.extend)
     assert [len(bodies(proxy)) for proxy in proxies] == [4, 20]
 
 
 @server
 def test_the_number_of_concurrent_requests_is_limited(served: str) -> None:
-    _, (proxy,) = collect(served, sampling=dataclasses.replace(SAMPLING, concurrency=3))
+    _, (proxy,) = collect(served, concurrency=3)
     assert proxy.most_in_flight == 3
 
 
@@ -167,11 +166,8 @@ def test_each_request_has_its_own_seed_and_a_second_run_repeats_the_seeds(served
 
 def test_seeds_depend_on_run_weight_version_group_and_sample() -> None:
     changed = [
-        request_seed(SAMPLING, 1, 2),
-        request_seed(SAMPLING, 2, 1),
-        request_seed(SAMPLING, 1, 3),
-        request_seed(dataclasses.replace(SAMPLING, seed=1), 1, 2),
-        request_seed(dataclasses.replace(SAMPLING, versions=frozenset({0, 1})), 1, 2),
+        request_seed(seed, version, group, number)
+        for seed, version, group, number in [(0, 0, 1, 2), (0, 0, 2, 1), (0, 0, 1, 3), (1, 0, 1, 2), (0, 1, 1, 2)]
     ]
     assert len(set(changed)) == len(changed)
     assert all(0 <= seed < 2**63 for seed in changed)

@@ -15,10 +15,11 @@ from tiny_models import VOCAB_SIZE, make_tiny_model
 from transformers import AutoModelForCausalLM
 
 from megatron_rl.data.sample import Prompt
+from megatron_rl.data.versions import Versions
 from megatron_rl.models.architecture import read_architecture
 from megatron_rl.rollout.client import Completion, RolloutError, SGLangClient
 from megatron_rl.rollout.fleet import Fleet
-from megatron_rl.rollout.sampler import Sampling, rollout_groups
+from megatron_rl.rollout.sampler import Sampler, Sampling, rollout_groups
 from megatron_rl.rollout.server import Server, ServerOptions, free_ports
 from megatron_rl.routing.wire import RouteSpec
 
@@ -199,13 +200,12 @@ def test_groups_have_traces_only_if_routes_are_requested(url: str, model_dir: Pa
             samples=2,
             max_response_tokens=6,
             temperature=1.0,
-            concurrency=8,
             vocab_size=VOCAB_SIZE,
-            versions=frozenset(range(9)),
+            versions=Versions(8, lag=8),
             seed=0,
             routes=routes,
         )
-        for group in call(url, lambda client, s=sampling: rollout_groups(Fleet([client]), prompts, s)):  # type: ignore[misc]
+        for group in call(url, lambda client, s=sampling: rollout_groups(Sampler(Fleet([client]), 8), prompts, s)):  # type: ignore[misc]
             for sample in group.samples:
                 assert (sample.trace is None) == (routes is None)
                 assert sample.trace is None or sample.trace.rows == len(sample.token_ids) - 1

@@ -22,7 +22,7 @@ UNFILLED = frozenset(
 """Bins without a token in a run of one step of a random model: no token is certain, and none is of an older version."""
 LIVE = frozenset(
     {
-        *(("metrics.jsonl", f"time/{phase}") for phase in ("rollout", "rewards", "weight sync")),
+        *(("metrics.jsonl", f"time/{phase}") for phase in ("rollout", "weight sync")),
         *(("metrics.jsonl", f"weights/{what}") for what in ("bytes", "probe_max_abs_diff", "probe_mean_abs_diff")),
         ("metrics.jsonl", "weights/sampled_mean_abs_diff"),
         *(("eval.jsonl", name) for name in ("prompts", "k", "avg_at_k", "pass_at_{j}", "reward", "lost_verdicts")),

@@ -22,6 +22,7 @@ from megatron_rl.config.schema import Config
 from megatron_rl.data.sample import Group, Prompt, Sample
 from megatron_rl.data.trace import RoutingTrace
 from megatron_rl.data.versions import VersionSpan
+from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.dynamic import StepError
 from megatron_rl.rollout.sampler import Sampling
 
@@ -31,11 +32,14 @@ WRONG = "x"
 class MadeUp:
     """Makes up a leader's answers. They depend only on the prompt and the number of the sample."""
 
+    def __init__(self) -> None:
+        self.loop = BackgroundLoop()
+
+    async def group(self, number: int, prompt: Prompt, sampling: Sampling) -> Group:
+        return Group(number, prompt, tuple(_answer(prompt, n, sampling) for n in range(sampling.samples)))
+
     def sample(self, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling) -> list[Group]:
-        return [
-            Group(index, prompt, tuple(_answer(prompt, n, sampling) for n in range(sampling.samples)))
-            for index, prompt in prompts
-        ]
+        return [self.loop.run(self.group(number, prompt, sampling)) for number, prompt in prompts]
 
 
 def _answer(prompt: Prompt, number: int, sampling: Sampling) -> Sample:
@@ -47,7 +51,7 @@ def _answer(prompt: Prompt, number: int, sampling: Sampling) -> Sample:
     length = min(int(rng.integers(1, longest * 3 // 2)), longest)
     response = [2 + CHARACTERS.index(prompt.answer if right else WRONG), *[EOS] * (length - 1)]
     logprobs = (-rng.random(length)).tolist()
-    sample = Sample.start(prompt, number).extend(response, logprobs, max(sampling.versions))
+    sample = Sample.start(prompt, number).extend(response, logprobs, sampling.versions.newest)
     if sampling.routes is not None:
         spec, rows = sampling.routes, len(sample.token_ids) - 1
         ids = rng.permuted(np.tile(np.arange(spec.num_experts), (rows, len(spec.moe_layers), 1)), axis=-1)
@@ -56,7 +60,7 @@ def _answer(prompt: Prompt, number: int, sampling: Sampling) -> Sample:
             layers=spec.moe_layers,
             num_experts=spec.num_experts,
             source="rollout",
-            versions=(VersionSpan(max(sampling.versions), 0, rows),),
+            versions=(VersionSpan(sampling.versions.newest, 0, rows),),
         )
         sample = sample.with_trace(trace)
     return dataclasses.replace(sample, finish_reason="length" if length == longest else "stop")
@@ -69,6 +73,9 @@ class NoServers:
         pass
 
     def push(self, version: int) -> dict[str, float]:
+        return {}
+
+    def verify_if_due(self, version: int) -> dict[str, float]:
         return {}
 
     def close(self) -> None:

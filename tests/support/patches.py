@@ -43,17 +43,12 @@ def made_up_rollouts(seconds: float = 0.0) -> None:
     """Makes up answers without servers. The second rollout prints a line and takes `seconds`, if that is not 0."""
     from dynamic_worker import MadeUp, replace_servers
 
-    from megatron_rl.rollout.background import BackgroundLoop
-
     class Leader(MadeUp):
-        def __init__(self) -> None:
-            self._loop = BackgroundLoop()
-
-        def sample(self, prompts: Any, sampling: Any) -> Any:
-            if seconds and max(sampling.versions) == 1:
+        async def group(self, number: int, prompt: Any, sampling: Any) -> Any:
+            if seconds and sampling.versions.newest == 1:
                 print("slow rollout", flush=True)
-                self._loop.run(asyncio.sleep(seconds))
-            return super().sample(prompts, sampling)
+                await asyncio.sleep(seconds)
+            return await super().group(number, prompt, sampling)
 
     replace_servers(Leader)
 

@@ -178,3 +178,7 @@ def loses_all_later(prompt: Prompt, response: str) -> Verdict:
     if int(prompt.text.split()[0]) >= 4:
         raise RuntimeError("lost")
     return Verdict(float(response == prompt.answer), response == prompt.answer)
+
+
+def longer(prompt: Prompt, response: str) -> Verdict:
+    return Verdict(len(response) / 10, False)

@@ -1,4 +1,4 @@
-"""What the publisher does at each weight sync. Servers and transport are stand-ins."""
+"""What the publisher does at each weight sync, and in which order. Servers and transport are stand-ins."""
 
 from __future__ import annotations
 
@@ -12,27 +12,34 @@ from megatron_rl.config.schema import RolloutConfig, WeightsConfig
 from megatron_rl.loop import publisher
 
 
-def test_servers_are_checked_before_a_sync_and_only_its_version_counts_after_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+@pytest.mark.parametrize("lag", [0, 2])
+def test_rollouts_that_go_on_are_paused_until_the_new_version_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, lag: int
 ) -> None:
     calls: list[Any] = []
 
-    def push(version: int) -> dict[str, float]:
-        calls.append(version)
-        return {"seconds": 1.0}
+    def note(what: str) -> Any:
+        def noted(*version: int) -> dict[str, float]:
+            calls.append((what, *version, [v for v in range(9) if v in made.versions]))
+            return {what: 1.0}
 
-    monkeypatch.setattr(publisher, "WeightSync", lambda *_, **__: SimpleNamespace(push=push))
-    config: Any = SimpleNamespace(weights=WeightsConfig(), rollout=RolloutConfig(), seed=0)
+        return noted
+
+    sync = SimpleNamespace(push=note("push"), verify_if_due=note("verify"))
+    monkeypatch.setattr(publisher, "WeightSync", lambda *_, **__: sync)
+    monkeypatch.setattr(publisher, "together", lambda _: contextlib.nullcontext())  # there are no other ranks
+    config: Any = SimpleNamespace(weights=WeightsConfig(), rollout=RolloutConfig(lag=lag), seed=0)
     trainer: Any = SimpleNamespace(
-        place=SimpleNamespace(rank=0),
+        place=SimpleNamespace(rank=0, control=None),
         policy=None,
         run=SimpleNamespace(path=tmp_path),
         journal=SimpleNamespace(phase=lambda _: contextlib.nullcontext()),
     )
-    servers: Any = SimpleNamespace(leader=None, check=lambda: calls.append("check"))
+    leader = SimpleNamespace(pause=note("pause"), resume=note("resume"))
+    servers: Any = SimpleNamespace(leader=leader, check=note("check"))
     made = publisher.Publisher(config, trainer, servers)
-    assert made.versions == frozenset()
     for version in (3, 4):
-        assert made.publish(version) == {"seconds": 1.0}
-        assert made.versions == {version}
-    assert calls == ["check", 3, "check", 4]
+        assert made.publish(version) == {"push": 1.0, "verify": 1.0}
+    before, after = ([3], [4]) if lag == 0 else ([1, 2, 3], [2, 3, 4])
+    expected = [("check", before), ("pause", before), ("push", 4, before), ("resume", after), ("verify", 4, after)]
+    assert calls[-len(calls) // 2 :] == [each for each in expected if lag or each[0] not in ("pause", "resume")]

@@ -15,7 +15,7 @@ from megatron_rl.data.store import StoreError, read_groups, write_groups
 from megatron_rl.data.top_tokens import TopTokens
 from megatron_rl.data.trace import RoutingTrace
 from megatron_rl.data.versions import VersionSpan
-from megatron_rl.rollout.sampler import Sampling, _Spread
+from megatron_rl.rollout.sampler import _Place
 from megatron_rl.rollout.source import Leader, Wanted, check_headers, first_server, rollout_file
 from megatron_rl.rollout.source import saved_groups as read_saved
 from megatron_rl.routing.wire import RouteSpec
@@ -169,13 +169,13 @@ def test_samples_that_cannot_be_trained_on_are_refused(tmp_path: Path, change: A
 def test_independent_leaders_together_use_all_servers(leaders: int, groups: int, servers: int, most: int) -> None:
     """If 32 leaders all started with the first server, they would send all groups to two of sixteen servers."""
     urls = [f"http://127.0.0.1:{1000 + n}" for n in range(servers)]
-    sampling = Sampling(8, 1, 1.0, concurrency=1000, vocab_size=9, versions=frozenset({0}), seed=0)
     count = Counter[str]()
     for dp in range(leaders):
         leader = Leader(urls, api_key=None, deadline=1.0, first=first_server(dp, leaders, servers))
         assert sorted(client.url for client in leader.clients) == urls
-        spread = _Spread(leader.fleet, sampling)
-        count.update(spread._home(group).client.url for group in range(groups))
+        sampler = leader._sampler
+        places = [_Place(sampler._fleet, sampler._pending, samples=8) for _ in range(groups)]
+        count.update(place._live_home().client.url for place in places)
         leader.close()
     assert max(count.values()) == most
     assert len(count) == min(servers, leaders * groups)

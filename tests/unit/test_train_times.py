@@ -16,6 +16,7 @@ import pytest
 from megatron_rl import train as train_module
 from megatron_rl.config.schema import Config, DataConfig, EvalConfig, ModelConfig, TrainConfig
 from megatron_rl.data.prompts import PromptCursor
+from megatron_rl.data.versions import Versions
 from megatron_rl.lab.console import Console
 from megatron_rl.lab.journal import Journal
 from megatron_rl.lab.run import RunDir, read_metrics
@@ -82,8 +83,11 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     publisher = object.__new__(Publisher)
     servers = SimpleNamespace(check=lambda: None)
-    publisher.__dict__.update(_trainer=trainer, _servers=servers, _sync=SimpleNamespace(push=clock.takes(SYNC, {})))
-    environment: Any = SimpleNamespace(sample=clock.takes(EVALUATION), judge=lambda groups: groups)
+    sync = SimpleNamespace(push=clock.takes(SYNC, {}), verify_if_due=lambda _: {})
+    publisher.__dict__.update(
+        _trainer=trainer, _servers=servers, _sync=sync, versions=Versions(0), _rollouts_go_on=False
+    )
+    environment: Any = SimpleNamespace(evaluate=clock.takes(EVALUATION))
     figures = {"rollout/reward/mean": 0.0, "rollout/accuracy": 0.0, "rollout/tokens": 70.0}
 
     def update(*_: object) -> dict[str, float]:

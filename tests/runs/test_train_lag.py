@@ -1,0 +1,71 @@
+"""Runs whose rollouts go on during updates and weight syncs, with their own server."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from forks import Forks
+from rl_runs import run_all, write_config
+from tiny_models import make_tiny_model
+
+from megatron_rl.data.sample import Group
+from megatron_rl.data.store import read_groups
+from megatron_rl.lab.run import read_metrics
+
+STEPS = 5
+
+
+def train(forks: Forks, root: Path, lag: int) -> tuple[list[dict[str, Any]], list[list[Group]]]:
+    """Returns the lines of metrics, and each step's groups over all leaders."""
+    model = make_tiny_model(root / "model", num_layers=2)
+    config = write_config(root / "config.yaml", model, root / "unused")
+    prompts = root / "prompts.jsonl"
+    prompts.write_bytes(b"\n".join(orjson.dumps({"prompt": f"{n}+1=", "answer": "0"}) for n in range(64)) + b"\n")
+    options = (
+        f"data.train={prompts}",
+        "data.verifier=verifier_examples:longer",  # rewards what a random model does, so that it learns
+        "rollout.replay_from=null",
+        "rollout.servers.max_total_tokens=4096",
+        "rollout.max_response_tokens=48",
+        "rollout.concurrency=8",  # so that responses are in flight during a sync
+        f"rollout.lag={lag}",
+        f"train.steps={STEPS}",
+        "weights.verify=1",
+        "optim.lr=1e-3",
+    )
+    run_all(forks, config, 2, [f"run_dir={root / 'run'} {' '.join(options)}"])
+    files = sorted((root / "run" / "rollouts").glob("*.jsonl"))
+    by_step = itertools.groupby(files, key=lambda file: file.name.split("-dp-")[0])
+    steps = [sorted((g for f in of_step for g in read_groups(f)), key=lambda g: g.index) for _, of_step in by_step]
+    return read_metrics(root / "run" / "metrics.jsonl"), steps
+
+
+@pytest.mark.server
+@pytest.mark.distributed
+@pytest.mark.parametrize("lag", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_rollouts_go_on_during_updates_and_syncs(forks: Forks, tmp_path: Path, lag: int) -> None:
+    lines, steps = train(forks, tmp_path, lag)
+    prompts = [group.prompt.id for groups in steps for group in groups]
+    assert len(prompts) == len(set(prompts)) == STEPS * len(steps[0])
+    mixed = 0
+    for step, groups in enumerate(steps, start=1):
+        assert [group.index for group in groups] == list(range(len(groups)))
+        samples = [sample for group in groups for sample in group.samples]
+        versions = {span.version for sample in samples for span in sample.versions}
+        assert max(0, step - 1 - lag) <= min(versions)
+        assert max(versions) <= step - 1
+        if step > lag:
+            assert min(versions) < step - 1
+        mixed += sum(len(sample.versions) > 1 for sample in samples)
+    assert mixed, "no response was in flight during a sync; the test shows nothing"
+    assert max(line["rollout/staleness/max"] for line in lines if "rollout/staleness/max" in line) == lag
+    # Tokens after a sync were sampled as the new weights say, whatever their beginning was sampled with.
+    fresh, old = (
+        [line[name] for line in lines if line.get(name) is not None]
+        for name in ("mismatch/abs_logprob_gap/lag_0", "mismatch/abs_logprob_gap/lag_1")
+    )
+    assert 0 < max(fresh) < 1e-4 < min(old)

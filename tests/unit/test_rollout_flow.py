@@ -1,0 +1,68 @@
+"""Which prompts a leader starts, when, and which a step takes."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_rl.config.schema import RolloutConfig
+from megatron_rl.data.prompts import PromptCursor, PromptDataset
+from megatron_rl.data.sample import Group, Prompt
+from megatron_rl.loop.progress import Progress
+from megatron_rl.loop.rollouts import LiveGroups
+from megatron_rl.rollout.flow import Flow
+
+DATASET = PromptDataset([Prompt(str(n), str(n), (), "", "") for n in range(10)], lambda text: [int(text)])
+
+
+def started(share: int, of: int) -> tuple[Flow, list[int]]:
+    numbers: list[int] = []
+
+    def start(number: int, prompt: Prompt) -> Future[Group]:
+        numbers.append(number)
+        group: Future[Group] = Future()
+        group.set_result(Group(number, prompt))
+        return group
+
+    return Flow(DATASET, start, share, of), numbers
+
+
+def test_groups_are_taken_in_the_order_of_the_prompts_and_started_once() -> None:
+    flow, numbers = started(0, 1)
+    cursor = PromptCursor(seed=3)
+    flow.admit(cursor, 6)
+    assert numbers == [0, 1, 2, 3, 4, 5]
+    expected = [prompt.id for prompt in DATASET.take(cursor, 4)[0]]
+    groups, cursor = flow.take(cursor, 4)
+    assert [group.result().prompt.id for group in groups] == expected
+    flow.admit(cursor, 8)  # into the next epoch
+    assert numbers == list(range(12))
+    groups, cursor = flow.take(cursor, 8)
+    assert [group.result().index for group in groups] == list(range(4, 12))
+    assert (cursor.epoch, cursor.position) == (1, 2)
+    assert flow.number(cursor) == 12
+
+
+def test_leaders_share_the_prompts_whatever_the_cursor_of_a_resume() -> None:
+    cursor = PromptCursor(3, epoch=1, position=1)
+    shares = []
+    for share in range(3):
+        flow, numbers = started(share, 3)
+        flow.admit(cursor, 7)
+        groups, after = flow.take(cursor, 7)
+        assert [group.result().index for group in groups] == numbers
+        assert after == PromptCursor(3, epoch=1, position=8)
+        shares.append(numbers)
+    assert shares == [[12, 15], [13, 16], [11, 14, 17]]
+
+
+@pytest.mark.parametrize(("step", "ahead"), [(0, 8), (6, 8), (7, 8), (8, 4), (9, 0)])
+def test_rollouts_begin_at_most_the_lag_ahead_and_none_for_steps_that_are_not_made(step: int, ahead: int) -> None:
+    config: Any = SimpleNamespace(rollout=RolloutConfig(prompts_per_step=4, lag=2))
+    trainer: Any = SimpleNamespace(place=SimpleNamespace(dp=0), layout=SimpleNamespace(dp=1))
+    environment: Any = None
+    groups = LiveGroups(config, trainer, environment, None)
+    assert groups._ahead(Progress(step, 10, PromptCursor(0))) == ahead
