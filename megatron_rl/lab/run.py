@@ -13,6 +13,7 @@
     tensorboard/       the figures of metrics.jsonl and eval.jsonl as events, over optimizer steps
     wandb/             the same for Weights & Biases, if lab.wandb is set
     tokens/            values of each token of the steps that lab.record_steps names
+    pending/           judged groups that no checkpoint has yet (rollout/ledger.py)
     rollouts/  checkpoints/  logs/
 
 Rank 0 opens and writes the directory; the other ranks attach to it for its paths. lab/journal.py makes the lines.
@@ -23,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,7 @@ from megatron_rl.lab.sinks import JsonlSink, Sink, TensorBoardSink
 
 # Files that a start may leave if it ended before its run began. They do not block the next start.
 _LEFTOVERS = re.compile(
-    r"owner-\d+\.json|\..*|logs|rollouts|checkpoints|" + "|".join(map(re.escape, (RUN_FILE, *RECORDS[:-1])))
+    r"owner-\d+\.json|\..*|logs|rollouts|pending|checkpoints|" + "|".join(map(re.escape, (RUN_FILE, *RECORDS[:-1])))
 )
 _OF_STEP = re.compile(r"step-(\d+)-.*")
 
@@ -68,6 +70,7 @@ class RunDir:
         self.id = ""
         """The run's id, kept by a resume. Rank 0 knows it after `begin`, or after `open` with `resume`."""
         self.rollouts = path / "rollouts"
+        self.pending = path / "pending"
         self.tokens = path / "tokens"
         self.checkpoints = path / "checkpoints"
         self.logs = path / "logs"
@@ -139,6 +142,7 @@ class RunDir:
                 hide_from = self.optimizer_steps + 1  # TensorBoard hides the interrupted run's later events
             else:
                 self.id = name_run(self.path)
+                shutil.rmtree(self.pending, ignore_errors=True)  # of a start that failed
             write_records(self.path, self._config_yaml, history)
             self._owner.settle()
         self._began = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from megatron_rl.disk import writes
 from megatron_rl.engine.checkpoint import describe, held_by_rank
@@ -26,13 +26,15 @@ class Checkpoints:
         self._journal = journal
         self._writer = CheckpointWriter(run.checkpoints, place.control, keep)
         self._identity: Identity | None = None
-        self._step = 0  # of the newest one
+        self.when_whole: Callable[[State], None] = lambda state: None
+        """Called on rank 0 with the state of each checkpoint that has become whole."""
+        self._newest: State | None = None
         self._seconds = 0.0  # in which it kept the run waiting
 
-    def begin(self, identity: Identity | None, step: int) -> None:
-        """`identity`: rank 0's. `step`: of the checkpoint that the run goes on from, or 0."""
+    def begin(self, identity: Identity | None, state: State | None) -> None:
+        """`identity`: rank 0's. `state`: of the checkpoint that the run goes on from, if there is one."""
         self._identity = identity
-        self._step = step
+        self._newest = state
 
     @property
     def failure(self) -> str:
@@ -45,7 +47,7 @@ class Checkpoints:
 
         Raises a UserError, on every rank, if one could not write.
         """
-        if state.step <= self._step:
+        if state.step <= (self._newest.step if self._newest else 0):
             return False
         self.complete()
         with self._timed():
@@ -53,7 +55,7 @@ class Checkpoints:
                 self._journal.sync()  # the step's own line has to be on the disk before its checkpoint is
             manifest = describe(self._networks, self._identity, state) if self._identity is not None else None
             self._writer.start(state.step, *held_by_rank(self._networks), manifest)
-        self._step = state.step
+        self._newest = state
         return True
 
     def complete(self) -> None:
@@ -73,6 +75,8 @@ class Checkpoints:
             times = {"time/checkpoint": self._seconds, "time/checkpoint_write": written.seconds}
             self._journal.log_checkpoint(written.step, times)
             self._seconds = 0.0
+            assert self._newest is not None
+            self.when_whole(self._newest)
 
     def close(self, *, complete: bool) -> None:
         """Ends what is being written, completed if `complete`. Not collective."""

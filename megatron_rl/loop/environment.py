@@ -11,11 +11,13 @@ from typing import Any
 from megatron_rl.config.schema import RolloutConfig
 from megatron_rl.data.sample import Group, Prompt
 from megatron_rl.data.versions import Versions
+from megatron_rl.disk import writes
 from megatron_rl.loop.connections import Servers
 from megatron_rl.loop.publisher import Publisher
 from megatron_rl.loop.trainer import Trainer
 from megatron_rl.rewards import Judges, grade
 from megatron_rl.rollout.background import results
+from megatron_rl.rollout.ledger import Ledger
 from megatron_rl.rollout.sampler import Sampling
 from megatron_rl.rollout.source import Leader
 from megatron_rl.routing.wire import RouteSpec
@@ -33,24 +35,35 @@ class Environment:
         tokenizer: Any,
         judges: Judges,
         *,
+        ledger: Ledger,
         routes: RouteSpec | None = None,
         top_k: int = 0,
     ) -> None:
-        """Rollouts, but not evaluations, ask for routing traces if `routes` says what they look like, and for mu's
-        `top_k` most likely tokens."""
+        """Rollouts, but not evaluations, are kept by `ledger`. They ask for routing traces if `routes` says what they
+        look like, and for mu's `top_k` most likely tokens."""
         self._config = config
         self._trainer = trainer
         self._servers = servers
         self._publisher = publisher
         self._tokenizer = tokenizer
         self._judges = judges
+        self._ledger = ledger
         self._judging = threading.Lock()  # an evaluation is judged while a rollout goes on
         self._rollout = self._sampling(config.group_size, config.temperature, publisher.versions, routes, top_k)
         self._sampled: list[tuple[Group, asyncio.Future[Group]]] = []
         self._judge_task: asyncio.Task[None] | None = None
 
     def start(self, number: int, prompt: Prompt) -> Future[Group]:
-        """Begins to sample a group of the run's rollouts, which is judged while others are sampled."""
+        """Begins to sample a group of the run's rollouts, which is judged while others are sampled, unless an earlier
+        start of the run has it."""
+        if (kept := self._ledger.read(number, prompt)) is not None:
+            done: Future[Group] = Future()
+            done.set_result(kept)
+            return done
+        return self.restart(number, prompt)
+
+    def restart(self, number: int, prompt: Prompt) -> Future[Group]:
+        """Does so although the ledger may have it."""
         return self._leader.loop.start(self._group(number, prompt))
 
     def wait(self, groups: Sequence[Future[Group]]) -> list[Group]:
@@ -104,7 +117,7 @@ class Environment:
         while self._sampled:
             waiting, self._sampled = self._sampled, []
             try:
-                groups = await asyncio.to_thread(self.judge, [group for group, _ in waiting])
+                groups = await asyncio.to_thread(self._judge_and_keep, [group for group, _ in waiting])
             except Exception as error:
                 for _, judged in waiting:
                     if not judged.done():
@@ -114,6 +127,13 @@ class Environment:
                     if not judged.done():
                         judged.set_result(group)
         self._judge_task = None
+
+    def _judge_and_keep(self, groups: Sequence[Group]) -> list[Group]:
+        judged = self.judge(groups)
+        for group in judged:
+            with writes(f"the group of prompt {group.prompt.id!r}", self._trainer.run.pending):
+                self._ledger.write(group)
+        return judged
 
     def _decode(self, token_ids: list[int]) -> str:
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)

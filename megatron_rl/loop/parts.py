@@ -24,6 +24,7 @@ from megatron_rl.models.architecture import read_architecture
 from megatron_rl.objectives.custom import get_objective
 from megatron_rl.ranks.collectives import together
 from megatron_rl.rewards import check_verifier
+from megatron_rl.rollout.ledger import Ledger
 from megatron_rl.rollout.pool import Pool, PoolOpener
 from megatron_rl.routing.exchange import RouteExchange
 from megatron_rl.routing.wire import RouteSpec
@@ -102,6 +103,12 @@ def _assemble(config: Config, trainer: Trainer, prompts: RunPrompts, stack: Exit
     if servers is None:
         source = SavedGroups(config, trainer, spec)
     else:
+        ledger = Ledger(
+            trainer.run.pending,
+            group_size=config.rollout.group_size,
+            temperature=config.rollout.temperature,
+            vocab_size=policy.arch.vocab_size,
+        )
         environment = Environment(
             config.rollout,
             trainer,
@@ -109,10 +116,11 @@ def _assemble(config: Config, trainer: Trainer, prompts: RunPrompts, stack: Exit
             publisher,
             prompts.tokenizer,
             prompts.judges,
+            ledger=ledger,
             routes=spec,
             top_k=top_k(config, trainer),
         )
-        source = LiveGroups(config, trainer, environment, prompts.train)
+        source = LiveGroups(config, trainer, environment, prompts.train, ledger)
     return Parts(
         config=config,
         trainer=trainer,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
 import orjson
 
 from megatron_rl.config.schema import Config, DynamicSamplingConfig
-from megatron_rl.data.prompts import PromptDataset
+from megatron_rl.data.prompts import PromptCursor, PromptDataset
 from megatron_rl.data.sample import Group
 from megatron_rl.data.store import write_groups
 from megatron_rl.errors import UserError
@@ -25,6 +26,7 @@ from megatron_rl.ranks.collectives import all_gather_bytes, together
 from megatron_rl.rewards.shaping import filter_overlong, shape_rewards, without_lost
 from megatron_rl.rollout.dynamic import Search, Tally, check_verdicts
 from megatron_rl.rollout.flow import Flow
+from megatron_rl.rollout.ledger import Ledger, newest_version, oldest_version
 from megatron_rl.rollout.source import Wanted, check_headers, rollout_file, saved_groups
 from megatron_rl.routing.wire import RouteSpec
 from megatron_rl.stop import Interrupted
@@ -139,7 +141,12 @@ class LiveGroups:
     """Groups that the servers sample, some rounds of them under dynamic sampling."""
 
     def __init__(
-        self, config: Config, trainer: Trainer, environment: Environment, prompts: PromptDataset | None
+        self,
+        config: Config,
+        trainer: Trainer,
+        environment: Environment,
+        prompts: PromptDataset | None,
+        ledger: Ledger,
     ) -> None:
         """`prompts`: None on ranks that lead no replica."""
         self.saves = prompts is not None
@@ -147,7 +154,10 @@ class LiveGroups:
         self._trainer = trainer
         self._environment = environment
         place, dp = trainer.place, trainer.layout.dp
-        self._flow = None if prompts is None else Flow(prompts, environment.start, place.dp, dp)
+        self._flow = None
+        if prompts is not None:
+            self._flow = flow = Flow(prompts, environment.start, place.dp, dp)
+            trainer.checkpoints.when_whole = lambda state: ledger.forget(flow.number(PromptCursor(**state.cursor)))
 
     def draw(self, progress: Progress) -> Drawn:
         if self._config.dynamic_sampling is None:
@@ -190,8 +200,18 @@ class LiveGroups:
             flow.admit(progress.cursor, count + self._ahead(progress))
             started, cursor = flow.take(progress.cursor, count)
             groups = self._environment.wait(started)
+            groups = self._environment.wait([self._of_age(group, progress.step) for group in groups])
         progress.cursor = cursor
         return [dataclasses.replace(group, index=first + group.index - number) for group in groups]
+
+    def _of_age(self, group: Group, version: int) -> Future[Group]:
+        """Returns the group, or samples it again if a start before this one, which had other weights by then, has left
+        a group that is not of `version`, pi_old's, or of the lag before it."""
+        if version - self._config.lag <= oldest_version(group) and newest_version(group) <= version:
+            done: Future[Group] = Future()
+            done.set_result(group)
+            return done
+        return self._environment.restart(group.index, group.prompt)
 
     def _ahead(self, progress: Progress) -> int:
         """Returns how many prompts behind those of this step are started with its weights: those of the next `lag`

@@ -195,7 +195,7 @@ class Trainer:
         with together(self.place.control):
             if self.place.rank == 0:
                 self._begin_run(state)
-        self.checkpoints.begin(self._identity, state.step if state else 0)
+        self.checkpoints.begin(self._identity, state)
         self.watch.begin()
         return state
 

@@ -43,7 +43,7 @@ class Flow:
                 self._open[number] = self._start(number, prompt)
 
     def take(self, cursor: PromptCursor, count: int) -> tuple[Sequence[Future[Group]], PromptCursor]:
-        """Returns the groups of the next `count` prompts, which were admitted, and the cursor after them."""
+        """Returns this leader's groups of the next `count` prompts, which were admitted, and the cursor after them."""
         numbers = range(self.number(cursor), self.number(cursor) + count)
         taken = [self._open.pop(number) for number in numbers if number in self._open]
         return taken, take_indexes(len(self._dataset), cursor, count)[1]

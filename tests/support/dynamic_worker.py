@@ -35,6 +35,11 @@ class MadeUp:
     def __init__(self) -> None:
         self.loop = BackgroundLoop()
 
+    def pause(self) -> None:
+        pass
+
+    resume = pause
+
     async def group(self, number: int, prompt: Prompt, sampling: Sampling) -> Group:
         return Group(number, prompt, tuple(_answer(prompt, n, sampling) for n in range(sampling.samples)))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
+import os
 import time
 from typing import Any
 
@@ -49,6 +51,25 @@ def made_up_rollouts(seconds: float = 0.0) -> None:
                 print("slow rollout", flush=True)
                 await asyncio.sleep(seconds)
             return await super().group(number, prompt, sampling)
+
+    replace_servers(Leader)
+
+
+def chance_rollouts(slow_from: int) -> None:
+    """Makes up answers by chance, without servers. Prompts from that number on are never answered."""
+    from dynamic_worker import MadeUp, replace_servers
+
+    from megatron_rl.data.sample import Prompt
+
+    class Leader(MadeUp):
+        async def group(self, number: int, prompt: Prompt, sampling: Any) -> Any:
+            if number >= slow_from:
+                print("slow rollout", flush=True)
+                await asyncio.sleep(1000)
+            other = dataclasses.replace(prompt, id=os.urandom(8).hex())  # answers follow from it
+            group = await super().group(number, other, sampling)
+            samples = tuple(dataclasses.replace(sample, prompt=prompt) for sample in group.samples)
+            return dataclasses.replace(group, prompt=prompt, samples=samples)
 
     replace_servers(Leader)
 

@@ -71,6 +71,15 @@ def test_a_directory_with_rollouts_or_checkpoints_is_not_empty(tmp_path: Path, l
         RunDir.open(tmp_path, changed(), resume=False)
 
 
+def test_a_new_run_takes_no_groups_of_a_start_that_failed(tmp_path: Path) -> None:
+    (tmp_path / "pending").mkdir()
+    (tmp_path / "pending" / "group-000000000.jsonl").touch()
+    run = RunDir.open(tmp_path, changed(), resume=False)
+    run.begin()
+    run.close()
+    assert not (tmp_path / "pending").exists()
+
+
 def test_create_refuses_a_file(tmp_path: Path) -> None:
     file = tmp_path / "run"
     file.write_text("mine")

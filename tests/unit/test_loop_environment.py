@@ -5,23 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_rl.config.schema import RolloutConfig
-from megatron_rl.data.sample import Group, Prompt
+from megatron_rl.data.sample import Group, Prompt, Sample
 from megatron_rl.data.versions import Versions
 from megatron_rl.loop.environment import Environment
 from megatron_rl.rollout.background import BackgroundLoop
+from megatron_rl.rollout.ledger import Ledger
 from megatron_rl.rollout.sampler import Sampling
 
-PROMPT = Prompt("", "", (1,), "", "")
+PROMPT = Prompt("", "", (1,), "1", "arithmetic")
 
 
 class Leader:
-    """A stand-in that answers with empty groups."""
+    """A stand-in that answers with one token."""
 
     def __init__(self) -> None:
         self.loop = BackgroundLoop()
@@ -30,28 +32,31 @@ class Leader:
     async def group(self, number: int, prompt: Prompt, sampling: Sampling) -> Group:
         self.asked.append(sampling)
         await asyncio.sleep(0.01 * number)
-        return Group(number, prompt)
+        return Group(number, prompt, (Sample.start(prompt, 0).extend([2], [-1.0], sampling.versions.newest),))
 
     def sample(self, prompts: list[tuple[int, Prompt]], sampling: Sampling) -> list[Group]:
         return [self.loop.run(self.group(number, prompt, sampling)) for number, prompt in prompts]
 
 
-def environment(leader: Leader, versions: Versions) -> Environment:
+def environment(leader: Leader, versions: Versions, root: Path) -> Environment:
     trainer: Any = SimpleNamespace(
         config=SimpleNamespace(seed=5),
         policy=SimpleNamespace(arch=SimpleNamespace(vocab_size=20)),
         watch=SimpleNamespace(wait=contextlib.nullcontext),
+        run=SimpleNamespace(pending=root),
     )
     servers: Any = SimpleNamespace(leader=leader)
     publisher: Any = SimpleNamespace(versions=versions)
     judges: Any = None
+    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "1")
+    ledger = Ledger(root, group_size=1, temperature=0.7, vocab_size=20)
     config = RolloutConfig(prompts_per_step=1, max_response_tokens=7, group_size=3, temperature=0.7)
-    return Environment(config, trainer, servers, publisher, None, judges, top_k=2)
+    return Environment(config, trainer, servers, publisher, tokenizer, judges, ledger=ledger, top_k=2)
 
 
-def test_rollouts_and_evaluations_are_sampled_as_the_configuration_says() -> None:
+def test_rollouts_and_evaluations_are_sampled_as_the_configuration_says(tmp_path: Path) -> None:
     leader, versions = Leader(), Versions(3, lag=2)
-    made = environment(leader, versions)
+    made = environment(leader, versions, tmp_path)
     made.wait([made.start(0, PROMPT)])
     made.evaluate([(0, PROMPT)], samples=4, temperature=0.5)
     rollout, evaluation = leader.asked
@@ -65,9 +70,11 @@ def test_rollouts_and_evaluations_are_sampled_as_the_configuration_says() -> Non
     assert [version for version in range(6) if version in rollout.versions] == [2, 3, 4]
 
 
-def test_groups_are_judged_while_others_are_sampled_and_together_if_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_are_judged_while_others_are_sampled_and_together_if_they_wait(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     leader = Leader()
-    made = environment(leader, Versions(0))
+    made = environment(leader, Versions(0), tmp_path)
     judged: list[list[int]] = []
     second_is_there = threading.Event()
 
@@ -85,8 +92,8 @@ def test_groups_are_judged_while_others_are_sampled_and_together_if_they_wait(mo
     assert judged == [[0], [1, 2]]
 
 
-def test_an_error_of_a_verifier_is_that_of_its_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = environment(Leader(), Versions(0))
+def test_an_error_of_a_verifier_is_that_of_its_groups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = environment(Leader(), Versions(0), tmp_path)
 
     def judge(groups: list[Group]) -> list[Group]:
         raise RuntimeError("no verdict")
@@ -94,3 +101,17 @@ def test_an_error_of_a_verifier_is_that_of_its_groups(monkeypatch: pytest.Monkey
     monkeypatch.setattr(made, "judge", judge)
     with pytest.raises(RuntimeError, match="no verdict"):
         made.wait([made.start(0, PROMPT)])
+
+
+def test_a_group_that_an_earlier_start_judged_is_not_sampled_again(tmp_path: Path) -> None:
+    first, second = Leader(), Leader()
+    made = environment(first, Versions(3), tmp_path)
+    (group,) = made.wait([made.start(7, PROMPT)])
+    made = environment(second, Versions(3), tmp_path)
+    (again,) = made.wait([made.start(7, PROMPT)])
+    assert second.asked == []
+    assert again.samples[0].verdict == group.samples[0].verdict is not None
+    made.wait(
+        [made.start(8, PROMPT), made.restart(7, PROMPT), made.start(7, Prompt("other", "", (1,), "1", "arithmetic"))]
+    )
+    assert len(second.asked) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 
 from megatron_rl.config.schema import RolloutConfig
 from megatron_rl.data.prompts import PromptCursor, PromptDataset
-from megatron_rl.data.sample import Group, Prompt
+from megatron_rl.data.sample import Group, Prompt, Sample
 from megatron_rl.loop.progress import Progress
 from megatron_rl.loop.rollouts import LiveGroups
 from megatron_rl.rollout.flow import Flow
+from megatron_rl.rollout.ledger import Ledger
 
 DATASET = PromptDataset([Prompt(str(n), str(n), (), "", "") for n in range(10)], lambda text: [int(text)])
 
@@ -64,5 +66,24 @@ def test_rollouts_begin_at_most_the_lag_ahead_and_none_for_steps_that_are_not_ma
     config: Any = SimpleNamespace(rollout=RolloutConfig(prompts_per_step=4, lag=2))
     trainer: Any = SimpleNamespace(place=SimpleNamespace(dp=0), layout=SimpleNamespace(dp=1))
     environment: Any = None
-    groups = LiveGroups(config, trainer, environment, None)
+    ledger: Any = None
+    groups = LiveGroups(config, trainer, environment, None, ledger)
     assert groups._ahead(Progress(step, 10, PromptCursor(0))) == ahead
+
+
+@pytest.mark.parametrize(
+    ("versions", "kept"), [((3, 5), True), ((2, 5), False), ((5, 6), False), ((5,), True), ((3, 3), True)]
+)
+def test_a_group_that_is_too_old_or_too_new_is_sampled_again(versions: tuple[int, ...], kept: bool) -> None:
+    """Its tokens are of versions from pi_old's, 5, to the lag of 2 before it."""
+    prompt = Prompt("", "", (1,), "", "")
+    sample = Sample.start(prompt, 0)
+    for version in versions:
+        sample = sample.extend([2], [-1.0], version)
+    config: Any = SimpleNamespace(rollout=RolloutConfig(prompts_per_step=4, lag=2))
+    trainer: Any = SimpleNamespace(place=SimpleNamespace(dp=0), layout=SimpleNamespace(dp=1))
+    again: Future[Group] = Future()
+    environment: Any = SimpleNamespace(restart=lambda number, prompt: again)
+    groups = LiveGroups(config, trainer, environment, None, Ledger(Path(), group_size=1, temperature=1, vocab_size=9))
+    found = groups._of_age(Group(7, prompt, (sample,)), 5)
+    assert (found is not again) == kept

@@ -1,0 +1,56 @@
+"""Groups that are kept until a checkpoint has them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.data.sample import Group, Prompt, Sample, Verdict
+from megatron_rl.rollout.ledger import Ledger, newest_version, oldest_version
+
+PROMPT = Prompt("p", "text", (3, 4), "1", "arithmetic")
+
+
+def make(number: int, samples: int = 2) -> Group:
+    plain = (Sample.start(PROMPT, n).extend([5], [-1.0], 3).extend([6], [-2.0], 4 + n) for n in range(samples))
+    return Group(number, PROMPT, tuple(dataclasses.replace(sample, verdict=Verdict(1.0, True)) for sample in plain))
+
+
+def ledger(root: Path, **changed: int) -> Ledger:
+    return Ledger(root, **{"group_size": 2, "temperature": 1, "vocab_size": 9, **changed})
+
+
+def test_a_group_is_read_as_it_was_written(tmp_path: Path) -> None:
+    ledger(tmp_path / "new").write(make(12))
+    found = ledger(tmp_path / "new").read(12, PROMPT)
+    assert found is not None
+    assert found.index == 12
+    assert [sample.token_ids.tolist() for sample in found.samples] == [[3, 4, 5, 6]] * 2
+    assert [sample.versions for sample in found.samples] == [sample.versions for sample in make(12).samples]
+    assert (oldest_version(found), newest_version(found)) == (3, 5)
+
+
+def test_a_group_that_is_not_as_asked_is_none(tmp_path: Path) -> None:
+    ledger(tmp_path).write(make(12))
+    assert ledger(tmp_path).read(13, PROMPT) is None
+    assert ledger(tmp_path).read(12, Prompt("q", "text", (3, 4), "1", "arithmetic")) is None
+    assert ledger(tmp_path, group_size=3).read(12, PROMPT) is None
+
+
+def test_a_damaged_group_is_sampled_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ledger(tmp_path).write(make(12))
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-5])
+    assert ledger(tmp_path).read(12, PROMPT) is None
+    assert "sampled again" in caplog.text
+
+
+def test_groups_that_a_checkpoint_has_are_deleted(tmp_path: Path) -> None:
+    for number in (7, 12, 20):
+        ledger(tmp_path).write(make(number))
+    ledger(tmp_path).forget(12)
+    assert ledger(tmp_path).read(7, PROMPT) is None
+    assert ledger(tmp_path).read(12, PROMPT) is not None
+    assert len(list(tmp_path.iterdir())) == 2
