@@ -112,8 +112,9 @@ class EngineConfig(Frozen):
     :4096:8 for all ranks, and with Transformer Engine NVTE_ALLOW_NONDETERMINISTIC_ALGO to 0."""
     max_tokens_per_micro_batch: PositiveInt = 8192
     """Packed tokens of one micro-batch, over all context-parallel ranks. A longer sample has its own micro-batch."""
-    logit_chunk_tokens: PositiveInt = 1024
-    """Tokens whose fp32 logits exist at a time, in the forward and in the backward pass."""
+    logit_chunk_tokens: PositiveInt = 512
+    """Tokens whose fp32 logits exist at a time in the backward pass. In the forward pass, which needs two tensors of
+    this size, it is half as many."""
     aux_loss_coefficient: Annotated[float, Field(ge=0, le=1e3)] = 0.0
     """Coefficient of Megatron-Core's load-balancing loss, for policy and critic. 0 disables it."""
     heartbeat: Annotated[float, Field(ge=1)] | None = 90.0

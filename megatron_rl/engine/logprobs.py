@@ -48,19 +48,10 @@ class TokenLogProbs(torch.autograd.Function):
             torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(3)
         )
         at_top = torch.empty(top.shape, dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
+        # Half as many tokens as in the backward pass, because two fp32 tensors of the logits' size exist here.
+        for part in _parts(len(hidden), max(chunk // 2, 1)):
             logits = _logits(hidden[part], weight, temperature, shard)
-            highest = logits.max(dim=-1).values
-            dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=shard.group)
-            unnormalised = (logits - highest[:, None]).exp()
-            local, mine = _local_labels(labels[part], shard, len(weight))
-            at_label = logits.gather(1, local[:, None]).squeeze(1) * mine
-            sums = torch.stack([unnormalised.sum(-1), (unnormalised * logits).sum(-1), at_label])
-            dist.all_reduce(sums, group=shard.group)
-            log_z[part] = highest + sums[0].log()
-            logprobs[part] = sums[2] - log_z[part]
-            entropy[part] = log_z[part] - sums[1] / sums[0]
+            log_z[part], logprobs[part], entropy[part] = _log_softmax(logits, labels[part], shard)
             if top.shape[1]:
                 local, mine = _local_labels(top[part], shard, len(weight))
                 chosen = logits.gather(1, local) * mine
@@ -77,27 +68,46 @@ class TokenLogProbs(torch.autograd.Function):
         temperature, shard, chunk = ctx.constants
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None  # frozen: None
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
+        for part in _parts(len(hidden), chunk):
             grad, grad_top = grads[0][part, None] / temperature, grads[2][part] / temperature
-            logits = _logits(hidden[part], weight, temperature, shard)
             total = grad + grad_top.sum(-1, keepdim=True)
-            grad_logits = -(logits - log_z[part, None]).exp() * total
+            logits = _logits(hidden[part], weight, temperature, shard)
+            grad_logits = logits.sub_(log_z[part, None]).exp_().mul_(-total)
             local, mine = _local_labels(labels[part], shard, len(weight))
             grad_logits.scatter_add_(1, local[:, None], grad * mine[:, None])
             if top.shape[1]:
                 local, mine = _local_labels(top[part], shard, len(weight))
                 grad_logits.scatter_add_(1, local, grad_top * mine)
             grad_logits = grad_logits.to(weight.dtype)
+            del logits  # in fp32
             grad_hidden[part] = grad_logits @ weight
             if grad_weight is not None:
                 grad_weight += grad_logits.t() @ hidden[part]
+            del grad_logits  # before the next logits are made
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None, None
 
 
+def _parts(total: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, total, size)]
+
+
+def _log_softmax(logits: Tensor, labels: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the logarithm of the softmax's denominator, log-probs at the labels, and entropy, each [T]."""
+    highest = logits.max(dim=-1).values
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=shard.group)
+    unnormalised = (logits - highest[:, None]).exp_()
+    local, mine = _local_labels(labels, shard, logits.shape[1])
+    at_label = logits.gather(1, local[:, None]).squeeze(1) * mine
+    sums = torch.stack([unnormalised.sum(-1), unnormalised.mul_(logits).sum(-1), at_label])
+    dist.all_reduce(sums, group=shard.group)
+    log_z = highest + sums[0].log()
+    return log_z, sums[2] - log_z, log_z - sums[1] / sums[0]
+
+
 def _logits(hidden: Tensor, weight: Tensor, temperature: float, shard: VocabularyShard) -> Tensor:
-    logits = (hidden @ weight.t()).float() / temperature
+    """Returns a new fp32 tensor [T, V], which may be written to."""
+    logits = (hidden @ weight.t()).float().div_(temperature)
     padding = shard.start + len(weight) - shard.size
     if padding > 0:
         # Finite, so that 0 * logit stays 0 in the entropy.

@@ -30,9 +30,6 @@ CHUNK = 64
 """Tokens of a chunk of a delta network (engine/layers/delta_net.py)."""
 IMBALANCE = 1.3
 """Rows of the fullest expert-parallel rank, over the mean. Without expert parallelism no rank is fuller than others."""
-HEAD_BYTES = 14
-"""Bytes for each logit of a chunk in the backward pass: logits, exponentials and gradient in fp32, and the gradient in
-the model's dtype (engine/logprobs.py)."""
 
 
 @dataclass(frozen=True)
@@ -101,15 +98,19 @@ def layer_input(work: Workload) -> float:
 
 
 def logits_bytes(work: Workload, chunk: int) -> float:
-    """Returns what the last stage needs while it computes log-probs: final norm and hidden states, one chunk of logits,
-    and the gradient of the output layer in fp32 and in the model's dtype."""
+    """Returns what the last stage needs while it computes log-probs and their gradients (engine/logprobs.py).
+
+    These are the final norm and hidden states; one chunk of logits, or of their gradient, in fp32 and in the model's
+    dtype; and the gradients of hidden states, and of the output layer in fp32 and in the model's dtype.
+    """
     arch = work.arch
     kept = _norm(work, arch.hidden_size) * work.own + work.attended * arch.hidden_size * work.item
     if arch.value_head:
         return kept
     rows = arch.vocab_size / work.layout.tp
-    gradient = rows * arch.hidden_size * (FP32 + work.item)
-    return kept + rows * min(chunk, work.attended) * HEAD_BYTES + gradient
+    logit = FP32 if work.item == FP32 else FP32 + work.item
+    gradients = work.attended * arch.hidden_size * work.item + rows * arch.hidden_size * (FP32 + work.item)
+    return kept + rows * min(chunk, work.attended) * logit + gradients
 
 
 def in_flight(layout: Layout, pp: int, micro_batches: int) -> int:

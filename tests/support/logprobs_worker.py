@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
+
+from allocations import allocated_peak
+
+from megatron_rl.config.layout import Layout, parse_layout
+from megatron_rl.config.schema import EngineConfig
+from megatron_rl.engine.device import use_device
+from megatron_rl.models.weights_io import torch_dtype
 
 
 def inputs(dtype: Any) -> tuple[Any, ...]:
@@ -39,3 +47,28 @@ def main(k: int) -> list[Any]:
     assert padded.grad is not None
     dist.all_reduce(gradient)
     return [logprobs.tolist(), gradient.tolist(), padded.grad.tolist(), found[1].tolist()]
+
+
+def peaks(model: Path, dtype: Literal["fp32", "bf16"]) -> dict[str, int]:
+    """Returns the most bytes that are allocated at once while the policy's head computes log-probs of a micro-batch of
+    the default size: in the forward pass, and in a forward and a backward pass."""
+    device = use_device("cpu")
+    import torch
+    import torch.distributed as dist
+
+    from megatron_rl.engine.policy import Policy
+    from megatron_rl.ranks.place import start_process_groups, stop_process_groups
+
+    layout = Layout.resolve(*parse_layout(f"tp={dist.get_world_size()}"))
+    place = start_process_groups(layout, device, seed=0)
+    engine = EngineConfig(device="cpu", dtype=dtype)
+    policy = Policy(model, layout, place, engine, device, None)
+    tokens = engine.max_tokens_per_micro_batch
+    hidden = torch.randn(tokens // layout.tp, 1, policy.arch.hidden_size, dtype=torch_dtype(dtype), requires_grad=True)
+    labels = torch.randint(policy.arch.vocab_size, (1, tokens))
+    head: Any = policy.models[0]._postprocess
+    with torch.no_grad():
+        found = {"forward": allocated_peak(lambda: head(hidden, labels))}
+    found["gradient"] = allocated_peak(lambda: head(hidden, labels)[:, 0].sum().backward())
+    stop_process_groups(leave_world=False)
+    return found
