@@ -17,6 +17,7 @@ Units: bytes, for all tokens of one micro-batch on one rank, unless a name says 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_rl.config.layout import Layout
@@ -25,7 +26,9 @@ from megatron_rl.models.architecture import Architecture, DeltaNet, LatentAttent
 
 FP32 = 4
 INT64 = 8
-CORE = "core_attn"
+CORE, UP = "core_attn", "mla_up_proj"
+INSIDE_MOE = ("shared_experts", "moe_act")
+"""Modules of engine.recompute that are part of the module moe."""
 CHUNK = 64
 """Tokens of a chunk of a delta network (engine/layers/delta_net.py)."""
 IMBALANCE = 1.3
@@ -70,26 +73,43 @@ class Workload:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What a module of engine.recompute keeps, and what is kept in place of it if the module is recomputed."""
+
+    whole: float
+    recomputed: float = 0.0
+
+
+@dataclass(frozen=True)
 class LayerBytes:
-    """What a layer keeps: `core` inside core attention, `inputs` for core attention alone if that is recomputed, and
-    all else. Other modules are counted as if they were not recomputed."""
+    """What a layer keeps: modules that can be recomputed, without those inside of them, and the rest."""
 
     rest: float
-    core: float = 0.0
-    inputs: float = 0.0
+    modules: Mapping[str, Kept]
 
     def under(self, recomputation: Recomputation) -> float:
         """Returns what is kept while the layer's own backward pass has not begun, if the layer is not recomputed as a
         whole: see layer_input."""
-        return self.rest + (self.inputs if CORE in recomputation.modules else self.core)
+        again = _with_inner(recomputation)
+        return self.rest + sum(kept.recomputed if name in again else kept.whole for name, kept in self.modules.items())
+
+    def again(self, recomputation: Recomputation) -> float:
+        """Returns what recomputed modules make again. Not all of it at once, so it is an upper bound."""
+        return sum(self.modules[name].whole for name in _with_inner(recomputation) & self.modules.keys())
+
+
+def _with_inner(recomputation: Recomputation) -> set[str]:
+    inner = INSIDE_MOE if "moe" in recomputation.modules else ()
+    return {*recomputation.modules, *inner}
 
 
 def layer_bytes(work: Workload, layer: int) -> LayerBytes:
     """Returns what layer `layer` (0-based, global) keeps without recomputation of whole layers."""
-    mixer = _mixer(work, layer)
-    norms = 2 * _norm(work, work.arch.hidden_size) * work.own
-    mlp = _experts(work) if work.arch.is_moe(layer) else _mlp(work, work.arch.ffn_hidden_size)
-    return LayerBytes(mixer.rest + norms + mlp, mixer.core, mixer.inputs)
+    mlp = _experts(work) if work.arch.is_moe(layer) else _dense(work)
+    parts = _mixer(work, layer), _norms(work, layer), mlp
+    return LayerBytes(
+        sum(part.rest for part in parts), {name: kept for part in parts for name, kept in part.modules.items()}
+    )
 
 
 def layer_input(work: Workload) -> float:
@@ -145,8 +165,8 @@ def stage_activations(
     one = layer_input(work) * rerun.total()
     one += sum(whole[layer].under(recomputation) * count for layer, count in (numbers - rerun).items())
     again = max((whole[layer].under(Recomputation()) for layer in rerun), default=0.0)
-    if CORE in recomputation.modules:
-        again = max(each.core for each in whole.values())
+    if recomputation.modules:
+        again = max(each.again(recomputation) for each in whole.values())
     passes = in_flight(work.layout, pp, micro_batches)
     gradients = max(_gradients(work, layer) for layer in numbers)
     return StageActivations(one * passes / len(layers), again + gradients)
@@ -180,34 +200,44 @@ def _norm(work: Workload, width: float, values: float = 1.0) -> float:
     return values * (width * (work.item if work.fused else FP32 + normalised) + FP32)
 
 
+def _norms(work: Workload, layer: int) -> LayerBytes:
+    """Returns what the norms before attention and before the MLP keep, and their outputs, which projections and router
+    keep. Transformer Engine fuses a norm into the projection that follows, and cannot recompute it there alone."""
+    arch, output = work.arch, layer_input(work)
+    norm = _norm(work, arch.hidden_size) * work.own + output
+    alone = arch.is_moe(layer) + (arch.latent is not None) if work.fused else 2
+    return LayerBytes((2 - alone) * norm, {"layernorm": Kept(alone * norm, alone * layer_input(work))})
+
+
 def _gated(work: Workload, width: float) -> float:
     """Returns the bytes a row of SwiGLU and of the projection that follows: gate and up, its sigmoid's product, a copy
     of up, and the projection's input. Fused: gate and up, and the projection's input."""
     return width * work.item * (3 if work.fused else 5)
 
 
-def _mlp(work: Workload, width: int) -> float:
-    projections = work.attended * _gated(work, width / work.layout.tp)
-    return projections + work.own * work.arch.hidden_size * work.item
+def _dense(work: Workload) -> LayerBytes:
+    width = work.arch.ffn_hidden_size / work.layout.tp
+    return LayerBytes(0.0, {"mlp": Kept(work.attended * _gated(work, width))})
 
 
-def _experts(work: Workload) -> float:
+def _experts(work: Workload) -> LayerBytes:
     """Returns what router, exchange and experts keep, and the expert that every token visits."""
-    arch = work.arch
-    row = arch.hidden_size * work.item + _gated(work, arch.expert_hidden_size / work.layout.etp) + FP32
+    arch, width = work.arch, work.arch.expert_hidden_size / work.layout.etp
+    row = arch.hidden_size * work.item + 2 * width * work.item + FP32
+    activation = _gated(work, width) - 2 * width * work.item
     if arch.clamped is not None:
-        row += 2 * arch.expert_hidden_size / work.layout.etp * work.item  # clamped gate, and its sigmoid
+        activation += 2 * width * work.item  # clamped gate, and its sigmoid
     if arch.biases:
         row += arch.hidden_size / work.layout.etp * work.item + 2 * INT64  # the second bias, times the probability
     scores = 3 if arch.router.scores == "sigmoid" else 2
-    token = arch.hidden_size * work.item
-    token += arch.num_experts * (scores * FP32 + 1) + arch.experts_per_token * (3 * INT64 + FP32)
-    total = work.routed * row + work.own * token
+    token = arch.num_experts * (scores * FP32 + 1) + arch.experts_per_token * (3 * INT64 + FP32)
+    modules = {"moe": Kept(work.routed * row + work.own * token), "moe_act": Kept(work.routed * activation)}
     if arch.shared_hidden_size:
-        total += _mlp(work, arch.shared_hidden_size)
-    if arch.shared_gate:
-        total += work.own * (arch.hidden_size + 1) * work.item
-    return total
+        shared = work.attended * _gated(work, arch.shared_hidden_size / work.layout.tp)
+        if arch.shared_gate:
+            shared += work.own * (arch.hidden_size + 1) * work.item
+        modules["shared_experts"] = Kept(shared)
+    return LayerBytes(0.0, modules)
 
 
 def _mixer(work: Workload, layer: int) -> LayerBytes:
@@ -220,32 +250,37 @@ def _mixer(work: Workload, layer: int) -> LayerBytes:
 def _attention(work: Workload) -> LayerBytes:
     arch, item = work.arch, work.item
     query, key = work.query_heads * arch.head_dim, work.kv_heads * arch.head_dim
-    heads = query + 2 * key
-    rest = work.own * arch.hidden_size * item + work.attended * query * item  # inputs of both projections
+    heads = query + 2 * key + (query if arch.output_gate else 0)
+    inputs = query + key + heads
+    rest = work.attended * query * item  # the output projection's input
     if arch.qk_norm == "head":
         norms = _norm(work, arch.head_dim, work.query_heads + work.kv_heads)
         rest += work.attended * norms
+        if item == FP32 and not work.fused:  # the norm of keys copies nothing: it keeps all that is projected
+            rest += work.attended * (heads - key) * item
+            inputs -= heads
     elif arch.qk_norm == "all":
         rest += work.attended * (_norm(work, query) + _norm(work, key))
     if arch.output_gate:
         rest += work.attended * query * (FP32 + item)
-        heads += query
     if work.layout.tp > arch.num_kv_heads:  # the outputs of all ranks are gathered
         gathered = arch.num_heads + 2 * arch.num_kv_heads
         rest += work.attended * gathered * arch.head_dim * item
-    core = _core(work, query, key, key, query)
-    return LayerBytes(rest, core, work.attended * (query + key + heads) * item)
+    core = Kept(_core(work, query, key, key, query), work.attended * inputs * item)
+    return LayerBytes(rest, {CORE: core})
 
 
 def _latent(work: Workload, latent: LatentAttention) -> LayerBytes:
-    arch, item, heads = work.arch, work.item, work.query_heads
-    rest = work.own * arch.hidden_size * item
-    for rank in (latent.query_rank, latent.kv_rank):
-        if rank is not None:
-            rest += work.own * (_norm(work, rank) + rank * item)
+    """Returns what latent attention keeps. Recomputed up-projections, and norms fused into them, keep neither queries,
+    keys nor values, but the key that all heads share."""
+    item, heads = work.item, work.query_heads
     key, value = heads * (latent.nope_dim + latent.rope_dim), heads * latent.value_dim
-    rest += work.attended * value * item
-    return LayerBytes(rest, _core(work, key, key, value, value), work.attended * (2 * key + value) * item)
+    projected = work.attended * (2 * key + value) * item
+    ranks = [rank for rank in (latent.query_rank, latent.kv_rank) if rank is not None]
+    rest = work.attended * value * item + work.own * sum(_norm(work, rank) for rank in ranks)
+    normalised = work.own * sum(ranks) * item
+    up = Kept(projected + normalised, work.attended * latent.rope_dim * item + (0 if work.fused else normalised))
+    return LayerBytes(rest, {CORE: Kept(_core(work, key, key, value, value) - projected), UP: up})
 
 
 def _core(work: Workload, query: float, key: float, value: float, output: float) -> float:
@@ -259,12 +294,12 @@ def _core(work: Workload, query: float, key: float, value: float, output: float)
 
 def _delta_net(work: Workload, net: DeltaNet) -> LayerBytes:
     """Returns what a gated delta network keeps (engine/layers/delta_rule.py): the convolution's input and output; in
-    fp32 five matrices of a chunk, and six vectors of a head's key width and three of its value width. Under context
+    fp32 five matrices of a chunk, and ten vectors of a head's key width and three of its value width. Under context
     parallelism each rank computes the recurrence over all tokens."""
     tp, item = work.layout.tp, work.item
     heads, keys = net.value_heads / tp, net.key_heads / tp * net.key_dim
     values, mixed = heads * net.value_dim, 2 * keys + heads * net.value_dim
-    rest = work.own * work.arch.hidden_size * item + work.attended * values * (3 * FP32 + 3 * item)
+    rest = work.attended * values * (3 * FP32 + 3 * item)
     token = 2 * item * mixed + 2 * FP32 * (keys + net.key_heads / tp) + 3 * FP32 * values
-    token += FP32 * heads * (5 * CHUNK + 6 * net.key_dim + 8 + net.key_dim * net.value_dim / CHUNK)
-    return LayerBytes(rest, work.tokens * token, work.attended * (mixed + 2 * heads) * item)
+    token += FP32 * heads * (5 * CHUNK + 10 * net.key_dim + 8 + net.key_dim * net.value_dim / CHUNK)
+    return LayerBytes(rest, {CORE: Kept(work.tokens * token, work.attended * (mixed + 2 * heads) * item)})

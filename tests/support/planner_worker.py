@@ -96,7 +96,7 @@ def _kept(network: Any, tokens: int) -> tuple[Any, dict[int, int]]:
 
     from megatron_rl.engine.step import forward_backward
 
-    weights = {p.untyped_storage().data_ptr() for module in network.models for p in module.parameters()}
+    weights = {p.untyped_storage()._cdata for module in network.models for p in module.parameters()}
     running: list[str] = []
     found: dict[int, tuple[Any, str]] = {}
     for name, module in network.models[0].named_modules():
@@ -104,9 +104,10 @@ def _kept(network: Any, tokens: int) -> tuple[Any, dict[int, int]]:
         module.register_forward_hook(lambda module, inputs, output: running.__delitem__(-1))
 
     def keep(tensor: Any) -> Any:
-        address = tensor.untyped_storage().data_ptr()
-        if address not in weights:
-            found.setdefault(address, (tensor, running[-1] if running else ""))
+        # Not by its address: a norm that is recomputed gives its output's memory to other tensors.
+        storage = tensor.untyped_storage()._cdata
+        if storage not in weights:
+            found.setdefault(storage, (tensor, running[-1] if running else ""))
         return tensor
 
     def stop(index: int, output: Any) -> Any:

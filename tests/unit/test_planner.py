@@ -15,6 +15,7 @@ from megatron_rl.config.layout import Layout, parse_layout
 from megatron_rl.config.recompute import Recomputation, read_recompute
 from megatron_rl.config.schema import Config, OptimConfig
 from megatron_rl.config.sources import ConfigError
+from megatron_rl.models.architecture import LatentAttention
 from megatron_rl.models.kinds import PolicyKind
 from megatron_rl.planner.activations import (
     StageActivations,
@@ -112,6 +113,43 @@ def test_recomputation_of_layers_keeps_their_inputs_alone() -> None:
     assert half.kept == (full.kept + stage(work(), "none").kept) / 2
     assert half.layer == full.layer
     assert full.layer > stage(work(), "none").layer  # a layer is computed again
+
+
+def test_recomputed_modules_are_made_again_in_the_backward_pass() -> None:
+    whole, experts, norms = stage(work(), "none"), stage(work(), "moe"), stage(work(), "layernorm")
+    assert stage(work(), "mlp") == whole  # all layers have experts
+    assert experts.layer - whole.layer == (whole.kept - experts.kept) / 8
+    assert norms.kept < whole.kept
+    together = stage(work(), "layernorm,moe")
+    assert together.kept - whole.kept == (experts.kept - whole.kept) + (norms.kept - whole.kept)
+    assert together.layer - whole.layer == (experts.layer - whole.layer) + (norms.layer - whole.layer)
+
+
+def test_moe_takes_the_modules_inside_of_it_along() -> None:
+    arch = dataclasses.replace(ARCHITECTURE, shared_hidden_size=32)
+    layer = layer_bytes(Workload(arch, layout("tp=1"), 1024, 2, fused=True), 0)
+    none, moe, shared, act = (
+        layer.under(read_recompute(text)) for text in ("none", "moe", "shared_experts", "moe_act")
+    )
+    assert none - shared == 1024 * 3 * 32 * 2
+    assert none - act == 1024 * 2 * 48 * 2  # of both experts of a token: the input of the second projection
+    assert none - moe > (none - shared) + (none - act)
+
+
+def test_up_projections_of_latent_attention_that_are_recomputed_keep_latents() -> None:
+    """By formula alone: no layer in plain PyTorch recomputes them."""
+    latent = LatentAttention(query_rank=24, kv_rank=32, nope_dim=16, rope_dim=8, value_dim=12)
+    arch = dataclasses.replace(ARCHITECTURE, latent=latent)
+    layer = layer_bytes(Workload(arch, layout("tp=1"), 1, 2, fused=True), 0)
+    none, up = (layer.under(read_recompute(text)) for text in ("none", "mla_up_proj"))
+    queries_keys_and_values = 2 * 8 * (24 + 24 + 12)
+    assert none - up == queries_keys_and_values + 2 * (24 + 32) - 2 * 8
+
+
+def test_a_norm_fused_into_a_projection_is_not_recomputed() -> None:
+    layer = layer_bytes(work(tokens=1, fused=True), 0)
+    none, norms = (layer.under(read_recompute(text)) for text in ("none", "layernorm"))
+    assert none - norms == 2 * 64 + 4  # of the experts' norm: its output and inverse root
 
 
 def test_transformer_engine_keeps_less() -> None:
