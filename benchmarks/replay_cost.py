@@ -1,10 +1,11 @@
 """What R3 costs: the trainer's step with and without it, and the traces' share of the rollout, side by side in one run.
 
-    python benchmarks/replay_cost.py [--model DIR] [--repeats 7]
+    python benchmarks/replay_cost.py [--model DIR] [--device cuda --dtype bf16] [--repeats 7]
 
 A server of its own samples 64 responses again and again, in turn with and without their routes; the trainer then
 makes the old-log-prob pass and the gradients of one mini-batch of them, in turn live and under R3. Machines are noisy,
-so what counts is the median of the ratios of neighbouring runs. The trainer has one rank.
+so what counts is the median of the ratios of neighbouring runs. The trainer has one rank, on the server's GPU if there
+is one.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import typer
 
 from megatron_rl.config.layout import Layout, parse_layout
 from megatron_rl.config.load import load_config
-from megatron_rl.config.schema import Config, EngineConfig, RoutingConfig
+from megatron_rl.config.schema import Config, Device, EngineConfig, EngineDtype, RoutingConfig
 from megatron_rl.cores import usable_cores
 from megatron_rl.data.arithmetic_task import ALPHABET, ArithmeticTask, prompt_text
 from megatron_rl.data.sample import Group, Prompt, Sample
@@ -73,9 +74,9 @@ def answer_share(url: str, prompt: Prompt) -> tuple[int, int]:
     return len(orjson.loads(answer.content)["meta_info"]["routed_experts"]), len(answer.content)
 
 
-def trainer_steps(model: Path, samples: list[Sample]) -> dict[str, Callable[[], None]]:
+def trainer_steps(model: Path, samples: list[Sample], engine: EngineConfig) -> dict[str, Callable[[], None]]:
     os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(free_ports(1)[0]))
-    device = use_device("cpu")
+    device = use_device(engine.device)
     from megatron_rl.engine.distribute import TrainSample, distribute
     from megatron_rl.engine.packed_losses import PolicyLoss
     from megatron_rl.engine.policy import Policy
@@ -86,7 +87,7 @@ def trainer_steps(model: Path, samples: list[Sample]) -> dict[str, Callable[[], 
 
     layout = Layout.resolve(*parse_layout("tp=1"))
     place = start_process_groups(layout, device, seed=0)
-    policy = Policy(model, layout, place, EngineConfig(dtype="fp32"), device, optim=None)
+    policy = Policy(model, layout, place, engine, device, optim=None)
     objective = load_config(Config, Path(__file__).parent.parent / "examples" / "demo" / "gspo.yaml").objective
     exchange = RouteExchange(policy.arch, policy.routers.layers, place, layout)
     arch = policy.arch
@@ -108,6 +109,8 @@ def trainer_steps(model: Path, samples: list[Sample]) -> dict[str, Callable[[], 
 
 def main(
     model: Annotated[Path | None, typer.Option(help="Hugging Face directory; else the demo's architecture")] = None,
+    device: Annotated[Device, typer.Option(help="of server and trainer")] = "cpu",
+    dtype: Annotated[EngineDtype, typer.Option()] = "fp32",
     repeats: Annotated[int, typer.Option()] = 7,
 ) -> None:
     import torch
@@ -120,36 +123,39 @@ def main(
             model = Path(scratch) / "model"
             make_demo_model(model)
         arch = read_architecture(model)
-        options = ServerOptions(model, port=free_ports(1)[0], dtype="fp32", return_routed_experts=True)
-        server = Server(dataclasses.replace(options, extra_flags=("--weight-version", "0")), Path(scratch) / "log")
+        options = ServerOptions(model, port=free_ports(1)[0], device=device, dtype=dtype, return_routed_experts=True)
+        flags = ("--weight-version", "0", *(() if device == "cpu" else ("--mem-fraction-static", "0.3")))
+        server = Server(dataclasses.replace(options, extra_flags=flags), Path(scratch) / "log")
         try:
             server.wait_ready(300)
-            sampling = Sampling(GROUP, 64, 1.0, SEQUENCES, arch.vocab_size, frozenset({0}), routes=RouteSpec.of(arch))
+            sampling = Sampling(
+                GROUP, 64, 1.0, SEQUENCES, arch.vocab_size, frozenset({0}), seed=0, routes=RouteSpec.of(arch)
+            )
             groups, without, with_routes = rollouts(server.url, sampling, repeats)
             routes, answer = answer_share(server.url, prompts()[0][1])
         finally:
             server.stop()
         samples = [sample for group in groups for sample in group.samples]
-        steps = trainer_steps(model, samples)
+        steps = trainer_steps(model, samples, EngineConfig(device=device, dtype=dtype))
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for repeat in range(repeats + 1):
             for name, step in steps.items():
                 start = time.perf_counter()
                 step()
+                torch.cuda.synchronize()
                 if repeat:
                     seconds[name].append(time.perf_counter() - start)
 
     def ratio(a: list[float], b: list[float]) -> float:
         return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
-    held = sum(sample.trace.bytes_held for sample in samples if sample.trace)
+    traces = [sample.trace for sample in samples if sample.trace is not None]
+    held, rows = sum(trace.experts.nbytes + trace.present.nbytes for trace in traces), sum(t.rows for t in traces)
     print(f"trainer's step, live:          {statistics.median(seconds['none']):.3f} s")
     print(f"trainer's step, R3 / live:     {ratio(seconds['r3'], seconds['none']):.3f}  (goal: at most 1.05)")
     print(f"rollout, with routes / without: {ratio(with_routes, without):.3f}")
     print(f"routes in an answer:           {routes} of {answer} bytes ({routes / answer:.0%})")
-    print(
-        f"traces as held:                {held} bytes, {held / sum(s.trace.rows for s in samples if s.trace):.1f} a row"
-    )
+    print(f"traces as held:                {held} bytes, {held / rows:.1f} a row")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Training tokens/s of the engine against transformers and a bare Megatron-Core schedule, side by side in one run.
 
-    python benchmarks/train_throughput.py [--model DIR | --size 1b] [--device cuda --dtype bf16] [--repeats 7]
+    python benchmarks/train_throughput.py [--model DIR | --size 1b] [--device cuda --dtype bf16] [--layers torch]
+        [--repeats 7]
 
 Timed in turn, again and again, on the same tokens in one process: transformers' forward and backward pass (padded to
 the longest); Megatron-Core's schedule over the same packed batch with a loss that is a plain sum; the policy's whole RL
@@ -10,6 +11,9 @@ ratios of neighbouring runs, which is what is printed.
 
 The share of the hardware's arithmetic is of what one large matrix product reaches in the same process. It counts 6
 operations for each active weight and token, and causal attention at its exact lengths.
+
+Memory is the most that torch's allocator has given out in an update, beside what `megatron-rl plan` says of it. Only
+the plan's constant for a GPU's context is left out.
 """
 
 from __future__ import annotations
@@ -34,6 +38,8 @@ from megatron_rl.data.sample import Prompt, Sample
 from megatron_rl.data.schedule import Denominators
 from megatron_rl.engine.device import use_device
 from megatron_rl.models.weights_io import torch_dtype
+from megatron_rl.planner.forecast import read_job
+from megatron_rl.planner.memory import GIB, largest_rank
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +49,9 @@ if TYPE_CHECKING:
 
 Steps = dict[str, Callable[[], Any]]
 Size = Literal["demo", "100m", "1b"]
+Layers = Literal["auto", "te", "torch"]
+GSPO = Path(__file__).parent.parent / "examples" / "demo" / "gspo.yaml"
+PROMPT_TOKENS = 18
 
 SIZES: dict[str, dict[str, int]] = {
     "100m": {
@@ -96,12 +105,12 @@ def make_model(directory: Path, size: Size, dtype: EngineDtype, device: torch.de
     model.to(torch_dtype(dtype)).save_pretrained(directory)
 
 
-def make_samples(vocab_size: int, sequences: int, response_tokens: int, prompt_tokens: int = 18) -> list[Sample]:
+def make_samples(vocab_size: int, sequences: int, response_tokens: int) -> list[Sample]:
     """Responses of 3/4 to all of `response_tokens`, at random."""
     rng = np.random.default_rng(0)
     samples = []
     for number in range(sequences):
-        ids = tuple(rng.integers(0, vocab_size, prompt_tokens).tolist())
+        ids = tuple(rng.integers(0, vocab_size, PROMPT_TOKENS).tolist())
         response = rng.integers(0, vocab_size, rng.integers(response_tokens * 3 // 4, response_tokens + 1)).tolist()
         prompt = Prompt(str(number), "", ids, "", "")
         samples.append(Sample.start(prompt, 0).extend(response, [-1.0] * len(response), 0))
@@ -145,7 +154,7 @@ def engine_steps(policy: Policy, samples: list[Sample], rows: int) -> Steps:
     denominators = Denominators(sum(s.response_tokens for s in samples), len(samples))
     outcomes = tuple(tuple(Outcome(i, i // 2, 0.0) for i in range(len(part))) for part in parts)
     mini_batch = MiniBatch(0, tuple(packed), outcomes, denominators)
-    config = load_config(Config, Path(__file__).parent.parent / "examples" / "demo" / "gspo.yaml")
+    config = load_config(Config, GSPO)
     routing = {replay: make_routing(policy, packed, replay) for replay in ("none", "r2")}
     old = {
         replay: [logprobs for logprobs, _ in policy.logprobs(packed, routing=each.old_pass())]
@@ -227,16 +236,37 @@ def timed(steps: Steps, repeats: int) -> dict[str, list[float]]:
     return seconds
 
 
-def peaks(steps: Steps) -> dict[str, float]:
-    """GiB of a GPU that a step has allocated at most, what was there before it included."""
+def peak_bytes(step: Callable[[], Any], policy: Policy) -> int:
+    """Bytes that a step has allocated at most, with what was there before (on a CPU: weights, gradients, optimizer)."""
     import torch
 
-    found = {}
-    for name, step in steps.items():
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        found[name] = torch.cuda.max_memory_allocated() / 2**30
-    return found
+    from benchmarks.allocations import allocated_peak
+    from megatron_rl.planner.pretended import count_network
+
+    if policy.device.type == "cpu":
+        return count_network(policy, OptimConfig()).total + allocated_peak(step)
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return int(torch.cuda.max_memory_allocated())
+
+
+def planned_bytes(policy: Policy, samples: list[Sample], rows: int, response_tokens: int) -> int:
+    """What `megatron-rl plan` says of an update in these micro-batches, without its constant for a GPU's context."""
+    tokens = max(sum(len(s.token_ids) for s in samples[i : i + rows]) for i in range(0, len(samples), rows))
+    layers = "te" if policy.layers.fused_kernels else "torch"
+    engine = policy.engine.model_copy(update={"max_tokens_per_micro_batch": tokens, "layers": layers})
+    overrides = [
+        f"model.path={policy.model_dir}",
+        f"engine={engine.model_dump_json()}",
+        f"data.max_prompt_tokens={PROMPT_TOKENS}",
+        f"rollout.max_response_tokens={response_tokens}",
+        f"rollout.prompts_per_step={len(samples) // 2}",
+        "rollout.group_size=2",
+        "train.mini_batches=1",
+    ]
+    memory = largest_rank(read_job(Config, GSPO, overrides, gpus=1))
+    passing = max(memory.activations + max(memory.layer, memory.logits), memory.step)
+    return memory.static - memory.reserve + passing
 
 
 def main(
@@ -245,6 +275,7 @@ def main(
     device: Annotated[Device, typer.Option()] = "cpu",
     dtype: Annotated[EngineDtype, typer.Option()] = "fp32",
     recompute: Annotated[str, typer.Option(help="as engine.recompute")] = "none",
+    layers: Annotated[Layers, typer.Option(help="as engine.layers")] = "auto",
     sequences: Annotated[int, typer.Option(help="in a step")] = 64,
     rows: Annotated[int, typer.Option(help="sequences in a micro-batch, an even number")] = 64,
     response_tokens: Annotated[int, typer.Option(help="at most")] = 65,
@@ -256,7 +287,7 @@ def main(
     import torch
 
     torch.set_num_threads(usable_cores())
-    engine = EngineConfig(device=device, dtype=dtype, recompute=recompute)
+    engine = EngineConfig(device=device, dtype=dtype, recompute=recompute, layers=layers)
     with tempfile.TemporaryDirectory() as scratch:
         if model is None:
             model = Path(scratch) / "model"
@@ -264,11 +295,9 @@ def main(
         policy = make_policy(model, engine, used)
         samples = make_samples(policy.arch.vocab_size, sequences, response_tokens)
         steps = engine_steps(policy, samples, rows)
-        if used.type == "cuda":
-            weights = torch.cuda.memory_allocated() / 2**30
-            steps["update"]()  # makes the optimizer's moments
-            static = torch.cuda.memory_allocated() / 2**30
-            memory = peaks(steps)
+        steps["update"]()  # makes the optimizer's moments
+        planned = planned_bytes(policy, samples, rows, response_tokens)
+        found = {name: peak_bytes(step, policy) for name, step in steps.items()}
         steps = {"transformers": transformers_step(model, samples, dtype, used, rows)} | steps
     seconds = timed(steps, repeats)
     tokens, work = sum(len(s.token_ids) for s in samples), operations(policy, samples)
@@ -281,11 +310,9 @@ def main(
     for name, took in seconds.items():
         share = work / statistics.median(took) / rate / (3 if name == "log-probs" else 1)
         print(f"{name:16} {tokens / statistics.median(took):9.0f} tokens/s, {share:.1%} of the matrix product's rate")
-    if used.type == "cuda":
-        print(
-            f"GiB before the first update {weights:.2f}, after it {static:.2f}; at most, without transformers' model:"
-        )
-        print("   ", ", ".join(f"{name} {gib:.2f}" for name, gib in memory.items()))
+    print("GiB at most, without transformers' model:", ", ".join(f"{k} {v / GIB:.2f}" for k, v in found.items()))
+    measured = found["update"]
+    print(f"memory of an update: {measured / GIB:.3f} GiB, planned {planned / GIB:.3f}: ratio {measured / planned:.2f}")
 
     def ratio(a: str, b: str) -> float:
         return statistics.median(y / x for x, y in zip(seconds[a], seconds[b], strict=True))

@@ -1,6 +1,6 @@
 """The checks that only a GPU can make, in one command; writes what they print to one Markdown file.
 
-    python tools/gpu_campaign.py --rollouts RUN_DIR [--model DIR] [--minutes 10] [--out benchmarks/results/DATE-GPU.md]
+    python tools/gpu_campaign.py [--rollouts RUN_DIR --model DIR] [--minutes 10] [--out benchmarks/results/DATE-GPU.md]
 
 `--rollouts` is a run of examples/demo with routing.replay=r3 (its rollouts hold the servers' log-probs and routes), and
 `--model` the cold start that it began from. With them the trainer itself runs on the GPU, without servers: GSPO's
@@ -8,7 +8,10 @@ updates on the same batches, live, under R2 and under R3, and the two counterfac
 
 Checks run side by side, except those that are timed. A check that fails does not stop the others; the exit status is
 the number of those that failed. With a second GPU the checks have more layouts; with Transformer Engine installed those
-in bf16 use its layers. No check needs SGLang.
+in bf16 use its layers. With SGLang installed, runs with a server sync weights to it and measure what R3 costs. What is
+left out, and why, stands at the top of the file.
+
+`--device cpu` tries the campaign itself where no GPU is: the same commands, with small models.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -39,6 +42,8 @@ from megatron_rl.lab.run import read_metrics
 ROOT = Path(__file__).parent.parent
 CLI = ("-m", "megatron_rl")
 DEMO = ROOT / "examples" / "demo"
+Device = Literal["cuda", "cpu"]
+MISSING = "missing"
 PRINTED_LINES = 60
 """Last lines of a check's output that the file keeps."""
 
@@ -55,6 +60,10 @@ METRICS = (
     "routing/set_mismatch/old_policy/effective/mean",
     "routing/set_mismatch/old_policy/live/mean",
     "routing/set_mismatch/rerun/mean",
+    "time/weight sync",
+    "weights/bytes",
+    "weights/probe_max_abs_diff",
+    "weights/sampled_mean_abs_diff",
 )
 """What the file says of a training run: its first two mini-batches and its last one."""
 
@@ -87,23 +96,23 @@ def layouts(gpus: int) -> list[str]:
     return [word for layout in wanted for word in ("--layout", layout)]
 
 
-def parity(work: Path, gpus: int) -> Iterator[Check]:
+def parity(work: Path, gpus: int, device: Device) -> Iterator[Check]:
     tokens = work / "tokens.jsonl"
     for dtype in ("fp32", "bf16"):
         for recompute in ("none", "full"):
             flags = ("--model", str(work / "random"), "--tokens", str(tokens), "--dtype", dtype)
-            command = (*CLI, "parity", *flags, "--recompute", recompute, "--device", "cuda", *layouts(gpus))
+            command = (*CLI, "parity", *flags, "--recompute", recompute, "--device", device, *layouts(gpus))
             yield Check(f"parity, {dtype}, recompute {recompute}", command)
 
 
-def certificates(gpus: int) -> Iterator[Check]:
+def certificates(gpus: int, device: Device) -> Iterator[Check]:
     for dtype in ("fp32", "bf16"):
-        yield Check(f"certify, {dtype}", (*CLI, "certify", "--dtype", dtype, "--device", "cuda", *layouts(gpus)))
+        yield Check(f"certify, {dtype}", (*CLI, "certify", "--dtype", dtype, "--device", device, *layouts(gpus)))
 
 
-def training(work: Path, model: Path, rollouts: Path) -> Iterator[Check]:
+def training(work: Path, model: Path, rollouts: Path, device: Device) -> Iterator[Check]:
     """The trainer on saved rollouts, in both precisions and all routing modes, and its counterfactuals."""
-    common = ("engine.device=cuda", f"model.path={model}", f"rollout.replay_from={rollouts}")
+    common = (f"engine.device={device}", f"model.path={model}", f"rollout.replay_from={rollouts}")
     common += ("data.heldout=null", "weights.verify=0", "eval.every=0", "train.steps=3", "optim.decay_steps=240")
     for dtype in ("fp32", "bf16"):
         for replay in ("none", "r2", "r3"):
@@ -119,8 +128,8 @@ def training(work: Path, model: Path, rollouts: Path) -> Iterator[Check]:
         yield Check(f"{name}, {dtype}", (*CLI, name, str(DEMO / "gspo.yaml"), *common, *keys, *flags))
 
 
-def fine_tuning(work: Path) -> Iterator[Check]:
-    keys = ("engine.device=cuda", f"model.path={work / 'demo'}", f"run_dir={work / 'sft'}", "steps=10")
+def fine_tuning(work: Path, device: Device) -> Iterator[Check]:
+    keys = (f"engine.device={device}", f"model.path={work / 'demo'}", f"run_dir={work / 'sft'}", "steps=10")
     yield Check("sft, fp32", (*CLI, "sft", str(DEMO / "sft.yaml"), *keys), run_dir=work / "sft")
 
 
@@ -128,16 +137,43 @@ def tests() -> Iterator[Check]:
     yield Check("tests of a GPU", ("-m", "pytest", "-q", "-m", "gpu", "tests/ranks/test_engine_layers.py"))
 
 
-def throughput() -> Iterator[Check]:
-    for size, dtype, flags in (
-        ("1b", "bf16", "--sequences 32 --rows 8 --response-tokens 2048"),
+def throughput(device: Device) -> Iterator[Check]:
+    """Tokens a second and share of the hardware's arithmetic, and memory beside its plan."""
+    long = "--sequences 32 --rows 8 --response-tokens 2048"
+    cases = [
+        ("1b", "bf16", long),
         ("100m", "bf16", "--sequences 64 --rows 16 --response-tokens 1024"),
-        ("1b", "bf16", "--sequences 32 --rows 8 --response-tokens 2048 --recompute full"),
+        ("1b", "bf16", f"{long} --recompute full"),
         ("100m", "fp32", "--sequences 16 --rows 16 --response-tokens 512"),
-    ):
-        command = ("benchmarks/train_throughput.py", "--device", "cuda", "--size", size, "--dtype", dtype)
-        name = f"throughput, {size}, {dtype}" + (", full recompute" if "full" in flags else "")
+    ]
+    if installed("transformer-engine") != MISSING:
+        cases.insert(1, ("1b", "bf16", f"{long} --layers torch"))
+    if device == "cpu":
+        cases = [("demo", "fp32", ""), ("demo", "fp32", "--rows 32 --recompute full")]
+    for size, dtype, flags in cases:
+        command = ("benchmarks/train_throughput.py", "--device", device, "--size", size, "--dtype", dtype)
+        name = f"throughput, {size}, {dtype}"
+        name += ", full recompute" if "full" in flags else ", plain PyTorch" if "torch" in flags else ""
         yield Check(name, (*command, *shlex.split(flags), "--repeats", "3"), timed=True)
+
+
+def servers(work: Path, gpus: int, device: Device) -> Iterator[Check]:
+    """Two steps of training with a server, whose weights are verified after each; and the cost of R3. A coin's rewards
+    train the random model, whose answers are all wrong."""
+    keys = (f"engine.device={device}", "routing.replay=r3", "data.heldout=null", "eval.every=0", "train.steps=2")
+    keys += (f"model.path={work / 'demo'}", "rollout.prompts_per_step=8", "weights.verify=1")
+    keys += ("data.verifier=examples.demo.coin:toss", "optim.lr=1e-3", "optim.warmup_steps=0")
+    shared = "rollout.servers.extra_flags=[--base-gpu-id=0,--mem-fraction-static=0.3]"
+    cases = [("on the trainer's GPU, by disk", ("weights.route=disk", *([shared] if device == "cuda" else [])))]
+    if gpus >= 2:
+        cases.append(("on a second GPU, by broadcast", ("weights.route=collective",)))
+    for number, (name, more) in enumerate(cases):
+        run_dir = work / f"sync-{number}"
+        command = (*CLI, "train", str(DEMO / "gspo.yaml"), *keys, *more, f"run_dir={run_dir}")
+        yield Check(f"weight sync to a server {name}", command, timed=True, run_dir=run_dir)
+    dtype = "bf16" if device == "cuda" else "fp32"
+    command = ("benchmarks/replay_cost.py", "--device", device, "--dtype", dtype, "--repeats", "3")
+    yield Check("cost of R3", command, seconds=300, timed=True)
 
 
 def run(check: Check, deadline: float, threads: int) -> Outcome:
@@ -193,18 +229,17 @@ def installed(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
-        return "missing"
+        return MISSING
 
 
-def header() -> str:
-    properties = torch.cuda.get_device_properties(0)
+def header(device: Device) -> str:
     packages = ("torch", "megatron-core", "transformers", "triton", "transformer-engine", "sglang")
     return "\n".join(
         (
-            f"# {datetime.date.today()}, {properties.name}",
+            f"# {datetime.date.today()}, {name_of(device)}",
             "",
-            f"{torch.cuda.device_count()} GPU of {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}, "
-            f"Python {platform.python_version()}; " + ", ".join(f"{name} {installed(name)}" for name in packages),
+            f"{hardware(device)}, Python {platform.python_version()}; "
+            + ", ".join(f"{name} {installed(name)}" for name in packages),
             "",
             "    " + shlex.join(("python", *sys.argv)),
             "",
@@ -212,11 +247,28 @@ def header() -> str:
     )
 
 
+def name_of(device: Device) -> str:
+    return torch.cuda.get_device_name(0) if device == "cuda" else "CPU"
+
+
+def hardware(device: Device) -> str:
+    if device == "cpu":
+        return f"{usable_cores()} cores"
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return f"{torch.cuda.device_count()} GPU of {memory:.0f} GiB, CUDA {torch.version.cuda}"
+
+
+def has_servers() -> bool:
+    return importlib.util.find_spec("sglang") is not None
+
+
 def left_out(gpus: int) -> Iterator[str]:
-    if importlib.util.find_spec("transformer_engine") is None:
+    if installed("transformer-engine") == MISSING:
         yield "Transformer Engine is not installed: all layers are those in plain PyTorch.\n"
     if gpus < 2:
-        yield "One GPU: no layout with several ranks.\n"
+        yield "One GPU: no layout with several ranks, and no weight sync by broadcast.\n"
+    if not has_servers():
+        yield "SGLang is not installed: neither weight sync nor the cost of R3 was measured.\n"
 
 
 def metrics_of(run_dir: Path) -> str:
@@ -261,22 +313,23 @@ def main(
     minutes: Annotated[float, typer.Option(min=0.5, help="Time for all checks together")] = 10.0,
     out: Annotated[Path | None, typer.Option(help="Default: benchmarks/results/DATE-GPU.md")] = None,
     only: Annotated[str, typer.Option(help="Checks whose name has this in it")] = "",
+    device: Annotated[Device, typer.Option(help="cpu: the same commands with small models, to try them")] = "cuda",
 ) -> None:
-    if not torch.cuda.is_available():
-        raise typer.BadParameter("torch sees no GPU")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("torch sees no GPU; --device cpu tries the campaign with small models")
     if (rollouts is None) != (model is None):
         raise typer.BadParameter("--rollouts and --model belong together")
-    deadline, gpus = time.monotonic() + 60 * minutes, torch.cuda.device_count()
-    name = torch.cuda.get_device_name(0).split()[1]
+    deadline, gpus = time.monotonic() + 60 * minutes, torch.cuda.device_count() if device == "cuda" else 2
+    name = name_of(device).split()[-1]
     out = (out or ROOT / "benchmarks" / "results" / f"{datetime.date.today()}-{name}.md").absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         make_inputs(work)
-        checks = [*tests(), *parity(work, gpus), *certificates(gpus), *fine_tuning(work)]
+        checks = [*tests(), *parity(work, gpus, device), *certificates(gpus, device), *fine_tuning(work, device)]
         if rollouts is not None and model is not None:
-            checks += training(work, model.absolute(), rollouts.absolute())
-        checks += throughput()
+            checks += training(work, model.absolute(), rollouts.absolute(), device)
+        checks += [*throughput(device), *(servers(work, gpus, device) if has_servers() else [])]
         checks = [check for check in checks if only in check.name]
         if not checks:
             raise typer.BadParameter(f"--only: no check has {only!r} in its name")
@@ -285,7 +338,7 @@ def main(
         for outcome in run_all(checks, deadline, at_once):
             sections.append(section(outcome))
             failed += outcome.failed
-            out.write_text("\n".join([header(), *left_out(gpus), *sections]))
+            out.write_text("\n".join([header(device), *left_out(gpus), *sections]))
     print(f"wrote {out}")
     raise typer.Exit(failed)
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from allocations import allocated_peak
-
+from benchmarks.allocations import allocated_peak
 from megatron_rl.config.layout import Layout, parse_layout
 from megatron_rl.config.schema import EngineConfig
 from megatron_rl.engine.device import use_device
