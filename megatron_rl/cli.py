@@ -194,6 +194,21 @@ def serve(
 
 
 @app.command()
+def doctor(
+    server: Annotated[list[str] | None, typer.Option(metavar="URL", help="May be given several times.")] = None,
+    model: Annotated[Path | None, typer.Option(exists=True, file_okay=False, help="Model that is to be served")] = None,
+    config: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Run that the servers are for")
+    ] = None,
+    api_key_env: KeyVariable = None,
+) -> None:
+    """Checks that SGLang servers that run already do all that `train` needs; says which flag is missing."""
+    from megatron_rl.doctor.examine import run
+
+    raise typer.Exit(run(server or [], model, config, api_key_env))
+
+
+@app.command()
 def parity(
     model: Model,
     tokens: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="JSONL file: a list of token ids a line")],

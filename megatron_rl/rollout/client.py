@@ -264,8 +264,8 @@ class SGLangClient:
         body = {"model_path": model_path, "weight_version": str(weight_version), "flush_cache": True}
         await self._call("/update_weights_from_disk", body)
 
-    async def update_weight_version(self, version: int) -> None:
-        """Changes only the number; requests in flight continue."""
+    async def update_weight_version(self, version: int | str) -> None:
+        """Changes only the version; requests in flight continue. Ours are numbers; a new server has another."""
         await self._call("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
 
     async def weights_checksum(self) -> str:

@@ -32,6 +32,7 @@ OPTIONS = {
     "study": {"file", "--task", "--dry-run"},
     "plan": {"config", "overrides", "--gpus", "--memory", "--gpu", "--sft"},
     "serve": {"model", "--host", "--port", "--device", "--dtype", "--tp", "--max-total-tokens", "--api-key-env"},
+    "doctor": {"--server", "--model", "--config", "--api-key-env"},
     "graft": {"donor", "base", "out", "--weights"},
     "dequantise": {"model", "out"},
     "report": {"paths", "--out"},
