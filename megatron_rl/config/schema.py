@@ -120,6 +120,10 @@ class EngineConfig(Frozen):
     heartbeat: Annotated[float, Field(ge=1)] | None = 90.0
     """Seconds without a sign of life after which a rank is lost: stopped, or without its host. The other ranks then end
     and name it. Defaults to 90; null disables."""
+    stall: Annotated[float, Field(ge=1)] | None = 900.0
+    """Seconds in which nothing moves on any rank: no phase, answer, verdict, micro-batch or bucket of weights. All
+    ranks then say which rank is in which phase, and which servers owe answers, and end. Set it above weights.timeout,
+    whose errors say more. Defaults to 900; null disables."""
 
     @property
     def recomputation(self) -> Recomputation:

@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,12 +60,14 @@ class Shard:
     rank: int
     tensors: Mapping[str, Tensor]
     state: Mapping[str, object]
+    moved: Callable[[], None]
+    """Called after each tensor that is written."""
 
     def write(self, copied: threading.Event) -> None:
         """Writes the rank's file and then its receipt. `copied` is set once the tensors may change."""
         tensors = {name: _copy(tensor) for name, tensor in self.tensors.items()}
         copied.set()
-        file = write_tensors(self.directory / shard_name(self.rank), tensors, self.state)
+        file = write_tensors(self.directory / shard_name(self.rank), tensors, self.state, self.moved)
         write_durably(_receipt(self.directory, self.rank), orjson.dumps(file))
 
 
@@ -137,8 +139,12 @@ class Save(threading.Thread):
 class CheckpointWriter:
     """Writes the checkpoints of a run, one at a time."""
 
-    def __init__(self, root: Path, control: dist.ProcessGroup, keep: int) -> None:
-        """`control`: gloo, all ranks. `keep`: complete checkpoints that stay under `root`."""
+    def __init__(
+        self, root: Path, control: dist.ProcessGroup, keep: int, moved: Callable[[], None] = lambda: None
+    ) -> None:
+        """`control`: gloo, all ranks. `keep`: complete checkpoints that stay under `root`. `moved` is called after each
+        tensor that is written."""
+        self._moved = moved
         self._root = root
         self._control = control
         self._keep = keep
@@ -173,7 +179,7 @@ class CheckpointWriter:
         self._raise_together(failure)
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()  # what is queued may still change them
-        self._save = Save(Shard(partial, self._control.rank(), tensors, state), commit)
+        self._save = Save(Shard(partial, self._control.rank(), tensors, state, self._moved), commit)
         self._save.start()
 
     def wait_copied(self) -> None:

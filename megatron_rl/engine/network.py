@@ -88,6 +88,8 @@ class Network:
         self.engine = engine
         self.device = device
         self.skipped = 0  # optimizer steps, of the whole run
+        self.moved: Callable[[], None] = lambda: None
+        """Called for each bucket that is exported."""
         torch.use_deterministic_algorithms(engine.deterministic)  # the same for all networks of a run
         self.layers = choose_layers(engine, self.arch)
         if optim is not None:
@@ -186,6 +188,11 @@ class Network:
         """Buckets of (Hugging Face name, whole tensor) on rank 0, empty lists elsewhere. With `tensor_of`, of what it
         gives for each parameter, as its gradient, and of weights that train alone."""
         self.gather_weights()
-        return export_stream(
-            list(self.models), self.arch, self.layout, self.layers.weight_names, bucket_bytes, tensor_of
+        names = self.layers.weight_names
+        return map(
+            self._moving, export_stream(list(self.models), self.arch, self.layout, names, bucket_bytes, tensor_of)
         )
+
+    def _moving(self, bucket: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+        self.moved()
+        return bucket

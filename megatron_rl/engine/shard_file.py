@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,11 @@ from torch import Tensor
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes 1-D tensors and a JSON object; returns the file's name, bytes and sha256 once all is on the disk.
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], moved: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """Writes 1-D tensors and a JSON object; returns the file's name, bytes and sha256 once all is on the disk. `moved`
+    is called after each tensor.
 
     Raises OSError, and TypeError for a dtype other than fp32, bf16 and uint8.
     """
@@ -39,6 +42,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str,
         for data in itertools.chain([memoryview(beginning)], map(_bytes, tensors.values())):
             digest.update(data)
             written += _write(file, data)
+            moved()
         os.fsync(file.fileno())
     return {"name": path.name, "bytes": written, "sha256": digest.hexdigest()}
 

@@ -21,6 +21,7 @@ from megatron_rl.lab.owner import OwnerError
 from megatron_rl.lab.sinks import TAGS, File, Line, Sink
 from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.lab.timer import PhaseTimer
+from megatron_rl.ranks.activity import Activity
 from megatron_rl.ranks.place import Place
 
 logger = logging.getLogger(__name__)
@@ -29,8 +30,12 @@ logger = logging.getLogger(__name__)
 class Journal:
     """Only rank 0 has sinks; on the other ranks lines go nowhere. No method is collective."""
 
-    def __init__(self, console: Console, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, console: Console, clock: Callable[[], float] = time.perf_counter, activity: Activity | None = None
+    ) -> None:
+        """`activity` hears of the phases too."""
         self.timer = PhaseTimer(clock)
+        self.activity = activity or Activity()
         self.failure = ""
         """Why the first failed write failed, in words for the user; empty if all writes succeeded."""
         self._console = console
@@ -47,7 +52,7 @@ class Journal:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Times a phase, and shows its name on the console while it runs."""
-        with self._console.phase(name), self.timer.phase(name):
+        with self._console.phase(name), self.timer.phase(name), self.activity.phase(name):
             yield
 
     def log_update(self, step: int, mini_batch: int, weight_version: int, metrics: Mapping[str, float]) -> None:

@@ -24,7 +24,7 @@ class Checkpoints:
         self._networks = networks
         self._place = place
         self._journal = journal
-        self._writer = CheckpointWriter(run.checkpoints, place.control, keep)
+        self._writer = CheckpointWriter(run.checkpoints, place.control, keep, journal.activity.move)
         self._identity: Identity | None = None
         self.when_whole: Callable[[State], None] = lambda state: None
         """Called on rank 0 with the state of each checkpoint that has become whole."""

@@ -58,6 +58,7 @@ def connect(config: Config, trainer: Trainer, open_pool: PoolOpener = Pool) -> I
                 concurrency=rollout.concurrency,
                 first=first_server(place.dp, trainer.layout.dp, len(urls)),
                 check=pool.check if pool else lambda url: None,
+                activity=trainer.journal.activity,
             )
             stack.callback(leader.close)
         yield Servers(pool, leader)

@@ -52,6 +52,7 @@ class Environment:
         self._rollout = self._sampling(config.group_size, config.temperature, publisher.versions, routes, top_k)
         self._sampled: list[tuple[Group, asyncio.Future[Group]]] = []
         self._judge_task: asyncio.Task[None] | None = None
+        judges.answered = trainer.journal.activity.move
 
     def start(self, number: int, prompt: Prompt) -> Future[Group]:
         """Begins to sample a group of the run's rollouts, which is judged while others are sampled, unless an earlier

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import orjson
@@ -30,6 +31,13 @@ class Networks:
     @property
     def trained(self) -> dict[str, Network]:
         return {"policy": self.policy} | ({"critic": self.critic} if self.critic else {})
+
+    def count_moves(self, moved: Callable[[], None]) -> None:
+        """Calls `moved` after each micro-batch's forward pass of a stage, and for each bucket that is exported."""
+        for network in filter(None, (self.policy, self.critic, self.reference)):
+            network.moved = moved
+            for stage in network.stages:
+                stage.register_forward_hook(lambda *_: moved())
 
 
 def build_networks(

@@ -35,6 +35,7 @@ from megatron_rl.loop.progress import is_due
 from megatron_rl.loop.watch import Watch
 from megatron_rl.models.architecture import read_architecture
 from megatron_rl.models.weights_io import MAX_SHARD_BYTES, save_weights, torch_dtype
+from megatron_rl.ranks.activity import Activity
 from megatron_rl.ranks.collectives import together
 from megatron_rl.ranks.heartbeat import Heartbeat
 from megatron_rl.ranks.place import Place, start_process_groups, stop_process_groups
@@ -197,6 +198,7 @@ class Trainer:
                 self._begin_run(state)
         self.checkpoints.begin(self._identity, state)
         self.watch.begin()
+        self.journal.activity.has_begun = True
         return state
 
     def _begin_run(self, state: State | None) -> None:
@@ -276,16 +278,18 @@ def open_trainer(
     device = use_device(config.engine.device)
     joins_world = not dist.is_initialized()
     place = start_process_groups(layout, device, config.seed)
+    activity = Activity(config.engine.stall)
     try:
         with (
             Console(steps, shows=place.rank == 0) as console,
-            Heartbeat(place.control, config.engine.heartbeat) as heartbeat,
+            Heartbeat(place.control, config.engine.heartbeat, activity) as heartbeat,
             _open_run(config, place, resume) as run,
         ):
             with console.starting("engine", _describe(config, layout, device)):
                 networks = build_networks(config, layout, place, device, temperature)
             watch = Watch(place.control, clock)
-            journal = Journal(console)
+            journal = Journal(console, activity=activity)
+            networks.count_moves(activity.move)
             trainer = Trainer(
                 config, layout, place, networks, run, journal, console, watch, steps=steps, resumes=resume
             )

@@ -1,10 +1,11 @@
-"""Ends a run when a rank is stopped, is killed or loses its host, and names that rank.
+"""Ends a run when a rank is stopped, is killed or loses its host, and names that rank; or when nothing moves any more.
 
 gloo and NCCL notice such a rank only after half an hour, and control groups only after two days (ranks.place). So each
 rank starts a watcher (ranks.watcher), a small process that sends a heartbeat; rank 0's watcher receives all of them.
 When a rank is lost, every other rank prints which and why, writes what it holds, and ends with LostRankError.status
 within seconds. A collective cannot be interrupted, so the rank ends by os._exit. A rank that hangs even then is killed
-by its watcher. Servers that rank 0 launched end with rank 0 (rollout.tether).
+by its watcher. Servers that rank 0 launched end with rank 0 (rollout.tether). A rank that hangs in a collective while
+its process lives is found by what all ranks note of their activity: when none of it moves, the run ends alike.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ import orjson
 import torch.distributed as dist
 
 from megatron_rl.errors import LostRankError, UserError
+from megatron_rl.ranks.activity import Activity
 from megatron_rl.ranks.collectives import all_gather_bytes, broadcast_bytes
+from megatron_rl.ranks.stall import Stall
+from megatron_rl.ranks.watcher import interval
 
 LEAVE_SECONDS = 5.0
 """Seconds that a finished rank waits for its watcher to finish."""
@@ -42,11 +46,11 @@ class Heartbeat:
     If a rank leaves with an exception, the others have watcher.ERROR_SECONDS to end too.
     """
 
-    def __init__(self, control: dist.ProcessGroup, seconds: float | None) -> None:
+    def __init__(self, control: dist.ProcessGroup, seconds: float | None, activity: Activity | None = None) -> None:
         """Starts the watchers, unless the world has one rank. Collective over `control`, which spans the world.
 
-        A rank is lost after `seconds` without a heartbeat; None disables. Raises HeartbeatError on every rank if one
-        cannot be watched.
+        A rank is lost after `seconds` without a heartbeat; None disables. The run is hung after `activity.stall`
+        seconds in which no rank's activity moves. Raises HeartbeatError on every rank if one cannot be watched.
         """
         self.before_end: Callable[[], None] = lambda: None
         """Called before a loss ends this rank. It runs outside the main thread, which may hang."""
@@ -56,8 +60,9 @@ class Heartbeat:
         self._lost = threading.Event()
         self._why = ""
         self._thread: threading.Thread | None = None
-        if seconds is not None and control.size() > 1:
-            problem = self._start(control, seconds)
+        stall = activity.stall if activity else None
+        if (seconds or stall) and control.size() > 1:
+            problem = self._start(control, seconds, stall)
             problems = [each.decode() for each in all_gather_bytes(problem.encode(), control)]
             for rank, each in enumerate(problems):
                 if each:
@@ -68,12 +73,27 @@ class Heartbeat:
                     )
             self._thread = threading.Thread(target=self._listen, daemon=True)
             self._thread.start()
+        if activity is not None and stall:
+            threading.Thread(target=self._follow, args=(activity, stall), daemon=True).start()
 
-    def _start(self, control: dist.ProcessGroup, seconds: float) -> str:
+    def _follow(self, activity: Activity, stall: float) -> None:
+        """Tells the watcher what this rank does; a rank alone, which has none, counts by itself."""
+        alone, pause = Stall(stall, [_name(self._rank)]), interval(stall)
+        while not self._leaving.wait(pause):
+            if not activity.has_begun:
+                continue
+            note = activity.note()
+            if self._process is not None:
+                self._tell(f"note {orjson.dumps(note).decode()}")
+                continue
+            alone.heard(0, note)
+            if why := alone.passed(pause):
+                self._end(why)
+
+    def _start(self, control: dist.ProcessGroup, seconds: float | None, stall: float | None) -> str:
         """Returns what went wrong, "" if nothing did."""
-        name = f"rank {self._rank} on host {socket.gethostname()} (pid {os.getpid()})"
-        members = [each.decode() for each in all_gather_bytes(name.encode(), control)]
-        settings = {"rank": self._rank, "seconds": seconds, "members": members}
+        members = [each.decode() for each in all_gather_bytes(_name(self._rank).encode(), control)]
+        settings = {"rank": self._rank, "seconds": seconds, "stall": stall, "members": members}
         answer, hub = "", {"host": _hub_host(), "port": 0, "token": secrets.token_hex(16)}
         if self._rank == 0:
             answer = self._start_watcher({**settings, **hub, "host": _listening_host(_hub_host())})
@@ -146,6 +166,10 @@ class Heartbeat:
         os.dup(self._process.stdin.fileno())  # so that the pipe stays open until this process ends
         if isinstance(error, RuntimeError) and self._lost.wait(NOTICE_SECONDS):
             raise LostRankError(_message(self._why)) from error
+
+
+def _name(rank: int) -> str:
+    return f"rank {rank} on host {socket.gethostname()} (pid {os.getpid()})"
 
 
 def _message(why: str) -> str:

@@ -4,16 +4,17 @@
 
 It is a process, not a thread, so a busy rank cannot delay it: a kernel of ten minutes, a torch.save, a call that holds
 the interpreter's lock. It reports its rank only if the kernel says that the rank is stopped or has ended. It imports
-only the standard library and takes 21 MiB.
+only the standard library (and ranks.stall, which does too) and takes 21 MiB.
 
 The watcher of rank 0, the hub, listens. The others connect with their number and a secret of the run. Each sends one
 short line every eighth of the limit, at least every 10 s, and the hub answers with one line. A hub of 1,024 ranks takes
 0.7% of a core and 27 MiB. Silence counts only while the counting process runs, so a machine that was suspended wakes
 without an alarm.
 
-    rank to watcher     settings as JSON; then `leaving` (an error is on its way up) or `done`; its end is end of file
+    rank to watcher     settings as JSON; `note JSON` of what it does (ranks.activity); then `leaving` (an error is on
+                        its way up) or `done`; its end is end of file
     watcher to rank     `listening PORT` (hub), `ready`, `failed WHY`; then `lost SECONDS WHY` or `over`
-    watcher to hub      `TOKEN RANK`; then `beat STATE`, `ended WORD`, `done`
+    watcher to hub      `TOKEN RANK`; then `beat STATE [NOTE]`, `ended WORD`, `done`
     hub to watcher      `beat`, `lost SECONDS WHY`, `over`
 """
 
@@ -31,6 +32,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_rl.ranks.stall import Stall
+
 END_SECONDS = 10.0
 """Seconds in which a rank must end after it is told of a loss; then it is killed."""
 ERROR_SECONDS = 15.0
@@ -44,18 +47,24 @@ CONNECT_SECONDS = 30.0
 LONGEST_LINE = 4096
 
 
+def interval(limit: float) -> float:
+    """Seconds between two lines, if `limit` seconds without one have a meaning."""
+    return min(10.0, limit / 8)
+
+
 @dataclass(frozen=True)
 class Settings:
     rank: int
-    seconds: float  # without a heartbeat until a rank is lost
+    seconds: float | None  # without a heartbeat until a rank is lost; None: no rank ever is
     host: str
     port: int  # where the hub listens; 0 for the hub itself
     token: str
     members: list[str]  # each rank's name in messages
+    stall: float | None = None  # seconds in which nothing moves until the run counts as hung; None: it never does
 
     @property
     def interval(self) -> float:
-        return min(10.0, self.seconds / 8)
+        return min(interval(each) for each in (self.seconds, self.stall) if each is not None)
 
 
 class Watcher:
@@ -66,12 +75,17 @@ class Watcher:
         self._rank_lines = rank_lines
         self._rank_pid = os.getppid()
         self.last_word = "nothing"  # of the rank
+        self.note = ""  # the rank's newest
         self.rank_is_gone = asyncio.Event()  # done, or ended
 
     async def follow_rank(self) -> None:
         """Returns when the rank is done, or has ended."""
         while self.last_word != "done" and (line := await self._rank_lines.readline()):
-            self.last_word = line.decode().strip()
+            word, _, rest = line.decode().strip().partition(" ")
+            if word == "note":
+                self.note = rest
+            else:
+                self.last_word = word
         self.rank_is_gone.set()
 
     def state(self) -> str:
@@ -95,6 +109,7 @@ class Hub(Watcher):
     def __init__(self, settings: Settings, rank_lines: asyncio.StreamReader) -> None:
         super().__init__(settings, rank_lines)
         self._silent = dict.fromkeys(range(len(settings.members)), 0.0)
+        self._stall = Stall(settings.stall, settings.members)
         self._stopped: set[int] = set()
         self._peers: set[asyncio.StreamWriter] = set()
         self._loss = asyncio.get_running_loop().create_future()
@@ -135,14 +150,18 @@ class Hub(Watcher):
 
     async def _count(self) -> None:
         async for passed in ticks(self.settings.interval):
-            self._heard(0, self.state())
+            self._heard(0, self.state(), self.note)
             for rank in self._silent:
                 self._silent[rank] += passed
-                if self._silent[rank] > self.settings.seconds:
+                if self.settings.seconds is not None and self._silent[rank] > self.settings.seconds:
                     self._lose(rank, "0", self._describe(rank))
+            if why := self._stall.passed(passed):
+                self._end_run("0", why)
             self._tell_all("beat")
 
-    def _heard(self, rank: int, state: str) -> None:
+    def _heard(self, rank: int, state: str, note: str) -> None:
+        if note:
+            self._stall.heard(rank, json.loads(note))
         if state in "Tt":
             self._stopped.add(rank)
         elif rank in self._silent:
@@ -157,8 +176,11 @@ class Hub(Watcher):
         )
 
     def _lose(self, rank: int, seconds: str, how: str) -> None:
+        self._end_run(seconds, f"{self.settings.members[rank]} {how}")
+
+    def _end_run(self, seconds: str, why: str) -> None:
         if not self._loss.done():
-            self._loss.set_result((seconds, f"{self.settings.members[rank]} {how}"))
+            self._loss.set_result((seconds, why))
 
     def _lose_ended(self, rank: int, word: str) -> None:
         if word == "leaving":
@@ -196,11 +218,13 @@ class Hub(Watcher):
         while line := await reader.readline():
             word, _, rest = line.decode().strip().partition(" ")
             if word == "beat":
-                self._heard(rank, rest)
+                state, _, note = rest.partition(" ")
+                self._heard(rank, state, note)
             elif word == "ended":
                 self._lose_ended(rank, rest)
             elif word == "done":
                 self._silent.pop(rank, None)
+                self._stall.done(rank)
 
 
 class Spoke(Watcher):
@@ -239,12 +263,13 @@ class Spoke(Watcher):
     async def _beat(self, hearing: asyncio.Task[None]) -> None:
         async for passed in ticks(self.settings.interval):
             self._silent += passed
-            if self._silent > self.settings.seconds and not self._loss.done():
+            limit = self.settings.seconds
+            if limit is not None and self._silent > limit and not self._loss.done():
                 how = f"has not been heard from for {self._silent:.0f} s; its host or its network is gone"
                 self._loss.set_result(("0", f"{self.settings.members[0]} {how}"))
             if hearing.done():
                 hearing = await self._connect() or hearing
-            await self._say(f"beat {self.state()}")
+            await self._say(f"beat {self.state()} {self.note}".rstrip())
 
     async def _connect(self) -> asyncio.Task[None] | None:
         try:

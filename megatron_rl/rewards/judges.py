@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -86,6 +86,8 @@ class Judges:
         self._memory_mib = memory_mib or 0
         self._environment = worker_environment(environment)
         self._pools: dict[str, list[_Worker]] = {}
+        self.answered: Callable[[], None] = lambda: None
+        """Called after each answer, by the thread that has it."""
 
     @classmethod
     def of(cls, config: RewardConfig) -> Judges:
@@ -133,6 +135,7 @@ class Judges:
                 result = worker.ask(question, self._deadline)
             finally:
                 idle.put(worker)
+            self.answered()
             if isinstance(question, ReferenceTask) and isinstance(result, Failure) and result.silent:
                 _check_user(verifier, question.prompt, result)
             return result

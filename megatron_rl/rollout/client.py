@@ -19,6 +19,7 @@ import httpx
 import orjson
 import tenacity
 
+from megatron_rl.ranks.activity import Activity
 from megatron_rl.rollout.answers import Completion, RolloutError, read_completion, read_score
 from megatron_rl.rollout.transport import Connections
 from megatron_rl.routing.wire import RouteSpec
@@ -64,15 +65,18 @@ class SGLangClient:
         deadline: float = 600.0,
         max_tries: int | None = None,
         check: Callable[[], None] = lambda: None,
+        activity: Activity | None = None,
     ) -> None:
         """`deadline` is in seconds for one call, all its tries included. `max_tries` defaults to MAX_TRIES. `check` is
-        called before each retry; it raises if a retry is useless, for example if the server's process has died."""
+        called before each retry; it raises if a retry is useless, for example if the server's process has died.
+        `activity` hears of requests and answers."""
         self.url = url.rstrip("/")
         self.deadline = deadline
         self._max_tries = max_tries
         self._api_key = api_key
         self._check = check
         self._aborts: set[asyncio.Task[None]] = set()
+        self._activity = activity or Activity()
         self._http = httpx.AsyncClient(
             base_url=self.url,
             transport=Connections(),
@@ -339,7 +343,8 @@ class SGLangClient:
         )
         try:
             async with asyncio.timeout(self.deadline):
-                return await retry(attempt)
+                with self._activity.owed_by(self.url):
+                    return await retry(attempt)
         except _Healing as error:
             self._check()
             raise UnreachableError(f"{self.url}{path}: {error}; tried {len(failures) + 1} times") from None

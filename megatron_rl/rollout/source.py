@@ -16,6 +16,7 @@ from megatron_rl.data.top_tokens import TopTokensError
 from megatron_rl.data.trace import TraceError
 from megatron_rl.data.vocabulary import unknown_token
 from megatron_rl.errors import MissingFileError
+from megatron_rl.ranks.activity import Activity
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import SGLangClient
 from megatron_rl.rollout.fleet import Fleet
@@ -186,13 +187,16 @@ class Leader:
         concurrency: int = 1,
         first: int = 0,
         check: Callable[[str], None] = lambda url: None,
+        activity: Activity | None = None,
     ) -> None:
         """Groups go to the servers in turn, from number `first` on; if all leaders began with the same server, others
         would stay idle. At most `concurrency` requests are in flight. `check` raises if a launched server has died:
         Pool.check, on the rank with the pool."""
         self.loop = BackgroundLoop()
         self.clients = [
-            SGLangClient(url, api_key=api_key, deadline=deadline, check=functools.partial(check, url))
+            SGLangClient(
+                url, api_key=api_key, deadline=deadline, check=functools.partial(check, url), activity=activity
+            )
             for url in (*urls[first:], *urls[:first])
         ]
         self._sampler = Sampler(Fleet(self.clients), concurrency)

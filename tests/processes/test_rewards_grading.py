@@ -211,3 +211,11 @@ def test_grading_without_a_pool_creates_a_temporary_one():
     before = psutil.Process().children()
     assert verdicts(grade([group("verifier_examples:shaped")], decode))[0][0] == Verdict(1.0, True)
     assert psutil.Process().children() == before
+
+
+def test_each_verdict_is_told_as_it_comes():
+    told = []
+    with Judges(workers=2) as pool:
+        pool.answered = lambda: told.append(1)
+        grade([group("verifier_examples:shaped", index=i) for i in range(3)], decode, pool)
+    assert len(told) >= 3

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 from forks import Forks
+from heartbeat_worker import STALL
 from paths import SUPPORT
 from rl_runs import environment, torchrun, write_config
 
@@ -29,7 +30,7 @@ from megatron_rl.ranks import watcher
 from megatron_rl.ranks.heartbeat import _listening_host
 
 SECONDS = 5.0
-SCENARIOS = ("stop-0", "stop-1", "kill-0", "kill-1", "hold", "raise")
+SCENARIOS = ("stop-0", "stop-1", "kill-0", "kill-1", "hold", "raise", "hang", "slow")
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,28 @@ def test_ranks_that_raise_print_their_own_errors(played: Path) -> None:
     assert [status for status, _ in found] == [2, 2]
     assert said == ["error: an error of rank 0\n", "error: an error of rank 1\n"]
     assert found[1][1] < 2 < found[0][1]  # rank 0 went on after rank 1 had ended
+
+
+@pytest.mark.distributed
+def test_a_rank_that_never_comes_to_a_collective_is_named_with_its_phase(played: Path) -> None:
+    pids, found, said = ends(played, "hang")
+    assert [status for status, _ in found] == [LostRankError.status] * 2
+    assert max(seconds for _, seconds in found) < 3 * STALL
+    host = re.escape(socket.gethostname())
+    for rank in (0, 1):
+        (line,) = said[rank].splitlines()
+        assert re.match(r"error: nothing has moved for \d s, more than engine.stall: ", line)
+        assert re.search(rf"rank 1 on host {host} \(pid {pids[1]}\) in rewards \(.*\) for \d s", line)
+        assert re.search(rf"rank 0 on host {host} \(pid {pids[0]}\) in update \(.*\) for \d s", line)
+        assert (played / "hang" / f"flushed-{rank}").exists()
+
+
+@pytest.mark.distributed
+def test_ranks_that_wait_for_a_slow_rank_which_moves_are_not_hung(played: Path) -> None:
+    _, found, said = ends(played, "slow")
+    assert [status for status, _ in found] == [0, 0], said
+    assert min(seconds for _, seconds in found) > STALL
+    assert "".join(said) == ""
 
 
 # Real runs

@@ -5,6 +5,8 @@ the seconds from the fault to its end. OUT/SCENARIO/ has the files of the ranks.
 
     stop-0, stop-1, kill-0, kill-1    that rank gets the signal; the ranks reduce for ever
     hold                              rank 1 holds the GIL for three times SECONDS; then all ranks end normally
+    hang                              rank 1 comes to the next collective after 15 times STALL, and nothing moves before
+    slow                              rank 1 comes to it after twice STALL, and moves meanwhile; then all end normally
     raise                             both ranks raise; rank 0 cleans up for 3 s, as if it stopped servers
 """
 
@@ -23,10 +25,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.errors import UserError
+from megatron_rl.ranks.activity import Activity
 from megatron_rl.ranks.agreement import end
 from megatron_rl.ranks.heartbeat import Heartbeat
 
 RANKS = (0, 1)
+STALL = 2.0
 
 
 def hold_the_lock(seconds: float) -> None:
@@ -37,10 +41,21 @@ def hold_the_lock(seconds: float) -> None:
         sum(range(10**7))
 
 
+def wait_for_rank_1(rank: int, activity: Activity, control: dist.ProcessGroup, *, hangs: bool) -> None:
+    if rank == 1:
+        for _ in range(60 if hangs else 8):
+            time.sleep(STALL / 4)
+            if not hangs:
+                activity.move()
+    dist.barrier(control)
+
+
 def run(rank: int, seconds: float, out: Path, scenario: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=len(RANKS))
     control = dist.new_group(backend="gloo")
-    with Heartbeat(control, seconds) as heartbeat:
+    activity = Activity(STALL if scenario in ("hang", "slow") else None)
+    activity.has_begun = True
+    with Heartbeat(control, seconds, activity) as heartbeat:
         heartbeat.before_end = (out / f"flushed-{rank}").touch
         (out / f"watched-{rank}").touch()
         if scenario == "raise":
@@ -51,7 +66,10 @@ def run(rank: int, seconds: float, out: Path, scenario: str) -> None:
                 time.sleep(3 if rank == 0 else 0)
         if scenario == "hold" and rank == 1:
             hold_the_lock(3 * seconds)
-        while scenario != "hold":
+        if activity.stall:
+            with activity.phase("rewards" if rank == 1 else "update"):
+                wait_for_rank_1(rank, activity, control, hangs=scenario == "hang")
+        while scenario not in ("hold", "slow", "hang"):
             dist.all_reduce(torch.ones(1), group=control)
             time.sleep(0.01)  # else all worlds together would starve each other of processor time
         dist.barrier(control)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import errno
+import json
 import os
+import sys
 import time
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 
@@ -25,6 +29,20 @@ def slow_steps(seconds: float) -> None:
         return update(*arguments, **options)
 
     Trainer.update = slow  # type: ignore[method-assign]
+
+
+def record_moves(file: str) -> None:
+    """Writes how often each function has told that something moves."""
+    from megatron_rl.ranks.activity import Activity
+
+    move, callers = Activity.move, Counter[str]()
+
+    def recorded(activity: Activity) -> None:
+        callers[sys._getframe(1).f_code.co_name] += 1
+        Path(file).write_text(json.dumps(callers))
+        move(activity)
+
+    Activity.move = recorded  # type: ignore[method-assign, assignment]
 
 
 def wait_less() -> None:
