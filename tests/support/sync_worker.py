@@ -56,7 +56,7 @@ def push(model: str, url: str, layout: str, route: str, mutation: str, temperatu
     directory = Path(model).parent / f"sync-{route}"
     sync = WeightSync(config, policy, leader, directory, temperature=float(temperature), seed=0)
     try:
-        print(json.dumps(sync.push(7)), flush=True)
+        print(json.dumps(sync.push(7) | sync.verify_if_due(7)), flush=True)
         after = [parameter for each in policy.models for parameter in each.parameters()]
         assert all(map(torch.equal, before, after)), "the sync changed the trainer's weights"
     finally:
