@@ -68,11 +68,13 @@ class _TokenSpan(BaseModel):
 
 
 class _Meta(BaseModel):
+    """A request that is aborted while it waits has an answer without the fields that default to nothing here."""
+
     finish_reason: _Finish
-    prompt_tokens: StrictInt
-    completion_tokens: StrictInt
-    output_token_logprobs: list[_Entry]
-    weight_versions: list[_TokenSpan]
+    prompt_tokens: StrictInt | None = None
+    completion_tokens: StrictInt | None = None
+    output_token_logprobs: list[_Entry] = []
+    weight_versions: list[_TokenSpan] = []
     num_retractions: StrictInt = 0
     routed_experts: StrictStr | None = None
     # SGLang's output_top_logprobs as arrays [rows, k], little-endian

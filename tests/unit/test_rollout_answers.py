@@ -253,6 +253,22 @@ def test_the_error_for_bad_likely_tokens_names_server_request_and_field(meta: di
     assert message in str(caught.value)
 
 
+def test_a_request_that_was_aborted_while_it_waited_has_an_empty_answer() -> None:
+    found = answer(tokens=0, reason="abort")
+    for field in ("prompt_tokens", "completion_tokens", "output_token_logprobs", "weight_versions"):
+        found["meta_info"].pop(field)
+    completion = read(found)
+    assert (completion.finish_reason, completion.token_ids, completion.versions) == ("abort", (), ())
+
+
+@pytest.mark.parametrize("field", ["prompt_tokens", "completion_tokens", "output_token_logprobs", "weight_versions"])
+def test_a_finished_answer_has_all_fields(field: str) -> None:
+    found = answer()
+    found["meta_info"].pop(field)
+    with pytest.raises(RolloutError, match=field):
+        read(found)
+
+
 def test_an_aborted_answer_may_lack_the_likely_tokens() -> None:
     assert read_top({}, tokens=2, reason="abort").top_tokens is None
 
