@@ -15,6 +15,7 @@ from megatron_rl.config.schema import RolloutConfig
 from megatron_rl.data.sample import Group, Prompt, Sample
 from megatron_rl.data.versions import Versions
 from megatron_rl.loop.environment import Environment
+from megatron_rl.ranks.activity import Activity
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.ledger import Ledger
 from megatron_rl.rollout.sampler import Sampling
@@ -44,10 +45,11 @@ def environment(leader: Leader, versions: Versions, root: Path) -> Environment:
         policy=SimpleNamespace(arch=SimpleNamespace(vocab_size=20)),
         watch=SimpleNamespace(wait=contextlib.nullcontext),
         run=SimpleNamespace(pending=root),
+        journal=SimpleNamespace(activity=Activity()),
     )
     servers: Any = SimpleNamespace(leader=leader)
     publisher: Any = SimpleNamespace(versions=versions)
-    judges: Any = None
+    judges: Any = SimpleNamespace()
     tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "1")
     ledger = Ledger(root, group_size=1, temperature=0.7, vocab_size=20)
     config = RolloutConfig(prompts_per_step=1, max_response_tokens=7, group_size=3, temperature=0.7)

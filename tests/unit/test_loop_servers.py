@@ -13,7 +13,9 @@ import orjson
 import pytest
 
 from megatron_rl.config.schema import Config
+from megatron_rl.data.versions import Versions
 from megatron_rl.loop import connections, parts
+from megatron_rl.ranks.activity import Activity
 
 
 @pytest.fixture
@@ -35,7 +37,8 @@ def test_leaders_start_with_servers_that_are_far_apart(config: Config, monkeypat
     first = []
     for dp in range(4):
         place = SimpleNamespace(rank=dp + 1, dp=dp, leads_replica=True, control=None)
-        trainer: Any = SimpleNamespace(place=place, layout=SimpleNamespace(dp=4))
+        journal = SimpleNamespace(activity=None)
+        trainer: Any = SimpleNamespace(place=place, layout=SimpleNamespace(dp=4), journal=journal)
         with connections.connect(config, trainer) as servers:
             assert servers.pool is None
             assert servers.leader is not None
@@ -53,6 +56,8 @@ def test_a_failed_run_leaves_its_servers_usable_for_the_next_run(
     told = []
 
     class Publisher:
+        versions = Versions(0)
+
         def __init__(self, *_: object) -> None:
             pass
 
@@ -64,9 +69,12 @@ def test_a_failed_run_leaves_its_servers_usable_for_the_next_run(
             raise OSError("the disk is gone")
 
     trainer: Any = SimpleNamespace(
-        place=SimpleNamespace(control=None),
+        place=SimpleNamespace(control=None, dp=0),
         policy=SimpleNamespace(arch=SimpleNamespace(vocab_size=9)),
-        run=SimpleNamespace(logs="logs"),
+        run=SimpleNamespace(logs="logs", pending=Path("pending")),
+        config=SimpleNamespace(seed=0),
+        layout=SimpleNamespace(dp=1),
+        journal=SimpleNamespace(activity=Activity()),
         console=SimpleNamespace(starting=lambda *_: contextlib.nullcontext()),
         resumes_from=None,
         begin=begin,
