@@ -24,7 +24,7 @@ from megatron_rl.config.optim import check_optim
 from megatron_rl.config.schema import Config, SftConfig
 from megatron_rl.config.sections import Kinds, all_keys, sections, sections_of_kinds
 from megatron_rl.config.server_flags import TRAINERS_FLAGS, UNROUTED_FLAGS, check_server_flags, flags_among
-from megatron_rl.config.servers import CPU_ADVICE, CPU_TOKENS, cpu_problem, exposed
+from megatron_rl.config.servers import CPU_ADVICE, cache_tokens, cpu_problem, exposed
 from megatron_rl.config.sources import ConfigError, Tree, nearest, read_sources, shown
 from megatron_rl.config.stress import check_stress
 from megatron_rl.config.switches import GroupAdvantage
@@ -224,8 +224,7 @@ def _check_positions(config: Config, arch: Architecture) -> Iterator[str]:
 def _check_servers_memory(config: Config) -> Iterator[str]:
     rollout, longest = config.rollout, _longest(config)
     launches = rollout.replay_from is None and not rollout.servers.urls
-    on_cpu = config.engine.device == "cpu"
-    tokens = rollout.servers.max_total_tokens or (CPU_TOKENS if on_cpu else None)
+    tokens = cache_tokens(rollout.servers.max_total_tokens, on_cpu=config.engine.device == "cpu")
     if launches and tokens is not None and longest > tokens:
         default = "" if rollout.servers.max_total_tokens else " (the default on a CPU)"
         yield (

@@ -14,6 +14,16 @@ def check_optim(optim: OptimConfig, section: str, engine: EngineConfig) -> Itera
     yield from _check_memory(optim, section, engine)
 
 
+def memory_settings(optim: OptimConfig) -> dict[str, str]:
+    """Returns the settings of the optimizer's memory that need a GPU and Transformer Engine, with their defaults."""
+    settings = {}
+    if optim.moments_dtype == "bf16":
+        settings["moments_dtype: bf16"] = "fp32"
+    if optim.offload:
+        settings[f"offload: {optim.offload:g}"] = "0"
+    return settings
+
+
 def _check_schedule(optim: OptimConfig, section: str) -> Iterator[str]:
     if optim.decay_steps <= optim.warmup_steps:
         yield (
@@ -25,11 +35,7 @@ def _check_schedule(optim: OptimConfig, section: str) -> Iterator[str]:
 
 
 def _check_memory(optim: OptimConfig, section: str, engine: EngineConfig) -> Iterator[str]:
-    settings = {}
-    if optim.moments_dtype == "bf16":
-        settings["moments_dtype: bf16"] = "fp32"
-    if optim.offload:
-        settings[f"offload: {optim.offload:g}"] = "0"
+    settings = memory_settings(optim)
     for setting, plain in settings.items():
         if engine.device == "cpu":
             yield f"{section}.{setting} needs a GPU, but engine.device is cpu; set it to {plain}"

@@ -103,6 +103,11 @@ CPU_TOKENS = 65536
 the machine's memory."""
 
 
+def cache_tokens(asked: int | None, *, on_cpu: bool) -> int | None:
+    """Returns the tokens of a launched server's KV cache; None if SGLang chooses."""
+    return asked or (CPU_TOKENS if on_cpu else None)
+
+
 class ServersConfig(Frozen):
     urls: Urls = ()
     """Servers started elsewhere. Empty: the trainer starts and supervises `launch` servers itself."""

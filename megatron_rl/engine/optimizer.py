@@ -16,6 +16,7 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_rl.config.optim import memory_settings
 from megatron_rl.config.schema import EngineConfig, OptimConfig
 from megatron_rl.errors import UserError
 from megatron_rl.models.weights_io import torch_dtype
@@ -41,7 +42,7 @@ def optimizer_config(config: OptimConfig, engine: EngineConfig) -> OptimizerConf
 
 def _memory(config: OptimConfig, engine: EngineConfig) -> dict[str, Any]:
     """Returns the fields that say where the optimizer keeps fp32 weights and moments, and in which dtypes."""
-    if not config.offload and config.moments_dtype == "fp32":
+    if not memory_settings(config):
         return {}
     moments = torch_dtype(config.moments_dtype)
     return {
@@ -59,8 +60,7 @@ def _memory(config: OptimConfig, engine: EngineConfig) -> dict[str, Any]:
 
 def check_machine(config: OptimConfig, section: str, device: torch.device) -> None:
     """Raises UserError if the machine lacks what `section` asks for, which engine.device auto does not say before."""
-    wanted = {f"offload: {config.offload:g}": config.offload > 0, "moments_dtype: bf16": config.moments_dtype == "bf16"}
-    for setting in (name for name, is_wanted in wanted.items() if is_wanted):
+    for setting in memory_settings(config):
         if device.type == "cpu":
             raise UserError(f"{section}.{setting} needs a GPU, and there is none; leave it at its default")
         if importlib.util.find_spec("transformer_engine") is None:

@@ -16,7 +16,7 @@ from megatron_rl.loop.connections import Servers
 from megatron_rl.loop.publisher import Publisher
 from megatron_rl.loop.trainer import Trainer
 from megatron_rl.rewards import Judges, grade
-from megatron_rl.rollout.background import results
+from megatron_rl.rollout.background import finished, results
 from megatron_rl.rollout.ledger import Ledger
 from megatron_rl.rollout.sampler import Sampling
 from megatron_rl.rollout.source import Leader
@@ -58,9 +58,7 @@ class Environment:
         """Begins to sample a group of the run's rollouts, which is judged while others are sampled, unless an earlier
         start of the run has it."""
         if (kept := self._ledger.read(number, prompt)) is not None:
-            done: Future[Group] = Future()
-            done.set_result(kept)
-            return done
+            return finished(kept)
         return self.restart(number, prompt)
 
     def restart(self, number: int, prompt: Prompt) -> Future[Group]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from megatron_rl.config.schema import Config
 from megatron_rl.data.versions import Versions
+from megatron_rl.errors import UserError
 from megatron_rl.loop.connections import Servers
 from megatron_rl.loop.trainer import Trainer
 from megatron_rl.ranks.collectives import together
@@ -19,11 +20,13 @@ class Publisher:
         self.versions = Versions(0, config.rollout.lag)
         """Weight versions that a server may answer with."""
         self._rollouts_go_on = config.rollout.lag > 0
+        self._leader = None if servers is None else servers.leader
+        self._tells = trainer.place.rank == 0  # the servers, for all leaders
         self._trainer = trainer
         self._servers = servers
         self._sync: WeightSync | None = None
         if servers is not None:
-            first = servers.leader if trainer.place.rank == 0 else None
+            first = self._leader if self._tells else None
             self._sync = WeightSync(
                 config.weights,
                 trainer.policy,
@@ -37,6 +40,8 @@ class Publisher:
         """Publishes the weights that the run begins or goes on with, and says so. Collective."""
         if self._servers is not None:
             with self._trainer.console.starting("weights", f"version {version} to all servers"):
+                with together(self._trainer.place.control):
+                    self._resume()  # a trainer that was killed in a sync has left them paused
                 self.publish(version)
 
     def publish(self, version: int) -> dict[str, float]:
@@ -53,18 +58,24 @@ class Publisher:
     @contextlib.contextmanager
     def _paused(self) -> Iterator[None]:
         """Has the servers put aside the requests in flight, which then go on with the new weights. Collective."""
-        assert self._servers is not None
-        leader = self._servers.leader if self._rollouts_go_on and self._trainer.place.rank == 0 else None
         if not self._rollouts_go_on:
             yield
             return
         with together(self._trainer.place.control):
-            if leader is not None:
-                leader.pause()
-        yield
+            if self._leader is not None:
+                self._leader.pause(tell=self._tells)
+        try:
+            yield
+        except UserError:
+            with contextlib.suppress(UserError):  # servers that run elsewhere are of use to the next run
+                self._resume()
+            raise
         with together(self._trainer.place.control):
-            if leader is not None:
-                leader.resume()
+            self._resume()
+
+    def _resume(self) -> None:
+        if self._leader is not None:
+            self._leader.resume(tell=self._tells)
 
     def close(self) -> None:
         if self._sync is not None:

@@ -24,6 +24,7 @@ from megatron_rl.loop.progress import Progress
 from megatron_rl.loop.trainer import Trainer
 from megatron_rl.ranks.collectives import all_gather_bytes, together
 from megatron_rl.rewards.shaping import filter_overlong, shape_rewards, without_lost
+from megatron_rl.rollout.background import finished
 from megatron_rl.rollout.dynamic import Search, Tally, check_verdicts
 from megatron_rl.rollout.flow import Flow
 from megatron_rl.rollout.ledger import Ledger, newest_version, oldest_version
@@ -208,9 +209,7 @@ class LiveGroups:
         """Returns the group, or samples it again if a start before this one, which had other weights by then, has left
         a group that is not of `version`, pi_old's, or of the lag before it."""
         if version - self._config.lag <= oldest_version(group) and newest_version(group) <= version:
-            done: Future[Group] = Future()
-            done.set_result(group)
-            return done
+            return finished(group)
         return self._environment.restart(group.index, group.prompt)
 
     def _ahead(self, progress: Progress) -> int:

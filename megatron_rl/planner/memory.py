@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_rl.config.layout import Coordinates, Layout
+from megatron_rl.config.optim import memory_settings
 from megatron_rl.config.schema import Config, CriticOptimConfig, OptimConfig, SftConfig
 from megatron_rl.config.show import longest_sample, stage_layers
 from megatron_rl.config.switches import NoKL
@@ -167,14 +168,10 @@ def rank_memory(job: Job, rank: int, measure: Measure = counted) -> RankMemory:
         logits=round(logits_bytes(work, config.engine.logit_chunk_tokens)) if is_last else 0,
         bucket=_bucket(job, rank),
         # torch's AdamW makes the root of all second moments at once; Transformer Engine and apex do not.
-        step=0 if fused or _needs_transformer_engine(config.optim) else moments,
+        step=0 if fused or memory_settings(config.optim) else moments,
         reserve=0 if config.engine.device == "cpu" else RESERVE,
         host=sum(network.host for network in trained),
     )
-
-
-def _needs_transformer_engine(optim: OptimConfig) -> bool:
-    return optim.moments_dtype == "bf16" or optim.offload > 0
 
 
 def _fp8_copies(job: Job, rank: int) -> int:

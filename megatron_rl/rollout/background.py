@@ -40,6 +40,13 @@ class BackgroundLoop:
         self._loop.close()
 
 
+def finished(value: T) -> Future[T]:
+    """Returns an answer that is there already."""
+    answer: Future[T] = Future()
+    answer.set_result(value)
+    return answer
+
+
 def results(answers: Sequence[Future[T]]) -> list[T]:
     """Waits for all. Raises the error of the first that fails, and cancels the others, as an interrupted wait does."""
     waiting: set[Future[T]] = set(answers)

@@ -36,6 +36,7 @@ class Member:
         self.requests: set[asyncio.Task[Any]] = set()
         self.heard = 0.0
         """Time of its last answer, on the event loop's clock."""
+        self.watch: asyncio.Task[None] | None = None
 
 
 class Fleet:
@@ -44,7 +45,8 @@ class Fleet:
     def __init__(self, clients: Sequence[SGLangClient]) -> None:
         """The next group goes to the first of the servers with the least to do."""
         self.members = [Member(client) for client in clients]
-        self._watches: set[asyncio.Task[None]] = set()
+        self.paused = False
+        """Set during a weight sync, in which servers give no answer and no sign of life."""
 
     @property
     def live(self) -> list[Member]:
@@ -73,8 +75,8 @@ class Fleet:
         task = asyncio.ensure_future(ask(member.client))
         if not member.requests:
             member.heard = asyncio.get_running_loop().time()
-            self._watches.add(watch := asyncio.ensure_future(self._watch(member)))
-            watch.add_done_callback(self._watches.discard)
+        if member.watch is None or member.watch.done():
+            member.watch = asyncio.ensure_future(self._watch(member))
         member.requests.add(task)
         try:
             answer = await task
@@ -101,7 +103,7 @@ class Fleet:
             await asyncio.sleep(PROBE_SECONDS)
             if not member.requests or member.error is not None:
                 return
-            if clock() - member.heard < PROBE_SECONDS or await _gives_a_sign(member.client):
+            if self.paused or clock() - member.heard < PROBE_SECONDS or await _gives_a_sign(member.client):
                 misses = 0
                 continue
             misses += 1

@@ -20,7 +20,7 @@ import httpx
 import psutil
 
 from megatron_rl.config.server_flags import SERVE_FLAGS, flag_value, flags_among
-from megatron_rl.config.servers import CPU_TOKENS, cpu_problem, is_loopback
+from megatron_rl.config.servers import cache_tokens, cpu_problem, is_loopback
 from megatron_rl.cores import usable_cores
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import read_architecture, refuse_unserved
@@ -94,8 +94,7 @@ def sglang_command(options: ServerOptions, has_gpu: bool) -> tuple[list[str], di
         "--grammar-backend": "none",
         "--log-level-http": "warning",  # otherwise every request is logged
     }
-    tokens = options.max_total_tokens or (CPU_TOKENS if on_cpu else None)
-    if tokens is not None:
+    if (tokens := cache_tokens(options.max_total_tokens, on_cpu=on_cpu)) is not None:
         flags["--max-total-tokens"] = str(tokens)
     environment = {
         "HF_HUB_OFFLINE": "1",  # SGLang would ask the hub although the model is a directory

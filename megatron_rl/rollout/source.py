@@ -199,7 +199,8 @@ class Leader:
             )
             for url in (*urls[first:], *urls[:first])
         ]
-        self._sampler = Sampler(Fleet(self.clients), concurrency)
+        self._fleet = Fleet(self.clients)
+        self._sampler = Sampler(self._fleet, concurrency)
 
     async def group(self, number: int, prompt: Prompt, sampling: Sampling) -> Group:
         """Samples a group, on the loop. Raises RolloutError, and what `check` raises."""
@@ -209,12 +210,17 @@ class Leader:
         """Samples groups and waits for all. Raises as `group` does."""
         return self.loop.run(rollout_groups(self._sampler, prompts, sampling))
 
-    def pause(self) -> None:
-        """Has the servers put aside the requests in flight, without their cached keys and values."""
-        self.loop.run(_all(client.pause_generation("retract") for client in self.clients))
+    def pause(self, *, tell: bool) -> None:
+        """Expects no answers until `resume`. With `tell` the servers put aside the requests in flight, without their
+        cached keys and values."""
+        self._fleet.paused = True
+        if tell:
+            self.loop.run(_all(client.pause_generation("retract") for client in self.clients))
 
-    def resume(self) -> None:
-        self.loop.run(_all(client.continue_generation() for client in self.clients))
+    def resume(self, *, tell: bool) -> None:
+        if tell:
+            self.loop.run(_all(client.continue_generation() for client in self.clients))
+        self._fleet.paused = False
 
     def close(self) -> None:
         for client in self.clients:

@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
+from sampled_groups import make_prompts
 from tiny_models import VOCAB_SIZE
 
-from megatron_rl.data.sample import Group, Prompt
+from megatron_rl.data.sample import Group
 from megatron_rl.data.versions import Versions
 from megatron_rl.rollout import client as client_module
 from megatron_rl.rollout import fleet as fleet_module
@@ -25,10 +25,7 @@ from megatron_rl.rollout.sampler import Sampler, Sampling, rollout_groups
 from megatron_rl.rollout.server import Server, ServerOptions, free_ports
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
-PROMPTS = [
-    (n, Prompt(f"p{n}", "", tuple(np.random.default_rng(n).integers(2, VOCAB_SIZE, 6).tolist()), "", ""))
-    for n in range(8)
-]
+PROMPTS = make_prompts(8)
 SAMPLES = 4
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tiny_models import make_tiny_model
 from megatron_rl.data.sample import Group
 from megatron_rl.data.store import read_groups
 from megatron_rl.lab.run import read_metrics
+from megatron_rl.rollout.client import SGLangClient
 
 STEPS = 5
 
@@ -71,3 +73,32 @@ def test_rollouts_go_on_during_updates_and_syncs(forks: Forks, tmp_path: Path, l
         for name in ("mismatch/abs_logprob_gap/lag_0", "mismatch/abs_logprob_gap/lag_1")
     )
     assert 0 < max(fresh) < 1e-4 < min(old)
+
+
+@pytest.mark.server
+@pytest.mark.distributed
+def test_servers_that_a_killed_trainer_left_paused_are_used(
+    forks: Forks, served: str, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    async def pause() -> None:
+        async with SGLangClient(served) as client:
+            await client.pause_generation("retract")
+
+    async def resume() -> None:
+        async with SGLangClient(served) as client:
+            await client.continue_generation()
+
+    config = write_config(tmp_path / "config.yaml", tiny_model_dir, tmp_path / "unused")
+    options = (
+        "data.train=arithmetic:terms=3,split=train,count=64",
+        "rollout.replay_from=null",
+        f"rollout.servers.urls=[{served}]",
+        "rollout.deadline=20",
+        "train.steps=1",
+    )
+    asyncio.run(pause())
+    try:
+        run_all(forks, config, 1, [f"run_dir={tmp_path / 'run'} {' '.join(options)}"])
+    finally:
+        asyncio.run(resume())
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")

@@ -8,12 +8,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 from fault_proxy import Fault, FaultProxy
+from sampled_groups import collect, make_prompts
 from tiny_models import VOCAB_SIZE
 
-from megatron_rl.data.sample import Group, Prompt
 from megatron_rl.data.versions import Versions
 from megatron_rl.rollout import client as client_module
 from megatron_rl.rollout import fleet as fleet_module
@@ -31,25 +30,7 @@ SAMPLING = Sampling(
     versions=Versions(0),
     seed=0,
 )
-PROMPTS = [
-    (n, Prompt(f"p{n}", "", tuple(np.random.default_rng(n).integers(2, VOCAB_SIZE, 6).tolist()), "", ""))
-    for n in range(6)
-]
-
-
-def collect(proxies: list[FaultProxy], deadline: float = 60.0) -> list[Group]:
-    async def run() -> list[Group]:
-        for proxy in proxies:
-            await proxy.__aenter__()
-        clients = [SGLangClient(proxy.url, deadline=deadline) for proxy in proxies]
-        try:
-            return await rollout_groups(Sampler(Fleet(clients), CONCURRENCY), PROMPTS, SAMPLING)
-        finally:
-            for client, proxy in zip(clients, proxies, strict=True):
-                await client.close()
-                await proxy.__aexit__()
-
-    return asyncio.run(run())
+PROMPTS = make_prompts(6)
 
 
 def meta(change: Callable[[dict[str, Any]], object]) -> Fault:
@@ -93,7 +74,7 @@ def test_other_servers_sample_what_a_faulty_one_owes(
     monkeypatch.setattr(client_module, "MAX_TRIES", 2)
     proxies = [FaultProxy(served, Fault(), always=fault), FaultProxy(served)]
     with caplog.at_level(logging.WARNING):
-        groups = collect(proxies)
+        groups = collect(proxies, PROMPTS, SAMPLING, CONCURRENCY)
     assert [(group.index, group.prompt) for group in groups] == PROMPTS
     for group in groups:
         assert [sample.index for sample in group.samples] == [0, 1, 2]
@@ -108,7 +89,8 @@ def test_a_server_that_hangs_is_ejected(served: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(fleet_module, "PROBE_SECONDS", 2.0)
     monkeypatch.setattr(fleet_module, "MISSES", 1)
     start = time.monotonic()
-    groups = collect([FaultProxy(served, always=Fault(delay=1000.0)), FaultProxy(served)], deadline=500.0)
+    proxies = [FaultProxy(served, always=Fault(delay=1000.0)), FaultProxy(served)]
+    groups = collect(proxies, PROMPTS, SAMPLING, CONCURRENCY, deadline=500.0)
     assert all(len(group.samples) == 3 for group in groups)
     assert time.monotonic() - start < 60
 
@@ -121,15 +103,39 @@ def test_a_slow_server_that_gives_signs_of_life_is_not_ejected(
     monkeypatch.setattr(fleet_module, "MISSES", 1)
     slow = [Fault(delay=8.0)] * 3  # its first group; then probes
     proxies = [FaultProxy(served, *slow), FaultProxy(served)]
-    collect(proxies)
+    collect(proxies, PROMPTS, SAMPLING, CONCURRENCY)
     assert any(path == "/health" for path, _ in proxies[0].seen)
     assert "ejected" not in caplog.text
+
+
+def test_a_paused_server_is_not_asked_for_a_sign_of_life(served: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It could not give one: no request gets a token during a weight sync."""
+    monkeypatch.setattr(fleet_module, "PROBE_SECONDS", 0.5)
+    monkeypatch.setattr(fleet_module, "MISSES", 1)
+
+    def pause(fleet: Fleet) -> None:
+        fleet.paused = True
+
+    proxy = FaultProxy(served, *[Fault(delay=3.0)] * CONCURRENCY)
+    collect([proxy], PROMPTS, SAMPLING, CONCURRENCY, see=pause)
+    assert not any(path == "/health" for path, _ in proxy.seen)
+
+
+def test_each_server_is_watched_once_however_often_it_has_nothing_to_do(served: str) -> None:
+    watches: list[int] = []
+
+    def count(_: Fleet) -> None:
+        names = [task.get_coro().__qualname__ for task in asyncio.all_tasks()]  # type: ignore[union-attr]
+        watches.append(names.count("Fleet._watch"))
+
+    collect([FaultProxy(served)], PROMPTS[:1], SAMPLING, CONCURRENCY, repeats=4, see=count)
+    assert watches == [0, 1]
 
 
 def test_the_errors_of_all_servers_are_told_if_none_is_left(served: str) -> None:
     proxies = [FaultProxy(served, always=Fault(status=500)), FaultProxy(served, always=meta(without_number))]
     with pytest.raises(RolloutError) as caught:
-        collect(proxies)
+        collect(proxies, PROMPTS, SAMPLING, CONCURRENCY)
     text = str(caught.value)
     assert text.startswith("no rollout server is left:\n")
     assert f"{proxies[0].url}/generate: status 500" in text
@@ -139,16 +145,17 @@ def test_the_errors_of_all_servers_are_told_if_none_is_left(served: str) -> None
 def test_what_one_server_refuses_is_not_asked_of_another(served: str, caplog: pytest.LogCaptureFixture) -> None:
     proxies = [FaultProxy(served, Fault(status=400)), FaultProxy(served)]
     with pytest.raises(RefusedError, match="status 400"):
-        collect(proxies)
+        collect(proxies, PROMPTS, SAMPLING, CONCURRENCY)
     assert "ejected" not in caplog.text
 
 
-def test_a_busy_server_is_asked_again_when_it_says(served: str) -> None:
-    proxy = FaultProxy(served, Fault(status=429, retry_after=2))
+@pytest.mark.parametrize("seconds", [2, None])
+def test_a_busy_server_is_asked_again_when_it_says(served: str, seconds: int | None) -> None:
+    proxy = FaultProxy(served, Fault(status=429, retry_after=seconds))
     start = time.monotonic()
-    groups = collect([proxy])
+    groups = collect([proxy], PROMPTS, SAMPLING, CONCURRENCY)
     assert all(len(group.samples) == 3 for group in groups)
-    assert time.monotonic() - start >= 2
+    assert time.monotonic() - start >= (seconds or 0)
 
 
 def test_a_rollout_that_is_cancelled_aborts_its_requests(served: str) -> None:

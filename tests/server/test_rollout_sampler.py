@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import time
 from collections.abc import Callable
@@ -10,14 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sampled_groups
 from fault_proxy import Fault, FaultProxy
+from sampled_groups import make_prompts
 from tiny_models import VOCAB_SIZE
 
 from megatron_rl.data.sample import Group, Prompt
 from megatron_rl.data.versions import Versions, VersionSpan
-from megatron_rl.rollout.client import Completion, RolloutError, SGLangClient
-from megatron_rl.rollout.fleet import Fleet
-from megatron_rl.rollout.sampler import Sampler, Sampling, as_sample, request_seed, rollout_groups
+from megatron_rl.rollout.client import Completion, RolloutError
+from megatron_rl.rollout.sampler import Sampling, as_sample, request_seed
 
 server = pytest.mark.server
 SAMPLING = Sampling(
@@ -28,10 +28,7 @@ SAMPLING = Sampling(
     versions=Versions(0),
     seed=0,
 )
-PROMPTS = [
-    (10 + n, Prompt(f"p{n}", "", tuple(np.random.default_rng(n).integers(2, VOCAB_SIZE, 6).tolist()), "", ""))
-    for n in range(6)
-]
+PROMPTS = make_prompts(6, first=10)
 
 
 def collect(
@@ -46,20 +43,9 @@ def collect(
     """Collects groups through `servers` proxies to one server, the first of them with these faults. `seen_by` gets the
     proxies before they start."""
 
-    async def run() -> tuple[list[Group], list[FaultProxy]]:
-        proxies = [FaultProxy(url, *(faults if n == 0 else ())) for n in range(servers)]
-        seen_by(proxies)
-        for proxy in proxies:
-            await proxy.__aenter__()
-        clients = [SGLangClient(proxy.url, deadline=deadline) for proxy in proxies]
-        try:
-            return await rollout_groups(Sampler(Fleet(clients), concurrency), PROMPTS, sampling), proxies
-        finally:
-            for client, proxy in zip(clients, proxies, strict=True):
-                await client.close()
-                await proxy.__aexit__()
-
-    return asyncio.run(run())
+    proxies = [FaultProxy(url, *(faults if n == 0 else ())) for n in range(servers)]
+    seen_by(proxies)
+    return sampled_groups.collect(proxies, PROMPTS, sampling, concurrency, deadline=deadline), proxies
 
 
 def bodies(proxy: FaultProxy) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ class MadeUp:
     def __init__(self) -> None:
         self.loop = BackgroundLoop()
 
-    def pause(self) -> None:
+    def pause(self, *, tell: bool) -> None:
         pass
 
     resume = pause

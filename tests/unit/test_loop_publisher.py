@@ -10,6 +10,7 @@ import pytest
 
 from megatron_rl.config.schema import RolloutConfig, WeightsConfig
 from megatron_rl.loop import publisher
+from megatron_rl.weights.collective import WeightSyncError
 
 
 @pytest.mark.parametrize("lag", [0, 2])
@@ -19,7 +20,8 @@ def test_rollouts_that_go_on_are_paused_until_the_new_version_counts(
     calls: list[Any] = []
 
     def note(what: str) -> Any:
-        def noted(*version: int) -> dict[str, float]:
+        def noted(*version: int, tell: bool = True) -> dict[str, float]:
+            assert tell
             calls.append((what, *version, [v for v in range(9) if v in made.versions]))
             return {what: 1.0}
 
@@ -43,3 +45,26 @@ def test_rollouts_that_go_on_are_paused_until_the_new_version_counts(
     before, after = ([3], [4]) if lag == 0 else ([1, 2, 3], [2, 3, 4])
     expected = [("check", before), ("pause", before), ("push", 4, before), ("resume", after), ("verify", 4, after)]
     assert calls[-len(calls) // 2 :] == [each for each in expected if lag or each[0] not in ("pause", "resume")]
+
+
+def test_a_failed_sync_leaves_no_server_paused(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """They may run elsewhere, for the next run too."""
+    calls: list[str] = []
+
+    def push(version: int) -> dict[str, float]:
+        raise WeightSyncError("refused")
+
+    monkeypatch.setattr(publisher, "WeightSync", lambda *_, **__: SimpleNamespace(push=push))
+    monkeypatch.setattr(publisher, "together", lambda _: contextlib.nullcontext())  # there are no other ranks
+    config: Any = SimpleNamespace(weights=WeightsConfig(), rollout=RolloutConfig(lag=1), seed=0)
+    trainer: Any = SimpleNamespace(
+        place=SimpleNamespace(rank=0, control=None),
+        policy=None,
+        run=SimpleNamespace(path=tmp_path),
+        journal=SimpleNamespace(phase=lambda _: contextlib.nullcontext()),
+    )
+    leader = SimpleNamespace(pause=lambda tell: calls.append("pause"), resume=lambda tell: calls.append("resume"))
+    servers: Any = SimpleNamespace(leader=leader, check=lambda: None)
+    with pytest.raises(WeightSyncError, match="refused"):
+        publisher.Publisher(config, trainer, servers).publish(1)
+    assert calls == ["pause", "resume"]
