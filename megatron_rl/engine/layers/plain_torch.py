@@ -182,13 +182,41 @@ def rows_of(bias: Tensor, rows: Tensor, count: int) -> Tensor:
 def grouped_linear(x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
     """x [n, in] in consecutive blocks of rows[e] rows, weight [E, out, in]; returns [n, out].
 
-    torch's grouped_mm is used where it has a grouped kernel (CUDA, bf16); elsewhere it loops over the groups as the
-    line below does, and more slowly (measured with torch 2.13 on CPU).
+    torch's grouped_mm is used where it has a grouped kernel (CUDA, bf16); elsewhere it loops over the groups too, and
+    more slowly (measured with torch 2.13 on CPU).
     """
     if x.is_cuda and x.dtype == torch.bfloat16:
         return F.grouped_mm(x, weight.transpose(1, 2), offs=put(rows.cumsum(0, dtype=torch.int32), x.device))
-    blocks = x.split(rows.tolist())
-    return torch.cat([F.linear(block, w) for block, w in zip(blocks, weight.unbind(0), strict=True)])
+    output: Tensor = _BlocksLinear.apply(x, weight, rows.tolist())
+    return output
+
+
+class _BlocksLinear(torch.autograd.Function):
+    """One matrix product for each block, written to its place; concatenating would copy outputs and gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, rows: list[int]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.rows = rows
+        output = x.new_empty(len(x), weight.shape[1])
+        for block, w, out in zip(x.split(rows), weight, output.split(rows), strict=True):
+            torch.mm(block, w.t(), out=out)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        blocks = grads[0].split(ctx.rows)
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.empty_like(x)
+            for block, w, out in zip(blocks, weight, grad_x.split(ctx.rows), strict=True):
+                torch.mm(block, w, out=out)
+        if ctx.needs_input_grad[1]:  # not if experts are frozen
+            grad_weight = torch.empty_like(weight)
+            for block, rows, out in zip(blocks, x.split(ctx.rows), grad_weight, strict=True):
+                torch.mm(block.t(), rows, out=out)
+        return grad_x, grad_weight, None
 
 
 def layer_spec(arch: Architecture, layer: int) -> ModuleSpec:
