@@ -1,6 +1,6 @@
 """Training tokens/s of the engine against transformers and a bare Megatron-Core schedule, side by side in one run.
 
-    python benchmarks/train_throughput.py [--model DIR | --size 1b] [--device cuda --dtype bf16] [--layers torch]
+    PYTHONPATH=. python benchmarks/train_throughput.py [--model DIR | --size 1b] [--device cuda --dtype bf16] [--layers torch]
         [--repeats 7]
 
 Timed in turn, again and again, on the same tokens in one process: transformers' forward and backward pass (padded to
@@ -317,9 +317,11 @@ def main(
     def ratio(a: str, b: str) -> float:
         return statistics.median(y / x for x, y in zip(seconds[a], seconds[b], strict=True))
 
-    print(f"bare schedule / transformers: {ratio('bare schedule', 'transformers'):.2f}  (tokens/s; goal: at least 0.9)")
+    print(
+        f"bare schedule / transformers: {ratio('bare schedule', 'transformers'):.2f}  (tokens/s; goal: at least 1.18)"
+    )
     print(f"RL gradient / transformers:   {ratio('RL gradient', 'transformers'):.2f}")
-    print(f"RL gradient / bare schedule:  {ratio('RL gradient', 'bare schedule'):.2f}  (goal: at least 0.91)")
+    print(f"RL gradient / bare schedule:  {ratio('RL gradient', 'bare schedule'):.2f}  (goal: at least 0.97)")
     print(f"R2 / live RL gradient:        {ratio('RL gradient, R2', 'RL gradient'):.2f}")
 
 

@@ -224,9 +224,9 @@ def _experts(work: Workload) -> LayerBytes:
     """Returns what router, exchange and experts keep, and the expert that every token visits."""
     arch, width = work.arch, work.arch.expert_hidden_size / work.layout.etp
     row = arch.hidden_size * work.item + 2 * width * work.item + FP32
-    activation = _gated(work, width) - 2 * width * work.item
+    activation = width * work.item
     if arch.clamped is not None:
-        activation += 2 * width * work.item  # clamped gate, and its sigmoid
+        activation += 4 * width * work.item  # gate and up, clamped, the gate's sigmoid, and the unweighted product
     if arch.biases:
         row += arch.hidden_size / work.layout.etp * work.item + 2 * INT64  # the second bias, times the probability
     scores = 3 if arch.router.scores == "sigmoid" else 2

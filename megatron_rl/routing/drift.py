@@ -92,13 +92,16 @@ class RoutingStats:
         """
         chosen = used.long().masked_fill(~valid[:, None], 0)  # not used[valid], whose shape depends on the data
         probabilities = scores.logprobs.exp()
-        # entr(0) is 0, while the log of a probability that underflowed is -inf.
-        self._add("entropy", layer, torch.special.entr(probabilities).sum(-1), valid)
+        # The log of a probability that underflowed is -inf, and 0 times that is not 0.
+        logs = scores.logprobs.clamp(min=torch.finfo(scores.logprobs.dtype).min)
+        self._add("entropy", layer, -(probabilities * logs).sum(-1), valid)
         self._add("mass", layer, probabilities.gather(1, chosen).double().sum(-1), valid)
         if self._top_k < scores.ranked.shape[1]:
-            best = scores.ranked.topk(self._top_k + 1, dim=-1).values
+            ids = live.long().masked_fill(~valid[:, None], 0)
+            last = scores.ranked.gather(1, ids).amin(-1)
+            first = scores.ranked.scatter(1, ids, float("-inf")).amax(-1)
             # The groups of a row may have no expert but those chosen.
-            self._add("margin", layer, best[:, -2] - best[:, -1], valid & best[:, -1].isfinite())
+            self._add("margin", layer, last - first, valid & first.isfinite())
         if replayed is not None:
             self._add("live_overlap", layer, common(used, live) / self._top_k, valid & replayed)
             self._add("fallback", layer, ~replayed, valid)

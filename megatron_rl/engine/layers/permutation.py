@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer.moe import token_dispatcher
 from torch import Tensor
 
@@ -49,6 +50,8 @@ class _FromExperts(torch.autograd.Function):
 def add_rows(rows: Tensor, token_of: Tensor, tokens: int) -> Tensor:
     """Returns [T, H]: the sum of each token's rows. Every token has as many, as no token is dropped."""
     rows_of = token_of.argsort(stable=True).view(tokens, len(rows) // tokens)
+    if rows.dtype == torch.float32:
+        return F.embedding_bag(rows_of, rows, mode="sum")  # in one pass; in bf16 it would round each sum on a CPU
     total = rows.index_select(0, rows_of[:, 0]).float()
     for column in rows_of.unbind(1)[1:]:
         total += rows.index_select(0, column)
@@ -56,13 +59,18 @@ def add_rows(rows: Tensor, token_of: Tensor, tokens: int) -> Tensor:
 
 
 def use_equal_bits() -> None:
-    """Replaces both directions of Megatron-Core's all-to-all dispatcher, except where they are fused; once a process.
+    """Replaces both directions of Megatron-Core's all-to-all dispatcher, except where they are fused, and leaves out
+    its copies that change no order; once a process.
 
     Not for DeepEP's: there a token has as many rows as it has experts on this rank, which differ in number.
     """
     if hasattr(token_dispatcher, "_megatron_rl_permute"):
         return
-    permute, unpermute = token_dispatcher.permute, token_dispatcher.unpermute
+    permute, unpermute, sort = (
+        token_dispatcher.permute,
+        token_dispatcher.unpermute,
+        token_dispatcher.sort_chunks_by_idxs,
+    )
     token_dispatcher._megatron_rl_permute = permute
 
     def to_experts(tokens: Tensor, routing_map: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -76,4 +84,10 @@ def use_equal_bits() -> None:
             return unpermute(rows, token_of, restore_shape, *args, **kwargs)
         return _FromExperts.apply(rows, token_of, restore_shape[0])
 
+    def sort_chunks(rows: Tensor, sizes: Tensor, order: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("fused") or order.tolist() != list(range(len(order))):
+            return sort(rows, sizes, order, *args, **kwargs)
+        return rows, kwargs.get("probs")  # one rank has all experts: Megatron-Core would copy, in both passes
+
     token_dispatcher.permute, token_dispatcher.unpermute = to_experts, from_experts
+    token_dispatcher.sort_chunks_by_idxs = sort_chunks

@@ -157,15 +157,41 @@ class GroupedExperts(MegatronModule):
         gate_up = grouped_linear(x, self.weight1, tokens_per_expert)
         if hasattr(self, "bias1"):
             gate_up = gate_up + rows_of(self.bias1, tokens_per_expert, len(x))
-        gate, up = gate_up.chunk(2, dim=-1)
-        activated = F.silu(gate) * up if self.clamped is None else clamped_swiglu(gate, up, self.clamped)
-        hidden = (activated * probs.unsqueeze(-1)).to(x.dtype)
+        if self.clamped is None:
+            hidden = _WeightedSwiglu.apply(gate_up, probs)
+        else:
+            gate, up = gate_up.chunk(2, dim=-1)
+            activated = clamped_swiglu(gate, up, self.clamped)
+            hidden = (activated * probs.unsqueeze(-1)).to(x.dtype)
         output = grouped_linear(hidden, self.weight2, tokens_per_expert)
         if hasattr(self, "bias2"):
             bias = (rows_of(self.bias2, tokens_per_expert, len(x)) * probs.unsqueeze(-1)).to(x.dtype)
             after = output.shape[-1] - self.own_outputs - bias.shape[-1]
             output = output + F.pad(bias, (self.own_outputs, after))
         return output, None
+
+
+class _WeightedSwiglu(torch.autograd.Function):
+    """silu(gate) * up * probs, and gradients that go to their places; autograd would copy each half."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, probs: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up, probs)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return (F.silu(gate).mul_(up) * probs.unsqueeze(-1)).to(gate_up.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        gate_up, probs = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad.chunk(2, dim=-1)
+        activated = F.silu(gate)
+        weighted = (grads[0] * probs.unsqueeze(-1)).to(gate_up.dtype)
+        torch.mul(weighted, activated, out=grad_up)
+        grad_probs = (activated.mul_(up) * grads[0].to(probs.dtype)).sum(-1)
+        torch.ops.aten.silu_backward.grad_input(weighted.mul_(up), gate, grad_input=grad_gate)
+        return grad, grad_probs
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor, clamp: ClampedSwiglu) -> Tensor:
