@@ -1,7 +1,7 @@
 """Training tokens/s of the engine against transformers and a bare Megatron-Core schedule, side by side in one run.
 
-    PYTHONPATH=. python benchmarks/train_throughput.py [--model DIR | --size 1b] [--device cuda --dtype bf16] [--layers torch]
-        [--repeats 7]
+    PYTHONPATH=. python benchmarks/train_throughput.py [--model DIR | --size 1b] [--device cuda --dtype bf16]
+        [--layers torch] [--repeats 7]
 
 Timed in turn, again and again, on the same tokens in one process: transformers' forward and backward pass (padded to
 the longest); Megatron-Core's schedule over the same packed batch with a loss that is a plain sum; the policy's whole RL
