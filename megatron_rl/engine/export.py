@@ -1,6 +1,6 @@
 """The policy's weights as a stream of whole Hugging Face tensors on rank 0.
 
-Each shard goes straight from the rank that holds it to rank 0, in one message per rank and bucket. Who holds
+Each shard goes straight from the rank that holds it to rank 0, in a few messages per rank and bucket. Who holds
 what follows from the architecture and the layout alone, so that nothing but weights is sent. Data- and
 context-parallel duplicates send nothing.
 """
@@ -24,6 +24,11 @@ from megatron_rl.models.shards import assemble
 from megatron_rl.models.weight import Weight
 
 DESTINATION = 0
+MESSAGES = 8
+"""A bucket arrives in about so many messages from each rank, because the shards of one and the whole tensors that are
+made of them are there at the same time."""
+_Held = list[tuple[Weight, range]]
+"""Weights, each with the ranks that hold its shards."""
 
 
 def export_stream(
@@ -33,14 +38,17 @@ def export_stream(
     names: WeightNames,
     bucket_bytes: int,
     tensor_of: Callable[[nn.Parameter], Tensor] | None = None,
+    reuse: bool = False,
 ) -> Iterator[list[tuple[str, Tensor]]]:
     """Buckets of (Hugging Face name, whole tensor) on rank 0, empty lists elsewhere. Collective.
 
     `chunks` are the rank's virtual stages, unwrapped, and `names` those of their layers; `tensor_of` gives what is
     exported for a parameter in its place, as its gradient, of the parameter's shape and of one dtype throughout;
     weights that do not train are then left out. Tensors come in the order of the model's list of weights under every
-    layout. Rank 0 holds at most two buckets' bytes, other ranks one; a bucket is larger than `bucket_bytes` only when a
-    single weight is, or all experts that one tensor stacks are. Every rank must exhaust the stream.
+    layout, and those of a bucket follow each other in memory. With `reuse` a bucket stays as it is until the next but
+    one is asked for, rank 0 holds at most 2 * bucket_bytes, and other ranks hold an eighth of `bucket_bytes`. A bucket
+    or a message is larger only if a single weight is, or all experts that one tensor stacks. Every rank must exhaust
+    the stream.
 
     Raises RuntimeError when stages are not cut as the layout says, or when ranks disagree on dtype or bucket size,
     and ValueError for what `bind` refuses.
@@ -67,9 +75,20 @@ def export_stream(
             )
         return slots[weight.name].of(tensor).detach()
 
-    buckets = _buckets(weights, bucket_bytes // sample.dtype.itemsize)
+    elements = bucket_bytes // sample.dtype.itemsize
+    of_message = elements // MESSAGES
+    buckets = _buckets(weights, elements - of_message // 2)  # two buckets and a message are 2 * bucket_bytes
     _check_agreement(bucket_bytes, sample)
-    return (_gather([(w, holders(layout, w, arch)) for w in bucket], local, sample) for bucket in buckets)
+    rooms: Iterator[Tensor | None] = itertools.repeat(None)
+    if reuse and rank == DESTINATION:
+        # Memory that is new for each bucket costs a CPU more in page faults than the copy into it.
+        largest = max(sum(w.elements() for w in bucket) * _dtype(bucket[0], sample).itemsize for bucket in buckets)
+        rooms = itertools.cycle([sample.new_empty(largest, dtype=torch.uint8) for _ in buckets[:2]])
+    held = [
+        [[(w, holders(layout, w, arch)) for w in message] for message in _buckets(bucket, of_message)]
+        for bucket in buckets
+    ]
+    return (_gather(messages, local, sample, room) for messages, room in zip(held, rooms, strict=False))
 
 
 def model_ranks(layout: Layout, rank: int) -> ModelRanks:
@@ -122,33 +141,47 @@ def _tensors(weight: Weight) -> list[str]:
 
 
 def _gather(
-    bucket: Sequence[tuple[Weight, range]], local: Callable[[Weight], Tensor], like: Tensor
+    messages: Sequence[_Held], local: Callable[[Weight], Tensor], like: Tensor, room: Tensor | None
 ) -> list[tuple[str, Tensor]]:
-    """One bucket of weights, each with its holders: whole tensors on rank 0, [] elsewhere."""
+    """One bucket, cut into messages: whole tensors on rank 0, one after the other in `room`, and [] elsewhere.
+
+    `room` has bytes; None: new memory.
+    """
     rank = dist.get_rank()
     if rank != DESTINATION:
-        mine = [local(weight).reshape(-1) for weight, holders in bucket if rank in holders]
-        if mine:
-            _transfer([dist.P2POp(dist.isend, torch.cat(mine), DESTINATION)])
+        for message in messages:
+            mine = [local(weight).reshape(-1) for weight, holders in message if rank in holders]
+            if mine:
+                _transfer([dist.P2POp(dist.isend, torch.cat(mine), DESTINATION)])
+            del mine
         return []
-    received = _receive(bucket, like)
+    dtype = _dtype(messages[0][0][0], like)
+    sources = {source.name: source.whole for message in messages for weight, _ in message for source in weight.sources}
+    sizes = [math.prod(source.shape) for source in sources.values()]
+    size = sum(sizes) * dtype.itemsize
+    flat = (like.new_empty(size, dtype=torch.uint8) if room is None else room[:size]).view(dtype)
+    parts = zip(sources.items(), flat.split(sizes), strict=True)
+    wholes = {name: part.view(source.shape) for (name, source), part in parts}
+    for message in messages:
+        received = _receive(message, like)
 
-    def shards(holders: range, weight: Weight) -> list[Tensor]:
-        return [local(weight) if holder == DESTINATION else next(received[holder]) for holder in holders]
+        def shards(holders: range, weight: Weight, received: dict[int, Iterator[Tensor]] = received) -> list[Tensor]:
+            return [local(weight) if holder == DESTINATION else next(received[holder]) for holder in holders]
 
-    return assemble((weight, shards(holders, weight)) for weight, holders in bucket)
+        assemble(((weight, shards(holders, weight)) for weight, holders in message), wholes)
+        del received, shards
+    return list(wholes.items())
 
 
-def _receive(bucket: Sequence[tuple[Weight, range]], like: Tensor) -> dict[int, Iterator[Tensor]]:
-    """What each other holder sends of the bucket, shard by shard in the bucket's order; `like` is on the device."""
-    dtype = _dtype(bucket[0][0], like)
+def _receive(message: _Held, like: Tensor) -> dict[int, Iterator[Tensor]]:
+    """What each other holder sends in the message, shard by shard in its order; `like` is on the device."""
     shapes: dict[int, list[tuple[int, ...]]] = {}
-    for weight, holders in bucket:
+    for weight, holders in message:
         for number, holder in enumerate(holders):
             if holder != DESTINATION:
                 shapes.setdefault(holder, []).append(weight.cut(number, len(holders))[0])
     counts = {holder: [math.prod(shape) for shape in shapes[holder]] for holder in shapes}
-    flats = {holder: like.new_empty(sum(counts[holder]), dtype=dtype) for holder in shapes}
+    flats = {holder: like.new_empty(sum(counts[holder]), dtype=_dtype(message[0][0], like)) for holder in shapes}
     _transfer([dist.P2POp(dist.irecv, flat, holder) for holder, flat in flats.items()])
     return {holder: map(Tensor.view, flat.split(counts[holder]), shapes[holder]) for holder, flat in flats.items()}
 

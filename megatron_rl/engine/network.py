@@ -183,15 +183,19 @@ class Network:
         gather_weights(self.stages)
 
     def export(
-        self, bucket_bytes: int, tensor_of: Callable[[torch.nn.Parameter], Tensor] | None = None
+        self,
+        bucket_bytes: int,
+        tensor_of: Callable[[torch.nn.Parameter], Tensor] | None = None,
+        *,
+        reuse: bool = False,
     ) -> Iterator[list[tuple[str, Tensor]]]:
         """Buckets of (Hugging Face name, whole tensor) on rank 0, empty lists elsewhere. With `tensor_of`, of what it
-        gives for each parameter, as its gradient, and of weights that train alone."""
+        gives for each parameter, as its gradient, and of weights that train alone. With `reuse` a bucket stays as it is
+        until the next but one is asked for."""
         self.gather_weights()
-        names = self.layers.weight_names
-        return map(
-            self._moving, export_stream(list(self.models), self.arch, self.layout, names, bucket_bytes, tensor_of)
-        )
+        names, models = self.layers.weight_names, list(self.models)
+        exported = export_stream(models, self.arch, self.layout, names, bucket_bytes, tensor_of, reuse)
+        return map(self._moving, exported)
 
     def _moving(self, bucket: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
         self.moved()

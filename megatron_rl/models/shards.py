@@ -57,12 +57,14 @@ def join(parts: Sequence[Source], values: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def assemble(weights: Iterable[tuple[Weight, Sequence[Tensor]]]) -> list[tuple[str, Tensor]]:
+def assemble(
+    weights: Iterable[tuple[Weight, Sequence[Tensor]]], wholes: dict[str, Tensor] | None = None
+) -> list[tuple[str, Tensor]]:
     """Returns (Hugging Face name, whole tensor) of the weights' sources, from the shards of all ranks.
 
-    `weights` have every part of a tensor that one of them is a part of.
+    `weights` have every part of a tensor that one of them is a part of. Tensors of `wholes` are filled, others made.
     """
-    wholes: dict[str, Tensor] = {}
+    wholes = {} if wholes is None else wholes
     for weight, shards in weights:
         dim = weight.sharding.dim
         for source in weight.sources:
