@@ -192,7 +192,7 @@ def check_config(config: Config | SftConfig, arch: Architecture, world_size: int
             *_check_servers(config, arch),
             *_check_routing(config, arch),
             *check_replay(config.routing, config.engine),
-            *check_stress(config.weights.stress, arch),
+            *check_stress(config.weights.stress, config.weights.route, arch),
             *_check_evaluation(config),
             *_check_recorded_steps(config),
         ]

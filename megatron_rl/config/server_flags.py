@@ -13,6 +13,7 @@ _ONE_MACHINE = "the trainer starts servers on one machine; start larger ones you
 _HTTP = "the trainer speaks HTTP to the servers that it starts; start others yourself and name them in urls"
 _ADDRESS = "the trainer chooses the address"
 _ROUTES = "set routing.replay r3 or routing.observe_rollout"
+_LOADER = "it is set to the loader of weights.route delta"
 TRAINERS_FLAGS = {
     "--model-path": "set model.path",
     "--model": "set model.path",
@@ -31,6 +32,7 @@ TRAINERS_FLAGS = {
     "--enable-return-routed-experts": _ROUTES,
     "--config": "list its flags in extra_flags",
     "--weight-version": "the trainer counts the versions of the weights",
+    "--custom-weight-loader": _LOADER,
     "--ssl-keyfile": _HTTP,
     "--ssl-certfile": _HTTP,
     "--ssl-ca-certs": _HTTP,
@@ -67,6 +69,7 @@ SERVE_FLAGS = {
     "--port": "give it before the --",
     "--model-path": "the model is given already",
     "--tokenizer-worker-num": "SGLang then asks nobody for the key",
+    "--custom-weight-loader": _LOADER,
 }
 
 # In SGLang 0.5.23 their experts take the router's logits and choose by themselves: no route is recorded.

@@ -74,10 +74,15 @@ class Noise(Stress):
 StressConfig = Annotated[NoStress | Fp8 | Integer | Noise, Field(discriminator="kind")]
 
 
-def check_stress(stress: NoStress | Stress, arch: Architecture) -> Iterator[str]:
-    """Yields one line for each target that the model does not have."""
+def check_stress(stress: NoStress | Stress, route: str, arch: Architecture) -> Iterator[str]:
+    """Yields one line for each target that the model does not have, and one if weights.route cannot stress."""
     if isinstance(stress, NoStress):
         return
+    if route == "delta":
+        yield (
+            "weights.route: delta sends what changed in each rank's shards, and weights.stress changes whole tensors; "
+            "set weights.route to disk or collective"
+        )
     held = held_targets(arch)
     for target in stress.targets or ():
         if target not in held:

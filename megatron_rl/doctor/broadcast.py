@@ -11,6 +11,7 @@ from megatron_rl.doctor.needs import CannotTell
 from megatron_rl.engine.device import use_device
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import SGLangClient
+from megatron_rl.weights.all_servers import AllServers
 from megatron_rl.weights.collective import CollectiveRoute
 
 SKIPPED_WEIGHT = "model.layers.0.self_attn.rotary_emb.inv_freq"
@@ -29,7 +30,7 @@ def broadcast(
     if not on_cpu and not torch.cuda.is_available():
         raise CannotTell("the server is on a GPU; ask from a machine with one")
     device = torch.device("cpu") if on_cpu else use_device("cuda")
-    route = CollectiveRoute([client], loop, device, timeout_seconds)
+    route = CollectiveRoute(AllServers([client], loop, timeout_seconds), device)
     try:
         route.push([[(SKIPPED_WEIGHT, torch.zeros(1))]], version)
     finally:

@@ -120,7 +120,37 @@ COSTS = DeclaredTable(
             "trace/bytes_moved", VALUE, "byte", "Bytes of routing traces that all ranks received in a step."
         ),
         DeclaredMetric("trace/seconds", VALUE, "s", "Seconds that the slowest rank spent on moving routing traces."),
-        DeclaredMetric("weights/bytes", VALUE, "byte", "Bytes of weights sent to each rollout server."),
+        DeclaredMetric("weights/bytes", VALUE, "byte", "Bytes of weights that each rollout server got or read."),
+        DeclaredMetric(
+            "weights/seconds", VALUE, "s", "Rank 0's wall-clock seconds of the weight sync, without its verification."
+        ),
+        DeclaredMetric(
+            "weights/seconds/{phase}",
+            VALUE,
+            "s",
+            "Rank 0's seconds in a phase of the weight sync: {phase}. Phases overlap.",
+            fields={
+                "phase": {
+                    "gather": "gathering of shards, for weights.route collective",
+                    "broadcast": "broadcasts; on a GPU the servers' loading has their time",
+                    "write": "gathering and writing of files",
+                    "load": "the servers' loading of broadcasts or files",
+                }
+            },
+        ),
+        DeclaredMetric("weights/bytes_per_second", VALUE, "byte/s", "weights/bytes over weights/seconds."),
+        DeclaredMetric(
+            "weights/checksum",
+            VALUE,
+            "1",
+            "First 48 bits of the first server's checksum over its weights after the sync.",
+        ),
+        DeclaredMetric(
+            "weights/changed",
+            VALUE,
+            "fraction of elements",
+            "Fraction of the weights' elements that differ from the version before, if they alone were sent.",
+        ),
         DeclaredMetric(
             "weights/{what}",
             VALUE,

@@ -184,7 +184,7 @@ def _fp8_copies(job: Job, rank: int) -> int:
 
 
 def _bucket(job: Job, rank: int) -> int:
-    """Rank 0 holds two buckets of whole tensors, others one (engine/export.py)."""
+    """Rank 0 holds two buckets of whole tensors, others at most one (engine/export.py)."""
     if not isinstance(job.config, Config):
         return 0
     bucket = max(job.config.weights.bucket_mib * MIB, largest_tensor(job.arch) * job.item)

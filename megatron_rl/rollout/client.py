@@ -9,6 +9,7 @@ over. A server is told when nobody waits for its answer any more.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import uuid
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -249,24 +250,33 @@ class SGLangClient:
         shapes: Sequence[Sequence[int]],
         group_name: str,
         load_format: str | None,
-        flush_cache: bool,
-        weight_version: int | None,
     ) -> None:
-        """Returns once the weights have been broadcast and loaded."""
+        """Returns once the weights have been broadcast and loaded. Cached prefixes and weight version stay."""
         body = {
             "names": list(names),
             "dtypes": list(dtypes),
             "shapes": [list(shape) for shape in shapes],
             "group_name": group_name,
             "load_format": load_format,
-            "flush_cache": flush_cache,
-            "weight_version": None if weight_version is None else str(weight_version),
+            "flush_cache": False,
         }
         await self._call("/update_weights_from_distributed", body, once=True)
 
     async def update_weights_from_disk(self, model_path: str, *, weight_version: int) -> None:
         body = {"model_path": model_path, "weight_version": str(weight_version), "flush_cache": True}
         await self._call("/update_weights_from_disk", body)
+
+    async def load_custom(self, *, loader: str, named_tensors: bytes, weight_version: int) -> None:
+        """Has the server's `--custom-weight-loader` of this name load what SGLang unpickles, in each of its ranks."""
+        tp_size = (await self.server_info())["tp_size"]
+        payload = base64.b64encode(named_tensors).decode()
+        body = {
+            "serialized_named_tensors": [payload] * tp_size,
+            "load_format": loader,
+            "flush_cache": True,
+            "weight_version": str(weight_version),
+        }
+        await self._call("/update_weights_from_tensor", body, once=True)
 
     async def update_weight_version(self, version: int | str) -> None:
         """Changes only the version; requests in flight continue. Ours are numbers; a new server has another."""

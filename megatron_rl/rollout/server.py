@@ -28,6 +28,8 @@ from megatron_rl.models.fields import ModelError
 from megatron_rl.rollout.sglang_launch import KEY_VARIABLE
 from megatron_rl.routing.wire import SERVER_FLAG
 
+LOADER = "megatron_rl.weights.delta_loader.load_delta"
+"""Writes changed elements of weights into a server (weights.route delta). Every server of ours has it."""
 LOG_TAIL_LINES = 30
 LOG_LINE_WIDTH = 300  # SGLang prints all its arguments in one line of 15,000 characters
 PORTS = range(20000, 32000)  # below Linux's ephemeral ports, which any outgoing connection may take
@@ -92,6 +94,7 @@ def sglang_command(options: ServerOptions, has_gpu: bool) -> tuple[list[str], di
         "--max-running-requests": str(options.max_running_requests),
         "--random-seed": str(options.seed),
         "--grammar-backend": "none",
+        "--custom-weight-loader": LOADER,
         "--log-level-http": "warning",  # otherwise every request is logged
     }
     if (tokens := cache_tokens(options.max_total_tokens, on_cpu=on_cpu)) is not None:

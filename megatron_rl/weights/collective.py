@@ -1,22 +1,26 @@
 """Sends weights to rollout servers by broadcast: gloo from a CPU, NCCL from a GPU.
 
 Rank 0 of the trainer and all tensor-parallel ranks of all servers form one process group, in which the trainer is rank
-0. A bucket is one flat byte tensor (SGLang's "flattened_bucket").
+0. A bucket is one flat byte tensor (SGLang's "flattened_bucket"). While it is broadcast and loaded, the ranks gather
+the next one, and the servers are told of it, so that they receive it as soon as they have loaded the first. They cannot
+do so earlier: a server receives and loads a bucket in one call of its only thread.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import datetime
+import itertools
 import os
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,50 +29,57 @@ from torch.distributed.distributed_c10d import PrefixStore, _new_process_group_h
 
 from megatron_rl.errors import UserError
 from megatron_rl.ranks.place import backend
-from megatron_rl.rollout.background import BackgroundLoop
-from megatron_rl.rollout.client import SGLangClient
+from megatron_rl.weights.all_servers import AllServers, Bucket, Sent, WeightSyncError, wait_for
 
 CLOSE_SECONDS = 30.0
 T = TypeVar("T")
 
 
-class WeightSyncError(UserError):
-    """A server refused weights, or did not answer in time."""
-
-
 class CollectiveRoute:
     """Sends weights by broadcast. Only the trainer's rank 0 has this object."""
 
-    def __init__(
-        self,
-        clients: Sequence[SGLangClient],
-        loop: BackgroundLoop,
-        device: torch.device,
-        timeout_seconds: float,
-    ) -> None:
-        self._clients = clients
-        self._urls = [client.url for client in clients]
-        self._loop = loop
+    def __init__(self, servers: AllServers, device: torch.device) -> None:
+        self._servers = servers
         self._device = device
-        self._timeout = timeout_seconds
         # Of this join alone: a server remembers the group of a trainer that was killed, under its name.
         self._name = f"megatron_rl_weights_{secrets.token_hex(4)}"
         self._group: dist.ProcessGroup | None = None
         self._is_broken = False
         self._sockets: dict[str, str] = {}  # sockets of the group; see _open_sockets
 
-    def push(self, buckets: Iterable[list[tuple[str, Tensor]]], version: int) -> int:
-        """Sends the buckets as weight version `version`; returns the bytes sent. Raises WeightSyncError."""
+    def push(self, buckets: Iterable[Bucket], version: int) -> Sent:
+        """Sends the buckets as weight version `version`. Raises WeightSyncError.
+
+        Asks for a bucket while the one before it is on its way, and holds no others.
+        """
         self._is_broken = True  # until every step has succeeded
         if self._group is None:
             self._group = self._join()
-        wait_for(self._ask("begin_weight_update"), self._timeout, self._urls)
-        sent = 0
-        for bucket, is_last in _mark_last(buckets):
-            sent += self._send(self._group, bucket, version if is_last else None)
-        wait_for(self._ask("end_weight_update"), self._timeout, self._urls)
+        begun = self._servers.start("begin_weight_update")
+        total, gather = 0, 0.0
+        times: list[Times] = []
+        sending: _Running[None] | None = None
+        iterator = iter(buckets)
+        while True:
+            start = time.perf_counter()
+            bucket = next(iterator, None)
+            gather += time.perf_counter() - start
+            self._servers.wait(begun)
+            before, sending = sending, None
+            if bucket:
+                sending = self._send(self._group, bucket, before, times)
+                total += sum(tensor.nbytes for _, tensor in bucket)
+            if before is not None:
+                before.finish()
+            if bucket is None:
+                break
+            del bucket, before
+        # Cached prefixes belong to the old weights. A server does one call after the other.
+        ended = [self._servers.start(call) for call in ("end_weight_update", "flush_cache")]
+        for answers in (*ended, self._servers.start("update_weight_version", version=version)):
+            self._servers.wait(answers)
         self._is_broken = False
-        return sent
+        return Sent(total, {"gather": gather, **phases(times)})
 
     def close(self) -> None:
         """Leaves the group. Never raises.
@@ -80,50 +91,54 @@ class CollectiveRoute:
             _cut(self._sockets)
             return
         with contextlib.suppress(UserError):
-            wait_for(self._ask("destroy_weights_update_group", group_name=self._name), CLOSE_SECONDS, self._urls)
+            leaving = self._servers.start("destroy_weights_update_group", group_name=self._name)
+            wait_for(leaving, CLOSE_SECONDS, self._servers.urls)
         dist.destroy_process_group(self._group)
         self._group = None
 
-    def _send(self, group: dist.ProcessGroup, bucket: list[tuple[str, Tensor]], version: int | None) -> int:
-        flat = torch.cat([t.contiguous().flatten().view(torch.uint8) for _, t in bucket]).to(self._device)
-        answers = self._ask(
+    def _send(
+        self, group: dist.ProcessGroup, bucket: Bucket, after: _Running[None] | None, times: list[Times]
+    ) -> _Running[None]:
+        mine = Times()
+        times.append(mine)
+        flat = as_bytes(bucket).to(self._device)
+        answers = self._servers.start(
             "update_weights_from_distributed",
             names=[name for name, _ in bucket],
             dtypes=[str(t.dtype).removeprefix("torch.") for _, t in bucket],
             shapes=[list(t.shape) for _, t in bucket],
             group_name=self._name,
             load_format="flattened_bucket",
-            # Cached prefixes belong to the old weights. The new version holds once the last bucket is loaded.
-            flush_cache=version is not None,
-            weight_version=version,
         )
-        self._together(lambda: dist.broadcast(flat, src=0, group=group), answers)
-        return flat.numel()
+
+        def broadcast() -> None:
+            if after is not None:
+                after.join()
+            mine.begun = time.perf_counter()
+            dist.broadcast(flat, src=0, group=group)
+            mine.sent = time.perf_counter()
+
+        for answer in answers:
+            answer.add_done_callback(mine.note)
+        return self._start(broadcast, answers)
 
     def _join(self) -> dist.ProcessGroup:
         """Joins a new group as rank 0; the servers' ranks follow in the order of the clients."""
         # A trainer that was killed during a sync has left its session open.
-        wait_for(self._ask("abandon_weight_update"), self._timeout, self._urls)
-        infos = wait_for(self._ask("server_info"), self._timeout, self._urls)
+        self._servers.ask("abandon_weight_update")
+        infos = self._servers.ask("server_info")
         tp_sizes = [info["tp_size"] for info in infos]
         world = 1 + sum(tp_sizes)
-        timeout = datetime.timedelta(seconds=self._timeout)
-        addresses = [_address_towards(client.url) for client in self._clients]
+        timeout = datetime.timedelta(seconds=self._servers.timeout)
+        addresses = [_address_towards(url) for url in self._servers.urls]
         store = _listen(addresses, world, timeout)
         offsets = [1 + sum(tp_sizes[:i]) for i in range(len(tp_sizes))]
-        answers = [
-            self._loop.start(
-                client.init_weights_update_group(
-                    master_address=address,
-                    master_port=store.port,
-                    rank_offset=offset,
-                    world_size=world,
-                    group_name=self._name,
-                    backend=backend(self._device),
-                )
-            )
-            for client, address, offset in zip(self._clients, addresses, offsets, strict=True)
+        shared = {"master_port": store.port, "world_size": world, "group_name": self._name}
+        places = [
+            {**shared, "master_address": address, "rank_offset": offset, "backend": backend(self._device)}
+            for address, offset in zip(addresses, offsets, strict=True)
         ]
+        answers = self._servers.start_each("init_weights_update_group", places)
 
         def join() -> dist.ProcessGroup:
             before = _open_sockets()
@@ -140,56 +155,77 @@ class CollectiveRoute:
             self._sockets = dict(_open_sockets().items() - before.items())
             return group
 
-        group = self._together(join, answers)
+        group = self._start(join, answers).finish()
         _world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
         return group
 
-    def _together(self, ours: Callable[[], T], answers: Sequence[Future[Any]]) -> T:
-        """Runs the trainer's side of a collective while the servers run theirs.
+    def _start(self, ours: Callable[[], T], answers: Sequence[Future[Any]]) -> _Running[T]:
+        """Runs the trainer's side of a collective in a thread, while the servers run theirs."""
+
+        def on_device() -> T:
+            if self._device.type == "cuda":  # each thread has its own current device
+                torch.cuda.set_device(self._device)
+            return ours()
+
+        return _Running(on_device, answers, self._servers)
+
+
+@dataclass
+class Times:
+    """When a bucket's broadcast began and ended, and when the last server had loaded it."""
+
+    begun: float = 0.0
+    sent: float = 0.0
+    loaded: float = 0.0
+
+    def note(self, answer: Future[Any]) -> None:
+        self.loaded = time.perf_counter()  # the last server's stands
+
+
+def phases(buckets: Sequence[Times]) -> dict[str, float]:
+    """Returns the seconds in which servers received, and in which they loaded. Receiving waits for the load before."""
+    free = [0.0, *(bucket.loaded for bucket in buckets)]
+    broadcast = sum(b.sent - max(b.begun, before) for b, before in zip(buckets, free, strict=False))
+    return {"broadcast": broadcast, "load": sum(bucket.loaded - bucket.sent for bucket in buckets)}
+
+
+class _Running(Generic[T]):
+    """A collective of the trainer's rank 0 and the servers."""
+
+    def __init__(self, ours: Callable[[], T], answers: Sequence[Future[Any]], servers: AllServers) -> None:
+        self._answers = answers
+        self._servers = servers
+        self._result: Future[T] = Future()
+        self._thread = threading.Thread(target=self._run, args=(ours,), name="weight-sync", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> T:
+        """Waits for both sides, and returns the trainer's result.
 
         Raises WeightSyncError as soon as a server refuses; the collective itself would only time out. The trainer's
         side then continues in its thread, which ends with the process.
         """
-        result: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                if self._device.type == "cuda":  # each thread has its own current device
-                    torch.cuda.set_device(self._device)
-                result.set_result(ours())
-            except BaseException as error:
-                result.set_exception(error)
-
-        threading.Thread(target=run, name="weight-sync", daemon=True).start()
         try:
-            wait_for([*answers, result], self._timeout, [*self._urls, "the trainer's own rank"])
+            who = [*self._servers.urls, "the trainer's own rank"]
+            wait_for([*self._answers, self._result], self._servers.timeout, who)
         except RuntimeError as error:  # the error of a collective in torch
             text = " ".join(str(error).split())
             raise WeightSyncError(
-                f"weight sync: the process group with {', '.join(self._urls)} failed: "
+                f"weight sync: the process group with {', '.join(self._servers.urls)} failed: "
                 f"{text:.300}; can the servers reach this machine, and no other trainer uses them?"
             ) from error
-        return result.result()
+        self.join()  # the thread holds what it has sent
+        return self._result.result()
 
-    def _ask(self, call: str, **arguments: Any) -> list[Future[Any]]:
-        return [self._loop.start(getattr(client, call)(**arguments)) for client in self._clients]
+    def join(self) -> None:
+        """Waits until the trainer's side has ended."""
+        self._thread.join()
 
-
-def wait_for(answers: Sequence[Future[T]], timeout_seconds: float, who: Sequence[str]) -> list[T]:
-    """Waits for all answers; `who` names the servers in the same order.
-
-    Raises WeightSyncError as soon as a server refuses, and if a server does not answer in time.
-    """
-    done, waiting = concurrent.futures.wait(answers, timeout_seconds, concurrent.futures.FIRST_EXCEPTION)
-    for answer in done:
-        if isinstance(error := answer.exception(), UserError):
-            raise WeightSyncError(f"weight sync: {error}") from error
-        if error is not None:
-            raise error
-    if waiting:
-        names = ", ".join(name for name, answer in zip(who, answers, strict=False) if answer in waiting)
-        raise WeightSyncError(f"weight sync: no answer within weights.timeout, {timeout_seconds:g} s, from {names}")
-    return [answer.result() for answer in answers]
+    def _run(self, ours: Callable[[], T]) -> None:
+        try:
+            self._result.set_result(ours())
+        except BaseException as error:
+            self._result.set_exception(error)
 
 
 def _open_sockets() -> dict[str, str]:
@@ -226,16 +262,17 @@ def _listen(addresses: Sequence[str], world: int, timeout: datetime.timedelta) -
         )
 
 
-def _mark_last(
-    buckets: Iterable[list[tuple[str, Tensor]]],
-) -> Iterator[tuple[list[tuple[str, Tensor]], bool]]:
-    """Yields each non-empty bucket, and whether it is the last."""
-    iterator = (bucket for bucket in buckets if bucket)
-    current = next(iterator, None)
-    while current is not None:
-        following = next(iterator, None)
-        yield current, following is None
-        current = following
+def as_bytes(bucket: Bucket) -> Tensor:
+    """Returns the bucket as one tensor of bytes; a view, if its tensors follow each other in memory."""
+    parts = [tensor.contiguous().flatten().view(torch.uint8) for _, tensor in bucket]
+    first, ends = parts[0], itertools.accumulate(part.numel() for part in parts)
+    storage = first.untyped_storage()
+    starts = [0, *ends]
+    if all(part.data_ptr() == first.data_ptr() + start for part, start in zip(parts, starts, strict=False)) and all(
+        part.untyped_storage().data_ptr() == storage.data_ptr() for part in parts
+    ):
+        return first.as_strided((starts[-1],), (1,))
+    return torch.cat(parts)
 
 
 def _address_towards(url: str) -> str:

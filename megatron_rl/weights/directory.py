@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from megatron_rl.disk import writes
+from megatron_rl.lab.timer import PREFIX, PhaseTimer
 from megatron_rl.models.weights_io import MAX_SHARD_BYTES, save_weights
-from megatron_rl.rollout.background import BackgroundLoop
-from megatron_rl.rollout.client import SGLangClient
-from megatron_rl.weights.collective import wait_for
+from megatron_rl.weights.all_servers import AllServers, Bucket, Sent
 
 
 class DiskRoute:
@@ -22,44 +20,33 @@ class DiskRoute:
     It keeps the newest two versions, because a server may still read the previous one.
     """
 
-    def __init__(
-        self,
-        clients: Sequence[SGLangClient],
-        loop: BackgroundLoop,
-        directory: Path,
-        source_dir: Path,
-        dtype: torch.dtype,
-        timeout_seconds: float,
-    ) -> None:
-        self._clients = clients
-        self._loop = loop
-        self._directory = directory.resolve()
+    def __init__(self, servers: AllServers, directory: Path, source_dir: Path, dtype: torch.dtype) -> None:
+        self.servers = servers
+        self.directory = directory.resolve()
         self._source_dir = source_dir
         self._dtype = dtype
-        self._timeout = timeout_seconds
 
-    def push(self, buckets: Iterable[list[tuple[str, Tensor]]], version: int) -> int:
-        """Writes the buckets as weight version `version` and has all servers load it; returns the bytes written.
+    def push(self, buckets: Iterable[Bucket], version: int) -> Sent:
+        """Writes the buckets as weight version `version` and has all servers load it.
 
         Raises WeightSyncError if a server refuses them or does not answer in time, and DiskError if a file cannot be
         written.
         """
-        target = self._directory / f"version-{version:06d}"
+        timer = PhaseTimer()
+        target = self.directory / f"version-{version:06d}"
         tensors = (pair for bucket in buckets for pair in bucket)
-        with writes(f"weight version {version}", target):
+        with timer.phase("write"), writes(f"weight version {version}", target):
             shutil.rmtree(target, ignore_errors=True)  # left by the run before it was resumed
-            self._directory.mkdir(parents=True, exist_ok=True)
+            self.directory.mkdir(parents=True, exist_ok=True)
             save_weights(tensors, target, self._source_dir, MAX_SHARD_BYTES, self._dtype)
-        answers = [
-            self._loop.start(client.update_weights_from_disk(str(target), weight_version=version))
-            for client in self._clients
-        ]
-        wait_for(answers, self._timeout, [client.url for client in self._clients])
+        with timer.phase("load"):
+            self.servers.ask("update_weights_from_disk", model_path=str(target), weight_version=version)
         # Sort by number, and skip later versions: a run that was resumed from an older step writes them again.
         kept = {f"version-{number:06d}" for number in (version - 1, version)}
-        for other in self._directory.glob("version-*"):
+        for other in self.directory.glob("version-*"):
             if other.name not in kept:
                 shutil.rmtree(other, ignore_errors=True)  # the sync is done; the next sync tries again
-        return sum(file.stat().st_size for file in target.glob("*.safetensors"))
+        size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
+        return Sent(size, {name.removeprefix(PREFIX): spent for name, spent in timer.drain().items()})
 
     def close(self) -> None: ...

@@ -14,9 +14,8 @@ from megatron_rl.config.stress import QUANTISED, Fp8, Integer, Noise, NoStress, 
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.registry import weights_of
 from megatron_rl.models.weight import Source, Weight
+from megatron_rl.weights.all_servers import Bucket
 from megatron_rl.weights.quantise import BLOCK, relative_error, round_to_fp8, round_to_integers, seed_of, with_noise
-
-Bucket = list[tuple[str, Tensor]]
 
 
 class WeightStress:
@@ -55,7 +54,7 @@ class WeightStress:
 
 
 class StressedBuckets:
-    """Buckets of exported weights as the servers get them, changed one by one while they are read."""
+    """Buckets of exported weights as the servers get them, changed in place one by one while they are read."""
 
     def __init__(self, buckets: Iterable[Bucket], stress: WeightStress, version: int) -> None:
         self._buckets = buckets
@@ -65,18 +64,21 @@ class StressedBuckets:
 
     def __iter__(self) -> Iterator[Bucket]:
         for bucket in self._buckets:
-            yield [(name, self._change(name, weight)) for name, weight in bucket]
+            for name, weight in bucket:
+                self._change(name, weight)
+            yield bucket
+            del bucket
 
     @property
     def relative_error(self) -> float:
         """The largest relative error of a tensor, of those read so far."""
         return self._worst.item()
 
-    def _change(self, name: str, weight: Tensor) -> Tensor:
+    def _change(self, name: str, weight: Tensor) -> None:
         changed = self._stress.change(name, weight, self._version)
         if changed is not weight:
             self._worst = torch.maximum(self._worst.to(weight.device), relative_error(changed, weight))
-        return changed
+            weight.copy_(changed)
 
 
 def read_stress(config: StressConfig, arch: Architecture, seed: int) -> WeightStress | None:

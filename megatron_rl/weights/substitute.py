@@ -17,7 +17,7 @@ from megatron_rl.models.registry import weights_of
 from megatron_rl.models.shards import fill
 from megatron_rl.models.weight import Shape, Source
 from megatron_rl.ranks.collectives import broadcast_bytes, together
-from megatron_rl.weights.collective import WeightSyncError
+from megatron_rl.weights.all_servers import WeightSyncError
 
 
 @contextlib.contextmanager

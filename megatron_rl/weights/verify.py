@@ -9,8 +9,9 @@ store the weights in the same form.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import orjson
@@ -23,7 +24,7 @@ from megatron_rl.models.architecture import Architecture
 from megatron_rl.ranks.collectives import broadcast_bytes
 from megatron_rl.rollout.client import SGLangClient
 from megatron_rl.rollout.sampler import Sampling, complete
-from megatron_rl.weights.collective import WeightSyncError
+from megatron_rl.weights.all_servers import WeightSyncError
 
 PROBE_SEQUENCES, PROBE_TOKENS = 4, 48
 
@@ -44,7 +45,7 @@ class Asked:
     scores: dict[str, list[list[float]]]  # by URL: log-probs of tokens 1 and later of each sequence of the probe
     answers: list[SampledAnswer]
     checksums: dict[str, str]  # by URL
-    forms: dict[str, tuple[int, str]]  # by URL: tp_size and dtype, which change the checksum of equal weights
+    forms: dict[str, tuple[int, str]]  # by URL; see form_of
     are_exact: bool  # all servers compute in fp32 on a CPU; a GPU may round fp32 to TF32
 
 
@@ -119,7 +120,7 @@ async def ask_servers(clients: Sequence[SGLangClient], arch: Architecture, tempe
         dict(zip(urls, scores, strict=True)),
         answers,
         dict(zip(urls, checksums, strict=True)),
-        {url: (info.get("tp_size", 1), str(info.get("dtype"))) for url, info in zip(urls, infos, strict=True)},
+        dict(zip(urls, map(form_of, infos), strict=True)),
         all((info.get("dtype"), info.get("device")) == ("float32", "cpu") for info in infos),
     )
 
@@ -149,10 +150,7 @@ def verify(
                 "same model on kernels that round more coarsely, raise weights.verify_bound"
             )
         differences.append(gaps)
-    for form in set(asked.forms.values()):
-        alike = {url: checksum for url, checksum in asked.checksums.items() if asked.forms[url] == form}
-        if len(set(alike.values())) > 1:
-            raise WeightSyncError(f"servers hold different weights, by checksum: {alike}")
+    check_checksums(asked.checksums, asked.forms)
     worst = 0.0
     for url in asked.scores:
         pairs = [
@@ -174,6 +172,19 @@ def verify(
         worst = max(worst, mean)
     everything = np.concatenate(differences)
     return Verification(float(everything.max()), float(everything.mean()), worst)
+
+
+def check_checksums(checksums: Mapping[str, str], forms: Mapping[str, tuple[int, str]]) -> None:
+    """Raises WeightSyncError if servers that store weights in one form hold different ones. Both by URL."""
+    for form in set(forms.values()):
+        alike = {url: checksum for url, checksum in checksums.items() if forms[url] == form}
+        if len(set(alike.values())) > 1:
+            raise WeightSyncError(f"servers hold different weights, by checksum: {alike}")
+
+
+def form_of(info: Mapping[str, Any]) -> tuple[int, str]:
+    """Returns tp_size and dtype of a server's settings, which change the checksum of equal weights."""
+    return info.get("tp_size", 1), str(info.get("dtype"))
 
 
 def _gaps(served: np.ndarray, expected: np.ndarray) -> np.ndarray:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import json
+import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from broadcast import TIMEOUT, buckets, route
 from fault_proxy import Fault
 from forks import Forks
+from paths import SUPPORT
+from safetensors.torch import load_file
+from sync_worker import PEAK_BUCKET_BYTES
 from tiny_models import VOCAB_SIZE, make_tiny_model, reference_logprobs
 
 from megatron_rl.rollout.client import SGLangClient
-from megatron_rl.weights.collective import WeightSyncError
+from megatron_rl.weights.all_servers import WeightSyncError
 
 pytestmark = pytest.mark.server
 CALLS_BEFORE_WEIGHTS = 4  # end_weight_update, server_info, init_weights_update_group, begin_weight_update
@@ -49,7 +56,7 @@ def expected(served: str, trained: Path, tiny_model_dir: Path) -> str:
 def assert_next_push_arrives(url: str, trained: Path, expected: str) -> None:
     with route(url) as following:
         for version in (7, 8):
-            assert following.push(buckets(trained), version) > 100_000
+            assert following.push(buckets(trained), version).bytes > 100_000
             assert ask(url, lambda c: c.model_info())["weight_version"] == str(version)
     assert ask(url, lambda c: c.weights_checksum()) == expected
 
@@ -100,3 +107,30 @@ def test_the_server_accepts_weights_after_a_trainer_was_killed_during_a_sync(
     forks.kill(trainer)
     assert forks.wait(trainer).status == [-signal.SIGKILL]
     assert_next_push_arrives(served, trained, expected)
+
+
+@pytest.mark.distributed
+def test_a_broadcast_holds_two_buckets_on_rank_0_and_an_eighth_of_one_elsewhere(
+    forks: Forks, served: str, trained: Path
+) -> None:
+    """The test is red if a third bucket is there for a moment, as a copy or as a bucket that was not let go."""
+    done = forks.run(SUPPORT / "sync_worker.py", "peak", trained, served, "tp=2", ranks=2, together=True)
+    assert done.returncode == 0, done.stderr[-9000:]
+    found = {line["rank"]: line["peak"] for line in map(json.loads, re.findall(r"\{.*?\}", done.stdout))}
+    assert 1.5 * PEAK_BUCKET_BYTES < found[0] <= 2 * PEAK_BUCKET_BYTES
+    assert 0 < found[1] <= PEAK_BUCKET_BYTES / 8
+
+
+def test_a_bucket_is_not_overwritten_while_it_is_broadcast(served: str, trained: Path, expected: str) -> None:
+    """The stream below uses the memory of each bucket again for the next but one, as an export does."""
+    tensors = list(load_file(trained / "model.safetensors").items())
+    rooms = [torch.empty(max(tensor.numel() for _, tensor in tensors)) for _ in range(2)]
+
+    def stream() -> Iterator[list[tuple[str, torch.Tensor]]]:
+        for (name, tensor), room in zip(tensors, itertools.cycle(rooms), strict=False):
+            view = room[: tensor.numel()].view(tensor.shape)
+            yield [(name, view.copy_(tensor))]
+
+    with route(served, *[Fault()] * CALLS_BEFORE_WEIGHTS, *[Fault(delay=0.02)] * 8) as sync:
+        sync.push(stream(), 7)
+    assert ask(served, lambda c: c.weights_checksum()) == expected

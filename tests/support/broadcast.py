@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import SGLangClient
+from megatron_rl.weights.all_servers import AllServers
 from megatron_rl.weights.collective import CollectiveRoute
 
 TIMEOUT = 120.0
@@ -29,7 +30,7 @@ def route(url: str, *faults: Fault) -> Iterator[CollectiveRoute]:
     proxy = FaultProxy(url, *faults)
     loop.run(proxy.__aenter__())
     client = SGLangClient(proxy.url, deadline=TIMEOUT)
-    made = CollectiveRoute([client], loop, torch.device("cpu"), TIMEOUT)
+    made = CollectiveRoute(AllServers([client], loop, TIMEOUT), torch.device("cpu"))
     try:
         yield made
     finally:

@@ -20,11 +20,15 @@ UNFILLED = frozenset(
     for bin_ in ("entropy_low", "entropy_middle", "lag_1", "lag_2_3", "lag_4_7", "lag_8_up")
 )
 """Bins without a token in a run of one step of a random model: no token is certain, and none is of an older version."""
+BY_FILE = frozenset({("metrics.jsonl", "weights/seconds/write"), ("metrics.jsonl", "weights/changed")})
+"""Names that only weights.route disk and delta write."""
 LIVE = frozenset(
     {
         *(("metrics.jsonl", f"time/{phase}") for phase in ("rollout", "weight sync")),
         *(("metrics.jsonl", f"weights/{what}") for what in ("bytes", "probe_max_abs_diff", "probe_mean_abs_diff")),
         ("metrics.jsonl", "weights/sampled_mean_abs_diff"),
+        *(("metrics.jsonl", f"weights/{what}") for what in ("seconds", "bytes_per_second", "checksum")),
+        *(("metrics.jsonl", f"weights/seconds/{phase}") for phase in ("gather", "broadcast", "load")),
         *(("eval.jsonl", name) for name in ("prompts", "k", "avg_at_k", "pass_at_{j}", "reward", "lost_verdicts")),
         *(("eval.jsonl", f"response_length/{statistic}") for statistic in ("mean", "p99", "max")),
         ("eval.jsonl", "truncated"),

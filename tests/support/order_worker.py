@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import torch.distributed as dist
 
 from megatron_rl.config.schema import WeightsConfig
+from megatron_rl.weights.all_servers import Sent
 from megatron_rl.weights.sync import WeightSync
 
 
@@ -16,15 +17,15 @@ class SlowRoute:
     def __init__(self, marker: Path) -> None:
         self._marker = marker
 
-    def push(self, buckets: object, version: int) -> int:
+    def push(self, buckets: object, version: int) -> Sent:
         time.sleep(1.0)
         self._marker.touch()
-        return 0
+        return Sent(0, {})
 
 
 def main(marker: Path) -> None:
     place = SimpleNamespace(control=dist.group.WORLD)
-    policy = SimpleNamespace(place=place, arch=None, export=lambda bucket_bytes: iter([[]]))
+    policy = SimpleNamespace(place=place, arch=None, export=lambda bucket_bytes, reuse: iter([[]]))
     sync = WeightSync(WeightsConfig(), policy, None, Path(), temperature=1.0, seed=0)  # type: ignore[arg-type]
     if dist.get_rank() == 0:
         sync._route = SlowRoute(marker)  # type: ignore[assignment]

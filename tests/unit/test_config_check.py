@@ -247,6 +247,11 @@ def test_a_configuration_without_contradictions_is_accepted(tmp_path: Path, over
             "rollout.servers.extra_flags: with --moe-runner-backend auto SGLang may record no routes",
         ),
         (
+            "weights.route=delta weights.stress.kind=fp8",
+            1,
+            "weights.route: delta sends what changed in each rank's shards, and weights.stress changes whole tensors",
+        ),
+        (
             'rollout.servers.extra_flags=[--base-gpu,"0"]',
             1,
             "weights.route: collective, but --base-gpu-id 0 in rollout.servers.extra_flags lets servers share a GPU ",

@@ -22,9 +22,10 @@ from megatron_rl.data.versions import VersionSpan
 from megatron_rl.models.architecture import read_architecture
 from megatron_rl.rollout.answers import Completion, RolloutError
 from megatron_rl.rollout.background import BackgroundLoop
-from megatron_rl.weights.collective import CollectiveRoute, WeightSyncError, _cut, _listen, _open_sockets, wait_for
+from megatron_rl.weights.all_servers import AllServers, WeightSyncError, wait_for
+from megatron_rl.weights.collective import CollectiveRoute, _cut, _listen, _open_sockets
 from megatron_rl.weights.directory import DiskRoute
-from megatron_rl.weights.sync import bound_of
+from megatron_rl.weights.sync import bound_of, checksum
 from megatron_rl.weights.verify import Asked, SampledAnswer, ask_servers, verify
 
 RNG = np.random.default_rng(0)
@@ -157,6 +158,28 @@ def test_only_fp32_on_a_cpu_is_exact(tiny_model_dir: Path, info: dict[str, Any],
     assert found.forms == {"http://a:1": (info.get("tp_size", 1), info.get("dtype", "float32"))}
 
 
+class Holds:
+    """A client of a server with these weights."""
+
+    def __init__(self, url: str, checksum: str) -> None:
+        self.url, self.checksum = url, checksum
+
+    async def weights_checksum(self) -> str:
+        return self.checksum
+
+    async def server_info(self) -> dict[str, Any]:
+        return {"tp_size": 1, "dtype": "float32"}
+
+
+def test_servers_that_differ_after_a_sync_are_an_error() -> None:
+    loop = BackgroundLoop()
+    alike, other = [Holds(url, 16 * "a") for url in ("http://a:1", "http://b:1")], Holds("http://c:1", 16 * "c")
+    assert checksum(AllServers(alike, loop, 60.0)) == int(12 * "a", 16)  # type: ignore[arg-type]
+    with pytest.raises(WeightSyncError, match="servers hold different weights, by checksum"):
+        checksum(AllServers([*alike, other], loop, 60.0))  # type: ignore[list-item]
+    loop.close()
+
+
 # ---- waiting
 
 
@@ -194,7 +217,8 @@ class Refusing:
 def test_a_server_that_refuses_to_join_is_an_error_at_once() -> None:
     """Otherwise our own rank would wait until weights.timeout."""
     loop = BackgroundLoop()
-    routes = [CollectiveRoute([Refusing()], loop, torch.device("cpu"), 60.0) for _ in range(2)]  # type: ignore[list-item]
+    servers = AllServers([Refusing()], loop, 60.0)  # type: ignore[list-item]
+    routes = [CollectiveRoute(servers, torch.device("cpu")) for _ in range(2)]
     start = time.monotonic()
     for route in routes:
         with pytest.raises(WeightSyncError, match="init_weights_update_group: status 400: no such backend"):
@@ -227,7 +251,7 @@ def test_the_ranks_of_several_servers_follow_each_other() -> None:
     told: dict[int, tuple[int, int]] = {}
     clients: Any = [Joining(number, tp, told) for number, tp in ((1, 2), (2, 4), (3, 1))]
     with pytest.raises(WeightSyncError):
-        CollectiveRoute(clients, loop, torch.device("cpu"), 60.0).push([], 1)
+        CollectiveRoute(AllServers(clients, loop, 60.0), torch.device("cpu")).push([], 1)
     loop.close()
     assert told == {1: (1, 8), 2: (3, 8), 3: (7, 8)}
 
@@ -245,19 +269,24 @@ def test_the_rendezvous_listens_only_on_addresses_that_servers_need(addresses: l
 class Reads:
     url = "http://127.0.0.1:1"
 
-    async def update_weights_from_disk(self, path: str, *, weight_version: int) -> None:
-        assert Path(path, "model.safetensors").is_file()
+    async def update_weights_from_disk(self, model_path: str, *, weight_version: int) -> None:
+        assert Path(model_path, "model.safetensors").is_file()
+
+
+def disk_route(loop: BackgroundLoop, directory: Path, model: Path) -> DiskRoute:
+    servers = AllServers([Reads()], loop, 60.0)  # type: ignore[list-item]
+    return DiskRoute(servers, directory, model, torch.float32)
 
 
 def test_a_run_resumed_from_an_older_step_keeps_the_versions_it_just_wrote(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     loop = BackgroundLoop()
-    route = DiskRoute([Reads()], loop, tmp_path, tiny_model_dir, torch.float32, 60.0)  # type: ignore[list-item]
+    route = disk_route(loop, tmp_path, tiny_model_dir)
     weights = [list(load_file(tiny_model_dir / "model.safetensors").items())]
     kept = []
     for version in (5, 6, 7, 3, 4):
-        assert route.push(weights, version) > 100_000
+        assert route.push(weights, version).bytes > 100_000
         kept.append(sorted(int(path.name.removeprefix("version-")) for path in tmp_path.iterdir()))
     assert kept == [[5], [5, 6], [6, 7], [3], [3, 4]]
     loop.close()
@@ -270,11 +299,11 @@ def test_an_old_weight_version_that_cannot_be_removed_does_not_end_the_run(
         raise OSError("stale file handle")
 
     loop = BackgroundLoop()
-    route = DiskRoute([Reads()], loop, tmp_path, tiny_model_dir, torch.float32, 60.0)  # type: ignore[list-item]
+    route = disk_route(loop, tmp_path, tiny_model_dir)
     weights = [list(load_file(tiny_model_dir / "model.safetensors").items())]
     route.push(weights, 1)
     monkeypatch.setattr("os.rmdir", fails)
-    assert route.push(weights, 3) > 100_000
+    assert route.push(weights, 3).bytes > 100_000
     loop.close()
 
 
