@@ -127,9 +127,7 @@ def main(
             receiver.kill()
             server.stop()
     mebibytes = sum(sizes) / 2**20
-    print(
-        f"{policy.parameters() / 1e6:.0f}M parameters, {dtype}, {layout}: {mebibytes:.0f} MiB in {len(sizes)} buckets"
-    )
+    print(f"{dtype}, {layout}: {mebibytes:.0f} MiB in {len(sizes)} buckets")
     for name, spent in seconds.items():
         median, best = statistics.median(spent), min(spent)
         print(f"{name:15} {median:.3f} s {mebibytes / median:7.0f} MiB/s; at best {best:.3f} s")

@@ -29,6 +29,7 @@ def main(marker: Path) -> None:
     sync = WeightSync(WeightsConfig(), policy, None, Path(), temperature=1.0, seed=0)  # type: ignore[arg-type]
     if dist.get_rank() == 0:
         sync._route = SlowRoute(marker)  # type: ignore[assignment]
+    sync._measured = lambda sent, start: {}  # type: ignore[method-assign]
     sync._verify = lambda version: {}  # type: ignore[method-assign]  # there are no servers to ask
     sync.push(1)
     assert marker.exists(), f"rank {dist.get_rank()} left before the servers had the weights"
