@@ -2,8 +2,9 @@
 
 Rank 0 of the trainer and all tensor-parallel ranks of all servers form one process group, in which the trainer is rank
 0. A bucket is one flat byte tensor (SGLang's "flattened_bucket"). While it is broadcast and loaded, the ranks gather
-the next one, and the servers are told of it, so that they receive it as soon as they have loaded the first. They cannot
-do so earlier: a server receives and loads a bucket in one call of its only thread.
+the next one. Once all servers have received the first, they are told of the next, which they receive as soon as they
+have loaded the first: a server receives and loads a bucket in one call of its only thread. They are not told earlier: a
+server that has missed a call would take that bucket for the next, and gloo ends a process over a wrong size.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -66,8 +67,10 @@ class CollectiveRoute:
             gather += time.perf_counter() - start
             self._servers.wait(begun)
             before, sending = sending, None
+            if before is not None:
+                before.received()
             if bucket:
-                sending = self._send(self._group, bucket, before, times)
+                sending = self._send(self._group, bucket, times)
                 total += sum(tensor.nbytes for _, tensor in bucket)
             if before is not None:
                 before.finish()
@@ -96,9 +99,7 @@ class CollectiveRoute:
         dist.destroy_process_group(self._group)
         self._group = None
 
-    def _send(
-        self, group: dist.ProcessGroup, bucket: Bucket, after: _Running[None] | None, times: list[Times]
-    ) -> _Running[None]:
+    def _send(self, group: dist.ProcessGroup, bucket: Bucket, times: list[Times]) -> _Running[None]:
         mine = Times()
         times.append(mine)
         flat = as_bytes(bucket).to(self._device)
@@ -112,8 +113,6 @@ class CollectiveRoute:
         )
 
         def broadcast() -> None:
-            if after is not None:
-                after.join()
             mine.begun = time.perf_counter()
             dist.broadcast(flat, src=0, group=group)
             mine.sent = time.perf_counter()
@@ -199,27 +198,32 @@ class _Running(Generic[T]):
         self._thread = threading.Thread(target=self._run, args=(ours,), name="weight-sync", daemon=True)
         self._thread.start()
 
-    def finish(self) -> T:
-        """Waits for both sides, and returns the trainer's result.
+    def received(self) -> None:
+        """Waits until the trainer's side has ended. Raises as `finish` does."""
+        waiting = {*self._answers, self._result}
+        while self._result in waiting:
+            done, waiting = wait(waiting, self._servers.timeout, FIRST_COMPLETED)
+            if not done or any(answer.exception() for answer in done):
+                self.finish(0.0)
+
+    def finish(self, timeout_seconds: float | None = None) -> T:
+        """Waits for both sides, up to weights.timeout, and returns the trainer's result.
 
         Raises WeightSyncError as soon as a server refuses; the collective itself would only time out. The trainer's
         side then continues in its thread, which ends with the process.
         """
         try:
             who = [*self._servers.urls, "the trainer's own rank"]
-            wait_for([*self._answers, self._result], self._servers.timeout, who)
+            limit = self._servers.timeout if timeout_seconds is None else timeout_seconds
+            wait_for([*self._answers, self._result], limit, who)
         except RuntimeError as error:  # the error of a collective in torch
             text = " ".join(str(error).split())
             raise WeightSyncError(
                 f"weight sync: the process group with {', '.join(self._servers.urls)} failed: "
                 f"{text:.300}; can the servers reach this machine, and no other trainer uses them?"
             ) from error
-        self.join()  # the thread holds what it has sent
+        self._thread.join()  # it holds what it has sent
         return self._result.result()
-
-    def join(self) -> None:
-        """Waits until the trainer's side has ended."""
-        self._thread.join()
 
     def _run(self, ours: Callable[[], T]) -> None:
         try:

@@ -82,7 +82,7 @@ def test_prefixes_that_were_cached_before_a_weight_sync_are_not_used_after_it(se
 def test_a_refused_weight_sync_fails_at_once_and_the_next_trainer_can_sync(
     served: str, trained: Path, expected: str, calls_before: int, what: str
 ) -> None:
-    faults = [*[Fault()] * calls_before, Fault(status=400)]
+    faults = [*[Fault()] * calls_before, Fault(status=400, delay=1.0)]  # later than the call that could follow
     start = time.monotonic()
     with (
         route(served, *faults) as spoilt,
