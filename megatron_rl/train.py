@@ -39,7 +39,7 @@ def train(
     """
     with open_parts(config, resume, open_pool) as parts:
         trainer, progress = parts.trainer, parts.progress
-        parts.publisher.start(progress.step)
+        parts.publisher.start(progress.step, trainer.console)
         parts.evaluator.evaluate(progress)  # before the first step, or owed by a run that was stopped
         trainer.journal.timer.drain()  # the first weight sync is no step's
         while progress.step < progress.steps:

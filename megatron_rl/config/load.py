@@ -24,7 +24,7 @@ from megatron_rl.config.optim import check_optim
 from megatron_rl.config.schema import Config, SftConfig
 from megatron_rl.config.sections import Kinds, all_keys, sections, sections_of_kinds
 from megatron_rl.config.server_flags import TRAINERS_FLAGS, UNROUTED_FLAGS, check_server_flags, flags_among
-from megatron_rl.config.servers import CPU_ADVICE, cache_tokens, cpu_problem, exposed
+from megatron_rl.config.servers import CPU_ADVICE, cache_tokens, cpu_problem, exposed, read_urls
 from megatron_rl.config.sources import ConfigError, Tree, nearest, read_sources, shown
 from megatron_rl.config.stress import check_stress
 from megatron_rl.config.switches import GroupAdvantage
@@ -223,7 +223,7 @@ def _check_positions(config: Config, arch: Architecture) -> Iterator[str]:
 
 def _check_servers_memory(config: Config) -> Iterator[str]:
     rollout, longest = config.rollout, _longest(config)
-    launches = rollout.replay_from is None and not rollout.servers.urls
+    launches = rollout.replay_from is None and not rollout.servers.are_elsewhere
     tokens = cache_tokens(rollout.servers.max_total_tokens, on_cpu=config.engine.device == "cpu")
     if launches and tokens is not None and longest > tokens:
         default = "" if rollout.servers.max_total_tokens else " (the default on a CPU)"
@@ -305,12 +305,19 @@ def _check_servers(config: Config, arch: Architecture) -> Iterator[str]:
         yield f"model.path: {caveat}; such a model trains on saved rollouts only (rollout.replay_from)"
     for flag in flags_among(servers.extra_flags, tuple(TRAINERS_FLAGS)):
         yield f"rollout.servers.extra_flags: {flag} is not for you to set; {TRAINERS_FLAGS[flag]}"
-    if servers.urls:
+    if servers.are_elsewhere:
         if servers.launch > 1 or servers.extra_flags:
             yield (
                 "rollout.servers: launch and extra_flags are for servers that the trainer starts, but urls are given; "
                 "drop one or the other"
             )
+        if servers.urls_file is not None:
+            if servers.urls:
+                yield "rollout.servers: urls and urls_file are both given; drop one or the other"
+            try:
+                read_urls(servers.urls_file, have_key=servers.api_key_env is not None)
+            except ConfigError as error:
+                yield str(error)
         if (reachable := exposed(servers.urls)) and servers.api_key_env is None:
             yield (
                 f"rollout.servers.api_key_env: not set, but other machines reach {reachable[0]}, and without a key may "
@@ -320,7 +327,7 @@ def _check_servers(config: Config, arch: Architecture) -> Iterator[str]:
         return
     if servers.api_key_env is not None:
         yield (
-            f"rollout.servers.api_key_env: {servers.api_key_env}, but rollout.servers.urls names no servers; those "
+            f"rollout.servers.api_key_env: {servers.api_key_env}, but neither urls nor urls_file names servers; those "
             "that the trainer starts get a random key in each run"
         )
     if config.engine.device == "cpu" and (problem := cpu_problem(arch)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 from urllib.parse import SplitResult, urlsplit
 
@@ -12,6 +13,7 @@ from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
 from megatron_rl.config.bounds import Frozen, PositiveInt, Seconds
+from megatron_rl.config.sources import ConfigError
 
 if TYPE_CHECKING:
     from megatron_rl.models.architecture import Architecture
@@ -110,19 +112,23 @@ def cache_tokens(asked: int | None, *, on_cpu: bool) -> int | None:
 
 class ServersConfig(Frozen):
     urls: Urls = ()
-    """Servers started elsewhere. Empty: the trainer starts and supervises `launch` servers itself."""
+    """Servers started elsewhere. Empty, and without `urls_file`: the trainer starts and supervises `launch` servers
+    itself."""
+    urls_file: Path | None = None
+    """File with a URL a line, in place of `urls`; # begins a comment. It is read again at each weight sync: servers may
+    come and go."""
     launch: PositiveInt = 1
-    """Number of servers to start if `urls` is empty."""
+    """Number of servers to start if neither `urls` nor `urls_file` names servers."""
     tp: PositiveInt = 1
     """Tensor parallelism of each launched server."""
     dtype: ServerDtype = "auto"
     """auto: the engine's dtype."""
     api_key_env: VariableName | None = None
-    """Environment variable, on the machine of each rank, with the key of the servers under `urls`; needed when one is
-    on another machine. The key itself is neither in the configuration nor in the run directory. Servers that the
-    trainer starts get a random key."""
+    """Environment variable, on the machine of each rank, with the key of servers that were started elsewhere; needed
+    when one is on another machine. The key itself is neither in the configuration nor in the run directory. Servers
+    that the trainer starts get a random key."""
     start_timeout: Seconds = 600.0
-    """Seconds until a server must answer, launched or under `urls`."""
+    """Seconds until a server must answer, launched or started elsewhere."""
     max_total_tokens: PositiveInt | None = None
     """KV cache of a launched server, in tokens. Defaults to null: on a GPU as many as SGLang finds room for, on a CPU
     65536."""
@@ -132,3 +138,34 @@ class ServersConfig(Frozen):
     few million parameters."""
     extra_flags: tuple[str, ...] = ()
     """Given to `sglang.launch_server` as they are."""
+
+    @property
+    def are_elsewhere(self) -> bool:
+        """Whether the servers were started elsewhere."""
+        return bool(self.urls) or self.urls_file is not None
+
+
+def read_urls(file: Path, *, have_key: bool) -> tuple[str, ...]:
+    """Returns the URLs of rollout.servers.urls_file. Raises ConfigError, which names file and line."""
+    where = f"rollout.servers.urls_file: {file}"
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{where}: {error}; expected a text file with a URL such as http://host:30000 a line"
+        ) from None
+    urls: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        url = line.partition("#")[0].strip()
+        if not url:
+            continue
+        if problem := url_problem(url):
+            raise ConfigError(f"{where}:{number}: expected {problem}")
+        if not have_key and exposed([url]):
+            raise ConfigError(f"{where}:{number}: {url} is on another machine; set rollout.servers.api_key_env")
+        if same_server(url) in map(same_server, urls):
+            raise ConfigError(f"{where}:{number}: {url} is there twice")
+        urls.append(url)
+    if not urls:
+        raise ConfigError(f"{where}: no URL is there; expected one such as http://host:30000 a line")
+    return tuple(urls)

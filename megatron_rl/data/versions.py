@@ -20,11 +20,11 @@ class Versions(Container[int]):
 
     def __init__(self, newest: int, lag: int = 0) -> None:
         self.newest = newest
-        self._lag = lag
+        self.lag = lag
 
     @property
     def oldest(self) -> int:
-        return max(0, self.newest - self._lag)
+        return max(0, self.newest - self.lag)
 
     def __contains__(self, version: object) -> bool:
         return isinstance(version, int) and self.oldest <= version <= self.newest

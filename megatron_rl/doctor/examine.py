@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config
-from megatron_rl.config.servers import ServersConfig, url_problem
+from megatron_rl.config.servers import ServersConfig, read_urls, url_problem
 from megatron_rl.config.sources import ConfigError
 from megatron_rl.doctor.needs import (
     ADMIN,
@@ -42,6 +42,8 @@ def run(urls: Sequence[str], model: Path | None, config_file: Path | None, key_v
     config = None if config_file is None else load_config(Config, config_file)
     servers = ServersConfig() if config is None else config.rollout.servers
     urls = urls or servers.urls
+    if not urls and servers.urls_file is not None:
+        urls = read_urls(servers.urls_file, have_key=True)
     for url in urls:
         if problem := url_problem(url):
             raise ConfigError(f"--server: expected {problem}")

@@ -120,6 +120,7 @@ COSTS = DeclaredTable(
             "trace/bytes_moved", VALUE, "byte", "Bytes of routing traces that all ranks received in a step."
         ),
         DeclaredMetric("trace/seconds", VALUE, "s", "Seconds that the slowest rank spent on moving routing traces."),
+        DeclaredMetric("weights/servers", VALUE, "1", "Number of rollout servers that got the weight version."),
         DeclaredMetric("weights/bytes", VALUE, "byte", "Bytes of weights that each rollout server got or read."),
         DeclaredMetric(
             "weights/seconds", VALUE, "s", "Rank 0's wall-clock seconds of the weight sync, without its verification."

@@ -47,7 +47,7 @@ def connect(config: Config, trainer: Trainer, open_pool: PoolOpener = Pool) -> I
                 api_key=api_key,
             )
             pool = stack.enter_context(open_pool(options))
-        told = orjson.dumps([pool.urls, None if rollout.servers.urls else pool.api_key]) if pool else None
+        told = orjson.dumps([pool.urls, None if rollout.servers.are_elsewhere else pool.api_key]) if pool else None
         urls, random_key = orjson.loads(broadcast_bytes(told, place.control))
         leader = None
         if place.leads_replica:

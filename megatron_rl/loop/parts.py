@@ -49,7 +49,7 @@ def check_start(config: Config) -> None:
     UserError."""
     device = resolve_device(config.engine.device)
     check_deterministic(config.engine)
-    starts_servers = config.rollout.replay_from is None and not config.rollout.servers.urls
+    starts_servers = config.rollout.replay_from is None and not config.rollout.servers.are_elsewhere
     if starts_servers and device.type == "cpu" and (problem := cpu_problem(read_architecture(config.model.path))):
         raise ConfigError(f"engine.device: {config.engine.device} is the CPU here, but {problem}; {CPU_ADVICE}")
     read_server_key(config)
@@ -81,8 +81,8 @@ def _data(config: Config) -> str:
 
 def _server_names(config: Config, trainer: Trainer, *, kept: bool) -> str:
     servers = config.rollout.servers
-    if servers.urls:
-        return ", ".join(servers.urls)
+    if servers.are_elsewhere:
+        return ", ".join(servers.urls) or str(servers.urls_file)
     where = "kept from one run to the next" if kept else f"with logs in {trainer.run.logs}"
     return f"{servers.launch} of SGLang, {where}"
 
@@ -97,7 +97,7 @@ def _assemble(config: Config, trainer: Trainer, prompts: RunPrompts, stack: Exit
     if config.rollout.replay_from is None:
         with trainer.console.starting("servers", _server_names(config, trainer, kept=open_pool is not Pool)):
             servers = stack.enter_context(connect(config, trainer, open_pool))
-    publisher = Publisher(config, trainer, servers)
+    publisher = Publisher.of(config, trainer, servers)
     stack.callback(publisher.close)
     source: GroupSource
     if servers is None:

@@ -3,80 +3,95 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 from megatron_rl.config.schema import Config
 from megatron_rl.data.versions import Versions
-from megatron_rl.errors import UserError
+from megatron_rl.lab.console import Console
 from megatron_rl.loop.connections import Servers
+from megatron_rl.loop.members import Members
 from megatron_rl.loop.trainer import Trainer
-from megatron_rl.ranks.collectives import together
+from megatron_rl.rollout.source import Leader
 from megatron_rl.weights.sync import WeightSync
 
 
+@dataclass(frozen=True)
 class Publisher:
-    def __init__(self, config: Config, trainer: Trainer, servers: Servers | None) -> None:
-        """Without `servers`, when rollouts are replayed, nothing is published."""
-        self.versions = Versions(0, config.rollout.lag)
-        """Weight versions that a server may answer with."""
-        self._rollouts_go_on = config.rollout.lag > 0
-        self._leader = None if servers is None else servers.leader
-        self._tells = trainer.place.rank == 0  # the servers, for all leaders
-        self._trainer = trainer
-        self._servers = servers
-        self._sync: WeightSync | None = None
+    """Publishes weights. Every rank has one, with its own parts. If rollouts are replayed, there is no `sync`, and it does
+    nothing."""
+
+    versions: Versions
+    """Weight versions that a server may answer with."""
+    sync: WeightSync | None
+    members: Members | None
+    leader: Leader | None
+    tells: bool
+    """Whether the leader pauses servers, for all leaders."""
+    phase: Callable[[str], AbstractContextManager[None]]
+    """Times a phase of a step."""
+
+    @classmethod
+    def of(cls, config: Config, trainer: Trainer, servers: Servers | None) -> Publisher:
+        leader = None if servers is None else servers.leader
+        tells = trainer.place.rank == 0
+        sync = None
         if servers is not None:
-            first = self._leader if self._tells else None
-            self._sync = WeightSync(
+            sync = WeightSync(
                 config.weights,
                 trainer.policy,
-                first,
+                leader if tells else None,
                 trainer.run.path / "weights",
                 temperature=config.rollout.temperature,
                 seed=config.seed,
             )
+        members = None if servers is None else Members(trainer.place.control, servers)
+        return cls(Versions(0, config.rollout.lag), sync, members, leader, tells, trainer.journal.phase)
 
-    def start(self, version: int) -> None:
-        """Publishes the weights that the run begins or goes on with, and says so. Collective."""
-        if self._servers is not None:
-            with self._trainer.console.starting("weights", f"version {version} to all servers"):
-                with together(self._trainer.place.control):
-                    self._resume()  # a trainer that was killed in a sync has left them paused
-                self.publish(version)
+    def start(self, version: int, console: Console) -> None:
+        """Publishes the weights that the run begins or goes on with, and says so. Collective. Raises as `publish`."""
+        if self.sync is None:
+            return
+        with console.starting("weights", f"version {version} to all servers"):
+            self._resume()  # a trainer that was killed in a sync has left them paused
+            self.publish(version)
 
     def publish(self, version: int) -> dict[str, float]:
-        """Gives all servers the policy as weight version `version`; returns what is to be logged. Collective."""
-        if self._servers is None or self._sync is None:
+        """Gives all servers the policy as weight version `version`; returns what is to be logged. Collective.
+
+        Raises WeightSyncError, RolloutError or ServerError if no server is left, and if the first sync fails.
+        """
+        if self.sync is None or self.members is None:
             return {}
-        with self._trainer.journal.phase("weight sync"):
-            self._servers.check()
-            with self._paused():
-                report = self._sync.push(version)
+        with self.phase("weight sync"):
+            self.members.choose(self.sync)
+            with self._paused(self.sync):
+                report = self.sync.push(version)
+                self.members.admit(self.sync, newcomers=False)
                 self.versions.newest = version
-            return report | self._sync.verify_if_due(version)
+            report |= self.sync.verify_if_due(version)
+            self.members.admit(self.sync, newcomers=True)
+            return report
 
     @contextlib.contextmanager
-    def _paused(self) -> Iterator[None]:
+    def _paused(self, sync: WeightSync) -> Iterator[None]:
         """Has the servers put aside the requests in flight, which then go on with the new weights. Collective."""
-        if not self._rollouts_go_on:
+        if self.versions.lag == 0:
             yield
             return
-        with together(self._trainer.place.control):
-            if self._leader is not None:
-                self._leader.pause(tell=self._tells)
+        if self.leader is not None:
+            self.leader.pause(tell=self.tells)
+            sync.leave_out({url: why for url, why in self.leader.ejected.items() if url not in sync.newcomers})
         try:
             yield
-        except UserError:
-            with contextlib.suppress(UserError):  # servers that run elsewhere are of use to the next run
-                self._resume()
-            raise
-        with together(self._trainer.place.control):
+        finally:  # whatever has failed, servers that run elsewhere are of use to the next run
             self._resume()
 
     def _resume(self) -> None:
-        if self._leader is not None:
-            self._leader.resume(tell=self._tells)
+        if self.leader is not None:
+            self.leader.resume(tell=self.tells)
 
     def close(self) -> None:
-        if self._sync is not None:
-            self._sync.close()
+        if self.sync is not None:
+            self.sync.close()

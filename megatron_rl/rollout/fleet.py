@@ -2,14 +2,15 @@
 is sampled again by the others.
 
 While a server owes answers and has given none for a while, it is asked for a sign of life; after three misses it is
-ejected. So a server that hangs costs a minute, not the deadline of a request.
+ejected. So a server that hangs costs a minute, not the deadline of a request. It may come back at a weight sync, once
+it has got all weights and they were verified (loop/members.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from megatron_rl.errors import UserError
@@ -24,6 +25,8 @@ PROBE_SECONDS = 10.0
 """After so long without an answer a server is asked for a sign of life, which it has as long to give. SGLang gives it
 as soon as any request in its batch gets a token."""
 MISSES = 3
+REACH_SECONDS = 5.0
+"""How long a server that is asked for no token has to answer."""
 
 
 class Member:
@@ -31,6 +34,9 @@ class Member:
 
     def __init__(self, client: SGLangClient) -> None:
         self.client = client
+        self.url = client.url
+        self.pending = 0
+        """Responses of the groups that were given to it, and have not come."""
         self.error: UserError | None = None
         """Why it was ejected; None while it is live."""
         self.requests: set[asyncio.Task[Any]] = set()
@@ -47,6 +53,17 @@ class Fleet:
         self.members = [Member(client) for client in clients]
         self.paused = False
         """Set during a weight sync, in which servers give no answer and no sign of life."""
+
+    def admit(self, clients: Sequence[SGLangClient], lost: Mapping[str, str]) -> None:
+        """Makes these servers the live ones, after a weight sync. Ejects others; `lost` says by URL why."""
+        urls = {client.url for client in clients}
+        for member in self.members:
+            if member.url not in urls:
+                why = lost.get(member.url, "the run does not use it any more")
+                self.eject(member, RolloutError(f"{member.url}: {why}"))
+        live = {member.url: member for member in self.members if member.error is None}
+        out = [member for member in self.members if member.url not in urls]
+        self.members = [live.get(client.url) or Member(client) for client in clients] + out
 
     @property
     def live(self) -> list[Member]:
@@ -65,7 +82,7 @@ class Fleet:
             return
         member.error = error
         if others := sum(each.error is None for each in self.members):
-            logger.warning("%s: ejected; %d other servers sample what it owes: %s", member.client.url, others, error)
+            logger.warning("%s: ejected; %d other servers sample what it owes: %s", member.url, others, error)
         for request in member.requests:
             request.cancel()
 
@@ -109,7 +126,7 @@ class Fleet:
             misses += 1
             if misses == MISSES:
                 why = f"no sign of life for {clock() - member.heard:.0f} s, and {len(member.requests)} answers owed"
-                self.eject(member, UnreachableError(f"{member.client.url}: {why}"))
+                self.eject(member, UnreachableError(f"{member.url}: {why}"))
                 return
 
 
@@ -121,6 +138,21 @@ async def _gives_a_sign(client: SGLangClient) -> bool:
     try:
         async with asyncio.timeout(PROBE_SECONDS):
             await client.health()
+    except (RolloutError, ServerError, TimeoutError):
+        return False
+    return True
+
+
+async def silent_servers(clients: Sequence[SGLangClient]) -> list[str]:
+    """Returns the URLs of the servers that do not answer at all."""
+    found = await asyncio.gather(*(_answers(client) for client in clients))
+    return [client.url for client, is_there in zip(clients, found, strict=True) if not is_there]
+
+
+async def _answers(client: SGLangClient) -> bool:
+    try:
+        async with asyncio.timeout(REACH_SECONDS):
+            await client.model_info()
     except (RolloutError, ServerError, TimeoutError):
         return False
     return True

@@ -29,7 +29,7 @@ class KeptPool:
     @contextlib.contextmanager
     def open(self, options: PoolOptions) -> Iterator[Pool]:
         """The kept pool if it fits and its servers live, or a new one in its place. Stands in for Pool."""
-        if options.rollout.servers.urls:
+        if options.rollout.servers.are_elsewhere:
             with Pool(options) as pool:
                 yield pool
             return

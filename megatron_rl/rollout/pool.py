@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import secrets
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -16,14 +18,18 @@ from types import TracebackType
 from typing import Self
 
 from megatron_rl.config.schema import EngineConfig, RolloutConfig
+from megatron_rl.config.servers import read_urls
 from megatron_rl.cores import threads_per_process
 from megatron_rl.ranks.world import read_world
 from megatron_rl.rollout.answers import RolloutError
 from megatron_rl.rollout.client import SGLangClient, UnreachableError
 from megatron_rl.rollout.server import Server, ServerError, ServerOptions, free_ports
 
+logger = logging.getLogger(__name__)
+
 PROBE_SECONDS = 10.0  # for one request to a server that may not run yet
 WAIT_SECONDS = 1.0
+MAX_RESTARTS = 3
 
 
 @dataclass(frozen=True)
@@ -46,18 +52,26 @@ class Pool:
 
     def __init__(self, options: PoolOptions) -> None:
         self._asked = options
-        self.api_key = options.api_key if options.rollout.servers.urls else secrets.token_urlsafe(32)
+        self.api_key = options.api_key if options.rollout.servers.are_elsewhere else secrets.token_urlsafe(32)
         self._servers: list[Server] = []
+        self._listed: Sequence[str] = options.rollout.servers.urls
+        self._restarts = Counter[str]()
 
     @property
     def urls(self) -> list[str]:
-        return list(self._asked.rollout.servers.urls) or [server.url for server in self._servers]
+        return list(self._listed) or [server.url for server in self._servers]
+
+    def read_file(self) -> None:
+        """Reads rollout.servers.urls_file, if there is one. Raises ConfigError."""
+        if (file := self._asked.rollout.servers.urls_file) is not None:
+            self._listed = read_urls(file, have_key=self.api_key is not None)
 
     def __enter__(self) -> Self:
         config = self._asked.rollout.servers
-        if config.urls:
+        self.read_file()
+        if config.are_elsewhere:
             model_type = json.loads((self._asked.model / "config.json").read_bytes())["model_type"]
-            asyncio.run(wait_for_servers(config.urls, self.api_key, config.start_timeout, model_type, _say))
+            asyncio.run(wait_for_servers(self.urls, self.api_key, config.start_timeout, model_type, _say))
             return self
         try:
             for number, port in enumerate(free_ports(config.launch)):
@@ -103,6 +117,31 @@ class Pool:
         """Raises as `check` does, for every server."""
         for server in self._servers:
             server.check_alive()
+
+    def restart(self, silent: Sequence[str]) -> None:
+        """Starts the trainer's own servers again that are silent, at most MAX_RESTARTS times each, except those that
+        are still starting. Does not wait until they answer."""
+        for place, server in enumerate(self._servers):
+            if server.url not in silent:
+                server.has_answered = True
+                continue
+            starts = server.is_alive() and not server.has_answered
+            if starts and server.age < self._asked.rollout.servers.start_timeout:
+                continue
+            if self._restarts[server.url] == MAX_RESTARTS:
+                continue
+            logger.warning("%s: started again", server.url)
+            self._restarts[server.url] += 1
+            server.stop()
+            self._servers[place] = Server(server.options, server.log)
+
+    def wait_restarted(self) -> list[str]:
+        """Waits until the trainer's own servers that live answer; returns their URLs. Raises ServerError."""
+        timeout = self._asked.rollout.servers.start_timeout
+        living = [server for server in self._servers if server.is_alive()]
+        for server in living:
+            server.wait_ready(timeout)
+        return [server.url for server in living]
 
     def close(self) -> None:
         for server in self._servers:
@@ -153,7 +192,7 @@ async def _wait_for(
             if time.monotonic() >= deadline:
                 raise ServerError(
                     f"{why}; rollout.servers.start_timeout, {timeout_seconds:g} s, has passed: is the server started, "
-                    "and is rollout.servers.urls right?"
+                    "and is its URL right?"
                 )
             if not said:
                 say(f"waiting up to {timeout_seconds:g} s for the rollout server at {url}")

@@ -43,7 +43,6 @@ class Sampler:
 
     def __init__(self, fleet: Fleet, concurrency: int) -> None:
         self._fleet = fleet
-        self._pending = dict.fromkeys(fleet.members, 0)
         self._slots = asyncio.Semaphore(concurrency)
 
     async def group(self, index: int, prompt: Prompt, sampling: Sampling) -> Group:
@@ -51,7 +50,7 @@ class Sampler:
 
         Raises RolloutError, which names server and request, as soon as a sample fails on the last server that is live.
         """
-        place = _Place(self._fleet, self._pending, sampling.samples)
+        place = _Place(self._fleet, sampling.samples)
         version = sampling.versions.newest
 
         async def sample(number: int) -> Sample:
@@ -74,9 +73,8 @@ class _Place:
     """The server of a group, chosen when its first request is sent, so that a slow server gets fewer groups; another
     one if that is ejected."""
 
-    def __init__(self, fleet: Fleet, pending: dict[Member, int], samples: int) -> None:
+    def __init__(self, fleet: Fleet, samples: int) -> None:
         self._fleet = fleet
-        self._pending = pending
         self._to_come = samples
         self._home: Member | None = None
 
@@ -88,18 +86,18 @@ class _Place:
             except EjectedError:
                 continue
             self._to_come -= 1
-            self._pending[self._live_home()] -= 1
+            self._live_home().pending -= 1
             return completion
 
     def leave(self) -> None:
         """Ends what is still to come, if the group has failed."""
         if self._home is not None:
-            self._pending[self._home] -= self._to_come
+            self._home.pending -= self._to_come
 
     def _live_home(self) -> Member:
         if self._home is None or self._home.error is not None:
-            self._home = min(self._fleet.live, key=self._pending.__getitem__)
-            self._pending[self._home] += self._to_come
+            self._home = min(self._fleet.live, key=lambda member: member.pending)
+            self._home.pending += self._to_come
         return self._home
 
 

@@ -195,6 +195,8 @@ class Server:
         self.options = options
         self.url = f"http://{options.host}:{options.port}"
         self.log = log
+        self.has_answered = False
+        self._started = time.monotonic()
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             self._process = _start(*sglang_command(options, gpus > 0), output)
@@ -203,6 +205,11 @@ class Server:
     def pid(self) -> int:
         """Leader of the process group that holds all the server's processes."""
         return self._process.pid
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was started."""
+        return time.monotonic() - self._started
 
     def is_alive(self) -> bool:
         return self._process.poll() is None
@@ -214,6 +221,7 @@ class Server:
             self.check_alive()
             try:
                 if httpx.get(self.url + "/health", timeout=5.0, trust_env=False).status_code == 200:
+                    self.has_answered = True
                     return
             except httpx.TransportError:
                 pass  # not listening yet

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from megatron_rl.data.trace import TraceError
 from megatron_rl.data.vocabulary import unknown_token
 from megatron_rl.errors import MissingFileError
 from megatron_rl.ranks.activity import Activity
+from megatron_rl.rollout.answers import RolloutError
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import SGLangClient
-from megatron_rl.rollout.fleet import Fleet
+from megatron_rl.rollout.fleet import Fleet, Member
 from megatron_rl.rollout.sampler import Sampler, Sampling, rollout_groups
+from megatron_rl.rollout.server import ServerError
 from megatron_rl.routing.wire import RouteSpec
 
 
@@ -193,14 +195,41 @@ class Leader:
         would stay idle. At most `concurrency` requests are in flight. `check` raises if a launched server has died:
         Pool.check, on the rank with the pool."""
         self.loop = BackgroundLoop()
-        self.clients = [
-            SGLangClient(
-                url, api_key=api_key, deadline=deadline, check=functools.partial(check, url), activity=activity
-            )
-            for url in (*urls[first:], *urls[:first])
-        ]
-        self._fleet = Fleet(self.clients)
+        self._opened: dict[str, SGLangClient] = {}
+        self._open: Callable[[str], SGLangClient] = lambda url: SGLangClient(
+            url, api_key=api_key, deadline=deadline, check=functools.partial(check, url), activity=activity
+        )
+        self._fleet = Fleet([self.client(url) for url in (*urls[first:], *urls[:first])])
         self._sampler = Sampler(self._fleet, concurrency)
+
+    @property
+    def clients(self) -> list[SGLangClient]:
+        """Clients of the live servers. Raises as Fleet.live does."""
+        return [member.client for member in self._fleet.live]
+
+    @property
+    def urls(self) -> list[str]:
+        """The live servers; there may be none."""
+        return [member.url for member in self._fleet.members if member.error is None]
+
+    @property
+    def ejected(self) -> dict[str, str]:
+        """Says by URL why servers were ejected."""
+        return {member.url: str(member.error) for member in self._fleet.members if member.error is not None}
+
+    def client(self, url: str) -> SGLangClient:
+        """Returns the leader's client of a server, live or not."""
+        if url not in self._opened:
+            self._opened[url] = self._open(url)
+        return self._opened[url]
+
+    def admit(self, urls: Sequence[str], lost: Mapping[str, str]) -> None:
+        """Samples from these servers, which hold the newest weights, and no others; `lost` says by URL why."""
+
+        async def admit() -> None:
+            self._fleet.admit([self.client(url) for url in urls], lost)
+
+        self.loop.run(admit())
 
     async def group(self, number: int, prompt: Prompt, sampling: Sampling) -> Group:
         """Samples a group, on the loop. Raises RolloutError, and what `check` raises."""
@@ -212,21 +241,28 @@ class Leader:
 
     def pause(self, *, tell: bool) -> None:
         """Expects no answers until `resume`. With `tell` the servers put aside the requests in flight, without their
-        cached keys and values."""
+        cached keys and values; one that refuses is ejected."""
         self._fleet.paused = True
         if tell:
-            self.loop.run(_all(client.pause_generation("retract") for client in self.clients))
+            self.loop.run(self._tell(lambda client: client.pause_generation("retract")))
 
     def resume(self, *, tell: bool) -> None:
         if tell:
-            self.loop.run(_all(client.continue_generation() for client in self.clients))
+            self.loop.run(self._tell(SGLangClient.continue_generation))
         self._fleet.paused = False
 
+    async def _tell(self, call: Callable[[SGLangClient], Coroutine[Any, Any, None]]) -> None:
+        """Calls all live servers, and ejects those that refuse."""
+
+        async def tell(member: Member) -> None:
+            try:
+                await call(member.client)
+            except (RolloutError, ServerError) as error:
+                self._fleet.eject(member, error)
+
+        await asyncio.gather(*(tell(member) for member in self._fleet.members if member.error is None))
+
     def close(self) -> None:
-        for client in self.clients:
+        for client in self._opened.values():
             self.loop.run(client.close())
         self.loop.close()
-
-
-async def _all(calls: Iterable[Coroutine[Any, Any, None]]) -> None:
-    await asyncio.gather(*calls)

@@ -21,6 +21,11 @@ Bucket = list[tuple[str, Tensor]]
 class WeightSyncError(UserError):
     """A server refused weights, or did not answer in time."""
 
+    def __init__(self, text: str, urls: Sequence[str] = ()) -> None:
+        """`urls`: the servers at fault, if it is known which these are."""
+        super().__init__(text)
+        self.urls = urls
+
 
 @dataclass(frozen=True)
 class Sent:
@@ -62,9 +67,11 @@ def wait_for(answers: Sequence[Future[T]], timeout_seconds: float, who: Sequence
     Raises WeightSyncError as soon as a server refuses, and if a server does not answer in time.
     """
     done, waiting = concurrent.futures.wait(answers, timeout_seconds, concurrent.futures.FIRST_EXCEPTION)
-    for answer in done:
+    for name, answer in zip(who, answers, strict=False):
+        if answer not in done:
+            continue
         if isinstance(error := answer.exception(), UserError):
-            raise WeightSyncError(f"weight sync: {error}") from error
+            raise WeightSyncError(f"weight sync: {error}", [name]) from error
         if error is not None:
             raise error
     if waiting:

@@ -9,6 +9,7 @@ store the weights in the same form.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -147,7 +148,8 @@ def verify(
                 f"{url}: log-probs of the probe differ from the trainer's by up to {gaps.max():.3g} "
                 f"(mean {gaps.mean():.3g}), more than weights.verify_bound {bound:g}; its weights are not the "
                 "trainer's: does it serve a model of another shape than model.path? Or a quantised one? If it is the "
-                "same model on kernels that round more coarsely, raise weights.verify_bound"
+                "same model on kernels that round more coarsely, raise weights.verify_bound",
+                [url],
             )
         differences.append(gaps)
     check_checksums(asked.checksums, asked.forms)
@@ -167,7 +169,8 @@ def verify(
                 f"trainer's by {mean:.3g} in the mean, more than weights.verify_bound {bound:g} allows, though its "
                 "weights are right: it samples from other log-probs than it reports. Start it without "
                 "SGLANG_RETURN_ORIGINAL_LOGPROB and without its own sampling defaults or logit processors, or raise "
-                "weights.verify_bound if its kernels only round more coarsely"
+                "weights.verify_bound if its kernels only round more coarsely",
+                [url],
             )
         worst = max(worst, mean)
     everything = np.concatenate(differences)
@@ -175,11 +178,14 @@ def verify(
 
 
 def check_checksums(checksums: Mapping[str, str], forms: Mapping[str, tuple[int, str]]) -> None:
-    """Raises WeightSyncError if servers that store weights in one form hold different ones. Both by URL."""
+    """Raises WeightSyncError if servers that store weights in one form hold different ones. Both by URL. At fault are
+    those that differ from more than half."""
     for form in set(forms.values()):
         alike = {url: checksum for url, checksum in checksums.items() if forms[url] == form}
-        if len(set(alike.values())) > 1:
-            raise WeightSyncError(f"servers hold different weights, by checksum: {alike}")
+        ((most, count), *others) = Counter(alike.values()).most_common()
+        if others:
+            odd = [url for url, checksum in alike.items() if checksum != most and 2 * count > len(alike)]
+            raise WeightSyncError(f"servers hold different weights, by checksum: {alike}", odd)
 
 
 def form_of(info: Mapping[str, Any]) -> tuple[int, str]:

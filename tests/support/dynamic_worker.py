@@ -72,7 +72,7 @@ def _answer(prompt: Prompt, number: int, sampling: Sampling) -> Sample:
 
 
 class NoServers:
-    """Replaces the weight sync."""
+    """Replaces the weight sync, and the choice of servers."""
 
     def __init__(self, *_: object, **__: object) -> None:
         pass
@@ -82,6 +82,12 @@ class NoServers:
 
     def verify_if_due(self, version: int) -> dict[str, float]:
         return {}
+
+    def choose(self, sync: object) -> None:
+        pass
+
+    def admit(self, sync: object, *, newcomers: bool) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -94,7 +100,7 @@ def replace_servers(leader: type[MadeUp] = MadeUp) -> None:
     parts.connect = lambda _, trainer, __: contextlib.nullcontext(  # type: ignore
         connections.Servers(None, leader() if trainer.place.leads_replica else None)  # type: ignore[arg-type]
     )
-    publisher.WeightSync = NoServers  # type: ignore[assignment,misc]
+    publisher.WeightSync = publisher.Members = NoServers  # type: ignore[assignment,misc]
 
 
 def main(config_file: Path, runs: list[str]) -> None:

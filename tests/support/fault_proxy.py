@@ -34,7 +34,7 @@ class FaultProxy:
         self._upstream = upstream
         self._port = port
         self.faults = list(faults)
-        self._always = always
+        self.always = always
         self.seen: list[tuple[str, Any]] = []  # path and JSON body of each request
         self.most_in_flight = 0
         self._in_flight = 0
@@ -69,7 +69,7 @@ class FaultProxy:
         headers = {name.lower(): value for name, value in lines}
         body = await reader.readexactly(int(headers.get("content-length", 0)))
         self.seen.append((path, orjson.loads(body) if body else None))
-        later = self._always if self._always is not None and path != "/abort_request" else Fault()
+        later = self.always if self.always is not None and path != "/abort_request" else Fault()
         fault = self.faults.pop(0) if self.faults else later
         await asyncio.sleep(fault.delay)
         while not fault.until():

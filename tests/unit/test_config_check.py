@@ -202,7 +202,7 @@ def test_a_configuration_without_contradictions_is_accepted(tmp_path: Path, over
             "rollout.servers: launch and extra_flags are for",
         ),
         ("rollout.servers.tp=3", 1, "rollout.servers.tp: 3 does not divide the 8 attention heads"),
-        ("rollout.servers.api_key_env=KEY", 1, "rollout.servers.api_key_env: KEY, but rollout.servers.urls names no"),
+        ("rollout.servers.api_key_env=KEY", 1, "rollout.servers.api_key_env: KEY, but neither urls nor urls_file"),
         *(
             (
                 f"rollout.servers.urls=[{url}]",

@@ -14,6 +14,7 @@ from published_models import PUBLISHED
 from megatron_rl.config.load import ConfigError, check_config, load_config
 from megatron_rl.config.schema import Config
 from megatron_rl.config.server_flags import TRAINERS_FLAGS
+from megatron_rl.config.servers import read_urls
 from megatron_rl.models.architecture import DeltaNet, LatentAttention
 from megatron_rl.models.fields import ModelError
 from megatron_rl.rollout.server import ServerError, ServerOptions, serve
@@ -112,3 +113,37 @@ def test_a_long_sample_must_fit_the_cache_of_a_server_on_a_cpu(tmp_path: Path) -
     check(long, "engine.device=cpu", "rollout.servers.max_total_tokens=66024")
     with pytest.raises(ConfigError, match=r"max_total_tokens: 65536 \(the default on a CPU\) is less than .* 66024"):
         check(long, "engine.device=cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "have_key", "message"),
+    [
+        ("", True, ": no URL is there; expected one such as http://host:30000 a line"),
+        ("# nothing\n\n", True, ": no URL is there"),
+        ("http://a:1\n\nhost:30000\n", True, ":3: expected a URL such as http://host:30000"),
+        ("http://me:SECRET@a:1\n", True, ":1: expected a URL without credentials"),
+        ("http://127.0.0.1:1\nhttp://a:1 # far\n", False, ":2: http://a:1 is on another machine; set rollout.servers"),
+        ("http://a:1\nHTTP://A:1/\n", True, ":2: HTTP://A:1/ is there twice"),
+    ],
+)
+def test_the_error_for_a_file_of_urls_names_its_line(tmp_path: Path, text: str, have_key: bool, message: str) -> None:
+    (file := tmp_path / "urls").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_urls(file, have_key=have_key)
+    assert f"rollout.servers.urls_file: {file}{message}" in str(caught.value)
+    assert "SECRET" not in str(caught.value)
+
+
+def test_a_file_of_urls_is_checked_before_the_run(tmp_path: Path) -> None:
+    def check(overrides: str) -> None:
+        config = load_config(Config, write(tmp_path / "a.yaml", RL), overrides.split())
+        check_config(config, ARCHITECTURE, 1)
+
+    with pytest.raises(ConfigError, match=r"rollout.servers.urls_file: .*gone: .*No such file"):
+        check(f"rollout.servers.urls_file={tmp_path / 'gone'}")
+    (file := tmp_path / "urls").write_text("http://127.0.0.1:1 # the first\nhttp://127.0.0.1:2\n")
+    check(f"rollout.servers.urls_file={file}")
+    with pytest.raises(ConfigError, match="urls and urls_file are both given"):
+        check(f"rollout.servers.urls_file={file} rollout.servers.urls=[http://127.0.0.1:1]")
+    with pytest.raises(ConfigError, match="launch and extra_flags are for servers"):
+        check(f"rollout.servers.urls_file={file} rollout.servers.launch=2")

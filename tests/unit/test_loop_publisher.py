@@ -1,70 +1,96 @@
-"""What the publisher does at each weight sync, and in which order. Servers and transport are stand-ins."""
+"""What the publisher does at each weight sync, and in which order."""
 
 from __future__ import annotations
 
 import contextlib
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from megatron_rl.config.schema import RolloutConfig, WeightsConfig
-from megatron_rl.loop import publisher
-from megatron_rl.weights.collective import WeightSyncError
+from megatron_rl.data.versions import Versions
+from megatron_rl.loop.publisher import Publisher
+from megatron_rl.weights.all_servers import WeightSyncError
 
 
-@pytest.mark.parametrize("lag", [0, 2])
-def test_rollouts_that_go_on_are_paused_until_the_new_version_counts(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, lag: int
-) -> None:
-    calls: list[Any] = []
+class Recorded:
+    """Stands for sync, members and leader; notes each call, and the versions that servers may answer with by then."""
 
-    def note(what: str) -> Any:
-        def noted(*version: int, tell: bool = True) -> dict[str, float]:
-            assert tell
-            calls.append((what, *version, [v for v in range(9) if v in made.versions]))
-            return {what: 1.0}
+    def __init__(self, versions: Versions, refuses: bool = False) -> None:
+        self.calls: list[Any] = []
+        self.newcomers = {"c"}
+        self.ejected = {"a": "does not pause", "c": "was dead"}
+        self._versions = versions
+        self._refuses = refuses
 
-        return noted
+    def _note(self, what: str) -> dict[str, float]:
+        self.calls.append((what, [version for version in range(9) if version in self._versions]))
+        return {what: 1.0}
 
-    sync = SimpleNamespace(push=note("push"), verify_if_due=note("verify"))
-    monkeypatch.setattr(publisher, "WeightSync", lambda *_, **__: sync)
-    monkeypatch.setattr(publisher, "together", lambda _: contextlib.nullcontext())  # there are no other ranks
-    config: Any = SimpleNamespace(weights=WeightsConfig(), rollout=RolloutConfig(lag=lag), seed=0)
-    trainer: Any = SimpleNamespace(
-        place=SimpleNamespace(rank=0, control=None),
-        policy=None,
-        run=SimpleNamespace(path=tmp_path),
-        journal=SimpleNamespace(phase=lambda _: contextlib.nullcontext()),
-    )
-    leader = SimpleNamespace(pause=note("pause"), resume=note("resume"))
-    servers: Any = SimpleNamespace(leader=leader, check=note("check"))
-    made = publisher.Publisher(config, trainer, servers)
-    for version in (3, 4):
-        assert made.publish(version) == {"push": 1.0, "verify": 1.0}
-    before, after = ([3], [4]) if lag == 0 else ([1, 2, 3], [2, 3, 4])
-    expected = [("check", before), ("pause", before), ("push", 4, before), ("resume", after), ("verify", 4, after)]
-    assert calls[-len(calls) // 2 :] == [each for each in expected if lag or each[0] not in ("pause", "resume")]
+    def choose(self, sync: object) -> None:
+        self._note("choose")
+
+    def admit(self, sync: object, *, newcomers: bool) -> None:
+        self._note("admit newcomers" if newcomers else "admit")
+
+    def pause(self, *, tell: bool) -> None:
+        self._note("pause" if tell else "")
+
+    def resume(self, *, tell: bool) -> None:
+        self._note("resume" if tell else "")
+
+    def leave_out(self, lost: dict[str, str]) -> None:
+        self._note(f"leave out {lost}")
+
+    def push(self, version: int) -> dict[str, float]:
+        if self._refuses:
+            raise WeightSyncError("refused")
+        return self._note("push")
+
+    def verify_if_due(self, version: int) -> dict[str, float]:
+        return self._note("verify")
 
 
-def test_a_failed_sync_leaves_no_server_paused(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def make(lag: int, refuses: bool = False) -> tuple[Publisher, Recorded]:
+    versions = Versions(3, lag)
+    made: Any = Recorded(versions, refuses)
+    phase: Callable[[str], Any] = lambda _: contextlib.nullcontext()  # noqa: E731
+    return Publisher(versions, made, made, made, tells=True, phase=phase), made
+
+
+def test_new_weights_count_once_servers_have_them_and_newcomers_are_used_once_they_are_verified() -> None:
+    publisher, made = make(lag=0)
+    assert publisher.publish(4) == {"push": 1.0, "verify": 1.0}
+    before, after = [3], [4]
+    assert made.calls == [
+        ("choose", before),
+        ("push", before),
+        ("admit", before),
+        ("verify", after),
+        ("admit newcomers", after),
+    ]
+
+
+def test_rollouts_that_go_on_are_paused_until_the_new_version_counts() -> None:
+    """A server that does not pause gets no weights: its requests would go on with keys and values of the old ones."""
+    publisher, made = make(lag=2)
+    publisher.publish(4)
+    before, after = [1, 2, 3], [2, 3, 4]
+    assert made.calls == [
+        ("choose", before),
+        ("pause", before),
+        ("leave out {'a': 'does not pause'}", before),
+        ("push", before),
+        ("admit", before),
+        ("resume", after),
+        ("verify", after),
+        ("admit newcomers", after),
+    ]
+
+
+def test_a_failed_sync_leaves_no_server_paused() -> None:
     """They may run elsewhere, for the next run too."""
-    calls: list[str] = []
-
-    def push(version: int) -> dict[str, float]:
-        raise WeightSyncError("refused")
-
-    monkeypatch.setattr(publisher, "WeightSync", lambda *_, **__: SimpleNamespace(push=push))
-    monkeypatch.setattr(publisher, "together", lambda _: contextlib.nullcontext())  # there are no other ranks
-    config: Any = SimpleNamespace(weights=WeightsConfig(), rollout=RolloutConfig(lag=1), seed=0)
-    trainer: Any = SimpleNamespace(
-        place=SimpleNamespace(rank=0, control=None),
-        policy=None,
-        run=SimpleNamespace(path=tmp_path),
-        journal=SimpleNamespace(phase=lambda _: contextlib.nullcontext()),
-    )
-    leader = SimpleNamespace(pause=lambda tell: calls.append("pause"), resume=lambda tell: calls.append("resume"))
-    servers: Any = SimpleNamespace(leader=leader, check=lambda: None)
+    publisher, made = make(lag=1, refuses=True)
     with pytest.raises(WeightSyncError, match="refused"):
-        publisher.Publisher(config, trainer, servers).publish(1)
-    assert calls == ["pause", "resume"]
+        publisher.publish(4)
+    assert made.calls[-1] == ("resume", [2, 3])

@@ -90,7 +90,7 @@ def test_a_failed_run_leaves_its_servers_usable_for_the_next_run(
     monkeypatch.setattr(parts, "together", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(parts.RunPrompts, "load", lambda *_: prompts)
     monkeypatch.setattr(parts, "connect", lambda *_: contextlib.nullcontext(servers))
-    monkeypatch.setattr(parts, "Publisher", Publisher)
+    monkeypatch.setattr(parts.Publisher, "of", Publisher)
     with pytest.raises(OSError, match="gone"), parts.open_parts(config, resume=False):
         raise OSError("a host is gone")
     assert told == ["closed"]

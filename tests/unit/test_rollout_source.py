@@ -173,8 +173,7 @@ def test_independent_leaders_together_use_all_servers(leaders: int, groups: int,
     for dp in range(leaders):
         leader = Leader(urls, api_key=None, deadline=1.0, first=first_server(dp, leaders, servers))
         assert sorted(client.url for client in leader.clients) == urls
-        sampler = leader._sampler
-        places = [_Place(sampler._fleet, sampler._pending, samples=8) for _ in range(groups)]
+        places = [_Place(leader._fleet, samples=8) for _ in range(groups)]
         count.update(place._live_home().client.url for place in places)
         leader.close()
     assert max(count.values()) == most

@@ -21,7 +21,6 @@ from megatron_rl.lab.console import Console
 from megatron_rl.lab.journal import Journal
 from megatron_rl.lab.run import RunDir, read_metrics
 from megatron_rl.loop import evaluator as evaluator_module
-from megatron_rl.loop import publisher as publisher_module
 from megatron_rl.loop.evaluator import Evaluator
 from megatron_rl.loop.parts import Parts
 from megatron_rl.loop.progress import Progress
@@ -82,12 +81,9 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         steps=3,
         resumes=False,
     )
-    publisher = object.__new__(Publisher)
-    servers = SimpleNamespace(check=lambda: None, leader=None)
-    sync = SimpleNamespace(push=clock.takes(SYNC, {}), verify_if_due=lambda _: {})
-    publisher.__dict__.update(
-        _trainer=trainer, _servers=servers, _sync=sync, versions=Versions(0), _rollouts_go_on=False, _leader=None
-    )
+    sync: Any = SimpleNamespace(push=clock.takes(SYNC, {}), verify_if_due=lambda _: {})
+    members: Any = SimpleNamespace(choose=lambda _: None, admit=lambda *_, **__: None)
+    publisher = Publisher(Versions(0), sync, members, leader=None, tells=True, phase=journal.phase)
     environment: Any = SimpleNamespace(evaluate=clock.takes(EVALUATION))
     figures = {"rollout/reward/mean": 0.0, "rollout/accuracy": 0.0, "rollout/tokens": 70.0}
 
@@ -114,7 +110,6 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             tops=None,
         )
 
-    monkeypatch.setattr(publisher_module, "together", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(trainer, "update", update)
     monkeypatch.setattr(trainer, "export", lambda *_: None)
     monkeypatch.setattr(watch, "agree", lambda *_: None)  # there are no other ranks
