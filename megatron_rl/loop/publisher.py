@@ -19,8 +19,8 @@ from megatron_rl.weights.sync import WeightSync
 
 @dataclass(frozen=True)
 class Publisher:
-    """Publishes weights. Every rank has one, with its own parts. If rollouts are replayed, there is no `sync`, and it does
-    nothing."""
+    """Publishes weights. Every rank has one, with its own parts; without `sync`, it does nothing, as rollouts are
+    replayed."""
 
     versions: Versions
     """Weight versions that a server may answer with."""

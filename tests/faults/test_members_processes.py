@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from forks import Forks, Run
+from forks import Forks
 from rl_runs import GROUP, PROMPTS, write_config
 
 from megatron_rl.data.store import read_groups
@@ -29,10 +30,13 @@ def numbers_of_servers(metrics: Path) -> list[float]:
     return [number for number, _ in itertools.groupby(numbers)]
 
 
-def servers_of(run: Run) -> list[int]:
-    """Returns the process groups of the servers that rank 0 has started."""
-    children = psutil.Process(run.pids[0]).children()
-    return [child.pid for child in children if "megatron_rl.rollout.tether" in child.cmdline()]
+def process_group(log: Path) -> int:
+    """Returns the process group of the server that writes the log."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if str(log) in (file.path for file in process.open_files()):
+                return os.getpgid(process.pid)
+    raise AssertionError(f"nobody writes {log}")
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -65,7 +69,7 @@ def test_a_server_of_the_trainer_is_started_again(
     try:
         wait_for(2)
         time.sleep(random.Random(seed).uniform(0.0, 3.0))
-        (victim, *_) = servers_of(run)
+        victim = process_group(tmp_path / "run" / "logs" / "server-0.log")
         os.killpg(victim, {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[fault])
         wait_for(2, 1, 2)
     finally:
