@@ -26,7 +26,7 @@ from megatron_rl.weights.all_servers import AllServers, WeightSyncError, wait_fo
 from megatron_rl.weights.collective import CollectiveRoute, _cut, _listen, _open_sockets
 from megatron_rl.weights.directory import DiskRoute
 from megatron_rl.weights.sync import bound_of, checksum
-from megatron_rl.weights.verify import Asked, SampledAnswer, ask_servers, verify
+from megatron_rl.weights.verify import Asked, SampledAnswer, ask_servers, check_checksums, verify
 
 RNG = np.random.default_rng(0)
 EXPECTED = [-3.0 * RNG.random(9).astype(np.float32) for _ in range(2)]
@@ -324,3 +324,13 @@ def test_only_the_connected_sockets_of_the_group_are_closed() -> None:
             assert one.recv(1) == b""
         with socket.create_connection(listening.getsockname(), timeout=5.0):
             listening.accept()[0].close()
+
+
+@pytest.mark.parametrize(
+    ("checksums", "odd"),
+    [({"a": "x", "b": "y", "c": "x"}, ["b"]), ({"a": "x", "b": "y"}, []), ({"a": "x", "b": "y", "c": "z"}, [])],
+)
+def test_servers_that_differ_from_more_than_half_are_at_fault(checksums: dict[str, str], odd: list[str]) -> None:
+    with pytest.raises(WeightSyncError) as caught:
+        check_checksums(checksums, dict.fromkeys(checksums, (1, "float32")))
+    assert caught.value.urls == odd
