@@ -126,7 +126,7 @@ class SGLangClient:
         """
         outside = [i for i in token_ids if not 0 <= i < vocab_size]
         if outside or not token_ids:  # an id without an embedding ends the scheduler, and with it the server
-            raise RolloutError(f"{self.url}: input_ids: found {outside[:3]}; expected: ids in [0, {vocab_size})")
+            raise RefusedError(f"{self.url}: input_ids: found {outside[:3]}; expected: ids in [0, {vocab_size})")
         sampling: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
