@@ -116,13 +116,13 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def register_hooks() -> None:
     """Replaces functions through SGLang's own registry.
 
-    Host buffers are not registered with CUDA (`--enable-return-routed-experts`), sequences attend together, processes
-    are forked, and two steps of some models are computed in plain PyTorch, in fp32 as SGLang's kernels do: the gate of
-    the expert that every token visits, and norms over all heads.
+    Host buffers are not registered with CUDA (`--enable-return-routed-experts`), sequences attend together, experts
+    write each block to its place, processes are forked, and two steps of some models are computed in plain PyTorch, in
+    fp32 as SGLang's kernels do: the gate of the expert that every token visits, and norms over all heads.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from megatron_rl.rollout import sglang_cpu_attention
+    from megatron_rl.rollout import sglang_cpu_attention, sglang_cpu_experts
 
     HookRegistry.register(
         "sglang.srt.mem_cache.pool_host.common._cuda_host_register",
@@ -130,8 +130,11 @@ def register_hooks() -> None:
         HookType.REPLACE,
     )
     backend = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+    HookRegistry.register(f"{backend}.init_forward_metadata", sglang_cpu_attention.begin_forward, HookType.BEFORE)
     HookRegistry.register(f"{backend}._run_sdpa_forward_extend", sglang_cpu_attention.extend, HookType.AROUND)
     HookRegistry.register(f"{backend}._run_sdpa_forward_decode", sglang_cpu_attention.decode, HookType.AROUND)
+    experts = "sglang.srt.layers.moe.fused_moe_native.moe_forward_native"
+    HookRegistry.register(experts, sglang_cpu_experts.forward, HookType.AROUND)
     gate = "sglang.kernels.ops.elementwise.elementwise._launch_fused_gate_sigmoid_mul"
     HookRegistry.register(gate, add_gated, HookType.REPLACE)
     norms = "sglang.srt.models.minimax_m2"

@@ -2,12 +2,13 @@
 
 SGLang's `torch_native` backend attends one sequence after another. With hundreds of requests of a small model this loop
 takes most of a decoding step. Here sequences are padded to the longest and attended together, by the same PyTorch
-function.
+function. What all layers of a forward pass share is computed once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,25 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 MAX_SCORES = 1 << 22  # per call and head, padding included; bounds the memory
+
+
+@dataclass(frozen=True)
+class Together:
+    """Sequences that attend together."""
+
+    tokens: slice
+    """Their new tokens among all."""
+    rows: Tensor
+    """Place of each new token in [sequences * longest query]."""
+    slots: Tensor
+    """Slots of their keys in the cache, [sequences * longest], int64: index_select is many times slower with int32."""
+    seen: Tensor
+    """Which keys each query sees: [sequences, longest query, longest]."""
+
+
+def begin_forward(backend: Any, forward_batch: Any) -> None:
+    """Forgets the parts of the last forward pass. Called before TorchNativeAttnBackend.init_forward_metadata."""
+    backend.parts = None
 
 
 def extend(
@@ -39,8 +59,9 @@ def extend(
     if encoder_lens is not None or not options["causal"] or options["sliding_window_size"] is not None:
         lengths = (seq_lens, extend_prefix_lens, extend_seq_lens, encoder_lens)
         return original(backend, query, output, k_cache, v_cache, req_to_token, req_pool_indices, *lengths, **options)
-    caches = (k_cache, v_cache)
-    _attend(query, output, caches, req_to_token, req_pool_indices, seq_lens, extend_seq_lens, options["scaling"])
+    if backend.parts is None:
+        backend.parts = list(_parts(req_to_token, req_pool_indices, seq_lens, extend_seq_lens, len(k_cache)))
+    _attend(backend.parts, query, output, k_cache, v_cache, options["scaling"])
     return output
 
 
@@ -61,47 +82,57 @@ def decode(
     if encoder_lens is not None or options["sliding_window_size"] is not None:
         tables = (req_to_token, req_pool_indices, seq_lens, encoder_lens)
         return original(backend, query, output, k_cache, v_cache, *tables, **options)
-    caches = (k_cache, v_cache)
-    ones = torch.ones_like(seq_lens)
-    _attend(query, output, caches, req_to_token, req_pool_indices, seq_lens, ones, options["scaling"])
+    if backend.parts is None:
+        ones = torch.ones_like(seq_lens)
+        backend.parts = list(_parts(req_to_token, req_pool_indices, seq_lens, ones, len(k_cache)))
+    _attend(backend.parts, query, output, k_cache, v_cache, options["scaling"])
     return output
 
 
 def _attend(
-    query: Tensor,
-    output: Tensor,
-    caches: tuple[Tensor, Tensor],
-    req_to_token: Tensor,
-    rows: Tensor,
-    kv_lens: Tensor,
-    q_lens: Tensor,
-    scaling: float | None,
+    parts: list[Together], query: Tensor, output: Tensor, k_cache: Tensor, v_cache: Tensor, scaling: float | None
 ) -> None:
     """Attends all sequences and writes into `output`.
 
-    `query` and `output` are (sum of q_lens, heads, head_dim), sequence after sequence. `caches` are keys and values,
-    (slots, KV heads, head_dim). `req_to_token[rows[i], :kv_lens[i]]` are the slots of sequence i.
+    `query` and `output` are (new tokens, heads, head_dim), sequence after sequence; the caches are (slots, KV heads,
+    head_dim).
     """
-    first = 0
-    for part in _parts(q_lens.tolist(), kv_lens.tolist()):
-        q_len, kv_len = q_lens[part], kv_lens[part]
-        q_at, kv_at = torch.arange(int(q_len.max())), torch.arange(int(kv_len.max()))
-        there = q_at < q_len[:, None]  # (sequences, longest query)
-        last = first + int(q_len.sum())
-        padded = query.new_zeros(*there.shape, *query.shape[1:])
-        padded[there] = query[first:last]
-        # A position beyond the end of a sequence has a slot of another sequence; the mask excludes it.
-        slots = req_to_token[rows[part], : len(kv_at)].clamp(0, len(caches[0]) - 1)
-        keys, values = (cache[slots].transpose(1, 2).to(query.dtype) for cache in caches)
-        seen = kv_at <= ((kv_len - q_len)[:, None] + q_at)[:, :, None]
-        attended = scaled_dot_product_attention(
-            padded.transpose(1, 2), keys, values, attn_mask=seen[:, None], scale=scaling, enable_gqa=True
+    for part in parts:
+        sequences, longest_q, longest_kv = part.seen.shape
+        padded = query.new_zeros(sequences * longest_q, *query.shape[1:])
+        padded.index_copy_(0, part.rows, query[part.tokens])
+        keys, values = (
+            cache.index_select(0, part.slots).view(sequences, longest_kv, *cache.shape[1:]).to(query.dtype)
+            for cache in (k_cache, v_cache)
         )
-        output[first:last] = attended.transpose(1, 2)[there]
+        attended = scaled_dot_product_attention(
+            padded.view(sequences, longest_q, *query.shape[1:]).transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=part.seen[:, None],
+            scale=scaling,
+            enable_gqa=True,
+        )
+        output[part.tokens] = attended.transpose(1, 2).reshape_as(padded).index_select(0, part.rows)
+
+
+def _parts(req_to_token: Tensor, rows: Tensor, kv_lens: Tensor, q_lens: Tensor, slots: int) -> Iterator[Together]:
+    """`req_to_token[rows[i], :kv_lens[i]]` are the slots of sequence i, of a cache of `slots`; its last `q_lens[i]`
+    tokens are new."""
+    first = 0
+    for some in _runs(q_lens.tolist(), kv_lens.tolist()):
+        q_len, kv_len = q_lens[some], kv_lens[some]
+        q_at, kv_at = torch.arange(int(q_len.max())), torch.arange(int(kv_len.max()))
+        last = first + int(q_len.sum())
+        there = q_at < q_len[:, None]  # (sequences, longest query)
+        # A position beyond the end of a sequence has a slot of another sequence; the mask excludes it.
+        at = req_to_token[rows[some], : len(kv_at)].clamp(0, slots - 1).long()
+        seen = kv_at <= ((kv_len - q_len)[:, None] + q_at)[:, :, None]
+        yield Together(slice(first, last), there.view(-1).nonzero().view(-1), at.view(-1), seen)
         first = last
 
 
-def _parts(q_lens: list[int], kv_lens: list[int]) -> Iterator[slice]:
+def _runs(q_lens: list[int], kv_lens: list[int]) -> Iterator[slice]:
     """Runs of consecutive sequences, at least one each, whose padded scores stay within MAX_SCORES."""
     start = longest_q = longest_kv = 0
     for i, (q, kv) in enumerate(zip(q_lens, kv_lens, strict=True)):

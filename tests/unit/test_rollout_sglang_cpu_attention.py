@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,13 @@ OPTIONS: dict[str, Any] = {"scaling": SCALING, "causal": True, "sliding_window_s
 
 def unexpected(*args: object, **kwargs: object) -> Tensor:
     raise AssertionError("fell back to SGLang's own function")
+
+
+def backend() -> SimpleNamespace:
+    """An attention backend at the start of a forward pass."""
+    made = SimpleNamespace(parts="of the forward pass before")
+    attention.begin_forward(made, None)
+    return made
 
 
 def problem(q_lens: list[int], kv_lens: list[int]) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -51,14 +59,27 @@ def test_new_tokens_attend_only_to_their_own_sequence(
 ) -> None:
     monkeypatch.setattr(attention, "MAX_SCORES", max_scores)
     arguments, expected = problem(q_lens, kv_lens)
-    torch.testing.assert_close(attention.extend(unexpected, None, *arguments, **OPTIONS), expected)
+    torch.testing.assert_close(attention.extend(unexpected, backend(), *arguments, **OPTIONS), expected)
 
 
 @pytest.mark.parametrize("max_scores", [1, 20, 1 << 22])
 def test_decode_attends_with_one_new_token_per_sequence(monkeypatch: pytest.MonkeyPatch, max_scores: int) -> None:
     monkeypatch.setattr(attention, "MAX_SCORES", max_scores)
     arguments, expected = problem([1] * 5, [4, 1, 12, 7, 2])
-    torch.testing.assert_close(attention.decode(unexpected, None, *arguments[:7], **OPTIONS), expected)
+    torch.testing.assert_close(attention.decode(unexpected, backend(), *arguments[:7], **OPTIONS), expected)
+
+
+def test_layers_of_a_forward_pass_share_its_parts_and_the_next_pass_makes_new_ones() -> None:
+    layers = backend()
+    for q_lens, kv_lens in (([2, 3], [2, 5]), ([1, 1], [3, 6])):
+        attention.begin_forward(layers, None)
+        arguments, expected = problem(q_lens, kv_lens)
+        attention.extend(unexpected, layers, *arguments, **OPTIONS)
+        of_first_layer = layers.parts
+        query, output, keys, values, *tables = arguments
+        more = attention.extend(unexpected, layers, query, output, keys, 2 * values, *tables, **OPTIONS)
+        assert layers.parts is of_first_layer
+        torch.testing.assert_close(more, 2 * expected)
 
 
 @pytest.mark.parametrize("change", [{"causal": False}, {"sliding_window_size": 4}])
