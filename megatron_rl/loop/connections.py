@@ -14,6 +14,7 @@ from megatron_rl.loop.trainer import Trainer
 from megatron_rl.ranks.collectives import broadcast_bytes
 from megatron_rl.rollout.pool import Pool, PoolOpener, PoolOptions, read_api_key
 from megatron_rl.rollout.source import Leader, first_server
+from megatron_rl.rollout.transport import IDLE_SECONDS, LAUNCHED_IDLE_SECONDS
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def connect(config: Config, trainer: Trainer, open_pool: PoolOpener = Pool) -> I
                 deadline=rollout.deadline,
                 concurrency=rollout.concurrency,
                 first=first_server(place.dp, trainer.layout.dp, len(urls)),
+                idle_seconds=IDLE_SECONDS if rollout.servers.are_elsewhere else LAUNCHED_IDLE_SECONDS,
                 check=pool.check if pool else lambda url: None,
                 activity=trainer.journal.activity,
             )

@@ -22,7 +22,7 @@ import tenacity
 
 from megatron_rl.ranks.activity import Activity
 from megatron_rl.rollout.answers import Completion, RolloutError, read_completion, read_score
-from megatron_rl.rollout.transport import Connections
+from megatron_rl.rollout.transport import IDLE_SECONDS, Connections
 from megatron_rl.routing.wire import RouteSpec
 
 MAX_TRIES = 8
@@ -65,10 +65,12 @@ class SGLangClient:
         api_key: str | None = None,
         deadline: float = 600.0,
         max_tries: int | None = None,
+        idle_seconds: float = IDLE_SECONDS,
         check: Callable[[], None] = lambda: None,
         activity: Activity | None = None,
     ) -> None:
-        """`deadline` is in seconds for one call, all its tries included. `max_tries` defaults to MAX_TRIES. `check` is
+        """`deadline` is in seconds for one call, all its tries included. `max_tries` defaults to MAX_TRIES.
+        `idle_seconds`: how long an idle connection is kept; shorter than the server keeps it. `check` is
         called before each retry; it raises if a retry is useless, for example if the server's process has died.
         `activity` hears of requests and answers."""
         self.url = url.rstrip("/")
@@ -80,7 +82,7 @@ class SGLangClient:
         self._activity = activity or Activity()
         self._http = httpx.AsyncClient(
             base_url=self.url,
-            transport=Connections(),
+            transport=Connections(idle_seconds),
             headers={"Content-Type": "application/json", "Accept-Encoding": "identity"}
             | ({"Authorization": f"Bearer {api_key}"} if api_key else {}),
             timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),  # the deadline bounds the rest

@@ -26,6 +26,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import read_architecture, refuse_unserved
 from megatron_rl.models.fields import ModelError
 from megatron_rl.rollout.sglang_launch import KEY_VARIABLE
+from megatron_rl.rollout.transport import KEEP_ALIVE_SECONDS
 from megatron_rl.routing.wire import SERVER_FLAG
 
 LOADER = "megatron_rl.weights.delta_loader.load_delta"
@@ -100,6 +101,7 @@ def sglang_command(options: ServerOptions, has_gpu: bool) -> tuple[list[str], di
     if (tokens := cache_tokens(options.max_total_tokens, on_cpu=on_cpu)) is not None:
         flags["--max-total-tokens"] = str(tokens)
     environment = {
+        "SGLANG_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_SECONDS),
         "HF_HUB_OFFLINE": "1",  # SGLang would ask the hub although the model is a directory
         # By default torch uses TMPDIR, which is removed with the server.
         "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR")

@@ -23,6 +23,7 @@ from megatron_rl.rollout.client import SGLangClient
 from megatron_rl.rollout.fleet import Fleet, Member
 from megatron_rl.rollout.sampler import Sampler, Sampling, rollout_groups
 from megatron_rl.rollout.server import ServerError
+from megatron_rl.rollout.transport import IDLE_SECONDS
 from megatron_rl.routing.wire import RouteSpec
 
 
@@ -188,16 +189,22 @@ class Leader:
         deadline: float,
         concurrency: int = 1,
         first: int = 0,
+        idle_seconds: float = IDLE_SECONDS,
         check: Callable[[str], None] = lambda url: None,
         activity: Activity | None = None,
     ) -> None:
         """Groups go to the servers in turn, from number `first` on; if all leaders began with the same server, others
-        would stay idle. At most `concurrency` requests are in flight. `check` raises if a launched server has died:
-        Pool.check, on the rank with the pool."""
+        would stay idle. At most `concurrency` requests are in flight. `idle_seconds` as of SGLangClient. `check`
+        raises if a launched server has died: Pool.check, on the rank with the pool."""
         self.loop = BackgroundLoop()
         self._opened: dict[str, SGLangClient] = {}
         self._open: Callable[[str], SGLangClient] = lambda url: SGLangClient(
-            url, api_key=api_key, deadline=deadline, check=functools.partial(check, url), activity=activity
+            url,
+            api_key=api_key,
+            deadline=deadline,
+            idle_seconds=idle_seconds,
+            check=functools.partial(check, url),
+            activity=activity,
         )
         self._fleet = Fleet([self.client(url) for url in (*urls[first:], *urls[:first])])
         self._sampler = Sampler(self._fleet, concurrency)

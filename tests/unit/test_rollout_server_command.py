@@ -16,6 +16,7 @@ from megatron_rl.config.schema import EngineConfig, RolloutConfig
 from megatron_rl.rollout import server as server_module
 from megatron_rl.rollout.pool import Pool, PoolOptions
 from megatron_rl.rollout.server import PORTS, Server, ServerError, free_ports, sglang_command
+from megatron_rl.rollout.transport import LAUNCHED_IDLE_SECONDS
 
 
 def flags(command: list[str]) -> dict[str, str]:
@@ -31,7 +32,9 @@ def test_a_gpu_gets_the_stock_server_without_cpu_flags() -> None:
     found = flags(command)
     assert (found["--dtype"], found["--tp"], found["--base-gpu-id"]) == ("bfloat16", "4", "8")
     assert not found.keys() & {"--device", "--attention-backend", "--sleep-on-idle", "--api-key"}
-    assert environment.keys() == {"HF_HUB_OFFLINE", "TORCHINDUCTOR_CACHE_DIR", "GLOO_SOCKET_IFNAME"}
+    always = {"HF_HUB_OFFLINE", "TORCHINDUCTOR_CACHE_DIR", "GLOO_SOCKET_IFNAME", "SGLANG_TIMEOUT_KEEP_ALIVE"}
+    assert environment.keys() == always
+    assert float(environment["SGLANG_TIMEOUT_KEEP_ALIVE"]) > LAUNCHED_IDLE_SECONDS
 
 
 @pytest.mark.parametrize(("device", "has_gpu"), [("auto", False), ("cpu", True), ("cpu", False)])

@@ -52,6 +52,27 @@ def test_a_cancelled_request_leaves_no_broken_connection(turns: int) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(("idle_seconds", "opened"), [(60.0, 1), (0.0, 2)])
+def test_a_connection_is_used_again_unless_it_was_idle_for_long(idle_seconds: float, opened: int) -> None:
+    accepted: list[asyncio.StreamWriter] = []
+
+    async def count(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        accepted.append(writer)
+        await serve(reader, writer)
+
+    async def run() -> None:
+        server = await asyncio.start_server(count, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with httpx.AsyncClient(transport=Connections(idle_seconds), base_url=url, timeout=None) as http:
+            await http.get("/")
+            await asyncio.sleep(0.01)
+            await http.get("/")
+        server.close()
+
+    asyncio.run(run())
+    assert len(accepted) == opened
+
+
 async def calls_of_each(requests: int, transport: httpx.AsyncBaseTransport) -> float:
     """Returns the number of function calls per request, with `requests` requests at a time."""
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
