@@ -22,29 +22,16 @@ import tenacity
 
 from megatron_rl.ranks.activity import Activity
 from megatron_rl.rollout.answers import Completion, RolloutError, read_completion, read_score
+from megatron_rl.rollout.retries import HEALING_STATUS, Healing, seconds_of, wait_of
 from megatron_rl.rollout.transport import IDLE_SECONDS, Connections
 from megatron_rl.routing.wire import RouteSpec
 
 MAX_TRIES = 8
 CONNECT_SECONDS = 10.0
-HEALING_STATUS = frozenset({429, 502, 503, 504})
-LONGEST_WAIT = 60.0
-"""Of what a server may ask for by Retry-After, in seconds."""
 ABORT_SECONDS = 2.0
 
-
-_BACKOFF = tenacity.wait_random_exponential(multiplier=0.2, max=10.0)
+MemoryTag = Literal["weights", "kv_cache"]
 _Body = Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None
-
-
-class _Healing(Exception):
-    """A failure that a retry may fix."""
-
-    def __init__(self, what: str, reached: bool, wait: float = 0.0) -> None:
-        """`reached`: the server may have seen the request. `wait`: seconds before the next try, as the server says."""
-        super().__init__(what)
-        self.reached = reached
-        self.wait = wait
 
 
 class RefusedError(RolloutError):
@@ -192,7 +179,7 @@ class SGLangClient:
             raise
 
     async def _abort(self, names: Sequence[str]) -> None:
-        with contextlib.suppress(RolloutError, _Healing, TimeoutError):
+        with contextlib.suppress(RolloutError, Healing, TimeoutError):
             async with asyncio.timeout(ABORT_SECONDS):
                 for name in names:
                     await self._once("POST", "/abort_request", orjson.dumps({"rid": name}))
@@ -271,13 +258,17 @@ class SGLangClient:
     async def load_custom(self, *, loader: str, named_tensors: bytes, weight_version: int) -> None:
         """Has the server's `--custom-weight-loader` of this name load what SGLang unpickles, in each of its ranks."""
         tp_size = (await self.server_info())["tp_size"]
-        payload = base64.b64encode(named_tensors).decode()
-        body = {
-            "serialized_named_tensors": [payload] * tp_size,
-            "load_format": loader,
-            "flush_cache": True,
-            "weight_version": str(weight_version),
-        }
+        body = {"load_format": loader, "flush_cache": True, "weight_version": str(weight_version)}
+        await self._from_tensor([named_tensors] * tp_size, body)
+
+    async def update_weights_from_tensor(self, *, payloads: Sequence[bytes]) -> None:
+        """Loads a flattened bucket that each of the server's ranks unpickles from its own payload; its tensor is in
+        memory that they share with the sender. Cached prefixes and weight version stay."""
+        await self._from_tensor(payloads, {"load_format": "flattened_bucket", "flush_cache": False})
+
+    async def _from_tensor(self, payloads: Sequence[bytes], settings: Mapping[str, Any]) -> None:
+        encoded = [base64.b64encode(payload).decode() for payload in payloads]
+        body = {"serialized_named_tensors": encoded, **settings}
         await self._call("/update_weights_from_tensor", body, once=True)
 
     async def update_weight_version(self, version: int | str) -> None:
@@ -291,6 +282,16 @@ class SGLangClient:
             return str(answer["per_engine_checksum"])
         except (KeyError, TypeError):
             raise RolloutError(f"{self.url}/weights_checker: no per_engine_checksum in the answer") from None
+
+    # ---- memory
+
+    async def release_memory(self, tags: Sequence[MemoryTag]) -> None:
+        """Frees memory of a GPU, of which the values are lost; the addresses stay. Call `pause_generation` first."""
+        await self._call("/release_memory_occupation", {"tags": tags}, once=True)
+
+    async def resume_memory(self, tags: Sequence[MemoryTag]) -> None:
+        """Takes memory again that was released. SGLang 0.5.23 ends if it holds it."""
+        await self._call("/resume_memory_occupation", {"tags": tags}, once=True)
 
     # ---- state
 
@@ -344,12 +345,12 @@ class SGLangClient:
             self._check()
 
         def heals(error: BaseException) -> bool:
-            return isinstance(error, _Healing) and not (once and error.reached)
+            return isinstance(error, Healing) and not (once and error.reached)
 
         retry = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(heals),
             stop=tenacity.stop_after_attempt(self._max_tries or MAX_TRIES),
-            wait=_wait,
+            wait=wait_of,
             before_sleep=note,
             reraise=True,
         )
@@ -357,7 +358,7 @@ class SGLangClient:
             async with asyncio.timeout(self.deadline):
                 with self._activity.owed_by(self.url):
                     return await retry(attempt)
-        except _Healing as error:
+        except Healing as error:
             self._check()
             raise UnreachableError(f"{self.url}{path}: {error}; tried {len(failures) + 1} times") from None
         except TimeoutError:
@@ -373,10 +374,10 @@ class SGLangClient:
             raise RolloutError(f"{self.url}{path}: cannot be asked: {error}") from None
         except httpx.TransportError as error:
             refused = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
-            raise _Healing(f"{type(error).__name__} {error}".strip(), reached=not refused) from None
+            raise Healing(f"{type(error).__name__} {error}".strip(), reached=not refused) from None
         if answer.status_code in HEALING_STATUS:
-            wait = _seconds(answer.headers.get("Retry-After", ""))
-            raise _Healing(f"status {answer.status_code}", reached=True, wait=wait)
+            wait = seconds_of(answer.headers.get("Retry-After", ""))
+            raise Healing(f"status {answer.status_code}", reached=True, wait=wait)
         if answer.status_code != 200:
             kind = RefusedError if 400 <= answer.status_code < 500 else RolloutError
             raise kind(f"{self.url}{path}: status {answer.status_code}: {self._told(answer.text)[:500]}")
@@ -385,14 +386,3 @@ class SGLangClient:
     def _told(self, text: str) -> str:
         """The server's message without the key, which it may have repeated."""
         return text.replace(self._api_key, "***") if self._api_key else text
-
-
-def _seconds(retry_after: str) -> float:
-    """Returns what the header says, at most LONGEST_WAIT; 0 for a date, which servers of models do not send."""
-    return min(float(retry_after), LONGEST_WAIT) if retry_after.isdecimal() else 0.0
-
-
-def _wait(state: tenacity.RetryCallState) -> float:
-    error = state.outcome.exception() if state.outcome else None
-    asked = error.wait if isinstance(error, _Healing) else 0.0
-    return max(asked, _BACKOFF(state))

@@ -19,7 +19,7 @@ from megatron_rl.errors import MissingFileError
 from megatron_rl.ranks.activity import Activity
 from megatron_rl.rollout.answers import RolloutError
 from megatron_rl.rollout.background import BackgroundLoop
-from megatron_rl.rollout.client import SGLangClient
+from megatron_rl.rollout.client import MemoryTag, SGLangClient
 from megatron_rl.rollout.fleet import Fleet, Member
 from megatron_rl.rollout.sampler import Sampler, Sampling, rollout_groups
 from megatron_rl.rollout.server import ServerError
@@ -257,6 +257,21 @@ class Leader:
         if tell:
             self.loop.run(self._tell(SGLangClient.continue_generation))
         self._fleet.paused = False
+
+    def release_memory(self, tags: Sequence[MemoryTag]) -> None:
+        """Pauses all servers, ejected ones too, and frees their GPUs' memory of these kinds. Raises RolloutError and
+        ServerError."""
+        self.pause(tell=True)
+        self.loop.run(self._all(lambda client: client.release_memory(tags)))
+
+    def resume_memory(self, tags: Sequence[MemoryTag], *, answers: bool) -> None:
+        """Has all servers take memory again; with `answers` they then answer requests. Raises as `release_memory`."""
+        self.loop.run(self._all(lambda client: client.resume_memory(tags)))
+        if answers:
+            self.resume(tell=True)
+
+    async def _all(self, call: Callable[[SGLangClient], Coroutine[Any, Any, None]]) -> None:
+        await asyncio.gather(*map(call, self._opened.values()))
 
     async def _tell(self, call: Callable[[SGLangClient], Coroutine[Any, Any, None]]) -> None:
         """Calls all live servers, and ejects those that refuse."""
