@@ -56,7 +56,8 @@ def held_by(part: MegatronOptimizer, slots: Sequence[Slot], ranks: ModelRanks) -
         if not isinstance(parameter, torch.nn.Parameter) or parameter not in part.model_param_group_index_map:
             continue
         own = part._get_model_param_range_map(parameter)["param"]
-        extent = slot.of(parameter).numel()
+        # Its values may have been moved away (engine/offload.py).
+        extent = (parameter.shape if slot.index is None else parameter.shape[1:]).numel()
         first = (slot.index or 0) * extent
         begin, end = max(own.start, first), min(own.end, first + extent)
         if begin < end:

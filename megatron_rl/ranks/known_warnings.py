@@ -39,6 +39,8 @@ EVERYWHERE = (
     KnownWarning(UserWarning, MEGATRON + "optimizer", r"The \.grad attribute of a Tensor that is not a leaf"),
     # Megatron-Core has one optimizer for experts and one for all other weights, which optim.freeze may all have.
     KnownWarning(UserWarning, MEGATRON + "optimizer", "WARNING: there is no optimizer on RANK"),
+    # Its own way to free a buffer (engine/offload.py).
+    KnownWarning(UserWarning, MEGATRON + "distributed", "TypedStorage is deprecated"),
     # Megatron-Core calls two collectives by the names that torch deprecates; they still work.
     KnownWarning(
         FutureWarning,
