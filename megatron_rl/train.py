@@ -18,6 +18,7 @@ from megatron_rl.loop.experience import measure_router_shift, prepare
 from megatron_rl.loop.parts import Parts, open_parts
 from megatron_rl.loop.recorded_tokens import write_recorded
 from megatron_rl.loop.rollouts import RolloutBatch
+from megatron_rl.loop.turns import TRAINING
 from megatron_rl.loop.updates import apply, train_critic_again
 from megatron_rl.objectives.advantages import group_advantages
 from megatron_rl.rewards.shaping import is_lost
@@ -44,6 +45,7 @@ def train(
         trainer.journal.timer.drain()  # the first weight sync is no step's
         while progress.step < progress.steps:
             batch = parts.rollouts.next(progress)
+            parts.turns.take(TRAINING)
             mini_batches = schedule(parts, with_advantages(batch.groups, config))
             noise = progress.due(config.routing.noise_floor)
             records = progress.step + 1 in config.lab.record_steps
@@ -61,6 +63,7 @@ def train(
             if halt is not None:
                 trainer.watch.halt_if(halt)
             trainer.checkpoint(progress.state)
+        parts.turns.take(TRAINING)
         trainer.export_all()
         parts.evaluator.check_made(progress)
 

@@ -80,6 +80,8 @@ def _of_replay(config: Config) -> Iterator[Idle]:
         yield Idle("rollout.servers.urls", list(rollout.servers.urls), cause, without, "drop it")
     if rollout.servers.urls_file is not None:
         yield Idle("rollout.servers.urls_file", str(rollout.servers.urls_file), cause, without, "drop it")
+    if rollout.servers.colocate:
+        yield Idle("rollout.servers.colocate", True, cause, without, "set it to false")
     if rollout.lag:
         why = f"does nothing under {cause}; the saved rollouts are as old as they are"
         yield Idle("rollout.lag", rollout.lag, cause, why, "set it to 0")

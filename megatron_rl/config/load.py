@@ -25,6 +25,7 @@ from megatron_rl.config.schema import Config, SftConfig
 from megatron_rl.config.sections import Kinds, all_keys, sections, sections_of_kinds
 from megatron_rl.config.server_flags import TRAINERS_FLAGS, UNROUTED_FLAGS, check_server_flags, flags_among
 from megatron_rl.config.servers import CPU_ADVICE, cache_tokens, cpu_problem, exposed, read_urls
+from megatron_rl.config.sharing import check_sharing
 from megatron_rl.config.sources import ConfigError, Tree, nearest, read_sources, shown
 from megatron_rl.config.stress import check_stress
 from megatron_rl.config.switches import GroupAdvantage
@@ -190,6 +191,7 @@ def check_config(config: Config | SftConfig, arch: Architecture, world_size: int
             *_check_rewards(config),
             *_check_dynamic_sampling(config),
             *_check_servers(config, arch),
+            *check_sharing(config, arch, world_size),
             *_check_routing(config, arch),
             *check_replay(config.routing, config.engine),
             *check_stress(config.weights.stress, config.weights.route, arch),

@@ -275,9 +275,10 @@ class RoutingConfig(Frozen):
 
 
 class WeightsConfig(Frozen):
-    route: Literal["collective", "disk", "delta"] = "collective"
+    route: Literal["collective", "disk", "delta", "ipc"] = "collective"
     """collective: buckets are broadcast over NCCL or gloo; disk: files in run_dir/weights, which all servers must see;
-    delta: as disk the first time, then one file of the elements that changed (docs/weights.md)."""
+    delta: as disk the first time, then one file of the elements that changed; ipc: in memory of the GPUs that servers
+    share under rollout.servers.colocate (docs/weights.md)."""
     bucket_mib: MebiBytes = 256
     """Size of one gathered and broadcast bucket of weights."""
     verify: NonNegativeInt = 0

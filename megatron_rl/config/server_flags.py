@@ -13,6 +13,7 @@ _ONE_MACHINE = "the trainer starts servers on one machine; start larger ones you
 _HTTP = "the trainer speaks HTTP to the servers that it starts; start others yourself and name them in urls"
 _ADDRESS = "the trainer chooses the address"
 _ROUTES = "set routing.replay r3 or routing.observe_rollout"
+_SAVER = "set rollout.servers.colocate"
 _LOADER = "it is set to the loader of weights.route delta"
 TRAINERS_FLAGS = {
     "--model-path": "set model.path",
@@ -33,6 +34,7 @@ TRAINERS_FLAGS = {
     "--config": "list its flags in extra_flags",
     "--weight-version": "the trainer counts the versions of the weights",
     "--custom-weight-loader": _LOADER,
+    "--enable-memory-saver": _SAVER,
     "--ssl-keyfile": _HTTP,
     "--ssl-certfile": _HTTP,
     "--ssl-ca-certs": _HTTP,

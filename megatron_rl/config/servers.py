@@ -121,6 +121,9 @@ class ServersConfig(Frozen):
     """Number of servers to start if neither `urls` nor `urls_file` names servers."""
     tp: PositiveInt = 1
     """Tensor parallelism of each launched server."""
+    colocate: bool = False
+    """Launched servers use the GPUs of the trainer's ranks, in turns with them, instead of GPUs of their own. Each side
+    frees its memory for the other (docs/scale.md)."""
     dtype: ServerDtype = "auto"
     """auto: the engine's dtype."""
     api_key_env: VariableName | None = None

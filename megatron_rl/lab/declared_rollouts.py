@@ -113,6 +113,7 @@ COSTS = DeclaredTable(
                     "update": "optimizer steps of the policy",
                     "critic update": "optimizer steps of the critic",
                     "weight sync": "weight sync to the rollout servers",
+                    "turns": "moving memory of GPUs between trainer and servers (rollout.servers.colocate)",
                 }
             },
         ),

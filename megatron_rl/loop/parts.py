@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from megatron_rl.config.schema import Config
 from megatron_rl.config.servers import CPU_ADVICE, cpu_problem
+from megatron_rl.config.sharing import check_machine
 from megatron_rl.config.sources import ConfigError
 from megatron_rl.engine.device import check_deterministic, resolve_device
 from megatron_rl.engine.top_exchange import TopExchange
@@ -20,9 +21,11 @@ from megatron_rl.loop.publisher import Publisher
 from megatron_rl.loop.rollouts import GroupSource, LiveGroups, Rollouts, SavedGroups, check_saved, top_k
 from megatron_rl.loop.run_prompts import RunPrompts
 from megatron_rl.loop.trainer import Trainer, open_trainer
+from megatron_rl.loop.turns import SAMPLING, GpuTurns
 from megatron_rl.models.architecture import read_architecture
 from megatron_rl.objectives.custom import get_objective
 from megatron_rl.ranks.collectives import together
+from megatron_rl.ranks.world import read_world
 from megatron_rl.rewards import check_verifier
 from megatron_rl.rollout.ledger import Ledger
 from megatron_rl.rollout.pool import Pool, PoolOpener
@@ -38,6 +41,7 @@ class Parts:
     rollouts: Rollouts
     publisher: Publisher
     evaluator: Evaluator
+    turns: GpuTurns
     routes: RouteExchange | None
     """Takes the rollout's routing traces to the ranks that replay them; None if they are not needed."""
     tops: TopExchange | None
@@ -49,6 +53,9 @@ def check_start(config: Config) -> None:
     UserError."""
     device = resolve_device(config.engine.device)
     check_deterministic(config.engine)
+    if config.rollout.servers.colocate:
+        world = read_world()
+        check_machine(world.size, world.local_size)
     starts_servers = config.rollout.replay_from is None and not config.rollout.servers.are_elsewhere
     if starts_servers and device.type == "cpu" and (problem := cpu_problem(read_architecture(config.model.path))):
         raise ConfigError(f"engine.device: {config.engine.device} is the CPU here, but {problem}; {CPU_ADVICE}")
@@ -94,10 +101,13 @@ def _assemble(config: Config, trainer: Trainer, prompts: RunPrompts, stack: Exit
     spec = RouteSpec.of(policy.arch) if config.routing.needs_rollout_routes else None
     routes = RouteExchange(policy.arch, policy.routers.layers, trainer.place, trainer.layout) if spec else None
     servers = environment = None
+    turns = GpuTurns(trainer.networks, trainer.place, trainer.journal, shares=config.rollout.servers.colocate)
     if config.rollout.replay_from is None:
+        turns.take(SAMPLING)  # servers measure what memory is free when they start
         with trainer.console.starting("servers", _server_names(config, trainer, kept=open_pool is not Pool)):
             servers = stack.enter_context(connect(config, trainer, open_pool))
-    publisher = Publisher.of(config, trainer, servers)
+        turns.servers = servers.leader if trainer.place.rank == 0 else None
+    publisher = Publisher.of(config, trainer, servers, turns)
     stack.callback(publisher.close)
     source: GroupSource
     if servers is None:
@@ -128,6 +138,7 @@ def _assemble(config: Config, trainer: Trainer, prompts: RunPrompts, stack: Exit
         rollouts=Rollouts(config, trainer, source),
         publisher=publisher,
         evaluator=Evaluator(config.eval, trainer, environment, prompts.heldout),
+        turns=turns,
         routes=routes,
         tops=TopExchange(k, trainer.place, trainer.layout) if (k := top_k(config, trainer)) else None,
     )

@@ -13,6 +13,7 @@ from megatron_rl.lab.console import Console
 from megatron_rl.loop.connections import Servers
 from megatron_rl.loop.members import Members
 from megatron_rl.loop.trainer import Trainer
+from megatron_rl.loop.turns import SAMPLING, SYNC, GpuTurns
 from megatron_rl.rollout.source import Leader
 from megatron_rl.weights.sync import WeightSync
 
@@ -26,6 +27,8 @@ class Publisher:
     """Weight versions that a server may answer with."""
     sync: WeightSync | None
     members: Members | None
+    turns: GpuTurns
+    """Servers have their turn after each sync."""
     leader: Leader | None
     tells: bool
     """Whether the leader pauses servers, for all leaders."""
@@ -33,7 +36,7 @@ class Publisher:
     """Times a phase of a step."""
 
     @classmethod
-    def of(cls, config: Config, trainer: Trainer, servers: Servers | None) -> Publisher:
+    def of(cls, config: Config, trainer: Trainer, servers: Servers | None, turns: GpuTurns) -> Publisher:
         leader = None if servers is None else servers.leader
         tells = trainer.place.rank == 0
         sync = None
@@ -45,9 +48,10 @@ class Publisher:
                 trainer.run.path / "weights",
                 temperature=config.rollout.temperature,
                 seed=config.seed,
+                sampling=turns.sampling,
             )
         members = None if servers is None else Members(trainer.place.control, servers)
-        return cls(Versions(0, config.rollout.lag), sync, members, leader, tells, trainer.journal.phase)
+        return cls(Versions(0, config.rollout.lag), sync, members, turns, leader, tells, trainer.journal.phase)
 
     def start(self, version: int, console: Console) -> None:
         """Publishes the weights that the run begins or goes on with, and says so. Collective. Raises as `publish`."""
@@ -64,6 +68,7 @@ class Publisher:
         """
         if self.sync is None or self.members is None:
             return {}
+        self.turns.take(SYNC)
         with self.phase("weight sync"):
             self.members.choose(self.sync)
             with self._paused(self.sync):
@@ -72,7 +77,8 @@ class Publisher:
                 self.versions.newest = version
             report |= self.sync.verify_if_due(version)
             self.members.admit(self.sync, newcomers=True)
-            return report
+        self.turns.take(SAMPLING)
+        return report
 
     @contextlib.contextmanager
     def _paused(self, sync: WeightSync) -> Iterator[None]:

@@ -10,10 +10,11 @@ from rich.table import Table
 
 from megatron_rl.config.load import C, ConfigError, check_companions, check_config, load_config
 from megatron_rl.config.schema import Config
+from megatron_rl.config.sharing import fraction_problem
 from megatron_rl.models.architecture import read_architecture
 from megatron_rl.models.fields import ModelError
 from megatron_rl.planner.candidates import DEGREES, Proposal, proposals, single_changes
-from megatron_rl.planner.memory import GIB, PASSING, Job, RankMemory, RankNetworks, all_ranks, largest_rank
+from megatron_rl.planner.memory import GIB, PASSING, Job, RankMemory, RankNetworks, all_ranks, largest_rank, shares
 from megatron_rl.planner.roofline import GPUS, MFU, Gpu, StepTime, step_time
 
 KINDS = {
@@ -65,7 +66,13 @@ def forecast(job: Job, gpu: Gpu, memory_gib: float) -> bool:
     if host := max(rank.host for rank in ranks):
         console.print(f"optimizers take {_gib(host)} of the host's memory for each rank", soft_wrap=True)
     console.print(_describe_time(step_time(job, gpu)), soft_wrap=True)
-    fits = largest.total <= limit
+    problem = None
+    if shares(job.config):
+        console.print(_describe_sharing(job.config, largest), soft_wrap=True)
+        problem = fraction_problem(job.config, job.arch, job.item, limit)
+    if problem:
+        console.print(problem, soft_wrap=True)
+    fits = largest.total <= limit and not problem
     console.print(
         f"{'fits' if fits else 'does not fit'}: rank {largest.rank} needs {_gib(largest.total)} of {memory_gib:g} GiB",
         soft_wrap=True,
@@ -127,6 +134,15 @@ def _memory_table(ranks: Sequence[RankMemory]) -> Table:
         if any(values):
             table.add_row(name, *(f"{value / GIB:.1f}" for value in values), end_section=kind == "reserve")
     return table
+
+
+def _describe_sharing(config: Config, rank: RankMemory) -> str:
+    servers = config.rollout.servers
+    return (
+        f"servers share the GPUs in turns ({servers.launch} of {servers.tp} GPUs): with the context of a server's "
+        f"process, rank {rank.rank} needs {_gib(rank.static + rank.peak)} to train, and {_gib(rank.sync)} while a "
+        f"server's weights ({_gib(rank.served)}) are set; what is then in the host's memory is not counted"
+    )
 
 
 def _describe_time(time: StepTime) -> str:

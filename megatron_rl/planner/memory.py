@@ -6,10 +6,12 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from megatron_rl.config.layout import Coordinates, Layout
 from megatron_rl.config.optim import memory_settings
 from megatron_rl.config.schema import Config, CriticOptimConfig, OptimConfig, SftConfig
+from megatron_rl.config.sharing import served_bytes
 from megatron_rl.config.show import longest_sample, stage_layers
 from megatron_rl.config.switches import NoKL
 from megatron_rl.models.architecture import Architecture
@@ -91,6 +93,7 @@ class RankMemory:
     step: int  # temporaries of Adam
     reserve: int
     host: int  # of the host's memory, for optimizers
+    served: int  # a server's weights, beside those of the policy while it gets them (rollout.servers.colocate)
 
     @property
     def static(self) -> int:
@@ -103,8 +106,13 @@ class RankMemory:
         return max(self.activations + max(self.layer, self.logits), self.step, self.bucket)
 
     @property
+    def sync(self) -> int:
+        """What there is in a weight sync under rollout.servers.colocate, in which all else is moved to the host."""
+        return self.reserve + self.weights + self.bucket + self.served
+
+    @property
     def total(self) -> int:
-        return self.static + self.peak
+        return max(self.static + self.peak, self.sync)
 
 
 @dataclass(frozen=True)
@@ -169,9 +177,15 @@ def rank_memory(job: Job, rank: int, measure: Measure = counted) -> RankMemory:
         bucket=_bucket(job, rank),
         # torch's AdamW makes the root of all second moments at once; Transformer Engine and apex do not.
         step=0 if fused or memory_settings(config.optim) else moments,
-        reserve=0 if config.engine.device == "cpu" else RESERVE,
+        reserve=0 if config.engine.device == "cpu" else RESERVE * (2 if shares(config) else 1),
         host=sum(network.host for network in trained),
+        served=served_bytes(arch, config.rollout.servers.tp, job.item) if shares(config) else 0,
     )
+
+
+def shares(config: Config | SftConfig) -> TypeGuard[Config]:
+    """Tells whether servers use the trainer's GPUs in turns with it."""
+    return isinstance(config, Config) and config.rollout.servers.colocate
 
 
 def _fp8_copies(job: Job, rank: int) -> int:

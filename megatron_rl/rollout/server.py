@@ -70,6 +70,7 @@ class ServerOptions:
     dtype: str = "auto"  # auto, fp32, bf16
     tp: int = 1
     first_gpu: int = 0  # the server takes `tp` GPUs from this one on
+    memory_saver: bool = False  # it can give a GPU's memory back for a time; a CPU's is not
     max_total_tokens: int | None = None  # None: SGLang's choice on a GPU, CPU_TOKENS on a CPU
     max_running_requests: int = 256
     threads: int | None = None  # cores of a server on a CPU, over all its ranks; None: all
@@ -125,6 +126,8 @@ def sglang_command(options: ServerOptions, has_gpu: bool) -> tuple[list[str], di
     arguments = [part for pair in flags.items() for part in pair]
     # An idle scheduler polls; on a CPU it would take a core from the trainer.
     switches = ["--sleep-on-idle"] if on_cpu else []
+    if options.memory_saver and not on_cpu:
+        switches.append("--enable-memory-saver")
     if options.return_routed_experts:
         switches.append(SERVER_FLAG)
     # -P: never import modules from the directory in which the trainer was started.
@@ -193,6 +196,8 @@ class Server:
         """Starts the server and returns before it answers. Its output is appended to `log`."""
         gpus = 0 if options.device == "cpu" else _gpus()
         _require_sglang(on_cpu=_on_cpu(options, gpus > 0))
+        if options.memory_saver and not _on_cpu(options, gpus > 0):
+            _require_memory_saver()
         _check_gpus(options, gpus)
         self.options = options
         self.url = f"http://{options.host}:{options.port}"
@@ -312,8 +317,17 @@ def _check_gpus(options: ServerOptions, gpus: int) -> None:
     if 0 < gpus < end and flag_value(options.extra_flags, "--base-gpu-id") is None:
         raise ServerError(
             f"rollout.servers: a server needs GPUs {options.first_gpu} to {end - 1} (the first are the trainer's), but "
-            f"this machine has {gpus}; lower launch or tp, give urls of servers elsewhere, or share a GPU with "
-            "extra_flags: [--base-gpu-id=N, --mem-fraction-static=X] and weights.route: disk"
+            f"this machine has {gpus}; lower launch or tp, give urls of servers elsewhere, or share GPUs: in turns by "
+            "colocate: true, or at the same time with extra_flags: [--base-gpu-id=N, --mem-fraction-static=X] and "
+            "weights.route: disk"
+        )
+
+
+def _require_memory_saver() -> None:
+    if importlib.util.find_spec("torch_memory_saver") is None:
+        raise ServerError(
+            "rollout.servers.colocate: true needs SGLang's package torch_memory_saver, which is not installed; install "
+            "it, or set it to false"
         )
 
 

@@ -261,14 +261,16 @@ class Leader:
     def release_memory(self, tags: Sequence[MemoryTag]) -> None:
         """Pauses all servers, ejected ones too, and frees their GPUs' memory of these kinds. Raises RolloutError and
         ServerError."""
-        self.pause(tell=True)
+        self._fleet.paused = True
+        self.loop.run(self._all(lambda client: client.pause_generation("retract")))
         self.loop.run(self._all(lambda client: client.release_memory(tags)))
 
     def resume_memory(self, tags: Sequence[MemoryTag], *, answers: bool) -> None:
         """Has all servers take memory again; with `answers` they then answer requests. Raises as `release_memory`."""
         self.loop.run(self._all(lambda client: client.resume_memory(tags)))
         if answers:
-            self.resume(tell=True)
+            self.loop.run(self._all(SGLangClient.continue_generation))
+            self._fleet.paused = False
 
     async def _all(self, call: Callable[[SGLangClient], Coroutine[Any, Any, None]]) -> None:
         await asyncio.gather(*map(call, self._opened.values()))

@@ -102,6 +102,11 @@ def unfit_plans(
     """One line for each thing that a run would refuse, or never measure, only after others have been done."""
     for name, arm in arms.items():
         mine = resolved[name]
+        if mine.config.rollout.servers.colocate:
+            yield (
+                f"arms.{name}: rollout.servers.colocate: true, but a study keeps servers from one run to the next; set "
+                "it to false"
+            )
         if arm.replay is not None:
             theirs = resolved[arm.replay.source].config
             yield from (f"arms.{name}: {what}" for what in _unfit_replay(mine.config, theirs, arm.replay.source))

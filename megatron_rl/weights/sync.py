@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from megatron_rl.config.schema import WeightsConfig
@@ -22,6 +22,7 @@ from megatron_rl.weights.all_servers import AllServers, Sent, WeightSyncError
 from megatron_rl.weights.collective import CollectiveRoute
 from megatron_rl.weights.delta import DeltaRoute, Published, gather_changes
 from megatron_rl.weights.directory import DiskRoute
+from megatron_rl.weights.shared import SharedRoute
 from megatron_rl.weights.stressed import StressedBuckets, read_stress
 from megatron_rl.weights.substitute import substituted
 from megatron_rl.weights.verify import (
@@ -50,18 +51,22 @@ class WeightSync:
         *,
         temperature: float,
         seed: int,
+        sampling: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
-        """`temperature` is the sampling temperature of the run's responses, `seed` the run's."""
+        """`temperature` is the sampling temperature of the run's responses, `seed` the run's. In the context that
+        `sampling` gives, the servers answer requests."""
         self._config = config
         self._stress = read_stress(config.stress, policy.arch, seed)
         self._temperature = temperature
         self._policy = policy
         self._leader = leader
+        self._sampling = sampling
         self._published = Published(policy) if config.route == "delta" else None
         self._directory = directory
         self._servers: AllServers | None = None
-        self._route: CollectiveRoute | DiskRoute | DeltaRoute | None = None
+        self._route: CollectiveRoute | DiskRoute | DeltaRoute | SharedRoute | None = None
         self._clients: Sequence[SGLangClient] = [] if leader is None else leader.clients
+        self._places = self.urls
         self.newcomers: set[str] = set()
         """Servers, by URL, that have come to the others and were not verified yet. On rank 0."""
         self.lost: dict[str, str] = {}
@@ -127,14 +132,19 @@ class WeightSync:
 
     def _open_route(self) -> None:
         """Has a route to the servers of now."""
+        policy = self._policy
+        if self._config.route == "ipc" and self._leader is None:
+            self._route = SharedRoute(None, [], policy.place, policy.device)
         if self._leader is None or (self._servers is not None and self._servers.urls == self.urls):
             return
         self.close()
         servers = self._servers = AllServers(self._clients, self._leader.loop, self._config.timeout)
         if self._config.route == "collective":
-            self._route = CollectiveRoute(servers, self._policy.device)
+            self._route = CollectiveRoute(servers, policy.device)
             return
-        policy = self._policy
+        if self._config.route == "ipc":
+            self._route = SharedRoute(servers, self._places, policy.place, policy.device)
+            return
         disk = DiskRoute(servers, self._directory, policy.model_dir, torch_dtype(policy.engine.dtype))
         self._route = disk if self._config.route == "disk" else DeltaRoute(disk)
 
@@ -177,8 +187,8 @@ class WeightSync:
         try:
             if self._route is not None:
                 sent = self._route.push(exported if stressed is None else stressed, version)
-                report = self._measured(sent, start)
-                if stressed is not None:
+                report = self._measured(sent, start) if self._servers is not None else {}
+                if report and stressed is not None:
                     report["weights/stress/relative_error"] = stressed.relative_error
         finally:
             for _ in exported:  # the other ranks gather until every bucket is sent
@@ -219,9 +229,10 @@ class WeightSync:
 
     def _verify(self, version: int) -> dict[str, float]:
         """Compares servers and trainer. Leaves out newcomers that differ, if there are others."""
-        asked, error = self._ask(version)
-        while self._leaves_out(error, []):
+        with self._sampling():
             asked, error = self._ask(version)
+            while self._leaves_out(error, []):
+                asked, error = self._ask(version)
         report, error = self._compare(asked, version)
         return self._verify(version) if self._leaves_out(error, list(self.newcomers)) else report
 

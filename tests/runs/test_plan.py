@@ -41,3 +41,21 @@ def test_what_transformer_engine_alone_does_is_planned_too(forks: Forks, tmp_pat
     assert done.returncode == 0, done.stderr
     assert "recompute moe_act" in done.stdout
     assert "optimizers take 0.0 GiB of the host's memory for each rank" in done.stdout
+
+
+@pytest.mark.parametrize(("fraction", "status"), [("0.8", 0), ("0.000001", 1)])
+def test_a_plan_with_shared_gpus_tells_what_each_turn_needs(
+    forks: Forks, tmp_path: Path, fraction: str, status: int
+) -> None:
+    write(tmp_path / "a.yaml", RL)
+    write_model(tmp_path / "model")
+    more = [
+        "rollout.servers={colocate: true, launch: 2, tp: 2}",
+        "weights.route=ipc",
+        "engine={device: cuda, dtype: bf16}",
+    ]
+    more.append(f"rollout.servers.extra_flags=[--mem-fraction-static={fraction}]")
+    done = forks.run("-m", "megatron_rl", "plan", "a.yaml", *more, "--gpus", "4", directory=tmp_path)
+    assert done.returncode == status, done.stderr
+    assert "servers share the GPUs in turns (2 of 2 GPUs)" in done.stdout
+    assert ("gives a server 0.0 GiB of each GPU" in done.stdout) == bool(status)

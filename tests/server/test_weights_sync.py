@@ -91,7 +91,12 @@ def old_weights(tiny_model_dir: Path, tiny_server: Server, fresh_checksum: str) 
 
 @pytest.mark.parametrize(
     ("layout", "route", "temperature"),
-    [("tp=2", "collective", 0.5), ("pp=2", "disk", 1.0), ("tp=2,pp=2,ep=2", "collective", 1.7)],
+    [
+        ("tp=2", "collective", 0.5),
+        ("pp=2", "disk", 1.0),
+        ("tp=2,pp=2,ep=2", "collective", 1.7),
+        ("tp=2,pp=2,ep=2", "ipc", 1.0),
+    ],
 )
 def test_a_weight_sync_delivers_the_trained_weights(
     forks: Forks, trained: Path, tiny_server: Server, fresh_checksum: str, layout: str, route: str, temperature: float
@@ -119,9 +124,10 @@ def test_a_faulty_weight_sync_is_detected(
     [
         ("tp=2", "disk", '{"kind": "fp8"}'),
         ("tp=2,pp=2,ep=2", "collective", '{"kind": "int4"}'),
+        ("tp=2", "ipc", '{"kind": "fp8"}'),
     ],
 )
-def test_a_server_gets_the_stressed_weights_by_both_routes(
+def test_a_server_gets_the_stressed_weights_by_each_route(
     forks: Forks, trained: Path, tiny_server: Server, tmp_path: Path, layout: str, route: str, stress: str
 ) -> None:
     """The sync's own verification compares the server with the trainer under the stressed weights, to 1e-5."""

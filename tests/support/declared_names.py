@@ -20,8 +20,8 @@ UNFILLED = frozenset(
     for bin_ in ("entropy_low", "entropy_middle", "lag_1", "lag_2_3", "lag_4_7", "lag_8_up")
 )
 """Bins without a token in a run of one step of a random model: no token is certain, and none is of an older version."""
-BY_FILE = frozenset({("metrics.jsonl", "weights/seconds/write"), ("metrics.jsonl", "weights/changed")})
-"""Names that only weights.route disk and delta write."""
+ELSEWHERE = frozenset(("metrics.jsonl", name) for name in ("weights/seconds/write", "weights/changed", "time/turns"))
+"""Names that only weights.route disk and delta, and rollout.servers.colocate write."""
 LIVE = frozenset(
     {
         *(("metrics.jsonl", f"time/{phase}") for phase in ("rollout", "weight sync")),

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_rl.data.versions import Versions
 from megatron_rl.loop.publisher import Publisher
+from megatron_rl.loop.turns import GpuTurns
 from megatron_rl.weights.all_servers import WeightSyncError
 
 
@@ -55,7 +56,8 @@ def make(lag: int, refuses: bool = False) -> tuple[Publisher, Recorded]:
     versions = Versions(3, lag)
     made: Any = Recorded(versions, refuses)
     phase: Callable[[str], Any] = lambda _: contextlib.nullcontext()  # noqa: E731
-    return Publisher(versions, made, made, made, tells=True, phase=phase), made
+    turns = GpuTurns(made, made, made, shares=False)
+    return Publisher(versions, made, made, turns, made, tells=True, phase=phase), made
 
 
 def test_new_weights_count_once_servers_have_them_and_newcomers_are_used_once_they_are_verified() -> None:

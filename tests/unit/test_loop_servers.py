@@ -69,7 +69,8 @@ def test_a_failed_run_leaves_its_servers_usable_for_the_next_run(
             raise OSError("the disk is gone")
 
     trainer: Any = SimpleNamespace(
-        place=SimpleNamespace(control=None, dp=0),
+        place=SimpleNamespace(control=None, dp=0, rank=0),
+        networks=None,
         policy=SimpleNamespace(arch=SimpleNamespace(vocab_size=9)),
         run=SimpleNamespace(logs="logs", pending=Path("pending")),
         config=SimpleNamespace(seed=0),

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from config_files import ARCHITECTURE, write
-from published_models import PUBLISHED
+from planned_jobs import RUN, job
 
 from megatron_rl.config.layout import Layout, parse_layout
 from megatron_rl.config.recompute import Recomputation, read_recompute
@@ -27,22 +26,13 @@ from megatron_rl.planner.activations import (
 )
 from megatron_rl.planner.candidates import on_layout, proposals, single_changes
 from megatron_rl.planner.forecast import find_gpu, memory_lines, read_job
-from megatron_rl.planner.memory import GIB, MIB, Job, all_ranks, largest_rank
+from megatron_rl.planner.memory import GIB, MIB, all_ranks, largest_rank
 from megatron_rl.planner.roofline import GPUS, forward_flops, step_time
 from megatron_rl.planner.shares import active_elements, network_bytes
 
 NONE_AND_EXPERTS: tuple[tuple[PolicyKind, ...], ...] = ((), ("expert",))
 EMBEDDING: tuple[PolicyKind, ...] = ("embedding",)
 H100 = GPUS["h100"]
-RUN = """\
-run_dir: runs/one
-model: {path: model}
-data: {train: prompts.jsonl}
-rollout: {prompts_per_step: 128, group_size: 16, max_response_tokens: 7168}
-engine: {device: cuda, layers: te, recompute: full}
-objective: {kl: {kind: k3, beta: 0.001}}
-train: {steps: 3}
-"""
 # One of each sort of layout, and what the largest rank needs (GiB): a change of a figure should be meant.
 PLANS = {
     ("Qwen--Qwen3-8B", "tp=2,dp=4"): 48,
@@ -68,15 +58,6 @@ def work(text: str = "tp=1", tokens: int = 1024, **options: Any) -> Workload:
 def stage(workload: Workload, recompute: str, pp: int = 0, micro_batches: int = 64) -> StageActivations:
     layers = workload.layout.split(ARCHITECTURE.num_layers)[pp :: workload.layout.pp]
     return stage_activations(workload, layers, pp, micro_batches, read_recompute(recompute))
-
-
-def job(tmp_path: Path, name: str, text: str, *overrides: str) -> Job:
-    (tmp_path / "model").mkdir(exist_ok=True)
-    shutil.copy(PUBLISHED / f"{name}.json", tmp_path / "model" / "config.json")
-    degrees, world = parse_layout(text)
-    given = [f"parallel.{key}={value}" for key, value in degrees.model_dump(exclude_none=True).items() if value != 1]
-    path = write(tmp_path / "run.yaml", RUN)
-    return read_job(Config, path, [f"model.path={tmp_path / 'model'}", *given, *overrides], world)
 
 
 # ---- formulas --------------------------------------------------------------------------------------------------

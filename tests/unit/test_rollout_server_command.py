@@ -131,6 +131,27 @@ def test_a_server_is_refused_if_too_few_gpus_are_left(gpus: int, extra: tuple[st
         server_module._check_gpus(wanted, gpus)
 
 
+def test_servers_on_the_trainers_gpus_begin_with_the_first_and_can_give_memory_back(tmp_path: Path) -> None:
+    for colocated, gpus in ((True, [0, 2]), (False, [1, 3])):
+        rollout = RolloutConfig.model_validate({"servers": {"launch": 2, "tp": 2, "colocate": colocated}})
+        pool = Pool(PoolOptions(rollout, EngineConfig(), tmp_path, tmp_path, 0))
+        servers = [pool._options(number, 1) for number in (0, 1)]
+        assert [server.first_gpu for server in servers] == gpus
+        for has_gpu in (True, False):
+            command, _ = sglang_command(servers[0], has_gpu)
+            assert ("--enable-memory-saver" in command) is (colocated and has_gpu)
+
+
+def test_a_server_that_cannot_give_memory_back_is_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "_gpus", lambda: 1)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torch_memory_saver" else name)
+    monkeypatch.setattr(server_module, "_start", lambda *_: pytest.fail("started"))
+    with pytest.raises(
+        ServerError, match=r"rollout\.servers\.colocate: true needs SGLang's package torch_memory_saver"
+    ):
+        Server(options(device="cuda", memory_saver=True), tmp_path / "log")
+
+
 def test_free_ports_differ_and_are_free() -> None:
     ports = free_ports(20)
     assert len(set(ports)) == 20

@@ -313,6 +313,10 @@ def test_a_study_file_with_a_mistake_is_refused(base: Path, keys: dict[str, Any]
             "arms.a.set: rollout.replay_from is set by the study itself; use",
         ),
         ({"b": {"ranks": 3, "set": {"parallel": {"tp": 2}}}}, "arms.b: parallel: tp * cp * pp = 2 does not divide"),
+        (
+            {"a": {"set": {"rollout": {"servers": {"colocate": True}}, "weights": {"route": "ipc"}}}},
+            "arms.a: rollout.servers.colocate: true, but a study keeps servers from one run to the next",
+        ),
         ({"a": {"at": {"n": 1}, "grid": {"n": [1]}}}, "arms.a.at: n is a factor of the arm's grid too"),
     ],
 )

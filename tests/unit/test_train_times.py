@@ -27,6 +27,7 @@ from megatron_rl.loop.progress import Progress
 from megatron_rl.loop.publisher import Publisher
 from megatron_rl.loop.rollouts import RolloutBatch
 from megatron_rl.loop.trainer import Trainer
+from megatron_rl.loop.turns import GpuTurns
 from megatron_rl.loop.watch import Watch
 from megatron_rl.stop import Clock
 
@@ -81,9 +82,10 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         steps=3,
         resumes=False,
     )
+    turns = GpuTurns(None, None, journal, shares=False)  # type: ignore[arg-type]
     sync: Any = SimpleNamespace(push=clock.takes(SYNC, {}), verify_if_due=lambda _: {})
     members: Any = SimpleNamespace(choose=lambda _: None, admit=lambda *_, **__: None)
-    publisher = Publisher(Versions(0), sync, members, leader=None, tells=True, phase=journal.phase)
+    publisher = Publisher(Versions(0), sync, members, turns, leader=None, tells=True, phase=journal.phase)
     environment: Any = SimpleNamespace(evaluate=clock.takes(EVALUATION))
     figures = {"rollout/reward/mean": 0.0, "rollout/accuracy": 0.0, "rollout/tokens": 70.0}
 
@@ -106,6 +108,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             rollouts=SimpleNamespace(next=rollout),  # type: ignore[arg-type]
             publisher=publisher,
             evaluator=Evaluator(config.eval, trainer, environment, [None]),  # type: ignore[arg-type]
+            turns=turns,
             routes=None,
             tops=None,
         )
