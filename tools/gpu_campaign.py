@@ -61,6 +61,7 @@ METRICS = (
     "routing/set_mismatch/old_policy/live/mean",
     "routing/set_mismatch/rerun/mean",
     "time/weight sync",
+    "time/turns",
     "weights/bytes",
     "weights/probe_max_abs_diff",
     "weights/sampled_mean_abs_diff",
@@ -172,6 +173,14 @@ def servers(work: Path, gpus: int, device: Device) -> Iterator[Check]:
         command = (*CLI, "train", str(DEMO / "gspo.yaml"), *keys, *more, f"run_dir={run_dir}")
         yield Check(f"weight sync to a server {name}", command, timed=True, run_dir=run_dir)
     dtype = "bf16" if device == "cuda" else "fp32"
+    shares = (
+        "rollout.servers.colocate=true",
+        "weights.route=ipc",
+        f"engine.dtype={dtype}",
+        f"run_dir={work / 'shared'}",
+    )
+    command = ("benchmarks/shared_gpu.py", str(DEMO / "gspo.yaml"), *keys, *shares)
+    yield Check("a GPU shared in turns", command, timed=True, run_dir=work / "shared")
     command = ("benchmarks/replay_cost.py", "--device", device, "--dtype", dtype, "--repeats", "3")
     yield Check("cost of R3", command, seconds=300, timed=True)
 
