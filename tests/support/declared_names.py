@@ -27,7 +27,7 @@ LIVE = frozenset(
         *(("metrics.jsonl", f"time/{phase}") for phase in ("rollout", "weight sync")),
         *(("metrics.jsonl", f"weights/{what}") for what in ("bytes", "probe_max_abs_diff", "probe_mean_abs_diff")),
         ("metrics.jsonl", "weights/sampled_mean_abs_diff"),
-        *(("metrics.jsonl", f"weights/{what}") for what in ("seconds", "bytes_per_second", "checksum")),
+        *(("metrics.jsonl", f"weights/{what}") for what in ("servers", "seconds", "bytes_per_second", "checksum")),
         *(("metrics.jsonl", f"weights/seconds/{phase}") for phase in ("gather", "broadcast", "load")),
         *(("eval.jsonl", name) for name in ("prompts", "k", "avg_at_k", "pass_at_{j}", "reward", "lost_verdicts")),
         *(("eval.jsonl", f"response_length/{statistic}") for statistic in ("mean", "p99", "max")),
