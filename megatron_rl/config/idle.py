@@ -95,3 +95,5 @@ def _of_replay(config: Config) -> Iterator[Idle]:
     if rollout.dynamic_sampling is not None:
         why = f"does nothing under {cause}, which trains on all groups that were saved"
         yield Idle("rollout.dynamic_sampling", "", cause, why, "set it to null")
+    if rollout.environment is not None:
+        yield Idle("rollout.environment", "", cause, without, "set it to null")

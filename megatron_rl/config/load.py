@@ -190,6 +190,7 @@ def check_config(config: Config | SftConfig, arch: Architecture, world_size: int
             *_check_group_size(config),
             *_check_rewards(config),
             *_check_dynamic_sampling(config),
+            *_check_environment(config),
             *_check_servers(config, arch),
             *check_sharing(config, arch, world_size),
             *_check_routing(config, arch),
@@ -297,6 +298,14 @@ def _check_rewards(config: Config) -> Iterator[str]:
 def _check_dynamic_sampling(config: Config) -> Iterator[str]:
     if config.rollout.dynamic_sampling is not None and config.rollout.group_size == 1:
         yield "rollout.dynamic_sampling: a group of rollout.group_size 1 has no right and wrong answers; set it to null"
+
+
+def _check_environment(config: Config) -> Iterator[str]:
+    if config.rollout.environment is not None and config.data.chat_template:
+        yield (
+            "data.chat_template: true, but rollout.environment makes the prompt's messages; set it to false, and name "
+            "the template's renderer in rollout.environment.renderer"
+        )
 
 
 def _check_servers(config: Config, arch: Architecture) -> Iterator[str]:

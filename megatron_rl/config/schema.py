@@ -23,6 +23,7 @@ from megatron_rl.config.bounds import (
     Seconds,
 )
 from megatron_rl.config.lab import LabConfig, RlLabConfig
+from megatron_rl.config.multi_turn import EnvironmentConfig
 from megatron_rl.config.recompute import Recomputation, read_recompute
 from megatron_rl.config.servers import ServersConfig
 from megatron_rl.config.stress import NoStress, StressConfig
@@ -201,7 +202,8 @@ class RolloutConfig(Frozen):
     group_size: PositiveInt = 8
     """Responses per prompt."""
     max_response_tokens: PositiveInt = 1024
-    """Length limit of a response, in tokens. A longer response is truncated."""
+    """Length limit of a response, in tokens. A longer response is truncated. Over several turns it bounds all that
+    follows the prompt."""
     temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
     """Sampling temperature. Trainer and servers compute log-probs from logits / temperature."""
     lag: Annotated[int, Field(ge=0, le=64)] = 0
@@ -209,13 +211,15 @@ class RolloutConfig(Frozen):
     versions older than pi_old. 0: a rollout begins after the weight sync; 1: it is sampled during the update before
     (one step off-policy). Above 0, servers put requests aside during a sync and go on with the new weights."""
     concurrency: PositiveInt = 256
-    """Requests in flight per data-parallel leader."""
+    """Samples in flight per data-parallel leader."""
     deadline: Seconds = 1800.0
     """Seconds for one request, retries included."""
     replay_from: Path | None = None
     """Train on the rollouts saved in this run directory instead of asking servers."""
     dynamic_sampling: DynamicSamplingConfig | None = None
     """null: every group is trained on."""
+    environment: EnvironmentConfig | None = None
+    """null: a sample is one response to its prompt."""
     servers: ServersConfig = ServersConfig()
 
 

@@ -123,6 +123,17 @@ class Sample:
         return self.token_ids[len(self.prompt.token_ids) :]
 
     @property
+    def last_turn_ids(self) -> npt.NDArray[np.int32]:
+        """What the policy generated last: the response, unless an environment answered parts of it."""
+        others = np.flatnonzero(~self.loss_mask)
+        return self.token_ids[others[-1] + 1 if len(others) else 0 :]
+
+    @property
+    def turns(self) -> int:
+        """How often the policy generated tokens and then stopped."""
+        return int(np.count_nonzero(np.diff(self.loss_mask.astype(np.int8), prepend=0) == 1))
+
+    @property
     def response_tokens(self) -> int:
         """|y|: number of masked-in tokens, the response length in every formula."""
         return int(self.loss_mask.sum())

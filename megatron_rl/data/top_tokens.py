@@ -56,6 +56,14 @@ class TopTokens:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def append(self, other: TopTokens) -> TopTokens:
+        return TopTokens(np.concatenate([self.ids, other.ids]), np.concatenate([self.logprobs, other.logprobs]))
+
+    def after_missing(self, rows: int) -> TopTokens:
+        """These rows after rows of tokens that the policy did not generate."""
+        ids, logprobs = np.zeros((rows, self.k), np.int32), np.full((rows, self.k), -np.inf, np.float32)
+        return TopTokens(ids, logprobs).append(self)
+
     def check_vocabulary(self, size: int) -> None:
         """Raises TopTokensError if an id is not in the vocabulary."""
         self._check(np.isfinite(self.logprobs) & (self.ids >= size), f"ids in [0, {size})")

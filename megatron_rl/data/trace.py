@@ -156,6 +156,13 @@ class RoutingTrace:
             versions=_merged((*self.versions, *moved)),
         )
 
+    def tail(self, start: int) -> RoutingTrace:
+        """The rows from `start` on."""
+        spans = (VersionSpan(v.version, max(v.start - start, 0), v.end - start) for v in self.versions if v.end > start)
+        return dataclasses.replace(
+            self, experts=self.experts[start:], present=self.present[start:], versions=tuple(spans)
+        )
+
     def append_missing(self, rows: int, version: int) -> RoutingTrace:
         """A trace with unknown rows appended: tokens whose forward pass under `version` was not recorded."""
         missing = np.zeros((rows, len(self.layers), self.top_k), dtype=self.experts.dtype)

@@ -42,6 +42,7 @@ ROLLOUTS = DeclaredTable(
             "Fraction of all groups whose rewards are all equal and whose answers are all {answers}.",
             fields={"answers": {"all_correct": "correct", "all_wrong": "wrong"}},
         ),
+        DeclaredMetric("turns", TAIL, "turn", "Messages of the policy by response; above 1 only with an environment."),
         DeclaredMetric("response_length", TAIL, "token", "Generated tokens by response."),
         DeclaredMetric(
             "response_length/{answers}",

@@ -189,6 +189,7 @@ def rollout_metrics(metrics: MetricAccumulator, groups: Sequence[Group], weight_
             "group/dead": dead,
             "group/dead/all_correct": dead and judged.any() and correct.all(),
             "group/dead/all_wrong": dead and judged.any() and not correct.any(),
+            "turns": [sample.turns for sample in group.samples],
             "response_length": lengths,
             "response_length/correct": lengths[judged][correct],
             "response_length/wrong": lengths[judged][~correct],

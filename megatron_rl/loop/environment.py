@@ -1,4 +1,4 @@
-"""Turns prompts into judged groups: servers sample responses, and verifiers judge them."""
+"""MultiTurn prompts into judged groups: servers sample responses, and verifiers judge them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from megatron_rl.rollout.background import finished, results
 from megatron_rl.rollout.ledger import Ledger
 from megatron_rl.rollout.sampler import Sampling
 from megatron_rl.rollout.source import Leader
+from megatron_rl.rollout.turns import MultiTurn
 from megatron_rl.routing.wire import RouteSpec
 
 
@@ -37,10 +38,11 @@ class Environment:
         *,
         ledger: Ledger,
         routes: RouteSpec | None = None,
+        turns: MultiTurn | None = None,
         top_k: int = 0,
     ) -> None:
         """Rollouts, but not evaluations, are kept by `ledger`. They ask for routing traces if `routes` says what they
-        look like, and for mu's `top_k` most likely tokens."""
+        look like, and for mu's `top_k` most likely tokens. `turns`: whom the policy talks to; None: it answers once."""
         self._config = config
         self._trainer = trainer
         self._servers = servers
@@ -48,6 +50,7 @@ class Environment:
         self._tokenizer = tokenizer
         self._judges = judges
         self._ledger = ledger
+        self._turns = turns
         self._judging = threading.Lock()  # an evaluation is judged while a rollout goes on
         self._rollout = self._sampling(config.group_size, config.temperature, publisher.versions, routes, top_k)
         self._sampled: list[tuple[Group, asyncio.Future[Group]]] = []
@@ -66,8 +69,8 @@ class Environment:
         return self._leader.loop.start(self._group(number, prompt))
 
     def wait(self, groups: Sequence[Future[Group]]) -> list[Group]:
-        """Returns what `start` began. Raises RolloutError or RewardError as soon as one group fails, and Interrupted at
-        a signal."""
+        """Returns what `start` began. Raises RolloutError, EnvError or RewardError as soon as one group fails, and
+        Interrupted at a signal."""
         with self._trainer.watch.wait():
             return results(groups)
 
@@ -101,6 +104,7 @@ class Environment:
             seed=self._trainer.config.seed,
             routes=routes,
             top_k=top_k,
+            turns=self._turns,
         )
 
     async def _group(self, number: int, prompt: Prompt) -> Group:

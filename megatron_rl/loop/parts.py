@@ -13,6 +13,7 @@ from megatron_rl.config.sharing import check_machine
 from megatron_rl.config.sources import ConfigError
 from megatron_rl.engine.device import check_deterministic, resolve_device
 from megatron_rl.engine.top_exchange import TopExchange
+from megatron_rl.environments.episodes import check_environment
 from megatron_rl.loop.connections import connect, read_server_key
 from megatron_rl.loop.environment import Environment
 from megatron_rl.loop.evaluator import Evaluator
@@ -62,6 +63,7 @@ def check_start(config: Config) -> None:
     read_server_key(config)
     get_objective(config.objective)
     check_verifier(config)
+    check_environment(config)
 
 
 @contextlib.contextmanager
@@ -76,7 +78,7 @@ def open_parts(config: Config, resume: bool, open_pool: PoolOpener = Pool) -> It
         with trainer.console.starting("data", _data(config)), together(trainer.place.control):
             prompts = RunPrompts.load(config, trainer.place, trainer.policy.arch.vocab_size)
             check_saved(config, trainer)
-        stack.callback(prompts.judges.close)
+        stack.callback(prompts.close)
         yield _assemble(config, trainer, prompts, stack, open_pool)
 
 
@@ -127,6 +129,7 @@ def _assemble(config: Config, trainer: Trainer, prompts: RunPrompts, stack: Exit
             prompts.tokenizer,
             prompts.judges,
             ledger=ledger,
+            turns=prompts.turns,
             routes=spec,
             top_k=top_k(config, trainer),
         )

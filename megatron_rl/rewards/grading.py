@@ -19,19 +19,22 @@ _QUICK = ("arithmetic",)
 
 
 def grade(groups: Sequence[Group], decode: Callable[[list[int]], str], judges: Judges | None = None) -> list[Group]:
-    """The groups with a verdict and the judged text on every sample. `decode` turns response ids into text, without
-    special tokens.
+    """The groups with a verdict and a text on every sample. `decode` turns response ids into text, without special
+    tokens. An environment may have given the verdict; else the verifier judges the last that the policy said.
 
     The verdict is LOST if the verifier fails, gives a reward that is not finite, takes too long, or ends its worker; a
     warning names some of these samples. Without `judges`, workers are started for this call and stopped after it.
     Raises RewardError if a verifier cannot be started.
     """
     samples = [sample for group in groups for sample in group.samples]
-    answers = [ResponseTask(s.prompt, decode(s.response_ids.tolist())) for s in samples]
+    answers = [ResponseTask(s.prompt, decode(s.last_turn_ids.tolist())) for s in samples]
     positions = defaultdict(list)
-    for position, sample in enumerate(samples):
-        positions[sample.prompt.verifier].append(position)
     verdicts: dict[int, Verdict] = {}
+    for position, sample in enumerate(samples):
+        if sample.verdict is None:
+            positions[sample.prompt.verifier].append(position)
+        else:
+            verdicts[position] = sample.verdict
     with ExitStack() as stack:
         judges = judges or stack.enter_context(Judges())
         for verifier, places in positions.items():
@@ -39,7 +42,7 @@ def grade(groups: Sequence[Group], decode: Callable[[list[int]], str], judges: J
             results = _judge_here(verifier, mine) if verifier in _QUICK else judges.judge(verifier, mine)
             verdicts.update(zip(places, _settle(verifier, [samples[p] for p in places], mine, results), strict=True))
     judged = (
-        dataclasses.replace(sample, verdict=verdicts[p], response=answers[p].response)
+        dataclasses.replace(sample, verdict=verdicts[p], response=decode(sample.response_ids.tolist()))
         for p, sample in enumerate(samples)
     )
     return [dataclasses.replace(group, samples=tuple(next(judged) for _ in group.samples)) for group in groups]

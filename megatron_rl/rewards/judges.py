@@ -186,6 +186,32 @@ def worker_environment(allowed: Sequence[str] = ()) -> dict[str, str]:
     return {**named, **dict.fromkeys(_THREADS, "1"), **gpus, **chosen, **path}
 
 
+def start_kept(
+    module: str, arguments: Sequence[str], *, descriptor: int, environment: dict[str, str]
+) -> subprocess.Popen[bytes]:
+    """Starts a module, which inherits `descriptor` and nothing else, under a keeper."""
+    # Without -P a queue.py in the working directory would replace Python's own module.
+    worker = [sys.executable, "-P", "-m", module, *arguments]
+    return subprocess.Popen(
+        [sys.executable, "-ISs", str(Path(keeper.__file__)), str(descriptor), *worker],
+        stdin=subprocess.PIPE,  # never written to; the keeper sees it close when this process ends
+        pass_fds=[descriptor],
+        env=environment,
+        start_new_session=True,  # Ctrl-C must reach the trainer only
+    )
+
+
+def stop_kept(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(OSError):
+        process.stdin.close()
+    try:
+        process.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:  # something has stopped the keeper; the worker dies with it
+        process.kill()
+        process.wait()
+
+
 class _Worker:
     """One process with one verifier. It is started again after it was killed or has ended."""
 
@@ -200,29 +226,16 @@ class _Worker:
         ours, theirs = socket.socketpair()
         self._channel = Channel(ours)
         descriptor = theirs.fileno()
-        # Without -P a queue.py in the working directory would replace Python's own module.
-        worker = [sys.executable, "-P", "-m", "megatron_rl.rewards.worker"]
-        arguments = [self._verifier, str(descriptor), str(self._memory_mib)]
-        self._process = subprocess.Popen(
-            [sys.executable, "-ISs", str(Path(keeper.__file__)), str(descriptor), *worker, *arguments],
-            stdin=subprocess.PIPE,  # never written to; the keeper sees it close when this process ends
-            pass_fds=[descriptor],
-            env=self._environment,
-            start_new_session=True,  # Ctrl-C must reach the trainer only
+        arguments = (self._verifier, str(descriptor), str(self._memory_mib))
+        self._process = start_kept(
+            "megatron_rl.rewards.worker", arguments, descriptor=descriptor, environment=self._environment
         )
         theirs.close()
         self._ready = False
 
     def stop(self) -> None:
         self._channel.close()
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:  # something has stopped the keeper; the worker dies with it
-            self._process.kill()
-            self._process.wait()
+        stop_kept(self._process)
 
     def ask(self, question: ResponseTask | ReferenceTask, seconds: float) -> Verdict | Failure:
         """Sends a task and returns the answer, within `seconds` that begin once the verifier is imported."""

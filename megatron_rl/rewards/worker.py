@@ -32,7 +32,7 @@ def serve(name: str, channel: Channel) -> None:
         channel.send({"error": str(error)})
         return
     except BaseException as error:
-        channel.send({"error": f"verifier {name!r}: {_said(error)}"})
+        channel.send({"error": f"verifier {name!r}: {said(error)}"})
         return
     channel.send({"ready": True})
     while True:
@@ -52,11 +52,11 @@ def _reply(verifier: Verifier, message: dict[str, Any]) -> dict[str, Any]:
         else:
             verdict = call_check(verifier, prompt.answer)
     except BaseException as error:  # SystemExit too: it costs this answer only
-        return {"error": _said(error)}
+        return {"error": said(error)}
     return {"reward": verdict.reward, "correct": verdict.correct}
 
 
-def _said(error: BaseException) -> str:
+def said(error: BaseException) -> str:
     try:
         return f"{type(error).__name__}: {error}"[:_REASON].encode(errors="replace").decode()
     except BaseException:

@@ -101,6 +101,7 @@ class SGLangClient:
         seed: int | None = None,
         routes: RouteSpec | None = None,
         top_k: int = 0,
+        stop: Sequence[int] = (),
     ) -> Completion:
         """Samples from the whole distribution of logits / temperature. Raises RolloutError.
 
@@ -111,7 +112,8 @@ class SGLangClient:
         GPUs. There, requests of one prompt with equal seeds all sample the same response.
 
         `routes` asks for the experts that each token visited; the server must have been started to return them. `top_k`
-        asks for that many of mu's most likely tokens where each token was sampled; at most the vocabulary.
+        asks for that many of mu's most likely tokens where each token was sampled; at most the vocabulary. Tokens of
+        `stop` end the response, as the model's own do.
         """
         outside = [i for i in token_ids if not 0 <= i < vocab_size]
         if outside or not token_ids:  # an id without an embedding ends the scheduler, and with it the server
@@ -121,6 +123,7 @@ class SGLangClient:
             "temperature": temperature,
             "sampling_seed": seed,
             "skip_special_tokens": True,
+            "stop_token_ids": list(stop),
             # mu must be the distribution of logits / temperature, whatever the defaults of the server or the model.
             "top_p": 1.0,
             "top_k": -1,

@@ -6,6 +6,7 @@ if training repeats its bits, the same weights as a run that was never interrupt
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from pathlib import Path
@@ -44,7 +45,9 @@ class Ledger:
         except (OSError, StoreError, ValueError) as error:
             logger.warning("%s; it is sampled again", error)
             return None
-        as_asked = group.prompt == prompt and group.index == number and len(group.samples) == self._group_size
+        # An environment's opening messages have given the group's prompt its token ids.
+        same_prompt = dataclasses.replace(group.prompt, token_ids=prompt.token_ids) == prompt
+        as_asked = same_prompt and group.index == number and len(group.samples) == self._group_size
         return group if as_asked else None
 
     def forget(self, number: int) -> None:

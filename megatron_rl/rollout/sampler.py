@@ -1,8 +1,9 @@
-"""Samples groups for prompts: one request per sample, spread over the servers.
+"""Samples groups for prompts: one request per sample and turn, spread over the servers.
 
-A group stays on one server, whose prefix cache then computes the prompt once, unless that server fails. The samples
-depend on how the server batches requests, so a rollout is reproduced from its saved file, not from a seed. The
-exception is a GPU server with --enable-deterministic-inference, which uses the seed that each request carries.
+A group stays on one server with all its turns, whose prefix cache then computes each token once, unless that server
+fails. The samples depend on how the server batches requests, so a rollout is reproduced from its saved file, not from a
+seed. The exception is a GPU server with --enable-deterministic-inference, which uses the seed that each request
+carries.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import numpy as np
 
 from megatron_rl.data.sample import Group, Prompt, Sample
 from megatron_rl.data.versions import Versions
+from megatron_rl.environments.env import EnvError
 from megatron_rl.rollout.client import Completion, RolloutError, SGLangClient
 from megatron_rl.rollout.fleet import EjectedError, Fleet, Member
+from megatron_rl.rollout.turns import MultiTurn, append_completion, converse
 from megatron_rl.routing.wire import RouteSpec
 
 MAX_ABORTS = 3
@@ -36,6 +39,7 @@ class Sampling:
     seed: int  # a request's seed follows from it, the weight version and the sample's number
     routes: RouteSpec | None = None  # ask for the experts that each token visited
     top_k: int = 0  # ask for that many of mu's most likely tokens at each token
+    turns: MultiTurn | None = None  # with an environment; None: one response
 
 
 class Sampler:
@@ -48,16 +52,26 @@ class Sampler:
     async def group(self, index: int, prompt: Prompt, sampling: Sampling) -> Group:
         """Samples a group. Requests are sent in the order of calls.
 
-        Raises RolloutError, which names server and request, as soon as a sample fails on the last server that is live.
+        Raises RolloutError, which names server and request, as soon as a sample fails on the last server that is live,
+        and EnvError.
         """
         place = _Place(self._fleet, sampling.samples)
         version = sampling.versions.newest
 
         async def sample(number: int) -> Sample:
+            async def ask(ids: Sequence[int], max_new_tokens: int, turn: int) -> Completion:
+                seed = request_seed(sampling.seed, version, index, number, turn)
+                return await place.ask(lambda client: complete(client, prompt.id, ids, max_new_tokens, seed, sampling))
+
             async with self._slots:
-                seed = request_seed(sampling.seed, version, index, number)
-                completion = await place.ask(lambda client: complete(client, prompt, seed, sampling))
-                return as_sample(prompt, number, completion)
+                longest = sampling.max_response_tokens
+                if sampling.turns is None:
+                    completion = await ask(prompt.token_ids, longest, 0)
+                    made = append_completion(Sample.start(prompt, number), completion)
+                else:
+                    made = await converse(sampling.turns, prompt, number, longest, ask)
+                place.count_sample()
+                return made
 
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -66,7 +80,7 @@ class Sampler:
             raise failures.exceptions[0] from None
         finally:
             place.leave()
-        return Group(index, prompt, tuple(task.result() for task in started))
+        return _group(index, [task.result() for task in started])
 
 
 class _Place:
@@ -82,12 +96,14 @@ class _Place:
         """Returns a complete answer, of another server if one fails. Raises RolloutError if there is none."""
         while True:
             try:
-                completion = await self._fleet.request(self._live_home(), request)
+                return await self._fleet.request(self._live_home(), request)
             except EjectedError:
                 continue
-            self._to_come -= 1
-            self._live_home().pending -= 1
-            return completion
+
+    def count_sample(self) -> None:
+        """Notes that one is sampled."""
+        self._to_come -= 1
+        self._live_home().pending -= 1
 
     def leave(self) -> None:
         """Ends what is still to come, if the group has failed."""
@@ -101,21 +117,25 @@ class _Place:
         return self._home
 
 
-async def complete(client: SGLangClient, prompt: Prompt, seed: int, sampling: Sampling) -> Completion:
-    """A response that ended by itself or at the length limit. An aborted one is sampled again, within one deadline."""
-    where = f"{client.url}: prompt {prompt.id!r}"
+async def complete(
+    client: SGLangClient, name: str, token_ids: Sequence[int], max_new_tokens: int, seed: int, sampling: Sampling
+) -> Completion:
+    """What follows the ids of the prompt of this name, up to its own end or to the length limit. If it is aborted, it
+    is sampled again, within one deadline."""
+    where = f"{client.url}: prompt {name!r}"
     try:
         async with asyncio.timeout(client.deadline):
             for _ in range(MAX_ABORTS):
                 completion = await client.generate(
-                    prompt.token_ids,
-                    max_new_tokens=sampling.max_response_tokens,
+                    token_ids,
+                    max_new_tokens=max_new_tokens,
                     temperature=sampling.temperature,
                     vocab_size=sampling.vocab_size,
                     versions=sampling.versions,
                     seed=seed,
                     routes=sampling.routes,
                     top_k=sampling.top_k,
+                    stop=() if sampling.turns is None else sampling.turns.dialogue.stop_token_ids,
                 )
                 if completion.finish_reason != "abort":
                     return completion
@@ -135,24 +155,18 @@ async def rollout_groups(sampler: Sampler, prompts: Sequence[tuple[int, Prompt]]
     return [task.result() for task in started]
 
 
-def request_seed(seed: int, version: int, group: int, number: int) -> int:
-    """A seed in [0, 2**63), different for each sample, group and weight version, and for each seed of a run."""
-    words = np.random.SeedSequence([seed, version, group, number])
+def request_seed(seed: int, version: int, group: int, number: int, turn: int = 0) -> int:
+    """A seed in [0, 2**63), different for each turn, sample, group and weight version, and for each seed of a run."""
+    words = np.random.SeedSequence([seed, version, group, number, turn])
     return int(words.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def as_sample(prompt: Prompt, index: int, completion: Completion) -> Sample:
-    """The sample of an answer, with a span for each weight version, and with the routing trace and mu's most likely
-    tokens if the answer has them."""
-    sample = Sample.start(prompt, index)
-    for span in completion.versions:
-        sample = sample.extend(
-            list(completion.token_ids[span.start : span.end]),
-            list(completion.logprobs[span.start : span.end]),
-            span.version,
+def _group(index: int, samples: Sequence[Sample]) -> Group:
+    """Raises EnvError if an environment has opened conversations on one prompt in different ways."""
+    prompt = samples[0].prompt
+    if any(sample.prompt != prompt for sample in samples):
+        raise EnvError(
+            f"rollout.environment: prompt {prompt.id!r}: reset returned other messages for another sample; "
+            "advantages compare answers to one prompt, so what differs belongs into step"
         )
-    if completion.trace is not None:
-        sample = sample.with_trace(completion.trace)
-    if completion.top_tokens is not None:
-        sample = sample.with_top_tokens(completion.top_tokens)
-    return dataclasses.replace(sample, finish_reason=completion.finish_reason)
+    return Group(index, prompt, tuple(samples))

@@ -138,8 +138,9 @@ def _notes(resolved: Mapping[str, Resolved[Config]]) -> Iterator[str]:
 
 
 def check_files(plan: Plan) -> None:
-    """Checks that models and data are there and whole, and that own verifiers start; slower than a plan. Raises
-    ConfigError, which names the arms."""
+    """Checks that models and data are there and whole, and that own verifiers and environments start; slower than a
+    plan. Raises ConfigError, which names the arms."""
+    from megatron_rl.environments.episodes import check_environment
     from megatron_rl.models.check import check_model
     from megatron_rl.rewards import check_verifier
 
@@ -164,9 +165,13 @@ def check_files(plan: Plan) -> None:
                     with _naming(key):
                         ArithmeticTask.parse(source or "").problems()
                     checked.add(source)
-            if config.data.verifier not in checked:
-                check_verifier(config)
-                checked.add(config.data.verifier)
+            for name, check in (
+                (config.data.verifier, check_verifier),
+                (config.rollout.environment, check_environment),
+            ):
+                if name not in checked:
+                    check(config)
+                    checked.add(name)
         except UserError as error:
             problems.append(f"arms.{arm}: {error}")
     raise_all(problems)

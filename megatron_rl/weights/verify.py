@@ -104,7 +104,7 @@ async def ask_servers(clients: Sequence[SGLangClient], arch: Architecture, tempe
     async def sample(client: SGLangClient, prompt: list[int]) -> SampledAnswer:
         longest = max(1, len(sequences[0]) - len(prompt))
         sampling = Sampling(1, longest, temperature, arch.vocab_size, Versions(version), seed=0)
-        completion = await complete(client, Prompt("probe", "", tuple(prompt), "", ""), 0, sampling)
+        completion = await complete(client, "probe", prompt, longest, 0, sampling)
         return SampledAnswer(client.url, [*prompt, *completion.token_ids], list(completion.logprobs))
 
     async def score(client: SGLangClient) -> list[list[float]]:

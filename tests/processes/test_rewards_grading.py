@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import threading
@@ -36,6 +37,18 @@ def verdicts(groups: list[Group]) -> list[list[Verdict | None]]:
 def judges():
     with Judges(workers=2) as pool:
         yield pool
+
+
+def test_the_verdict_of_an_environment_stands_and_the_last_turn_is_judged_without_one():
+    first, second = group("arithmetic", responses=("a", "b")).samples
+    told = dataclasses.replace(first, verdict=Verdict(0.5, False))
+    spoken = second.extend([0], None, 0).extend([1], [-1.0], 0)
+    (judged,) = grade([Group(0, first.prompt, (told, spoken))], lambda ids: "#" + "#".join(map(str, ids)))
+    assert [sample.verdict for sample in judged.samples] == [Verdict(0.5, False), Verdict(0.0, False)]
+    right = dataclasses.replace(spoken, prompt=dataclasses.replace(spoken.prompt, answer="1"))
+    (judged,) = grade([Group(0, right.prompt, (right,))], lambda ids: "#" + "#".join(map(str, ids)))
+    assert judged.samples[0].verdict == Verdict(1.0, True)
+    assert judged.samples[0].response == "#1#0#1"
 
 
 # ---- verifiers ---------------------------------------------------------------------------------------------------

@@ -14,10 +14,11 @@ from fault_proxy import Fault, FaultProxy
 from sampled_groups import make_prompts
 from tiny_models import VOCAB_SIZE
 
-from megatron_rl.data.sample import Group, Prompt
+from megatron_rl.data.sample import Group, Prompt, Sample
 from megatron_rl.data.versions import Versions, VersionSpan
 from megatron_rl.rollout.client import Completion, RolloutError
-from megatron_rl.rollout.sampler import Sampling, as_sample, request_seed
+from megatron_rl.rollout.sampler import Sampling, request_seed
+from megatron_rl.rollout.turns import append_completion
 
 server = pytest.mark.server
 SAMPLING = Sampling(
@@ -162,7 +163,7 @@ def test_seeds_depend_on_run_weight_version_group_and_sample() -> None:
 def test_version_spans_of_a_sample_count_from_the_start_of_its_prompt() -> None:
     prompt = Prompt("p", "", (5, 6, 7), "", "")
     completion = Completion((8, 9, 1), (-1.0, -2.0, -3.0), "stop", (VersionSpan(3, 0, 2), VersionSpan(4, 2, 3)), "")
-    sample = as_sample(prompt, 2, completion)
+    sample = append_completion(Sample.start(prompt, 2), completion)
     assert sample.token_ids.tolist() == [5, 6, 7, 8, 9, 1]
     assert sample.rollout_logprobs.tolist() == [0, 0, 0, -1, -2, -3]
     assert sample.versions == (VersionSpan(3, 3, 5), VersionSpan(4, 5, 6))

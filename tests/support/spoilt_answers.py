@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from megatron_rl.data.sample import Prompt
+from megatron_rl.data.sample import Prompt, Sample
 from megatron_rl.rollout.answers import Completion
-from megatron_rl.rollout.sampler import as_sample
+from megatron_rl.rollout.turns import append_completion
 from megatron_rl.routing.wire import RouteSpec
 
 PROMPT, LONGEST, VOCAB, VERSIONS = (4, 5, 6), 6, 9, {6, 7}
@@ -195,7 +195,7 @@ def _rows(data: bytes, rows: int, kept: list[Any], retractions: int) -> Any:
 
 def as_read(found: Completion) -> tuple[Any, ...]:
     """Returns the trainer's sample in the form of `read_strictly`."""
-    sample = as_sample(Prompt("p", "", PROMPT, "", ""), 0, found)
+    sample = append_completion(Sample.start(Prompt("p", "", PROMPT, "", ""), 0), found)
     spans = [(v.version, v.start - len(PROMPT), v.end - len(PROMPT)) for v in sample.versions]
     experts = None
     if found.trace is not None:

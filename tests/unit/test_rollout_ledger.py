@@ -39,6 +39,13 @@ def test_a_group_that_is_not_as_asked_is_none(tmp_path: Path) -> None:
     assert ledger(tmp_path, group_size=3).read(12, PROMPT) is None
 
 
+def test_a_group_has_the_token_ids_of_an_environments_opening_messages(tmp_path: Path) -> None:
+    ledger(tmp_path).write(make(12))
+    found = ledger(tmp_path).read(12, dataclasses.replace(PROMPT, token_ids=(3,)))
+    assert found is not None
+    assert found.prompt.token_ids == (3, 4)
+
+
 def test_a_damaged_group_is_sampled_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ledger(tmp_path).write(make(12))
     (file,) = tmp_path.iterdir()
