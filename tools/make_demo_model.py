@@ -16,13 +16,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConf
 
 from megatron_rl.data.arithmetic_task import ALPHABET
 
-VOCABULARY = ("<pad>", "<eos>", *ALPHABET)
 
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(alphabet: str = ALPHABET) -> PreTrainedTokenizerFast:
     """A token is a character of the arithmetic task. Any other character is <pad>: SGLang's warm-up sends a sentence,
     and a token of its own for this would leave 17, which no tensor parallelism divides."""
-    ids = {token: number for number, token in enumerate(VOCABULARY)}
+    ids = {token: number for number, token in enumerate(("<pad>", "<eos>", *alphabet))}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -36,7 +34,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_demo_model(
-    directory: Path, *, layers: int = 6, hidden: int = 128, experts: int = 16, top_k: int = 4, seed: int = 0
+    directory: Path,
+    *,
+    alphabet: str = ALPHABET,
+    layers: int = 6,
+    hidden: int = 128,
+    experts: int = 16,
+    top_k: int = 4,
+    seed: int = 0,
 ) -> None:
     """Writes fp32 weights, the same for the same arguments: 2.7M parameters as it stands.
 
@@ -44,10 +49,10 @@ def make_demo_model(
     """
     if directory.exists():
         raise FileExistsError(f"{directory}: exists already; remove it or name another directory")
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(alphabet)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = Qwen3MoeConfig(
-        vocab_size=len(VOCABULARY),
+        vocab_size=len(tokenizer),
         hidden_size=hidden,
         intermediate_size=2 * hidden,  # unused: every layer has experts
         moe_intermediate_size=hidden // 2,
@@ -83,15 +88,19 @@ def make_demo_model(
 
 def main(
     directory: Path,
+    alphabet: str = ALPHABET,
     layers: Annotated[int, typer.Option(min=1)] = 6,
     hidden: Annotated[int, typer.Option(min=8)] = 128,
     experts: Annotated[int, typer.Option(min=1)] = 16,
     top_k: Annotated[int, typer.Option(min=1)] = 4,
     seed: int = 0,
 ) -> None:
-    """Makes a random Qwen3-MoE with the tokenizer of the arithmetic task in DIRECTORY."""
+    """Makes a random Qwen3-MoE with a tokenizer of these characters, by default those of the arithmetic task, in
+    DIRECTORY."""
     try:
-        make_demo_model(directory, layers=layers, hidden=hidden, experts=experts, top_k=top_k, seed=seed)
+        make_demo_model(
+            directory, alphabet=alphabet, layers=layers, hidden=hidden, experts=experts, top_k=top_k, seed=seed
+        )
     except FileExistsError as error:
         raise typer.BadParameter(str(error)) from None
     typer.echo(f"wrote {directory}")

@@ -30,6 +30,7 @@ from megatron_rl.config.sources import ConfigError, Tree, nearest, read_sources,
 from megatron_rl.config.stress import check_stress
 from megatron_rl.config.switches import GroupAdvantage
 from megatron_rl.config.yaml12 import write_yaml
+from megatron_rl.data.generated import holds_out_nothing
 from megatron_rl.models.architecture import Architecture, differences, read_architecture
 from megatron_rl.models.registry import server_caveats
 
@@ -378,7 +379,9 @@ def _check_recorded_steps(config: Config) -> Iterator[str]:
 
 
 def _check_evaluation(config: Config) -> Iterator[str]:
-    evaluation = config.eval
+    evaluation, data = config.eval, config.data
+    if data.heldout is not None and holds_out_nothing(data.train, data.heldout):
+        yield f"data.heldout: {data.heldout} has the problems of data.train; give it another seed"
     if evaluation.samples > 1 and evaluation.temperature == 0:
         yield (
             f"eval.samples: {evaluation.samples} greedy responses to a prompt are all the same; "

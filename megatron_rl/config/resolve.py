@@ -17,7 +17,7 @@ from megatron_rl.config.layout import Layout
 from megatron_rl.config.load import C, ConfigError, check_companions, check_config, load_config
 from megatron_rl.config.schema import Config, SftConfig
 from megatron_rl.config.switches import NoKL
-from megatron_rl.data.arithmetic_task import PREFIX
+from megatron_rl.data.generated import is_generated
 from megatron_rl.models.architecture import Architecture, read_architecture, refuse_unserved
 from megatron_rl.models.fields import ModelError
 from megatron_rl.models.quantisation import refuse_quantised
@@ -76,11 +76,11 @@ def local_files(resolved: Resolved[C], rank: int) -> Files:
     files = {key: _describe(key, path, _MODEL_TEXTS) for key, path, _ in model_dirs(config)}
     leads = resolved.layout.coordinates(rank).leads_replica
     replays = isinstance(config, Config) and config.rollout.replay_from is not None
-    if leads and not replays and not config.data.train.startswith(PREFIX):
+    if leads and not replays and not is_generated(config.data.train):
         files["data.train"] = _describe("data.train", Path(config.data.train))
     if isinstance(config, Config):
         heldout = config.data.heldout
-        if rank == 0 and heldout is not None and not heldout.startswith(PREFIX):
+        if rank == 0 and heldout is not None and not is_generated(heldout):
             files["data.heldout"] = _describe("data.heldout", Path(heldout))
         if leads and config.rollout.replay_from is not None:
             files["rollout.replay_from"] = _describe("rollout.replay_from", config.rollout.replay_from / "rollouts")

@@ -169,8 +169,8 @@ class CriticOptimConfig(OptimConfig):
 
 class DataConfig(Frozen):
     train: str
-    """JSONL, Parquet or Arrow file, a directory with the files of one split, a directory of save_to_disk, or
-    `arithmetic:SPEC` (docs/data.md)."""
+    """JSONL, Parquet or Arrow file, a directory with the files of one split, a directory of save_to_disk,
+    `arithmetic:SPEC` or `reasoning-gym:SPEC` (docs/data.md)."""
     heldout: str | None = None
     """Data set for evaluation, in any format of `train`. Defaults to null: no evaluation."""
     prompt_field: str = "prompt"
@@ -179,7 +179,7 @@ class DataConfig(Frozen):
     """Field with the reference answer."""
     verifier: str | None = None
     """Verifier of prompts that name none: a built-in name, or `package.module:function`. A prompt may name a built-in
-    verifier or this one. Defaults to `arithmetic` for problems of `arithmetic:SPEC`, else `math`."""
+    verifier or this one. Defaults to the source's own if it is generated, else `math`."""
     chat_template: bool = False
     """Wrap each prompt as a user message with the tokenizer's chat template."""
     max_prompt_tokens: PositiveInt = 1024

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_rl.data import arithmetic_task
+from megatron_rl.data import arithmetic_task, gym_task
 from megatron_rl.data.arithmetic_task import ArithmeticTask
 from megatron_rl.data.chat import ChatFormat, Tokenizer
 from megatron_rl.data.files import DataError, find_files
+from megatron_rl.data.generated import is_generated, task_of
+from megatron_rl.data.gym_task import GymTask
 from megatron_rl.data.records import Record, read_records
 from megatron_rl.data.sample import Prompt, Sample
 from megatron_rl.data.vocabulary import unknown_token
@@ -120,25 +122,29 @@ def load_sft_samples(
 
 
 def data_digest(source: str) -> str:
-    """sha256 of the bytes of the source's files, or of the arithmetic task with its defaults. Raises DataError.
+    """sha256 of the bytes of the source's files, or of a generated task with its defaults. Raises DataError.
 
     A resumed run compares it with the digest that the run began with.
     """
-    if not source.startswith(arithmetic_task.PREFIX):
+    if not is_generated(source):
         return f"sha256:{find_files(Path(source)).digest()}"
-    task = repr(ArithmeticTask.parse(source))
-    return f"sha256:{hashlib.sha256(task.encode()).hexdigest()}"
+    return f"sha256:{hashlib.sha256(task_of(source).encode()).hexdigest()}"
 
 
 def source_records(
     source: str, fields: Fields, optional: Sequence[str], answer_text: Callable[[Sequence[int]], str]
 ) -> Iterator[Record]:
-    """Records of a path that find_files accepts, or of `arithmetic:SPEC`.
+    """Records of a path that find_files accepts, or of a generated source.
 
     `answer_text` makes fields.answer from the terms of an arithmetic problem. `optional` names further fields to keep
     if a record has them.
     """
-    if not source.startswith(arithmetic_task.PREFIX):
+    if source.startswith(gym_task.PREFIX):
+        for number, (question, answer) in enumerate(GymTask.parse(source).problems()):
+            where = f"{source}:{number}"
+            yield Record(where, where, {fields.prompt: question, fields.answer: answer})
+        return
+    if not is_generated(source):
         yield from read_records(Path(source), {fields.prompt, fields.answer, *optional})
         return
     task = ArithmeticTask.parse(source)

@@ -64,6 +64,7 @@ class ChatDialogue:
         """Raises EnvError if there is no such renderer, the tokenizer lacks its tokens, or the template would change
         earlier messages when one is added."""
         self._renderer = _make_renderer(tokenizer, name)
+        self._tokenizer = tokenizer
         self.stop_token_ids = tuple(self._renderer.get_stop_token_ids())
         self._check(name)
 
@@ -96,9 +97,12 @@ class ChatDialogue:
 
     def _check(self, name: str) -> None:
         opening = Opening([_HELLO], [])
-        stops = list(self.stop_token_ids[:1])
+        history = self.open(opening)
+        # Some prompts open the reasoning, which must then end; and some templates have an end for each next role.
+        said = [self._tokenizer.encode(text, add_special_tokens=False) for text in ("1", "</think>1")]
+        ended = [[*ids, stop] for ids in said for stop in self.stop_token_ids]
         for message in (_HELLO, {"role": "tool", "name": "tool", "content": "1"}):
-            if self.answer(self.open(opening), stops, [message], opening) is None:
+            if all(self.answer(history, completion, [message], opening) is None for completion in ended):
                 raise EnvError(
                     f"{KEY}: {name!r} cannot append a message of role {message['role']} to a conversation without "
                     "writing it anew, so that tokens would differ from those that were sampled; name the renderer of "

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 
-from megatron_rl.data.arithmetic_task import PREFIX
 from megatron_rl.data.chat import ChatFormat, Tokenizer
 from megatron_rl.data.files import DataError, some
+from megatron_rl.data.generated import default_verifier
 from megatron_rl.data.prompts import Fields, PromptDataset, source_records
 from megatron_rl.data.sample import Prompt
 from megatron_rl.rewards.judges import Judges
@@ -24,7 +24,7 @@ def load_prompts(
     vocab_size: int | None = None,
     judges: Callable[[], Judges] = Judges,
 ) -> PromptDataset:
-    """Reads and checks the whole `source`: a path that find_files accepts, or `arithmetic:SPEC`.
+    """Reads and checks the whole `source`: a path that find_files accepts, or a generated one.
 
     A record may name its own id and a built-in verifier; the id defaults to file name and line. `judges` makes the
     worker processes that try the references.
@@ -34,7 +34,7 @@ def load_prompts(
     vocabulary of `vocab_size`; None disables that check.
     """
     chat = ChatFormat(tokenizer, fields.chat_template, vocab_size)
-    verifier = fields.verifier or ("arithmetic" if source.startswith(PREFIX) else "math")
+    verifier = fields.verifier or default_verifier(source)
     allowed = {*VERIFIERS, verifier}
     prompts = []
     where: dict[str, str] = {}

@@ -15,6 +15,7 @@ Verifier = Callable[[Prompt, str], Verdict]
 VERIFIERS = {
     "arithmetic": "megatron_rl.rewards.arithmetic:verify_arithmetic",
     "math": "megatron_rl.rewards.math:verify_math",
+    "reasoning-gym": "megatron_rl.rewards.gym_scores:verify_gym",
 }
 
 

@@ -11,7 +11,7 @@ import megatron_rl
 from megatron_rl.config.load import dump_config
 from megatron_rl.config.resolve import model_dirs
 from megatron_rl.config.schema import Config
-from megatron_rl.data.arithmetic_task import PREFIX
+from megatron_rl.data.generated import is_generated
 from megatron_rl.lab.provenance import versions
 
 Fingerprint = dict[str, dict[str, str]]
@@ -93,7 +93,7 @@ def _data(config: Config) -> Iterable[Path]:
     sources = [config.data.heldout]
     if config.rollout.replay_from is None:
         sources.append(config.data.train)
-    return [Path(source) for source in sources if source is not None and not source.startswith(PREFIX)]
+    return [Path(source) for source in sources if source is not None and not is_generated(source)]
 
 
 def _rollouts(configs: Iterable[Config], directory: Path) -> Iterable[Path]:

@@ -14,7 +14,8 @@ from megatron_rl.config.load import raise_all
 from megatron_rl.config.resolve import Resolved, local_files, model_dirs, resolve
 from megatron_rl.config.schema import Config
 from megatron_rl.config.sources import ConfigError
-from megatron_rl.data.arithmetic_task import PREFIX, ArithmeticTask
+from megatron_rl.data.arithmetic_task import PREFIX
+from megatron_rl.data.generated import check_generated, is_generated
 from megatron_rl.errors import UserError
 from megatron_rl.models.kinds import PolicyKind
 from megatron_rl.study.arms import ArmPoint, arms_of, depth, filled, run_name
@@ -161,9 +162,9 @@ def check_files(plan: Plan) -> None:
                         check_model(directory, value_head)
                     checked.add((directory, value_head))
             for key, source in (("data.train", config.data.train), ("data.heldout", config.data.heldout)):
-                if config.rollout.replay_from is None and (source or "").startswith(PREFIX) and source not in checked:
+                if config.rollout.replay_from is None and is_generated(source or "") and source not in checked:
                     with _naming(key):
-                        ArithmeticTask.parse(source or "").problems()
+                        check_generated(source or "")
                     checked.add(source)
             for name, check in (
                 (config.data.verifier, check_verifier),

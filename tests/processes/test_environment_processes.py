@@ -79,8 +79,10 @@ def test_a_step_that_hangs_holds_up_nothing_and_leaves_no_process(failing: Envir
 
     async def hang(episode: Episode) -> None:
         ticking = asyncio.ensure_future(tick())
+        begun = time.monotonic()
         with pytest.raises(EpisodeFailure, match="took over 2 s"):
             await episode.step(SAID)
+        assert time.monotonic() - begun < 20
         ticking.cancel()
         assert any("sleep" in process.name() for process in children())
 

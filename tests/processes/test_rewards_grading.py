@@ -10,6 +10,7 @@ import threading
 import psutil
 import pytest
 
+from megatron_rl.data.gym_task import GymTask
 from megatron_rl.data.sample import LOST, Group, Prompt, Sample, Verdict
 from megatron_rl.rewards import Judges, RewardError, get_verifier, grade
 from megatron_rl.rewards.arithmetic import verify_arithmetic
@@ -49,6 +50,15 @@ def test_the_verdict_of_an_environment_stands_and_the_last_turn_is_judged_withou
     (judged,) = grade([Group(0, right.prompt, (right,))], lambda ids: "#" + "#".join(map(str, ids)))
     assert judged.samples[0].verdict == Verdict(1.0, True)
     assert judged.samples[0].response == "#1#0#1"
+
+
+def test_a_worker_judges_problems_of_reasoning_gym(judges):
+    spec = "reasoning-gym:basic_arithmetic,size=2"
+    question, answer = next(GymTask.parse(spec).problems())
+    prompt = Prompt(f"{spec}:0", question, (7,), answer, "reasoning-gym")
+    samples = tuple(Sample.start(prompt, n).extend([n], [-1.0], 0) for n in range(2))
+    (judged,) = grade([Group(0, prompt, samples)], lambda ids: ["no", answer][ids[0]], judges)
+    assert [sample.verdict and sample.verdict.correct for sample in judged.samples] == [False, True]
 
 
 # ---- verifiers ---------------------------------------------------------------------------------------------------

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from megatron_rl.data.arithmetic_task import prompt_text, response_text
+from megatron_rl.data.arithmetic_task import ALPHABET, prompt_text, response_text
 from megatron_rl.models.architecture import read_architecture
-from tools.make_demo_model import VOCABULARY, make_demo_model
+from tools.make_demo_model import make_demo_model
 
-SMALL = {"layers": 1, "hidden": 16, "experts": 4, "top_k": 2}
+SMALL: dict[str, Any] = {"layers": 1, "hidden": 16, "experts": 4, "top_k": 2}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def test_the_tokenizer_has_one_token_per_character(directory):
     ids = tokenizer.encode(text)
     assert len(ids) == len(text)
     assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == text
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer)) == (0, 1, len(VOCABULARY))
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer)) == (0, 1, 2 + len(ALPHABET))
     assert tokenizer.decode([1]) == "<eos>"
     assert tokenizer.encode("3 a") == [ids[0], tokenizer.unk_token_id, tokenizer.unk_token_id]
 
@@ -40,12 +41,12 @@ def test_the_demo_model_has_the_documented_shape(directory):
     assert 2.6e6 < model.num_parameters() < 2.8e6
     arch = read_architecture(directory)
     assert (arch.num_layers, arch.hidden_size, arch.head_dim, arch.num_heads, arch.num_kv_heads) == (6, 128, 32, 4, 2)
-    assert (arch.num_experts, arch.experts_per_token, arch.vocab_size) == (16, 4, len(VOCABULARY))
+    assert (arch.num_experts, arch.experts_per_token, arch.vocab_size) == (16, 4, 2 + len(ALPHABET))
     assert arch.max_position_embeddings == 512
     assert not arch.tied_embeddings
     assert model.config.eos_token_id == GenerationConfig.from_pretrained(directory).eos_token_id == 1
     logits = model(torch.tensor([[2, 3, 4]])).logits
-    assert logits.shape == (1, 3, len(VOCABULARY))
+    assert logits.shape == (1, 3, 2 + len(ALPHABET))
     assert torch.isfinite(logits).all()
 
 

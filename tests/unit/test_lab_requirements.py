@@ -38,7 +38,7 @@ def declared(*extras: str) -> list[Requirement]:
 @pytest.mark.parametrize("file", [CPU, CPU_PY312], ids=lambda file: file.name)
 def test_every_declared_dependency_is_pinned_in_its_range(file: Path) -> None:
     frozen = pins(file)
-    for requirement in declared("dev", "lab"):
+    for requirement in declared("dev", "lab", "environments"):
         name = canonicalize_name(requirement.name)
         assert name in frozen, f"{file.name} does not pin {requirement.name} of pyproject.toml"
         assert requirement.specifier.contains(frozen[name], prereleases=True), (
