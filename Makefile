@@ -14,6 +14,7 @@ endif
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 FROZEN := requirements/cpu$(if $(filter 3.12 3.13,$(VERSION)),-py312).txt
 NODEPS := requirements/cpu-nodeps.txt
+GYM := requirements/gym.txt
 TE_STUB := requirements/te-stub.txt
 OLDER_TE_STUB := requirements/te-stub-before-2.13.txt
 STAMP := $(VENV)/.installed-$(VERSION)
@@ -31,7 +32,7 @@ unexport PYTHONDONTWRITEBYTECODE
 install: $(STAMP)
 
 # The stamp is written last, so an interrupted install is done again.
-$(STAMP): $(FROZEN) $(NODEPS) $(TE_STUB) $(OLDER_TE_STUB) pyproject.toml setup.py
+$(STAMP): $(FROZEN) $(NODEPS) $(GYM) $(TE_STUB) $(OLDER_TE_STUB) pyproject.toml setup.py
 	@case '$(VERSION)' in 3.11|3.12|3.13) ;; *) \
 		echo 'megatron_rl needs Python 3.11, 3.12 or 3.13; $(or $(PYTHON),python3) is $(or $(VERSION),missing).' >&2; \
 		echo 'Install one and name it: make install PYTHON=python3.11' >&2; exit 1;; esac
@@ -40,6 +41,7 @@ $(STAMP): $(FROZEN) $(NODEPS) $(TE_STUB) $(OLDER_TE_STUB) pyproject.toml setup.p
 	@echo 'Installing $(FROZEN) into $(VENV) (Python $(VERSION)): about 1.7 GB, a few minutes'
 	$(INSTALL) -r $(FROZEN)
 	$(INSTALL) --no-deps -r $(NODEPS)
+	@$(INSTALL) --no-deps -r $(GYM) 2>$(VENV)/gym.log || echo 'Not installed: reasoning-gym; see $(VENV)/gym.log'
 	$(INSTALL) --no-deps --upgrade --target $(VENV)/te -r $(TE_STUB)
 	$(INSTALL) --no-deps --upgrade --target $(VENV)/te-before-2.13 -r $(OLDER_TE_STUB)
 	$(INSTALL) --no-deps --no-build-isolation --editable .

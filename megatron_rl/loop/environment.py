@@ -1,4 +1,4 @@
-"""MultiTurn prompts into judged groups: servers sample responses, and verifiers judge them."""
+"""Turns prompts into judged groups: servers sample responses, and verifiers judge them."""
 
 from __future__ import annotations
 

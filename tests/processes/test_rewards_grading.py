@@ -53,6 +53,7 @@ def test_the_verdict_of_an_environment_stands_and_the_last_turn_is_judged_withou
 
 
 def test_a_worker_judges_problems_of_reasoning_gym(judges):
+    pytest.importorskip("reasoning_gym", reason="its dependency pycosat needs a C compiler (requirements/gym.txt)")
     spec = "reasoning-gym:basic_arithmetic,size=2"
     question, answer = next(GymTask.parse(spec).problems())
     prompt = Prompt(f"{spec}:0", question, (7,), answer, "reasoning-gym")

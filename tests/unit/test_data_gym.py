@@ -17,6 +17,7 @@ from megatron_rl.data.prompts import Fields, data_digest, source_records
 from megatron_rl.data.sample import Prompt, Verdict
 from megatron_rl.rewards.gym_scores import verify_gym
 
+pytest.importorskip("reasoning_gym", reason="its dependency pycosat needs a C compiler (requirements/gym.txt)")
 SPEC = "reasoning-gym:basic_arithmetic,size=5,seed=3,max_terms=2,operators=+"
 FIELDS = Fields("prompt", "answer")
 

@@ -9,8 +9,9 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from paths import ROOT
 
-CPU, CPU_PY312, NODEPS, TE_STUB, OLDER_TE_STUB = (
-    ROOT / "requirements" / f"{n}.txt" for n in ("cpu", "cpu-py312", "cpu-nodeps", "te-stub", "te-stub-before-2.13")
+CPU, CPU_PY312, NODEPS, GYM, TE_STUB, OLDER_TE_STUB = (
+    ROOT / "requirements" / f"{name}.txt"
+    for name in ("cpu", "cpu-py312", "cpu-nodeps", "gym", "te-stub", "te-stub-before-2.13")
 )
 
 
@@ -37,7 +38,7 @@ def declared(*extras: str) -> list[Requirement]:
 
 @pytest.mark.parametrize("file", [CPU, CPU_PY312], ids=lambda file: file.name)
 def test_every_declared_dependency_is_pinned_in_its_range(file: Path) -> None:
-    frozen = pins(file)
+    frozen = pins(file) | pins(GYM)
     for requirement in declared("dev", "lab", "environments"):
         name = canonicalize_name(requirement.name)
         assert name in frozen, f"{file.name} does not pin {requirement.name} of pyproject.toml"
