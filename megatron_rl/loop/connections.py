@@ -24,11 +24,6 @@ class Servers:
     pool: Pool | None
     leader: Leader | None
 
-    def check(self) -> None:
-        """Raises ServerError, with the end of its log, if a server that this run started has died."""
-        if self.pool is not None:
-            self.pool.check_alive()
-
 
 @contextlib.contextmanager
 def connect(config: Config, trainer: Trainer, open_pool: PoolOpener = Pool) -> Iterator[Servers]:
