@@ -15,10 +15,10 @@ from megatron_rl.data.sample import Group
 from megatron_rl.engine.distribute import MiniBatch, TrainSample, distribute
 from megatron_rl.engine.packed_advantages import needs_forward_pass
 from megatron_rl.loop.experience import measure_router_shift, prepare
+from megatron_rl.loop.gpu_turns import TRAINING
 from megatron_rl.loop.parts import Parts, open_parts
 from megatron_rl.loop.recorded_tokens import write_recorded
 from megatron_rl.loop.rollouts import RolloutBatch
-from megatron_rl.loop.turns import TRAINING
 from megatron_rl.loop.updates import apply, train_critic_again
 from megatron_rl.objectives.advantages import group_advantages
 from megatron_rl.rewards.shaping import is_lost

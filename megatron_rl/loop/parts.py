@@ -17,12 +17,12 @@ from megatron_rl.environments.episodes import check_environment
 from megatron_rl.loop.connections import connect, read_server_key
 from megatron_rl.loop.environment import Environment
 from megatron_rl.loop.evaluator import Evaluator
+from megatron_rl.loop.gpu_turns import SAMPLING, GpuTurns
 from megatron_rl.loop.progress import Progress
 from megatron_rl.loop.publisher import Publisher
 from megatron_rl.loop.rollouts import GroupSource, LiveGroups, Rollouts, SavedGroups, check_saved, top_k
 from megatron_rl.loop.run_prompts import RunPrompts
 from megatron_rl.loop.trainer import Trainer, open_trainer
-from megatron_rl.loop.turns import SAMPLING, GpuTurns
 from megatron_rl.models.architecture import read_architecture
 from megatron_rl.objectives.custom import get_objective
 from megatron_rl.ranks.collectives import together

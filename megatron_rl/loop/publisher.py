@@ -11,9 +11,9 @@ from megatron_rl.config.schema import Config
 from megatron_rl.data.versions import Versions
 from megatron_rl.lab.console import Console
 from megatron_rl.loop.connections import Servers
+from megatron_rl.loop.gpu_turns import SAMPLING, SYNC, GpuTurns
 from megatron_rl.loop.members import Members
 from megatron_rl.loop.trainer import Trainer
-from megatron_rl.loop.turns import SAMPLING, SYNC, GpuTurns
 from megatron_rl.rollout.source import Leader
 from megatron_rl.weights.sync import WeightSync
 

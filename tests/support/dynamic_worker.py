@@ -35,6 +35,8 @@ class MadeUp:
     def __init__(self) -> None:
         self.loop = BackgroundLoop()
 
+        self.ejected: dict[str, str] = {}
+
     def pause(self, *, tell: bool) -> None:
         pass
 
@@ -75,6 +77,11 @@ class NoServers:
     """Replaces the weight sync, and the choice of servers."""
 
     def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    newcomers: frozenset[str] = frozenset()
+
+    def leave_out(self, lost: dict[str, str]) -> None:
         pass
 
     def push(self, version: int) -> dict[str, float]:

@@ -15,7 +15,7 @@ from pretended_gpu import pretended_gpu
 def record_turns(folder: str, slow: float = 0.0) -> None:
     """Moves memory as on a GPU in a run, and writes what servers and trainer do into a file for each rank. Ranks after
     the first take `slow` seconds to free anything."""
-    from megatron_rl.loop import turns
+    from megatron_rl.loop import gpu_turns as turns
     from megatron_rl.rollout.client import SGLangClient
 
     rank = int(os.environ.get("RANK", 0))

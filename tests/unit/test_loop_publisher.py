@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_rl.data.versions import Versions
+from megatron_rl.loop.gpu_turns import GpuTurns
 from megatron_rl.loop.publisher import Publisher
-from megatron_rl.loop.turns import GpuTurns
 from megatron_rl.weights.all_servers import WeightSyncError
 
 

@@ -85,7 +85,9 @@ def test_a_failed_run_leaves_its_servers_usable_for_the_next_run(
     def open_trainer(*_: object, **__: object) -> Iterator[Any]:
         yield trainer
 
-    prompts = SimpleNamespace(judges=ExitStack(), tokenizer=None, train=None, heldout=None)
+    prompts = SimpleNamespace(
+        close=ExitStack().close, judges=None, tokenizer=None, turns=None, train=None, heldout=None
+    )
     servers = SimpleNamespace(pool=None, leader=None)
     monkeypatch.setattr(parts, "open_trainer", open_trainer)
     monkeypatch.setattr(parts, "together", lambda _: contextlib.nullcontext())

@@ -22,12 +22,12 @@ from megatron_rl.lab.journal import Journal
 from megatron_rl.lab.run import RunDir, read_metrics
 from megatron_rl.loop import evaluator as evaluator_module
 from megatron_rl.loop.evaluator import Evaluator
+from megatron_rl.loop.gpu_turns import GpuTurns
 from megatron_rl.loop.parts import Parts
 from megatron_rl.loop.progress import Progress
 from megatron_rl.loop.publisher import Publisher
 from megatron_rl.loop.rollouts import RolloutBatch
 from megatron_rl.loop.trainer import Trainer
-from megatron_rl.loop.turns import GpuTurns
 from megatron_rl.loop.watch import Watch
 from megatron_rl.stop import Clock
 

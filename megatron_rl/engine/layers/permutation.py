@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.moe import token_dispatcher
@@ -85,7 +86,7 @@ def use_equal_bits() -> None:
         return _FromExperts.apply(rows, token_of, restore_shape[0])
 
     def sort_chunks(rows: Tensor, sizes: Tensor, order: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("fused") or order.tolist() != list(range(len(order))):
+        if kwargs.get("fused") or not np.array_equal(order.numpy(), np.arange(len(order))):  # `order` is on the host
             return sort(rows, sizes, order, *args, **kwargs)
         return rows, kwargs.get("probs")  # one rank has all experts: Megatron-Core would copy, in both passes
 
