@@ -86,7 +86,7 @@ def test_a_failed_run_leaves_its_servers_usable_for_the_next_run(
         yield trainer
 
     prompts = SimpleNamespace(
-        close=ExitStack().close, judges=None, tokenizer=None, turns=None, train=None, heldout=None
+        close=ExitStack().close, judges=SimpleNamespace(), tokenizer=None, turns=None, train=None, heldout=None
     )
     servers = SimpleNamespace(pool=None, leader=None)
     monkeypatch.setattr(parts, "open_trainer", open_trainer)
