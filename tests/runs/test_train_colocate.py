@@ -87,7 +87,12 @@ def test_a_run_that_shares_its_gpus_trains_as_one_without_servers(
 @pytest.mark.parametrize(
     ("ranks", "dtype", "more"),
     [
-        (1, "bf16", ("objective.kl.kind=k3", "objective.kl.beta=0.01", "optim.freeze=[router]")),
+        pytest.param(
+            1,
+            "bf16",
+            ("objective.kl.kind=k3", "objective.kl.beta=0.01", "optim.freeze=[router]"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(2, "fp32", (), marks=pytest.mark.slow),
     ],
     ids=["with a reference and frozen weights", "two servers"],

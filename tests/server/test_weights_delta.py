@@ -30,7 +30,7 @@ def checksum_of(url: str, model: Path) -> float:
     return float(int(asyncio.run(load())[:12], 16))
 
 
-@pytest.mark.parametrize("layout", ["tp=1", "tp=2,pp=2,ep=2"])
+@pytest.mark.parametrize("layout", [pytest.param("tp=1", marks=pytest.mark.slow), "tp=2,pp=2,ep=2"])
 def test_a_server_holds_the_same_weights_after_changes_as_after_a_full_load(
     forks: Forks, served: str, tmp_path: Path, layout: str
 ) -> None:

@@ -14,7 +14,7 @@ from paths import SUPPORT
 
 @pytest.mark.server
 @pytest.mark.distributed
-@pytest.mark.parametrize(("layout", "ranks"), [("tp=1", 1), ("tp=2", 2)])
+@pytest.mark.parametrize(("layout", "ranks"), [pytest.param("tp=1", 1, marks=pytest.mark.slow), ("tp=2", 2)])
 def test_a_server_at_fault_is_left_out_until_it_was_verified(
     forks: Forks, served: str, tiny_model_dir: Path, tmp_path: Path, layout: str, ranks: int
 ) -> None:
