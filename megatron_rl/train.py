@@ -45,7 +45,7 @@ def train(
         trainer.journal.timer.drain()  # the first weight sync is no step's
         while progress.step < progress.steps:
             batch = parts.rollouts.next(progress)
-            parts.turns.take(TRAINING)
+            parts.gpu_turns.take(TRAINING)
             mini_batches = schedule(parts, with_advantages(batch.groups, config))
             noise = progress.due(config.routing.noise_floor)
             records = progress.step + 1 in config.lab.record_steps
@@ -63,7 +63,7 @@ def train(
             if halt is not None:
                 trainer.watch.halt_if(halt)
             trainer.checkpoint(progress.state)
-        parts.turns.take(TRAINING)
+        parts.gpu_turns.take(TRAINING)
         trainer.export_all()
         parts.evaluator.check_made(progress)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from megatron_rl.data.sample import Prompt, Verdict
 from megatron_rl.errors import UserError
+from megatron_rl.named_code import find_named
 
 Message = dict[str, Any]
 """`role` and `content` as text. A message of the policy may also have `reasoning_content`, and `tool_calls` in the form
@@ -80,15 +79,10 @@ class Score:
 
 def get_env(name: str) -> type[Env]:
     """One of BUILT_IN, or a user's own as `package.module:Class`. Raises EnvError if it does not exist."""
-    module, colon, cls = BUILT_IN.get(name, name).partition(":")
-    if not colon:
-        close = difflib.get_close_matches(name, BUILT_IN, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(BUILT_IN)}."
-        raise EnvError(f"environment {name!r}: no such environment; {hint} Your own is written package.module:Class")
     try:
-        env: type[Env] = getattr(importlib.import_module(module), cls)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise EnvError(f"environment {name!r}: {error}") from None
+        env: type[Env] = find_named("environment", name, BUILT_IN, "package.module:Class")
+    except LookupError as error:
+        raise EnvError(str(error)) from None
     missing = [method for method in ("reset", "step") if not callable(getattr(env, method, None))]
     if not isinstance(env, type) or missing:
         found = f"a class without {' and '.join(missing)}" if isinstance(env, type) else type(env).__name__

@@ -12,22 +12,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import resource
 import signal
 import socket
-import sys
 from typing import Any
 
 from megatron_rl.data.sample import Prompt
 from megatron_rl.environments.env import Env, EnvError, call_reset, call_step, get_env
 from megatron_rl.rewards.channel import Channel, ChannelError
 from megatron_rl.rewards.keeper import PR_SET_CHILD_SUBREAPER
-from megatron_rl.rewards.worker import PR_SET_PDEATHSIG, said
+from megatron_rl.rewards.worker import main, said
 
 READY = b"ready"
 
 
 def serve(name: str, control: socket.socket) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # of what conversations leave behind
     try:
         env = get_env(name)
     except EnvError as error:
@@ -89,19 +88,5 @@ def _converse(cls: type[Env], channel: Channel) -> None:
         os._exit(0)
 
 
-def main(name: str, descriptor: int, memory_mib: int) -> None:
-    keeper = os.getppid()
-    libc = ctypes.CDLL(None)
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    if os.getppid() != keeper:
-        return
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    if memory_mib:
-        resource.setrlimit(resource.RLIMIT_AS, (memory_mib << 20, memory_mib << 20))
-    os.set_inheritable(descriptor, False)
-    serve(name, socket.socket(fileno=descriptor))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(serve)

@@ -42,7 +42,7 @@ class Parts:
     rollouts: Rollouts
     publisher: Publisher
     evaluator: Evaluator
-    turns: GpuTurns
+    gpu_turns: GpuTurns
     routes: RouteExchange | None
     """Takes the rollout's routing traces to the ranks that replay them; None if they are not needed."""
     tops: TopExchange | None
@@ -103,13 +103,13 @@ def _assemble(config: Config, trainer: Trainer, prompts: RunPrompts, stack: Exit
     spec = RouteSpec.of(policy.arch) if config.routing.needs_rollout_routes else None
     routes = RouteExchange(policy.arch, policy.routers.layers, trainer.place, trainer.layout) if spec else None
     servers = environment = None
-    turns = GpuTurns(trainer.networks, trainer.place, trainer.journal, shares=config.rollout.servers.colocate)
+    gpu_turns = GpuTurns(trainer.networks, trainer.place, trainer.journal, shares=config.rollout.servers.colocate)
     if config.rollout.replay_from is None:
-        turns.take(SAMPLING)  # servers measure what memory is free when they start
+        gpu_turns.take(SAMPLING)  # servers measure what memory is free when they start
         with trainer.console.starting("servers", _server_names(config, trainer, kept=open_pool is not Pool)):
             servers = stack.enter_context(connect(config, trainer, open_pool))
-        turns.servers = servers.leader if trainer.place.rank == 0 else None
-    publisher = Publisher.of(config, trainer, servers, turns)
+        gpu_turns.servers = servers.leader if trainer.place.rank == 0 else None
+    publisher = Publisher.of(config, trainer, servers, gpu_turns)
     stack.callback(publisher.close)
     source: GroupSource
     if servers is None:
@@ -141,7 +141,7 @@ def _assemble(config: Config, trainer: Trainer, prompts: RunPrompts, stack: Exit
         rollouts=Rollouts(config, trainer, source),
         publisher=publisher,
         evaluator=Evaluator(config.eval, trainer, environment, prompts.heldout),
-        turns=turns,
+        gpu_turns=gpu_turns,
         routes=routes,
         tops=TopExchange(k, trainer.place, trainer.layout) if (k := top_k(config, trainer)) else None,
     )

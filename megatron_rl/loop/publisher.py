@@ -27,7 +27,7 @@ class Publisher:
     """Weight versions that a server may answer with."""
     sync: WeightSync | None
     members: Members | None
-    turns: GpuTurns
+    gpu_turns: GpuTurns
     """Servers have their turn after each sync."""
     leader: Leader | None
     tells: bool
@@ -36,7 +36,7 @@ class Publisher:
     """Times a phase of a step."""
 
     @classmethod
-    def of(cls, config: Config, trainer: Trainer, servers: Servers | None, turns: GpuTurns) -> Publisher:
+    def of(cls, config: Config, trainer: Trainer, servers: Servers | None, gpu_turns: GpuTurns) -> Publisher:
         leader = None if servers is None else servers.leader
         tells = trainer.place.rank == 0
         sync = None
@@ -48,10 +48,10 @@ class Publisher:
                 trainer.run.path / "weights",
                 temperature=config.rollout.temperature,
                 seed=config.seed,
-                sampling=turns.sampling,
+                sampling=gpu_turns.sampling,
             )
         members = None if servers is None else Members(trainer.place.control, servers)
-        return cls(Versions(0, config.rollout.lag), sync, members, turns, leader, tells, trainer.journal.phase)
+        return cls(Versions(0, config.rollout.lag), sync, members, gpu_turns, leader, tells, trainer.journal.phase)
 
     def start(self, version: int, console: Console) -> None:
         """Publishes the weights that the run begins or goes on with, and says so. Collective. Raises as `publish`."""
@@ -68,7 +68,7 @@ class Publisher:
         """
         if self.sync is None or self.members is None:
             return {}
-        self.turns.take(SYNC)
+        self.gpu_turns.take(SYNC)
         with self.phase("weight sync"):
             self.members.choose(self.sync)
             with self._paused(self.sync):
@@ -77,7 +77,7 @@ class Publisher:
                 self.versions.newest = version
             report |= self.sync.verify_if_due(version)
             self.members.admit(self.sync, newcomers=True)
-        self.turns.take(SAMPLING)
+        self.gpu_turns.take(SAMPLING)
         return report
 
     @contextlib.contextmanager

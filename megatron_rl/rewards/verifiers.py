@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import math
 from collections.abc import Callable
 
 from megatron_rl.data.sample import Prompt, Verdict
 from megatron_rl.errors import UserError
+from megatron_rl.named_code import find_named
 
 Verifier = Callable[[Prompt, str], Verdict]
 
@@ -29,15 +28,10 @@ class RewardError(UserError):
 
 def get_verifier(name: str) -> Verifier:
     """One of VERIFIERS, or a user's own as `package.module:function`. Raises RewardError if it does not exist."""
-    module, colon, function = VERIFIERS.get(name, name).partition(":")
-    if not colon:
-        close = difflib.get_close_matches(name, VERIFIERS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(VERIFIERS)}"
-        raise RewardError(f"verifier {name!r}: no such verifier; {hint} Your own is written package.module:function")
     try:
-        verifier = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise RewardError(f"verifier {name!r}: {error}") from None
+        verifier: Verifier = find_named("verifier", name, VERIFIERS, "package.module:function")
+    except LookupError as error:
+        raise RewardError(str(error)) from None
     if not callable(verifier):
         raise RewardError(f"verifier {name!r}: expected a function, found {type(verifier).__name__}")
     return verifier

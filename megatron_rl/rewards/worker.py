@@ -14,6 +14,7 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from megatron_rl.data.sample import Prompt
@@ -24,8 +25,9 @@ PR_SET_PDEATHSIG = 1
 _REASON = 500  # most characters of an exception in a report
 
 
-def serve(name: str, channel: Channel) -> None:
+def serve(name: str, end: socket.socket) -> None:
     """Reports that it is ready, then answers messages until the other end closes."""
+    channel = Channel(end)
     try:
         verifier = get_verifier(name)
     except RewardError as error:
@@ -63,7 +65,9 @@ def said(error: BaseException) -> str:
         return type(error).__name__
 
 
-def main(name: str, descriptor: int, memory_mib: int) -> None:
+def main(serve: Callable[[str, socket.socket], None]) -> None:
+    """Serves what the arguments say, in a process that ends with its keeper."""
+    name, descriptor, memory_mib = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     keeper = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != keeper:
@@ -72,8 +76,8 @@ def main(name: str, descriptor: int, memory_mib: int) -> None:
     if memory_mib:
         resource.setrlimit(resource.RLIMIT_AS, (memory_mib << 20, memory_mib << 20))
     os.set_inheritable(descriptor, False)
-    serve(name, Channel(socket.socket(fileno=descriptor)))
+    serve(name, socket.socket(fileno=descriptor))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(serve)

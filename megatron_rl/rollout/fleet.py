@@ -120,7 +120,8 @@ class Fleet:
             await asyncio.sleep(PROBE_SECONDS)
             if not member.requests or member.error is not None:
                 return
-            if self.paused or clock() - member.heard < PROBE_SECONDS or await _gives_a_sign(member.client):
+            is_fresh = self.paused or clock() - member.heard < PROBE_SECONDS
+            if is_fresh or await _succeeds(member.client.health(), PROBE_SECONDS):
                 misses = 0
                 continue
             misses += 1
@@ -134,25 +135,16 @@ class EjectedError(Exception):
     """The server of a request was ejected."""
 
 
-async def _gives_a_sign(client: SGLangClient) -> bool:
-    try:
-        async with asyncio.timeout(PROBE_SECONDS):
-            await client.health()
-    except (RolloutError, ServerError, TimeoutError):
-        return False
-    return True
-
-
 async def silent_servers(clients: Sequence[SGLangClient]) -> list[str]:
     """Returns the URLs of the servers that do not answer at all."""
-    found = await asyncio.gather(*(_answers(client) for client in clients))
+    found = await asyncio.gather(*(_succeeds(client.model_info(), REACH_SECONDS) for client in clients))
     return [client.url for client, is_there in zip(clients, found, strict=True) if not is_there]
 
 
-async def _answers(client: SGLangClient) -> bool:
+async def _succeeds(call: Coroutine[Any, Any, object], seconds: float) -> bool:
     try:
-        async with asyncio.timeout(REACH_SECONDS):
-            await client.model_info()
+        async with asyncio.timeout(seconds):
+            await call
     except (RolloutError, ServerError, TimeoutError):
         return False
     return True

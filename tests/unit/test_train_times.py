@@ -108,7 +108,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             rollouts=SimpleNamespace(next=rollout),  # type: ignore[arg-type]
             publisher=publisher,
             evaluator=Evaluator(config.eval, trainer, environment, [None]),  # type: ignore[arg-type]
-            turns=turns,
+            gpu_turns=turns,
             routes=None,
             tops=None,
         )
