@@ -52,6 +52,7 @@ def main(
     experts: Annotated[str, typer.Option(help="transformers' experts_implementation")] = "grouped_mm",
     threads: Annotated[int | None, typer.Option(help="TRL's threads; default: all cores")] = None,
     ranks: Annotated[int, typer.Option(help="our trainer's ranks")] = 2,
+    our_threads: Annotated[int | None, typer.Option(help="a rank's threads; default: its share of the cores")] = None,
     ours: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for our configuration")] = None,
 ) -> None:
     if not (model / "config.json").is_file():
@@ -88,7 +89,7 @@ def main(
     our_command = [*launcher, str(HERE / "ours.py"), str(directories["ours"]), str(RECIPE), *own]
     sides = [
         Side("TRL", trl_command, directories["trl"], threads or usable_cores()),
-        Side("ours", our_command, directories["ours"], threads_per_process(ranks)),
+        Side("ours", our_command, directories["ours"], our_threads or threads_per_process(ranks)),
     ]
     print(f"load average before: {os.getloadavg()[0]:.1f} on {usable_cores()} cores", flush=True)
     try:

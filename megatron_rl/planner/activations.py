@@ -3,8 +3,8 @@
 They follow section 4.1 of 2205.05198 (Reducing Activation Recomputation in Large Transformer Models): one term for each
 tensor that autograd keeps. Our terms differ in what the models have in addition: RMS norms, SwiGLU, top-k experts,
 grouped queries, latent attention, gates, and delta networks; and attention keeps no matrix of scores, as its kernels
-compute it again. With plain PyTorch layers a norm keeps an fp32 copy of its input and its normalised values, and SwiGLU
-keeps five tensors of the MLP's width. Transformer Engine's kernels keep the input alone, and three. The terms for plain
+compute it again. With plain PyTorch layers a norm keeps its normalised values in fp32, and SwiGLU keeps five
+tensors of the MLP's width. Transformer Engine's kernels keep the input alone, and three. The terms for plain
 layers are compared with what autograd keeps (tests/ranks/test_planner_activations.py); those for Transformer Engine
 were found by reading its source.
 
@@ -194,10 +194,15 @@ def _gradients(work: Workload, layer: int) -> float:
 
 
 def _norm(work: Workload, width: float, values: float = 1.0) -> float:
-    """Returns the bytes a token of `values` norms over `width` elements each: fp32 copy of the input and normalised
-    values, or the input alone; and one inverse root."""
-    normalised = FP32 if work.arch.zero_centred_norms else work.item
-    return values * (width * (work.item if work.fused else FP32 + normalised) + FP32)
+    """Returns the bytes a token of `values` norms over `width` elements each: normalised values in fp32, and in the
+    model's dtype if they are multiplied by the weight in that; fused, the input alone; and one inverse root."""
+    if work.fused:
+        kept = work.item
+    elif work.item == FP32 or work.arch.zero_centred_norms:
+        kept = FP32
+    else:
+        kept = FP32 + work.item
+    return values * (width * kept + FP32)
 
 
 def _norms(work: Workload, layer: int) -> LayerBytes:
@@ -254,13 +259,10 @@ def _attention(work: Workload) -> LayerBytes:
     inputs = query + key + heads
     rest = work.attended * query * item  # the output projection's input
     if arch.qk_norm == "head":
-        norms = _norm(work, arch.head_dim, work.query_heads + work.kv_heads)
-        rest += work.attended * norms
-        if item == FP32 and not work.fused:  # the norm of keys copies nothing: it keeps all that is projected
-            rest += work.attended * (heads - key) * item
-            inputs -= heads
+        rest += work.attended * _norm(work, arch.head_dim, work.query_heads + work.kv_heads)
     elif arch.qk_norm == "all":
-        rest += work.attended * (_norm(work, query) + _norm(work, key))
+        kept = item if work.fused else FP32 + item  # the input too: AllHeadsNorm is made of separate operations
+        rest += work.attended * ((query + key) * kept + 2 * FP32)
     if arch.output_gate:
         rest += work.attended * query * (FP32 + item)
     if work.layout.tp > arch.num_kv_heads:  # the outputs of all ranks are gathered

@@ -15,7 +15,7 @@ this module in every micro-batch, so nothing waits for the device before `finali
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,6 +63,7 @@ class RoutingStats:
         among `expert_ranks`, in order. `keeps_rows` keeps the expert change of each row too (`row_changes`)."""
         self._layers = tuple(layers)
         self._place = {layer: place for place, layer in enumerate(layers)}
+        self._num_experts = num_experts
         self._top_k = top_k
         self._means = torch.zeros(len(MEANS), 2, len(layers), dtype=torch.float64, device=device)  # sum and rows
         self._load = torch.zeros(len(layers), num_experts, dtype=torch.float64, device=device)
@@ -71,7 +72,6 @@ class RoutingStats:
         """Choices of this rank's rows for the experts of each rank, by micro-batch and layer."""
         self.peaks = self._load.new_zeros(len(layers))
         """[layers]: `ep_peak` by layer, set by whoever knows the other ranks' `rank_load`; 0 is unknown."""
-        self._rank_of = torch.arange(num_experts, device=device) // (num_experts // expert_ranks)
         self._differing: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self._changes: dict[tuple[str, int], Tensor] | None = {} if keeps_rows else None
 
@@ -94,21 +94,24 @@ class RoutingStats:
         probabilities = scores.logprobs.exp()
         # The log of a probability that underflowed is -inf, and 0 times that is not 0.
         logs = scores.logprobs.clamp(min=torch.finfo(scores.logprobs.dtype).min)
-        self._add("entropy", layer, -(probabilities * logs).sum(-1), valid)
-        self._add("mass", layer, probabilities.gather(1, chosen).double().sum(-1), valid)
+        mass = probabilities.gather(1, chosen).double().sum(-1)
+        self._add(layer, valid, {"entropy": -(probabilities * logs).sum(-1), "mass": mass})
         if self._top_k < scores.ranked.shape[1]:
             ids = live.long().masked_fill(~valid[:, None], 0)
             last = scores.ranked.gather(1, ids).amin(-1)
             first = scores.ranked.scatter(1, ids, float("-inf")).amax(-1)
             # The groups of a row may have no expert but those chosen.
-            self._add("margin", layer, last - first, valid & first.isfinite())
+            self._add(layer, valid & first.isfinite(), {"margin": last - first})
         if replayed is not None:
-            self._add("live_overlap", layer, common(used, live) / self._top_k, valid & replayed)
-            self._add("fallback", layer, ~replayed, valid)
+            overlap = common(used, live, self._num_experts) / self._top_k
+            self._add(layer, valid & replayed, {"live_overlap": overlap})
+            self._add(layer, valid, {"fallback": ~replayed})
         ids = chosen.flatten()  # and no bincount, for the same reason
         rows = valid.to(self._load).repeat_interleave(self._top_k)
-        self._load[self._place[layer]].index_add_(0, ids, rows)
-        self.rank_load[micro_batch, self._place[layer]].index_add_(0, self._rank_of[ids], rows)
+        load = self._load.new_zeros(self._num_experts).index_add_(0, ids, rows)
+        self._load[self._place[layer]] += load
+        by_rank = self.rank_load[micro_batch, self._place[layer]]
+        by_rank += load.view(len(by_rank), -1).sum(-1)
 
     def expect(self, pair: str, micro_batch: int, valid: Tensor) -> None:
         """Announces a comparison of the routers' choices, for rows in which `valid` [R] is True.
@@ -124,18 +127,21 @@ class RoutingStats:
     def compare(self, pair: str, micro_batch: int, layer: int, a: Tensor, b: Tensor) -> None:
         """Compares two choices a, b [R, K] for the rows that `expect` announced."""
         differing, valid = self._differing[pair, micro_batch]
-        shared = common(a, b)
+        shared = common(a, b, self._num_experts)
         differs = shared < self._top_k
-        self._add(f"set_mismatch/{pair}", layer, differs, valid)
-        self._add(f"expert_change/{pair}", layer, 1 - shared / self._top_k, valid)
-        self._add(f"top1_change/{pair}", layer, a[:, 0] != b[:, 0], valid)
+        change = 1 - shared / self._top_k
+        measures = differs, change, a[:, 0] != b[:, 0]
+        self._add(layer, valid, {f"{name}/{pair}": values for name, values in zip(DRIFT, measures, strict=True)})
         differing += differs & valid
         if self._changes is not None:
-            self._changes[pair, micro_batch] += 1 - shared / self._top_k
+            self._changes[pair, micro_batch] += change
 
-    def _add(self, name: str, layer: int, values: Tensor, valid: Tensor) -> None:
-        cell = self._means[MEANS.index(name), :, self._place[layer]]
-        cell += torch.stack([values.double().masked_fill(~valid, 0).sum(), valid.sum().double()])
+    def _add(self, layer: int, valid: Tensor, measures: Mapping[str, Tensor]) -> None:
+        """Adds measures [R] of the rows in which `valid` [R] is True."""
+        sums = torch.stack([values.double() for values in measures.values()]).masked_fill_(~valid, 0).sum(-1)
+        rows = valid.sum().double()
+        for name, total in zip(measures, sums, strict=True):
+            self._means[MEANS.index(name), :, self._place[layer]] += torch.stack((total, rows))
 
     def differing(self) -> Iterator[Tensor]:
         """[R] for each pair and micro-batch: number of this rank's layers in which each row differs.
@@ -199,6 +205,8 @@ def peak_over_mean(rank_load: Tensor) -> Tensor:
     return (rank_load.max(-1).values / mean.where(mean > 0, 1.0)).where(mean > 0, 0.0)
 
 
-def common(a: Tensor, b: Tensor) -> Tensor:
-    """[R]: number of experts in both a and b, [R, K] each."""
-    return (a[:, :, None] == b[:, None, :]).any(-1).sum(-1)
+def common(a: Tensor, b: Tensor, num_experts: int) -> Tensor:
+    """[R]: number of experts in both a and b, [R, K] each, distinct in a row; rows of padding may have any values."""
+    first, second = (ids.long().clamp(0, num_experts - 1) for ids in (a, b))
+    chosen = torch.zeros(len(a), num_experts, dtype=torch.bool, device=a.device).scatter_(1, first, True)
+    return chosen.gather(1, second).sum(-1)

@@ -76,6 +76,12 @@ def test_what_does_not_turn_passes_unchanged() -> None:
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
 
 
+def test_the_gradient_of_a_rotation_is_that_of_its_operations() -> None:
+    x = torch.randn(5, 2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    cosine, sine = (part.double() for part in Turns(torch.tensor([1.0, 0.3, 0.1]), factor=1.5).at(torch.arange(5)))
+    assert torch.autograd.gradcheck(lambda each: rotate(each, cosine, sine), (x,))
+
+
 def test_neighbouring_pairs_come_apart() -> None:
     assert pairs_to_halves(torch.arange(6)[None]).tolist() == [[0, 2, 4, 1, 3, 5]]
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_rl.engine.layers.attention_plan import PlannedSequences
 from megatron_rl.engine.layers.chunk_plan import ChunkPlan
 from megatron_rl.engine.layers.delta_rule import chunked_delta_rule
+from megatron_rl.engine.layers.norms import normalised
 from megatron_rl.models.architecture import DeltaNet
 
 
@@ -128,7 +129,7 @@ class GatedNorm(torch.nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """x and gate [..., width]."""
-        normed = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype)
+        normed = normalised(x.float(), self.eps).to(x.dtype)
         return (normed * self.weight * F.silu(gate.float())).to(x.dtype)
 
 

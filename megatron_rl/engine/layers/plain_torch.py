@@ -1,10 +1,10 @@
 """Transformer layers in plain PyTorch, if Transformer Engine is not installed or not wanted.
 
-They fill the places that Megatron-Core's local modules leave empty: a norm under sequence parallelism, packed attention
-with context parallelism (attention.py), and grouped experts. Linear layers, the router, the dispatcher and the
-transformer layer itself are Megatron-Core's own, except for the order of tokens by expert (permutation.py) and where
-the rotary embedding is applied. Weights have the same values and the same Hugging Face names as with Transformer
-Engine.
+They fill the places that Megatron-Core's local modules leave empty: a norm under sequence parallelism (norms.py),
+packed attention with context parallelism (attention.py), and grouped experts. Linear layers, the router, the
+dispatcher and the transformer layer itself are Megatron-Core's own, except for the order of tokens by expert
+(permutation.py) and where the rotary embedding is applied. Weights have the same values and the same Hugging Face names
+as with Transformer Engine.
 
 Shapes: T packed tokens of this rank, H hidden, N query heads and G key-value heads of this tensor-parallel rank, D head
 width, E experts of this rank, F expert width on this expert-tensor-parallel rank.
@@ -21,13 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -56,56 +51,10 @@ from megatron_rl.engine.layers.attention import (
 from megatron_rl.engine.layers.attention_plan import PlannedSequences, attention_plan
 from megatron_rl.engine.layers.chunk_plan import chunk_plan
 from megatron_rl.engine.layers.delta_net import GatedDeltaNet
+from megatron_rl.engine.layers.norms import AllHeadsNorm, RMSNorm
 from megatron_rl.engine.layers.permutation import use_equal_bits
 from megatron_rl.engine.layers.provider import sequence_bounds
 from megatron_rl.models.architecture import Architecture, ClampedSwiglu
-
-
-class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm in fp32, over the last dimension; its weight is shared under sequence parallelism.
-
-    If the configuration has layernorm_zero_centered_gamma, it multiplies by 1 + weight, in fp32: 1 plus a small number
-    is not that number in bf16.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.is_zero_centred = config.layernorm_zero_centered_gamma
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # Each tensor-parallel rank sees other tokens (or other heads): Megatron sums such gradients over the group.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps)
-        if self.is_zero_centred:
-            return (normed * (1 + self.weight.float())).to(x.dtype)
-        return normed.to(x.dtype) * self.weight
-
-
-class AllHeadsNorm(torch.nn.Module):
-    """Root-mean-square norm in fp32 over the heads of all tensor-parallel ranks together.
-
-    Each rank holds the whole weight [all heads * D] and uses its own heads' part: Megatron-Core adds up over the ranks
-    the gradients of whatever is called q_layernorm or k_layernorm. With more ranks than key-value heads several
-    consecutive ranks have the same head.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, heads: int, eps: float = 1e-6, **_: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(heads * hidden_size, dtype=config.params_dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., heads of this rank, D]."""
-        mine = x.float().flatten(-2)
-        width, ranks = mine.shape[-1], parallel_state.get_tensor_model_parallel_world_size()
-        copies = ranks * width // len(self.weight)
-        squares = reduce_from_tensor_model_parallel_region(mine.square().sum(-1, keepdim=True) / copies)
-        squares = copy_to_tensor_model_parallel_region(squares)  # each rank's heads depend on the sum
-        normed = (mine * torch.rsqrt(squares / len(self.weight) + self.eps)).to(x.dtype)
-        first = parallel_state.get_tensor_model_parallel_rank() // copies * width
-        return (normed * self.weight[first : first + width]).view_as(x)
 
 
 class SharedExpert(SharedExpertMLP):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,10 +48,32 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     x [T, ..., heads, D]; cosine and sine [T, ..., 1, W] in its dtype, W at most D.
     """
     width = cosine.shape[-1]
-    turned, rest = x[..., :width], x[..., width:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cosine + torch.cat((-second, first), dim=-1) * sine
-    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+    rotated: Tensor = _Rotated.apply(x[..., :width], cosine, sine)
+    return torch.cat((rotated, x[..., width:]), dim=-1) if width < x.shape[-1] else rotated
+
+
+class _Rotated(torch.autograd.Function):
+    """Makes no copies of halves, as autograd would. The gradient is turned back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return _turned(x, cosine, sine, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cosine, sine = ctx.saved_tensors
+        return _turned(grads[0], cosine, sine, -1), None, None
+
+
+def _turned(x: Tensor, cosine: Tensor, sine: Tensor, sign: int) -> Tensor:
+    turned = x * cosine
+    first, second = x.chunk(2, dim=-1)
+    to_first, to_second = turned.chunk(2, dim=-1)
+    half = sine[..., : sine.shape[-1] // 2]
+    to_first.addcmul_(second, half, value=-sign)
+    to_second.addcmul_(first, half, value=sign)
+    return turned
 
 
 def pairs_to_halves(x: Tensor) -> Tensor:
