@@ -108,8 +108,8 @@ class SGLangClient:
         Temperature 0 is greedy; then the log-probs are untempered and are not mu. `versions` are the weight versions
         that the trainer has published.
 
-        `seed`, in [0, 2**63), counts only if the server runs with --enable-deterministic-inference, which SGLang has on
-        GPUs. There, requests of one prompt with equal seeds all sample the same response.
+        `seed`, in [0, 2**63), counts on a CPU, and on a GPU if the server runs with --enable-deterministic-inference.
+        Then requests of one prompt with equal seeds all sample the same response.
 
         `routes` asks for the experts that each token visited; the server must have been started to return them. `top_k`
         asks for that many of mu's most likely tokens where each token was sampled; at most the vocabulary. Tokens of

@@ -1,9 +1,9 @@
 """Samples groups for prompts: one request per sample and turn, spread over the servers.
 
 A group stays on one server with all its turns, whose prefix cache then computes each token once, unless that server
-fails. The samples depend on how the server batches requests, so a rollout is reproduced from its saved file, not from a
-seed. The exception is a GPU server with --enable-deterministic-inference, which uses the seed that each request
-carries.
+fails. On a GPU the samples depend on how the server batches requests, so a rollout is reproduced from its saved file,
+not from a seed, unless the server runs with --enable-deterministic-inference. Then, and on a CPU, it uses the seed that
+each request carries.
 """
 
 from __future__ import annotations

@@ -117,12 +117,13 @@ def register_hooks() -> None:
     """Replaces functions through SGLang's own registry.
 
     Host buffers are not registered with CUDA (`--enable-return-routed-experts`), sequences attend together, experts
-    write each block to its place, processes are forked, and two steps of some models are computed in plain PyTorch, in
-    fp32 as SGLang's kernels do: the gate of the expert that every token visits, and norms over all heads.
+    write each block to its place, requests are sampled by their seeds, processes are forked, and two steps of some
+    models are computed in plain PyTorch, in fp32 as SGLang's kernels do: the gate of the expert that every token
+    visits, and norms over all heads.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from megatron_rl.rollout import sglang_cpu_attention, sglang_cpu_experts
+    from megatron_rl.rollout import sglang_cpu_attention, sglang_cpu_experts, sglang_cpu_sampling
 
     HookRegistry.register(
         "sglang.srt.mem_cache.pool_host.common._cuda_host_register",
@@ -135,6 +136,10 @@ def register_hooks() -> None:
     HookRegistry.register(f"{backend}._run_sdpa_forward_decode", sglang_cpu_attention.decode, HookType.AROUND)
     experts = "sglang.srt.layers.moe.fused_moe_native.moe_forward_native"
     HookRegistry.register(experts, sglang_cpu_experts.forward, HookType.AROUND)
+    batch = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch"
+    HookRegistry.register(batch, sglang_cpu_sampling.take_seeds, HookType.AFTER)
+    sampler = "sglang.srt.layers.sampler.multinomial_with_seed"
+    HookRegistry.register(sampler, sglang_cpu_sampling.sample, HookType.REPLACE)
     gate = "sglang.kernels.ops.elementwise.elementwise._launch_fused_gate_sigmoid_mul"
     HookRegistry.register(gate, add_gated, HookType.REPLACE)
     norms = "sglang.srt.models.minimax_m2"

@@ -115,6 +115,23 @@ def test_tokens_are_sampled_from_the_whole_distribution(served: str, tiny_model_
     assert statistic < freedom + 6 * np.sqrt(2 * freedom)
 
 
+def test_a_response_follows_from_its_seed_whatever_the_server_computes_beside_it(served: str) -> None:
+    async def run() -> tuple[list[list[int]], list[list[int]]]:
+        async with SGLangClient(served, deadline=60.0) as client:
+
+            async def ask(number: int) -> list[int]:
+                completion = await client.generate(
+                    PROMPTS[0], max_new_tokens=40, temperature=1.0, vocab_size=VOCAB_SIZE, versions={0}, seed=number % 8
+                )
+                return list(completion.token_ids)
+
+            return [await ask(number) for number in range(8)], await asyncio.gather(*map(ask, range(24)))
+
+    alone, together = asyncio.run(run())
+    assert len({tuple(ids) for ids in alone}) == 8
+    assert together == alone * 3
+
+
 def test_the_end_of_sequence_token_is_part_of_the_response(served: str, tiny_model_dir: Path) -> None:
     completions = sample(served, [1.5], repeats=8, max_new_tokens=80)
     stopped = [(p, c) for p, c in zip(PROMPTS * 8, completions, strict=True) if c.finish_reason == "stop"]
