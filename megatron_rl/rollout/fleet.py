@@ -55,15 +55,21 @@ class Fleet:
         """Set during a weight sync, in which servers give no answer and no sign of life."""
 
     def admit(self, clients: Sequence[SGLangClient], lost: Mapping[str, str]) -> None:
-        """Makes these servers the live ones, after a weight sync. Ejects others; `lost` says by URL why."""
-        urls = {client.url for client in clients}
+        """Makes these servers the live ones, after a weight sync. Ejects others; `lost` says by URL why.
+
+        Servers keep their places, by which each leader begins with another one.
+        """
+        chosen = {client.url: client for client in clients}
         for member in self.members:
-            if member.url not in urls:
+            if member.url not in chosen:
                 why = lost.get(member.url, "the run does not use it any more")
                 self.eject(member, RolloutError(f"{member.url}: {why}"))
-        live = {member.url: member for member in self.members if member.error is None}
-        out = [member for member in self.members if member.url not in urls]
-        self.members = [live.get(client.url) or Member(client) for client in clients] + out
+        self.members = [
+            Member(client) if member.error is not None and (client := chosen.get(member.url)) else member
+            for member in self.members
+        ]
+        known = {member.url for member in self.members}
+        self.members += [Member(client) for client in clients if client.url not in known]
 
     @property
     def live(self) -> list[Member]:

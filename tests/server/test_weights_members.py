@@ -38,3 +38,13 @@ def test_a_server_at_fault_is_left_out_until_it_was_verified(
     refused = [line for line in lines if line["case"] == "all"]
     assert len(refused) == ranks, "a rank went on, or hangs"
     assert all("status 400" in line["why"] for line in refused)
+
+
+@pytest.mark.server
+@pytest.mark.distributed
+def test_a_server_that_another_leader_has_ejected_is_verified_before_any_leader_uses_it(
+    forks: Forks, served: str, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    servers, chosen, newcomers = forks.world(2, "choice_worker:main", str(tiny_model_dir), served, str(tmp_path))[0]
+    assert chosen == servers
+    assert newcomers == servers[1:]
