@@ -73,6 +73,35 @@ def made_up_rollouts(seconds: float = 0.0) -> None:
     replace_servers(Leader)
 
 
+def slow_first_sync(seconds: float) -> None:
+    """Makes the first weight sync of a run without servers take `seconds`; apply it after `made_up_rollouts`."""
+    from dynamic_worker import NoServers
+
+    push = NoServers.push
+    pushed: list[int] = []
+
+    def slow(sync: NoServers, version: int) -> dict[str, float]:
+        if not pushed:
+            time.sleep(seconds)
+        pushed.append(version)
+        return push(sync, version)
+
+    NoServers.push = slow  # type: ignore[method-assign, assignment]
+
+
+def slow_evaluations(seconds: float) -> None:
+    """Makes each evaluation take `seconds`."""
+    from megatron_rl.loop.environment import Environment
+
+    evaluate = Environment.evaluate
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        time.sleep(seconds)
+        return evaluate(*arguments, **options)
+
+    Environment.evaluate = slow  # type: ignore[method-assign]
+
+
 def chance_rollouts(slow_from: int) -> None:
     """Makes up answers by chance, without servers. Prompts from that number on are never answered."""
     from dynamic_worker import MadeUp, replace_servers
