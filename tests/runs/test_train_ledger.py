@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,10 @@ def test_a_killed_run_goes_on_with_what_was_sampled(
         *command(rl, run_dir, *options, "--resume"), ranks=ranks, before=[("patches:chance_rollouts", 2 * PROMPTS + 1)]
     )
     wait_for(forks, killed, "slow rollout")
+    deadline = time.monotonic() + 60
     while 2 * PROMPTS not in kept(run_dir) or len(read_metrics(run_dir / "metrics.jsonl")) < 2:
         assert forks.poll(killed), killed.stderr
+        assert time.monotonic() < deadline, "no group is kept"
     forks.kill(killed)
     forks.wait(killed)
     assert read_steps(run_dir) == [1]
