@@ -59,6 +59,8 @@ class Publisher:
             return
         with console.starting("weights", f"version {version} to all servers"):
             self._resume()  # a trainer that was killed in a sync has left them paused
+            if self.leader is not None and self.tells:
+                self.leader.abandon_requests()  # servers empty no cache, and so take no weights, before these end
             self.publish(version)
 
     def publish(self, version: int) -> dict[str, float]:

@@ -258,6 +258,10 @@ class Leader:
             self.loop.run(self._tell(SGLangClient.continue_generation))
         self._fleet.paused = False
 
+    def abandon_requests(self) -> None:
+        """Ends what a trainer that was killed has left in flight. A server that refuses is ejected."""
+        self.loop.run(self._tell(SGLangClient.abandon_requests))
+
     def release_memory(self, tags: Sequence[MemoryTag]) -> None:
         """Pauses all servers, ejected ones too, and frees their GPUs' memory of these kinds. Raises RolloutError and
         ServerError."""

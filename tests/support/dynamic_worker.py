@@ -42,6 +42,9 @@ class MadeUp:
 
     resume = pause
 
+    def abandon_requests(self) -> None:
+        pass
+
     async def group(self, number: int, prompt: Prompt, sampling: Sampling) -> Group:
         return Group(number, prompt, tuple(_answer(prompt, n, sampling) for n in range(sampling.samples)))
 

@@ -174,3 +174,16 @@ def fails_in_step(step: int) -> None:
         return update(*arguments, **options)
 
     Trainer.update = failing  # type: ignore[method-assign]
+
+
+def tell_phases() -> None:
+    """Prints the name of each phase as it begins."""
+    from megatron_rl.lab.journal import Journal
+
+    phase = Journal.phase
+
+    def told(journal: Journal, name: str) -> Any:
+        print(f"phase {name}", flush=True)
+        return phase(journal, name)
+
+    Journal.phase = told  # type: ignore[method-assign, assignment]
