@@ -156,6 +156,13 @@ class RoutingTrace:
             versions=_merged((*self.versions, *moved)),
         )
 
+    def head(self, rows: int) -> RoutingTrace:
+        """The first `rows` rows."""
+        spans = (VersionSpan(v.version, v.start, min(v.end, rows)) for v in self.versions if v.start < rows)
+        return dataclasses.replace(
+            self, experts=self.experts[:rows], present=self.present[:rows], versions=tuple(spans)
+        )
+
     def tail(self, start: int) -> RoutingTrace:
         """The rows from `start` on."""
         spans = (VersionSpan(v.version, max(v.start - start, 0), v.end - start) for v in self.versions if v.end > start)

@@ -8,6 +8,7 @@ numbers, and their spans count output tokens. A log-prob that is not a number ar
 from __future__ import annotations
 
 import base64
+import dataclasses
 import re
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
@@ -54,6 +55,19 @@ class Completion:
         None  # of prompt and completion, without the last token; None: not asked for, or aborted
     )
     top_tokens: TopTokens | None = None  # at each token; None: not asked for, or aborted
+
+    def without_last(self) -> Completion:
+        """The answer without its last token, and without the row of the pass that sampled it."""
+        count, trace, top = len(self.token_ids) - 1, self.trace, self.top_tokens
+        spans = (VersionSpan(v.version, v.start, min(v.end, count)) for v in self.versions if v.start < count)
+        return dataclasses.replace(
+            self,
+            token_ids=self.token_ids[:-1],
+            logprobs=self.logprobs[:-1],
+            versions=tuple(spans),
+            trace=None if trace is None else trace.head(trace.rows - 1),
+            top_tokens=None if top is None else TopTokens(top.ids[:-1], top.logprobs[:-1]),
+        )
 
 
 class _Finish(BaseModel):

@@ -24,7 +24,7 @@ from megatron_rl.rollout.turns import MultiTurn, append_completion, converse
 from megatron_rl.routing.wire import RouteSpec
 
 MAX_ABORTS = 3
-"""Most times that a request is sent if the server aborts it."""
+"""Aborted answers in a row without a token to keep, after which a server has failed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +59,14 @@ class Sampler:
         version = sampling.versions.newest
 
         async def sample(number: int) -> Sample:
-            async def ask(ids: Sequence[int], max_new_tokens: int, turn: int) -> Completion:
+            async def ask(begun: Sample, max_new_tokens: int, turn: int) -> Sample:
                 seed = request_seed(sampling.seed, version, index, number, turn)
-                return await place.ask(lambda client: complete(client, prompt.id, ids, max_new_tokens, seed, sampling))
+                return await place.ask(Continuation(begun, max_new_tokens, seed, sampling).complete)
 
             async with self._slots:
                 longest = sampling.max_response_tokens
                 if sampling.turns is None:
-                    completion = await ask(prompt.token_ids, longest, 0)
-                    made = append_completion(Sample.start(prompt, number), completion)
+                    made = await ask(Sample.start(prompt, number), longest, 0)
                 else:
                     made = await converse(sampling.turns, prompt, number, longest, ask)
                 place.count_sample()
@@ -92,8 +91,9 @@ class _Place:
         self._to_come = samples
         self._home: Member | None = None
 
-    async def ask(self, request: Callable[[SGLangClient], Coroutine[Any, Any, Completion]]) -> Completion:
-        """Returns a complete answer, of another server if one fails. Raises RolloutError if there is none."""
+    async def ask(self, request: Callable[[SGLangClient], Coroutine[Any, Any, Sample]]) -> Sample:
+        """Returns what `request` does with a server, or with another one if that fails. Raises RolloutError if none is
+        left."""
         while True:
             try:
                 return await self._fleet.request(self._live_home(), request)
@@ -117,31 +117,53 @@ class _Place:
         return self._home
 
 
-async def complete(
-    client: SGLangClient, name: str, token_ids: Sequence[int], max_new_tokens: int, seed: int, sampling: Sampling
-) -> Completion:
-    """What follows the ids of the prompt of this name, up to its own end or to the length limit. If it is aborted, it
-    is sampled again, within one deadline."""
-    where = f"{client.url}: prompt {name!r}"
-    try:
-        async with asyncio.timeout(client.deadline):
-            for _ in range(MAX_ABORTS):
-                completion = await client.generate(
-                    token_ids,
-                    max_new_tokens=max_new_tokens,
-                    temperature=sampling.temperature,
-                    vocab_size=sampling.vocab_size,
-                    versions=sampling.versions,
-                    seed=seed,
-                    routes=sampling.routes,
-                    top_k=sampling.top_k,
-                    stop=() if sampling.turns is None else sampling.turns.dialogue.stop_token_ids,
-                )
-                if completion.finish_reason != "abort":
-                    return completion
-    except TimeoutError:
-        raise RolloutError(f"{where}: no complete response within {client.deadline:g} s") from None
-    raise RolloutError(f"{where}: the server aborted it {MAX_ABORTS} times")
+class Continuation:
+    """What follows the tokens of a sample. It keeps what servers have sampled when they abort, and goes on from there.
+
+    An aborted answer may end with a token that ends a response, because SGLang stops to look for one once a request is
+    aborted. So its last token is sampled again.
+    """
+
+    def __init__(self, sample: Sample, max_new_tokens: int, seed: int, sampling: Sampling) -> None:
+        self._sample = sample
+        self._longest = len(sample.token_ids) + max_new_tokens
+        self._seed = seed  # also of what follows kept tokens: SGLang draws by seed and position
+        self._sampling = sampling
+
+    async def complete(self, client: SGLangClient) -> Sample:
+        """Returns the sample up to its own end or to the length limit. Raises RolloutError if there is none within one
+        deadline."""
+        sampling, useless = self._sampling, 0
+        where = f"{client.url}: prompt {self._sample.prompt.id!r}"
+        try:
+            async with asyncio.timeout(client.deadline):
+                while useless < MAX_ABORTS:
+                    completion = await client.generate(
+                        self._sample.token_ids.tolist(),
+                        max_new_tokens=self._longest - len(self._sample.token_ids),
+                        temperature=sampling.temperature,
+                        vocab_size=sampling.vocab_size,
+                        versions=sampling.versions,
+                        seed=self._seed,
+                        routes=sampling.routes,
+                        top_k=sampling.top_k,
+                        stop=() if sampling.turns is None else sampling.turns.dialogue.stop_token_ids,
+                    )
+                    if completion.finish_reason != "abort":
+                        return append_completion(self._sample, completion)
+                    useless = 0 if self._keep(completion) else useless + 1
+        except TimeoutError:
+            raise RolloutError(f"{where}: no complete response within {client.deadline:g} s") from None
+        raise RolloutError(f"{where}: the server aborted it {MAX_ABORTS} times without a token")
+
+    def _keep(self, aborted: Completion) -> bool:
+        """Appends the tokens of an aborted answer, and tells whether there are any that have all that was asked for."""
+        lacks_routes = self._sampling.routes is not None and aborted.trace is None
+        lacks_top_tokens = self._sampling.top_k > 0 and aborted.top_tokens is None
+        if len(aborted.token_ids) < 2 or lacks_routes or lacks_top_tokens:
+            return False
+        self._sample = append_completion(self._sample, aborted.without_last())
+        return True
 
 
 async def rollout_groups(sampler: Sampler, prompts: Sequence[tuple[int, Prompt]], sampling: Sampling) -> list[Group]:

@@ -20,8 +20,8 @@ from megatron_rl.rollout.answers import Completion
 
 logger = logging.getLogger(__name__)
 
-Ask = Callable[[list[int], int, int], Coroutine[Any, Any, Completion]]
-"""Has a server continue (token ids, by at most so many tokens, as turn number)."""
+Ask = Callable[[Sample, int, int], Coroutine[Any, Any, Sample]]
+"""Has a server continue (the sample, by at most so many tokens, as turn number)."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,10 @@ async def _take_turns(
     score = Score()
     for turn in range(turns.max_turns):
         history = sample.token_ids.tolist()
-        completion = await ask(history, max_tokens - len(sample.response_ids), turn)
-        sample = append_completion(sample, completion)
-        if completion.finish_reason == "length":
+        sample = await ask(sample, max_tokens - len(sample.response_ids), turn)
+        if sample.finish_reason == "length":
             break
-        said = list(completion.token_ids)
+        said = sample.token_ids[len(history) :].tolist()
         try:
             step = await episode.step(turns.dialogue.read(history, said, opening))
         except EpisodeFailure as failure:
@@ -98,7 +97,7 @@ async def _take_turns(
             return _ended(sample, "stop", score.of_part())
         if turn + 1 == turns.max_turns or len(sample.response_ids) + len(answer) >= max_tokens:
             break
-        sample = sample.extend(answer, None, completion.versions[-1].version)
+        sample = sample.extend(answer, None, sample.versions[-1].version)
     return _ended(sample, "length", score.of_part())
 
 

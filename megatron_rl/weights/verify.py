@@ -24,7 +24,7 @@ from megatron_rl.engine.policy import Policy
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.ranks.collectives import broadcast_bytes
 from megatron_rl.rollout.client import SGLangClient
-from megatron_rl.rollout.sampler import Sampling, complete
+from megatron_rl.rollout.sampler import Continuation, Sampling
 from megatron_rl.weights.all_servers import WeightSyncError
 
 PROBE_SEQUENCES, PROBE_TOKENS = 4, 48
@@ -104,8 +104,9 @@ async def ask_servers(clients: Sequence[SGLangClient], arch: Architecture, tempe
     async def sample(client: SGLangClient, prompt: list[int]) -> SampledAnswer:
         longest = max(1, len(sequences[0]) - len(prompt))
         sampling = Sampling(1, longest, temperature, arch.vocab_size, Versions(version), seed=0)
-        completion = await complete(client, "probe", prompt, longest, 0, sampling)
-        return SampledAnswer(client.url, [*prompt, *completion.token_ids], list(completion.logprobs))
+        begun = Sample.start(Prompt("probe", "", tuple(prompt), "", ""), 0)
+        sample = await Continuation(begun, longest, 0, sampling).complete(client)
+        return SampledAnswer(client.url, sample.token_ids.tolist(), sample.rollout_logprobs[len(prompt) :].tolist())
 
     async def score(client: SGLangClient) -> list[list[float]]:
         return await asyncio.gather(*(client.score(ids) for ids in sequences))

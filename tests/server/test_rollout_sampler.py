@@ -114,7 +114,7 @@ ABORT = Fault(change=lambda answer: answer["meta_info"]["finish_reason"].update(
 
 
 @server
-def test_an_aborted_response_is_sampled_again(served: str) -> None:
+def test_an_aborted_response_is_sampled_to_its_end(served: str) -> None:
     groups, (proxy,) = collect(served, ABORT, ABORT)
     assert len(bodies(proxy)) == 26
     assert all(sample.finish_reason != "abort" for group in groups for sample in group.samples)

@@ -39,9 +39,9 @@ def play(
     """Returns the sample, and (history, most tokens, number) of each turn."""
     asked = []
 
-    async def ask(ids: list[int], most: int, turn: int) -> Completion:
-        asked.append((TOKENIZER.decode(ids), most, turn))
-        return answers[turn]
+    async def ask(sample: Sample, most: int, turn: int) -> Sample:
+        asked.append((TOKENIZER.decode(sample.token_ids.tolist()), most, turn))
+        return append_completion(sample, answers[turn])
 
     with Environments("guessing", RewardConfig()) as environments:
         turns = MultiTurn(environments, dialogue or PlainDialogue(TOKENIZER), max_turns, 9)
