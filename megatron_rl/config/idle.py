@@ -85,6 +85,9 @@ def _of_replay(config: Config) -> Iterator[Idle]:
     if rollout.lag:
         why = f"does nothing under {cause}; the saved rollouts are as old as they are"
         yield Idle("rollout.lag", rollout.lag, cause, why, "set it to 0")
+    if rollout.over_sampling is not None:
+        why = f"does nothing under {cause}, which trains on all groups that were saved"
+        yield Idle("rollout.over_sampling", rollout.over_sampling, cause, why, "set it to null")
     if config.weights.verify:
         yield Idle("weights.verify", config.weights.verify, cause, without, "set it to 0")
     if config.weights.stress.kind != "none":

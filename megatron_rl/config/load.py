@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from megatron_rl.config.fp8_products import check_replay, fp8_multiple
 from megatron_rl.config.freeze import check_freeze
+from megatron_rl.config.group_choice import check_choice
 from megatron_rl.config.idle import idle_keys
 from megatron_rl.config.layout import Layout, LayoutError, check_layout
 from megatron_rl.config.objective import check_objective
@@ -190,7 +191,7 @@ def check_config(config: Config | SftConfig, arch: Architecture, world_size: int
             *check_objective(config),
             *_check_group_size(config),
             *_check_rewards(config),
-            *_check_dynamic_sampling(config),
+            *check_choice(config.rollout),
             *_check_environment(config),
             *_check_servers(config, arch),
             *check_sharing(config, arch, world_size),
@@ -294,11 +295,6 @@ def _check_rewards(config: Config) -> Iterator[str]:
     correct, wrong = config.reward.correct, config.reward.wrong
     if correct is not None and wrong is not None and correct <= wrong:
         yield f"reward.correct: {correct} is not above reward.wrong {wrong}: right answers would not be preferred"
-
-
-def _check_dynamic_sampling(config: Config) -> Iterator[str]:
-    if config.rollout.dynamic_sampling is not None and config.rollout.group_size == 1:
-        yield "rollout.dynamic_sampling: a group of rollout.group_size 1 has no right and wrong answers; set it to null"
 
 
 def _check_environment(config: Config) -> Iterator[str]:

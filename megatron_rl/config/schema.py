@@ -22,6 +22,7 @@ from megatron_rl.config.bounds import (
     Reward,
     Seconds,
 )
+from megatron_rl.config.dynamic_sampling import DynamicSamplingConfig
 from megatron_rl.config.lab import LabConfig, RlLabConfig
 from megatron_rl.config.multi_turn import EnvironmentConfig
 from megatron_rl.config.recompute import Recomputation, read_recompute
@@ -186,16 +187,6 @@ class DataConfig(Frozen):
     """A longer prompt is an error that names it."""
 
 
-class DynamicSamplingConfig(Frozen):
-    """DAPO's [2503.14476, section 3.2]: only groups with right and wrong answers are trained on. Groups of other
-    prompts replace the rest."""
-
-    oversample: Annotated[float, Field(ge=1, le=1000)] = 1.5
-    """Prompts asked for each group that is missing."""
-    max_refills: NonNegativeInt = 8
-    """How often prompts are taken once more in a step before the run ends with an error."""
-
-
 class RolloutConfig(Frozen):
     prompts_per_step: PositiveInt = 32
     """Over all data-parallel ranks; each leader fetches its own share."""
@@ -210,6 +201,10 @@ class RolloutConfig(Frozen):
     """Steps by which a rollout may begin before the one that trains on it: its tokens are at most as many weight
     versions older than pi_old. 0: a rollout begins after the weight sync; 1: it is sampled during the update before
     (one step off-policy). Above 0, servers put requests aside during a sync and go on with the new weights."""
+    over_sampling: Annotated[float, Field(gt=1, le=65)] | None = None
+    """Prompts in flight when a step begins, as a multiple of prompts_per_step; at most 1 + lag. The step takes the
+    groups that are done first, and the rest goes on meanwhile (partial rollouts). A group is waited for if it would
+    otherwise become older than the lag. null: a step takes its groups in the order of the prompts."""
     concurrency: PositiveInt = 256
     """Samples in flight per data-parallel leader."""
     deadline: Seconds = 1800.0

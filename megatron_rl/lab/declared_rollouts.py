@@ -72,6 +72,24 @@ ROLLOUTS = DeclaredTable(
             "staleness", TAIL, "weight version", "Weight versions behind the trainer's, by generated token."
         ),
         DeclaredMetric(
+            "over_sampling/carried_over",
+            VALUE,
+            "fraction of groups",
+            "Fraction of the step's groups that were begun with older weights than the trainer's.",
+        ),
+        DeclaredMetric(
+            "over_sampling/{what}",
+            VALUE,
+            "group",
+            "Number of {what} when the step had its groups.",
+            fields={
+                "what": {
+                    "left_done": "groups that were done and left to later steps",
+                    "left_unfinished": "groups that were still sampled, and left to later steps",
+                }
+            },
+        ),
+        DeclaredMetric(
             "dynamic_sampling/{what}",
             VALUE,
             "group",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -73,6 +74,11 @@ class Environment:
         Interrupted at a signal."""
         with self._trainer.watch.wait():
             return results(groups)
+
+    def wait_for_one(self, groups: Sequence[Future[Group]], seconds: float) -> None:
+        """Returns once one of them is done or has failed, or after so many seconds. Raises Interrupted at a signal."""
+        with self._trainer.watch.wait():
+            concurrent.futures.wait(groups, seconds, concurrent.futures.FIRST_COMPLETED)
 
     def evaluate(self, prompts: Sequence[tuple[int, Prompt]], *, samples: int, temperature: float) -> list[Group]:
         """Returns a judged group of `samples` responses of the newest weights for each (number, prompt). Raises as

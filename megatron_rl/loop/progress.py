@@ -22,6 +22,9 @@ class Progress:
     steps: int
     """Rollout steps of the whole run: train.steps."""
     cursor: PromptCursor
+    """At the first prompt that no step has taken."""
+    taken: tuple[int, ...] = ()
+    """Numbers of the prompts behind it that steps have taken (rollout.over_sampling)."""
     owes_evaluation: bool = True
     """Whether the evaluation that is due after `step` has not been made."""
 
@@ -30,13 +33,15 @@ class Progress:
         """The progress of a checkpoint, or that of a new run."""
         if state is None:
             return cls(0, steps, PromptCursor(seed))
-        return cls(state.step, steps, PromptCursor(**state.cursor), owes_evaluation=not state.evaluated)
+        cursor = PromptCursor(**state.cursor)
+        return cls(state.step, steps, cursor, tuple(state.taken), owes_evaluation=not state.evaluated)
 
     @property
     def state(self) -> State:
         return State(
             step=self.step,
             cursor=self.cursor.as_json(),
+            taken=list(self.taken),
             weight_version=self.step,
             evaluated=not self.owes_evaluation,
         )

@@ -11,7 +11,8 @@ from typing import Protocol
 
 import orjson
 
-from megatron_rl.config.schema import Config, DynamicSamplingConfig
+from megatron_rl.config.dynamic_sampling import DynamicSamplingConfig
+from megatron_rl.config.schema import Config
 from megatron_rl.data.prompts import PromptCursor, PromptDataset
 from megatron_rl.data.sample import Group
 from megatron_rl.data.store import write_groups
@@ -21,13 +22,15 @@ from megatron_rl.lab.metrics import ROLLOUT, overlong_metrics, rollout_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.loop.environment import Environment
 from megatron_rl.loop.progress import Progress
+from megatron_rl.loop.quota import Quota, prompts_in_flight
 from megatron_rl.loop.trainer import Trainer
 from megatron_rl.ranks.collectives import all_gather_bytes, together
 from megatron_rl.rewards.shaping import filter_overlong, shape_rewards, without_lost
 from megatron_rl.rollout.background import finished
 from megatron_rl.rollout.dynamic import Search, Tally, check_verdicts
 from megatron_rl.rollout.flow import Flow
-from megatron_rl.rollout.ledger import Ledger, newest_version, oldest_version
+from megatron_rl.rollout.ledger import Ledger, is_of_age
+from megatron_rl.rollout.selection import after_taking, untaken
 from megatron_rl.rollout.source import Wanted, check_headers, rollout_file, saved_groups
 from megatron_rl.routing.wire import RouteSpec
 from megatron_rl.stop import Interrupted
@@ -51,7 +54,7 @@ class Drawn:
     kept: list[Group]
     """Groups to train on."""
     figures: dict[str, float]
-    """How dynamic sampling chose them, the same on every rank."""
+    """How they were chosen, the same on every rank."""
 
 
 class GroupSource(Protocol):
@@ -59,7 +62,8 @@ class GroupSource(Protocol):
     """Whether this rank writes the groups to the run's own rollouts."""
 
     def draw(self, progress: Progress) -> Drawn:
-        """Draws the next step's groups and moves the cursor. Raises UserError and Interrupted on all ranks."""
+        """Draws the next step's groups, and notes in the progress which prompts are taken. Raises UserError and
+        Interrupted on all ranks."""
 
 
 class Rollouts:
@@ -81,7 +85,7 @@ class Rollouts:
         metrics = MetricAccumulator(ROLLOUT)
         rollout_metrics(metrics, shape_rewards(drawn.sampled, config.reward, longest), progress.step)
         overlong_metrics(metrics, drawn.sampled, drawn.kept, config.reward, longest)
-        figures = {f"dynamic_sampling/{name}": value for name, value in drawn.figures.items()}
+        figures = dict(drawn.figures)
         figures |= reduce_metrics(metrics, trainer.place, holds_samples=trainer.place.leads_replica)
         shaped = shape_rewards(without_lost(drawn.kept), config.reward, longest)
         return RolloutBatch(
@@ -89,11 +93,11 @@ class Rollouts:
         )
 
     def _draw(self, progress: Progress) -> Drawn:
-        start = progress.cursor
+        start = progress.cursor, progress.taken
         try:
             return self._source.draw(progress)
         except (UserError, Interrupted) as error:
-            progress.cursor = start
+            progress.cursor, progress.taken = start
             self._trainer.checkpoints.save(progress.state)
             self._trainer.checkpoints.complete()
             if isinstance(error, Interrupted):
@@ -155,18 +159,23 @@ class LiveGroups:
         self._trainer = trainer
         self._environment = environment
         place, dp = trainer.place, trainer.layout.dp
-        self._flow = None
-        if prompts is not None:
-            self._flow = flow = Flow(prompts, environment.start, place.dp, dp)
-            trainer.checkpoints.when_whole = lambda state: ledger.forget(flow.number(PromptCursor(**state.cursor)))
+        self._flow = None if prompts is None else Flow(prompts, environment.start, place.dp, dp)
+        self._quota = None
+        if config.rollout.over_sampling is not None:
+            self._quota = Quota(config.rollout, trainer, environment, ledger, self._flow)
+        if (flow := self._flow) is not None:
+            trainer.checkpoints.when_whole = lambda state: ledger.forget(
+                flow.number(PromptCursor(**state.cursor)), state.taken, step=state.step
+            )
 
     def draw(self, progress: Progress) -> Drawn:
         if self._config.dynamic_sampling is None:
             groups = self._sample(progress, self._config.prompts_per_step)
             check_verdicts(self._all_tallies(groups))
-            return Drawn(groups, groups, {})
+            return Drawn(groups, groups, self._quota_figures(progress))
         sampled, search = self._search(progress, self._config.dynamic_sampling)
-        return Drawn(sampled, search.keep(sampled), search.figures())
+        figures = {f"dynamic_sampling/{name}": value for name, value in search.figures().items()}
+        return Drawn(sampled, search.keep(sampled), figures | self._quota_figures(progress))
 
     def _search(self, progress: Progress, config: DynamicSamplingConfig) -> tuple[list[Group], Search]:
         """All groups that this leader sampled until all leaders together had enough mixed ones. Collective."""
@@ -186,36 +195,48 @@ class LiveGroups:
         return [Tally(*row) for part in parts for row in orjson.loads(part)]
 
     def _sample(self, progress: Progress, count: int, first: int = 0) -> list[Group]:
-        """This leader's share of the next `count` prompts, sampled, judged and numbered from `first` on; [] on ranks
-        that lead no replica. Raises Interrupted, on every rank, if a signal came meanwhile. Collective."""
+        """This leader's share of `count` prompts, sampled, judged and numbered from `first` on; [] on ranks that lead
+        no replica. Raises Interrupted, on every rank, if a signal came meanwhile. Collective."""
+        numbers = None
+        if self._quota is not None:
+            in_flight = prompts_in_flight(self._config, progress) if first == 0 else count
+            numbers = self._quota.choose(progress, count, first, in_flight)
         groups: list[Group] = []
         with together(self._trainer.place.control), contextlib.suppress(Interrupted):
             if self._flow is not None:
-                groups = self._take(self._flow, progress, count, first)
+                groups = self._take(self._flow, progress, numbers, count, first)
         self._trainer.check_interrupted()
         return groups
 
-    def _take(self, flow: Flow, progress: Progress, count: int, first: int) -> list[Group]:
-        number = flow.number(progress.cursor)
+    def _next(self, flow: Flow, progress: Progress, count: int) -> list[int]:
+        """Starts the next `count` prompts and those of the steps after this one that may begin now, and returns the
+        numbers of the next ones."""
+        ahead = prompts_in_flight(self._config, progress) - self._config.prompts_per_step
+        flow.admit(progress.cursor, progress.taken, count + ahead, progress.step)
+        return untaken(flow.number(progress.cursor), progress.taken, count)
+
+    def _take(
+        self, flow: Flow, progress: Progress, numbers: Sequence[int] | None, count: int, first: int
+    ) -> list[Group]:
+        """Returns the groups of these numbers, or of the next `count` ones."""
         with self._trainer.journal.phase("rollout"):
-            flow.admit(progress.cursor, count + self._ahead(progress))
-            started, cursor = flow.take(progress.cursor, count)
-            groups = self._environment.wait(started)
+            if numbers is None:
+                numbers = self._next(flow, progress, count)
+            groups = self._environment.wait(flow.take(numbers))
             groups = self._environment.wait([self._of_age(group, progress.step) for group in groups])
-        progress.cursor = cursor
-        return [dataclasses.replace(group, index=first + group.index - number) for group in groups]
+        number, progress.taken = after_taking(flow.number(progress.cursor), progress.taken, numbers)
+        progress.cursor = flow.cursor(number, progress.cursor.seed)
+        places = {number: place for place, number in enumerate(numbers, first)}
+        return [dataclasses.replace(group, index=places[group.index]) for group in groups]
 
     def _of_age(self, group: Group, version: int) -> Future[Group]:
-        """Returns the group, or samples it again if a start before this one, which had other weights by then, has left
-        a group that is not of `version`, pi_old's, or of the lag before it."""
-        if version - self._config.lag <= oldest_version(group) and newest_version(group) <= version:
+        """Returns the group, or samples it again if a start of the run before this one has left it too old or new."""
+        if is_of_age(group, version, self._config.lag):
             return finished(group)
         return self._environment.restart(group.index, group.prompt)
 
-    def _ahead(self, progress: Progress) -> int:
-        """Returns how many prompts behind those of this step are started with its weights: those of the next `lag`
-        steps, if the run has as many."""
-        return min(self._config.lag, progress.steps - progress.step - 1) * self._config.prompts_per_step
+    def _quota_figures(self, progress: Progress) -> dict[str, float]:
+        return {} if self._quota is None else self._quota.figures(progress.step)
 
 
 def check_saved(config: Config, trainer: Trainer) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from megatron_rl.config.schema import DynamicSamplingConfig
+from megatron_rl.config.dynamic_sampling import DynamicSamplingConfig
 from megatron_rl.config.sources import ConfigError
 from megatron_rl.data.sample import Group
 

@@ -1,7 +1,8 @@
 """Judged groups that no checkpoint has yet, on the disk: a resume trains on them again and samples only the rest.
 
-Each group is a file, named by the number of its prompt. Steps that a resume makes again then have the same groups, and
-if training repeats its bits, the same weights as a run that was never interrupted.
+Each group is a file, named by the number of its prompt; so is the choice of each step, if it chose among its groups.
+Steps that a resume makes again then have the same groups, and if training repeats its bits, the same weights as a run
+that was never interrupted.
 """
 
 from __future__ import annotations
@@ -9,13 +10,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
+
+import orjson
 
 from megatron_rl.data.sample import Group, Prompt
 from megatron_rl.data.store import StoreError, read_groups, write_groups
+from megatron_rl.disk import write_durably
 
 logger = logging.getLogger(__name__)
 _NAME = re.compile(r"group-(\d{9,})\.jsonl")
+_CHOICE = re.compile(r"choice-(\d{6,})-\d+\.json")
 
 
 class Ledger:
@@ -50,14 +56,36 @@ class Ledger:
         as_asked = same_prompt and group.index == number and len(group.samples) == self._group_size
         return group if as_asked else None
 
-    def forget(self, number: int) -> None:
-        """Deletes the groups of prompts before `number`."""
-        for file in self._directory.glob("group-*.jsonl"):
-            if (match := _NAME.fullmatch(file.name)) and int(match[1]) < number:
+    def write_choice(self, step: int, first: int, numbers: Sequence[int]) -> None:
+        """Keeps the numbers of the groups that a step takes as its groups from `first` on. Raises OSError."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        write_durably(self._choice_file(step, first), orjson.dumps(list(numbers)))
+
+    def read_choice(self, step: int, first: int) -> list[int]:
+        """Returns what `write_choice` has kept; [] if there is nothing that can be read."""
+        file = self._choice_file(step, first)
+        try:
+            numbers = orjson.loads(file.read_bytes())
+        except FileNotFoundError:
+            return []
+        except (OSError, orjson.JSONDecodeError) as error:
+            logger.warning("%s: %s; the step may take other groups", file, error)
+            return []
+        return [int(number) for number in numbers]
+
+    def forget(self, number: int, taken: Collection[int] = (), *, step: int) -> None:
+        """Deletes what a checkpoint after `step` has: the groups of prompts before `number`, those `taken`, and the
+        choices."""
+        for file in self._directory.iterdir() if self._directory.exists() else ():
+            group, choice = _NAME.fullmatch(file.name), _CHOICE.fullmatch(file.name)
+            if (group and (int(group[1]) < number or int(group[1]) in taken)) or (choice and int(choice[1]) <= step):
                 file.unlink(missing_ok=True)
 
     def _file(self, number: int) -> Path:
         return self._directory / f"group-{number:09d}.jsonl"
+
+    def _choice_file(self, step: int, first: int) -> Path:
+        return self._directory / f"choice-{step:06d}-{first}.json"
 
 
 def oldest_version(group: Group) -> int:
@@ -67,3 +95,9 @@ def oldest_version(group: Group) -> int:
 
 def newest_version(group: Group) -> int:
     return max(span.version for sample in group.samples for span in sample.versions)
+
+
+def is_of_age(group: Group, version: int, lag: int) -> bool:
+    """Tells whether all its tokens are of weights from `version`, pi_old's, to the lag before it. A start of the run
+    before this one may have left another group: by then it had other weights."""
+    return version - lag <= oldest_version(group) and newest_version(group) <= version

@@ -145,6 +145,22 @@ def test_training_does_not_depend_on_how_many_groups_each_leader_keeps(forks: Fo
                 assert found[name] == pytest.approx(expected[name], rel=1e-12), name
 
 
+@pytest.mark.distributed
+def test_a_search_among_more_groups_than_it_needs_takes_each_once(forks: Forks, root: Path) -> None:
+    run_dir = root / "over-sampled"
+    keys = "rollout.lag=1 rollout.over_sampling=2"
+    run_made_up(forks, root / "config.yaml", 2, [f"run_dir={run_dir} {LIVE} {keys}"])
+    written = declared_names.written(run_dir)
+    assert written >= declared_names.DYNAMIC | declared_names.OVER_SAMPLED
+    (manifest,) = (run_dir / "checkpoints").glob("*/manifest.json")
+    state = orjson.loads(manifest.read_bytes())["state"]
+    sampled = sum(line["rollout/dynamic_sampling/prompts"] for line in first_lines(run_dir))
+    assert state["cursor"]["epoch"] * 24 + state["cursor"]["position"] + len(state["taken"]) == sampled
+    kept = [group for step in range(1, STEPS + 1) for group in saved(run_dir, step)]
+    assert [group.index for group in kept] == [0, 1, 2, 3] * STEPS
+    assert len({group.prompt.id for group in kept}) == len(kept)
+
+
 def test_a_replay_trains_the_same_and_punishes_overlong_responses_once(forks: Forks, root: Path) -> None:
     run_all(forks, root / "config.yaml", 1, [f"run_dir={root / 'replay'} rollout.replay_from={root / 'live'} {SHAPED}"])
     assert_same_training(root / "replay", root / "live")

@@ -17,11 +17,14 @@ from megatron_rl.data.sample import Group
 from megatron_rl.data.store import read_groups
 from megatron_rl.lab.run import read_metrics
 from megatron_rl.rollout.client import SGLangClient
+from megatron_rl.rollout.ledger import oldest_version
 
 STEPS = 5
 
 
-def train(forks: Forks, root: Path, lag: int, concurrency: int) -> tuple[list[dict[str, Any]], list[list[Group]]]:
+def train(
+    forks: Forks, root: Path, lag: int, concurrency: int, *more: str
+) -> tuple[list[dict[str, Any]], list[list[Group]]]:
     """Returns the lines of metrics, and each step's groups over all leaders."""
     model = make_tiny_model(root / "model", num_layers=2)
     config = write_config(root / "config.yaml", model, root / "unused")
@@ -38,6 +41,7 @@ def train(forks: Forks, root: Path, lag: int, concurrency: int) -> tuple[list[di
         f"train.steps={STEPS}",
         "weights.verify=1",
         "optim.lr=1e-3",
+        *more,
     )
     run_all(forks, config, 2, [f"run_dir={root / 'run'} {' '.join(options)}"])
     files = sorted((root / "run" / "rollouts").glob("*.jsonl"))
@@ -73,6 +77,30 @@ def test_rollouts_go_on_during_updates_and_syncs(forks: Forks, tmp_path: Path, l
         for name in ("mismatch/abs_logprob_gap/lag_0", "mismatch/abs_logprob_gap/lag_1")
     )
     assert 0 < max(fresh) < 1e-4 < min(old)
+
+
+@pytest.mark.server
+@pytest.mark.distributed
+def test_a_step_takes_what_is_done_first_and_nothing_older_than_the_lag(forks: Forks, tmp_path: Path) -> None:
+    lag = 1
+    lines, steps = train(forks, tmp_path, lag, 8, "rollout.over_sampling=2")
+    prompts = [group.prompt.id for groups in steps for group in groups]
+    assert len(prompts) == len(set(prompts)) == STEPS * len(steps[0])
+    figures = [line for line in lines if "rollout/over_sampling/carried_over" in line]
+    assert len(figures) == STEPS
+    carried = 0
+    for step, (groups, line) in enumerate(zip(steps, figures, strict=True), start=1):
+        assert [group.index for group in groups] == list(range(len(groups)))
+        ages = [step - 1 - oldest_version(group) for group in groups]
+        assert 0 <= min(ages) <= max(ages) <= lag
+        assert line["rollout/staleness/max"] == max(ages)
+        assert line["rollout/over_sampling/carried_over"] == sum(age > 0 for age in ages) / len(ages)
+        carried += sum(age > 0 for age in ages)
+    assert carried
+    left = [line["rollout/over_sampling/left_done"] + line["rollout/over_sampling/left_unfinished"] for line in figures]
+    assert left == [len(steps[0])] * (STEPS - 1) + [0]
+    fresh = [line[name] for line in lines if line.get(name := "mismatch/abs_logprob_gap/lag_0") is not None]
+    assert 0 < max(fresh) < 1e-4
 
 
 @pytest.mark.server

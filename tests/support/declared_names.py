@@ -14,6 +14,9 @@ DYNAMIC = frozenset(
     ("metrics.jsonl", f"rollout/dynamic_sampling/{what}")
     for what in ("prompts", "kept", "surplus", "all_correct", "all_wrong", "refills")
 )
+OVER_SAMPLED = frozenset(
+    ("metrics.jsonl", f"rollout/over_sampling/{what}") for what in ("carried_over", "left_done", "left_unfinished")
+)
 UNFILLED = frozenset(
     ("metrics.jsonl", f"mismatch/{measure}/{bin_}")
     for measure in ("abs_logprob_gap", "k1", "k3", "beyond_2", "beyond_10")

@@ -102,8 +102,9 @@ def slow_evaluations(seconds: float) -> None:
     Environment.evaluate = slow  # type: ignore[method-assign]
 
 
-def chance_rollouts(slow_from: int) -> None:
-    """Makes up answers by chance, without servers. Prompts from that number on are never answered."""
+def chance_rollouts(slow_from: int, delay: float = 0.0) -> None:
+    """Makes up answers by chance, without servers. Prompts from that number on are never answered. Every third prompt
+    takes `delay` seconds times its number."""
     from dynamic_worker import MadeUp, replace_servers
 
     from megatron_rl.data.sample import Prompt
@@ -113,6 +114,8 @@ def chance_rollouts(slow_from: int) -> None:
             if number >= slow_from:
                 print("slow rollout", flush=True)
                 await asyncio.sleep(1000)
+            if delay and number % 3 == 1:
+                await asyncio.sleep(delay * number)
             other = dataclasses.replace(prompt, id=os.urandom(8).hex())  # answers follow from it
             group = await super().group(number, other, sampling)
             samples = tuple(dataclasses.replace(sample, prompt=prompt) for sample in group.samples)

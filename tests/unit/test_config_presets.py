@@ -11,8 +11,9 @@ import yaml
 from config_files import ARCHITECTURE, RL, write
 from paths import ROOT
 
+from megatron_rl.config.dynamic_sampling import DynamicSamplingConfig
 from megatron_rl.config.load import ConfigError, check_config, load_config
-from megatron_rl.config.schema import Config, CriticConfig, DynamicSamplingConfig, RewardConfig, SftConfig
+from megatron_rl.config.schema import Config, CriticConfig, RewardConfig, SftConfig
 from megatron_rl.config.sources import PRESETS
 from megatron_rl.config.switches import (
     KL,

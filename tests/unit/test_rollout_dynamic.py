@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rl.config.schema import DynamicSamplingConfig
+from megatron_rl.config.dynamic_sampling import DynamicSamplingConfig
 from megatron_rl.data.sample import Group, Prompt, Sample, Verdict
 from megatron_rl.rollout.dynamic import DynamicSamplingError, Search, Tally
 

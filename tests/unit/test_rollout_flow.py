@@ -13,6 +13,7 @@ from megatron_rl.config.schema import RolloutConfig
 from megatron_rl.data.prompts import PromptCursor, PromptDataset
 from megatron_rl.data.sample import Group, Prompt, Sample
 from megatron_rl.loop.progress import Progress
+from megatron_rl.loop.quota import prompts_in_flight
 from megatron_rl.loop.rollouts import LiveGroups
 from megatron_rl.rollout.flow import Flow
 from megatron_rl.rollout.ledger import Ledger
@@ -32,18 +33,29 @@ def started(share: int, of: int) -> tuple[Flow, list[int]]:
     return Flow(DATASET, start, share, of), numbers
 
 
-def test_groups_are_taken_in_the_order_of_the_prompts_and_started_once() -> None:
+def numbers_of(groups: list[Future[Group]]) -> list[int]:
+    return [group.result().index for group in groups]
+
+
+def test_prompts_are_started_once_and_in_their_order() -> None:
     flow, numbers = started(0, 1)
     cursor = PromptCursor(seed=3)
-    flow.admit(cursor, 6)
+    flow.admit(cursor, (), 6, version=0)
     assert numbers == [0, 1, 2, 3, 4, 5]
     expected = [prompt.id for prompt in DATASET.take(cursor, 4)[0]]
-    groups, cursor = flow.take(cursor, 4)
+    groups = flow.take([0, 1, 2, 3])
     assert [group.result().prompt.id for group in groups] == expected
-    flow.admit(cursor, 8)  # into the next epoch
+    cursor = flow.cursor(4, 3)
+    assert cursor == PromptCursor(3, epoch=0, position=4)
+    flow.admit(cursor, (), 8, version=1)  # into the next epoch
     assert numbers == list(range(12))
-    groups, cursor = flow.take(cursor, 8)
-    assert [group.result().index for group in groups] == list(range(4, 12))
+    assert {number: begun.version for number, begun in flow.open.items()} == {
+        4: 0,
+        5: 0,
+        **dict.fromkeys(range(6, 12), 1),
+    }
+    assert numbers_of(flow.take(range(4, 12))) == list(range(4, 12))
+    cursor = flow.cursor(12, 3)
     assert (cursor.epoch, cursor.position) == (1, 2)
     assert flow.number(cursor) == 12
 
@@ -53,22 +65,27 @@ def test_leaders_share_the_prompts_whatever_the_cursor_of_a_resume() -> None:
     shares = []
     for share in range(3):
         flow, numbers = started(share, 3)
-        flow.admit(cursor, 7)
-        groups, after = flow.take(cursor, 7)
-        assert [group.result().index for group in groups] == numbers
-        assert after == PromptCursor(3, epoch=1, position=8)
+        flow.admit(cursor, (), 7, version=0)
+        assert numbers_of(flow.take(range(11, 18))) == numbers
         shares.append(numbers)
     assert shares == [[12, 15], [13, 16], [11, 14, 17]]
 
 
-@pytest.mark.parametrize(("step", "ahead"), [(0, 8), (6, 8), (7, 8), (8, 4), (9, 0)])
-def test_rollouts_begin_at_most_the_lag_ahead_and_none_for_steps_that_are_not_made(step: int, ahead: int) -> None:
-    config: Any = SimpleNamespace(rollout=RolloutConfig(prompts_per_step=4, lag=2))
-    trainer: Any = SimpleNamespace(place=SimpleNamespace(dp=0), layout=SimpleNamespace(dp=1))
-    environment: Any = None
-    ledger: Any = None
-    groups = LiveGroups(config, trainer, environment, None, ledger)
-    assert groups._ahead(Progress(step, 10, PromptCursor(0))) == ahead
+def test_prompts_that_steps_have_taken_are_not_started_again() -> None:
+    flow, numbers = started(0, 1)
+    flow.admit(PromptCursor(3, position=2), (3, 4, 6), 4, version=5)
+    assert numbers == [2, 5, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("step", "over_sampling", "in_flight"),
+    [(0, None, 12), (6, None, 12), (7, None, 12), (8, None, 8), (9, None, 4), (0, 1.1, 5), (0, 1.75, 7), (9, 1.75, 4)],
+)
+def test_rollouts_begin_at_most_the_lag_ahead_and_none_for_steps_that_are_not_made(
+    step: int, over_sampling: float | None, in_flight: int
+) -> None:
+    config = RolloutConfig(prompts_per_step=4, lag=2, over_sampling=over_sampling)
+    assert prompts_in_flight(config, Progress(step, 10, PromptCursor(0))) == in_flight
 
 
 @pytest.mark.parametrize(

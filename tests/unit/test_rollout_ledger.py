@@ -57,7 +57,29 @@ def test_a_damaged_group_is_sampled_again(tmp_path: Path, caplog: pytest.LogCapt
 def test_groups_that_a_checkpoint_has_are_deleted(tmp_path: Path) -> None:
     for number in (7, 12, 20):
         ledger(tmp_path).write(make(number))
-    ledger(tmp_path).forget(12)
+    ledger(tmp_path).forget(12, step=1)
     assert ledger(tmp_path).read(7, PROMPT) is None
     assert ledger(tmp_path).read(12, PROMPT) is not None
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_groups_that_steps_have_taken_behind_the_cursor_are_deleted_and_the_choices_that_were_made(
+    tmp_path: Path,
+) -> None:
+    for number in (12, 13, 20):
+        ledger(tmp_path).write(make(number))
+    for step in (4, 5):
+        ledger(tmp_path).write_choice(step, 0, [7, step])
+        ledger(tmp_path).write_choice(step, 8, [9])
+    ledger(tmp_path).forget(12, [13], step=4)
+    assert ledger(tmp_path).read(13, PROMPT) is None
+    assert None not in (ledger(tmp_path).read(12, PROMPT), ledger(tmp_path).read(20, PROMPT))
+    assert [ledger(tmp_path).read_choice(step, first) for step in (4, 5) for first in (0, 8)] == [[], [], [7, 5], [9]]
+
+
+def test_a_damaged_choice_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ledger(tmp_path).write_choice(4, 0, [1, 2])
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(b"[1, ")
+    assert ledger(tmp_path).read_choice(4, 0) == []
+    assert "other groups" in caplog.text
