@@ -124,17 +124,18 @@ class RoutingStats:
         if self._changes is not None:
             self._changes[pair, micro_batch] = torch.zeros(len(valid), device=valid.device)
 
-    def compare(self, pair: str, micro_batch: int, layer: int, a: Tensor, b: Tensor) -> None:
-        """Compares two choices a, b [R, K] for the rows that `expect` announced."""
-        differing, valid = self._differing[pair, micro_batch]
+    def compare(self, pairs: Sequence[str], micro_batch: int, layer: int, a: Tensor, b: Tensor) -> None:
+        """Compares choices a and b [R, K], the same for all these pairs, in the rows that `expect` announced."""
         shared = common(a, b, self._num_experts)
         differs = shared < self._top_k
         change = 1 - shared / self._top_k
         measures = differs, change, a[:, 0] != b[:, 0]
-        self._add(layer, valid, {f"{name}/{pair}": values for name, values in zip(DRIFT, measures, strict=True)})
-        differing += differs & valid
-        if self._changes is not None:
-            self._changes[pair, micro_batch] += change
+        for pair in pairs:
+            differing, valid = self._differing[pair, micro_batch]
+            self._add(layer, valid, {f"{name}/{pair}": values for name, values in zip(DRIFT, measures, strict=True)})
+            differing += differs & valid
+            if self._changes is not None:
+                self._changes[pair, micro_batch] += change
 
     def _add(self, layer: int, valid: Tensor, measures: Mapping[str, Tensor]) -> None:
         """Adds measures [R] of the rows in which `valid` [R] is True."""

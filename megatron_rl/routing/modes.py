@@ -94,8 +94,7 @@ class MiniBatchRouting:
 
         def observe(index: int, tap: Tap, scores: Tensor, live: Tensor, used: Tensor) -> None:
             experts = rollout[index].experts[:, tap.column]
-            self.stats.compare(f"{ROLLOUT_OLD}/effective", index, tap.layer, experts, used)
-            self.stats.compare(f"{ROLLOUT_OLD}/live", index, tap.layer, experts, live)
+            self._compare(ROLLOUT_OLD, index, tap.layer, (experts, used), (experts, live))
 
         return observe
 
@@ -103,12 +102,11 @@ class MiniBatchRouting:
         # Rows without a route are counted as fallback; here they would hide the effect of the replay.
         routes = self._of_rollout()
         self._expect(OLD_POLICY, self._valid if routes is None else self._routed(routes))
-        effective = old.live if routes is None else [each.experts for each in routes]
 
         def observe(index: int, tap: Tap, scores: Tensor, live: Tensor, used: Tensor) -> None:
-            column = tap.column
-            self.stats.compare(f"{OLD_POLICY}/effective", index, tap.layer, effective[index][:, column], used)
-            self.stats.compare(f"{OLD_POLICY}/live", index, tap.layer, old.live[index][:, column], live)
+            was_live = old.live[index][:, tap.column]
+            was_used = was_live if routes is None else routes[index].experts[:, tap.column]
+            self._compare(OLD_POLICY, index, tap.layer, (was_used, used), (was_live, live))
 
         return observe
 
@@ -119,9 +117,18 @@ class MiniBatchRouting:
             self.stats.expect(RERUN, index, valid)
 
         def observe(index: int, tap: Tap, scores: Tensor, live: Tensor, used: Tensor) -> None:
-            self.stats.compare(RERUN, index, tap.layer, first[index][:, tap.column], live)
+            self.stats.compare([RERUN], index, tap.layer, first[index][:, tap.column], live)
 
         return observe
+
+    def _compare(
+        self, pair: str, index: int, layer: int, used: tuple[Tensor, Tensor], live: tuple[Tensor, Tensor]
+    ) -> None:
+        """Compares the choices that were used, and those of the routers. Without a replay they are the same tensors."""
+        if used[0] is live[0] and used[1] is live[1]:
+            return self.stats.compare([f"{pair}/effective", f"{pair}/live"], index, layer, *live)
+        self.stats.compare([f"{pair}/effective"], index, layer, *used)
+        self.stats.compare([f"{pair}/live"], index, layer, *live)
 
     def _routed(self, routes: Sequence[RankRoutes]) -> list[Tensor]:
         return [valid & each.present for valid, each in zip(self._valid, routes, strict=True)]

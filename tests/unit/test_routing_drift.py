@@ -29,7 +29,7 @@ def compare(a: Sequence[Sequence[int]], b: Sequence[Sequence[int]], valid: Seque
     found = stats()
     found.expect(PAIR, 0, torch.tensor(valid))
     for layer in LAYERS:
-        found.compare(PAIR, 0, layer, torch.tensor(a), torch.tensor(b))
+        found.compare([PAIR], 0, layer, torch.tensor(a), torch.tensor(b))
     found.count_tokens()
     return found.finalize()
 
@@ -57,7 +57,7 @@ def test_routing_changes_by_hand() -> None:
 def test_the_two_published_measures_differ_eightfold_for_one_of_eight_experts() -> None:
     found = RoutingStats([0], 9, 8, CPU)
     found.expect(PAIR, 0, torch.tensor([True]))
-    found.compare(PAIR, 0, 0, torch.arange(8)[None], torch.tensor([[0, 1, 2, 3, 4, 5, 6, 8]]))
+    found.compare([PAIR], 0, 0, torch.arange(8)[None], torch.tensor([[0, 1, 2, 3, 4, 5, 6, 8]]))
     report = found.finalize()
     assert report[f"routing/set_mismatch/{PAIR}/layer_00"] == 1
     assert report[f"routing/expert_change/{PAIR}/layer_00"] == 1 / 8
@@ -162,7 +162,7 @@ def test_an_undeclared_or_unexpected_pair_is_an_error() -> None:
     with pytest.raises(ValueError, match="found 'rolout_old'; expected one of rollout_old/effective, "):
         found.expect("rolout_old", 0, torch.tensor([True]))
     with pytest.raises(KeyError):
-        found.compare(PAIR, 0, 1, ids, ids)
+        found.compare([PAIR], 0, 1, ids, ids)
 
 
 def test_the_autograd_graph_is_not_kept_alive() -> None:
@@ -210,7 +210,7 @@ def feed(
         used, live = d["used"][:, place], d["live"][:, place]
         scores = of_logits(d["logits"][:, place])
         found.observe_router(micro_batch, layer, scores, used, live, d["replayed"], d["valid"])
-        found.compare(pair, micro_batch, layer, used, live)
+        found.compare([pair], micro_batch, layer, used, live)
 
 
 def report_of(data: dict[str, Tensor]) -> dict[str, float]:
