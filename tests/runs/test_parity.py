@@ -97,7 +97,7 @@ def test_parity_holds_for_a_dense_model_and_for_unnormalised_routes(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_parity_fails_if_two_experts_are_swapped(
     compare: Compare, model: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:

@@ -59,7 +59,7 @@ def tokens(group: Group) -> list[list[int]]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("ranks", "lag"), [(1, 0), (2, 0), (1, 2)])
+@pytest.mark.parametrize(("ranks", "lag"), [pytest.param(1, 0, marks=pytest.mark.slow), (2, 0), (1, 2)])
 def test_a_killed_run_goes_on_with_what_was_sampled(
     forks: Forks, rl: Path, tmp_path: Path, ranks: int, lag: int
 ) -> None:

@@ -77,9 +77,8 @@ def test_routes_and_likely_tokens_from_a_live_server_are_used(forks: Forks, tmp_
 
 @pytest.mark.server
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    "family", ["glm4_moe", *(pytest.param(family, marks=pytest.mark.slow) for family in SERVED if family != "glm4_moe")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", SERVED)
 def test_r3_replays_the_routes_of_families_that_the_servers_cpu_path_computes(
     forks: Forks, tmp_path: Path, family: str
 ) -> None:

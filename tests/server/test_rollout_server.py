@@ -70,6 +70,7 @@ for command in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_sglang_uses_expert_kernels_that_report_routes_if_routes_are_requested() -> None:
     """From our flags SGLang chooses kernels for the experts of two families on sm90 and sm100; some do not report
     routes."""

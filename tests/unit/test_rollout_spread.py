@@ -56,7 +56,10 @@ class FakeServer:
         writer.close()
 
 
-@pytest.mark.parametrize(("leaders", "groups", "servers", "concurrency"), [(32, 2, 16, 64), (32, 3, 16, 8)])
+@pytest.mark.parametrize(
+    ("leaders", "groups", "servers", "concurrency"),
+    [(32, 2, 16, 64), pytest.param(32, 3, 16, 8, marks=pytest.mark.slow)],
+)
 def test_no_server_is_idle_or_has_much_more_to_do_than_others(
     leaders: int, groups: int, servers: int, concurrency: int
 ) -> None:
