@@ -149,9 +149,12 @@ class RunDir:
         return [JsonlSink(self.path, self._owner), TensorBoardSink(self.path / "tensorboard", hide_from)]
 
     def refuses_step_0(self) -> str:
-        """Returns why a resume without any checkpoint would lose work; empty if nothing would be lost."""
-        lines = len(read_metrics(self.metrics_file)) if self.metrics_file.exists() else 0
-        if not lines:
+        """Returns why a resume without any checkpoint would lose work; empty if nothing would be lost. Until there has
+        been one, pending/ has all groups, so the same steps are made again."""
+        lines, checkpoints = (
+            len(read_metrics(file)) if file.exists() else 0 for file in (self.metrics_file, self.checkpoints_file)
+        )
+        if not lines or (not checkpoints and any(self.pending.glob("group-*"))):
             return ""
         return (
             f"run_dir {self.path} has no whole checkpoint, but {lines} lines in metrics.jsonl: to resume would be to "

@@ -59,29 +59,32 @@ def tokens(group: Group) -> list[list[int]]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("ranks", "lag"), [pytest.param(1, 0, marks=pytest.mark.slow), (2, 0), (1, 2)])
+@pytest.mark.parametrize(("ranks", "lag", "checkpoints"), [(1, 0, []), (2, 0, [1]), (1, 2, [1])])
 def test_a_killed_run_goes_on_with_what_was_sampled(
-    forks: Forks, rl: Path, tmp_path: Path, ranks: int, lag: int
+    forks: Forks, rl: Path, tmp_path: Path, ranks: int, lag: int, checkpoints: list[int]
 ) -> None:
-    """It is killed in the third step, when a group of that step is done; its only checkpoint is that of the first."""
+    """It is killed in the third step, when a group of that step is done; it has no checkpoint, or that of the first
+    step."""
     run_dir = tmp_path / "run"
-    first_options = (f"rollout.lag={lag}", "checkpoint.every=1", "train.steps=1")
-    first = forks.run(*command(rl, run_dir, *first_options), ranks=ranks, before=[("patches:chance_rollouts", 99)])
-    assert first.status == [0] * ranks, first.stderr
+    if checkpoints:
+        first_options = (f"rollout.lag={lag}", "checkpoint.every=1", "train.steps=1")
+        first = forks.run(*command(rl, run_dir, *first_options), ranks=ranks, before=[("patches:chance_rollouts", 99)])
+        assert first.status == [0] * ranks, first.stderr
     options = (f"rollout.lag={lag}", "checkpoint.every=0")
+    goes_on = ["--resume"] * len(checkpoints)
     killed = forks.start(
-        *command(rl, run_dir, *options, "--resume"), ranks=ranks, before=[("patches:chance_rollouts", 2 * PROMPTS + 1)]
+        *command(rl, run_dir, *options, *goes_on), ranks=ranks, before=[("patches:chance_rollouts", 2 * PROMPTS + 1)]
     )
     wait_for(forks, killed, "slow rollout")
     deadline = time.monotonic() + 60
-    while 2 * PROMPTS not in kept(run_dir) or len(read_metrics(run_dir / "metrics.jsonl")) < 2:
+    wanted = range(PROMPTS * len(checkpoints), 2 * PROMPTS + 1)
+    while sorted(kept(run_dir)) != [*wanted] or len(read_metrics(run_dir / "metrics.jsonl")) < 2:
         assert forks.poll(killed), killed.stderr
-        assert time.monotonic() < deadline, "no group is kept"
+        assert time.monotonic() < deadline, f"kept: {sorted(kept(run_dir))}; expected: {[*wanted]}"
     forks.kill(killed)
     forks.wait(killed)
-    assert read_steps(run_dir) == [1]
+    assert read_steps(run_dir) == checkpoints
     before = kept(run_dir)
-    assert sorted(before) == list(range(PROMPTS, 2 * PROMPTS + 1))
     shutil.copytree(run_dir, tmp_path / "killed")
 
     done = forks.run(*command(rl, run_dir, *options, "--resume"), ranks=ranks, before=[("patches:chance_rollouts", 99)])

@@ -177,6 +177,11 @@ def test_resume_without_a_checkpoint_is_refused_if_lines_would_be_lost(tmp_path:
     assert made.run.refuses_step_0() == ""
     log_steps(made, 1, 3)
     assert "no whole checkpoint, but 6 lines in metrics.jsonl" in made.run.refuses_step_0()
+    made.run.pending.mkdir()
+    (made.run.pending / "group-000000000.jsonl").touch()  # groups are deleted once a checkpoint has them
+    assert "no whole checkpoint" in made.run.refuses_step_0()
+    made.run.checkpoints_file.unlink()
+    assert made.run.refuses_step_0() == ""
     made.close()
 
 
