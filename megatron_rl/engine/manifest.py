@@ -78,7 +78,7 @@ class State(_StrictModel):
     step: Annotated[int, Field(ge=0)]
     cursor: dict[str, int]
     taken: list[Annotated[int, Field(ge=0)]] = []
-    """Numbers of the prompts behind the cursor that steps have taken."""
+    """Numbers of the prompts after the cursor that steps have taken."""
     weight_version: Annotated[int, Field(ge=0)] = 0
     evaluated: bool = True
     """Whether the evaluation that was due after `step` has been made."""

@@ -75,7 +75,7 @@ ROLLOUTS = DeclaredTable(
             "over_sampling/carried_over",
             VALUE,
             "fraction of groups",
-            "Fraction of the step's groups that were begun with older weights than the trainer's.",
+            "Fraction of the step's groups that have tokens of older weights than the trainer's.",
         ),
         DeclaredMetric(
             "over_sampling/{what}",

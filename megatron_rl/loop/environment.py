@@ -66,7 +66,7 @@ class Environment:
         return self.restart(number, prompt)
 
     def restart(self, number: int, prompt: Prompt) -> Future[Group]:
-        """Does so although the ledger may have it."""
+        """Begins to sample a group, although the ledger may have it."""
         return self._leader.loop.start(self._group(number, prompt))
 
     def wait(self, groups: Sequence[Future[Group]]) -> list[Group]:
@@ -76,7 +76,8 @@ class Environment:
             return results(groups)
 
     def wait_for_one(self, groups: Sequence[Future[Group]], seconds: float) -> None:
-        """Returns once one of them is done or has failed, or after so many seconds. Raises Interrupted at a signal."""
+        """Returns once one of the groups is done or has failed, or after so many seconds. Raises Interrupted at a
+        signal."""
         with self._trainer.watch.wait():
             concurrent.futures.wait(groups, seconds, concurrent.futures.FIRST_COMPLETED)
 

@@ -22,9 +22,9 @@ class Progress:
     steps: int
     """Rollout steps of the whole run: train.steps."""
     cursor: PromptCursor
-    """At the first prompt that no step has taken."""
+    """The first prompt that no step has taken."""
     taken: tuple[int, ...] = ()
-    """Numbers of the prompts behind it that steps have taken (rollout.over_sampling)."""
+    """Numbers of the prompts after the cursor that steps have taken (rollout.over_sampling)."""
     owes_evaluation: bool = True
     """Whether the evaluation that is due after `step` has not been made."""
 

@@ -22,7 +22,7 @@ from megatron_rl.lab.metrics import ROLLOUT, overlong_metrics, rollout_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.loop.environment import Environment
 from megatron_rl.loop.progress import Progress
-from megatron_rl.loop.quota import Quota, prompts_in_flight
+from megatron_rl.loop.quota import Quota, prompts_ahead
 from megatron_rl.loop.trainer import Trainer
 from megatron_rl.ranks.collectives import all_gather_bytes, together
 from megatron_rl.rewards.shaping import filter_overlong, shape_rewards, without_lost
@@ -199,8 +199,7 @@ class LiveGroups:
         no replica. Raises Interrupted, on every rank, if a signal came meanwhile. Collective."""
         numbers = None
         if self._quota is not None:
-            in_flight = prompts_in_flight(self._config, progress) if first == 0 else count
-            numbers = self._quota.choose(progress, count, first, in_flight)
+            numbers = self._quota.choose(progress, count, first)
         groups: list[Group] = []
         with together(self._trainer.place.control), contextlib.suppress(Interrupted):
             if self._flow is not None:
@@ -211,8 +210,8 @@ class LiveGroups:
     def _next(self, flow: Flow, progress: Progress, count: int) -> list[int]:
         """Starts the next `count` prompts and those of the steps after this one that may begin now, and returns the
         numbers of the next ones."""
-        ahead = prompts_in_flight(self._config, progress) - self._config.prompts_per_step
-        flow.admit(progress.cursor, progress.taken, count + ahead, progress.step)
+        in_flight = count + prompts_ahead(self._config, progress)
+        flow.admit(progress.cursor, progress.taken, in_flight, progress.step)
         return untaken(flow.number(progress.cursor), progress.taken, count)
 
     def _take(

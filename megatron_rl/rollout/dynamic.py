@@ -8,7 +8,6 @@ in a group whose answers are all right.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -16,6 +15,7 @@ from typing import Self
 from megatron_rl.config.dynamic_sampling import DynamicSamplingConfig
 from megatron_rl.config.sources import ConfigError
 from megatron_rl.data.sample import Group
+from megatron_rl.rollout.selection import times
 
 
 class StepError(ConfigError):
@@ -77,8 +77,7 @@ class Search:
             return 0
         if self.rounds > self.config.max_refills:
             raise DynamicSamplingError(self._too_few())
-        # Rounded, as 10 * 1.1 is above 11 in floating point.
-        return math.ceil(round(missing * self.config.oversample, 6))
+        return times(missing, self.config.oversample)
 
     def after(self, tallies: Sequence[Tally]) -> Search:
         """The search after one more round, whose tallies may be in any order.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron_rl.data.prompts import PromptCursor, PromptDataset
 from megatron_rl.data.sample import Group, Prompt
-from megatron_rl.rollout.ledger import oldest_version
+from megatron_rl.rollout.ledger import is_of_age, oldest_version
 from megatron_rl.rollout.selection import Fact, untaken
 
 Start = Callable[[int, Prompt], "Future[Group]"]
@@ -36,7 +36,7 @@ class Flow:
         self._start = start
         self._share = share
         self._of = of
-        self._ahead: PromptCursor | None = None  # behind all that were started
+        self._ahead: PromptCursor | None = None  # after all that were started
         self.open: dict[int, Begun] = {}
         """Groups that were started and that no step has taken, by the number of their prompt."""
 
@@ -56,9 +56,17 @@ class Flow:
         if (missing := untaken(self.number(cursor), taken, count)[-1] + 1 - first) <= 0:
             return
         prompts, self._ahead = self._dataset.take(self._ahead, missing)
+        taken = frozenset(taken)
         for number, prompt in enumerate(prompts, first):
             if number % self._of == self._share and number not in taken:
                 self.open[number] = Begun(self._start(number, prompt), version)
+
+    def replace_unfit(self, version: int, lag: int, restart: Start) -> None:
+        """Starts groups again that an earlier start of the run has left, if their tokens are too old or too new for the
+        step that begins with weights of this version. Raises the error of a group that has failed."""
+        for number, begun in self.open.items():
+            if begun.group.done() and not is_of_age(group := begun.group.result(), version, lag):
+                self.open[number] = Begun(restart(number, group.prompt), version)
 
     def take(self, numbers: Sequence[int]) -> list[Future[Group]]:
         """Returns this leader's groups among those of `numbers`, which were admitted."""

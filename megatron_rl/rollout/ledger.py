@@ -71,9 +71,14 @@ class Ledger:
         except (OSError, orjson.JSONDecodeError) as error:
             logger.warning("%s: %s; the step may take other groups", file, error)
             return []
-        return [int(number) for number in numbers]
+        is_list = isinstance(numbers, list) and all(type(number) is int for number in numbers)
+        if not is_list or len(set(numbers)) < len(numbers):
+            expected = "expected a list of different numbers; the step may take other groups"
+            logger.warning("%s: found %.80r; %s", file, numbers, expected)
+            return []
+        return list(numbers)
 
-    def forget(self, number: int, taken: Collection[int] = (), *, step: int) -> None:
+    def forget(self, number: int, taken: Collection[int], *, step: int) -> None:
         """Deletes what a checkpoint after `step` has: the groups of prompts before `number`, those `taken`, and the
         choices."""
         for file in self._directory.iterdir() if self._directory.exists() else ():

@@ -7,6 +7,7 @@ A step whose choice would break this waits for the groups that are due. Groups o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -25,14 +26,19 @@ def choose(facts: Sequence[Fact], count: int, *, step: int, lag: int, prompts: i
     not as many. pi_old is weight version `step`, and each later step takes at least `prompts` groups."""
     done = sorted((fact for fact in facts if fact.done), key=lambda fact: (fact.oldest, fact.number))
     chosen = done[:count]
-    if len(chosen) < count:
+    if len(chosen) < count or not leaves_room(facts, chosen, step=step, lag=lag, prompts=prompts):
         return None
+    return sorted(chosen, key=lambda fact: fact.number)
+
+
+def leaves_room(facts: Sequence[Fact], chosen: Sequence[Fact], *, step: int, lag: int, prompts: int) -> bool:
+    """Tells whether the steps after this one have room for the groups that become due, if it takes those `chosen`."""
     for later in range(lag):
         last = step + later - lag  # the version that no step after `step + later` may train on
         due = sum(fact.oldest <= last for fact in facts)
-        if sum(fact.oldest <= last for fact in chosen) < min(count, due - later * prompts):
-            return None
-    return sorted(chosen, key=lambda fact: fact.number)
+        if sum(fact.oldest <= last for fact in chosen) < min(len(chosen), due - later * prompts):
+            return False
+    return True
 
 
 def choose_again(facts: Sequence[Fact], numbers: Collection[int]) -> list[Fact] | None:
@@ -44,6 +50,7 @@ def choose_again(facts: Sequence[Fact], numbers: Collection[int]) -> list[Fact] 
 def untaken(first: int, taken: Collection[int], count: int) -> list[int]:
     """Returns the numbers of the next `count` prompts from `first` on that are not among those `taken`."""
     numbers: list[int] = []
+    taken = frozenset(taken)
     while len(numbers) < count:
         if first not in taken:
             numbers.append(first)
@@ -52,8 +59,13 @@ def untaken(first: int, taken: Collection[int], count: int) -> list[int]:
 
 
 def after_taking(first: int, taken: Collection[int], chosen: Collection[int]) -> tuple[int, tuple[int, ...]]:
-    """Returns the first number that is not taken once `chosen` are, and the numbers behind it that are."""
+    """Returns the first number that is not taken once `chosen` are, and the numbers after it that are."""
     all_taken = {*taken, *chosen}
     while first in all_taken:
         first += 1
     return first, tuple(sorted(number for number in all_taken if number > first))
+
+
+def times(count: int, factor: float) -> int:
+    """Returns `count` times `factor`, rounded up."""
+    return math.ceil(round(count * factor, 6))  # 10 * 1.1 is above 11 in floating point

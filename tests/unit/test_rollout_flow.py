@@ -13,7 +13,7 @@ from megatron_rl.config.schema import RolloutConfig
 from megatron_rl.data.prompts import PromptCursor, PromptDataset
 from megatron_rl.data.sample import Group, Prompt, Sample
 from megatron_rl.loop.progress import Progress
-from megatron_rl.loop.quota import prompts_in_flight
+from megatron_rl.loop.quota import prompts_ahead
 from megatron_rl.loop.rollouts import LiveGroups
 from megatron_rl.rollout.flow import Flow
 from megatron_rl.rollout.ledger import Ledger
@@ -78,14 +78,14 @@ def test_prompts_that_steps_have_taken_are_not_started_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "over_sampling", "in_flight"),
-    [(0, None, 12), (6, None, 12), (7, None, 12), (8, None, 8), (9, None, 4), (0, 1.1, 5), (0, 1.75, 7), (9, 1.75, 4)],
+    ("step", "over_sampling", "ahead"),
+    [(0, None, 8), (6, None, 8), (7, None, 8), (8, None, 4), (9, None, 0), (0, 1.1, 1), (0, 1.75, 3), (9, 1.75, 0)],
 )
 def test_rollouts_begin_at_most_the_lag_ahead_and_none_for_steps_that_are_not_made(
-    step: int, over_sampling: float | None, in_flight: int
+    step: int, over_sampling: float | None, ahead: int
 ) -> None:
     config = RolloutConfig(prompts_per_step=4, lag=2, over_sampling=over_sampling)
-    assert prompts_in_flight(config, Progress(step, 10, PromptCursor(0))) == in_flight
+    assert prompts_ahead(config, Progress(step, 10, PromptCursor(0))) == ahead
 
 
 @pytest.mark.parametrize(

@@ -57,13 +57,13 @@ def test_a_damaged_group_is_sampled_again(tmp_path: Path, caplog: pytest.LogCapt
 def test_groups_that_a_checkpoint_has_are_deleted(tmp_path: Path) -> None:
     for number in (7, 12, 20):
         ledger(tmp_path).write(make(number))
-    ledger(tmp_path).forget(12, step=1)
+    ledger(tmp_path).forget(12, (), step=1)
     assert ledger(tmp_path).read(7, PROMPT) is None
     assert ledger(tmp_path).read(12, PROMPT) is not None
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_groups_that_steps_have_taken_behind_the_cursor_are_deleted_and_the_choices_that_were_made(
+def test_groups_that_steps_have_taken_after_the_cursor_are_deleted_and_the_choices_that_were_made(
     tmp_path: Path,
 ) -> None:
     for number in (12, 13, 20):
@@ -77,9 +77,10 @@ def test_groups_that_steps_have_taken_behind_the_cursor_are_deleted_and_the_choi
     assert [ledger(tmp_path).read_choice(step, first) for step in (4, 5) for first in (0, 8)] == [[], [], [7, 5], [9]]
 
 
-def test_a_damaged_choice_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("content", ["[1, ", "5", "[null]", "[1, true]", "[1, 1]", '{"1": 2}', '"12"'])
+def test_a_damaged_choice_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str) -> None:
     ledger(tmp_path).write_choice(4, 0, [1, 2])
     (file,) = tmp_path.iterdir()
-    file.write_bytes(b"[1, ")
+    file.write_text(content)
     assert ledger(tmp_path).read_choice(4, 0) == []
     assert "other groups" in caplog.text
