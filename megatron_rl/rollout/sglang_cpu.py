@@ -140,6 +140,8 @@ def register_hooks() -> None:
     HookRegistry.register(batch, sglang_cpu_sampling.take_seeds, HookType.AFTER)
     sampler = "sglang.srt.layers.sampler.multinomial_with_seed"
     HookRegistry.register(sampler, sglang_cpu_sampling.sample, HookType.REPLACE)
+    filtered = "sglang.srt.layers.sampler.top_k_top_p_min_p_sampling_from_probs_torch"
+    HookRegistry.register(filtered, sglang_cpu_sampling.sample_filtered, HookType.AROUND)
     gate = "sglang.kernels.ops.elementwise.elementwise._launch_fused_gate_sigmoid_mul"
     HookRegistry.register(gate, add_gated, HookType.REPLACE)
     norms = "sglang.srt.models.minimax_m2"

@@ -9,6 +9,7 @@ batches, which seldom changes a token.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +23,7 @@ def take_seeds(info: Any, kind: type, batch: Any, *args: object) -> Any:
     import torch
 
     info.sampling_seed = torch.tensor(
-        [seed_of(request.sampling_params.sampling_seed, request.rid) for request in batch.reqs]
+        [seed_of(request.sampling_params.sampling_seed, request.rid) for request in batch.reqs], dtype=torch.int64
     )
     return info
 
@@ -42,6 +43,40 @@ def sample(logprobs: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
     rising = logprobs.double().exp().cumsum(-1)
     drawn = torch.from_numpy(uniform(seeds.numpy(), positions.numpy())).unsqueeze(-1)
     return torch.searchsorted(rising, drawn * rising[:, -1:], right=True)
+
+
+def sample_filtered(
+    sglangs: Callable[..., Any],
+    probs: Tensor,
+    top_ks: Tensor,
+    top_ps: Tensor,
+    min_ps: Tensor,
+    need_min_p_sampling: bool,
+    sampling_seed: Tensor,
+    positions: Tensor,
+    *,
+    return_filtered_probs: bool = False,
+    max_top_k: int | None = None,
+) -> Any:
+    """Replaces SGLang's `top_k_top_p_min_p_sampling_from_probs_torch`, for batches in which a request is greedy or asks
+    for top_k, top_p or min_p. Probs [N, V] -> the tokens [N], int32.
+
+    SGLang draws among sorted tokens, so a request beside such a one would get another token for its seed; and with
+    seeds it ends the scheduler at a min_p. `return_filtered_probs` is left to SGLang: nothing here asks for it.
+    """
+    import torch
+
+    if return_filtered_probs:
+        filters = top_ks, top_ps, min_ps, need_min_p_sampling
+        return sglangs(probs, *filters, sampling_seed, positions, return_filtered_probs=True, max_top_k=max_top_k)
+    ranked, tokens = probs.sort(dim=-1, descending=True, stable=True)
+    before = ranked.cumsum(-1) - ranked
+    # Rounded sums may be above 1, but a top_p of 1 drops nothing.
+    dropped = (before > top_ps.unsqueeze(-1)) & (top_ps < 1).unsqueeze(-1)
+    dropped |= torch.arange(ranked.shape[-1]) >= top_ks.unsqueeze(-1)
+    dropped |= ranked < ranked[:, :1] * min_ps.unsqueeze(-1)
+    kept = probs.masked_fill(dropped.scatter(-1, tokens, dropped), 0.0)
+    return sample(kept.log(), sampling_seed, positions).view(-1).int()
 
 
 def uniform(seeds: np.ndarray[Any, Any], positions: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

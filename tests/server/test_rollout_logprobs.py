@@ -6,6 +6,7 @@ import asyncio
 import functools
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -130,6 +131,35 @@ def test_a_response_follows_from_its_seed_whatever_the_server_computes_beside_it
     alone, together = asyncio.run(run())
     assert len({tuple(ids) for ids in alone}) == 8
     assert together == alone * 3
+
+
+def test_a_response_follows_from_its_seed_beside_requests_with_filters(served: str) -> None:
+    """Greedy requests, and those of other programs with top_k, top_p and min_p, are in the same batches."""
+
+    async def run() -> tuple[list[int], list[int]]:
+        async with SGLangClient(served, deadline=60.0) as client, httpx.AsyncClient(timeout=60.0) as others:
+
+            async def ask() -> list[int]:
+                completion = await client.generate(
+                    PROMPTS[0], max_new_tokens=40, temperature=1.0, vocab_size=VOCAB_SIZE, versions={0}, seed=3
+                )
+                return list(completion.token_ids)
+
+            async def ask_with(**filters: float) -> None:
+                sampling = {"max_new_tokens": 80, "ignore_eos": True, **filters}
+                body = {"input_ids": PROMPTS[1], "sampling_params": sampling}
+                (await others.post(f"{served}/generate", json=body)).raise_for_status()
+
+            alone = await ask()
+            filters: list[dict[str, float]] = [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.2}, {"temperature": 0.0}]
+            beside = [asyncio.ensure_future(ask_with(**each)) for each in filters]
+            await asyncio.sleep(0.1)
+            again = await ask()
+            await asyncio.gather(*beside)
+            return alone, again
+
+    alone, again = asyncio.run(run())
+    assert alone == again
 
 
 def test_the_end_of_sequence_token_is_part_of_the_response(served: str, tiny_model_dir: Path) -> None:
