@@ -112,8 +112,8 @@ def cache_tokens(asked: int | None, *, on_cpu: bool) -> int | None:
 
 class ServersConfig(Frozen):
     urls: Urls = ()
-    """Servers started elsewhere. Empty, and without `urls_file`: the trainer starts and supervises `launch` servers
-    itself."""
+    """Servers started elsewhere, each for one trainer alone: it ends all requests that it finds there. Empty, and
+    without `urls_file`: the trainer starts and supervises `launch` servers itself."""
     urls_file: Path | None = None
     """File with a URL a line, in place of `urls`; # begins a comment. It is read again at each weight sync: servers may
     come and go."""

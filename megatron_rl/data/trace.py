@@ -20,7 +20,7 @@ import safetensors
 import safetensors.numpy
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_rl.data.versions import VersionSpan
+from megatron_rl.data.versions import VersionSpan, first_spans
 from megatron_rl.errors import UserError
 
 FORMAT = 1
@@ -158,9 +158,8 @@ class RoutingTrace:
 
     def head(self, rows: int) -> RoutingTrace:
         """The first `rows` rows."""
-        spans = (VersionSpan(v.version, v.start, min(v.end, rows)) for v in self.versions if v.start < rows)
         return dataclasses.replace(
-            self, experts=self.experts[:rows], present=self.present[:rows], versions=tuple(spans)
+            self, experts=self.experts[:rows], present=self.present[:rows], versions=first_spans(self.versions, rows)
         )
 
     def tail(self, start: int) -> RoutingTrace:

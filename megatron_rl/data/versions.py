@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 
@@ -13,6 +13,11 @@ class VersionSpan:
     version: int
     start: int
     end: int
+
+
+def first_spans(spans: Sequence[VersionSpan], count: int) -> tuple[VersionSpan, ...]:
+    """Returns the spans of the first `count` tokens."""
+    return tuple(VersionSpan(span.version, span.start, min(span.end, count)) for span in spans if span.start < count)
 
 
 class Versions(Container[int]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import dataclasses
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -86,7 +87,8 @@ class Environment:
         `wait` does."""
         newest = Versions(self._publisher.versions.newest)
         with self._trainer.watch.wait():
-            groups = self._leader.sample(prompts, self._sampling(samples, temperature, newest))
+            sampling = dataclasses.replace(self._sampling(samples, temperature, newest), evaluates=True)
+            groups = self._leader.sample(prompts, sampling)
         return self.judge(groups)
 
     def judge(self, groups: Sequence[Group]) -> list[Group]:

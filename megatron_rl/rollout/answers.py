@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field, StrictFloat, StrictInt, StrictStr
 from megatron_rl.data.sample import FinishReason
 from megatron_rl.data.top_tokens import TopTokens
 from megatron_rl.data.trace import RoutingTrace, TraceError
-from megatron_rl.data.versions import VersionSpan
+from megatron_rl.data.versions import VersionSpan, first_spans
 from megatron_rl.data.vocabulary import unknown_token
 from megatron_rl.errors import UserError
 from megatron_rl.routing.wire import SERVER_FLAG, RouteSpec, read_routes
@@ -55,16 +55,16 @@ class Completion:
         None  # of prompt and completion, without the last token; None: not asked for, or aborted
     )
     top_tokens: TopTokens | None = None  # at each token; None: not asked for, or aborted
+    speculative: bool = False  # whether some passes of the server may have sampled several tokens
 
     def without_last(self) -> Completion:
         """The answer without its last token, and without the row of the pass that sampled it."""
         count, trace, top = len(self.token_ids) - 1, self.trace, self.top_tokens
-        spans = (VersionSpan(v.version, v.start, min(v.end, count)) for v in self.versions if v.start < count)
         return dataclasses.replace(
             self,
             token_ids=self.token_ids[:-1],
             logprobs=self.logprobs[:-1],
-            versions=tuple(spans),
+            versions=first_spans(self.versions, count),
             trace=None if trace is None else trace.head(trace.rows - 1),
             top_tokens=None if top is None else TopTokens(top.ids[:-1], top.logprobs[:-1]),
         )
@@ -91,6 +91,7 @@ class _Meta(BaseModel):
     weight_versions: list[_TokenSpan] = []
     num_retractions: StrictInt = 0
     routed_experts: StrictStr | None = None
+    spec_verify_ct: StrictInt = 0  # passes of speculative decoding
     # SGLang's output_top_logprobs as arrays [rows, k], little-endian
     output_top_logprobs_shape: tuple[StrictInt, StrictInt] | None = None
     output_top_logprobs_val_flat_b64: StrictStr | None = None
@@ -155,6 +156,7 @@ def read_completion(
         text=checked.text,
         trace=None if routes is None else _trace(meta, routes, prompt_tokens, spans, where),
         top_tokens=_top_tokens(meta, ids, logprobs, top_k, vocab_size, where) if top_k else None,
+        speculative=meta.spec_verify_ct > 0,
     )
 
 

@@ -29,8 +29,6 @@ from megatron_rl.routing.wire import RouteSpec
 MAX_TRIES = 8
 CONNECT_SECONDS = 10.0
 ABORT_SECONDS = 2.0
-ABANDON_SECONDS = 60
-"""In which requests that were aborted end: with the next token."""
 
 MemoryTag = Literal["weights", "kv_cache"]
 _Body = Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None
@@ -189,11 +187,9 @@ class SGLangClient:
                 for name in names:
                     await self._once("POST", "/abort_request", orjson.dumps({"rid": name}))
 
-    async def abandon_requests(self) -> None:
-        """Ends all requests in flight, and returns once there are none. They are another trainer's, which was killed:
-        SGLang notices a closed connection after seconds, and a host that is gone not at all. Raises RolloutError."""
+    async def abort_requests(self) -> None:
+        """Ends all requests in flight with their next token. Raises RolloutError."""
         await self._send("POST", "/abort_request", {"rid": "", "abort_all": True}, once=False)
-        await self._send("POST", f"/flush_cache?timeout={ABANDON_SECONDS}", {}, once=False)
 
     async def pause_generation(self, mode: Literal["abort", "retract", "in_place"]) -> None:
         """abort ends the requests in flight; retract and in_place keep them, without and with their KV cache."""
@@ -318,9 +314,9 @@ class SGLangClient:
         """The model's path and weight_version, among others."""
         return await self._call("/model_info", None)
 
-    async def flush_cache(self) -> None:
-        """Empties the prefix cache. Raises RolloutError while requests are in flight."""
-        await self._send("POST", "/flush_cache", {}, once=False)
+    async def flush_cache(self, seconds: int = 0) -> None:
+        """Empties the prefix cache. Raises RefusedError if requests are in flight after so many seconds."""
+        await self._send("POST", f"/flush_cache?timeout={seconds}", {}, once=False)
 
     # ---- transport
 

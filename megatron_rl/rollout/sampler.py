@@ -40,6 +40,7 @@ class Sampling:
     routes: RouteSpec | None = None  # ask for the experts that each token visited
     top_k: int = 0  # ask for that many of mu's most likely tokens at each token
     turns: MultiTurn | None = None  # with an environment; None: one response
+    evaluates: bool = False  # then seeds differ from those of rollouts
 
 
 class Sampler:
@@ -60,7 +61,7 @@ class Sampler:
 
         async def sample(number: int) -> Sample:
             async def ask(begun: Sample, max_new_tokens: int, turn: int) -> Sample:
-                seed = request_seed(sampling.seed, version, index, number, turn)
+                seed = request_seed(sampling.seed, version, index, number, turn, evaluates=sampling.evaluates)
                 return await place.ask(Continuation(begun, max_new_tokens, seed, sampling).complete)
 
             async with self._slots:
@@ -121,7 +122,8 @@ class Continuation:
     """What follows the tokens of a sample. It keeps what servers have sampled when they abort, and goes on from there.
 
     An aborted answer may end with a token that ends a response, because SGLang stops to look for one once a request is
-    aborted. So its last token is sampled again.
+    aborted. So its last token is sampled again. Under speculative decoding a pass samples several tokens, any of which
+    may be such a one; then nothing is kept.
     """
 
     def __init__(self, sample: Sample, max_new_tokens: int, seed: int, sampling: Sampling) -> None:
@@ -160,7 +162,7 @@ class Continuation:
         """Appends the tokens of an aborted answer, and tells whether there are any that have all that was asked for."""
         lacks_routes = self._sampling.routes is not None and aborted.trace is None
         lacks_top_tokens = self._sampling.top_k > 0 and aborted.top_tokens is None
-        if len(aborted.token_ids) < 2 or lacks_routes or lacks_top_tokens:
+        if len(aborted.token_ids) < 2 or lacks_routes or lacks_top_tokens or aborted.speculative:
             return False
         self._sample = append_completion(self._sample, aborted.without_last())
         return True
@@ -177,9 +179,10 @@ async def rollout_groups(sampler: Sampler, prompts: Sequence[tuple[int, Prompt]]
     return [task.result() for task in started]
 
 
-def request_seed(seed: int, version: int, group: int, number: int, turn: int = 0) -> int:
-    """A seed in [0, 2**63), different for each turn, sample, group and weight version, and for each seed of a run."""
-    words = np.random.SeedSequence([seed, version, group, number, turn])
+def request_seed(seed: int, version: int, group: int, number: int, turn: int = 0, *, evaluates: bool = False) -> int:
+    """A seed in [0, 2**63), different for each turn, sample, group and weight version, for each seed of a run, and for
+    rollouts and evaluations."""
+    words = np.random.SeedSequence([seed, version, group, number, turn, *([1] if evaluates else [])])
     return int(words.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

@@ -17,6 +17,7 @@ from megatron_rl.data.trace import TraceError
 from megatron_rl.data.vocabulary import unknown_token
 from megatron_rl.errors import MissingFileError
 from megatron_rl.ranks.activity import Activity
+from megatron_rl.rollout.abandon import abandon_requests
 from megatron_rl.rollout.answers import RolloutError
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import MemoryTag, SGLangClient
@@ -260,7 +261,7 @@ class Leader:
 
     def abandon_requests(self) -> None:
         """Ends what a trainer that was killed has left in flight. A server that refuses is ejected."""
-        self.loop.run(self._tell(SGLangClient.abandon_requests))
+        self.loop.run(self._tell(abandon_requests))
 
     def release_memory(self, tags: Sequence[MemoryTag]) -> None:
         """Pauses all servers, ejected ones too, and frees their GPUs' memory of these kinds. Raises RolloutError and

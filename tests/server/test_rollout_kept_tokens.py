@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +179,16 @@ def test_the_continuation_asks_for_the_rest_after_all_tokens_but_the_last(
     assert len({body["sampling_params"]["sampling_seed"] for body in bodies(*proxies)}) == 1
 
 
-def test_tokens_without_the_routes_that_were_asked_for_are_not_kept(url: str, models: list[Path]) -> None:
-    proxy = FaultProxy(url, Fault(change=aborted_without_routes))
+def aborted_under_speculative_decoding(answer: dict[str, Any]) -> None:
+    aborted(answer)
+    answer["meta_info"]["spec_verify_ct"] = 5
+
+
+@pytest.mark.parametrize("change", [aborted_without_routes, aborted_under_speculative_decoding])
+def test_tokens_that_lack_routes_or_that_passes_sampled_together_are_not_kept(
+    url: str, models: list[Path], change: Callable[[dict[str, Any]], None]
+) -> None:
+    proxy = FaultProxy(url, Fault(change=change))
     (group,) = collect([proxy], make_prompts(1), sampling_of(models, samples=1, max_response_tokens=40), 1)
     first, second = bodies(proxy)
     assert first["input_ids"] == second["input_ids"]

@@ -156,6 +156,7 @@ def test_seeds_depend_on_run_weight_version_group_and_sample() -> None:
         request_seed(seed, version, group, number)
         for seed, version, group, number in [(0, 0, 1, 2), (0, 0, 2, 1), (0, 0, 1, 3), (1, 0, 1, 2), (0, 1, 1, 2)]
     ]
+    changed.append(request_seed(0, 0, 1, 2, evaluates=True))
     assert len(set(changed)) == len(changed)
     assert all(0 <= seed < 2**63 for seed in changed)
 
