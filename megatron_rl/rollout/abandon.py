@@ -10,7 +10,8 @@ from megatron_rl.rollout.client import RefusedError, SGLangClient
 ABANDON_SECONDS = 60.0
 """Time within which the last rank of a killed trainer has ended, and asks for nothing more."""
 FLUSH_SECONDS = 5
-PAUSE_SECONDS = 0.5
+QUIET_SECONDS = 0.5
+"""Time without requests after which no more are to come."""
 
 
 async def abandon_requests(client: SGLangClient) -> None:
@@ -23,8 +24,10 @@ async def abandon_requests(client: SGLangClient) -> None:
     while True:
         await client.abort_requests()
         try:
-            return await client.flush_cache(FLUSH_SECONDS)
+            await client.flush_cache(FLUSH_SECONDS)
+            await asyncio.sleep(QUIET_SECONDS)
+            return await client.flush_cache()
         except RefusedError:  # requests are in flight, or another flush waits until there are none
             if time.monotonic() > end:
                 raise
-            await asyncio.sleep(PAUSE_SECONDS)
+            await asyncio.sleep(QUIET_SECONDS)
