@@ -32,8 +32,7 @@ def test_experts_and_gradients_are_added_up_without_atomic_additions(forks: Fork
 @pytest.mark.parametrize("lengths", [[7, 3, 12, 1], [9]])
 def test_the_rotary_embedding_of_packed_sequences_is_that_of_megatron(forks: Forks, lengths: list[int]) -> None:
     (found,) = forks.world(1, "layers_worker:rotation", lengths)
-    # Not equal in all bits: ours rounds once where Megatron-Core rounds a product and a sum.
-    torch.testing.assert_close(found["ours"], found["megatron"], atol=1e-6, rtol=1e-6)
+    assert torch.equal(found["ours"], found["megatron"])
 
 
 @pytest.mark.distributed

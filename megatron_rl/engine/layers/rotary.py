@@ -71,8 +71,9 @@ def _turned(x: Tensor, cosine: Tensor, sine: Tensor, sign: int) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     to_first, to_second = turned.chunk(2, dim=-1)
     half = sine[..., : sine.shape[-1] // 2]
-    to_first.addcmul_(second, half, value=-sign)
-    to_second.addcmul_(first, half, value=sign)
+    # Products are rounded before they are added, as Megatron-Core and transformers do: in bf16 it shows.
+    to_first.sub_(second * half, alpha=sign)
+    to_second.add_(first * half, alpha=sign)
     return turned
 
 
