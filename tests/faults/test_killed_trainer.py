@@ -14,11 +14,9 @@ import httpx
 import pytest
 import torch
 from forks import Forks
-from resume_runs import TRAIN
+from resume_runs import TRAIN, read_rollouts
 from rl_runs import GROUP, PROMPTS, weights, write_config
 
-from megatron_rl.data.sample import Group
-from megatron_rl.data.store import read_groups
 from megatron_rl.rollout.client import SGLangClient
 from megatron_rl.rollout.server import Server, ServerOptions, free_ports
 
@@ -87,19 +85,17 @@ def kill_in(forks: Forks, words: Sequence[str | Path], run_dir: Path, phase: str
 
 def assert_trained_once(run_dir: Path, lag: int) -> None:
     """Every prompt's group is that of one step, and no token is older than the lag allows, or newer than the step."""
-    found: dict[int, Group] = {}
+    trained = []
     for step in range(1, STEPS + 1):
-        for file in (run_dir / "rollouts").glob(f"step-{step:06d}-dp-*.jsonl"):
-            for group in read_groups(file):
-                number = (step - 1) * PROMPTS + group.index
-                assert number not in found
-                found[number] = group
-                assert len(group.samples) == GROUP
-                versions = {span.version for sample in group.samples for span in sample.versions}
-                assert max(0, step - 1 - lag) <= min(versions)
-                assert max(versions) <= step - 1
-    assert sorted(found) == list(range(STEPS * PROMPTS))
-    assert len({group.prompt.id for group in found.values()}) == STEPS * PROMPTS
+        groups = read_rollouts(run_dir, step)
+        assert [group.index for group in groups] == list(range(PROMPTS))
+        for group in groups:
+            trained.append(group.prompt.id)
+            assert len(group.samples) == GROUP
+            versions = {span.version for sample in group.samples for span in sample.versions}
+            assert max(0, step - 1 - lag) <= min(versions)
+            assert max(versions) <= step - 1
+    assert len(set(trained)) == STEPS * PROMPTS
     assert not list((run_dir / "pending").iterdir())
 
 
@@ -145,7 +141,8 @@ def test_requests_of_a_trainer_whose_host_is_gone_are_ended(
 def test_a_killed_trainer_goes_on_with_the_same_servers(
     forks: Forks, urls: list[str], config: Path, tmp_path: Path, lag: int, seed: int
 ) -> None:
-    """It is killed in another phase each time. It ends with the weights of a run that was left alone, bit for bit."""
+    """It is killed in another phase each time. It ends with the weights of a run that was left alone, or with a lag, of
+    one that has the same rollouts, bit for bit."""
     chance = random.Random(seed)
     run_dir = tmp_path / "run"
     options = (f"rollout.servers.urls=[{','.join(urls)}]", f"rollout.lag={lag}", "checkpoint.every=2")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from forks import Forks
-from resume_runs import TRAIN, read_steps, wait_for
+from resume_runs import TRAIN, read_rollouts, read_steps, wait_for
 from rl_runs import weights, write_config
 from tiny_models import make_tiny_model
 
@@ -46,11 +46,10 @@ def groups_of(run_dir: Path) -> dict[int, Group]:
     """Returns the groups of all steps by the number of their prompt."""
     found: dict[int, Group] = {}
     for step in range(1, STEPS + 1):
-        for file in (run_dir / "rollouts").glob(f"step-{step:06d}-dp-*.jsonl"):
-            for group in read_groups(file):
-                number = (step - 1) * PROMPTS + group.index
-                assert number not in found
-                found[number] = group
+        for group in read_rollouts(run_dir, step):
+            number = (step - 1) * PROMPTS + group.index
+            assert number not in found
+            found[number] = group
     return found
 
 

@@ -12,22 +12,16 @@ import orjson
 import pytest
 import torch
 from forks import Forks
-from resume_runs import TRAIN, read_steps, wait_for
+from resume_runs import TRAIN, read_rollouts, read_steps, wait_for
 from rl_runs import weights, write_config
 from tiny_models import make_tiny_model
 
 from megatron_rl.data.sample import Group
-from megatron_rl.data.store import read_groups
 from megatron_rl.lab.run import read_metrics
 
 STEPS, PROMPTS, RANKS = 4, 4, 2
 NEVER = 1000.0
 """Seconds for which every third prompt is not answered."""
-
-
-def of_step(run_dir: Path, step: int) -> list[Group]:
-    files = sorted((run_dir / "rollouts").glob(f"step-{step:06d}-dp-*.jsonl"))
-    return sorted((group for file in files for group in read_groups(file)), key=lambda group: group.index)
 
 
 def contents(groups: list[Group]) -> list[tuple[str, list[list[int]]]]:
@@ -70,8 +64,8 @@ def test_every_prompt_is_trained_on_once_by_a_run_that_is_stopped_and_killed(for
     done = forks.run(*command, "--resume", ranks=RANKS, before=[("patches:chance_rollouts", 99)])
     assert done.status == [0] * RANKS, done.stderr
     for step in (1, 2, 3):
-        assert contents(of_step(run_dir, step)) == contents(of_step(tmp_path / "killed", step))
-    trained = [group.prompt.id for step in range(1, STEPS + 1) for group in of_step(run_dir, step)]
+        assert contents(read_rollouts(run_dir, step)) == contents(read_rollouts(tmp_path / "killed", step))
+    trained = [group.prompt.id for step in range(1, STEPS + 1) for group in read_rollouts(run_dir, step)]
     assert len(trained) == len(set(trained)) == STEPS * PROMPTS
     assert not list((run_dir / "pending").iterdir())
 

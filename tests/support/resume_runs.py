@@ -12,6 +12,8 @@ import torch
 from forks import Forks, Run
 from rl_runs import weights
 
+from megatron_rl.data.sample import Group
+from megatron_rl.data.store import read_groups
 from megatron_rl.lab.run import read_metrics
 
 STEPS = 5
@@ -85,3 +87,9 @@ def read_steps(run_dir: Path) -> list[int]:
         orjson.loads(file.read_bytes())["state"]["step"]
         for file in sorted((run_dir / "checkpoints").glob("*/manifest.json"))
     ]
+
+
+def read_rollouts(run_dir: Path, step: int) -> list[Group]:
+    """Returns the groups of a step, of all leaders, in the order of their numbers."""
+    files = (run_dir / "rollouts").glob(f"step-{step:06d}-dp-*.jsonl")
+    return sorted((group for file in files for group in read_groups(file)), key=lambda group: group.index)
