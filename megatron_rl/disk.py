@@ -56,13 +56,18 @@ def size(count: float) -> str:
 
 def write_durably(path: Path, data: bytes) -> None:
     """Replaces the file's content by `data` atomically; returns once it is on the disk."""
+    write_whole(path, data)
+    sync_directory(path.parent)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replaces the file's content by `data` atomically. Needs nothing of its directory afterwards."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-    sync_directory(path.parent)
 
 
 def create_once(file: Path, content: Path) -> bool:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.disk import DiskError, explain, size, sync_directory, write_durably
+from megatron_rl.disk import DiskError, explain, size, sync_directory, write_durably, write_whole
 from megatron_rl.engine.manifest import (
     MANIFEST,
     PARTIAL,
@@ -68,7 +68,8 @@ class Shard:
         tensors = {name: _copy(tensor) for name, tensor in self.tensors.items()}
         copied.set()
         file = write_tensors(self.directory / shard_name(self.rank), tensors, self.state, self.moved)
-        write_durably(_receipt(self.directory, self.rank), orjson.dumps(file))
+        sync_directory(self.directory)
+        write_whole(_receipt(self.directory, self.rank), orjson.dumps(file))  # now rank 0 may rename the directory
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from forks import Forks, Run
 from resume_runs import SFT, assert_like_whole, resume
 
+from megatron_rl import disk
+from megatron_rl.engine.checkpoint_writer import Shard
 from megatron_rl.lab.run import read_metrics
 
 
@@ -29,6 +34,9 @@ def test_an_optimizer_waits_for_the_copy_of_what_it_will_change(forks: Forks, se
     options = (f"run_dir={run_dir}", "checkpoint.every=2")
     run = forks.start(*SFT, setting / "sft.yaml", *options, before=[("patches:slow_copies", 0.02)])
     wait_for_steps(forks, run, run_dir, 4)  # the fourth begins the second checkpoint, which waits for the first
+    deadline = time.monotonic() + 60
+    while "step-000002" not in saved(run_dir) and time.monotonic() < deadline and forks.poll(run):
+        time.sleep(0.01)
     forks.kill(run)
     forks.wait(run)
     assert "step-000002" in saved(run_dir)
@@ -51,6 +59,24 @@ def test_the_next_step_does_not_wait_for_the_file_and_a_kill_leaves_the_checkpoi
     assert line["time/checkpoint_write"] > 0
     assert resume(forks, setting, run_dir).status == [0]
     assert_like_whole(setting, run_dir)
+
+
+def test_a_rank_needs_nothing_of_the_directory_once_its_receipt_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 renames the directory as soon as it sees the last receipt."""
+    partial = tmp_path / "step-000001.partial"
+    partial.mkdir()
+    replace = os.replace
+
+    def as_rank_0_does(source: Path, target: Path) -> None:
+        replace(source, target)
+        replace(partial, tmp_path / "step-000001")
+
+    monkeypatch.setattr(disk.os, "replace", as_rank_0_does)
+    Shard(partial, 1, {"weight": torch.zeros(3)}, {}, lambda: None).write(threading.Event())
+    found = sorted(path.name for path in (tmp_path / "step-000001").iterdir())
+    assert found == ["rank-00001.json", "rank-00001.safetensors"]
 
 
 @pytest.mark.distributed

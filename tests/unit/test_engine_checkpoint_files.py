@@ -86,9 +86,9 @@ def test_all_files_are_synced_before_the_checkpoint_gets_its_final_name(
     save(root, 1)
     assert events == [
         "sync rank-00000.safetensors",
+        "sync step-000001.partial",
         "sync .rank-00000.json.partial",
         "rename to rank-00000.json",
-        "sync step-000001.partial",
         "sync .manifest.json.partial",
         "rename to manifest.json",
         "sync step-000001.partial",

@@ -43,11 +43,12 @@ def normalised(x: Tensor, eps: float) -> Tensor:
 
 
 class _Normalised(torch.autograd.Function):
-    """Keeps its output alone, and makes four passes. On a CPU torch's rms_norm makes ten, and keeps its input too."""
+    """Equals torch's rms_norm on a CPU in all bits. That is made of ten operations, and keeps its input too; this keeps
+    its output alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         normed = x * scale
         ctx.save_for_backward(normed, scale)
         return normed
