@@ -72,6 +72,12 @@ ROLLOUTS = DeclaredTable(
             "staleness", TAIL, "weight version", "Weight versions behind the trainer's, by generated token."
         ),
         DeclaredMetric(
+            "several_versions",
+            MEAN,
+            "fraction of responses",
+            "Fraction of responses whose tokens several weight versions have generated.",
+        ),
+        DeclaredMetric(
             "over_sampling/carried_over",
             VALUE,
             "fraction of groups",

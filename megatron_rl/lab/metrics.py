@@ -195,6 +195,7 @@ def rollout_metrics(metrics: MetricAccumulator, groups: Sequence[Group], weight_
             "response_length/wrong": lengths[judged][~correct],
             "truncated": [is_truncated(sample) for sample in group.samples],
             "staleness": np.concatenate([_staleness(sample, weight_version) for sample in group.samples]),
+            "several_versions": [len(_generating_versions(sample)) > 1 for sample in group.samples],
         }
         for name, value in values.items():
             metrics.add(name, torch.as_tensor(value))
@@ -224,10 +225,15 @@ def _verdict(sample: Sample) -> Verdict:
 
 def _staleness(sample: Sample, weight_version: int) -> np.ndarray:
     """[|y|]: how many weight versions each token's version is behind the trainer's."""
-    return np.concatenate(
-        [
-            np.full(int(sample.loss_mask[span.start : span.end].sum()), weight_version - span.version)
-            for span in sample.versions
-        ]
-        or [np.zeros(0, dtype=np.int64)]
-    )
+    versions = _generating_versions(sample)
+    ages = [np.full(tokens, weight_version - version) for version, tokens in versions.items()]
+    return np.concatenate(ages or [np.zeros(0, dtype=np.int64)])
+
+
+def _generating_versions(sample: Sample) -> dict[int, int]:
+    """Number of generated tokens by weight version, without versions that generated none."""
+    tokens: dict[int, int] = {}
+    for span in sample.versions:
+        if generated := int(sample.loss_mask[span.start : span.end].sum()):
+            tokens[span.version] = tokens.get(span.version, 0) + generated
+    return tokens

@@ -73,6 +73,19 @@ def test_staleness_counts_generated_tokens_by_their_own_version():
     assert report["tokens"] == report["response_length/max"] == 4
 
 
+def test_a_response_is_of_several_versions_only_if_these_generated_tokens():
+    prompt = Prompt("p", "2+2=", (1, 2, 3), "4", "math")
+    begun = Sample.start(prompt, 0).extend([7], [-0.5], weight_version=2)
+    made = (
+        begun.extend([7], [-0.5], weight_version=2),
+        begun.extend([8], None, weight_version=3),  # tool output
+        begun.extend([8], None, weight_version=3).extend([7], [-0.5], weight_version=4),
+        begun.extend([7], [-0.5], weight_version=3),
+    )
+    judged = tuple(dataclasses.replace(each, finish_reason="stop", verdict=Verdict(1.0, True)) for each in made)
+    assert measure(Group(0, prompt, judged)).finalize()["several_versions"] == 2 / 4
+
+
 def test_metrics_do_not_depend_on_ranks_or_order():
     whole = measure(MIXED, SOLVED, HOPELESS, SHAPED).finalize()
     merged = MetricAccumulator(ROLLOUT)
