@@ -208,7 +208,7 @@ class RolloutConfig(Frozen):
     concurrency: PositiveInt = 256
     """Samples in flight per data-parallel leader."""
     deadline: Seconds = 1800.0
-    """Seconds for one request, retries included."""
+    """Seconds for one request, retries included, and without the time in which servers are paused."""
     replay_from: Path | None = None
     """Train on the rollouts saved in this run directory instead of asking servers."""
     dynamic_sampling: DynamicSamplingConfig | None = None

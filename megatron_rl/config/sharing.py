@@ -37,11 +37,6 @@ def check_sharing(config: Config, arch: Architecture, world_size: int) -> Iterat
             f"rollout.servers: launch {servers.launch} with tp {servers.tp} use {servers.launch * servers.tp} GPUs, "
             f"but colocate shares those of all {world_size} ranks; {fit}"
         )
-    if config.rollout.lag:
-        yield (
-            f"rollout.lag: {config.rollout.lag}, but under {KEY} servers sample only while the trainer waits; set "
-            "it to 0"
-        )
     if route == "collective":
         yield f"weights.route: collective, but under {KEY} NCCL would have two processes on a GPU; set it to ipc"
     if route == "delta":

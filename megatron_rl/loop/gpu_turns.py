@@ -53,17 +53,17 @@ class GpuTurns:
     def __init__(self, networks: Networks, place: Place, journal: Journal, *, shares: bool) -> None:
         """It is the trainer's turn, because there are no servers yet."""
         self.servers: Leader | None = None
-        """Rank 0's connections to the servers, once these are there."""
+        """This leader's connections to the servers, once these are there; rank 0 tells the servers."""
         self._networks = networks
         self._place = place
         self._journal = journal
-        self._shares = shares
+        self.shares = shares
         self._now = TRAINING
 
     def take(self, turn: Turn) -> None:
         """Ends the turn that there is and begins another. Raises UserError, on every rank, if a server fails.
         Collective."""
-        if not self._shares or turn == self._now:
+        if not self.shares or turn == self._now:
             return
         with self._journal.phase("turns"):
             before, self._now = self._now, turn
@@ -72,14 +72,14 @@ class GpuTurns:
     def _move(self, before: Turn, turn: Turn) -> None:
         with self._asking("release"):
             if self.servers is not None and (tags := _beyond(before.servers, turn.servers)):
-                self.servers.release_memory(tags)
+                self.servers.release_memory(tags, tell=self._place.rank == 0)
         for kind in reversed(_beyond(before.trainer, turn.trainer)):
             for network, its in self._held[kind]:
                 offload(network, its)
         dist.barrier(group=self._place.control)  # a server has the GPUs of several ranks
         with self._asking("take back"):
             if self.servers is not None and (tags := _beyond(turn.servers, before.servers)):
-                self.servers.resume_memory(tags, answers=turn == SAMPLING)
+                self.servers.resume_memory(tags, answers=turn == SAMPLING, tell=self._place.rank == 0)
         for kind in _beyond(turn.trainer, before.trainer):
             for network, its in self._held[kind]:
                 restore(network, its)

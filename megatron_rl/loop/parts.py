@@ -108,7 +108,7 @@ def _assemble(config: Config, trainer: Trainer, prompts: RunPrompts, stack: Exit
         gpu_turns.take(SAMPLING)  # servers measure what memory is free when they start
         with trainer.console.starting("servers", _server_names(config, trainer, kept=open_pool is not Pool)):
             servers = stack.enter_context(connect(config, trainer, open_pool))
-        gpu_turns.servers = servers.leader if trainer.place.rank == 0 else None
+        gpu_turns.servers = servers.leader
     publisher = Publisher.of(config, trainer, servers, gpu_turns)
     stack.callback(publisher.close)
     source: GroupSource

@@ -84,8 +84,9 @@ class Publisher:
 
     @contextlib.contextmanager
     def _paused(self, sync: WeightSync) -> Iterator[None]:
-        """Has the servers put aside the requests in flight, which then go on with the new weights. Collective."""
-        if self.versions.lag == 0:
+        """Has the servers put aside the requests in flight, which then go on with the new weights. On shared GPUs they
+        have done so at the end of their turn. Collective."""
+        if self.versions.lag == 0 or self.gpu_turns.shares:
             yield
             return
         if self.leader is not None:

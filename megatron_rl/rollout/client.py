@@ -22,6 +22,7 @@ import tenacity
 
 from megatron_rl.ranks.activity import Activity
 from megatron_rl.rollout.answers import Completion, RolloutError, read_completion, read_score
+from megatron_rl.rollout.deadlines import Deadlines
 from megatron_rl.rollout.retries import HEALING_STATUS, Healing, seconds_of, wait_of
 from megatron_rl.rollout.transport import IDLE_SECONDS, Connections
 from megatron_rl.routing.wire import RouteSpec
@@ -55,13 +56,16 @@ class SGLangClient:
         idle_seconds: float = IDLE_SECONDS,
         check: Callable[[], None] = lambda: None,
         activity: Activity | None = None,
+        deadlines: Deadlines | None = None,
     ) -> None:
-        """`deadline` is in seconds for one call, all its tries included. `max_tries` defaults to MAX_TRIES.
+        """`deadline` is in seconds for one call, all its tries included; for generation, without the pauses that
+        `deadlines` knows. `max_tries` defaults to MAX_TRIES.
         `idle_seconds`: how long an idle connection is kept; shorter than the server keeps it. `check` is
         called before each retry; it raises if a retry is useless, for example if the server's process has died.
         `activity` hears of requests and answers."""
         self.url = url.rstrip("/")
         self.deadline = deadline
+        self.deadlines = deadlines or Deadlines()
         self._max_tries = max_tries
         self._api_key = api_key
         self._check = check
@@ -362,7 +366,8 @@ class SGLangClient:
             reraise=True,
         )
         try:
-            async with asyncio.timeout(self.deadline):
+            generates = path == "/generate"
+            async with self.deadlines.within(self.deadline) if generates else asyncio.timeout(self.deadline):
                 with self._activity.owed_by(self.url):
                     return await retry(attempt)
         except Healing as error:

@@ -52,7 +52,7 @@ class Fleet:
         """The next group goes to the first of the servers with the least to do."""
         self.members = [Member(client) for client in clients]
         self.paused = False
-        """Set during a weight sync, in which servers give no answer and no sign of life."""
+        """Set during weight syncs and while the trainer has the GPUs: servers give no answer and no sign of life."""
 
     def admit(self, clients: Sequence[SGLangClient], lost: Mapping[str, str]) -> None:
         """Makes these servers the live ones, after a weight sync. Ejects others; `lost` says by URL why.

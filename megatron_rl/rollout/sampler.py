@@ -138,7 +138,7 @@ class Continuation:
         sampling, useless = self._sampling, 0
         where = f"{client.url}: prompt {self._sample.prompt.id!r}"
         try:
-            async with asyncio.timeout(client.deadline):
+            async with client.deadlines.within(client.deadline):
                 while useless < MAX_ABORTS:
                     completion = await client.generate(
                         self._sample.token_ids.tolist(),

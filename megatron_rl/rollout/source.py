@@ -21,6 +21,7 @@ from megatron_rl.rollout.abandon import abandon_requests
 from megatron_rl.rollout.answers import RolloutError
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import MemoryTag, SGLangClient
+from megatron_rl.rollout.deadlines import Deadlines
 from megatron_rl.rollout.fleet import Fleet, Member
 from megatron_rl.rollout.sampler import Sampler, Sampling, rollout_groups
 from megatron_rl.rollout.server import ServerError
@@ -198,6 +199,7 @@ class Leader:
         would stay idle. At most `concurrency` requests are in flight. `idle_seconds` as of SGLangClient. `check`
         raises if a launched server has died: Pool.check, on the rank with the pool."""
         self.loop = BackgroundLoop()
+        self._deadlines = Deadlines()
         self._opened: dict[str, SGLangClient] = {}
         self._open: Callable[[str], SGLangClient] = lambda url: SGLangClient(
             url,
@@ -206,6 +208,7 @@ class Leader:
             idle_seconds=idle_seconds,
             check=functools.partial(check, url),
             activity=activity,
+            deadlines=self._deadlines,
         )
         self._fleet = Fleet([self.client(url) for url in (*urls[first:], *urls[:first])])
         self._sampler = Sampler(self._fleet, concurrency)
@@ -250,32 +253,43 @@ class Leader:
     def pause(self, *, tell: bool) -> None:
         """Expects no answers until `resume`. With `tell` the servers put aside the requests in flight, without their
         cached keys and values; one that refuses is ejected."""
-        self._fleet.paused = True
+        self.loop.run(self._expect_answers(False))
         if tell:
             self.loop.run(self._tell(lambda client: client.pause_generation("retract")))
 
     def resume(self, *, tell: bool) -> None:
         if tell:
             self.loop.run(self._tell(SGLangClient.continue_generation))
-        self._fleet.paused = False
+        self.loop.run(self._expect_answers(True))
 
     def abandon_requests(self) -> None:
         """Ends what a trainer that was killed has left in flight. A server that refuses is ejected."""
         self.loop.run(self._tell(abandon_requests))
 
-    def release_memory(self, tags: Sequence[MemoryTag]) -> None:
-        """Pauses all servers, ejected ones too, and frees their GPUs' memory of these kinds. Raises RolloutError and
-        ServerError."""
-        self._fleet.paused = True
-        self.loop.run(self._all(lambda client: client.pause_generation("retract")))
-        self.loop.run(self._all(lambda client: client.release_memory(tags)))
+    def release_memory(self, tags: Sequence[MemoryTag], *, tell: bool) -> None:
+        """Expects no answers until `resume_memory`. With `tell` all servers, ejected ones too, put requests in flight
+        aside, and free their GPUs' memory of these kinds. Raises RolloutError and ServerError."""
+        self.loop.run(self._expect_answers(False))
+        if tell:
+            self.loop.run(self._all(lambda client: client.pause_generation("retract")))
+            self.loop.run(self._all(lambda client: client.release_memory(tags)))
 
-    def resume_memory(self, tags: Sequence[MemoryTag], *, answers: bool) -> None:
-        """Has all servers take memory again; with `answers` they then answer requests. Raises as `release_memory`."""
-        self.loop.run(self._all(lambda client: client.resume_memory(tags)))
+    def resume_memory(self, tags: Sequence[MemoryTag], *, answers: bool, tell: bool) -> None:
+        """With `tell` all servers take memory again, and with `answers` they then go on with requests. Raises as
+        `release_memory`."""
+        if tell:
+            self.loop.run(self._all(lambda client: client.resume_memory(tags)))
+            if answers:
+                self.loop.run(self._all(SGLangClient.continue_generation))
         if answers:
-            self.loop.run(self._all(SGLangClient.continue_generation))
-            self._fleet.paused = False
+            self.loop.run(self._expect_answers(True))
+
+    async def _expect_answers(self, expected: bool) -> None:
+        self._fleet.paused = not expected
+        if expected:
+            self._deadlines.resume()
+        else:
+            self._deadlines.pause()
 
     async def _all(self, call: Callable[[SGLangClient], Coroutine[Any, Any, None]]) -> None:
         await asyncio.gather(*map(call, self._opened.values()))

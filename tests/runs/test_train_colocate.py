@@ -104,6 +104,28 @@ def test_other_runs_that_share_their_gpus_do_too(
     assert_trains_alike_alone(forks, rl, run_dir, tmp_path / "alone", ranks, f"engine.dtype={dtype}", *more)
 
 
+def test_responses_that_a_turn_cuts_go_on_with_the_next_weights(forks: Forks, rl: Path, tmp_path: Path) -> None:
+    """Two leaders, two servers. With few requests at a time responses are in flight when a turn ends."""
+    run_dir, turns = tmp_path / "run", tmp_path / "turns"
+    turns.mkdir()
+    lag = ("rollout.lag=1", "rollout.over_sampling=2", "rollout.concurrency=2", "rollout.max_response_tokens=96")
+    options = (*colocated(2), *lag, "train.steps=3", "weights.verify_bound=1e-5", "weights.verify=1", "optim.lr=1e-3")
+    done = forks.run(
+        *command(rl, run_dir, 2, *options), ranks=2, before=[("turn_patches:record_turns", str(turns), 0.2)]
+    )
+    assert done.status == [0, 0], done.stderr
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    assert max(line.get("rollout/several_versions", 0) for line in lines) > 0, "no turn cut a response"
+    assert max(line.get("rollout/staleness/max", 0) for line in lines) == 1
+    # Tokens of each version were sampled as its weights say; a cache of the old ones would show.
+    assert 0 < max(line.get("mismatch/abs_logprob_gap/lag_0") or 0 for line in lines) < 1e-4
+    caches = True
+    for event in events(run_dir, 0):
+        if "kv_cache" in event.what:
+            caches = event.what.startswith("resume_memory")
+        assert caches or event.what != "continue_generation", "servers answer without the memory of their caches"
+
+
 class Event(NamedTuple):
     what: str
     begun: float

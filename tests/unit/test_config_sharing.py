@@ -45,7 +45,6 @@ def test_servers_of_all_ranks_gpus_may_share_them(tmp_path: Path) -> None:
             "launch 2 with tp 2 use 4 GPUs, but colocate shares those of all 8 ranks; set lau",
         ),
         (("rollout.servers.launch=1",), "; set launch to 4"),
-        (("rollout.lag=1",), "rollout.lag: 1, but under rollout.servers.colocate: true servers sample only while"),
         (("weights.route=collective",), "weights.route: collective, but under"),
         (("weights.route=delta",), "weights.route: delta sends what changed, but under"),
         (
