@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +52,12 @@ class ClusterJob:
         told = [urls, f"api_key_env={KEY_VARIABLE}", *(text for text, is_needed in undone.items() if is_needed)]
         return tuple(f"rollout.servers.{text}" for text in told)
 
+    def trainer_config(self, urls: Sequence[str]) -> Config:
+        """Returns the trainer's configuration if its servers have these URLs. Raises ConfigError."""
+        path, *overrides = self.command
+        told = self.trainer_overrides(f"urls=[{','.join(urls)}]")
+        return resolve(Config, Path(path), [*overrides, *told], self.nodes.trainers * self.nodes.gpus).config
+
     @property
     def serve(self) -> tuple[str, ...]:
         """Returns the arguments of `megatron-rl serve` but --host, --port and --random-seed."""
@@ -92,13 +97,7 @@ def plan_job(path: Path, overrides: Sequence[str], nodes: Nodes) -> ClusterJob:
         gpus=nodes.gpus + own if on_gpu else 0,
         servers_per_node=nodes.gpus // servers.tp if nodes.servers else 0,
     )
-    if nodes.servers:  # what the trainer will be told must be no contradiction either
-        resolve(
-            Config,
-            path,
-            [*overrides, *job.trainer_overrides("urls=[http://server:30000]")],
-            nodes.trainers * nodes.gpus,
-        )
+    job.trainer_config(("http://server",))  # what the trainer will be told must be no contradiction either
     return job
 
 

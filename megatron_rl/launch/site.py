@@ -1,4 +1,4 @@
-"""The site file of `launch`: what a cluster wants to know besides the run, such as a partition or an image. No torch."""
+"""The site file of `launch`: what a cluster wants to know besides the run, such as an image. Imports no torch."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class SlurmSite(Frozen):
     time: Time = "24:00:00"
     """Limit of the job's time. At the limit the run is saved and queued again."""
     warning: PositiveInt = 600
-    """Seconds before the limit at which the trainer is told to save: longer than its longest step and its checkpoint."""
+    """Seconds before the limit at which the trainer is told to save; more than a step and a checkpoint take."""
     options: tuple[Line, ...] = ()
     """More lines of #SBATCH, such as --partition=gpu."""
     setup: tuple[Line, ...] = (f"export PATH={Path(sys.prefix) / 'bin'}:$PATH",)

@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.skipif(bool(missing_programs()), reason=f"Slurm is not installed: no {', '.join(missing_programs())}"),
 ]
 SECONDS = 240.0
+ENDS = ("FAILED", "CANCELLED", "COMPLETED", "NODE_FAIL")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def wait(slurm: SlurmCluster, job: str, folder: Path, condition: Callable[[dict[
     while not condition(state := slurm.state(job)):
         log = folder / f"megatron-rl-{job}.log"
         told = log.read_text()[-6000:] if log.exists() else ""
-        assert state["JobState"] not in ("FAILED", "CANCELLED", "COMPLETED", "NODE_FAIL"), told
+        assert state["JobState"] not in ENDS, told
         assert time.monotonic() < deadline, f"{state}\n{told}"
         time.sleep(0.05)
 

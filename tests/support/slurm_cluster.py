@@ -114,7 +114,13 @@ class SlurmCluster:
             for node in NODES:
                 self._start(stack, ["slurmd", "-D", "-N", node])
             _wait(lambda: self.tell("sinfo", "--noheader", "--Node", "--format=%t").split() == ["idle"] * len(NODES))
+            stack.callback(self._cancel_all)
             yield self
+
+    def _cancel_all(self) -> None:
+        """Ends all jobs with their processes, which would outlive the daemons."""
+        self.tell("scancel", "--user", getpass.getuser())
+        _wait(lambda: not self.tell("squeue", "--noheader").strip())
 
     def _start(self, stack: ExitStack, words: Sequence[str]) -> None:
         program = _find(words[0])
@@ -143,5 +149,5 @@ def _wait(condition: Callable[[], bool]) -> None:
                 return
         except AssertionError:  # the controller does not listen yet
             pass
-        assert time.monotonic() < deadline, "Slurm did not start"
+        assert time.monotonic() < deadline, "Slurm does not do what it should"
         time.sleep(0.1)
