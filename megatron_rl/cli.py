@@ -10,11 +10,11 @@ from typing import Annotated
 
 import typer
 
+from megatron_rl.cluster_commands import ConfigFile, KeyVariable, Overrides, launch, serve
 from megatron_rl.config.load import C, ConfigError, dump_config
 from megatron_rl.config.recompute import read_recompute
 from megatron_rl.config.resolve import resolve
 from megatron_rl.config.schema import Config, Device, EngineDtype, SftConfig
-from megatron_rl.config.servers import ServerDtype
 from megatron_rl.errors import UserError
 from megatron_rl.garbage import collect_rarely
 from megatron_rl.models.kinds import POLICY_KINDS
@@ -30,12 +30,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as optim.lr=1e-5")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and layout, and stop.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint.")]
 WorldSize = Annotated[int | None, typer.Option(min=1, help="Ranks that --dry-run plans for; else torchrun's, or 1.")]
-KeyVariable = Annotated[str | None, typer.Option(metavar="NAME", help="Environment variable with the server's key.")]
 VERSIONED = ("megatron_rl", "megatron-core", "torch", "transformers", "sglang")
 """Distributions that --version names."""
 
@@ -158,39 +155,8 @@ def study(
     run_study(file, task=task, dry_run=dry_run)
 
 
-@app.command(context_settings={"allow_extra_args": True})
-def serve(
-    context: typer.Context,
-    model: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Hugging Face model directory")],
-    host: Annotated[str, typer.Option()] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 30000,
-    device: Annotated[Device, typer.Option()] = "auto",
-    dtype: Annotated[ServerDtype, typer.Option(help="auto: the dtype in the model's config.json")] = "auto",
-    tp: Annotated[int, typer.Option(min=1)] = 1,
-    max_total_tokens: Annotated[
-        int | None, typer.Option(min=1, help="KV cache, in tokens; by default all that fit on a GPU, 65536 on a CPU")
-    ] = None,
-    api_key_env: KeyVariable = None,
-) -> None:
-    """Starts a stock SGLang server with the flags that its device needs; what follows -- goes to SGLang as it is."""
-    from megatron_rl.models.check import check_files
-    from megatron_rl.rollout.pool import read_api_key
-    from megatron_rl.rollout.server import ServerOptions
-    from megatron_rl.rollout.server import serve as run
-
-    check_files(model)
-    options = ServerOptions(
-        model=model,
-        host=host,
-        port=port,
-        device=device,
-        dtype=dtype,
-        tp=tp,
-        max_total_tokens=max_total_tokens,
-        extra_flags=tuple(context.args),
-        api_key=read_api_key(api_key_env, "--api-key-env") if api_key_env else None,
-    )
-    raise typer.Exit(run(options))
+app.command(context_settings={"allow_extra_args": True})(serve)
+app.command()(launch)
 
 
 @app.command()

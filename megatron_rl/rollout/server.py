@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import random
+import shlex
 import signal
 import socket
 import subprocess
@@ -169,13 +170,7 @@ def serve(options: ServerOptions) -> int:
 
     Raises ServerError for forbidden flags, and if other machines would reach the server without a key.
     """
-    for flag in flags_among(options.extra_flags, tuple(SERVE_FLAGS)):
-        raise ServerError(f"serve: {flag} cannot be given: {SERVE_FLAGS[flag]}")
-    if options.api_key is None and not is_loopback(options.host):
-        raise ServerError(
-            f"serve: --host {options.host} lets other machines in, and whoever reaches an SGLang server without a key "
-            "may change its weights and write files; name an environment variable that holds one: --api-key-env NAME"
-        )
+    _check_serve(options)
     has_gpu = _gpus() > 0
     _check_model(options.model, on_cpu=_on_cpu(options, has_gpu))
     _require_sglang(on_cpu=_on_cpu(options, has_gpu))
@@ -187,6 +182,29 @@ def serve(options: ServerOptions) -> int:
         return 130
     finally:
         _kill(server)
+
+
+def shown_command(options: ServerOptions) -> str:
+    """Returns the command of `serve` as a shell reads it, without the key; nothing is started, SGLang is not needed.
+
+    Raises as `serve` does, but not if SGLang is missing.
+    """
+    _check_serve(options)
+    has_gpu = _gpus() > 0
+    _check_model(options.model, on_cpu=_on_cpu(options, has_gpu))
+    command, environment = sglang_command(options, has_gpu)
+    environment.pop(KEY_VARIABLE, None)
+    return shlex.join(["env", *(f"{name}={value}" for name, value in environment.items()), *command])
+
+
+def _check_serve(options: ServerOptions) -> None:
+    for flag in flags_among(options.extra_flags, tuple(SERVE_FLAGS)):
+        raise ServerError(f"serve: {flag} cannot be given: {SERVE_FLAGS[flag]}")
+    if options.api_key is None and not is_loopback(options.host):
+        raise ServerError(
+            f"serve: --host {options.host} lets other machines in, and whoever reaches an SGLang server without a key "
+            "may change its weights and write files; name an environment variable that holds one: --api-key-env NAME"
+        )
 
 
 class Server:

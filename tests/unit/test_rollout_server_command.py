@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 from pathlib import Path
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 from server_options import options
+from typer.testing import CliRunner
 
+from megatron_rl.cli import app
 from megatron_rl.config.schema import EngineConfig, RolloutConfig
 from megatron_rl.rollout import server as server_module
 from megatron_rl.rollout.pool import Pool, PoolOptions
@@ -216,3 +219,20 @@ def test_the_api_key_appears_only_in_sglangs_settings(tmp_path: Path) -> None:
     assert KEY not in found["environment"].values()
     assert found["environment"]["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"].startswith("file:///")
     assert found["environment"]["GLOO_SOCKET_IFNAME"] == os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+
+
+def test_print_shows_the_command_without_the_key_and_without_sglang(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("A_KEY", "the-secret-itself")
+    monkeypatch.setattr(server_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(server_module, "_start", None)
+    words = ["serve", str(tiny_model_dir), "--device", "cpu", "--api-key-env", "A_KEY", "--threads", "3", "--print"]
+    shown = CliRunner().invoke(app, [*words, "--", "--mem-fraction-static=0.5"])
+    assert shown.exit_code == 0, shown.output
+    assert "the-secret-itself" not in shown.output
+    command = shlex.split(shown.output)
+    assert command[0] == "env"
+    assert "OMP_NUM_THREADS=3" in command
+    assert command[command.index("--model-path") + 1] == str(tiny_model_dir)
+    assert command[-1] == "--mem-fraction-static=0.5"

@@ -1,0 +1,1 @@
+"""Scripts and manifests that start a run on a cluster, filled from the templates beside this file."""

@@ -1,0 +1,105 @@
+"""Fills the templates of a cluster's files, and writes or prints them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from megatron_rl.config.load import dump_config, raise_all
+from megatron_rl.config.resolve import model_dirs
+from megatron_rl.config.schema import Config
+from megatron_rl.data.generated import is_generated
+from megatron_rl.disk import writes
+from megatron_rl.errors import FileInTheWayError
+from megatron_rl.launch.cluster_job import FIRST_PORT, ClusterJob
+from megatron_rl.launch.site import Site
+from megatron_rl.rollout.sglang_launch import KEY_VARIABLE
+
+
+def write(job: ClusterJob, site: Site, kubernetes: bool, out: Path | None) -> None:
+    """Prints the files, or writes them into `out` and prints what to do next.
+
+    Raises FileInTheWayError, before anything is written, if a file is there already.
+    """
+    files = manifests(job, site) if kubernetes else {f"{site.name}.sbatch": slurm_script(job, site)}
+    if out is None:
+        print("---\n".join(files.values()), end="")
+        return
+    paths = {out / name: text for name, text in files.items()}
+    if taken := [path for path in paths if path.exists()]:
+        raise FileInTheWayError(f"--out: {taken[0]} is there already; remove it, or give another directory")
+    with writes(f"--out {out}", out):
+        out.mkdir(parents=True, exist_ok=True)
+        for path, text in paths.items():
+            path.write_text(text)
+    print(*("kubectl apply" if kubernetes else "sbatch", *((f"-f {p}" if kubernetes else str(p)) for p in paths)))
+
+
+def slurm_script(job: ClusterJob, site: Site) -> str:
+    """Returns the text of a script for sbatch."""
+    logs = job.run_dir / "logs"
+    return _fill(
+        "slurm.sbatch",
+        job=job,
+        site=site,
+        directory=Path.cwd(),
+        logs=logs,
+        train=[*job.command, *job.trainer_overrides(f"urls_file={logs / 'servers.txt'}")],
+    )
+
+
+def manifests(job: ClusterJob, site: Site) -> dict[str, str]:
+    """Returns the texts of manifests by file name. Raises ConfigError for a path that pods would not see."""
+    _check_paths(job.config, site.kubernetes.mount)
+    servers = job.nodes.servers * job.servers_per_node
+    name = f"{site.name}-servers"
+    urls = [f"http://{name}-{number}.{name}:{FIRST_PORT}" for number in range(servers)]
+    known = {"job": job, "site": site, "k8s": site.kubernetes}
+    files = {"trainer.yaml": _fill("jobset.yaml", config=dump_config(job.trainer_config(urls)).rstrip(), **known)}
+    if servers:
+        files["servers.yaml"] = _fill("servers.yaml", servers=servers, **known)
+    return files
+
+
+def _check_paths(config: Config, mount: Path) -> None:
+    paths: dict[str, Path | None] = {key: path for key, path, _ in model_dirs(config)}
+    paths |= {"run_dir": config.run_dir, "rollout.replay_from": config.rollout.replay_from}
+    data = {"data.train": config.data.train, "data.heldout": config.data.heldout}
+    paths |= {key: Path(text) for key, text in data.items() if text is not None and not is_generated(text)}
+    raise_all(
+        [
+            f"{key}: {path}, but pods see the volume alone, which is mounted at {mount}; give a path below, or change "
+            "kubernetes.mount in the site file"
+            for key, path in paths.items()
+            if path is not None and not (path.is_absolute() and path.is_relative_to(mount))
+        ]
+    )
+
+
+def _fill(template: str, **values: object) -> str:
+    environment = Environment(
+        loader=PackageLoader("megatron_rl.launch"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"quoted": _quoted, "yaml": _yaml}
+    version = importlib.metadata.version("megatron_rl")
+    return environment.get_template(template).render(version=version, key=KEY_VARIABLE, first_port=FIRST_PORT, **values)
+
+
+def _quoted(words: object) -> str:
+    """Returns a word, or a sequence of words, as a shell reads it."""
+    many = isinstance(words, Sequence) and not isinstance(words, str)
+    return shlex.join(map(str, words)) if many else shlex.quote(str(words))
+
+
+def _yaml(value: object) -> str:
+    """Returns a value as YAML reads it in one line: JSON is YAML."""
+    return json.dumps(value, default=str)

@@ -1,0 +1,283 @@
+"""The files of `launch`: what the script and the manifests say, and which requests are refused."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from megatron_rl.cli import app
+from megatron_rl.config.load import ConfigError, load_config
+from megatron_rl.config.schema import Config
+from megatron_rl.errors import FileInTheWayError
+from megatron_rl.launch.cluster_files import manifests, slurm_script
+from megatron_rl.launch.cluster_job import ClusterJob, Nodes, plan_job
+from megatron_rl.launch.site import Site, read_site
+
+# What https://github.com/kubernetes-sigs/jobset says in api/jobset/v1alpha2/jobset_types.go, of the fields that are
+# used. The template of a job is batch/v1's, which has a schema of its own.
+NAMED = {"type": "array", "items": {"type": "string"}, "uniqueItems": True}
+ACTIONS = ("FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts", "RestartJob")
+RULE_NAME = "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"
+
+
+COLOCATED = ("rollout.servers.colocate=true", "rollout.servers.launch=4", "weights.route=ipc")
+
+
+def strict(properties: dict[str, Any], *required: str) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+
+
+RULE = strict(
+    {
+        "name": {"type": "string", "pattern": RULE_NAME},
+        "action": {"enum": list(ACTIONS)},
+        "onJobFailureReasons": NAMED,
+        "onJobFailureMessagePatterns": NAMED,
+        "targetReplicatedJobs": NAMED,
+    },
+    "name",
+    "action",
+)
+FAILURE_POLICY = strict(
+    {
+        "maxRestarts": {"type": "integer"},
+        "restartStrategy": {"enum": ["Recreate", "BlockingRecreate", "InPlaceRestart"]},
+        "rules": {"type": "array", "items": RULE},
+    }
+)
+NETWORK = strict(
+    {
+        "enableDNSHostnames": {"type": "boolean"},
+        "publishNotReadyAddresses": {"type": "boolean"},
+        "subdomain": {"type": "string"},
+    }
+)
+REPLICATED = strict(
+    {
+        "name": {"type": "string"},
+        "replicas": {"type": "integer"},
+        "template": strict({"metadata": {"type": "object"}, "spec": {"type": "object"}}, "spec"),
+    },
+    "name",
+    "template",
+)
+JOBSET = strict(
+    {
+        "apiVersion": {"const": "jobset.x-k8s.io/v1alpha2"},
+        "kind": {"const": "JobSet"},
+        "metadata": {"type": "object"},
+        "spec": strict(
+            {
+                "network": NETWORK,
+                "failurePolicy": FAILURE_POLICY,
+                "replicatedJobs": {"type": "array", "items": REPLICATED},
+            }
+        ),
+    },
+    "apiVersion",
+    "kind",
+    "metadata",
+    "spec",
+)
+
+
+@pytest.fixture
+def config(tiny_model_dir: Path, tmp_path: Path) -> Path:
+    """A configuration for GPUs, whose run directory is below tmp_path."""
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"""
+presets: [grpo]
+run_dir: {tmp_path / "a run"}
+model: {{path: {tiny_model_dir}}}
+engine: {{device: cuda}}
+parallel: {{tp: 2, ep: 4}}
+optim: {{lr: 1.0e-6}}
+routing: {{replay: r3}}
+data: {{train: "arithmetic:terms=2,split=train,count=100", max_prompt_tokens: 64}}
+rollout: {{max_response_tokens: 128, servers: {{tp: 4, extra_flags: [--mem-fraction-static=0.8]}}}}
+train: {{steps: 3}}
+"""
+    )
+    return file
+
+
+def planned(config: Path, *overrides: str, trainers: int = 2, servers: int = 3, gpus: int = 8) -> ClusterJob:
+    return plan_job(config, overrides, Nodes(trainers, servers, gpus))
+
+
+def kubernetes(config: Path, tmp_path: Path) -> dict[str, list[Any]]:
+    site = Site.model_validate({"kubernetes": {"mount": tmp_path.parent.parent, "node_selector": {"pool": "gpu"}}})
+    files = manifests(planned(config), site)
+    return {name: list(yaml.safe_load_all(text)) for name, text in files.items()}
+
+
+def words_after(script: str, marker: str) -> list[str]:
+    """Returns the words of the script's line that begins with `marker`."""
+    (line,) = [line for line in script.splitlines() if line.strip().startswith(marker)]
+    return shlex.split(line.strip().removesuffix("\\"))
+
+
+# ---- Slurm -----------------------------------------------------------------------------------------------------
+
+
+def test_bash_reads_the_script(config: Path) -> None:
+    for job in (planned(config), planned(config, *COLOCATED, servers=0)):
+        script = slurm_script(job, Site())
+        checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+        assert checked.stderr == ""
+
+
+def test_the_script_asks_for_all_nodes_and_gives_each_server_its_gpus(config: Path) -> None:
+    script = slurm_script(planned(config), Site())
+    assert "#SBATCH --nodes=5\n" in script
+    assert "#SBATCH --gpus-per-node=8\n" in script
+    assert "--nodes=3 --ntasks-per-node=2 " in script
+    assert "first=$((SLURM_LOCALID * 4))" in script
+    assert "seq -s, $first $((first + 3))" in script
+
+
+def test_the_servers_are_those_of_the_configuration(config: Path, tiny_model_dir: Path) -> None:
+    words = words_after(slurm_script(planned(config), Site()), str(tiny_model_dir))
+    begin, end = words[: words.index("--")], words[words.index("--") + 1 :]
+    assert begin[1:] == ["--device", "cuda", "--dtype", "bf16", "--tp", "4", "--api-key-env", "MEGATRON_RL_SERVER_KEY"]
+    assert end == ["--max-running-requests", "256", "--mem-fraction-static=0.8", "--enable-return-routed-experts", "&"]
+
+
+def test_the_trainer_gets_the_servers_by_a_file_and_no_flags_of_theirs(config: Path, tmp_path: Path) -> None:
+    words = words_after(slurm_script(planned(config), Site()), "-m megatron_rl train")
+    told = [word for word in words if word.startswith("rollout.servers.")]
+    logs = tmp_path / "a run" / "logs"
+    assert told == [
+        f"rollout.servers.urls_file={logs / 'servers.txt'}",
+        "rollout.servers.api_key_env=MEGATRON_RL_SERVER_KEY",
+        "rollout.servers.extra_flags=[]",
+    ]
+
+
+def test_own_servers_get_gpus_beside_the_ranks(config: Path) -> None:
+    one = planned(config, "rollout.servers.launch=1", trainers=1, servers=0, gpus=4)
+    assert one.gpus == 4 + 4
+    colocated = planned(config, *COLOCATED, servers=0)
+    assert colocated.gpus == 8
+    assert "servers.txt" not in slurm_script(colocated, Site())
+
+
+def test_a_cpu_job_asks_for_no_gpu(config: Path) -> None:
+    script = slurm_script(planned(config, "engine.device=cpu", "engine.dtype=fp32"), Site())
+    assert "gpus" not in script
+    assert "CUDA" not in script
+
+
+# ---- Kubernetes ------------------------------------------------------------------------------------------------
+
+
+def test_the_manifests_fit_the_schemas_of_kubernetes(config: Path, tmp_path: Path) -> None:
+    files = kubernetes(config, tmp_path)
+    (settings, jobset), servers = files["trainer.yaml"], files["servers.yaml"]
+    (trainer,) = jobset["spec"]["replicatedJobs"]
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "trainer"}, **trainer["template"]}
+    for manifest in (settings, job, *servers):
+        kubernetes_validate.validate(manifest, "1.37", strict=True)
+    jsonschema.validate(jobset, JOBSET)
+
+
+def test_a_misspelt_field_does_not_fit(config: Path, tmp_path: Path) -> None:
+    files = kubernetes(config, tmp_path)
+    jobset, (_, servers) = files["trainer.yaml"][1], files["servers.yaml"]
+    jobset["spec"]["failurePolicy"]["maxRestart"] = 1
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(jobset, JOBSET)
+    servers["spec"]["template"]["spec"]["containers"][0]["startupProbe"]["path"] = "/health"
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(servers, "1.37", strict=True)
+
+
+def test_the_trainer_knows_every_server_by_name(config: Path, tmp_path: Path) -> None:
+    files = kubernetes(config, tmp_path)
+    settings, _ = files["trainer.yaml"]
+    service, servers = files["servers.yaml"]
+    (tmp_path / "pod.yaml").write_text(settings["data"]["run.yaml"])
+    found = load_config(Config, tmp_path / "pod.yaml")
+    name = servers["metadata"]["name"]
+    assert service["metadata"]["name"] == servers["spec"]["serviceName"] == name
+    assert service["spec"]["selector"] == servers["spec"]["template"]["metadata"]["labels"]
+    assert servers["spec"]["replicas"] == 6
+    assert found.rollout.servers.urls == tuple(f"http://{name}-{number}.{name}:30000" for number in range(6))
+    assert found.objective == planned(config).config.objective
+
+
+def test_the_key_is_a_reference_to_a_secret(config: Path, tmp_path: Path) -> None:
+    files = kubernetes(config, tmp_path)
+    for pod in (
+        files["trainer.yaml"][1]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"],
+        files["servers.yaml"][1]["spec"]["template"],
+    ):
+        (container,) = pod["spec"]["containers"]
+        (key,) = [each for each in container["env"] if each["name"] == "MEGATRON_RL_SERVER_KEY"]
+        assert key["valueFrom"] == {"secretKeyRef": {"name": "megatron-rl-server-key", "key": "key"}}
+
+
+def test_paths_that_pods_would_not_see_are_refused(config: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        manifests(planned(config), Site())
+    assert [line.partition(":")[0] for line in str(refused.value).splitlines()] == ["model.path", "run_dir"]
+    assert "mounted at /work" in str(refused.value)
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sizes", "told"),
+    [
+        (["parallel.tp=3"], {}, "parallel"),
+        ([], {"trainers": 1, "gpus": 3}, "does not divide the world of 3 ranks"),
+        (["rollout.servers.tp=1", "parallel.ep=1"], {"trainers": 1, "gpus": 5}, "does not divide the world of 5"),
+        (COLOCATED, {}, "rollout.servers.colocate"),
+        (["rollout.servers.urls=[http://127.0.0.1:1]", "rollout.servers.extra_flags=[]"], {}, "run already"),
+        ([], {"gpus": 2, "trainers": 4}, "rollout.servers.tp: 4 does not divide the 2 GPUs of a node"),
+        ([], {"servers": 0}, "give servers nodes of their own"),
+    ],
+)
+def test_what_does_not_fit_is_refused(config: Path, overrides: Sequence[str], sizes: dict[str, int], told: str) -> None:
+    with pytest.raises(ConfigError, match=r".") as refused:
+        planned(config, *overrides, **sizes)
+    assert told in str(refused.value)
+
+
+def test_mistakes_of_a_site_file_are_named_with_their_lines(tmp_path: Path) -> None:
+    file = tmp_path / "site.yaml"
+    file.write_text("name: My_Run\nslurm:\n  time: 1 day\n  partition: gpu\n")
+    with pytest.raises(ConfigError) as refused:
+        read_site(file)
+    assert [line.split(" ")[:2] for line in str(refused.value).splitlines()] == [
+        [f"{file}:1:", "name:"],
+        [f"{file}:3:", "slurm.time:"],
+        [f"{file}:4:", "slurm.partition:"],
+    ]
+
+
+def test_a_file_that_is_there_is_not_overwritten(config: Path, tmp_path: Path) -> None:
+    words = ["launch", str(config), "--nodes", "2", "--rollout-nodes", "3", "--slurm", "--out", str(tmp_path)]
+    first = CliRunner().invoke(app, words)
+    assert first.stdout == f"sbatch {tmp_path / 'megatron-rl.sbatch'}\n"
+    again = CliRunner().invoke(app, words)
+    assert isinstance(again.exception, FileInTheWayError)
+    assert "megatron-rl.sbatch is there already" in str(again.exception)
+
+
+def test_one_kind_of_cluster_is_asked_for(config: Path) -> None:
+    for kinds in ([], ["--slurm", "--kubernetes"]):
+        done = CliRunner().invoke(app, ["launch", str(config), *kinds])
+        assert done.exit_code == 2
+        assert "one of --slurm and --kubernetes" in done.output
