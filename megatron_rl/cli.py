@@ -15,6 +15,7 @@ from megatron_rl.config.recompute import read_recompute
 from megatron_rl.config.resolve import resolve
 from megatron_rl.config.schema import Config, Device, EngineDtype, SftConfig
 from megatron_rl.config.servers import ServerDtype
+from megatron_rl.demo.first_run import demo
 from megatron_rl.errors import UserError
 from megatron_rl.garbage import collect_rarely
 from megatron_rl.models.kinds import POLICY_KINDS
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command()(demo)
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as optim.lr=1e-5")]
