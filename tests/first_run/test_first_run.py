@@ -74,7 +74,7 @@ def test_the_run_trains_on_own_model_data_reward_and_loss(printed: tuple[Path, d
     run = directory / "runs" / "mine"
     lines = read_metrics(run / "metrics.jsonl")
     assert [(line["step"], line["mini_batch"]) for line in lines] == [(s, m) for s in (1, 2, 3) for m in (0, 1)]
-    assert all(line["grad_norm"] > 0 for line in lines)
+    assert any(line["grad_norm"] > 0 for line in lines)  # not where all rewards of a group are equal
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["data"]["verifier"] == "my_rewards:judge"
     assert config["objective"]["custom"] == "my_losses:with_praise"

@@ -22,7 +22,11 @@ VERSION: str = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["
 
 
 def tracked(*paths: str) -> set[str]:
-    """Files of the checkout, new ones included."""
+    """Files of the checkout, new ones included. A copy of it without git has no others."""
+    if not (ROOT / ".git").exists():
+        roots = [ROOT / path for path in paths]
+        files = [file for root in roots for file in (root.rglob("*") if root.is_dir() else [root])]
+        return {str(file.relative_to(ROOT)) for file in files if file.is_file() and "__pycache__" not in file.parts}
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *paths]
     listed = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
     return {name for name in filter(None, listed.split("\0")) if (ROOT / name).is_file()}

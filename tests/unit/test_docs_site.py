@@ -39,7 +39,8 @@ def test_the_site_loads_nothing_from_elsewhere() -> None:
     """Material takes fonts from Google unless told otherwise; its offline plugin takes a script from a CDN."""
     assert SETTINGS["theme"]["font"] is False
     assert SETTINGS["plugins"] == ["search"]
-    assert not {"extra_javascript", "extra_css", "extra", "repo_url"} & SETTINGS.keys()
+    assert not {"extra_javascript", "extra", "repo_url"} & SETTINGS.keys()
+    assert all((ROOT / "docs" / name).is_file() for name in SETTINGS["extra_css"])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs the extra [docs]")
