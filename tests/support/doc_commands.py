@@ -21,7 +21,7 @@ from megatron_rl.config.schema import Config, SftConfig
 
 READERS_FILES = {"run.yaml", "sft.yaml", "study.yaml"}
 """Files that the pages ask the reader to write."""
-SHELL = {"cd", "export", "kill", "sleep", "tail", "until", "wait", "echo", "."}
+SHELL = {"cd", "export", "kill", "openssl", "sleep", "tail", "umask", "until", "wait", "echo", "."}
 CONFIGURED = {"train": Config, "sft": SftConfig, "plan": Config, "attribute": Config, "replay-study": Config}
 TORCHRUN = {"--nnodes", "--node-rank", "--master-addr", "--master-port", "--nproc-per-node"}
 VARIABLE = re.compile(r"^\w+=\S*$")
