@@ -27,7 +27,7 @@ INSTALL := $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/py
 # If this is set, as in many containers, every rank and test would compile all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo study test test-fast test-all mutations lint format clean
+.PHONY: install demo study docs test test-fast test-all mutations lint format clean
 
 install: $(STAMP)
 
@@ -54,15 +54,24 @@ $(STAMP): $(FROZEN) $(NODEPS) $(GYM) $(TE_STUB) $(OLDER_TE_STUB) pyproject.toml 
 demo study test test-fast test-all: export OMP_NUM_THREADS := 1
 
 demo: install
-	$(BIN)/python examples/demo/run.py --preset $(PRESET)
+	$(BIN)/megatron-rl demo --preset $(PRESET)
 
 # The two small studies of examples/studies and a page about both, in .demo/studies/report.
 study: install
-	$(BIN)/python examples/demo/run.py --cold-start
-	PYTHONPATH=examples/demo $(BIN)/python -m megatron_rl study examples/studies/gspo-clip-small.yaml
+	$(BIN)/megatron-rl demo --cold-start
+	$(BIN)/python -m megatron_rl study examples/studies/gspo-clip-small.yaml
 	$(BIN)/python -m megatron_rl study examples/studies/routing-share-small.yaml
 	$(BIN)/python -m megatron_rl report .demo/studies/gspo-clip-small .demo/studies/routing-share-small \
 		--out .demo/studies/report
+
+# The site of the pages, in site/. Its packages have an environment of their own.
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+.venv-docs/.installed: requirements/docs.txt
+	$(PYTHON) -m venv --clear .venv-docs
+	.venv-docs/bin/python -m pip --disable-pip-version-check install --quiet -r requirements/docs.txt
+	@touch $@
 
 # Each worker has whole files; the short ones of tests/unit come last, so that all end at about the same time. Three keep
 # two cores busy, as ranks often wait for each other. They can wait for ever: no test may take longer than `--timeout`.
@@ -95,5 +104,5 @@ format: install
 
 # Removes what these targets made, environments included. Runs (runs/, .demo/) stay.
 clean:
-	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

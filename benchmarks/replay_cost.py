@@ -30,6 +30,7 @@ from megatron_rl.config.schema import Config, Device, EngineConfig, EngineDtype,
 from megatron_rl.cores import usable_cores
 from megatron_rl.data.arithmetic_task import ALPHABET, ArithmeticTask, prompt_text
 from megatron_rl.data.sample import Group, Prompt, Sample
+from megatron_rl.demo.first_run import CONFIGS
 from megatron_rl.engine.device import use_device
 from megatron_rl.models.architecture import read_architecture
 from megatron_rl.rollout.client import SGLangClient
@@ -88,7 +89,7 @@ def trainer_steps(model: Path, samples: list[Sample], engine: EngineConfig) -> d
     layout = Layout.resolve(*parse_layout("tp=1"))
     place = start_process_groups(layout, device, seed=0)
     policy = Policy(model, layout, place, engine, device, optim=None)
-    objective = load_config(Config, Path(__file__).parent.parent / "examples" / "demo" / "gspo.yaml").objective
+    objective = load_config(Config, CONFIGS / "gspo.yaml").objective
     exchange = RouteExchange(policy.arch, policy.routers.layers, place, layout)
     arch = policy.arch
     numbered = [TrainSample(i, i // GROUP, sample, (-1.0) ** i) for i, sample in enumerate(samples)]
@@ -118,7 +119,7 @@ def main(
     torch.set_num_threads(usable_cores())
     with tempfile.TemporaryDirectory() as scratch:
         if model is None:
-            from tools.make_demo_model import make_demo_model
+            from megatron_rl.demo.demo_model import make_demo_model
 
             model = Path(scratch) / "model"
             make_demo_model(model)

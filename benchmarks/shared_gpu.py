@@ -1,6 +1,6 @@
 """Whose memory a GPU holds in each turn of a run with rollout.servers.colocate, read from the device and from torch.
 
-    python benchmarks/shared_gpu.py examples/demo/gspo.yaml rollout.servers.colocate=true weights.route=ipc KEY=VALUE...
+    python benchmarks/shared_gpu.py megatron_rl/demo/gspo.yaml rollout.servers.colocate=true weights.route=ipc
 
 It trains as `megatron-rl train` does, on one rank, and prints a line after each turn. On a GPU its status is 1 unless
 the trainer keeps less than a tenth while servers sample, and servers free more than half while it trains. On a CPU it

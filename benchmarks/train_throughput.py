@@ -36,6 +36,7 @@ from megatron_rl.cores import usable_cores
 from megatron_rl.data.packing import PackedBatch, pack
 from megatron_rl.data.sample import Prompt, Sample
 from megatron_rl.data.schedule import Denominators
+from megatron_rl.demo.first_run import CONFIGS
 from megatron_rl.engine.device import use_device
 from megatron_rl.models.weights_io import torch_dtype
 from megatron_rl.planner.forecast import read_job
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 Steps = dict[str, Callable[[], Any]]
 Size = Literal["demo", "100m", "1b"]
 Layers = Literal["auto", "te", "torch"]
-GSPO = Path(__file__).parent.parent / "examples" / "demo" / "gspo.yaml"
+GSPO = CONFIGS / "gspo.yaml"
 PROMPT_TOKENS = 18
 
 SIZES: dict[str, dict[str, int]] = {
@@ -85,7 +86,7 @@ def make_model(directory: Path, size: Size, dtype: EngineDtype, device: torch.de
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     if size == "demo":
-        from tools.make_demo_model import make_demo_model
+        from megatron_rl.demo.demo_model import make_demo_model
 
         return make_demo_model(directory)
     fields: dict[str, Any] = {

@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python benchmarks/versus_trl.py [--steps 40] [--block 4] [--ours rollout.lag=1] [--ours ...]
 
-Both start from the demo's cold start (`python examples/demo/run.py --cold-start`), and train on the same prompts in
+Both start from the demo's cold start (`megatron-rl demo --cold-start`), and train on the same prompts in
 the same order, with the same verifier, loss, sizes, learning rates and optimizer steps. Each makes `block` steps while
 the other one's processes are stopped. The first step of each is not counted. Machines are noisy, so what counts is the
 median of the ratios of neighbouring blocks. Accuracy is measured on both trained models by one function.
@@ -35,11 +35,12 @@ from megatron_rl.cores import threads_per_process, usable_cores
 from megatron_rl.data.arithmetic_task import ArithmeticTask, prompt_text
 from megatron_rl.data.prompts import PromptCursor, take_indexes
 from megatron_rl.data.sample import Prompt
+from megatron_rl.demo.first_run import CONFIGS
 from megatron_rl.rewards.arithmetic import verify_arithmetic
 
 ROOT = Path(__file__).parent.parent
 HERE = ROOT / "benchmarks" / "versus"
-RECIPE = ROOT / "examples" / "demo" / "grpo.yaml"
+RECIPE = CONFIGS / "grpo.yaml"
 HELD_OUT_SAMPLES = 2
 
 
@@ -56,7 +57,7 @@ def main(
     ours: Annotated[list[str] | None, typer.Option(help="KEY=VALUE for our configuration")] = None,
 ) -> None:
     if not (model / "config.json").is_file():
-        raise typer.BadParameter(f"{model}: no model; make it by `python examples/demo/run.py --cold-start`")
+        raise typer.BadParameter(f"{model}: no model; make it by `megatron-rl demo --cold-start`")
     work = work.absolute()  # the trainers start in the repository's root
     shutil.rmtree(work, ignore_errors=True)
     directories = {name: work / name for name in ("trl", "ours")}

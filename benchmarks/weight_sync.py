@@ -75,12 +75,12 @@ def main(
     repeats: Annotated[int, typer.Option()] = 7,
 ) -> None:
     device = use_device("cpu")
+    from megatron_rl.demo.demo_model import make_tokenizer
     from megatron_rl.engine.policy import Policy
     from megatron_rl.ranks.collectives import broadcast_bytes
     from megatron_rl.ranks.place import start_process_groups, stop_process_groups
     from megatron_rl.weights.all_servers import AllServers
     from megatron_rl.weights.collective import CollectiveRoute
-    from tools.make_demo_model import make_tokenizer
 
     torch.set_num_threads(1)
     resolved = Layout.resolve(*parse_layout(layout))

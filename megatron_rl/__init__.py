@@ -3,4 +3,4 @@
 Importing the package, its configuration and its data types needs no torch.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -15,6 +15,7 @@ from megatron_rl.config.load import C, ConfigError, dump_config
 from megatron_rl.config.recompute import read_recompute
 from megatron_rl.config.resolve import resolve
 from megatron_rl.config.schema import Config, Device, EngineDtype, SftConfig
+from megatron_rl.demo.first_run import demo
 from megatron_rl.errors import UserError
 from megatron_rl.garbage import collect_rarely
 from megatron_rl.models.kinds import POLICY_KINDS
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command()(demo)
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and layout, and stop.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint.")]

@@ -2,7 +2,7 @@
 
     python tools/gpu_campaign.py [--rollouts RUN_DIR --model DIR] [--minutes 10] [--out benchmarks/results/DATE-GPU.md]
 
-`--rollouts` is a run of examples/demo with routing.replay=r3 (its rollouts hold the servers' log-probs and routes), and
+`--rollouts` is a run of the demo with routing.replay=r3 (its rollouts hold the servers' log-probs and routes), and
 `--model` the cold start that it began from. With them the trainer itself runs on the GPU, without servers: GSPO's
 updates on the same batches, live, under R2 and under R3, and the two counterfactual commands.
 
@@ -41,7 +41,7 @@ from megatron_rl.lab.run import read_metrics
 
 ROOT = Path(__file__).parent.parent
 CLI = ("-m", "megatron_rl")
-DEMO = ROOT / "examples" / "demo"
+DEMO = ROOT / "megatron_rl" / "demo"
 Device = Literal["cuda", "cpu"]
 MISSING = "missing"
 PRINTED_LINES = 60
@@ -163,7 +163,7 @@ def servers(work: Path, gpus: int, device: Device) -> Iterator[Check]:
     train the random model, whose answers are all wrong."""
     keys = (f"engine.device={device}", "routing.replay=r3", "data.heldout=null", "eval.every=0", "train.steps=2")
     keys += (f"model.path={work / 'demo'}", "rollout.prompts_per_step=8", "weights.verify=1")
-    keys += ("data.verifier=examples.demo.coin:toss", "optim.lr=1e-3", "optim.warmup_steps=0")
+    keys += ("data.verifier=megatron_rl.demo.coin:toss", "optim.lr=1e-3", "optim.warmup_steps=0")
     shared = "rollout.servers.extra_flags=[--base-gpu-id=0,--mem-fraction-static=0.3]"
     cases = [("on the trainer's GPU, by disk", ("weights.route=disk", *([shared] if device == "cuda" else [])))]
     if gpus >= 2:
@@ -305,8 +305,8 @@ def section(outcome: Outcome) -> str:
 
 def make_inputs(work: Path) -> None:
     """The models and tokens that the checks read."""
+    from megatron_rl.demo.demo_model import make_demo_model
     from megatron_rl.models.random_model import make_random_model
-    from tools.make_demo_model import make_demo_model
 
     make_random_model(work / "random", vocab_size=512)
     make_demo_model(work / "demo")

@@ -1,22 +1,21 @@
 """Trains several presets on the demo's cold start, one after another, and prints a table of them.
 
-    python examples/demo/compare.py --steps 30                     every preset of this directory
+    python examples/demo/compare.py --steps 30                     every preset
     python examples/demo/compare.py --steps 30 --presets grpo gspo
 
 All start from the same weights, with the same seed and the same order of prompts. A preset whose run is complete is not
-trained again; remove .demo/compare to start anew.
+trained again; remove .demo/compare to start again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from run import HERE, ROOT, WORK, cold_start, on_ranks, preset_names
+from megatron_rl.demo.first_run import CONFIGS, WORK, make_cold_start, on_ranks, preset_names
 
 RUNS = WORK / "compare"
 # The same for all, whatever a preset's own configuration says.
@@ -32,7 +31,7 @@ def train(preset: str, steps: int) -> Path:
     shutil.rmtree(run_dir, ignore_errors=True)
     # Four mini-batches to a step, in all of the demo's configurations.
     lengths = (f"train.steps={steps}", f"optim.decay_steps={4 * steps}")
-    on_ranks("train", str(HERE / f"{preset}.yaml"), f"run_dir={run_dir}", *lengths, *COMMON)
+    on_ranks("train", str(CONFIGS / f"{preset}.yaml"), f"run_dir={run_dir}", *lengths, *COMMON)
     return run_dir
 
 
@@ -77,8 +76,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--presets", nargs="+", choices=preset_names(), default=preset_names())
     arguments = parser.parse_args()
-    os.chdir(ROOT)
-    cold_start()
+    make_cold_start()
     rows = [summary(train(preset, arguments.steps)) for preset in arguments.presets]
 
     print(f"\n{arguments.steps} steps; before and after: accuracy on held-out prompts\n")

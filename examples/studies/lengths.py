@@ -1,6 +1,6 @@
 """Makes the cold start of study A: one model that answers chains of 3, 9, 27 and 45 terms about equally surely.
 
-    python examples/studies/lengths.py            (after `python examples/demo/run.py --cold-start`)
+    python examples/studies/lengths.py            (after `megatron-rl demo --cold-start`)
 
 One model for all lengths: cold starts of their own would differ in more than the length of what they write. Chains of
 45 terms, with up to 480 tokens, are the longest that the demo's model has positions for.
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from megatron_rl.cores import threads_per_process
 from megatron_rl.data.arithmetic_task import ArithmeticTask, prompt_text, response_text
+from megatron_rl.demo.first_run import CONFIGS
 
 ROOT = Path(__file__).parents[2]
 WORK = Path(".demo/lengths")
@@ -53,7 +54,7 @@ def main() -> None:
         "steps": 320,
         "batch_size": 32,
     }
-    sft = ["sft", "examples/demo/sft.yaml", *(f"{key}={value}" for key, value in options.items())]
+    sft = ["sft", str(CONFIGS / "sft.yaml"), *(f"{key}={value}" for key, value in options.items())]
     subprocess.run(
         [sys.executable, "-m", "megatron_rl.ranks.launch", str(RANKS), "-m", "megatron_rl", *sft], check=True
     )

@@ -103,7 +103,7 @@ def cold_start(name: str) -> None:
     write_data(name)
     if not (WORK / "random").is_dir():
         sizes = ("--layers", "3", "--hidden", "96", "--experts", "8", "--top-k", "2")
-        run("tools/make_demo_model.py", str(WORK / "random"), "--alphabet", ALPHABET, *sizes)
+        run("-m", "megatron_rl.demo.demo_model", str(WORK / "random"), "--alphabet", ALPHABET, *sizes)
     shutil.rmtree(WORK / f"{name}-sft", ignore_errors=True)
     run("-m", "megatron_rl", "sft", str(HERE / f"{name}-sft.yaml"))
     (WORK / f"{name}-sft" / "model").rename(WORK / f"{name}-cold-start")

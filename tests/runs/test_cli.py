@@ -27,6 +27,7 @@ from megatron_rl.rollout.server import free_ports
 
 Command = Callable[..., Run]
 OPTIONS = {
+    "demo": {"overrides", "--preset", "--cold-start"},
     "train": {"config", "overrides", "--dry-run", "--resume", "--world-size"},
     "sft": {"config", "overrides", "--dry-run", "--resume", "--world-size"},
     "study": {"file", "--task", "--dry-run"},

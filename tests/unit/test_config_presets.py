@@ -30,8 +30,8 @@ from megatron_rl.config.switches import (
     Tis,
     WeightClip,
 )
+from megatron_rl.demo.first_run import CONFIGS
 
-EXAMPLES = ROOT / "examples"
 FILES = sorted(PRESETS.glob("*.yaml"))
 # The papers' values, written a second time, because a mistake in a preset affects every run that uses it.
 PAPERS = {
@@ -246,7 +246,7 @@ def test_the_kl_setting_in_a_presets_comment_loads(tmp_path: Path, name: str, kl
 def test_the_readme_lists_the_presets_and_each_has_a_demo() -> None:
     text = (ROOT / "README.md").read_text().split("Built-in presets are ")[1].split(". Keys in your file")[0]
     assert sorted(re.split(r",\s+|\s+and\s+", text)) == sorted(PAPERS)
-    assert {file.stem for file in (EXAMPLES / "demo").glob("*.yaml")} >= set(PAPERS)
+    assert {file.stem for file in CONFIGS.glob("*.yaml")} >= set(PAPERS)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -267,7 +267,7 @@ def test_a_preset_overrides_every_objective_key_of_earlier_presets(tmp_path: Pat
     assert load_config(Config, path).objective == PAPERS[name]
 
 
-@pytest.mark.parametrize("file", sorted((EXAMPLES / "demo").glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_the_examples_load_without_contradictions_and_run_on_cpus(file: Path) -> None:
     """`make install` has SGLang without its GPU kernels, and the machine may have a GPU."""
     if file.stem == "base":

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from megatron_rl.data.arithmetic_task import ALPHABET, prompt_text, response_text
+from megatron_rl.demo.demo_model import make_demo_model
 from megatron_rl.models.architecture import read_architecture
-from tools.make_demo_model import make_demo_model
 
 SMALL: dict[str, Any] = {"layers": 1, "hidden": 16, "experts": 4, "top_k": 2}
 

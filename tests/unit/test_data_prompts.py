@@ -19,9 +19,9 @@ from megatron_rl.config.schema import Config
 from megatron_rl.data.arithmetic_task import ArithmeticTask, response_text
 from megatron_rl.data.prompts import Fields, PromptCursor, load_sft_samples, take_indexes
 from megatron_rl.data.records import DataError
+from megatron_rl.demo.demo_model import make_tokenizer as make_demo_tokenizer
 from megatron_rl.loop.run_prompts import RunPrompts
 from megatron_rl.rewards.checked_prompts import load_prompts
-from tools.make_demo_model import make_tokenizer as make_demo_tokenizer
 
 FIELDS = Fields("prompt", "answer", "math")
 TEMPLATE = (

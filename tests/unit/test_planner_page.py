@@ -12,4 +12,4 @@ def test_the_page_has_the_plans_of_large_models() -> None:
 
 def test_the_page_shows_the_configuration_that_was_planned() -> None:
     shown = write_plans.RUN.replace("MODEL", "Qwen3-30B-A3B")
-    assert "".join(f"    {line}\n" for line in shown.splitlines()) in write_plans.PAGE.read_text()
+    assert f'```yaml title="run.yaml"\n{shown.strip()}\n```\n' in write_plans.PAGE.read_text()

@@ -1,6 +1,6 @@
 """Makes the demo's model: a Hugging Face-format Qwen3-MoE with random weights and a tokenizer of single characters.
 
-python tools/make_demo_model.py DIRECTORY
+python -m megatron_rl.demo.demo_model DIRECTORY
 """
 
 from __future__ import annotations

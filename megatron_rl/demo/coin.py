@@ -1,7 +1,7 @@
 """A control for the demo: rewards by the toss of a coin, while accuracy is still judged by the answer.
 
-    PYTHONPATH=examples/demo torchrun --nproc-per-node 2 -m megatron_rl train examples/demo/gspo.yaml \\
-        data.verifier=coin:toss run_dir=.demo/runs/coin train.steps=30 optim.decay_steps=120
+    torchrun --nproc-per-node 2 -m megatron_rl train megatron_rl/demo/gspo.yaml \\
+        data.verifier=megatron_rl.demo.coin:toss run_dir=.demo/runs/coin train.steps=30 optim.decay_steps=120
 
 If accuracy rose here too, the demo's gain would not be the reward's.
 """

@@ -1,0 +1,1 @@
+"""The demo that `megatron-rl demo` runs: its configurations, its model, and a control of its rewards."""
