@@ -11,17 +11,15 @@ from typing import Annotated
 import typer
 
 from megatron_rl.cluster_commands import ConfigFile, KeyVariable, Overrides, launch, serve
-from megatron_rl.config.load import C, ConfigError, dump_config
+from megatron_rl.config.load import C, ConfigError
 from megatron_rl.config.recompute import read_recompute
-from megatron_rl.config.resolve import resolve
 from megatron_rl.config.schema import Config, Device, EngineDtype, SftConfig
 from megatron_rl.demo.first_run import demo
 from megatron_rl.errors import UserError
 from megatron_rl.garbage import collect_rarely
 from megatron_rl.models.kinds import POLICY_KINDS
 from megatron_rl.ranks.agreement import agree as agree_on
-from megatron_rl.ranks.agreement import end, explain_fault, tell
-from megatron_rl.ranks.world import read_world
+from megatron_rl.ranks.agreement import end, explain_fault, tell_launcher
 from megatron_rl.stop import Stopped
 
 app = typer.Typer(
@@ -34,6 +32,7 @@ app.command()(demo)
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and layout, and stop.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint.")]
+OfSft = Annotated[bool, typer.Option("--sft", help="CONFIG is one of `sft`.")]
 WorldSize = Annotated[int | None, typer.Option(min=1, help="Ranks that --dry-run plans for; else torchrun's, or 1.")]
 VERSIONED = ("megatron_rl", "megatron-core", "torch", "transformers", "sglang")
 """Distributions that --version names."""
@@ -88,13 +87,7 @@ def train(
         _show(Config, config, overrides or [], world_size)
         return
     _refuse_world_size(world_size)
-
-    def check(loaded: Config) -> None:
-        from megatron_rl.loop.parts import check_start
-
-        check_start(loaded)
-
-    with agree_on("train", Config, config, overrides or [], resume=resume, check=check) as loaded:
+    with agree_on("train", Config, config, overrides or [], resume=resume, check=_check_start) as loaded:
         from megatron_rl.train import train as run
 
         run(loaded, resume=resume)
@@ -113,17 +106,25 @@ def sft(
         _show(SftConfig, config, overrides or [], world_size)
         return
     _refuse_world_size(world_size)
-
-    def check(loaded: SftConfig) -> None:
-        from megatron_rl.engine.device import check_deterministic, resolve_device
-
-        resolve_device(loaded.engine.device)
-        check_deterministic(loaded.engine)
-
-    with agree_on("sft", SftConfig, config, overrides or [], resume=resume, check=check) as loaded:
+    with agree_on("sft", SftConfig, config, overrides or [], resume=resume, check=_check_start) as loaded:
         from megatron_rl.sft import sft as run
 
         run(loaded, resume=resume)
+
+
+@app.command()
+def check(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    sft: OfSft = False,
+    world_size: Annotated[int | None, typer.Option(min=1, help="Ranks of the run; default: torchrun's, or 1.")] = None,
+) -> None:
+    """Opens all that a start needs, servers given by URL too, and prints a line for each; starts and writes nothing."""
+    from megatron_rl import preflight
+
+    if sft:
+        raise typer.Exit(preflight.run(SftConfig, config, overrides or [], world_size))
+    raise typer.Exit(preflight.run(Config, config, overrides or [], world_size))
 
 
 @app.command()
@@ -135,7 +136,7 @@ def plan(
         float | None, typer.Option(min=1, max=10000, help="GiB of one GPU; default: what --gpu has")
     ] = None,
     gpu: Annotated[str, typer.Option(help="a100, h100, h200 or b200, for the estimate of time")] = "h100",
-    sft: Annotated[bool, typer.Option("--sft", help="CONFIG is one of `sft`.")] = False,
+    sft: OfSft = False,
 ) -> None:
     """Says without a GPU how much memory each rank needs, and which layouts fit. Fails if the run does not fit."""
     from megatron_rl.planner.forecast import find_gpu, forecast, read_job
@@ -329,26 +330,21 @@ def attribute(config: ConfigFile, overrides: Overrides = None, step: Step = 1) -
         attribution.print_attribution(lines)
 
 
-def _refuse_world_size(world_size: int | None) -> None:
-    if world_size is not None:
-        raise ConfigError("--world-size: only --dry-run plans for a world; torchrun's --nproc-per-node starts one")
+def _check_start(loaded: Config | SftConfig) -> None:
+    from megatron_rl.loop.start_checks import check_start
+
+    check_start(loaded)
 
 
 def _show(cls: type[C], path: Path, overrides: Sequence[str], world_size: int | None) -> None:
-    """Prints all that can be said of a configuration without torch."""
-    from megatron_rl.config.show import show_layout, show_schedule, show_sizes
-    from megatron_rl.lab.alarms import check_alarms
-    from megatron_rl.planner.forecast import memory_lines
-    from megatron_rl.planner.memory import Job
+    from megatron_rl.planner.dry_run import show
 
-    resolved = resolve(cls, path, overrides, world_size or read_world().size)
-    check_alarms(resolved.config.lab.alarms)
-    tell(resolved.notes)
-    print(dump_config(resolved.config))
-    show_layout(resolved.layout, resolved.arch, resolved.config.engine)
-    show_sizes(resolved.arch)
-    show_schedule(resolved.config, resolved.layout)
-    print(memory_lines(Job(resolved.config, resolved.arch, resolved.layout)))
+    show(cls, path, overrides, world_size)
+
+
+def _refuse_world_size(world_size: int | None) -> None:
+    if world_size is not None:
+        raise ConfigError("--world-size: only --dry-run plans for a world; torchrun's --nproc-per-node starts one")
 
 
 def main() -> None:
@@ -357,6 +353,7 @@ def main() -> None:
     try:
         app()
     except Stopped as stopped:  # rank 0 has said why
+        tell_launcher(str(stopped))
         sys.exit(stopped.status)
     except UserError as error:
         sys.exit(end(error))

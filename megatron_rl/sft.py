@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from megatron_rl.config.schema import SftConfig
-from megatron_rl.data.prompts import Fields, PromptCursor, load_sft_samples, take_indexes
+from megatron_rl.data.prompts import PromptCursor, take_indexes
 from megatron_rl.data.sample import Sample
 from megatron_rl.engine.distribute import TrainSample, distribute
 from megatron_rl.engine.manifest import State
 from megatron_rl.engine.packed_losses import SftLoss
+from megatron_rl.loop.run_prompts import read_examples
 from megatron_rl.loop.trainer import Trainer, open_trainer
-from megatron_rl.models.tokenizer import load_tokenizer
 from megatron_rl.ranks.collectives import together
 
 
@@ -17,7 +17,8 @@ def sft(config: SftConfig, resume: bool = False) -> None:
     """Runs `config.steps` optimizer steps and leaves the model as a Hugging Face directory in run_dir/model."""
     with open_trainer(config, steps=config.steps, resume=resume) as trainer:
         with trainer.console.starting("data", config.data.train), together(trainer.place.control):
-            samples = _load(config, trainer)
+            leads = trainer.place.leads_replica
+            samples = read_examples(config, trainer.policy.arch.vocab_size) if leads else []
         state = trainer.begin()
         step = state.step if state else 0
         cursor = PromptCursor(**state.cursor) if state else PromptCursor(config.seed)
@@ -38,16 +39,6 @@ def sft(config: SftConfig, resume: bool = False) -> None:
             trainer.console.step(step, {"loss": metrics["loss"], "tokens/s": tokens_per_second}, times)
             trainer.checkpoint(State(step=step, cursor=cursor.as_json()))
         trainer.export_all()
-
-
-def _load(config: SftConfig, trainer: Trainer) -> list[Sample]:
-    """All examples, on the data-parallel leaders."""
-    if not trainer.place.leads_replica:
-        return []
-    fields = Fields(config.data.prompt_field, config.data.response_field, chat_template=config.data.chat_template)
-    tokenizer = load_tokenizer(config.model.path)
-    vocab_size = trainer.policy.arch.vocab_size
-    return load_sft_samples(config.data.train, fields, tokenizer, config.data.max_tokens, vocab_size=vocab_size)
 
 
 def _share(samples: list[Sample], chosen: list[int], trainer: Trainer) -> list[TrainSample]:

@@ -177,10 +177,11 @@ class DataConfig(Frozen):
     prompt_field: str = "prompt"
     """Field with the prompt."""
     answer_field: str = "answer"
-    """Field with the reference answer."""
+    """Field with the reference answer. A verifier that takes the whole record needs none."""
     verifier: str | None = None
-    """Verifier of prompts that name none: a built-in name, or `package.module:function`. A prompt may name a built-in
-    verifier or this one. Defaults to the source's own if it is generated, else `math`."""
+    """Verifier of prompts that name none: a built-in name, or `package.module:function`, which may lie in the working
+    directory. A prompt may name a built-in verifier or this one. Defaults to the source's own if it is generated, else
+    `math`."""
     chat_template: bool = False
     """Wrap each prompt as a user message with the tokenizer's chat template."""
     max_prompt_tokens: PositiveInt = 1024
@@ -224,7 +225,7 @@ class RewardConfig(Frozen):
     workers: PositiveInt | None = None
     """Processes for each verifier on each data-parallel leader; null: one for each core, up to 16."""
     timeout: Positive = 10.0
-    """Seconds for one answer."""
+    """Seconds for one call of a verifier, which judges one response, or all of a group if it asks for them."""
     memory_mib: PositiveInt | None = 4096
     """Address space of a worker; null: no limit."""
     environment: tuple[str, ...] = ()

@@ -246,5 +246,6 @@ class ObjectiveConfig(Frozen):
     centering: Centering | None = None
     """Defaults to null, which disables it."""
     custom: str | None = None
-    """Your own loss, `package.module:function`, called in place of objectives.policy_loss.policy_loss with equal
-    arguments. It does not change advantages, nor the denominators under a correction."""
+    """Your own loss, `package.module:function`, which may lie in the working directory. It is called in place of
+    objectives.policy_loss.policy_loss with equal arguments. It does not change advantages, nor the denominators under a
+    correction."""

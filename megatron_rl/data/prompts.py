@@ -132,12 +132,12 @@ def data_digest(source: str) -> str:
 
 
 def source_records(
-    source: str, fields: Fields, optional: Sequence[str], answer_text: Callable[[Sequence[int]], str]
+    source: str, fields: Fields, optional: Sequence[str] | None, answer_text: Callable[[Sequence[int]], str]
 ) -> Iterator[Record]:
     """Records of a path that find_files accepts, or of a generated source.
 
     `answer_text` makes fields.answer from the terms of an arithmetic problem. `optional` names further fields to keep
-    if a record has them.
+    if a record has them; None keeps all.
     """
     if source.startswith(gym_task.PREFIX):
         for number, (question, answer) in enumerate(GymTask.parse(source).problems()):
@@ -145,7 +145,7 @@ def source_records(
             yield Record(where, where, {fields.prompt: question, fields.answer: answer})
         return
     if not is_generated(source):
-        yield from read_records(Path(source), {fields.prompt, fields.answer, *optional})
+        yield from read_records(Path(source), None if optional is None else {fields.prompt, fields.answer, *optional})
         return
     task = ArithmeticTask.parse(source)
     for number, terms in enumerate(task.problems()):

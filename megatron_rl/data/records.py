@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import date, time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from megatron_rl.data.files import DataError, find_files
 from megatron_rl.data.json_lines import read_json_lines
-from megatron_rl.data.numbers import number_text
+from megatron_rl.data.numbers import Real, number_text
 from megatron_rl.data.tables import read_tables
 
 # Names of types in errors. Other types keep their Python name.
@@ -51,12 +53,37 @@ class Record:
             raise self.error(name, f"expected text or a finite number, found {text}")
         return text
 
+    def plain(self) -> dict[str, Any]:
+        """All fields as JSON has them. Raises DataError for a value such as bytes, which JSON has not."""
+        return {name: _plain(value, self, name) for name, value in self.values.items()}
+
     def error(self, name: str, problem: str) -> DataError:
         return DataError(f"{self.where}: {name}: {problem}")
 
 
 def kind_of(value: object) -> str:
     return next((name for kind, name in _KINDS.items() if type(value) is kind), type(value).__name__)
+
+
+def _plain(value: Any, record: Record, name: str) -> Any:
+    match value:
+        case Real() | Decimal():
+            return float(value)
+        case int() if value.bit_length() > 63:
+            raise record.error(name, "is beyond the integers of 64 bits; give it as text")
+        case None | bool() | int() | float() | str():
+            return value
+        case list() | tuple():
+            return [_plain(each, record, name) for each in value]
+        case dict():
+            return {str(key): _plain(each, record, name) for key, each in value.items()}
+        case date() | time():
+            return value.isoformat()
+    raise record.error(
+        name,
+        f"is of type {type(value).__name__}, which no verifier can be given as part of the record; take the column "
+        "out, or have the verifier ask for the prompt alone",
+    )
 
 
 def read_records(path: Path, fields: Collection[str] | None = None) -> Iterator[Record]:

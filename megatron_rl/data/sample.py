@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,8 @@ class Prompt:
     token_ids: tuple[int, ...]
     answer: str  # the reference answer, as text
     verifier: str  # name of the function in megatron_rl.rewards that judges a response
+    record: dict[str, Any] | None = field(default=None, compare=False)
+    """All fields of the record as JSON has them, if the verifier asks for them. Not in saved rollouts."""
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from megatron_rl.doctor.needs import CannotTell
 from megatron_rl.engine.device import use_device
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import SGLangClient
+from megatron_rl.rollout.server_needs import CannotTell
 from megatron_rl.weights.all_servers import AllServers
 from megatron_rl.weights.collective import CollectiveRoute
 

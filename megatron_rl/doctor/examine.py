@@ -11,24 +11,25 @@ from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config
 from megatron_rl.config.servers import ServersConfig, read_urls, url_problem
 from megatron_rl.config.sources import ConfigError
-from megatron_rl.doctor.needs import (
-    ADMIN,
-    SLACK,
-    CannotTell,
-    CheckFailed,
-    Finding,
-    Needs,
-    State,
-    check_lengths,
-    check_parallelism,
-    check_same_model,
-)
 from megatron_rl.doctor.probes import Prober
 from megatron_rl.errors import UserError
+from megatron_rl.finding import Finding, State
 from megatron_rl.rollout.answers import VERSION, RolloutError
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import SGLangClient, UnreachableError
 from megatron_rl.rollout.pool import read_api_key
+from megatron_rl.rollout.server_needs import (
+    ADMIN,
+    SLACK,
+    CannotTell,
+    CheckFailed,
+    Needs,
+    check_lengths,
+    check_parallelism,
+    check_same_model,
+    explain_refusal,
+    is_unauthorised,
+)
 
 DEADLINE = 10.0
 """Seconds for one answer."""
@@ -121,17 +122,10 @@ class Examination:
         except UnreachableError:
             raise
         except RolloutError as error:
-            if ": status 401" in str(error):
-                self._add(
-                    "fail",
-                    "authorised",
-                    "it wants another key; give --api-key-env (rollout.servers.api_key_env) the name of the variable "
-                    "that holds the value of the server's --api-key",
-                )
+            if is_unauthorised(error):
+                self._add("fail", "authorised", explain_refusal(error))
             else:
-                self._add(
-                    "fail", "SGLang", f"{self._told(error)}; start SGLang there, for example by megatron-rl serve"
-                )
+                self._add("fail", "SGLang", f"{self._told(error)}; {explain_refusal(error)}")
             return None
         self._add("ok", "SGLang", f"version {info.get('version')} on {info.get('device')}")
         return model, info
@@ -203,7 +197,7 @@ class Examination:
             self._add("fail", name, "; ".join(filter(None, (self._told(error), fix))))
 
     def _add(self, state: State, name: str, text: str) -> None:
-        self._findings.append(Finding(state, name, " ".join(text.split())))
+        self._findings.append(Finding(state, name, text))
         print(self._findings[-1], flush=True)
 
     def _told(self, error: Exception) -> str:

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from megatron_rl.config.bounds import LARGEST_INT
-from megatron_rl.doctor.needs import CannotTell, CheckFailed, Needs
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.rollout.answers import Completion, RolloutError
 from megatron_rl.rollout.client import RefusedError, SGLangClient, UnreachableError
+from megatron_rl.rollout.server_needs import CannotTell, CheckFailed, Needs
 from megatron_rl.routing.wire import RouteSpec
 
 ROUNDING = 0.1

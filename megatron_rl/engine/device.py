@@ -20,10 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megatron_rl.config.schema import EngineConfig
-from megatron_rl.config.sources import ConfigError
 from megatron_rl.ranks.known_warnings import ON_CPU, hide_known_warnings
-from megatron_rl.ranks.world import read_world
+from megatron_rl.ranks.own_device import resolve_device
 
 CPU = torch.device("cpu")
 
@@ -31,31 +29,6 @@ NCCL_OF_SERVERS = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
 """What SGLang sets for NCCL if its environment does not. Rank 0 and the servers share a communicator for weights, whose
 ranks may fail to connect if one allocates its buffers in another way. All ranks of a run share communicators with
 rank 0, so all need the same. NCCL reads the variables once, before its first communicator."""
-
-
-def resolve_device(requested: str) -> torch.device:
-    """Returns this rank's device; `requested` is auto, cpu or cuda. Raises ConfigError if there is no GPU for it."""
-    if requested == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("engine.device: cuda, but torch sees no CUDA device; use auto or cpu")
-    if requested == "cpu" or not torch.cuda.is_available():
-        return CPU
-    local_rank, gpus = read_world().local_rank, torch.cuda.device_count()
-    if local_rank >= gpus:
-        raise ConfigError(
-            f"engine.device: {requested}, but LOCAL_RANK is {local_rank} and torch sees {gpus} GPUs; start one rank "
-            "for each GPU of a node"
-        )
-    return torch.device("cuda", local_rank)
-
-
-def check_deterministic(engine: EngineConfig) -> None:
-    """Raises ConfigError if engine.deterministic lacks an environment variable that the kernels of a GPU need."""
-    on_gpu = engine.device != "cpu" and torch.cuda.is_available()
-    if engine.deterministic and on_gpu and os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
-        raise ConfigError(
-            "engine.deterministic: true, but the environment variable CUBLAS_WORKSPACE_CONFIG is not :4096:8, without "
-            "which cuBLAS may give other bits; set it for all ranks"
-        )
 
 
 def use_device(requested: str, leave_out: Collection[str] = ()) -> torch.device:

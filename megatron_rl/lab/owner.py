@@ -124,6 +124,14 @@ class Owner:
         self._thread.join()
 
 
+def refuse_living(directory: Path) -> None:
+    """Raises OwnerError if the directory's owner lives on this machine; does not wait for one on another machine."""
+    if owners := _owners(directory):
+        owner = _read(owners[-1])
+        if "ended" not in owner and owner.get("machine") == _machine() and _runs(owner):
+            raise OwnerError(_refusal(owners[-1], owner))
+
+
 def _wait_for_end(file: Path, mine: Path, sleep: Callable[[float], None]) -> None:
     """Waits until the owner has ended. Raises OwnerError at its first sign of life."""
     try:

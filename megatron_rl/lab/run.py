@@ -33,7 +33,7 @@ import orjson
 
 from megatron_rl.disk import sync_directory, writes
 from megatron_rl.errors import FileInTheWayError
-from megatron_rl.lab.owner import Owner
+from megatron_rl.lab.owner import Owner, refuse_living
 from megatron_rl.lab.run_records import (
     RECORDS,
     RUN_FILE,
@@ -188,6 +188,21 @@ class RunDir:
             history.take(checkpoint, "checkpoints")
         sync_directory(self.checkpoints)
         return kept.get(self.metrics_file, 0)
+
+
+def check_run_dir(path: Path, config_yaml: str) -> str:
+    """Says what a start would find in the directory, and changes nothing. Raises as RunDir.open does, but for an owner
+    on another machine."""
+    if path.is_dir():
+        refuse_living(path)
+    if (path / "config.yaml").is_file():
+        check_resumable(path, config_yaml)
+        return f"{path} holds a run of this configuration, which --resume goes on with"
+    _check_empty(path)
+    there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise RunDirError(f"run_dir {path}: nothing can be written into {there}; name another run_dir")
+    return f"{path} is free, and can be written"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,8 @@ import orjson
 from megatron_rl.config.schema import Config
 from megatron_rl.loop.trainer import Trainer
 from megatron_rl.ranks.collectives import broadcast_bytes
-from megatron_rl.rollout.pool import Pool, PoolOpener, PoolOptions, read_api_key
+from megatron_rl.rollout.pool import Pool, PoolOpener, PoolOptions, read_server_key
+from megatron_rl.rollout.server_needs import Needs
 from megatron_rl.rollout.source import Leader, first_server
 from megatron_rl.rollout.transport import IDLE_SECONDS, LAUNCHED_IDLE_SECONDS
 
@@ -40,6 +41,7 @@ def connect(config: Config, trainer: Trainer, open_pool: PoolOpener = Pool) -> I
                 logs=trainer.run.logs,
                 seed=config.seed,
                 return_routed_experts=config.routing.needs_rollout_routes,
+                needs=Needs.of(config, None),
                 api_key=api_key,
             )
             pool = stack.enter_context(open_pool(options))
@@ -59,9 +61,3 @@ def connect(config: Config, trainer: Trainer, open_pool: PoolOpener = Pool) -> I
             )
             stack.callback(leader.close)
         yield Servers(pool, leader)
-
-
-def read_server_key(config: Config) -> str | None:
-    """The key of servers given by URL; None if they need none. Raises ServerError, which never shows it."""
-    name = config.rollout.servers.api_key_env
-    return read_api_key(name, "rollout.servers.api_key_env") if name else None

@@ -8,28 +8,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from megatron_rl.config.schema import Config
-from megatron_rl.config.servers import CPU_ADVICE, cpu_problem
-from megatron_rl.config.sharing import check_machine
-from megatron_rl.config.sources import ConfigError
-from megatron_rl.engine.device import check_deterministic, resolve_device
 from megatron_rl.engine.top_exchange import TopExchange
-from megatron_rl.environments.episodes import check_environment
-from megatron_rl.loop.connections import connect, read_server_key
+from megatron_rl.loop.connections import connect
 from megatron_rl.loop.environment import Environment
 from megatron_rl.loop.evaluator import Evaluator
 from megatron_rl.loop.gpu_turns import SAMPLING, GpuTurns
 from megatron_rl.loop.progress import Progress
 from megatron_rl.loop.publisher import Publisher
-from megatron_rl.loop.rollouts import GroupSource, LiveGroups, Rollouts, SavedGroups, check_saved, top_k
+from megatron_rl.loop.rollouts import GroupSource, LiveGroups, Rollouts, SavedGroups
 from megatron_rl.loop.run_prompts import RunPrompts
 from megatron_rl.loop.trainer import Trainer, open_trainer
-from megatron_rl.models.architecture import read_architecture
-from megatron_rl.objectives.custom import get_objective
 from megatron_rl.ranks.collectives import together
-from megatron_rl.ranks.world import read_world
-from megatron_rl.rewards import check_verifier
 from megatron_rl.rollout.ledger import Ledger
 from megatron_rl.rollout.pool import Pool, PoolOpener
+from megatron_rl.rollout.source import check_saved, top_k
 from megatron_rl.routing.exchange import RouteExchange
 from megatron_rl.routing.wire import RouteSpec
 
@@ -49,23 +41,6 @@ class Parts:
     """Takes mu's most likely tokens to the ranks that compute the loss; None if they are not needed."""
 
 
-def check_start(config: Config) -> None:
-    """Checks what else this rank needs before it joins the others: its device, the servers' key, own code. Raises
-    UserError."""
-    device = resolve_device(config.engine.device)
-    check_deterministic(config.engine)
-    if config.rollout.servers.colocate:
-        world = read_world()
-        check_machine(world.size, world.local_size)
-    starts_servers = config.rollout.replay_from is None and not config.rollout.servers.are_elsewhere
-    if starts_servers and device.type == "cpu" and (problem := cpu_problem(read_architecture(config.model.path))):
-        raise ConfigError(f"engine.device: {config.engine.device} is the CPU here, but {problem}; {CPU_ADVICE}")
-    read_server_key(config)
-    get_objective(config.objective)
-    check_verifier(config)
-    check_environment(config)
-
-
 @contextlib.contextmanager
 def open_parts(config: Config, resume: bool, open_pool: PoolOpener = Pool) -> Iterator[Parts]:
     """The run on this rank, its servers opened if need be, resumed from the newest complete checkpoint if asked."""
@@ -77,7 +52,8 @@ def open_parts(config: Config, resume: bool, open_pool: PoolOpener = Pool) -> It
         # Before servers are started, and before the run's files are touched.
         with trainer.console.starting("data", _data(config)), together(trainer.place.control):
             prompts = RunPrompts.load(config, trainer.place, trainer.policy.arch.vocab_size)
-            check_saved(config, trainer)
+            if trainer.place.rank == 0:
+                check_saved(config, trainer.policy.arch, trainer.resumes_from.step + 1 if trainer.resumes_from else 1)
         stack.callback(prompts.close)
         yield _assemble(config, trainer, prompts, stack, open_pool)
 
@@ -100,6 +76,7 @@ def _assemble(config: Config, trainer: Trainer, prompts: RunPrompts, stack: Exit
     """Starts or finds the servers, and begins the run. `stack` closes what is opened; servers that run elsewhere are
     then of use to the next run, whatever ended this one. Collective."""
     policy = trainer.policy
+    top = top_k(config, policy.arch.vocab_size)
     spec = RouteSpec.of(policy.arch) if config.routing.needs_rollout_routes else None
     routes = RouteExchange(policy.arch, policy.routers.layers, trainer.place, trainer.layout) if spec else None
     servers = environment = None
@@ -131,7 +108,7 @@ def _assemble(config: Config, trainer: Trainer, prompts: RunPrompts, stack: Exit
             ledger=ledger,
             turns=prompts.turns,
             routes=spec,
-            top_k=top_k(config, trainer),
+            top_k=top,
         )
         source = LiveGroups(config, trainer, environment, prompts.train, ledger)
     return Parts(
@@ -143,5 +120,5 @@ def _assemble(config: Config, trainer: Trainer, prompts: RunPrompts, stack: Exit
         evaluator=Evaluator(config.eval, trainer, environment, prompts.heldout),
         gpu_turns=gpu_turns,
         routes=routes,
-        tops=TopExchange(k, trainer.place, trainer.layout) if (k := top_k(config, trainer)) else None,
+        tops=TopExchange(top, trainer.place, trainer.layout) if top else None,
     )

@@ -31,7 +31,7 @@ from megatron_rl.rollout.dynamic import Search, Tally, check_verdicts
 from megatron_rl.rollout.flow import Flow
 from megatron_rl.rollout.ledger import Ledger, is_of_age
 from megatron_rl.rollout.selection import after_taking, untaken
-from megatron_rl.rollout.source import Wanted, check_headers, rollout_file, saved_groups
+from megatron_rl.rollout.source import Wanted, rollout_file, saved_groups
 from megatron_rl.routing.wire import RouteSpec
 from megatron_rl.stop import Interrupted
 
@@ -128,7 +128,7 @@ class SavedGroups:
         """`routes`: what each sample's routing trace must look like; None if traces are not needed."""
         assert config.rollout.replay_from is not None
         self._run_dir = config.rollout.replay_from
-        self._wanted = _wanted(config, trainer)
+        self._wanted = Wanted.of(config, trainer.policy.arch.vocab_size)
         self._trainer = trainer
         self._routes = routes
 
@@ -236,32 +236,3 @@ class LiveGroups:
 
     def _quota_figures(self, progress: Progress) -> dict[str, float]:
         return {} if self._quota is None else self._quota.figures(progress.step)
-
-
-def check_saved(config: Config, trainer: Trainer) -> None:
-    """Checks on rank 0, if rollouts are replayed, that there are rollouts for the steps to come, and that they fit: the
-    first step's whole, the others as far as their headers tell. Raises as saved_groups does."""
-    path, state = config.rollout.replay_from, trainer.resumes_from
-    if path is not None and trainer.place.rank == 0:
-        wanted, first = _wanted(config, trainer), state.step + 1 if state else 1
-        for step in range(first, config.train.steps + 1):
-            check_headers(path, step, wanted)
-        if first <= config.train.steps:
-            saved_groups(path, first, 0, 1, wanted=wanted)
-
-
-def top_k(config: Config, trainer: Trainer) -> int:
-    """How many of mu's most likely tokens the run needs at each token; 0 without score centering."""
-    centering = config.objective.centering
-    return 0 if centering is None else min(centering.top_k, trainer.policy.arch.vocab_size)
-
-
-def _wanted(config: Config, trainer: Trainer) -> Wanted:
-    return Wanted(
-        prompts=config.rollout.prompts_per_step,
-        group_size=config.rollout.group_size,
-        max_tokens=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
-        temperature=config.rollout.temperature,
-        vocab_size=trainer.policy.arch.vocab_size,
-        top_k=top_k(config, trainer),
-    )

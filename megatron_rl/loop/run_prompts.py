@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_rl.config.multi_turn import EnvironmentConfig
-from megatron_rl.config.schema import Config
-from megatron_rl.data.prompts import Fields, PromptDataset
-from megatron_rl.data.sample import Prompt
+from megatron_rl.config.schema import Config, SftConfig
+from megatron_rl.data.prompts import Fields, PromptDataset, load_sft_samples
+from megatron_rl.data.sample import Prompt, Sample
 from megatron_rl.environments.dialogue import make_dialogue
 from megatron_rl.environments.episodes import Environments
 from megatron_rl.models.tokenizer import load_tokenizer
-from megatron_rl.ranks.place import Place
 from megatron_rl.rewards import Judges
 from megatron_rl.rewards.checked_prompts import load_prompts
+from megatron_rl.rewards.trial import try_verifier
 from megatron_rl.rollout.turns import MultiTurn, open_conversation
+
+if TYPE_CHECKING:  # it imports Megatron-Core
+    from megatron_rl.ranks.place import Place
 
 
 @dataclass(frozen=True)
@@ -32,29 +35,25 @@ class RunPrompts:
 
     @classmethod
     def load(cls, config: Config, place: Place, vocab_size: int) -> RunPrompts:
-        """Reads and checks all of this rank's prompts and their references, and opens a conversation on the first.
-        Raises DataError, RewardError, EnvError."""
+        """Reads and checks all of this rank's prompts and their references. Tries a user's verifier and the environment
+        on the first. Raises DataError, RewardError, EnvError."""
         tokenizer = load_tokenizer(config.model.path)
         data = config.data
-        fields = Fields(data.prompt_field, data.answer_field, data.verifier, data.chat_template)
-
-        def read(source: str) -> PromptDataset:
-            return load_prompts(
-                source,
-                fields,
-                tokenizer,
-                data.max_prompt_tokens,
-                vocab_size=vocab_size,
-                judges=lambda: Judges.of(config.reward),
-            )
-
         asks = config.rollout.replay_from is None
-        train = read(data.train) if asks and place.leads_replica else None
-        heldout = read(data.heldout) if asks and data.heldout and place.rank == 0 else None
-        turns = None
-        if train is not None and config.rollout.environment is not None:
-            turns = _open_turns(config.rollout.environment, config, tokenizer, train[0])
-        return cls(train, heldout, tokenizer, Judges.of(config.reward), turns)
+        train = heldout = None
+        if asks and place.leads_replica:
+            train = read_prompts(config, data.train, tokenizer, vocab_size)
+        if asks and data.heldout and place.rank == 0:
+            heldout = read_prompts(config, data.heldout, tokenizer, vocab_size)
+        prompts = cls(train, heldout, tokenizer, Judges.of(config.reward), None)
+        if train is None:
+            return prompts
+        try:
+            try_verifier(prompts.judges, train[0])
+            return dataclasses.replace(prompts, turns=open_turns(config, tokenizer, train[0]))
+        except BaseException:
+            prompts.close()
+            raise
 
     def close(self) -> None:
         self.judges.close()
@@ -62,7 +61,34 @@ class RunPrompts:
             self.turns.environments.close()
 
 
-def _open_turns(environment: EnvironmentConfig, config: Config, tokenizer: Any, first: Prompt) -> MultiTurn:
+def read_prompts(config: Config, source: str, tokenizer: Any, vocab_size: int) -> PromptDataset:
+    """Reads and checks the prompts of data.train or data.heldout. Raises DataError and RewardError."""
+    data = config.data
+    return load_prompts(
+        source,
+        Fields(data.prompt_field, data.answer_field, data.verifier, data.chat_template),
+        tokenizer,
+        data.max_prompt_tokens,
+        vocab_size=vocab_size,
+        judges=lambda: Judges.of(config.reward),
+    )
+
+
+def read_examples(config: SftConfig, vocab_size: int) -> list[Sample]:
+    """Reads and checks all examples of supervised fine-tuning. Raises DataError."""
+    data = config.data
+    fields = Fields(data.prompt_field, data.response_field, chat_template=data.chat_template)
+    return load_sft_samples(
+        data.train, fields, load_tokenizer(config.model.path), data.max_tokens, vocab_size=vocab_size
+    )
+
+
+def open_turns(config: Config, tokenizer: Any, first: Prompt) -> MultiTurn | None:
+    """What the policy talks to, once a conversation on the first prompt has been opened; None if it answers once.
+    Raises EnvError."""
+    environment = config.rollout.environment
+    if environment is None:
+        return None
     dialogue = make_dialogue(tokenizer, environment.renderer)
     environments = Environments(environment.name, config.reward)
     turns = MultiTurn(environments, dialogue, environment.max_turns, config.data.max_prompt_tokens)

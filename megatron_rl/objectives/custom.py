@@ -7,7 +7,7 @@ a correction of kind mis, whose rejections are out of the denominators that it i
 
 from __future__ import annotations
 
-import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import fields
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_rl.config.switches import ObjectiveConfig
 from megatron_rl.data.schedule import Denominators
 from megatron_rl.errors import UserError
+from megatron_rl.named_code import import_own
 from megatron_rl.objectives.inputs import LossInputs, PolicyLossOutputs
 from megatron_rl.objectives.policy_loss import policy_loss
 
@@ -28,24 +29,40 @@ class ObjectiveError(UserError):
 
 
 def get_objective(config: ObjectiveConfig) -> Objective:
-    """policy_loss, or the user's own with its outputs checked. Raises ObjectiveError when there is none."""
+    """policy_loss, or the user's own with its outputs checked. Raises ObjectiveError if there is none, or if it takes
+    other arguments."""
     name = config.custom
     if name is None:
         return policy_loss
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise ObjectiveError(f"objective.custom: found {name!r}, expected package.module:function")
     try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+        function = import_own(name)
+    except LookupError as error:
         raise ObjectiveError(f"objective.custom: {name!r} cannot be imported: {error}") from None
     if not callable(function):
         raise ObjectiveError(f"objective.custom: {name!r} is of type {type(function).__name__}, expected a function")
+    _check_parameters(function, name)
 
     def checked(inputs: LossInputs, config: ObjectiveConfig, denominators: Denominators) -> PolicyLossOutputs:
         return _checked(function(inputs, config, denominators), inputs, f"objective.custom: {name!r}")
 
     return checked
+
+
+def _check_parameters(function: Callable[..., object], name: str) -> None:
+    """Raises ObjectiveError if the function cannot be called with three arguments."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of a builtin, which does not tell
+        return
+    try:
+        signature.bind(None, None, None)
+    except TypeError as error:
+        raise ObjectiveError(
+            f"objective.custom: {name!r} has the parameters {signature}, expected (inputs, config, denominators): "
+            f"{error}"
+        ) from None
 
 
 def _checked(outputs: object, inputs: LossInputs, name: str) -> PolicyLossOutputs:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -209,10 +211,21 @@ def end(error: UserError) -> int:
     if isinstance(error, LaunchError):
         if error.text:
             _print(error.text)
+            tell_launcher(error.text)
         error.told()
     else:
         _print(f"{_who()}{error}")
+        tell_launcher(str(error))
     return error.status
+
+
+def tell_launcher(text: str) -> None:
+    """Gives torchrun, if it has started this rank, the text of its summary: it would show none for an exit status."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # torchrun counts whole seconds, and takes the first failure for the cause; another rank of this second may have
+        # nothing to say.
+        cause = {"message": text, "extraInfo": {"timestamp": str(int(time.time()) - 1)}}
+        Path(file).write_text(json.dumps({"message": cause}))
 
 
 def explain_fault(error: Exception) -> None:

@@ -27,7 +27,11 @@ def grade(groups: Sequence[Group], decode: Callable[[list[int]], str], judges: J
     Raises RewardError if a verifier cannot be started.
     """
     samples = [sample for group in groups for sample in group.samples]
-    answers = [ResponseTask(s.prompt, decode(s.last_turn_ids.tolist())) for s in samples]
+    answers = [
+        ResponseTask(sample.prompt, decode(sample.last_turn_ids.tolist()), number)
+        for number, group in enumerate(groups)
+        for sample in group.samples
+    ]
     positions = defaultdict(list)
     verdicts: dict[int, Verdict] = {}
     for position, sample in enumerate(samples):
@@ -50,7 +54,8 @@ def grade(groups: Sequence[Group], decode: Callable[[list[int]], str], judges: J
 
 def _judge_here(name: str, answers: Sequence[ResponseTask]) -> list[Verdict | Failure]:
     verifier = get_verifier(name)
-    return [call_verifier(verifier, answer.prompt, answer.response) for answer in answers]
+    results = [call_verifier(verifier, answer.prompt, [answer.response])[0] for answer in answers]
+    return [Failure(str(result)) if isinstance(result, ValueError) else result for result in results]
 
 
 def _settle(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from typing import Any
 
 from megatron_rl.data.gym_task import GymTask
 from megatron_rl.data.sample import Prompt, Verdict
+
+with contextlib.suppress(ImportError):
+    import reasoning_gym  # noqa: F401  it takes seconds, which would count as the first answer's
 
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 

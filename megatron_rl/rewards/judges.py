@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import count
+from itertools import count, groupby
+from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from megatron_rl.data.sample import Prompt, Verdict
 from megatron_rl.ranks.world import read_world
 from megatron_rl.rewards import keeper
 from megatron_rl.rewards.channel import Channel, ChannelError, ChannelTimeoutError
-from megatron_rl.rewards.verifiers import VERIFIERS, RewardError
+from megatron_rl.rewards.verifiers import GROUP, VERIFIERS, RewardError
 
 if TYPE_CHECKING:  # workers import this package without pydantic
     from megatron_rl.config.schema import Config, RewardConfig
@@ -44,13 +45,25 @@ _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 class ResponseTask:
     prompt: Prompt
     response: str
+    group: int = 0
+    """Number of the group; the responses of a group follow on one another."""
 
 
 @dataclass(frozen=True)
-class ReferenceTask:
-    """A task to check the prompt's reference answer, where a ResponseTask judges a response."""
+class _Call:
+    """What a worker does at a time: judges responses, or checks the prompt's reference answer."""
 
     prompt: Prompt
+    responses: tuple[str, ...] | None = None
+    """None: the reference answer is checked."""
+
+    @property
+    def size(self) -> int:
+        return 1 if self.responses is None else len(self.responses)
+
+    @property
+    def message(self) -> dict[str, Any]:
+        return asdict(self) if self.responses is not None else {"prompt": asdict(self.prompt)}
 
 
 @dataclass(frozen=True)
@@ -79,8 +92,9 @@ class Judges:
         memory_mib: int | None = None,
         environment: Sequence[str] = (),
     ) -> None:
-        """`workers` defaults to default_workers(). `deadline` is in seconds per answer. `memory_mib` bounds each
-        worker; None disables. `environment` names variables that workers see in addition to the usual ones."""
+        """`workers` defaults to default_workers(). `deadline` is in seconds for each call of a verifier. `memory_mib`
+        bounds each worker; None disables. `environment` names variables that workers see in addition to the usual
+        ones."""
         self._workers = workers or default_workers()
         self._deadline = deadline
         self._memory_mib = memory_mib or 0
@@ -93,20 +107,26 @@ class Judges:
     def of(cls, config: RewardConfig) -> Judges:
         return cls(config.workers, config.timeout, config.memory_mib, config.environment)
 
-    def start(self, verifier: str) -> None:
-        """Starts one worker. Raises RewardError if the verifier does not exist or its process does not start."""
-        self._pool(verifier, 1)[0].wait_until_ready()
+    def asked_by(self, verifier: str) -> frozenset[str]:
+        """Names of verifiers.GIVEN that are parameters of the verifier; starts one worker. Raises RewardError if the
+        verifier does not exist or has other parameters, or if its process does not start."""
+        worker = self._pool(verifier, 1)[0]
+        worker.wait_until_ready()
+        return worker.asks
 
     def judge(self, verifier: str, answers: Sequence[ResponseTask]) -> list[Verdict | Failure]:
         """A Verdict or a Failure for each response. Raises RewardError if a verifier or its process cannot start."""
-        return self._each(verifier, answers)
+        calls = [[answer] for answer in answers]
+        if answers and verifier not in VERIFIERS and GROUP in self.asked_by(verifier):
+            calls = [list(group) for _, group in groupby(answers, attrgetter("group"))]
+        return self._each(verifier, [_Call(c[0].prompt, tuple(each.response for each in c)) for c in calls])
 
     def check(self, verifier: str, prompts: Sequence[Prompt]) -> list[Verdict | Failure]:
         """CHECKED, UNCHECKED or a Failure for each prompt's reference answer.
 
         Raises RewardError as `judge` does, and at once if the process of a user's verifier takes too long or ends.
         """
-        return self._each(verifier, [ReferenceTask(prompt) for prompt in prompts])
+        return self._each(verifier, [_Call(prompt) for prompt in prompts])
 
     def close(self) -> None:
         for worker in (worker for pool in self._pools.values() for worker in pool):
@@ -121,27 +141,26 @@ class Judges:
     ) -> None:
         self.close()
 
-    def _each(
-        self, verifier: str, questions: Sequence[ResponseTask] | Sequence[ReferenceTask]
-    ) -> list[Verdict | Failure]:
-        pool = self._pool(verifier, min(self._workers, len(questions)))
+    def _each(self, verifier: str, calls: Sequence[_Call]) -> list[Verdict | Failure]:
+        pool = self._pool(verifier, min(self._workers, len(calls)))
         idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in pool:
             idle.put(worker)
 
-        def ask(question: ResponseTask | ReferenceTask) -> Verdict | Failure:
+        def ask(call: _Call) -> list[Verdict | Failure]:
             worker = idle.get()
             try:
-                result = worker.ask(question, self._deadline)
+                results = worker.ask(call, self._deadline)
             finally:
                 idle.put(worker)
             self.answered()
-            if isinstance(question, ReferenceTask) and isinstance(result, Failure) and result.silent:
-                _check_user(verifier, question.prompt, result)
-            return result
+            if call.responses is None and isinstance(failure := results[0], Failure) and failure.silent:
+                _check_user(verifier, call.prompt, failure)
+            return results
 
         with ThreadPoolExecutor(len(pool) or 1) as threads:
-            return list(threads.map(ask, questions))  # the first exception cancels the tasks that have not begun
+            # The first exception cancels the calls that have not begun.
+            return [result for results in threads.map(ask, calls) for result in results]
 
     def _pool(self, verifier: str, workers: int) -> list[_Worker]:
         pool = self._pools.setdefault(verifier, [])
@@ -170,7 +189,7 @@ def check_verifier(config: Config) -> None:
         return
     try:
         with Judges.of(config.reward) as judges:
-            judges.start(name)
+            judges.asked_by(name)
     except RewardError as error:
         raise RewardError(f"data.verifier: {error}") from None
 
@@ -220,6 +239,8 @@ class _Worker:
         self._memory_mib = memory_mib
         self._environment = environment
         self._numbers = count()
+        self.asks: frozenset[str] = frozenset()
+        """What the verifier's parameters ask for, once the worker is ready."""
         self._start()
 
     def _start(self) -> None:
@@ -237,21 +258,21 @@ class _Worker:
         self._channel.close()
         stop_kept(self._process)
 
-    def ask(self, question: ResponseTask | ReferenceTask, seconds: float) -> Verdict | Failure:
-        """Sends a task and returns the answer, within `seconds` that begin once the verifier is imported."""
+    def ask(self, call: _Call, seconds: float) -> list[Verdict | Failure]:
+        """Returns a result for each response, within `seconds` that begin once the verifier is imported."""
         self.wait_until_ready()
         number = next(self._numbers)
         deadline = time.monotonic() + seconds
         try:
-            self._channel.send({"id": number, **asdict(question)}, seconds)
+            self._channel.send({"id": number, **call.message}, seconds)
             reply = self._channel.receive(deadline - time.monotonic())
-            return _result(reply, number)
+            return _results(reply, number, call.size)
         except ChannelError as error:
             told = f"took over {seconds:g} s" if isinstance(error, ChannelTimeoutError) else self._said(error)
             failure = Failure(told, silent=True)
             self.stop()
             self._start()
-            return failure
+            return [failure] * call.size
 
     def wait_until_ready(self) -> None:
         if self._ready:
@@ -262,6 +283,7 @@ class _Worker:
             reply = {"error": self._said(error)}
         if "error" in reply:
             raise RewardError(f"{reply['error']} (in the process that runs verifier {self._verifier!r})")
+        self.asks = frozenset(reply.get("asks", ()))
         self._ready = True
 
     def _said(self, error: ChannelError) -> str:
@@ -273,12 +295,24 @@ class _Worker:
             return str(error)
 
 
-def _result(reply: dict[str, Any], number: int) -> Verdict | Failure:
+def _results(reply: dict[str, Any], number: int, size: int) -> list[Verdict | Failure]:
+    """Returns a result for each of the call's `size` responses. Raises ChannelError if the reply is of another call."""
     if reply.get("id") != number:
         raise ChannelError("its connection carries something that is no reply")
     if "error" in reply:
-        return Failure(str(reply["error"]))
-    reward, correct = reply.get("reward"), reply.get("correct")
+        return [Failure(str(reply["error"]))] * size
+    results = reply.get("results")
+    if not isinstance(results, list) or len(results) != size:
+        raise ChannelError("its connection carries something that is no reply")
+    return [_result(each) for each in results]
+
+
+def _result(result: Any) -> Verdict | Failure:
+    if not isinstance(result, dict):
+        raise ChannelError("its connection carries something that is no reply")
+    if "error" in result:
+        return Failure(str(result["error"]))
+    reward, correct = result.get("reward"), result.get("correct")
     if not isinstance(reward, float) or not isinstance(correct, bool):
         raise ChannelError("its connection carries something that is no reply")
     return Verdict(reward, correct)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from megatron_rl.data.sample import Prompt
 from megatron_rl.rewards.judges import Failure, Judges
@@ -14,11 +14,11 @@ from megatron_rl.rewards.verifiers import UNCHECKED, VERIFIERS
 _NUMBER = re.compile(r"-?\d{1,100}(\.\d{1,100})?", re.ASCII)
 
 
-def check_references(prompts: Sequence[Prompt], judges: Callable[[], Judges] = Judges) -> dict[tuple[str, str], str]:
+def check_references(prompts: Sequence[Prompt], pool: Judges) -> dict[tuple[str, str], str]:
     """Problems by (verifier, reference answer) of these prompts; pairs without a problem are left out.
 
-    Verifiers run in worker processes, of a pool that `judges` makes: reading a reference may never end, and a user's
-    verifier is imported only there. If a built-in verifier takes too long, the reference passes. Raises RewardError,
+    Verifiers run in worker processes of `pool`: reading a reference may never end, and a user's verifier is imported
+    only there. If a built-in verifier takes too long, the reference passes. Raises RewardError,
     which names the verifier, if a user's verifier takes too long or if a verifier does not start.
     """
     asked: defaultdict[str, dict[str, Prompt]] = defaultdict(dict)
@@ -26,11 +26,9 @@ def check_references(prompts: Sequence[Prompt], judges: Callable[[], Judges] = J
         if prompt.verifier not in VERIFIERS or not _NUMBER.fullmatch(prompt.answer):
             asked[prompt.verifier].setdefault(prompt.answer, prompt)
     problems: dict[tuple[str, str], str] = {}
-    if asked:
-        with judges() as pool:
-            for verifier, answers in asked.items():
-                for answer, problem in _ask(pool, verifier, list(answers.values())):
-                    problems[verifier, answer] = problem
+    for verifier, answers in asked.items():
+        for answer, problem in _ask(pool, verifier, list(answers.values())):
+            problems[verifier, answer] = problem
     return problems
 
 

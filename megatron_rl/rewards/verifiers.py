@@ -1,15 +1,24 @@
-"""Finds verifiers by name and calls them. A verifier is imported when first used: math-verify imports sympy."""
+"""Finds verifiers by name and calls them. A verifier is imported when first used: math-verify imports sympy.
+
+The names of a verifier's parameters say what it is given (`asked_by`), and it is called with keywords.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
 
 from megatron_rl.data.sample import Prompt, Verdict
 from megatron_rl.errors import UserError
 from megatron_rl.named_code import find_named
 
-Verifier = Callable[[Prompt, str], Verdict]
+Verifier = Callable[..., Any]
 
 VERIFIERS = {
     "arithmetic": "megatron_rl.rewards.arithmetic:verify_arithmetic",
@@ -17,6 +26,9 @@ VERIFIERS = {
     "reasoning-gym": "megatron_rl.rewards.gym_scores:verify_gym",
 }
 
+RECORD, GROUP = "record", "responses"
+"""Parameters for all fields of the prompt's record, and for all responses to the prompt."""
+GIVEN = ("prompt", RECORD, "response", GROUP)
 
 CHECKED, UNCHECKED = Verdict(1.0, True), Verdict(0.0, False)
 """Results of the check of a reference answer, in place of a verdict."""
@@ -27,14 +39,43 @@ class RewardError(UserError):
 
 
 def get_verifier(name: str) -> Verifier:
-    """One of VERIFIERS, or a user's own as `package.module:function`. Raises RewardError if it does not exist."""
+    """One of VERIFIERS, or a user's own as `package.module:function`. Raises RewardError if it does not exist, or has
+    other parameters than those of GIVEN."""
     try:
         verifier: Verifier = find_named("verifier", name, VERIFIERS, "package.module:function")
     except LookupError as error:
         raise RewardError(str(error)) from None
     if not callable(verifier):
         raise RewardError(f"verifier {name!r}: expected a function, found {type(verifier).__name__}")
+    try:
+        asked_by(verifier)
+    except ValueError as error:
+        raise RewardError(f"verifier {name!r}: {error}") from None
     return verifier
+
+
+@functools.cache
+def asked_by(verifier: Verifier) -> frozenset[str]:
+    """The names of GIVEN that are among the verifier's parameters. Raises ValueError, which says what was expected, if
+    it has another parameter without a default, and unless it takes either one response or all of a group."""
+    expected = "expected prompt or record or both, and response or responses"
+    try:
+        parameters = inspect.signature(verifier).parameters.values()
+    except (TypeError, ValueError):
+        raise ValueError(f"its parameters cannot be read; {expected}: write a function around it") from None
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = [each for each in parameters if each.kind not in variadic]
+    other = [each.name for each in named if each.name not in GIVEN and each.default is inspect.Parameter.empty]
+    asked = frozenset(each.name for each in named if each.name in GIVEN)
+    if other or len(asked & {"response", GROUP}) != 1 or any(p.kind is p.POSITIONAL_ONLY for p in named):
+        found = (str(each.replace(annotation=each.empty)) for each in parameters)
+        raise ValueError(f"found the parameters ({', '.join(found)}), {expected}")
+    return asked
+
+
+def judges_groups(verifier: Verifier) -> bool:
+    """Whether one call judges all responses to a prompt."""
+    return GROUP in asked_by(verifier)
 
 
 def check_answer(name: str, answer: str) -> str | None:
@@ -61,14 +102,37 @@ def call_check(verifier: Verifier, answer: str) -> Verdict:
     return CHECKED
 
 
-def call_verifier(verifier: Verifier, prompt: Prompt, response: str) -> Verdict:
-    """Calls the verifier; the verdict holds plain Python numbers.
+def call_verifier(verifier: Verifier, prompt: Prompt, responses: Sequence[str]) -> list[Verdict | ValueError]:
+    """Calls the verifier once. Verdicts hold plain Python numbers; a ValueError takes the place of a result that is no
+    verdict.
 
-    Raises what the verifier raises, and ValueError if the result is not a usable verdict.
+    `responses` has one response, unless the verifier judges groups. Raises what the verifier raises, and ValueError
+    unless a verifier of groups gives a list of as many results.
     """
-    verdict = verifier(prompt, response)
-    if not isinstance(verdict, Verdict):
-        raise ValueError(f"expected a Verdict, got {type(verdict).__name__}")
-    if not math.isfinite(verdict.reward):
-        raise ValueError(f"the reward is {verdict.reward}, expected a finite number")
-    return Verdict(float(verdict.reward), bool(verdict.correct))
+    given = {"prompt": prompt, RECORD: prompt.record, "response": responses[0], GROUP: list(responses)}
+    result = verifier(**{name: given[name] for name in asked_by(verifier)})
+    if not judges_groups(verifier):
+        return [_settled(result)]
+    if not isinstance(result, list | tuple | np.ndarray) or len(result) != len(responses):
+        found = f"{len(result)} of them" if isinstance(result, list | tuple) else f"a {type(result).__name__}"
+        raise ValueError(f"expected a list of {len(responses)} results, one for each response, got {found}")
+    return [_settled(each) for each in result]
+
+
+def _settled(result: object) -> Verdict | ValueError:
+    try:
+        return as_verdict(result)
+    except ValueError as error:
+        return error
+
+
+def as_verdict(result: object) -> Verdict:
+    """The verdict that a verifier's result stands for: True and False are right and wrong, with rewards of 1 and 0; a
+    number is the reward, and right if it is above 0. Raises ValueError for anything else."""
+    reward = result.reward if isinstance(result, Verdict) else result
+    if not isinstance(reward, bool | np.bool_ | numbers.Real):
+        raise ValueError(f"expected a Verdict, a number, True or False, got {type(reward).__name__}")
+    reward = float(reward)
+    if not math.isfinite(reward):
+        raise ValueError(f"the reward is {reward}, expected a finite number")
+    return Verdict(reward, bool(result.correct) if isinstance(result, Verdict) else reward > 0)

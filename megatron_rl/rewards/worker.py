@@ -14,12 +14,12 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_rl.data.sample import Prompt
+from megatron_rl.data.sample import Prompt, Verdict
 from megatron_rl.rewards.channel import Channel, ChannelError
-from megatron_rl.rewards.verifiers import RewardError, Verifier, call_check, call_verifier, get_verifier
+from megatron_rl.rewards.verifiers import RewardError, Verifier, asked_by, call_check, call_verifier, get_verifier
 
 PR_SET_PDEATHSIG = 1
 _REASON = 500  # most characters of an exception in a report
@@ -36,7 +36,7 @@ def serve(name: str, end: socket.socket) -> None:
     except BaseException as error:
         channel.send({"error": f"verifier {name!r}: {said(error)}"})
         return
-    channel.send({"ready": True})
+    channel.send({"ready": True, "asks": sorted(asked_by(verifier))})
     while True:
         try:
             message = channel.receive()
@@ -48,14 +48,21 @@ def serve(name: str, end: socket.socket) -> None:
 def _reply(verifier: Verifier, message: dict[str, Any]) -> dict[str, Any]:
     fields = message["prompt"]
     prompt = Prompt(**{**fields, "token_ids": tuple(fields["token_ids"])})
+    results: Sequence[Verdict | ValueError]
     try:
-        if "response" in message:
-            verdict = call_verifier(verifier, prompt, message["response"])
+        if "responses" in message:
+            results = call_verifier(verifier, prompt, message["responses"])
         else:
-            verdict = call_check(verifier, prompt.answer)
-    except BaseException as error:  # SystemExit too: it costs this answer only
+            results = [call_check(verifier, prompt.answer)]
+    except BaseException as error:  # SystemExit too: it costs this call only
         return {"error": said(error)}
-    return {"reward": verdict.reward, "correct": verdict.correct}
+    return {"results": [_result(each) for each in results]}
+
+
+def _result(result: Verdict | ValueError) -> dict[str, Any]:
+    if isinstance(result, ValueError):
+        return {"error": said(result)}
+    return {"reward": result.reward, "correct": result.correct}
 
 
 def said(error: BaseException) -> str:

@@ -53,8 +53,10 @@ class Ledger:
             return None
         # An environment's opening messages have given the group's prompt its token ids.
         same_prompt = dataclasses.replace(group.prompt, token_ids=prompt.token_ids) == prompt
-        as_asked = same_prompt and group.index == number and len(group.samples) == self._group_size
-        return group if as_asked else None
+        if not same_prompt or group.index != number or len(group.samples) != self._group_size:
+            return None
+        # Files have no record, for which a verifier may ask if the group is sampled again.
+        return dataclasses.replace(group, prompt=dataclasses.replace(group.prompt, record=prompt.record))
 
     def write_choice(self, step: int, first: int, numbers: Sequence[int]) -> None:
         """Keeps the numbers of the groups that a step takes as its groups from `first` on. Raises OSError."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import secrets
@@ -17,13 +16,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from megatron_rl.config.schema import EngineConfig, RolloutConfig
+from megatron_rl.config.schema import Config, EngineConfig, RolloutConfig
 from megatron_rl.config.servers import read_urls
 from megatron_rl.cores import threads_per_process
 from megatron_rl.ranks.world import read_world
 from megatron_rl.rollout.answers import RolloutError
 from megatron_rl.rollout.client import SGLangClient, UnreachableError
 from megatron_rl.rollout.server import Server, ServerError, ServerOptions, free_ports
+from megatron_rl.rollout.server_needs import (
+    CannotTell,
+    CheckFailed,
+    Needs,
+    check_lengths,
+    check_parallelism,
+    check_same_model,
+    explain_refusal,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +51,8 @@ class PoolOptions:
     """Directory of the logs of servers that are started."""
     seed: int
     return_routed_experts: bool = False
+    needs: Needs = field(default_factory=Needs)
+    """What servers given by URL must be able to do."""
     api_key: str | None = field(default=None, repr=False)
     """Key of servers given by URL; servers that are started get a random key."""
 
@@ -70,8 +80,7 @@ class Pool:
         config = self._asked.rollout.servers
         self.read_file()
         if config.are_elsewhere:
-            model_type = json.loads((self._asked.model / "config.json").read_bytes())["model_type"]
-            asyncio.run(wait_for_servers(self.urls, self.api_key, config.start_timeout, model_type, _say))
+            asyncio.run(wait_for_servers(self.urls, self.api_key, config.start_timeout, self._asked.needs, _say))
             return self
         try:
             for number, port in enumerate(free_ports(config.launch)):
@@ -168,26 +177,34 @@ def read_api_key(name: str, option: str) -> str:
     return key
 
 
-async def wait_for_servers(
-    urls: Sequence[str], api_key: str | None, timeout_seconds: float, model_type: str, say: Callable[[str], None]
-) -> None:
-    """Waits until all servers answer for a model of this type.
+def read_server_key(config: Config) -> str | None:
+    """The key of servers given by URL; None if they need none. Raises ServerError, which never shows it."""
+    name = config.rollout.servers.api_key_env
+    return read_api_key(name, "rollout.servers.api_key_env") if name else None
 
-    Raises ServerError if a server does not answer in time, and RolloutError at once if it serves another type.
+
+async def wait_for_servers(
+    urls: Sequence[str], api_key: str | None, timeout_seconds: float, needs: Needs, say: Callable[[str], None]
+) -> None:
+    """Waits until all servers answer, and checks what they say of themselves.
+
+    Raises ServerError if a server does not answer in time, and RolloutError or CheckFailed at once if it wants another
+    key, serves another model or cannot answer the run's longest request.
     """
-    await asyncio.gather(*(_wait_for(url, api_key, timeout_seconds, model_type, say) for url in urls))
+    await asyncio.gather(*(_wait_for(url, api_key, timeout_seconds, needs, say) for url in urls))
 
 
 async def _wait_for(
-    url: str, api_key: str | None, timeout_seconds: float, model_type: str, say: Callable[[str], None]
+    url: str, api_key: str | None, timeout_seconds: float, needs: Needs, say: Callable[[str], None]
 ) -> None:
     deadline = time.monotonic() + timeout_seconds
     said = False
     async with SGLangClient(url, api_key=api_key, deadline=PROBE_SECONDS, max_tries=1) as client:
         while True:
+            client.deadline = min(PROBE_SECONDS, max(WAIT_SECONDS, deadline - time.monotonic()))
             try:
-                served = (await client.model_info()).get("model_type", model_type)
-                break
+                await check_described(client, needs)
+                return
             except UnreachableError as error:
                 why = str(error)
             if time.monotonic() >= deadline:
@@ -198,9 +215,35 @@ async def _wait_for(
             if not said:
                 say(f"waiting up to {timeout_seconds:g} s for the rollout server at {url}")
                 said = True
-            await asyncio.sleep(WAIT_SECONDS)
-    if served != model_type:
-        raise RolloutError(f"{url}/model_info: model_type: found {served!r}; expected: {model_type!r}, as model.path")
+            await asyncio.sleep(min(WAIT_SECONDS, max(0.0, deadline - time.monotonic())))
+
+
+async def check_described(client: SGLangClient, needs: Needs) -> str:
+    """Compares what a server says of its model and its settings with `needs`; returns what was found.
+
+    Raises UnreachableError if it does not answer, RolloutError if it is no SGLang or wants another key, and
+    CheckFailed, which names the server.
+    """
+    try:
+        model, info = await client.model_info(), await client.server_info()
+    except UnreachableError:
+        raise
+    except RolloutError as error:
+        raise RolloutError(f"{error}; {explain_refusal(error)}") from None
+    found = [f"SGLang {info.get('version')} on {info.get('device')}"]
+    checks: list[Callable[[], str]] = [
+        lambda: check_same_model(model, needs),
+        lambda: check_parallelism(info),
+        lambda: check_lengths(info, needs),
+    ]
+    for check in checks:
+        try:
+            found.append(check())
+        except CheckFailed as error:
+            raise CheckFailed(f"{client.url}: {error}") from None
+        except CannotTell as unknown:
+            found.append(str(unknown))
+    return "; ".join(found)
 
 
 def _say(text: str) -> None:

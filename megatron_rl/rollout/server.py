@@ -173,7 +173,7 @@ def serve(options: ServerOptions) -> int:
     _check_serve(options)
     has_gpu = _gpus() > 0
     _check_model(options.model, on_cpu=_on_cpu(options, has_gpu))
-    _require_sglang(on_cpu=_on_cpu(options, has_gpu))
+    require_sglang(on_cpu=_on_cpu(options, has_gpu))
     command, environment = sglang_command(options, has_gpu)
     server = _start(command, environment, output=None)
     try:
@@ -213,7 +213,7 @@ class Server:
     def __init__(self, options: ServerOptions, log: Path) -> None:
         """Starts the server and returns before it answers. Its output is appended to `log`."""
         gpus = 0 if options.device == "cpu" else _gpus()
-        _require_sglang(on_cpu=_on_cpu(options, gpus > 0))
+        require_sglang(on_cpu=_on_cpu(options, gpus > 0))
         if options.memory_saver and not _on_cpu(options, gpus > 0):
             _require_memory_saver()
         _check_gpus(options, gpus)
@@ -349,7 +349,7 @@ def _require_memory_saver() -> None:
         )
 
 
-def _require_sglang(on_cpu: bool) -> None:
+def require_sglang(on_cpu: bool) -> None:
     if importlib.util.find_spec("sglang") is None:
         raise ServerError(
             "sglang is not installed here; install the extra [sglang], or give servers by rollout.servers.urls"

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.config.schema import Config
 from megatron_rl.data.sample import Group, Prompt, Sample
 from megatron_rl.data.store import StoreError, read_groups, read_header
 from megatron_rl.data.top_tokens import TopTokensError
 from megatron_rl.data.trace import TraceError
 from megatron_rl.data.vocabulary import unknown_token
 from megatron_rl.errors import MissingFileError
+from megatron_rl.models.architecture import Architecture
 from megatron_rl.ranks.activity import Activity
 from megatron_rl.rollout.abandon import abandon_requests
 from megatron_rl.rollout.answers import RolloutError
@@ -44,6 +46,37 @@ class Wanted:
     vocab_size: int
     top_k: int = 0
     """mu's most likely tokens that each token of a response must have; 0: none are needed."""
+
+    @classmethod
+    def of(cls, config: Config, vocab_size: int) -> Wanted:
+        return cls(
+            prompts=config.rollout.prompts_per_step,
+            group_size=config.rollout.group_size,
+            max_tokens=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+            temperature=config.rollout.temperature,
+            vocab_size=vocab_size,
+            top_k=top_k(config, vocab_size),
+        )
+
+
+def top_k(config: Config, vocab_size: int) -> int:
+    """How many of mu's most likely tokens the run needs at each token; 0 without score centering."""
+    centering = config.objective.centering
+    return 0 if centering is None else min(centering.top_k, vocab_size)
+
+
+def check_saved(config: Config, arch: Architecture, first_step: int = 1) -> None:
+    """Checks, if rollouts are replayed, that there are rollouts for the steps from `first_step` on, and that they fit:
+    the first step's whole, the others as far as their headers tell. Raises as saved_groups does."""
+    path = config.rollout.replay_from
+    if path is None:
+        return
+    wanted = Wanted.of(config, arch.vocab_size)
+    for step in range(first_step, config.train.steps + 1):
+        check_headers(path, step, wanted)
+    if first_step <= config.train.steps:
+        traces = RouteSpec.of(arch) if config.routing.needs_rollout_routes else None
+        saved_groups(path, first_step, 0, 1, wanted=wanted, needs_traces=traces)
 
 
 def saved_groups(

@@ -148,7 +148,7 @@ class Ranks:
         return answer
 
     def _run(self, planned: dict[str, Any], *, resume: bool, tells: bool) -> None:
-        from megatron_rl.loop.parts import check_start
+        from megatron_rl.loop.start_checks import check_start
         from megatron_rl.ranks.collectives import together
         from megatron_rl.train import train
 

@@ -179,7 +179,7 @@ def test_groups_may_differ_in_size_and_there_may_be_none(judges):
         ("verifier_examples:raises", [1], "KeyError: 'unit'; response 'b'"),
         ("verifier_examples:infinite", [0, 1, 2], "the reward is inf, expected a finite number"),
         ("verifier_examples:not_a_number", [0, 1, 2], "the reward is nan, expected a finite number"),
-        ("verifier_examples:bare_number", [0, 1, 2], "expected a Verdict, got float"),
+        ("verifier_examples:text", [0, 1, 2], "expected a Verdict, a number, True or False, got str"),
         ("math", [0, 1, 2], "the reference answer '' cannot be read"),
     ],
 )

@@ -112,7 +112,7 @@ def test_sending_and_receiving_share_one_deadline(monkeypatch: pytest.MonkeyPatc
         return receive(self, seconds)
 
     with Judges(workers=1, deadline=2.0) as pool:
-        pool.start("verifier_examples:stops")
+        pool.asked_by("verifier_examples:stops")
         monkeypatch.setattr(Channel, "send", sends_slowly)
         monkeypatch.setattr(Channel, "receive", receives)
         assert ask(pool, "stops", responses="b") == [Failure("took over 2 s", silent=True)]
@@ -238,6 +238,7 @@ def test_closing_the_pool_leaves_no_process() -> None:
         ("maht", "did you mean 'math'?"),
         ("verifier_examples:shapes", "has no attribute 'shapes'"),
         ("verifier_examples:NOT_A_FUNCTION", "expected a function, found int"),
+        ("verifier_examples:with_other_names", "found the parameters (question, answer), expected prompt or"),
         ("verifier_broken:check", "NameError: name 'undefined' is not defined"),
         ("verifier_exits:check", "SystemExit"),
     ],

@@ -53,7 +53,8 @@ def test_a_verifier_without_check_answer_accepts_all_and_is_asked_once(monkeypat
         return check(self, name, prompts)
 
     monkeypatch.setattr(Judges, "check", asks)
-    assert check_references([prompt(answer, "verifier_examples:shaped") for answer in ("", "a", "b")]) == {}
+    with Judges() as pool:
+        assert check_references([prompt(answer, "verifier_examples:shaped") for answer in ("", "a", "b")], pool) == {}
     assert [each.answer for each in asked] == [""]
 
 
@@ -61,7 +62,8 @@ def test_each_reference_is_checked_once_in_a_worker_process():
     """A reference counts as bad if the check refuses it or raises. A user's check may refuse numbers."""
     checked = "verifier_examples:checked"
     prompts = [prompt(a, checked) for a in ("good", "bad", "bad", "raises", "7")] + [prompt("\\")]
-    problems = check_references(prompts)
+    with Judges() as pool:
+        problems = check_references(prompts, pool)
     assert problems.keys() == {(checked, "bad"), (checked, "raises"), (checked, "7"), ("math", "\\")}
     assert problems[checked, "bad"] == "'bad' is bad"
     assert problems[checked, "raises"] == "KeyError: 'unit'"
@@ -73,8 +75,9 @@ def test_each_reference_is_checked_once_in_a_worker_process():
 def test_a_users_check_that_does_not_answer_gives_one_error_at_once(answer: str, said: str) -> None:
     name = "verifier_examples:unanswering"
     prompts = [prompt("good", name)] + [prompt(f"{answer}{n or ''}", name) for n in range(40)]
-    with pytest.raises(RewardError, match=f"verifier '{name}': its check_answer .*'{answer}'.*{said}"):
-        check_references(prompts, lambda: Judges(1, 0.5))
+    told = f"verifier '{name}': its check_answer .*'{answer}'.*{said}"
+    with Judges(1, 0.5) as pool, pytest.raises(RewardError, match=told):
+        check_references(prompts, pool)
 
 
 def test_a_slow_import_of_a_verifier_does_not_count_as_a_timeout(tmp_path, monkeypatch):
@@ -84,18 +87,22 @@ def test_a_slow_import_of_a_verifier_does_not_count_as_a_timeout(tmp_path, monke
     )
     monkeypatch.syspath_prepend(tmp_path)
     name = "verifier_slow:judge"
-    problems = check_references([prompt("good", name), prompt("bad", name)], lambda: Judges(1, 1.0))
+    with Judges(1, 1.0) as pool:
+        problems = check_references([prompt("good", name), prompt("bad", name)], pool)
     assert problems == {(name, "bad"): "is bad"}
 
 
 def test_a_failed_verifier_import_is_not_reported_as_a_bad_reference():
-    with pytest.raises(RewardError, match="No module named 'nowhere'"):
-        check_references([prompt("18", "nowhere:judge")])
+    with Judges() as pool, pytest.raises(RewardError, match="No module named 'nowhere'"):
+        check_references([prompt("18", "nowhere:judge")], pool)
 
 
 def test_a_slow_built_in_check_does_not_refuse_the_reference(monkeypatch):
-    monkeypatch.setattr("megatron_rl.rewards.judges._Worker.ask", lambda *given: Failure("took over 1 s", silent=True))
-    assert check_references([prompt("x + 1"), prompt("x + 2")], lambda: Judges(1, 1.0)) == {}
+    monkeypatch.setattr(
+        "megatron_rl.rewards.judges._Worker.ask", lambda *given: [Failure("took over 1 s", silent=True)]
+    )
+    with Judges(1, 1.0) as pool:
+        assert check_references([prompt("x + 1"), prompt("x + 2")], pool) == {}
 
 
 def test_only_ascii_digits_skip_the_check_as_plain_numbers(monkeypatch):
@@ -106,24 +113,15 @@ def test_only_ascii_digits_skip_the_check_as_plain_numbers(monkeypatch):
         return [UNCHECKED]
 
     monkeypatch.setattr(Judges, "check", asks)
-    check_references([prompt("18"), prompt("١٨")])
+    with Judges() as pool:
+        check_references([prompt("18"), prompt("١٨")], pool)
     assert [each.answer for each in asked] == ["١٨"]
 
 
 def test_checking_plain_numbers_starts_no_process(monkeypatch):
     monkeypatch.setattr("megatron_rl.rewards.judges._Worker", None)
-    assert check_references([prompt("18"), prompt("-2.5"), prompt("19", "arithmetic")]) == {}
-
-
-def test_the_caller_provides_the_pool_of_workers():
-    made = []
-
-    def make() -> Judges:
-        made.append(Judges(1, 5.0))
-        return made[-1]
-
-    check_references([prompt("x + 1")], make)
-    assert len(made) == 1
+    with Judges() as pool:
+        assert check_references([prompt("18"), prompt("-2.5"), prompt("19", "arithmetic")], pool) == {}
 
 
 # ---- when data is loaded -----------------------------------------------------------------------------------------

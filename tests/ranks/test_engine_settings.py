@@ -20,11 +20,11 @@ from megatron_rl.config.layout import Layout, parse_layout
 from megatron_rl.config.schema import EngineConfig
 from megatron_rl.config.sources import ConfigError
 from megatron_rl.engine.data_parallel import ddp_config
-from megatron_rl.engine.device import check_deterministic
 from megatron_rl.engine.layers.choice import choose_layers
 from megatron_rl.engine.layers.fused_gradients import has_apex_kernel
 from megatron_rl.engine.megatron_config import transformer_config
 from megatron_rl.errors import UserError
+from megatron_rl.ranks.own_device import check_deterministic
 
 SIZES: dict[str, Any] = {"num_layers": 4, "hidden_size": 32, "num_experts": 4, "expert_hidden_size": 16}
 SETTINGS = (("deterministic", True), ("grad_dtype", "bf16"))

@@ -31,6 +31,7 @@ OPTIONS = {
     "train": {"config", "overrides", "--dry-run", "--resume", "--world-size"},
     "sft": {"config", "overrides", "--dry-run", "--resume", "--world-size"},
     "study": {"file", "--task", "--dry-run"},
+    "check": {"config", "overrides", "--sft", "--world-size"},
     "plan": {"config", "overrides", "--gpus", "--memory", "--gpu", "--sft"},
     "serve": {"model", "--host", "--port", "--device", "--dtype", "--tp", "--max-total-tokens", "--api-key-env"},
     "doctor": {"--server", "--model", "--config", "--api-key-env"},
@@ -170,6 +171,7 @@ def test_a_dry_run_needs_no_torch(run: Command, directory: Path) -> None:
     assert "sizes that fit this model: tp 1, 2, 4, 8; ep 1, 2, 4, 8, 16; " in table
     assert "micro-batches on each of 4 data-parallel replicas" in table
     assert "memory of the largest rank (0): about " in table
+    assert table.splitlines()[-1].startswith("nothing was opened: `megatron-rl check a.yaml` opens weights, ")
     assert not (directory / "runs").exists()
 
 
@@ -282,7 +284,9 @@ def test_only_one_rank_prints_an_error_that_all_ranks_have(run: Command, directo
         text=True,
     )
     assert done.returncode != 0
-    assert done.stderr.count("error: override 'optim.lr=fast': optim.lr: found \"fast\"") == 1
+    error = "override 'optim.lr=fast': optim.lr: found \"fast\""
+    assert done.stderr.count(f"error: {error}") == 1
+    assert error in done.stderr.partition("Root Cause (first observed failure):")[2]
 
 
 def test_a_rank_prints_an_error_that_only_it_may_have(run: Command, directory: Path) -> None:

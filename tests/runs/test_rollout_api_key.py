@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import socket
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import ClassVar
 
 import pytest
-from config_files import write
+from config_files import ARCHITECTURE, write, write_model
 from forks import Forks, Run
 
 from megatron_rl.parity import _compare_server
@@ -18,6 +21,7 @@ from megatron_rl.rollout.answers import RolloutError
 from megatron_rl.rollout.client import SGLangClient
 from megatron_rl.rollout.pool import read_api_key, wait_for_servers
 from megatron_rl.rollout.server import ServerError, free_ports
+from megatron_rl.rollout.server_needs import CheckFailed, Needs
 
 VARIABLE, KEY = "MEGATRON_RL_TEST_KEY", "a-key-that-nothing-else-contains"
 
@@ -159,12 +163,14 @@ def test_errors_hide_a_key_that_the_server_echoes(
 
 
 class Answers(BaseHTTPRequestHandler):
-    """Answers /model_info like SGLang, with `model_type` as the type of the model."""
+    """Answers /model_info like SGLang, with `model_type` as the type of the model, and /server_info."""
 
     model_type = "qwen3_moe"
+    settings: ClassVar[dict[str, int]] = {}
 
     def do_GET(self) -> None:
-        content = b'{"model_type": "%s"}' % self.model_type.encode()
+        answer = self.settings if self.path == "/server_info" else {"model_type": self.model_type}
+        content = json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
@@ -172,44 +178,84 @@ class Answers(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
 
-def wait(urls: list[str], seconds: float = 20.0) -> list[str]:
+@pytest.fixture
+def needs(tmp_path: Path) -> Needs:
+    return Needs(model=write_model(tmp_path / "model"), arch=ARCHITECTURE, max_tokens=100)
+
+
+def wait(urls: list[str], needs: Needs, seconds: float = 20.0) -> list[str]:
     """Waits for the servers; returns what was printed meanwhile."""
     said: list[str] = []
-    asyncio.run(wait_for_servers(urls, KEY, seconds, "qwen3_moe", said.append))
+    asyncio.run(wait_for_servers(urls, KEY, seconds, needs, said.append))
     return said
 
 
-def test_waiting_for_a_server_prints_one_line() -> None:
+def serve(listening: HTTPServer) -> None:
+    """Answers two requests: what is the model, and what are the settings."""
+    for _ in range(2):
+        listening.handle_request()
+
+
+def test_waiting_for_a_server_prints_one_line(needs: Needs) -> None:
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
 
     def start_late() -> None:
         time.sleep(2.5)
         with HTTPServer(("127.0.0.1", port), Answers) as listening:
-            listening.handle_request()
+            serve(listening)
 
     late = Thread(target=start_late)
     late.start()
-    assert wait([url]) == [f"waiting up to 20 s for the rollout server at {url}"]
+    assert wait([url], needs) == [f"waiting up to 20 s for the rollout server at {url}"]
     late.join()
 
 
-def test_the_error_for_a_server_that_never_starts_names_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_server_that_never_starts_names_the_server(needs: Needs) -> None:
     url = f"http://127.0.0.1:{free_ports(1)[0]}"
     with pytest.raises(
         ServerError, match=rf"{url}/model_info: ConnectError .*; rollout.servers.start_timeout, 1 s, has"
     ):
-        wait([url], seconds=1.0)
+        wait([url], needs, seconds=1.0)
 
 
-def test_a_wrong_answer_ends_the_wait_for_servers_at_once(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_takes_connections_and_never_answers_is_given_up_in_time(needs: Needs) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        begun = time.monotonic()
+        with pytest.raises(ServerError, match=f"{url}/model_info: no answer within .* start_timeout, 2 s, has passed"):
+            wait([url], needs, seconds=2.0)
+        assert time.monotonic() - begun < 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"dp_size": 2}, "dp_size is 2"),
+        ({"max_req_input_len": 95, "max_total_num_tokens": 4096}, "may have 99 tokens, but .* is 100"),
+    ],
+)
+def test_a_server_that_lacks_what_the_run_needs_is_refused_before_it_is_used(
+    needs: Needs, monkeypatch: pytest.MonkeyPatch, settings: dict[str, int], told: str
+) -> None:
+    monkeypatch.setattr(Answers, "settings", settings)
+    with HTTPServer(("127.0.0.1", 0), Answers) as listening:
+        Thread(target=serve, args=(listening,), daemon=True).start()
+        url = f"http://127.0.0.1:{listening.server_port}"
+        with pytest.raises(CheckFailed, match=f"{url}: .*{told}"):
+            wait([url], needs)
+
+
+def test_a_wrong_answer_ends_the_wait_for_servers_at_once(
+    server: str, needs: Needs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     missing = f"http://127.0.0.1:{free_ports(1)[0]}"
     start = time.monotonic()
     with pytest.raises(RolloutError, match=f"{server}/model_info: status 418"):
-        wait([missing, server])
+        wait([missing, server], needs)
     monkeypatch.setattr(Answers, "model_type", "llama")
     with HTTPServer(("127.0.0.1", 0), Answers) as other:
-        Thread(target=other.handle_request, daemon=True).start()
-        with pytest.raises(RolloutError, match=r"model_type: found .llama.; expected: .qwen3_moe., as model\.path"):
-            wait([missing, f"http://127.0.0.1:{other.server_port}"])
+        Thread(target=serve, args=(other,), daemon=True).start()
+        with pytest.raises(CheckFailed, match=r"serves a llama, but .*model is a qwen3_moe; start it with that model"):
+            wait([missing, f"http://127.0.0.1:{other.server_port}"], needs)
     assert time.monotonic() - start < 20.0

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 from megatron_rl.data.sample import Prompt, Verdict
 
@@ -34,7 +35,25 @@ def not_a_number(prompt: Prompt, response: str) -> Verdict:
     return Verdict(float("nan"), response == "b")
 
 
-def bare_number(prompt: Prompt, response: str) -> float:
+def text(prompt: Prompt, response: str) -> str:
+    return "1.0"
+
+
+def by_record(record: dict[str, Any], response: str) -> float:
+    """Rewards a response by what the record says of it."""
+    return record["scores"][response]
+
+
+def of_a_group(record: dict[str, Any], responses: list[str], prompt: Prompt) -> list[object]:
+    """Judges a group at once: right is what no other response says. The result of a response "x" is no verdict, "wait"
+    hangs, and "few" leaves out a result."""
+    if "wait" in responses:
+        time.sleep(600)
+    results: list[object] = [None if each == "x" else responses.count(each) == 1 for each in responses]
+    return results[1:] if "few" in responses else results
+
+
+def with_other_names(question: str, answer: str) -> float:
     return 1.0
 
 

@@ -203,7 +203,7 @@ def test_the_verifier_is_the_configured_one_or_the_default_of_the_source(tokeniz
 
 
 def test_a_users_verifier_is_not_imported_in_the_trainer(tiny_model_dir, write, tmp_path, monkeypatch):
-    (tmp_path / "verifier_of_a_user.py").write_text("def judge(prompt, response): ...\n")
+    (tmp_path / "verifier_of_a_user.py").write_text("def judge(prompt, response): return True\n")
     monkeypatch.syspath_prepend(tmp_path)
     settings = {"model": {"path": str(tiny_model_dir)}, "train": {"steps": 1}, "run_dir": str(tmp_path / "run")}
     data = {"train": str(write(question())), "verifier": "verifier_of_a_user:judge"}

@@ -52,6 +52,41 @@ def test_a_missing_custom_objective_is_refused(name, reason):
         get_objective(ObjectiveConfig(custom=name))
 
 
+def without_denominators(inputs, config): ...
+
+
+def with_more(inputs, config, sizes, temperature): ...
+
+
+def with_a_default(inputs, config, sizes, temperature=1.0):
+    return doubled(inputs, config, sizes)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("without_denominators", r"has the parameters \(inputs, config\), expected .*: too many positional arguments"),
+        ("with_more", r"\(inputs, config, sizes, temperature\), expected .*missing a required argument: 'temperature'"),
+    ],
+)
+def test_a_custom_objective_with_other_parameters_is_refused_before_it_is_called(name, reason):
+    with pytest.raises(ObjectiveError, match=rf"objective\.custom: '.*:{name}' .*{reason}"):
+        get_objective(ObjectiveConfig(custom=f"{__name__}:{name}"))
+    assert call("with_a_default")[1].loss.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [("undefined", "NameError: name 'undefined'"), ("exit(3)", "SystemExit: 3"), ("def f(:", "SyntaxError: ")],
+)
+def test_a_module_that_fails_is_one_error(code, said, tmp_path, monkeypatch):
+    module = f"objective_{len(code)}"
+    (tmp_path / f"{module}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ObjectiveError, match=f"'{module}:f' cannot be imported: {said}"):
+        get_objective(ObjectiveConfig(custom=f"{module}:f"))
+
+
 def by_token(inputs, config, sizes):
     outputs = policy_loss(inputs, config, sizes)
     return dataclasses.replace(outputs, loss=outputs.loss * torch.ones(7))

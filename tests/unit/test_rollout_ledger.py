@@ -46,6 +46,14 @@ def test_a_group_has_the_token_ids_of_an_environments_opening_messages(tmp_path:
     assert found.prompt.token_ids == (3, 4)
 
 
+def test_a_group_has_the_record_of_its_prompt_again(tmp_path: Path) -> None:
+    """A group of the wrong age is sampled again from its prompt, and a verifier may ask for the record."""
+    ledger(tmp_path).write(make(12))
+    found = ledger(tmp_path).read(12, dataclasses.replace(PROMPT, record={"level": 3}))
+    assert found is not None
+    assert found.prompt.record == {"level": 3}
+
+
 def test_a_damaged_group_is_sampled_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ledger(tmp_path).write(make(12))
     (file,) = tmp_path.iterdir()

@@ -10,9 +10,16 @@ import pytest
 from megatron_rl.config.sources import ConfigError
 from megatron_rl.doctor.broadcast import broadcast
 from megatron_rl.doctor.examine import run
-from megatron_rl.doctor.needs import CannotTell, CheckFailed, Needs, check_lengths, check_parallelism, check_same_model
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import SGLangClient
+from megatron_rl.rollout.server_needs import (
+    CannotTell,
+    CheckFailed,
+    Needs,
+    check_lengths,
+    check_parallelism,
+    check_same_model,
+)
 
 
 @pytest.mark.parametrize(("name", "flag"), [("pp_size", "--pp-size 1"), ("dp_size", "--dp-size 1")])

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_rl.config.schema import Config
 from megatron_rl.errors import UserError
 from megatron_rl.models.architecture import Architecture, differences, read_architecture
+from megatron_rl.models.fields import read_json_object
 
 SLACK = 4
 """SGLang reports the longest prompt, `max_req_input_len`; a prompt and its response together may have 4 tokens more."""
@@ -17,7 +18,6 @@ SLACK = 4
 
 ADMIN = "start it without --admin-api-key"
 """SGLang then lets the trainer's key in, wherever the other one is asked for."""
-State = Literal["ok", "fail", "unknown"]
 
 
 class CheckFailed(UserError):
@@ -26,18 +26,6 @@ class CheckFailed(UserError):
 
 class CannotTell(Exception):
     """A check has no result, and the reason why."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The result of one check."""
-
-    state: State
-    check: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"  {self.state:<8} {self.check}: {self.text}"
 
 
 @dataclass(frozen=True)
@@ -71,6 +59,20 @@ class Needs:
         )
 
 
+def explain_refusal(error: Exception) -> str:
+    """Says how to fix that a server does not describe itself."""
+    if is_unauthorised(error):
+        return (
+            "it wants another key; give --api-key-env (rollout.servers.api_key_env) the name of the variable that "
+            "holds the value of the server's --api-key"
+        )
+    return "start SGLang there, for example by megatron-rl serve"
+
+
+def is_unauthorised(error: Exception) -> bool:
+    return ": status 401" in str(error)
+
+
 def check_same_model(served: Mapping[str, Any], needs: Needs) -> str:
     """`served`: the answer of /model_info. Raises CheckFailed and CannotTell."""
     path, kind = str(served.get("model_path")), str(served.get("model_type"))
@@ -79,6 +81,7 @@ def check_same_model(served: Mapping[str, Any], needs: Needs) -> str:
     try:
         found = read_architecture(Path(path))
     except (UserError, OSError):
+        _check_type(served, needs)
         raise CannotTell(
             f"serves {path}, a {kind}, whose config.json cannot be read here; the first weight sync compares log-probs"
         ) from None
@@ -88,6 +91,13 @@ def check_same_model(served: Mapping[str, Any], needs: Needs) -> str:
             f"--model-path {needs.model}"
         )
     return f"{path} has the shapes and the vocabulary of {needs.model}"
+
+
+def _check_type(served: Mapping[str, Any], needs: Needs) -> None:
+    assert needs.model is not None
+    asked = read_json_object(needs.model / "config.json").get("model_type")
+    if served.get("model_type", asked) != asked:
+        raise CheckFailed(f"serves a {served['model_type']}, but {needs.model} is a {asked}; start it with that model")
 
 
 def check_parallelism(info: Mapping[str, Any]) -> str:
