@@ -27,7 +27,7 @@ ELSEWHERE = frozenset(("metrics.jsonl", name) for name in ("weights/seconds/writ
 """Names that only weights.route disk and delta, and rollout.servers.colocate write."""
 LIVE = frozenset(
     {
-        *(("metrics.jsonl", f"time/{phase}") for phase in ("rollout", "weight sync")),
+        *(("metrics.jsonl", f"time/{phase}") for phase in ("rollout", "weight_sync")),
         *(("metrics.jsonl", f"weights/{what}") for what in ("bytes", "probe_max_abs_diff", "probe_mean_abs_diff")),
         ("metrics.jsonl", "weights/sampled_mean_abs_diff"),
         *(("metrics.jsonl", f"weights/{what}") for what in ("servers", "seconds", "bytes_per_second", "checksum")),
