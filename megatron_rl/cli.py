@@ -20,6 +20,7 @@ from megatron_rl.garbage import collect_rarely
 from megatron_rl.models.kinds import POLICY_KINDS
 from megatron_rl.ranks.agreement import agree as agree_on
 from megatron_rl.ranks.agreement import end, explain_fault, tell_launcher
+from megatron_rl.report_commands import commands as commands_of_reports
 from megatron_rl.stop import Stopped
 
 app = typer.Typer(
@@ -216,31 +217,7 @@ def certify(
     raise typer.Exit(run(model, layout or GRID, recompute or RECOMPUTE, dtype, device, as_json=json))
 
 
-@app.command()
-def report(
-    paths: Annotated[list[Path], typer.Argument(metavar="RUN|STUDY...", help="run_dir of a run, directory of a study")],
-    out: Annotated[Path | None, typer.Option(help="Directory of the report; default: RUN/report.")] = None,
-) -> None:
-    """Writes a page about runs and studies, one HTML file that needs no network, and its figures as PNG."""
-    from megatron_rl.report.command import run
-
-    print(run(paths, out))
-
-
-@app.command()
-def inspect(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="run_dir of a run of `train`")],
-    step: Annotated[int, typer.Option(min=1, help="Rollout step, from 1.")],
-    responses: Annotated[int, typer.Option(min=1, help="Responses shown, the worst of each measure.")] = 16,
-    model: Annotated[Path | None, typer.Option(help="Directory of the tokenizer; default: model.path.")] = None,
-    rollouts: Annotated[Path | None, typer.Option(help="Directory of the rollouts; default: the run's.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory of the page; default: RUN/report.")] = None,
-) -> None:
-    """Writes a page of a step's responses, with tokens coloured by ratio, mismatch, log-prob or expert change."""
-    from megatron_rl.report.command import run_inspect
-    from megatron_rl.report.inspected import InspectOptions
-
-    print(run_inspect(run, InspectOptions(step, responses, model, rollouts), out))
+app.add_typer(commands_of_reports)
 
 
 @app.command()

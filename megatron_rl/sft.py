@@ -34,9 +34,7 @@ def sft(config: SftConfig, resume: bool = False) -> None:
             metrics = trainer.update(mini_batch, SftLoss(mini_batch, trainer.policy.device))
             step += 1
             trainer.log_update(step, 0, 0, metrics)
-            times = trainer.end_step({}, last=step == config.steps)
-            tokens_per_second = metrics["tokens"] / max(sum(times.values()), 1e-9)
-            trainer.console.step(step, {"loss": metrics["loss"], "tokens/s": tokens_per_second}, times)
+            trainer.end_step({}, tokens=metrics["tokens"], last=step == config.steps)
             trainer.checkpoint(State(step=step, cursor=cursor.as_json()))
         trainer.export_all()
 

@@ -115,10 +115,5 @@ def finish_step(parts: Parts, batch: RolloutBatch) -> None:
     progress.owes_evaluation = progress.due(parts.config.eval.every)
     published = parts.publisher.publish(progress.step)
     traces = parts.routes.drain() if parts.routes else {}
-    times = trainer.end_step({**published, **traces}, last=progress.step == progress.steps)
-    shown = {
-        "reward": batch.metrics["rollout/reward/mean"],
-        "accuracy": batch.metrics["rollout/accuracy"],
-        "tokens/s": batch.metrics["rollout/tokens"] / max(sum(times.values()), 1e-9),
-    }
-    trainer.console.step(progress.step, shown, times)
+    tokens = batch.metrics["rollout/tokens"]
+    trainer.end_step({**published, **traces}, tokens=tokens, last=progress.step == progress.steps)

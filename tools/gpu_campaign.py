@@ -60,7 +60,7 @@ METRICS = (
     "routing/set_mismatch/old_policy/effective/mean",
     "routing/set_mismatch/old_policy/live/mean",
     "routing/set_mismatch/rerun/mean",
-    "time/weight sync",
+    "time/weight_sync",
     "time/turns",
     "weights/bytes",
     "weights/probe_max_abs_diff",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_rl.lab.declared import OPEN, DeclaredMetric, DeclaredTable, Healthy
 from megatron_rl.lab.declared_all import DECLARATION
+from megatron_rl.lab.synonyms import SYNONYMS
 
 PAGE = Path(__file__).parent.parent / "docs" / "metrics.md"
 INTRODUCTION = """\
@@ -35,8 +36,28 @@ the exact ones; quantiles of ratios w are within 1e-6 if |w - 1| < 1e-4.
 """
 
 
+SYNONYMS_INTRODUCTION = """\
+## Names in TRL, verl and slime
+
+What the metrics are called there; `megatron_rl/lab/synonyms.py` names the files and revisions that were read. A `*`
+stands for a part that depends on the run. Definitions may differ in details that the last column does not name.
+
+| Here | TRL | verl | slime | Theirs |
+|---|---|---|---|---|
+"""
+
+
 def write_page() -> str:
-    return "\n".join([INTRODUCTION, *map(write_table, DECLARATION.tables)])
+    return "\n".join([INTRODUCTION, *map(write_table, DECLARATION.tables), SYNONYMS_INTRODUCTION + write_synonyms()])
+
+
+def write_synonyms() -> str:
+    rows = []
+    for each in SYNONYMS:
+        name = f"`{each.name}`" + (" (eval.jsonl)" if each.file == "eval.jsonl" else "")
+        theirs = [f"`{theirs}`" if theirs else "" for theirs in (each.trl, each.verl, each.slime)]
+        rows.append(f"| {' | '.join([name, *theirs, each.note])} |\n")
+    return "".join(rows)
 
 
 def write_table(table: DeclaredTable) -> str:

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_rl.config.schema import Config
+from megatron_rl.gpus import GPUS
 from megatron_rl.planner.candidates import DEGREES, Proposal, proposals
 from megatron_rl.planner.forecast import read_job
 from megatron_rl.planner.memory import GIB, Job, largest_rank
-from megatron_rl.planner.roofline import GPUS, step_time
+from megatron_rl.planner.roofline import step_time
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "scale.md"

@@ -22,7 +22,9 @@ def main(directory: Path, config_file: Path, overrides: list[str]) -> None:
 
     def step_done() -> str:
         last = json.loads((Path(config.run_dir) / "metrics.jsonl").read_bytes().splitlines()[-1])
-        seconds = {key.removeprefix("time/"): value for key, value in last.items() if key.startswith("time/")}
+        seconds = {
+            key.removeprefix("time/").replace("_", " "): value for key, value in last.items() if key.startswith("time/")
+        }
         turns.step_done({"seconds": seconds})
         return ""
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from megatron_rl.config.bounds import Frozen, Limits, PositiveInt
@@ -18,6 +18,13 @@ class WandbConfig(Frozen):
     """User or team that owns the project. Defaults to null: the account's own."""
     group: str | None = None
     """Runs of one group are shown together."""
+
+
+class PrometheusConfig(Frozen):
+    port: Annotated[int, Field(ge=1, le=65535)]
+    """Port on which rank 0 answers Prometheus, at /metrics."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Anyone who reaches it can read the metrics; no one can change anything there."""
 
 
 class Alarm(Limits):
@@ -42,6 +49,8 @@ class Alarm(Limits):
 class LabConfig(Frozen):
     wandb: WandbConfig | None = None
     """Sends the metrics to Weights & Biases too; needs the extra [wandb]. Defaults to null: only run_dir has them."""
+    prometheus: PrometheusConfig | None = None
+    """Serves the newest metrics to Prometheus (docs/monitoring.md). Defaults to null: no port is opened."""
     alarms: tuple[Alarm, ...] = ()
     """Alarms, as a list of {metric, above or below, steps, action}. metrics.jsonl has each as `alarm/METRIC/ACTION`: 1
     if it fired."""

@@ -131,16 +131,34 @@ COSTS = DeclaredTable(
                 "phase": {
                     "rollout": "waiting for responses and their verdicts",
                     "schedule": "exchange and packing of samples and routing traces",
-                    "old log-probs": "forward pass of pi_old",
-                    "reference log-probs": "forward pass of pi_ref",
+                    "old_log-probs": "forward pass of pi_old",
+                    "reference_log-probs": "forward pass of pi_ref",
                     "values": "forward pass of the critic",
-                    "router shift": "forward pass that measures the router shift",
+                    "router_shift": "forward pass that measures the router shift",
                     "update": "optimizer steps of the policy",
-                    "critic update": "optimizer steps of the critic",
-                    "weight sync": "weight sync to the rollout servers",
+                    "critic_update": "optimizer steps of the critic",
+                    "weight_sync": "weight sync to the rollout servers",
                     "turns": "moving memory of GPUs between trainer and servers (rollout.servers.colocate)",
                 }
             },
+        ),
+        DeclaredMetric(
+            "throughput/tokens_per_second",
+            VALUE,
+            "token/s",
+            "Tokens that the step generated, or that fine-tuning trained on, over the seconds of its phases.",
+        ),
+        DeclaredMetric(
+            "throughput/mfu",
+            VALUE,
+            "fraction",
+            "Model FLOPs of the policy's forward and backward passes in rank 0's replica, over what its GPUs could do "
+            "in the seconds of the update; in bf16, on GPUs whose peak is known.",
+            "PaLM [2204.02311, appendix B], with experts and attention that a token uses",
+        ),
+        DeclaredMetric("memory/process", VALUE, "byte", "Resident memory of rank 0's process at the end of the step."),
+        DeclaredMetric(
+            "memory/gpu", VALUE, "byte", "Largest memory that tensors had on rank 0's GPU since the process began."
         ),
         DeclaredMetric(
             "trace/bytes_moved", VALUE, "byte", "Bytes of routing traces that all ranks received in a step."

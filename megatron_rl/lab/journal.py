@@ -18,8 +18,9 @@ import torch.distributed as dist
 from megatron_rl.disk import explain
 from megatron_rl.lab.console import Console
 from megatron_rl.lab.owner import OwnerError
-from megatron_rl.lab.sinks import TAGS, File, Line, Sink
+from megatron_rl.lab.sinks import TAGS, Kept, Line, Sink
 from megatron_rl.lab.sketch import MetricAccumulator
+from megatron_rl.lab.step_summary import summarise
 from megatron_rl.lab.timer import PhaseTimer
 from megatron_rl.ranks.activity import Activity
 from megatron_rl.ranks.place import Place
@@ -42,6 +43,7 @@ class Journal:
         self._sinks: Sequence[Sink] = ()
         self._optimizer_steps = 0
         self._held: tuple[dict[str, int], dict[str, float]] | None = None
+        self._of_step: list[dict[str, float | None]] = []  # lines of the rollout step that goes on
         self._warned: set[str] = set()
 
     def open(self, sinks: Sequence[Sink], optimizer_steps: int) -> None:
@@ -65,12 +67,15 @@ class Journal:
         if self._held is not None:
             self._held[1].update(more)
 
-    def end_step(self, more: Mapping[str, float]) -> dict[str, float]:
-        """Writes the line that waits, with `more` and the seconds of each phase. Returns the seconds by name."""
-        times = self.timer.drain()
-        self.add({**more, **times})
+    def end_step(self, more: Mapping[str, float]) -> None:
+        """Writes the line that waits, with `more`, and then the line of the rollout step."""
+        self.add(more)
+        held = self._held
         self.flush()
-        return times
+        lines, self._of_step = self._of_step, []
+        if held is not None:
+            tags = {name: held[0][name] for name in ("step", "weight_version")}
+            self._give(Line("steps", tags, time.time(), summarise(lines), self._optimizer_steps))
 
     def flush(self) -> None:
         """Writes the line that waits, as when the run ends before its step does."""
@@ -100,7 +105,7 @@ class Journal:
             with self._noting(sink.what, sink.directory):
                 sink.close()
 
-    def _write(self, file: File, tags: Mapping[str, int], metrics: Mapping[str, float]) -> None:
+    def _write(self, file: Kept, tags: Mapping[str, int], metrics: Mapping[str, float]) -> None:
         """Writes a line; a metric that is not finite becomes None. A failure is noted and not raised, because all ranks
         must hear of it before this one ends."""
         if not self._sinks:
@@ -108,10 +113,14 @@ class Journal:
         if reserved := [name for name in metrics if name in TAGS]:
             raise ValueError(f"metric {reserved[0]!r} has the name of a tag of {file}.jsonl: give it another")
         values = {name: self._finite(name, value, tags["step"]) for name, value in metrics.items()}
-        line = Line(file, tags, time.time(), values, self._optimizer_steps)
+        if file == "metrics":
+            self._of_step.append(values)
+        self._give(Line(file, tags, time.time(), values, self._optimizer_steps))
+
+    def _give(self, line: Line) -> None:
         for sink in self._sinks:
             if not self.failure:
-                with self._noting(f"{sink.what} of step {tags['step']} in {file}.jsonl", sink.directory):
+                with self._noting(f"{sink.what} of step {line.tags['step']} in {line.file}.jsonl", sink.directory):
                     sink.write(line)
 
     def _finite(self, name: str, value: float, step: int) -> float | None:

@@ -10,11 +10,13 @@
     metrics.jsonl      one line per optimizer step: step, mini_batch, weight_version, time, then the metrics
     eval.jsonl         one line per evaluation on held-out prompts: step, weight_version, time, then the metrics
     checkpoints.jsonl  one line per checkpoint: step, time, and the seconds that it took
-    tensorboard/       the figures of metrics.jsonl and eval.jsonl as events, over optimizer steps
+    tensorboard/       the figures of metrics.jsonl and eval.jsonl as events, over optimizer steps; in rollout_steps/
+                       over rollout steps
     wandb/             the same for Weights & Biases, if lab.wandb is set
     tokens/            values of each token of the steps that lab.record_steps names
     pending/           judged groups that no checkpoint has yet (rollout/ledger.py)
-    rollouts/  checkpoints/  logs/
+    logs/              what each rank has logged (lab/rank_log.py), and each server
+    rollouts/  checkpoints/
 
 Rank 0 opens and writes the directory; the other ranks attach to it for its paths. lab/journal.py makes the lines.
 """
@@ -139,7 +141,8 @@ class RunDir:
             hide_from = None
             if self._resumes:
                 self.optimizer_steps = self._take_out(last_step, damaged, history)
-                hide_from = self.optimizer_steps + 1  # TensorBoard hides the interrupted run's later events
+                # TensorBoard hides the interrupted run's later events.
+                hide_from = self.optimizer_steps + 1, max(last_step, 0) + 1
             else:
                 self.id = name_run(self.path)
                 shutil.rmtree(self.pending, ignore_errors=True)  # of a start that failed

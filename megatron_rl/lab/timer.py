@@ -9,6 +9,11 @@ from contextlib import contextmanager
 PREFIX = "time/"
 
 
+def time_of(phase: str) -> str:
+    """Returns the name of the metric that has the phase's seconds. It has no space, as some dashboards want."""
+    return PREFIX + phase.replace(" ", "_")
+
+
 class PhaseTimer:
     """Sums the seconds of each phase until they are drained. Works on every rank.
 
@@ -30,10 +35,10 @@ class PhaseTimer:
 
     def take(self, name: str) -> dict[str, float]:
         """Returns {"time/<name>": seconds} of one phase, and removes it from the next drain."""
-        return {PREFIX + name: self._seconds.pop(name)}
+        return {time_of(name): self._seconds.pop(name)}
 
     def drain(self) -> dict[str, float]:
         """Returns {"time/<phase>": seconds} since the last drain, in the order in which the phases first ended."""
-        drained = {PREFIX + name: seconds for name, seconds in self._seconds.items()}
+        drained = {time_of(name): seconds for name, seconds in self._seconds.items()}
         self._seconds.clear()
         return drained

@@ -16,6 +16,9 @@ from megatron_rl.lab.sinks import Line
 
 logger = logging.getLogger(__name__)
 
+BY_ROLLOUT_STEP = "step/"
+"""What the names of a rollout step's line begin with, since W&B plots a name over one axis only."""
+
 
 def check_wandb(config: WandbConfig | None) -> None:
     """Raises ConfigError if the package or the account's key is missing. Does not ask the network."""
@@ -35,7 +38,8 @@ def check_wandb(config: WandbConfig | None) -> None:
 
 
 class WandbSink:
-    """Plots over optimizer steps, in one W&B run for all starts of a run. If W&B fails, the run goes on without it."""
+    """Plots over optimizer steps, and under step/ and eval/ over rollout steps, in one W&B run for all starts of a run.
+    If W&B fails, the run goes on without it."""
 
     what = "Weights & Biases"
 
@@ -60,11 +64,14 @@ class WandbSink:
             raise ConfigError(f"lab.wandb: {error}") from error
         # W&B's own counter only grows, but a resumed run repeats the steps after its checkpoint.
         self._run.define_metric("*", step_metric="optimizer_step")
+        for prefix in (BY_ROLLOUT_STEP, "eval/"):
+            self._run.define_metric(f"{prefix}*", step_metric="rollout_step")
 
     def write(self, line: Line) -> None:
         if line.file != "checkpoints":
-            values = {**line.named(), "optimizer_step": line.optimizer_steps, "rollout_step": line.tags["step"]}
-            self._try("log", values)
+            prefix = BY_ROLLOUT_STEP if line.file == "steps" else ""
+            values = {prefix + name: value for name, value in line.named().items()}
+            self._try("log", {**values, "optimizer_step": line.optimizer_steps, "rollout_step": line.tags["step"]})
 
     def sync(self) -> None: ...
 

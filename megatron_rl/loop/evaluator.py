@@ -51,4 +51,3 @@ class Evaluator:
             groups = self._environment.evaluate(prompts, samples=config.samples, temperature=config.temperature)
         report = evaluation(groups) | trainer.journal.timer.take("evaluation")
         trainer.journal.log_evaluation(step, step, report)
-        trainer.console.heldout(report["avg_at_k"])

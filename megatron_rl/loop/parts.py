@@ -86,6 +86,7 @@ def _assemble(config: Config, trainer: Trainer, prompts: RunPrompts, stack: Exit
         with trainer.console.starting("servers", _server_names(config, trainer, kept=open_pool is not Pool)):
             servers = stack.enter_context(connect(config, trainer, open_pool))
         gpu_turns.servers = servers.leader
+        trainer.console.leader = servers.leader if trainer.place.rank == 0 else None
     publisher = Publisher.of(config, trainer, servers, gpu_turns)
     stack.callback(publisher.close)
     source: GroupSource

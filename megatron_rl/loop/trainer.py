@@ -24,14 +24,18 @@ from megatron_rl.engine.manifest import CheckpointError, Identity, State, remove
 from megatron_rl.engine.network import Network, UpdateResult
 from megatron_rl.engine.packed_losses import PolicyLoss, SftLoss, ValueLoss
 from megatron_rl.lab.alarms import Alarms, Firing, check_alarms
+from megatron_rl.lab.closing import Closing
 from megatron_rl.lab.console import Console
 from megatron_rl.lab.journal import Journal, reduce_metrics
 from megatron_rl.lab.metrics import explained_variance
+from megatron_rl.lab.prometheus_sink import PrometheusSink, check_prometheus
+from megatron_rl.lab.rank_log import RankLog
 from megatron_rl.lab.run import RunDir
 from megatron_rl.lab.wandb_sink import WandbSink, check_wandb
 from megatron_rl.loop.checkpoints import Checkpoints
 from megatron_rl.loop.networks import Networks, build_networks, identify
 from megatron_rl.loop.progress import is_due
+from megatron_rl.loop.usage import Usage
 from megatron_rl.loop.watch import Watch
 from megatron_rl.models.architecture import read_architecture
 from megatron_rl.models.weights_io import MAX_SHARD_BYTES, save_weights, torch_dtype
@@ -61,6 +65,8 @@ class Trainer:
         console: Console,
         watch: Watch,
         *,
+        closing: Closing,
+        log: RankLog,
         steps: int,
         resumes: bool,
     ) -> None:
@@ -77,6 +83,9 @@ class Trainer:
         self.console = console
         self.watch = watch
         self.alarms = Alarms(config.lab.alarms)
+        self.usage = Usage(self.policy.arch, layout, self.policy.device, config.engine.dtype)
+        self._closing = closing
+        self._log = log
         self._steps = steps
         self._resumes = resumes
         self._identity: Identity | None = None  # rank 0's
@@ -98,6 +107,8 @@ class Trainer:
             self._tell(fired, "this optimizer step is skipped")
             self.checkpoints.wait_copied()
             return not fired
+
+        self.usage.count(mini_batch)
 
         with self.journal.phase("update"):
             routing_pass = routing.update_pass() if routing else None
@@ -148,15 +159,16 @@ class Trainer:
         for network in self.networks.trained.values():
             network.check_skipped()
 
-    def end_step(self, more: Mapping[str, float], *, last: bool = False) -> dict[str, float]:
-        """Writes the last optimizer step's line, with `more` and the seconds per phase; returns the seconds.
+    def end_step(self, more: Mapping[str, float], *, tokens: float, last: bool = False) -> None:
+        """Writes the last optimizer step's line, with `more`, the seconds per phase and what the step used, and shows
+        the step. `tokens`: that it generated or, without rollouts, trained on.
 
         Then the ranks agree on how the run goes on; after the `last` step there is nothing to stop. Collective.
         """
-        times = self.journal.end_step(more)
+        times = self.journal.timer.drain()
+        self.journal.end_step({**more, **times, **self.usage.drain(tokens, times)})
         self.checkpoints.log_written()
         self.watch.step_done(self._failure, last=last)
-        return times
 
     @property
     def _failure(self) -> str:
@@ -196,6 +208,8 @@ class Trainer:
         with together(self.place.control):
             if self.place.rank == 0:
                 self._begin_run(state)
+        with self.writing("the log of a rank", self.run.logs):
+            self._log.open(self.run.logs)
         self.checkpoints.begin(self._identity, state)
         self.watch.begin()
         self.journal.activity.has_begun = True
@@ -207,6 +221,12 @@ class Trainer:
         self._identity = self._identity.model_copy(update={"run": self.run.id})
         if self.config.lab.wandb is not None:
             sinks.append(WandbSink(self.config.lab.wandb, self.run.path, self.run.id, dump_config(self.config)))
+        if self.config.lab.prometheus is not None:
+            sinks.append(
+                PrometheusSink(self.config.lab.prometheus, self.run.path, self.run.id, self._steps, self.console)
+            )
+        sinks += [self.console, self._closing]  # last: they show what the files have
+        self._closing.has_begun = True
         self.journal.open(sinks, self.run.optimizer_steps)
         remove_partial(self.run.checkpoints)
         for warning in self._found.warnings if self._found else ():
@@ -279,9 +299,12 @@ def open_trainer(
     joins_world = not dist.is_initialized()
     place = start_process_groups(layout, device, config.seed)
     activity = Activity(config.engine.stall)
+    console = Console(steps, run_dir=config.run_dir, shows=place.rank == 0)
     try:
         with (
-            Console(steps, shows=place.rank == 0) as console,
+            Closing(config.run_dir, steps, console.say) as closing,
+            console,
+            RankLog(place.rank, console.warn) as log,
             Heartbeat(place.control, config.engine.heartbeat, activity) as heartbeat,
             _open_run(config, place, resume) as run,
         ):
@@ -291,7 +314,18 @@ def open_trainer(
             journal = Journal(console, activity=activity)
             networks.count_moves(activity.move)
             trainer = Trainer(
-                config, layout, place, networks, run, journal, console, watch, steps=steps, resumes=resume
+                config,
+                layout,
+                place,
+                networks,
+                run,
+                journal,
+                console,
+                watch,
+                closing=closing,
+                log=log,
+                steps=steps,
+                resumes=resume,
             )
             heartbeat.before_end = journal.flush
             trainer.restore()
@@ -331,6 +365,7 @@ def _open_run(config: Config | SftConfig, place: Place, resume: bool) -> Iterato
     with together(place.control):
         if place.rank == 0:
             check_wandb(config.lab.wandb)
+            check_prometheus(config.lab.prometheus)
             try:
                 run = RunDir.open(config.run_dir, dump_config(config), resume)
             except OSError as error:

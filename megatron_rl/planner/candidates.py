@@ -13,8 +13,9 @@ from megatron_rl.config.plain_layers import plain_features
 from megatron_rl.config.schema import Config, ParallelConfig
 from megatron_rl.config.show import longest_sample
 from megatron_rl.config.switches import NoKL
+from megatron_rl.gpus import Gpu
 from megatron_rl.planner.memory import Job, RankMemory, largest_rank
-from megatron_rl.planner.roofline import NODE, Gpu, StepTime, step_time
+from megatron_rl.planner.roofline import NODE, StepTime, step_time
 
 DEGREES = ("tp", "pp", "ep", "cp")
 PROPOSED = 3

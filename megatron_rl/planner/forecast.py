@@ -11,11 +11,12 @@ from rich.table import Table
 from megatron_rl.config.load import C, ConfigError, check_companions, check_config, load_config
 from megatron_rl.config.schema import Config
 from megatron_rl.config.sharing import fraction_problem
+from megatron_rl.gpus import GPUS, Gpu
 from megatron_rl.models.architecture import read_architecture
 from megatron_rl.models.fields import ModelError
 from megatron_rl.planner.candidates import DEGREES, Proposal, proposals, single_changes
 from megatron_rl.planner.memory import GIB, PASSING, Job, RankMemory, RankNetworks, all_ranks, largest_rank, shares
-from megatron_rl.planner.roofline import GPUS, MFU, Gpu, StepTime, step_time
+from megatron_rl.planner.roofline import MFU, StepTime, step_time
 
 KINDS = {
     "weights": "weights",

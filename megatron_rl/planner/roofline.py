@@ -11,33 +11,14 @@ from dataclasses import dataclass
 
 from megatron_rl.config.schema import Config
 from megatron_rl.config.show import longest_sample, stage_layers
-from megatron_rl.models.architecture import Architecture
+from megatron_rl.gpus import Gpu
+from megatron_rl.models.flops import forward_flops, head_flops
 from megatron_rl.planner.memory import Job, counted
-from megatron_rl.planner.shares import active_elements
 
 MFU = 0.35
 """Share of the peak that matrix products reach, attention and small operations included."""
 NODE = 8
 """GPUs that NVLink connects."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Figures of the vendor's data sheet, dense."""
-
-    memory_gib: float  # that a process sees
-    flops: float  # bf16, a second
-    hbm: float  # bytes a second
-    nvlink: float  # bytes a second, one direction
-    network: float  # bytes a second of a GPU's own adapter, one direction
-
-
-GPUS = {
-    "a100": Gpu(79, 312e12, 2.0e12, 300e9, 25e9),
-    "h100": Gpu(79, 989e12, 3.35e12, 450e9, 50e9),
-    "h200": Gpu(140, 989e12, 4.8e12, 450e9, 50e9),
-    "b200": Gpu(179, 2250e12, 8.0e12, 900e9, 50e9),
-}
 
 
 @dataclass(frozen=True)
@@ -54,29 +35,12 @@ class StepTime:
         return self.compute + self.exchange + self.bubble
 
 
-def forward_flops(arch: Architecture, length: int) -> float:
-    """Returns the mean FLOPs of a token's forward pass in a sequence of `length` tokens: two for each element of the
-    matrices that it meets, and those of attention over the tokens before it."""
-    widths = 2 * arch.head_dim
-    if arch.latent is not None:
-        widths = arch.latent.nope_dim + arch.latent.rope_dim + arch.latent.value_dim
-    attended = 0.0
-    for layer in range(arch.num_layers):
-        if not arch.has_delta_net(layer):
-            attended += min(length / 2, arch.window_of(layer) or length)
-    return 2 * active_elements(arch) + 2 * attended * arch.num_heads * widths + _head_flops(arch)
-
-
-def _head_flops(arch: Architecture) -> float:
-    return 2 * arch.hidden_size * (1 if arch.value_head else arch.vocab_size)
-
-
 def step_time(job: Job, gpu: Gpu) -> StepTime:
     """Estimates one rollout step, or one optimizer step of SFT, with all samples at their longest."""
     config, layout, arch = job.config, job.layout, job.arch
     forwards, updates, steps = _passes(job)
     shares = [sum(map(len, stage_layers(layout, arch, pp))) / arch.num_layers for pp in range(layout.pp)]
-    flops, head = forward_flops(arch, longest_sample(config)[1]), _head_flops(arch)
+    flops, head = forward_flops(arch, longest_sample(config)[1]), head_flops(arch)
     slowest = max(share * (flops - head) + head * (pp == layout.pp - 1) for pp, share in enumerate(shares))
     weights = counted(job, 0).policy
     arithmetic = job.tokens * slowest / (layout.tp * layout.cp) / (gpu.flops * MFU)

@@ -72,19 +72,6 @@ def largest_tensor(arch: Architecture) -> int:
     return max(tensors.values())
 
 
-@functools.lru_cache(maxsize=8)
-def active_elements(arch: Architecture) -> float:
-    """Returns the elements of the matrices that a token is multiplied with, without the output layer: of experts those
-    that it chooses, and of the embedding none."""
-    total = 0.0
-    for counts in _elements(arch).values():
-        for (shared, kind, _), elements in counts.items():
-            if kind != "embedding":
-                chosen = arch.experts_per_token / arch.num_experts if shared.startswith("expert") else 1.0
-                total += elements * chosen
-    return total
-
-
 def held_places(arch: Architecture, layout: Layout, pp: int) -> list[Where]:
     """Returns the places of the weights that pipeline stage `pp` holds."""
     layers = [layer for virtual in layout.split(arch.num_layers)[pp :: layout.pp] for layer in virtual]

@@ -25,7 +25,7 @@ class InspectedResponse:
     """group * rollout.group_size + number in the group."""
     sample: Sample
     texts: Sequence[str]
-    """[n] text of each token of the response."""
+    """[n] text of each token of the response; [] without a tokenizer."""
     columns: Mapping[str, np.ndarray]
     """[n] as in lab/token_records.py; NaN for a token that was not trained on."""
     trained: np.ndarray
@@ -36,6 +36,7 @@ class InspectedResponse:
 class InspectedStep:
     run: str
     step: int
+    group_size: int
     responses: Sequence[InspectedResponse]
     was_asked: bool
     """Whether lab.record_steps names the step."""
@@ -54,6 +55,10 @@ class InspectOptions:
     """Directory of the tokenizer; None: the run's model.path."""
     rollouts: Path | None = None
     """Directory of the rollouts; None: the run's own, or those that it replays."""
+    needs_texts: bool = True
+    """Whether a tokenizer that is not there is an error."""
+    keeps_traces: bool = False
+    """Whether samples keep their routing traces, which are a hundred times as large as what a page shows."""
 
 
 def load_step(path: Path, options: InspectOptions) -> InspectedStep:
@@ -64,9 +69,10 @@ def load_step(path: Path, options: InspectOptions) -> InspectedStep:
     """
     run, step = load_run(path), options.step
     size = _group_size(run)
-    texts = _Texts(_tokenizer(run, options.model))
+    texts = _texts(run, options)
     samples: dict[int, Sample] = {}
-    for number, sample in _read_samples(_rollout_files(run, step, options.rollouts), size):
+    files = _rollout_files(run, step, options.rollouts)
+    for number, sample in _read_samples(files, size, keeps_traces=options.keeps_traces):
         if number in samples:
             raise ReportError(f"{run.path}: step {step} has sample {number} twice; its rollouts are of several runs")
         samples[number] = sample
@@ -79,20 +85,21 @@ def load_step(path: Path, options: InspectOptions) -> InspectedStep:
         recorded |= _by_sample(file, found.columns, samples)
     names = sorted({name for part in recorded.values() for name in part} - {SAMPLE, POSITION})
     responses = [
-        _response(number, sample, texts.of(sample), names, recorded.get(number))
+        _response(number, sample, texts.of(sample) if texts else [], names, recorded.get(number))
         for number, sample in sorted(samples.items())
     ]
     asked = str(step) in re.findall(r"\d+", str(run.config.get("lab.record_steps", "")))
-    return InspectedStep(run.name, step, responses, asked, len(files), replicas)
+    return InspectedStep(run.name, step, size, responses, asked, len(files), replicas)
 
 
-def _read_samples(files: Sequence[Path], group_size: int) -> Iterator[tuple[int, Sample]]:
-    """Yields each sample with its number, without what a page does not show and is a hundred times as large."""
+def _read_samples(files: Sequence[Path], group_size: int, *, keeps_traces: bool) -> Iterator[tuple[int, Sample]]:
+    """Yields each sample with its number, without its top tokens, and without its trace unless it is to be kept."""
     for file in files:
         for group in read_groups(file):
             for sample in group.samples:
                 number = group.index * group_size + sample.index
-                yield number, dataclasses.replace(sample, trace=None, top_tokens=None)
+                trace = sample.trace if keeps_traces else None
+                yield number, dataclasses.replace(sample, trace=trace, top_tokens=None)
 
 
 def _rollout_files(run: LoadedRun, step: int, given: Path | None) -> list[Path]:
@@ -118,13 +125,16 @@ def _group_size(run: LoadedRun) -> int:
         ) from None
 
 
-def _tokenizer(run: LoadedRun, model: Path | None) -> Any:
-    directory = model or Path(run.config.get("model.path", run.path / "model"))
-    if not directory.is_dir():
-        raise MissingFileError(
-            f"{directory}: the model whose tokenizer the run used is not there. Name it, or a copy, with --model."
-        )
-    return load_tokenizer(directory)
+def _texts(run: LoadedRun, options: InspectOptions) -> _Texts | None:
+    """Returns the texts of tokens; None if there is no tokenizer and none is needed."""
+    directory = options.model or Path(run.config.get("model.path", run.path / "model"))
+    if directory.is_dir():
+        return _Texts(load_tokenizer(directory))
+    if not options.needs_texts:
+        return None
+    raise MissingFileError(
+        f"{directory}: the model whose tokenizer the run used is not there. Name it, or a copy, with --model."
+    )
 
 
 class _Texts:

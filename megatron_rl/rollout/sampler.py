@@ -9,8 +9,9 @@ each request carries.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,8 @@ class Sampler:
     def __init__(self, fleet: Fleet, concurrency: int) -> None:
         self._fleet = fleet
         self._slots = asyncio.Semaphore(concurrency)
+        self.waiting = 0
+        """Samples of the groups that were asked for, and for which no request could be sent yet."""
 
     async def group(self, index: int, prompt: Prompt, sampling: Sampling) -> Group:
         """Samples a group. Requests are sent in the order of calls.
@@ -64,7 +67,7 @@ class Sampler:
                 seed = request_seed(sampling.seed, version, index, number, turn, evaluates=sampling.evaluates)
                 return await place.ask(Continuation(begun, max_new_tokens, seed, sampling).complete)
 
-            async with self._slots:
+            async with self._slot():
                 longest = sampling.max_response_tokens
                 if sampling.turns is None:
                     made = await ask(Sample.start(prompt, number), longest, 0)
@@ -81,6 +84,19 @@ class Sampler:
         finally:
             place.leave()
         return _group(index, [task.result() for task in started])
+
+    @contextlib.asynccontextmanager
+    async def _slot(self) -> AsyncIterator[None]:
+        """A place among the requests in flight."""
+        self.waiting += 1
+        try:
+            await self._slots.acquire()
+        finally:
+            self.waiting -= 1
+        try:
+            yield
+        finally:
+            self._slots.release()
 
 
 class _Place:

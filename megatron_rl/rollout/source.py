@@ -18,6 +18,7 @@ from megatron_rl.data.trace import TraceError
 from megatron_rl.data.vocabulary import unknown_token
 from megatron_rl.errors import MissingFileError
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.lab.console_page import ServerLoad
 from megatron_rl.ranks.activity import Activity
 from megatron_rl.rollout.abandon import abandon_requests
 from megatron_rl.rollout.answers import RolloutError
@@ -260,6 +261,14 @@ class Leader:
     def ejected(self) -> dict[str, str]:
         """Says by URL why servers were ejected."""
         return {member.url: str(member.error) for member in self._fleet.members if member.error is not None}
+
+    @property
+    def load(self) -> ServerLoad:
+        """What is asked of the servers at the moment. Any thread may look."""
+        members = list(self._fleet.members)
+        live = sum(member.error is None for member in members)
+        running = sum(len(member.requests) for member in members)
+        return ServerLoad(live, len(members), running, self._sampler.waiting)
 
     def client(self, url: str) -> SGLangClient:
         """Returns the leader's client of a server, live or not."""

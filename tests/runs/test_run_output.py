@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from tiny_models import make_tiny_model
 
 from megatron_rl.ranks.known_warnings import LOGGED
 
+OURS = re.compile(r"(engine|data|finished): |step \d|(model|metrics|checkpoint|logs|report|train longer) +\S")
 SFT = """\
 run_dir: run
 model: {path: model}
@@ -59,9 +61,15 @@ def test_a_run_prints_no_warning_and_listens_only_on_the_loopback_interface(tmp_
         time.sleep(0.1)
     said = err.read_text()
     assert launcher.returncode == 0, said[-3000:]
-    assert "step 1/1" in out.read_text()
-    assert "Warning" not in said
-    assert not [text for text in LOGGED.values() if text in said]
+    assert said == "", "nothing of a library's, and no warning of ours"
+    lines = out.read_text().splitlines()
+    assert [line for line in lines if not OURS.match(line)] == []
+    assert [line for line in lines if line.startswith(("step 1/1  loss ", "finished: step 1 of 1"))] == lines[4:6]
+    assert lines[-1].endswith("torchrun --nproc-per-node 2 -m megatron_rl sft sft.yaml --resume")
+    for rank in range(2):
+        assert "INFO megatron_rl.lab.console: engine: ready" in (tmp_path / f"run/logs/rank-{rank}.log").read_text()
+    logged = "".join(file.read_text() for file in (tmp_path / "run" / "logs").glob("*.log"))
+    assert not [text for text in LOGGED.values() if text in logged]
     assert ranks == 2  # they were seen
     assert addresses  # so was their store
     assert all(ipaddress.ip_address(address).is_loopback for address in addresses), addresses

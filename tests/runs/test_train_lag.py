@@ -11,6 +11,7 @@ import orjson
 import pytest
 from forks import Forks
 from rl_runs import run_all, write_config
+from scraper import Scraper
 from tiny_models import make_tiny_model
 
 from megatron_rl.data.sample import Group
@@ -18,6 +19,8 @@ from megatron_rl.data.store import read_groups
 from megatron_rl.lab.run import read_metrics
 from megatron_rl.rollout.client import SGLangClient
 from megatron_rl.rollout.ledger import oldest_version
+from megatron_rl.rollout.server import free_ports
+from tools.write_dashboard import dashboard
 
 STEPS = 5
 
@@ -55,8 +58,16 @@ def train(
 @pytest.mark.parametrize(("lag", "concurrency"), [(1, 2), pytest.param(3, 64, marks=pytest.mark.slow)])
 def test_rollouts_go_on_during_updates_and_syncs(forks: Forks, tmp_path: Path, lag: int, concurrency: int) -> None:
     """With few requests at a time rollouts take longer than updates, so that a sync finds responses in flight. With
-    many all that may begin begins at once, so that the lag is used up."""
-    lines, steps = train(forks, tmp_path, lag, concurrency)
+    many all that may begin begins at once, so that the lag is used up. Meanwhile the run is watched as Prometheus does
+    it, and its endpoint has every series of the dashboard."""
+    (port,) = free_ports(1)
+    watched = (f"lab.prometheus.port={port}", f"data.heldout={tmp_path / 'prompts.jsonl'}", "eval.prompts=2")
+    with Scraper(port) as scraper:
+        lines, steps = train(forks, tmp_path, lag, concurrency, *watched, "checkpoint.every=2")
+    expressions = [target["expr"] for panel in dashboard()["panels"] for target in panel["targets"]]
+    assert [each for each in expressions if not scraper.has(each)] == []
+    assert {"rollout", "update", "weight_sync"} <= scraper.phases
+    assert scraper.values["megatron_rl_requests", frozenset({("state", "running")})] >= 0
     prompts = [group.prompt.id for groups in steps for group in groups]
     assert len(prompts) == len(set(prompts)) == STEPS * len(steps[0])
     mixed = 0

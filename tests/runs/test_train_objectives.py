@@ -224,7 +224,7 @@ def test_rollout_log_probs_can_replace_old_log_probs(setting: Path) -> None:
     for line in lines(setting.parent / "mu-for-old"):
         assert not any(name.startswith(("rho", "kl/rollout_old", "abs_logprob_gap")) for name in line)
         assert line["ratio/mean"] == pytest.approx(line["omega/mean"])
-        assert "time/old log-probs" not in line or line["time/old log-probs"] < 0.5
+        assert "time/old_log-probs" not in line or line["time/old_log-probs"] < 0.5
     # In the first step the saved mu equal the model's own log-probs up to rounding.
     first = lines(setting.parent / "mu-for-old")[0]
     assert first["sequence_ratio/min"] == pytest.approx(1, abs=1e-4)

@@ -39,7 +39,7 @@ def test_steps_and_evaluations_log_the_times_of_their_own_phases(run_dir: Path) 
             if line["step"] == step and "time/rollout" in line
         ]
         assert times["time/update"] > 0
-        assert times["time/weight sync"] < SLOW
+        assert times["time/weight_sync"] < SLOW
         assert "time/evaluation" not in times
     evaluations = [
         (line["step"], [name for name in line if name.startswith("time/")], line["time/evaluation"] >= SLOW)

@@ -59,6 +59,13 @@ def records(file: Path) -> Iterator[Any]:
             message = b""
 
 
+def axes(directory: Path) -> dict[str, str]:
+    """Returns the metric that each pattern of names is plotted over."""
+    files = sorted((directory / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    metrics = [record.metric for file in files for record in records(file) if record.HasField("metric")]
+    return {metric.glob_name or metric.name: metric.step_metric for metric in metrics if metric.step_metric}
+
+
 def plotted(directory: Path) -> list[dict[str, Any]]:
     """Returns the plotted lines of all starts of the run, in order."""
     files = sorted((directory / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
@@ -75,12 +82,17 @@ def test_a_run_and_its_resume_have_the_same_lines_in_their_files_and_at_wandb(fo
         assert done.returncode == 0, done.stderr
     lines = read_metrics(directory / "run" / "metrics.jsonl")
     assert len(lines) == 3
-    for number, (line, row) in enumerate(zip(lines, plotted(directory), strict=True), start=1):
-        assert (row.pop("optimizer_step"), row.pop("rollout_step")) == (number, line["step"])
+    rows = plotted(directory)
+    by_optimizer_step, by_rollout_step = (
+        [row for row in rows if any(key.startswith("step/") for key in row) is by_step] for by_step in (False, True)
+    )
+    for number, (line, *both) in enumerate(zip(lines, by_optimizer_step, by_rollout_step, strict=True), start=1):
+        assert [(row.pop("optimizer_step"), row.pop("rollout_step")) for row in both] == [(number, line["step"])] * 2
         metrics = {
             key: value for key, value in line.items() if key not in ("step", "mini_batch", "weight_version", "time")
         }
-        assert row == metrics
+        assert both == [metrics, {f"step/{name}": value for name, value in metrics.items()}]  # one mini-batch a step
+    assert axes(directory) == {"*": "optimizer_step", "step/*": "rollout_step", "eval/*": "rollout_step"}
     assert all(metric in lines[0] for metric in ("loss", "grad_norm", "time/update"))
 
 

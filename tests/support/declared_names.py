@@ -23,11 +23,14 @@ UNFILLED = frozenset(
     for bin_ in ("entropy_low", "entropy_middle", "lag_1", "lag_2_3", "lag_4_7", "lag_8_up")
 )
 """Bins without a token in a run of one step of a random model: no token is certain, and none is of an older version."""
-ELSEWHERE = frozenset(("metrics.jsonl", name) for name in ("weights/seconds/write", "weights/changed", "time/turns"))
-"""Names that only weights.route disk and delta, and rollout.servers.colocate write."""
+ELSEWHERE = frozenset(
+    ("metrics.jsonl", name)
+    for name in ("weights/seconds/write", "weights/changed", "time/turns", "throughput/mfu", "memory/gpu")
+)
+"""Names that only weights.route disk and delta, rollout.servers.colocate, and runs on a GPU write."""
 LIVE = frozenset(
     {
-        *(("metrics.jsonl", f"time/{phase}") for phase in ("rollout", "weight sync")),
+        *(("metrics.jsonl", f"time/{phase}") for phase in ("rollout", "weight_sync")),
         *(("metrics.jsonl", f"weights/{what}") for what in ("bytes", "probe_max_abs_diff", "probe_mean_abs_diff")),
         ("metrics.jsonl", "weights/sampled_mean_abs_diff"),
         *(("metrics.jsonl", f"weights/{what}") for what in ("servers", "seconds", "bytes_per_second", "checksum")),

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_rl.lab.console import Console
 from megatron_rl.lab.journal import Journal
+from megatron_rl.lab.sinks import Line
 from megatron_rl.lab.timer import PhaseTimer
 
 
@@ -31,9 +32,15 @@ def read_terminal(leader: int) -> bytes:
         return b""
 
 
-def a_step(console: Console, step: int, journal: Journal | None = None) -> None:
-    figures = {"reward": 0.25, "accuracy": 0.5, "tokens/s": 2091.4}
-    console.step(step, figures, journal.timer.drain() if journal else {})
+def a_step(console: Console, step: int, journal: Journal | None = None, **more: float | None) -> None:
+    """Shows a step with the seconds of the journal's phases."""
+    values = {"rollout/reward/mean": 0.25, "rollout/accuracy": 0.5, "throughput/tokens_per_second": 2091.4, **more}
+    times = journal.timer.drain() if journal else {}
+    console.write(Line("steps", {"step": step, "weight_version": step - 1}, 0.0, values | times, step))
+
+
+def evaluated(console: Console, step: int, accuracy: float) -> None:
+    console.write(Line("eval", {"step": step, "weight_version": step}, 0.0, {"avg_at_k": accuracy}, step))
 
 
 def test_timer_sums_a_phase_until_drain_resets_it() -> None:
@@ -100,7 +107,7 @@ def test_without_a_terminal_each_step_prints_one_plain_line(monkeypatch: pytest.
             with journal.phase("update [gspo]"):
                 clock.now += 60.0
             a_step(console, step, journal)
-        console.heldout(0.125)
+        evaluated(console, 2, 0.125)
         a_step(console, 3)
     first, second, heldout, third = out.getvalue().splitlines()
     assert first == (
@@ -162,7 +169,7 @@ def test_other_ranks_than_0_measure_time_but_print_nothing(capsys: pytest.Captur
             clock.now += 1.5
         assert journal.timer.drain() == {"time/update": 1.5}
         a_step(console, 1)
-        console.heldout(0.5)
+        evaluated(console, 1, 0.5)
     assert out.getvalue() == ""
     assert capsys.readouterr() == ("", "")
 
@@ -183,17 +190,19 @@ def test_on_a_terminal_the_console_draws_bar_metrics_and_phases(monkeypatch: pyt
         with journal.phase("weight sync"):
             clock.now += 10.0
         a_step(console, 1, journal)
-        console.heldout(0.125)
+        evaluated(console, 1, 0.125)
         with journal.phase("checkpoint"):
             deadline = time.monotonic() + 20
-            while b"now: checkpoint" not in b"".join(chunks) and time.monotonic() < deadline:
+            while b"now checkpoint" not in b"".join(chunks) and time.monotonic() < deadline:
                 time.sleep(0.05)
     reader.join(timeout=10)
     os.close(leader)
     screen = b"".join(chunks).decode()
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen)
-    for shown in ("1/4", "left 0:02:00", "reward 0.250", "held-out accuracy 0.125", "now: checkpoint"):
+    for shown in ("step 1/4", "left 0:02:00", "now checkpoint"):
         assert shown in text
+    for label, figure in (("reward", "0.250"), ("held-out accuracy [(]1[)]", "0.125"), ("tokens/s", "2091")):
+        assert re.search(rf"{label} +{figure}", text)
     assert re.search(r"rollout +30\.00 s +75%", text)
     assert re.search(r"weight sync +10\.00 s +25%", text)
     assert screen.rstrip().endswith("\x1b[?25h"), "the cursor was not given back"

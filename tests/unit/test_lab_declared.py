@@ -45,7 +45,7 @@ def test_a_declaration_says_what_the_metric_is(table: DeclaredTable, metric: Dec
         ("routing/set_mismatch/old_policy/live/layer_07", "set_mismatch/{pair}", "layer_07", 7),
         ("routing/set_mismatch/rerun/layer_103", "set_mismatch/{pair}", "layer_103", 103),
         ("routing/entropy/max", "entropy", "max", None),
-        ("time/old log-probs", "time/{phase}", "", None),
+        ("time/old_log-probs", "time/{phase}", "", None),
     ],
 )
 def test_a_written_name_is_found(name: str, pattern: str, statistic: str, layer: int | None) -> None:

@@ -14,7 +14,9 @@ from megatron_rl.config.layout import Layout, parse_layout
 from megatron_rl.config.recompute import Recomputation, read_recompute
 from megatron_rl.config.schema import Config, OptimConfig
 from megatron_rl.config.sources import ConfigError
+from megatron_rl.gpus import GPUS
 from megatron_rl.models.architecture import LatentAttention
+from megatron_rl.models.flops import active_elements, forward_flops
 from megatron_rl.models.kinds import PolicyKind
 from megatron_rl.planner.activations import (
     StageActivations,
@@ -27,8 +29,8 @@ from megatron_rl.planner.activations import (
 from megatron_rl.planner.candidates import on_layout, proposals, single_changes
 from megatron_rl.planner.forecast import find_gpu, memory_lines, read_job
 from megatron_rl.planner.memory import GIB, MIB, all_ranks, largest_rank
-from megatron_rl.planner.roofline import GPUS, forward_flops, step_time
-from megatron_rl.planner.shares import active_elements, network_bytes
+from megatron_rl.planner.roofline import step_time
+from megatron_rl.planner.shares import network_bytes
 
 NONE_AND_EXPERTS: tuple[tuple[PolicyKind, ...], ...] = ((), ("expert",))
 EMBEDDING: tuple[PolicyKind, ...] = ("embedding",)

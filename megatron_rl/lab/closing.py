@@ -1,0 +1,127 @@
+"""What rank 0 says at the end of a run: how it ended, how far it came, where its files are, and what to run next."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import orjson
+
+from megatron_rl.lab.console_figures import number
+from megatron_rl.lab.console_page import clock as as_clock
+from megatron_rl.lab.sinks import Line
+from megatron_rl.ranks.world import World, read_world
+from megatron_rl.stop import Stopped
+
+REWARD, ACCURACY = "rollout/reward/mean", "avg_at_k"
+WIDTH = 19
+COMMANDS = ("train", "sft")
+
+
+class Closing:
+    """A sink of the journal that remembers the last step, and a context that ends after the console's page."""
+
+    what = "the summary"
+
+    def __init__(self, run_dir: Path, steps: int, say: Callable[[str], None]) -> None:
+        self.directory = run_dir
+        self.has_begun = False
+        """Whether there is a run to sum up; without one only the error is of interest."""
+        self._steps = steps
+        self._say = say
+        self._start = time.monotonic()
+        self._last: Line | None = None
+
+    def write(self, line: Line) -> None:
+        if line.file == "steps":
+            self._last = line
+
+    def sync(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.has_begun:
+            for line in self._lines(error):
+                self._say(line)
+
+    def _lines(self, error: BaseException | None) -> Iterator[str]:
+        run, last = self.directory, self._last
+        how = "finished" if error is None else "stopped" if isinstance(error, Stopped) else "failed"
+        saved = sorted((run / "checkpoints").glob("step-[0-9]*[0-9]"))
+        done = last.tags["step"] if last else int(saved[-1].name.split("-")[1]) if saved else 0
+        yield f"{how}: step {done} of {self._steps}, {as_clock(time.monotonic() - self._start)} since the start"
+        first = _first_line(run / "metrics.jsonl")
+        before, now = first.get(REWARD), last.values.get(REWARD) if last else None
+        if before is not None and now is not None:
+            yield _row("reward", f"{number(before)} at step {first['step']}, {number(now)} at step {done}")
+        if scores := _scores(run / "eval.jsonl"):
+            (step, score), (best_step, best) = scores[-1], max(scores, key=lambda each: each[1])
+            yield _row("held-out accuracy", f"{score:.3f} after step {step}, best {best:.3f} after step {best_step}")
+        if error is None:
+            yield _row("model", str(run / "model"))
+        yield _row("metrics", f"{run / 'metrics.jsonl'}, {run / 'tensorboard'}")
+        if saved:
+            yield _row("checkpoint", str(saved[-1]))
+        yield _row("logs", str(run / "logs"))
+        yield _row("report", shlex.join(["megatron-rl", "report", str(run)]))
+        if command := resume_command(sys.argv, read_world()):
+            yield _row("train longer" if error is None else "go on", command)
+
+
+def resume_command(argv: Sequence[str], world: World) -> str:
+    """Returns the command that continues the run which `argv` began; "" if no command line began it.
+
+    What asks for a resume or a fork is left out, and --resume comes last.
+    """
+    if argv[1:2] not in [[command] for command in COMMANDS]:
+        return ""
+    kept: list[str] = []
+    before = ""
+    for each in argv[1:]:
+        is_value = (before, each) == ("--resume", "auto") or before == "--fork"
+        if not is_value and each not in ("--resume", "--fork") and not each.startswith(("--resume=", "--fork=")):
+            kept.append(each)
+        before = each
+    rest = shlex.join([*kept, "--resume"])
+    if world.size > world.local_size:
+        return f"torchrun on every node as before, with -m megatron_rl {rest}"
+    return f"torchrun --nproc-per-node {world.size} -m megatron_rl {rest}" if world.joined else f"megatron-rl {rest}"
+
+
+def _row(name: str, text: str) -> str:
+    return f"{name:<{WIDTH}}{text}"
+
+
+def _first_line(file: Path) -> dict[str, Any]:
+    """Returns the first line of a run's file; {} if there is none."""
+    lines = _read(file, 1)
+    return lines[0] if lines else {}
+
+
+def _scores(file: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line[ACCURACY]) for line in _read(file) if line.get(ACCURACY) is not None]
+
+
+def _read(file: Path, most: int | None = None) -> list[dict[str, Any]]:
+    """Reads lines of this process's own run; what cannot be read is left out, as the run has another error then."""
+    found: list[dict[str, Any]] = []
+    try:
+        with file.open("rb") as stream:
+            for line in stream:
+                found.append(orjson.loads(line))
+                if len(found) == most:
+                    break
+    except (OSError, orjson.JSONDecodeError):
+        pass
+    return found
