@@ -27,14 +27,15 @@ from megatron_rl.rollout.server import free_ports
 
 Command = Callable[..., Run]
 OPTIONS = {
-    "train": {"config", "overrides", "--dry-run", "--resume", "--world-size"},
-    "sft": {"config", "overrides", "--dry-run", "--resume", "--world-size"},
+    "train": {"config", "overrides", "--dry-run", "--resume", "--fork", "--world-size"},
+    "sft": {"config", "overrides", "--dry-run", "--resume", "--fork", "--world-size"},
     "study": {"file", "--task", "--dry-run"},
     "plan": {"config", "overrides", "--gpus", "--memory", "--gpu", "--sft"},
     "serve": {"model", "--host", "--port", "--device", "--dtype", "--tp", "--max-total-tokens", "--api-key-env"},
     "doctor": {"--server", "--model", "--config", "--api-key-env"},
     "graft": {"donor", "base", "out", "--weights"},
     "dequantise": {"model", "out"},
+    "export": {"checkpoint", "out", "--critic", "--model"},
     "report": {"paths", "--out"},
     "inspect": {"run", "--step", "--responses", "--model", "--rollouts", "--out"},
     "attribute": {"config", "overrides", "--step"},
