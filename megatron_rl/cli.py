@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +11,16 @@ from typing import Annotated
 import typer
 
 from megatron_rl.cluster_commands import ConfigFile, KeyVariable, Overrides, launch, serve
+from megatron_rl.command_options import (
+    Begins,
+    ForkOption,
+    Recompute,
+    ResumeOption,
+    RunCommand,
+    Version,
+    check_recompute,
+)
 from megatron_rl.config.load import C, ConfigError
-from megatron_rl.config.recompute import read_recompute
 from megatron_rl.config.schema import Config, Device, EngineDtype, SftConfig
 from megatron_rl.demo.first_run import demo
 from megatron_rl.errors import UserError
@@ -32,41 +40,10 @@ app = typer.Typer(
 app.command()(demo)
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and layout, and stop.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint.")]
 OfSft = Annotated[bool, typer.Option("--sft", help="CONFIG is one of `sft`.")]
 WorldSize = Annotated[int | None, typer.Option(min=1, help="Ranks that --dry-run plans for; else torchrun's, or 1.")]
-VERSIONED = ("megatron_rl", "megatron-core", "torch", "transformers", "sglang")
-"""Distributions that --version names."""
 
 
-def _print_versions(asked: bool) -> None:
-    """Prints a line for each package, read from its metadata: nothing is imported."""
-    if not asked:
-        return
-    for name in VERSIONED:
-        try:
-            print(name, importlib.metadata.version(name))
-        except importlib.metadata.PackageNotFoundError:
-            print(name, "not installed")
-    raise typer.Exit
-
-
-Version = Annotated[
-    bool,
-    typer.Option("--version", callback=_print_versions, is_eager=True, help="Print the versions in use, and stop."),
-]
-
-
-def _check_recompute(value: str | list[str] | None) -> str | list[str] | None:
-    for text in [value] if isinstance(value, str) else value or []:
-        try:
-            read_recompute(text)
-        except ValueError as error:
-            raise typer.BadParameter(f"found {text!r}, expected {error}") from None
-    return value
-
-
-Recompute = Annotated[str, typer.Option(callback=_check_recompute, help="as engine.recompute, such as moe,layernorm")]
 Model = Annotated[Path, typer.Option(exists=True, file_okay=False, help="Hugging Face model directory")]
 
 
@@ -75,12 +52,13 @@ def options(version: Version = False) -> None:
     """Reinforcement learning of mixture-of-experts language models on Megatron-Core and SGLang."""
 
 
-@app.command()
+@app.command(cls=RunCommand)
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
     dry_run: DryRun = False,
-    resume: Resume = False,
+    resume: ResumeOption = False,
+    fork: ForkOption = None,
     world_size: WorldSize = None,
 ) -> None:
     """Trains a policy by RL. Start it with torchrun, one process per device."""
@@ -88,18 +66,21 @@ def train(
         _show(Config, config, overrides or [], world_size)
         return
     _refuse_world_size(world_size)
-    with agree_on("train", Config, config, overrides or [], resume=resume, check=_check_start) as loaded:
+    begins = Begins(resume, fork)
+    check = functools.partial(_check_start, begins)
+    with agree_on("train", Config, config, overrides or [], check=check, begins=str(begins)) as loaded:
         from megatron_rl.train import train as run
 
-        run(loaded, resume=resume)
+        run(loaded, begins.resume, fork=begins.fork)
 
 
-@app.command()
+@app.command(cls=RunCommand)
 def sft(
     config: ConfigFile,
     overrides: Overrides = None,
     dry_run: DryRun = False,
-    resume: Resume = False,
+    resume: ResumeOption = False,
+    fork: ForkOption = None,
     world_size: WorldSize = None,
 ) -> None:
     """Fine-tunes a model on prompts with responses. Start it with torchrun."""
@@ -107,10 +88,12 @@ def sft(
         _show(SftConfig, config, overrides or [], world_size)
         return
     _refuse_world_size(world_size)
-    with agree_on("sft", SftConfig, config, overrides or [], resume=resume, check=_check_start) as loaded:
+    begins = Begins(resume, fork)
+    check = functools.partial(_check_start, begins)
+    with agree_on("sft", SftConfig, config, overrides or [], check=check, begins=str(begins)) as loaded:
         from megatron_rl.sft import sft as run
 
-        run(loaded, resume=resume)
+        run(loaded, begins.resume, fork=begins.fork)
 
 
 @app.command()
@@ -205,7 +188,7 @@ def certify(
     layout: Annotated[list[str] | None, typer.Option(help="such as tp=2,pp=2,ep=2; default: a grid of ten")] = None,
     recompute: Annotated[
         list[str] | None,
-        typer.Option(callback=_check_recompute, help="as engine.recompute; default: five kinds, one after another"),
+        typer.Option(callback=check_recompute, help="as engine.recompute; default: five kinds, one after another"),
     ] = None,
     dtype: Annotated[EngineDtype, typer.Option()] = "fp32",
     device: Annotated[Device, typer.Option()] = "auto",
@@ -253,6 +236,27 @@ def dequantise(
     print(f"{out}: {done.converted} tensors converted to bf16, {done.kept} as they were")
 
 
+@app.command()
+def export(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(metavar="RUN[@STEP]", help="run_dir of a run, and the step of a checkpoint; else its newest"),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory of the model; new or empty")],
+    critic: Annotated[bool, typer.Option("--critic", help="Write PPO's critic.")] = False,
+    model: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Model that the run began with, if it has moved")
+    ] = None,
+) -> None:
+    """Writes a checkpoint as a Hugging Face directory, whatever its layout. Needs no ranks and no GPU."""
+    from megatron_rl.engine.named_checkpoint import CheckpointName
+    from megatron_rl.engine.saved_model import export_checkpoint
+
+    name = CheckpointName.parse(checkpoint, "RUN", needs_step=False)
+    done = export_checkpoint(name, out, critic=critic, model=model)
+    print(f"{out}: the {'critic' if critic else 'policy'} of {done.directory}, in {done.dtype}")
+
+
 Step = Annotated[int, typer.Option(min=1, help="Rollout step of the run that rollout.replay_from names.")]
 
 
@@ -288,7 +292,7 @@ def replay_study(
     def check(loaded: Config) -> None:
         studies.check_options(loaded, options)
 
-    with agree_on("replay-study", Config, config, overrides or [], resume=False, check=check) as loaded:
+    with agree_on("replay-study", Config, config, overrides or [], check=check) as loaded:
         lines = studies.replay_study(loaded, options)
     if lines:
         studies.print_study(lines)
@@ -299,17 +303,16 @@ def attribute(config: ConfigFile, overrides: Overrides = None, step: Step = 1) -
     """Attributes the mismatch of saved rollouts to routing, precision, a layer or an expert. Start it with torchrun."""
     from megatron_rl.counterfactual import attribution
 
-    with agree_on(
-        "attribute", Config, config, overrides or [], resume=False, check=attribution.check_attribution
-    ) as loaded:
+    with agree_on("attribute", Config, config, overrides or [], check=attribution.check_attribution) as loaded:
         lines = attribution.attribute(loaded, step)
     if lines:
         attribution.print_attribution(lines)
 
 
-def _check_start(loaded: Config | SftConfig) -> None:
+def _check_start(begins: Begins, loaded: Config | SftConfig) -> None:
     from megatron_rl.loop.start_checks import check_start
 
+    begins.check()
     check_start(loaded)
 
 

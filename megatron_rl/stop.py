@@ -37,6 +37,13 @@ class Stopped(UserError):
         self.reason = reason
 
 
+class NothingLeft(Stopped):
+    """Ends a resume of a run that has made all its steps and written its models. It is no failure: `train` and `sft`
+    return."""
+
+    status = 0
+
+
 class Interrupted(Exception):
     """Raised by a signal inside `Signals.interrupt`."""
 

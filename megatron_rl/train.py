@@ -6,6 +6,7 @@ here runs on every rank; what only some ranks do is inside the calls.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,7 +14,9 @@ import numpy as np
 from megatron_rl.config.schema import Config
 from megatron_rl.data.sample import Group
 from megatron_rl.engine.distribute import MiniBatch, TrainSample, distribute
+from megatron_rl.engine.named_checkpoint import CheckpointName
 from megatron_rl.engine.packed_advantages import needs_forward_pass
+from megatron_rl.lab.run_records import Resume
 from megatron_rl.loop.experience import measure_router_shift, prepare
 from megatron_rl.loop.gpu_turns import TRAINING
 from megatron_rl.loop.parts import Parts, open_parts
@@ -23,24 +26,28 @@ from megatron_rl.loop.updates import apply, train_critic_again
 from megatron_rl.objectives.advantages import group_advantages
 from megatron_rl.rewards.shaping import is_lost
 from megatron_rl.rollout.pool import Pool, PoolOpener
+from megatron_rl.stop import NothingLeft
 
 
 def train(
     config: Config,
-    resume: bool = False,
+    resume: Resume = False,
     *,
+    fork: CheckpointName | None = None,
     halt: Callable[[], str] | None = None,
     open_pool: PoolOpener = Pool,
 ) -> None:
-    """Runs `config.train.steps` steps; with `resume`, the steps that are left after the newest complete checkpoint.
+    """Runs `config.train.steps` steps; with `resume`, the steps that are left after the newest complete checkpoint;
+    with `fork`, those after that checkpoint of another run.
 
     Writes the trained model as a Hugging Face directory, run_dir/model, and the critic as run_dir/critic. Rank 0 asks
     `halt` after each step, with its evaluation, why the run is to stop: Stopped is raised if it gives a reason. Rank 0
     gets its servers from `open_pool`.
     """
-    with open_parts(config, resume, open_pool) as parts:
+    with contextlib.suppress(NothingLeft), open_parts(config, resume, open_pool, fork) as parts:
         trainer, progress = parts.trainer, parts.progress
         parts.publisher.start(progress.step, trainer.console)
+        trainer.begin()  # all that a start can lack is there: from now on the run writes
         parts.evaluator.evaluate(progress)  # before the first step, or owed by a run that was stopped
         trainer.journal.timer.drain()  # the first weight sync is no step's
         while progress.step < progress.steps:
@@ -66,6 +73,7 @@ def train(
         parts.gpu_turns.take(TRAINING)
         trainer.export_all()
         parts.evaluator.check_made(progress)
+        trainer.end()
 
 
 def with_advantages(groups: Sequence[Group], config: Config) -> list[TrainSample]:

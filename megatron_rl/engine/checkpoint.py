@@ -7,8 +7,7 @@ together anew (engine/fragments.py).
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,10 @@ from megatron_rl.engine.manifest import (
     DamagedError,
     Identity,
     Manifest,
-    ShardFile,
     State,
     check_identity,
     checkpoints,
+    first_damage,
     read_manifest,
     strangers,
 )
@@ -59,7 +58,7 @@ def find_checkpoint(root: Path, networks: Mapping[str, Network], identity: Ident
     is of another run, model, data or dtype.
     """
     place = networks["policy"].place
-    leads, world = place.rank == 0, dist.get_world_size(place.control)
+    leads = place.rank == 0
     names = orjson.loads(broadcast_bytes(orjson.dumps([p.name for p in checkpoints(root)]), place.control))
     warnings = [f"{p}: passed over; it is no checkpoint" for p in strangers(root)] if leads else []
     damaged: list[Path] = []
@@ -72,9 +71,7 @@ def find_checkpoint(root: Path, networks: Mapping[str, Network], identity: Ident
         problem = answer["damage"]
         if not problem:
             manifest = Manifest.model_validate(answer["manifest"])
-            # Another world may have written it: each rank reads its part of the files.
-            mine = next(filter(None, (_check_shard(directory, f) for f in manifest.files[place.rank :: world])), "")
-            problem = next((p.decode() for p in all_gather_bytes(mine.encode(), place.control) if p), "")
+            problem = check_files(directory, manifest, place.control)
         if manifest is not None and not problem:
             return Found(directory, manifest, tuple(damaged), tuple(warnings))
         warnings.append(f"{problem}; passed over, and moved to history/")
@@ -97,19 +94,19 @@ def _judge(directory: Path, networks: Mapping[str, Network], identity: Identity 
     return answer
 
 
-def _check_shard(directory: Path, entry: ShardFile) -> str:
-    """Returns what is wrong with one of the checkpoint's files; empty if nothing is."""
-    path = directory / entry.name
-    try:
-        whole = path.stat().st_size == entry.bytes and _digest(path) == entry.sha256
-    except OSError as error:
-        return f"{path}: cannot be read: {error.strerror}"
-    return "" if whole else f"{path}: not what its manifest says"
+def check_files(directory: Path, manifest: Manifest, control: dist.ProcessGroup) -> str:
+    """Returns what is wrong with a file of the checkpoint; empty if nothing is. Another world may have written it: each
+    rank reads its part of the files. Collective."""
+    mine = first_damage(directory, manifest.files[control.rank() :: control.size()])
+    return next((part.decode() for part in all_gather_bytes(mine.encode(), control) if part), "")
 
 
-def load_checkpoint(directory: Path, manifest: Manifest, networks: Mapping[str, Network]) -> None:
-    """Restores weights, optimizer and learning rate from what `find_checkpoint` found, and random state too if it was
-    written under this layout: then the run goes on as if it had not ended, to the bit. Collective.
+def load_checkpoint(
+    directory: Path, manifest: Manifest, networks: Mapping[str, Network], *, without_moments: Collection[str] = ()
+) -> None:
+    """Restores weights, optimizer and learning rate from a checkpoint whose files are whole, and random state too if it
+    was written under this layout: then the run goes on as if it had not ended, to the bit. The optimizers of the
+    networks `without_moments` begin anew. Collective.
 
     Frozen weights are not in the checkpoint: the networks have loaded them. Raises an error on every rank, before
     anything is restored, if they are not those with which the checkpoint was written.
@@ -127,7 +124,7 @@ def load_checkpoint(directory: Path, manifest: Manifest, networks: Mapping[str, 
                     "start a new run in another run_dir"
                 )
     for name, network in networks.items():
-        restore_network(network, name, readers)
+        restore_network(network, name, readers, moments=name not in without_moments)
     if same_layout:
         torch.set_rng_state(readers[0].read(f"{RANDOM}/torch"))
         tracker = get_cuda_rng_tracker()
@@ -159,8 +156,3 @@ def layout_record(networks: Mapping[str, Network]) -> dict[str, Any]:
     # Each bucket is cut into the ranks' shards; without overlap there is one bucket.
     buckets = {"shards": "by bucket"} if policy.engine.overlap != "none" else {}
     return {**degrees, **given, **buckets, "dtype": policy.engine.dtype}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

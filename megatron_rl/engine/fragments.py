@@ -11,15 +11,21 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
+from megatron_rl.engine.shard_file import ShardReader
 from megatron_rl.models.binding import ModelRanks, Slot
 from megatron_rl.models.shards import reshard
 from megatron_rl.models.weight import Weight
 
+if TYPE_CHECKING:  # `megatron-rl export` reads checkpoints without it
+    from megatron.core.optimizer import MegatronOptimizer
+
+PARAM = "param"
+"""The kind of tensor that is the fp32 weight; the other kinds are Adam's moments."""
 COPIED = "embedding.word_embeddings.weight"
 """The weight that a last stage may have a copy of, which is stepped as the weight is."""
 
@@ -33,6 +39,17 @@ class Stretch:
     size: int
     start: int
     length: int
+
+    def named(self, network: str, kind: str) -> str:
+        """Returns the name of a tensor of this stretch in a rank's file; `kind` is what the optimizer calls it."""
+        return f"{network}/{kind}/{self.weight}/{self.rank}/{self.size}/{self.start}/{self.length}"
+
+    @classmethod
+    def parse(cls, name: str) -> tuple[str, Stretch]:
+        """Returns the kind and the stretch of a name that `named` gave."""
+        _, kind, weight, *place = name.split("/")
+        rank, size, start, length = map(int, place)
+        return kind, cls(weight, rank, size, start, length)
 
 
 @dataclass(frozen=True)
@@ -83,15 +100,17 @@ class Saved:
         sizes = {stretch.size for stretch in self._by_weight[wanted.weight]}
         if wanted.size in sizes:
             return self._shard(wanted.weight, wanted.rank, wanted.size, wanted.start, wanted.length)
-        size = min(sizes, default=0)
-        if not size:
-            raise KeyError(wanted)
-        shards = []
-        for rank in range(size):
-            shape, _ = held.weight.cut(rank, size)
-            shards.append(self._shard(wanted.weight, rank, size, 0, math.prod(shape)).view(shape))
-        shard = reshard(held.weight, shards, wanted.rank, wanted.size)
+        shard = reshard(held.weight, self.shards(held.weight, wanted.weight), wanted.rank, wanted.size)
         return shard.reshape(-1)[wanted.start : wanted.start + wanted.length]
+
+    def shards(self, weight: Weight, name: str) -> list[Tensor]:
+        """Returns all shards of a weight, which has this name in the checkpoint, as they were cut when it was written.
+        Raises KeyError if the checkpoint has not all of them."""
+        size = min((stretch.size for stretch in self._by_weight[name]), default=0)
+        if not size:
+            raise KeyError(name)
+        shapes = [weight.cut(rank, size)[0] for rank in range(size)]
+        return [self._shard(name, n, size, 0, math.prod(shape)).view(shape) for n, shape in enumerate(shapes)]
 
     def _shard(self, weight: str, rank: int, size: int, start: int, length: int) -> Tensor:
         """Returns positions [start, start + length) of a saved shard."""
@@ -108,3 +127,21 @@ class Saved:
         if position < end:
             raise KeyError(Stretch(weight, rank, size, start, length))
         return torch.cat(parts)
+
+
+def read_saved(readers: Sequence[ShardReader], network: str) -> dict[str, Saved]:
+    """Returns what the files of `readers` have of a network, by kind; of several files with a stretch the first is
+    read."""
+    where: dict[tuple[str, Stretch], ShardReader] = {}
+    for reader in readers:
+        for name in reader.names:
+            if name.startswith(f"{network}/"):
+                where.setdefault(Stretch.parse(name), reader)
+
+    def saved(kind: str) -> Saved:
+        def read(stretch: Stretch, first: int, length: int) -> Tensor:
+            return where[kind, stretch].stretch(stretch.named(network, kind), first, length)
+
+        return Saved((stretch for each, stretch in where if each == kind), read)
+
+    return {kind: saved(kind) for kind in sorted({kind for kind, _ in where})}

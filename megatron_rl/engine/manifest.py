@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -158,16 +158,37 @@ def check_identity(directory: Path, manifest: Manifest, layout: LayoutRecord, no
         )
 
 
+def first_damage(directory: Path, files: Iterable[ShardFile]) -> str:
+    """Returns what is wrong with one of these files of the checkpoint; empty if nothing is."""
+    for entry in files:
+        path = directory / entry.name
+        try:
+            with path.open("rb") as file:
+                whole = path.stat().st_size == entry.bytes
+                whole = whole and hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256
+        except OSError as error:
+            return f"{path}: cannot be read: {error.strerror}"
+        if not whole:
+            return f"{path}: not what its manifest says"
+    return ""
+
+
+def other_architecture(then: ModelIdentity, now: ModelIdentity) -> list[str]:
+    """Returns `field value, not value` for each feature in which the two models differ."""
+    fields = sorted(now.architecture.keys() | then.architecture.keys())
+    values = ((f, then.architecture.get(f, "absent"), now.architecture.get(f, "absent")) for f in fields)
+    return [f"{field} {before}, not {after}" for field, before, after in values if before != after]
+
+
+def other_files(then: ModelIdentity, now: ModelIdentity) -> list[str]:
+    """Returns the names of the files that are not the same in the two models' directories."""
+    return sorted(f for f in then.files.keys() | now.files.keys() if then.files.get(f) != now.files.get(f))
+
+
 def _model_changes(then: ModelIdentity, now: ModelIdentity) -> list[str]:
-    differing = [
-        f"{field} {then.architecture.get(field, 'absent')}, not {now.architecture.get(field, 'absent')}"
-        for field in now.architecture.keys() | then.architecture.keys()
-        if then.architecture.get(field, "absent") != now.architecture.get(field, "absent")
-    ]
-    if differing:
-        return [f"of another model than {now.key}: {', '.join(sorted(differing))}"]
-    changed = sorted(f for f in then.files.keys() | now.files.keys() if then.files.get(f) != now.files.get(f))
-    if changed:
+    if differing := other_architecture(then, now):
+        return [f"of another model than {now.key}: {', '.join(differing)}"]
+    if changed := other_files(then, now):
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         return [f"of another model than {now.key}: {', '.join(changed[:3])}{more} differ from those that it began with"]
     return []

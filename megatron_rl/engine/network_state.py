@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_rl.engine.export import model_ranks
-from megatron_rl.engine.fragments import Held, Saved, Stretch, held_by
+from megatron_rl.engine.fragments import Held, held_by, read_saved
 from megatron_rl.engine.network import Network
 from megatron_rl.engine.optimizer import optimizer_parts
 from megatron_rl.engine.optimizer_state import restore_steps, restore_tensors, steps_of, tensors_of
@@ -23,7 +23,7 @@ def network_tensors(network: Network, name: str) -> dict[str, Tensor]:
         for kind, tensor in tensors_of(part, parameter).items():
             flat = tensor.detach().view(-1)
             for held in stretches:
-                found[_name(name, kind, held.stretch)] = flat[held.at : held.at + held.stretch.length]
+                found[held.stretch.named(name, kind)] = flat[held.at : held.at + held.stretch.length]
     return found
 
 
@@ -37,24 +37,13 @@ def network_state(network: Network) -> dict[str, Any]:
     }
 
 
-def restore_network(network: Network, name: str, readers: Sequence[ShardReader]) -> None:
-    """Restores the network from the files of `readers`, of which the first that has a stretch is read. Raises KeyError
-    if none has one that is needed."""
+def restore_network(network: Network, name: str, readers: Sequence[ShardReader], *, moments: bool = True) -> None:
+    """Restores the network from the files of `readers`, of which the first that has a stretch is read. Without
+    `moments` the optimizer begins anew. Raises KeyError if no file has a stretch that is needed."""
     state = readers[0].state["networks"][name]
-    steps = max(reader.state["networks"][name]["steps"] for reader in readers)  # some ranks may train nothing
-    where: dict[tuple[str, Stretch], ShardReader] = {}
-    for reader in readers:
-        for key in reader.names:
-            if key.startswith(f"{name}/"):
-                where.setdefault(_parse(key), reader)
-
-    def saved(kind: str) -> Saved:
-        def read(stretch: Stretch, first: int, length: int) -> Tensor:
-            return where[kind, stretch].stretch(_name(name, kind, stretch), first, length)
-
-        return Saved((stretch for each, stretch in where if each == kind), read)
-
-    kinds = {kind: saved(kind) for kind in sorted({kind for kind, _ in where})}
+    # Some ranks may train nothing.
+    steps = max(reader.state["networks"][name]["steps"] for reader in readers) if moments else 0
+    kinds = read_saved(readers, name)
     for part in _parts(network):
         restore_steps(part, steps)
     for part, parameter, stretches in _held(network):
@@ -83,14 +72,3 @@ def _held(network: Network) -> Iterator[tuple[Any, Any, list[Held]]]:
     for part in _parts(network):
         for parameter, stretches in held_by(part, slots, ranks).items():
             yield part, parameter, stretches
-
-
-def _name(network: str, kind: str, stretch: Stretch) -> str:
-    place = f"{stretch.rank}/{stretch.size}/{stretch.start}/{stretch.length}"
-    return f"{network}/{kind}/{stretch.weight}/{place}"
-
-
-def _parse(name: str) -> tuple[str, Stretch]:
-    _, kind, weight, *place = name.split("/")
-    rank, size, start, length = map(int, place)
-    return kind, Stretch(weight, rank, size, start, length)

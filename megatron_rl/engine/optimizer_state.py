@@ -19,7 +19,9 @@ import torch
 from megatron.core.optimizer import HybridDeviceOptimizer, MegatronOptimizer
 from torch import Tensor
 
-PARAM = "param"
+from megatron_rl.engine.fragments import PARAM
+from megatron_rl.engine.split_weights import join_weight, split_weight
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = "step"
 """What Adam calls the number of its steps."""
@@ -89,20 +91,6 @@ def restore_steps(part: MegatronOptimizer, steps: int) -> None:
         for group in inner.param_groups:
             if STEP in group:
                 group[STEP] = steps
-
-
-def join_weight(rounded: Tensor, rest: Tensor) -> Tensor:
-    """Returns the fp32 weights of which FusedAdam keeps bf16 and the last 16 bits. bf16 is rounded to the nearest, and
-    up if the first of these bits is set."""
-    upper = rounded.view(torch.int16).to(torch.int32) - (rest < 0).to(torch.int32)
-    return ((upper << 16) | (rest.to(torch.int32) & 0xFFFF)).view(torch.float32)
-
-
-def split_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns bf16 weights and int16 bits of which `join_weight` makes the fp32 weights again."""
-    bits = weight.view(torch.int32)
-    rest = bits.to(torch.int16)  # keeps the last 16 bits
-    return ((bits >> 16) + (rest < 0).to(torch.int32)).to(torch.int16).view(torch.bfloat16), rest
 
 
 def _weight(part: MegatronOptimizer, shard: Tensor, state: Mapping[str, Tensor]) -> Tensor:

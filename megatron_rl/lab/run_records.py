@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 import yaml
@@ -44,18 +43,27 @@ MAY_CHANGE = (
     "reward.environment",
     "rollout.dynamic_sampling.oversample",
     "rollout.dynamic_sampling.max_refills",
-    "optim.max_skipped",
-    "optim.offload",
-    "critic.optim.max_skipped",
-    "critic.optim.offload",
+    *(
+        f"{section}.{key}"
+        for section in ("optim", "critic.optim")
+        for key in ("lr", "min_lr", "schedule", "warmup_steps", "decay_steps", "max_skipped", "offload")
+    ),
     "weights",
 )
 """Keys, with all keys below them, that may differ on resume: how long a run goes, where, under which layout, how
-fast, and what ends it. Under the same layout it goes on to the bit, under another but for rounding.
+fast, what ends it, and the learning rate. Under the same layout it goes on to the bit, under another but for rounding.
+
+A learning rate is a factor of each step, and no state of Adam depends on it. Its betas are in the moments and in their
+bias correction, so a run under others is another run, as is one with another weight_decay or clip_grad.
 
 The names of presets may differ, but the keys that they set are compared. A server's dtype and flags change mu, but a
 run outlives its servers; the mismatch metrics show the change.
 """
+
+Resume = bool | Literal["auto"]
+"""Whether a start goes on with the run in run_dir. "auto": if there is one; else it begins one."""
+ABSENT = "absent"
+"""Stands for the value of a key that a configuration does not have."""
 
 # In the order of writing. config.yaml is last, because a directory with a config.yaml can be resumed.
 RECORDS = ("versions.json", "git.json", "git.diff", "config.yaml")
@@ -75,12 +83,12 @@ def check_resumable(path: Path, config_yaml: str) -> None:
             f"run_dir {path} has no config.yaml, so there is no run to resume. "
             "Start without --resume, or correct the path."
         )
-    asked = flatten(yaml.load(config_yaml, yaml.BaseLoader))
-    frozen = _with_defaults(config_file, is_sft="steps" in asked) | _read_frozen(config_file)
+    asked = flat_config(config_yaml)
+    frozen = read_frozen(path)
     differing = [
-        f"  {key}: {_shown(frozen.get(key, 'absent'))} in the run, {_shown(asked.get(key, 'absent'))} now"
+        f"  {key}: {shown_value(frozen.get(key, ABSENT))} in the run, {shown_value(asked.get(key, ABSENT))} now"
         for key in sorted(frozen.keys() | asked.keys())
-        if frozen.get(key, "absent") != asked.get(key, "absent") and not _may_change(key)
+        if frozen.get(key, ABSENT) != asked.get(key, ABSENT) and not _may_change(key)
     ]
     if differing:
         free = [key for key in MAY_CHANGE if any(_is_below(each, key) for each in asked)]
@@ -88,8 +96,21 @@ def check_resumable(path: Path, config_yaml: str) -> None:
             f"run_dir {path} was started with another configuration:\n"
             + "\n".join(differing)
             + f"\nOnly these may differ on resume: {', '.join(free)}. "
-            "Restore the values, or name another run_dir."
+            "Restore the values, or name another run_dir; --fork begins a new run from a checkpoint of this one."
         )
+
+
+def flat_config(config_yaml: str) -> dict[str, Any]:
+    """Returns a configuration by dotted key, with all values as text."""
+    return flatten(yaml.load(config_yaml, yaml.BaseLoader))
+
+
+def read_frozen(path: Path) -> dict[str, Any]:
+    """Returns the configuration that the newest start of a run has frozen, as `flat_config` does, with the defaults of
+    keys that are newer. Raises RunDirError if it is damaged."""
+    file = path / "config.yaml"
+    frozen = _read_frozen(file)
+    return _with_defaults(file, is_sft="steps" in frozen) | frozen
 
 
 def _read_frozen(file: Path) -> dict[str, Any]:
@@ -121,8 +142,9 @@ def _with_defaults(file: Path, *, is_sft: bool) -> dict[str, Any]:
     return flatten(yaml.load(dump_config(config), yaml.BaseLoader))
 
 
-def _shown(value: Any) -> str:
-    return f"[{', '.join(map(_shown, value))}]" if isinstance(value, list) else str(value)
+def shown_value(value: Any) -> str:
+    """Returns a value of a flat configuration as YAML writes it in one line."""
+    return f"[{', '.join(map(shown_value, value))}]" if isinstance(value, list) else str(value)
 
 
 def _may_change(key: str) -> bool:
@@ -136,11 +158,9 @@ def _is_below(key: str, section: str) -> bool:
 # ---- the run's name --------------------------------------------------------------------------------------------
 
 
-def name_run(path: Path) -> str:
-    """Makes a new run's id, writes it into the directory, and returns it. Every checkpoint of the run carries it."""
-    name = uuid.uuid4().hex
+def name_run(path: Path, name: str) -> None:
+    """Writes a new run's id into the directory. Every checkpoint of the run carries it."""
     write_durably(path / RUN_FILE, _json({"id": name}))
-    return name
 
 
 def read_run_id(path: Path) -> str:

@@ -8,7 +8,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from megatron_rl.config.schema import Config
+from megatron_rl.engine.named_checkpoint import CheckpointName
 from megatron_rl.engine.top_exchange import TopExchange
+from megatron_rl.lab.run_records import Resume
 from megatron_rl.loop.connections import connect
 from megatron_rl.loop.environment import Environment
 from megatron_rl.loop.evaluator import Evaluator
@@ -42,11 +44,13 @@ class Parts:
 
 
 @contextlib.contextmanager
-def open_parts(config: Config, resume: bool, open_pool: PoolOpener = Pool) -> Iterator[Parts]:
-    """The run on this rank, its servers opened if need be, resumed from the newest complete checkpoint if asked."""
+def open_parts(
+    config: Config, resume: Resume, open_pool: PoolOpener = Pool, fork: CheckpointName | None = None
+) -> Iterator[Parts]:
+    """The run on this rank, its servers opened if need be, resumed or forked from a checkpoint if asked."""
     temperature = config.rollout.temperature
     with (
-        open_trainer(config, steps=config.train.steps, resume=resume, temperature=temperature) as trainer,
+        open_trainer(config, steps=config.train.steps, resume=resume, fork=fork, temperature=temperature) as trainer,
         ExitStack() as stack,
     ):
         # Before servers are started, and before the run's files are touched.
@@ -73,8 +77,8 @@ def _server_names(config: Config, trainer: Trainer, *, kept: bool) -> str:
 
 
 def _assemble(config: Config, trainer: Trainer, prompts: RunPrompts, stack: ExitStack, open_pool: PoolOpener) -> Parts:
-    """Starts or finds the servers, and begins the run. `stack` closes what is opened; servers that run elsewhere are
-    then of use to the next run, whatever ended this one. Collective."""
+    """Starts or finds the servers. `stack` closes what is opened; servers that run elsewhere are then of use to the
+    next run, whatever ended this one. Collective."""
     policy = trainer.policy
     top = top_k(config, policy.arch.vocab_size)
     spec = RouteSpec.of(policy.arch) if config.routing.needs_rollout_routes else None
@@ -115,7 +119,7 @@ def _assemble(config: Config, trainer: Trainer, prompts: RunPrompts, stack: Exit
     return Parts(
         config=config,
         trainer=trainer,
-        progress=Progress.of(trainer.begin(), config.train.steps, config.seed),
+        progress=Progress.of(trainer.resumes_from, config.train.steps, config.seed),
         rollouts=Rollouts(config, trainer, source),
         publisher=publisher,
         evaluator=Evaluator(config.eval, trainer, environment, prompts.heldout),

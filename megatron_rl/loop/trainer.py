@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import orjson
 import torch
 import torch.distributed as dist
 
@@ -21,6 +22,7 @@ from megatron_rl.engine.device import use_device
 from megatron_rl.engine.distribute import MiniBatch
 from megatron_rl.engine.grad_norms import total_norm
 from megatron_rl.engine.manifest import CheckpointError, Identity, State, remove_partial
+from megatron_rl.engine.named_checkpoint import CheckpointName
 from megatron_rl.engine.network import Network, UpdateResult
 from megatron_rl.engine.packed_losses import PolicyLoss, SftLoss, ValueLoss
 from megatron_rl.lab.alarms import Alarms, Firing, check_alarms
@@ -31,8 +33,11 @@ from megatron_rl.lab.metrics import explained_variance
 from megatron_rl.lab.prometheus_sink import PrometheusSink, check_prometheus
 from megatron_rl.lab.rank_log import RankLog
 from megatron_rl.lab.run import RunDir
+from megatron_rl.lab.run_records import Resume
+from megatron_rl.lab.sinks import Sink
 from megatron_rl.lab.wandb_sink import WandbSink, check_wandb
 from megatron_rl.loop.checkpoints import Checkpoints
+from megatron_rl.loop.forking import Fork, restore_fork
 from megatron_rl.loop.networks import Networks, build_networks, identify
 from megatron_rl.loop.progress import is_due
 from megatron_rl.loop.usage import Usage
@@ -40,13 +45,14 @@ from megatron_rl.loop.watch import Watch
 from megatron_rl.models.architecture import read_architecture
 from megatron_rl.models.weights_io import MAX_SHARD_BYTES, save_weights, torch_dtype
 from megatron_rl.ranks.activity import Activity
-from megatron_rl.ranks.collectives import together
+from megatron_rl.ranks.agreement import tell
+from megatron_rl.ranks.collectives import broadcast_bytes, together
 from megatron_rl.ranks.heartbeat import Heartbeat
 from megatron_rl.ranks.place import Place, start_process_groups, stop_process_groups
 from megatron_rl.ranks.world import read_world
 from megatron_rl.routing.exchange import reduce_stats
 from megatron_rl.routing.modes import MiniBatchRouting
-from megatron_rl.stop import Clock, Stopped
+from megatron_rl.stop import Clock, NothingLeft, Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +74,9 @@ class Trainer:
         closing: Closing,
         log: RankLog,
         steps: int,
-        resumes: bool,
+        fork: CheckpointName | None,
     ) -> None:
-        """`steps`: of the whole run."""
+        """`steps`: of the whole run. `fork`: the checkpoint of another run that this one begins from."""
         self.config = config
         self.layout = layout
         self.place = place
@@ -87,9 +93,10 @@ class Trainer:
         self._closing = closing
         self._log = log
         self._steps = steps
-        self._resumes = resumes
+        self._fork = fork
         self._identity: Identity | None = None  # rank 0's
         self._found: Found | None = None
+        self._forked: Fork | None = None
         self.checkpoints = Checkpoints(run, networks.trained, place, journal, config.checkpoint.keep)
 
     def update(
@@ -177,28 +184,36 @@ class Trainer:
     # ---- beginning, going on, ending ---------------------------------------------------------------------------
 
     def restore(self) -> None:
-        """Restores what a resume goes on from, and changes no file; open_trainer does it, before servers are started.
+        """Restores what a resume or a fork goes on from, and changes no file; open_trainer does it, before servers are
+        started.
 
         Raises CheckpointError, on every rank, for a checkpoint of another run, model, data or dtype, and if no
-        checkpoint is whole but there is something to lose. Collective.
+        checkpoint is whole but there is something to lose. Raises as `restore_fork`. Collective.
         """
         with together(self.place.control):
             if self.place.rank == 0:
                 self._identity = identify(self.config, self.networks, self.run.id)
-        if not self._resumes:
-            return
-        self._found = find_checkpoint(self.run.checkpoints, self.networks.trained, self._identity)
-        if self._found.directory is not None:
-            assert self._found.manifest is not None
-            load_checkpoint(self._found.directory, self._found.manifest, self.networks.trained)
-            return
-        with together(self.place.control):
-            if self.place.rank == 0 and (refusal := self.run.refuses_step_0()):
-                raise CheckpointError("\n".join([refusal, *self._found.warnings]))
+        fork, trained = self._fork, self.networks.trained
+        if self.run.resumes:
+            self._found = find_checkpoint(self.run.checkpoints, trained, self._identity)
+            if self._found.directory is not None:
+                assert self._found.manifest is not None
+                load_checkpoint(self._found.directory, self._found.manifest, trained)
+                return
+            with together(self.place.control):
+                if self.place.rank == 0 and (refusal := self.run.refuses_step_0(bool(self._found.damaged))):
+                    raise CheckpointError("\n".join([refusal, *self._found.warnings]))
+            if self.run.origin is not None:  # it has no checkpoint of its own yet
+                fork = CheckpointName(Path(self.run.origin["run"]), self.run.origin["step"])
+        if fork is not None:
+            self._forked = restore_fork(fork, self.config, trained, self._identity)
+            self.run.origin = self.run.origin or self._forked.record
 
     @property
     def resumes_from(self) -> State | None:
         """State of the checkpoint that was restored; None at step 0."""
+        if self._forked is not None:
+            return self._forked.state
         return self._found.manifest.state if self._found and self._found.manifest else None
 
     def begin(self) -> State | None:
@@ -210,22 +225,23 @@ class Trainer:
                 self._begin_run(state)
         with self.writing("the log of a rank", self.run.logs):
             self._log.open(self.run.logs)
-        self.checkpoints.begin(self._identity, state)
+        self.checkpoints.begin(self._identity, None if self._forked else state)
         self.watch.begin()
         self.journal.activity.has_begun = True
         return state
 
     def _begin_run(self, state: State | None) -> None:
-        assert self._identity is not None
-        sinks = self.run.begin(state.step if state else -1, self._found.damaged if self._found else ())
-        self._identity = self._identity.model_copy(update={"run": self.run.id})
-        if self.config.lab.wandb is not None:
-            sinks.append(WandbSink(self.config.lab.wandb, self.run.path, self.run.id, dump_config(self.config)))
-        if self.config.lab.prometheus is not None:
-            sinks.append(
-                PrometheusSink(self.config.lab.prometheus, self.run.path, self.run.id, self._steps, self.console)
-            )
-        sinks += [self.console, self._closing]  # last: they show what the files have
+        wandb, prometheus = self.config.lab.wandb, self.config.lab.prometheus
+        others: list[Sink] = []  # before the run begins, as they may be refused
+        if wandb is not None:
+            others.append(WandbSink(wandb, self.run.path, self.run.id, dump_config(self.config)))
+        if prometheus is not None:
+            others.append(PrometheusSink(prometheus, self.run.path, self.run.id, self._steps, self.console))
+        goes_on = self._found is not None and self._found.manifest is not None
+        last_step = state.step if goes_on and state else self.run.first_step - 1
+        sinks = self.run.begin(last_step, self._found.damaged if self._found else ())
+        tell([*map(str, self.run.changes), *([str(self._forked)] if self._forked else [])])
+        sinks += [*others, self.console, self._closing]  # these two last: they show what the files have
         self._closing.has_begun = True
         self.journal.open(sinks, self.run.optimizer_steps)
         remove_partial(self.run.checkpoints)
@@ -253,6 +269,13 @@ class Trainer:
         if self.watch.stopping or state.step == self._steps:
             self.checkpoints.complete()
         self.watch.stop_if_asked(state.step, self._steps)
+
+    def end(self) -> None:
+        """Records that the run has made all its steps and written its models: a resume has nothing left to do.
+        Collective."""
+        with self.writing("the end of the run", self.run.path):
+            if self.place.rank == 0:
+                self.run.end(self._steps, ["model", "critic"] if self.critic else ["model"])
 
     def export_all(self) -> None:
         """Writes run_dir/model, and run_dir/critic if there is one. Collective."""
@@ -282,11 +305,17 @@ class Trainer:
 
 @contextlib.contextmanager
 def open_trainer(
-    config: Config | SftConfig, *, steps: int, resume: bool, temperature: float = 1.0
+    config: Config | SftConfig,
+    *,
+    steps: int,
+    resume: Resume,
+    fork: CheckpointName | None = None,
+    temperature: float = 1.0,
 ) -> Iterator[Trainer]:
-    """This rank's trainer, its networks restored if the run is resumed. Collective.
+    """This rank's trainer, its networks restored if the run is resumed or forked. Collective.
 
-    Raises ConfigError: for contradictions before any process group starts, and for a run directory in use.
+    Raises ConfigError: for contradictions before any process group starts, and for a run directory in use. Raises
+    NothingLeft if the run to resume has made its steps.
     """
     arch = read_architecture(config.model.path)
     layout = check_config(config, arch, read_world().size)
@@ -306,7 +335,7 @@ def open_trainer(
             console,
             RankLog(place.rank, console.warn) as log,
             Heartbeat(place.control, config.engine.heartbeat, activity) as heartbeat,
-            _open_run(config, place, resume) as run,
+            _open_run(config, place, resume, steps) as run,
         ):
             with console.starting("engine", _describe(config, layout, device)):
                 networks = build_networks(config, layout, place, device, temperature)
@@ -325,7 +354,7 @@ def open_trainer(
                 closing=closing,
                 log=log,
                 steps=steps,
-                resumes=resume,
+                fork=fork,
             )
             heartbeat.before_end = journal.flush
             trainer.restore()
@@ -359,18 +388,27 @@ def _of_norms(norms: Mapping[str, float]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _open_run(config: Config | SftConfig, place: Place, resume: bool) -> Iterator[RunDir]:
-    """The run directory, which rank 0 takes. Raises ConfigError, on every rank, if it cannot."""
+def _open_run(config: Config | SftConfig, place: Place, resume: Resume, steps: int) -> Iterator[RunDir]:
+    """The run directory, which rank 0 takes and of which it tells the other ranks. Raises ConfigError, on every rank,
+    if it cannot, and NothingLeft."""
     run = RunDir.attach(config.run_dir)
-    with together(place.control):
-        if place.rank == 0:
-            check_wandb(config.lab.wandb)
-            check_prometheus(config.lab.prometheus)
-            try:
-                run = RunDir.open(config.run_dir, dump_config(config), resume)
-            except OSError as error:
-                raise ConfigError(f"run_dir {config.run_dir}: {explain(error, config.run_dir)}") from error
+    told = b""
     try:
+        with together(place.control):
+            if place.rank == 0:
+                check_wandb(config.lab.wandb)
+                check_prometheus(config.lab.prometheus)
+                try:
+                    run = RunDir.open(config.run_dir, dump_config(config), resume)
+                except OSError as error:
+                    raise ConfigError(f"run_dir {config.run_dir}: {explain(error, config.run_dir)}") from error
+                told = orjson.dumps([run.resumes, run.origin, run.has_ended(steps)])
+        run.resumes, run.origin, has_ended = orjson.loads(broadcast_bytes(told, place.control))
+        if has_ended:
+            raise NothingLeft(
+                f"nothing is left to do: the run in {run.path} has made all {steps} steps, and its model is in "
+                f"{run.path / 'model'}"
+            )
         yield run
     finally:
         run.close()

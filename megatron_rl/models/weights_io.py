@@ -133,14 +133,13 @@ def save_weights(
     config.json loses its quantization_config, as no tensor is quantised. Tensors of source_dir that the model does not
     use, such as those of a vision tower, are copied.
 
-    The directory appears whole or not at all. Raises FileInTheWayError when model_dir is there already, and
-    ModelError when a tensor is not one of source_dir's config.json, comes twice, has another shape or never
-    comes.
+    The directory appears whole or not at all. Raises FileInTheWayError when model_dir is there already and is not an
+    empty directory, and ModelError when a tensor is not one of source_dir's config.json, comes twice, has another shape
+    or never comes.
     """
     model_dir, source_dir = Path(model_dir), Path(source_dir)
     arch = read_architecture(source_dir, value_head)
-    if model_dir.exists() or model_dir.is_symlink():
-        raise FileInTheWayError(f"{model_dir} exists already; choose another directory, or remove it")
+    check_free(model_dir)
     partial = model_dir.with_name(f".{model_dir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.mkdir(parents=True)
@@ -151,6 +150,14 @@ def save_weights(
         partial.rename(model_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_free(model_dir: Path) -> None:
+    """Raises FileInTheWayError if there is something where a model is to be written, unless it is an empty
+    directory."""
+    is_empty = model_dir.is_dir() and not model_dir.is_symlink() and not any(model_dir.iterdir())
+    if (model_dir.exists() or model_dir.is_symlink()) and not is_empty:
+        raise FileInTheWayError(f"{model_dir} exists already; choose another directory, or remove it")
 
 
 def _copy_companions(source_dir: Path, target: Path, dtype: torch.dtype | None, arch: Architecture) -> None:

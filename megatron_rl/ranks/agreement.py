@@ -38,7 +38,8 @@ class Facts:
     """What must be equal on every rank and rank 0."""
 
     command: str
-    resume: bool
+    begins: str
+    """Options that say what the run begins with, such as --resume; empty without any."""
     world_size: int
     config: dict[str, Any]
     files: Files
@@ -52,8 +53,8 @@ def agree(
     path: Path,
     overrides: Sequence[str],
     *,
-    resume: bool,
     check: Callable[[C], None],
+    begins: str = "",
 ) -> Iterator[C]:
     """Gives the body the configuration once all ranks have the same one, have their files, and have passed `check`.
 
@@ -79,7 +80,7 @@ def agree(
     try:
         resolved = resolve(cls, path, overrides, world.size)
         files = local_files(resolved, world.rank)
-        facts = Facts(command, resume, world.size, resolved.config.model_dump(mode="json"), files)
+        facts = Facts(command, begins, world.size, resolved.config.model_dump(mode="json"), files)
     except UserError as error:
         problem = str(error)
     except Exception as error:  # the others need not wait for this rank
@@ -183,9 +184,10 @@ def _compare(mine: Facts, content: dict[str, Any] | None, run_dir: Path) -> str:
             f"{theirs.world_size}; start every rank alike"
         )
     problems = []
-    if mine.resume != theirs.resume:
-        here, there = ("with", "without") if mine.resume else ("without", "with")
-        problems.append(f"started {here} --resume, but rank 0 {there} it; start every rank alike")
+    if mine.begins != theirs.begins:
+        here, there = (f"with {each}" if each else "" for each in (mine.begins, theirs.begins))
+        here, there = here or f"without {theirs.begins}", there or "without it"
+        problems.append(f"started {here}, but rank 0 {there}; start every rank alike")
     own, common = flatten(mine.config), flatten(theirs.config)
     differing = [key for key in common | own if own.get(key) != common.get(key)]
     if differing:

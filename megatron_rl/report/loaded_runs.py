@@ -13,9 +13,10 @@ import yaml
 
 from megatron_rl.config.sources import flatten
 from megatron_rl.errors import MissingFileError, UserError
+from megatron_rl.lab.changes import ChangedKey, read_changes
 from megatron_rl.lab.declared import TAGS
 from megatron_rl.lab.health import Health, Line, judge
-from megatron_rl.lab.run import read_metrics
+from megatron_rl.lab.run import read_metrics, read_origin
 
 Column = np.ndarray
 """float64 by line; NaN in a line without the metric, and if the metric was not finite."""
@@ -83,6 +84,10 @@ class LoadedRun:
     checkpoints: MetricColumns
     config: Mapping[str, Any]
     """The frozen configuration by dotted key, all values as text; empty if the directory has none."""
+    origin: Mapping[str, Any] | None
+    """The checkpoint of another run that the run was forked from, as fork.json names it."""
+    changes: Sequence[ChangedKey]
+    """What resumes have changed of the configuration."""
     ended: bool
     """Whether the run wrote its model, as a run does at its end."""
 
@@ -133,6 +138,8 @@ def load_run(path: Path, name: str = "") -> LoadedRun:
         evaluations=_columns(path / "eval.jsonl"),
         checkpoints=_columns(path / "checkpoints.jsonl"),
         config=_read_config(path / "config.yaml"),
+        origin=read_origin(path),
+        changes=read_changes(path),
         ended=(path / "model").is_dir(),
     )
 

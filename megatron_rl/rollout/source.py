@@ -17,8 +17,8 @@ from megatron_rl.data.top_tokens import TopTokensError
 from megatron_rl.data.trace import TraceError
 from megatron_rl.data.vocabulary import unknown_token
 from megatron_rl.errors import MissingFileError
-from megatron_rl.models.architecture import Architecture
 from megatron_rl.lab.console_page import ServerLoad
+from megatron_rl.models.architecture import Architecture
 from megatron_rl.ranks.activity import Activity
 from megatron_rl.rollout.abandon import abandon_requests
 from megatron_rl.rollout.answers import RolloutError

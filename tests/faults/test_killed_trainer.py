@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import re
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +16,9 @@ import httpx
 import pytest
 import torch
 from forks import Forks
-from resume_runs import TRAIN, read_rollouts
+from resume_runs import TRAIN, assert_refused, read_rollouts
 from rl_runs import GROUP, PROMPTS, weights, write_config
+from tiny_models import make_tiny_model
 
 from megatron_rl.rollout.client import SGLangClient
 from megatron_rl.rollout.server import Server, ServerOptions, free_ports
@@ -129,6 +132,29 @@ def test_requests_of_a_trainer_whose_host_is_gone_are_ended(
             return await asyncio.gather(*asked)
 
     assert "abort" in asyncio.run(ask_and_train()), "they were done before; the test shows nothing"
+
+
+def test_a_run_whose_first_weight_sync_fails_leaves_no_directory(
+    forks: Forks, served: str, config: Path, tmp_path: Path
+) -> None:
+    """The server has another model of the same family."""
+    make_tiny_model(tmp_path / "wider", hidden_size=96)
+    words = (f"rollout.servers.urls=[{served}]", f"model.path={tmp_path / 'wider'}")
+    done = forks.run(*command(config, tmp_path / "run", *words))
+    assert_refused(done, served)
+    assert "weights: version 0 to all servers" in done.stdout, "it has failed earlier; the test shows nothing"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_server_does_not_start_leaves_its_log_alone(forks: Forks, config: Path, tmp_path: Path) -> None:
+    words = command(config, tmp_path / "run", "rollout.servers.extra_flags=[--schedule-policy, worst]")
+    done = forks.run(*words)
+    assert_refused(done, "invalid choice: 'worst'")
+    assert not (tmp_path / "run").exists()
+    told = re.search(rf"the run has not begun: {tmp_path / 'run' / 'logs'} is now (\S+)", done.stderr)
+    assert told, done.stderr
+    assert "invalid choice: 'worst'" in Path(told[1], "server-0.log").read_text()
+    shutil.rmtree(told[1])
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from tiny_models import make_tiny_model
 
 from megatron_rl.config.schema import OptimConfig
 from megatron_rl.engine.optimizer import check_machine
-from megatron_rl.engine.optimizer_state import join_weight, split_weight
+from megatron_rl.engine.split_weights import join_weight, split_weight
 from megatron_rl.errors import UserError
 from megatron_rl.planner.shares import state_bytes
 

@@ -28,8 +28,8 @@ from megatron_rl.rollout.server import free_ports
 Command = Callable[..., Run]
 OPTIONS = {
     "demo": {"overrides", "--preset", "--cold-start"},
-    "train": {"config", "overrides", "--dry-run", "--resume", "--world-size"},
-    "sft": {"config", "overrides", "--dry-run", "--resume", "--world-size"},
+    "train": {"config", "overrides", "--dry-run", "--resume", "--fork", "--world-size"},
+    "sft": {"config", "overrides", "--dry-run", "--resume", "--fork", "--world-size"},
     "study": {"file", "--task", "--dry-run"},
     "check": {"config", "overrides", "--sft", "--world-size"},
     "plan": {"config", "overrides", "--gpus", "--memory", "--gpu", "--sft"},
@@ -37,6 +37,7 @@ OPTIONS = {
     "doctor": {"--server", "--model", "--config", "--api-key-env"},
     "graft": {"donor", "base", "out", "--weights"},
     "dequantise": {"model", "out"},
+    "export": {"checkpoint", "out", "--critic", "--model"},
     "report": {"paths", "--out"},
     "inspect": {"run", "--step", "--responses", "--model", "--rollouts", "--out"},
     "attribute": {"config", "overrides", "--step"},

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from forks import Forks
+from resume_runs import assert_exported, figures
 from rl_runs import assert_same, environment, run_all, save_rollouts, torchrun, weights, write_config
 from tiny_models import make_tiny_model
 
@@ -121,3 +122,19 @@ def test_a_run_goes_on_under_another_layout(
     answer = forks.run("-m", "megatron_rl", "train", setting, *options, ranks=2)
     assert answer.status == [0, 0], answer.stderr
     assert_same(run_dir, setting.parent / "whole", steps=STEPS)
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_of_four_ranks_is_exported_by_one_process(forks: Forks, begun: Path, tmp_path: Path) -> None:
+    assert_exported(forks, begun, tmp_path / "out")
+
+
+@pytest.mark.distributed
+def test_a_fork_takes_the_rollouts_of_the_steps_to_come(forks: Forks, setting: Path, tmp_path: Path) -> None:
+    whole, run_dir = setting.parent / "whole", tmp_path / "run"
+    options = (f"run_dir={run_dir}", f"train.steps={STEPS}", "optim.warmup_steps=5")
+    answer = forks.run("-m", "megatron_rl", "train", setting, *options, "--fork", f"{whole}@{STEPS - 1}", ranks=2)
+    assert answer.status == [0, 0], answer.stderr
+    assert figures(run_dir) == figures(whole)[4 * (STEPS - 1) :]
+    for name, weight in weights(whole).items():
+        assert torch.equal(weight, weights(run_dir)[name]), name

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from forks import Forks
-from resume_runs import SFT, assert_refused, contents, figures
+from resume_runs import SFT, assert_exported, assert_refused, contents, figures
 from rl_runs import losses, run_all, save_rollouts, weights, write_config
 from safetensors.torch import load_file
 from tiny_models import make_tiny_model
@@ -52,6 +52,7 @@ def test_a_run_on_saved_rollouts_leaves_frozen_weights_alone(forks: Forks, tmp_p
         np.testing.assert_allclose(losses(run_dir)[:, 1:], losses(reference)[:, 1:], rtol=2e-3, atol=1e-4)
         for key, weight in weights(reference).items():
             assert (weights(run_dir)[key] - weight).abs().max() <= 1e-4 * weight.abs().max(), (name, key)
+        assert_exported(forks, run_dir, tmp_path / f"out-{name}")
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from forks import Forks
+from resume_runs import assert_exported
 from rl_runs import GROUP, MINI_BATCHES, PROMPTS, run_all, save_rollouts, write_config
 from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_model
@@ -349,10 +350,11 @@ def test_a_resumed_run_continues_with_its_critic(forks: Forks, setting: Path, tm
         expected = load_file(whole / model / "model.safetensors")
         found = load_file(tmp_path / "halted" / model / "model.safetensors")
         assert all((found[name] == expected[name]).all() for name in expected)
+    assert_exported(forks, tmp_path / "halted", tmp_path / "critic", "--critic", model="critic")
 
 
 @pytest.mark.distributed
-def test_a_bf16_critic_learns_like_an_fp32_critic(forks: Forks, setting: Path) -> None:
+def test_a_bf16_critic_learns_like_an_fp32_critic(forks: Forks, setting: Path, tmp_path: Path) -> None:
     directory = setting.parent / "ppo-bf16"
     run_all(forks, setting, 2, [overrides(setting, "ppo", directory, "engine.dtype=bf16 parallel.tp=2")])
     for line, fp32 in zip(lines(directory), lines(setting.parent / "ppo"), strict=True):
@@ -360,5 +362,7 @@ def test_a_bf16_critic_learns_like_an_fp32_critic(forks: Forks, setting: Path) -
         assert line["critic/value/mean"] == pytest.approx(fp32["critic/value/mean"], abs=5e-3)
         assert line["critic/value/std"] == pytest.approx(fp32["critic/value/std"], rel=0.15)
         assert line["critic/grad_norm"] == pytest.approx(fp32["critic/grad_norm"], rel=0.2)
+    for name, model, options in (("policy", "model", ()), ("critic", "critic", ("--critic",))):
+        assert_exported(forks, directory, tmp_path / name, *options, model=model)
     exported = load_file(directory / "critic" / "model.safetensors")
     assert {weight.dtype for weight in exported.values()} == {torch.bfloat16}

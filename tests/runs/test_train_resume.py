@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from forks import Forks
-from resume_runs import SFT, STEPS, assert_like_whole, assert_refused, contents, copy, figures, resume
+from resume_runs import SFT, STEPS, assert_like_whole, assert_refused, contents, copy, damage, figures, resume, sft
 from rl_runs import weights
 from tiny_models import make_tiny_model
 
@@ -38,6 +38,89 @@ def test_metrics_that_a_resume_removes_are_kept_in_history(forks: Forks, setting
     assert (history / "metrics.jsonl").read_bytes() == b"".join(lines[2:])
 
 
+# ---- start or go on, and the end ---------------------------------------------------------------------------------
+
+
+@pytest.mark.distributed
+def test_one_command_starts_goes_on_and_ends(forks: Forks, setting: Path, tmp_path: Path) -> None:
+    """On two ranks, of which rank 0 alone sees whether there is a run."""
+    run_dir = tmp_path / "run"
+    for steps in (2, STEPS):
+        done = sft(forks, setting, run_dir, "--resume", "auto", f"steps={steps}", ranks=2)
+        assert done.status == [0, 0], done.stderr
+    assert f"steps: 2 up to step 2, {STEPS} from then on" in done.stderr
+    assert [line["step"] for line in read_metrics(run_dir / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    before = contents(run_dir)
+    done = sft(forks, setting, run_dir, "--resume", "auto", ranks=2)
+    assert done.status == [0, 0], done.stderr
+    assert done.stderr.count(f"nothing is left to do: the run in {run_dir} has made all {STEPS} steps") == 1
+    assert "engine:" not in done.stdout, "no model is loaded for it"
+    assert contents(run_dir) == before
+
+
+def test_a_run_whose_model_is_missing_has_not_ended(forks: Forks, setting: Path, tmp_path: Path) -> None:
+    run_dir = copy(setting, tmp_path / "run")
+    done = resume(forks, setting, run_dir)
+    assert done.status == [0], done.stderr
+    assert "nothing is left" not in done.stderr
+    assert_like_whole(setting, run_dir)
+
+
+def test_auto_begins_anew_a_run_that_was_killed_before_its_first_checkpoint(
+    forks: Forks, setting: Path, tmp_path: Path
+) -> None:
+    run_dir = copy(setting, tmp_path / "run", until=0)
+    (run_dir / "checkpoints.jsonl").unlink()
+    before = contents(run_dir)
+    assert_refused(resume(forks, setting, run_dir), "no whole checkpoint")
+    assert contents(run_dir) == before
+    done = sft(forks, setting, run_dir, "--resume", "auto")
+    assert done.status == [0], done.stderr
+    assert_like_whole(setting, run_dir)
+    assert len(read_metrics(run_dir / "history" / "0" / "metrics.jsonl")) == STEPS
+
+
+def test_a_refused_resume_changes_no_file(forks: Forks, setting: Path, tmp_path: Path) -> None:
+    """Whatever it is refused for: by its configuration, its directory, its files, or what it would lose."""
+    run_dir, elsewhere = copy(setting, tmp_path / "run"), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "notes.txt").write_text("mine")
+    before = contents(tmp_path)
+    for words, told in (
+        (["--resume", "optim.betas=[0.9, 0.99]"], "optim.betas: [0.9, 0.95] in the run, [0.9, 0.99] now"),
+        (["--resume", "seed=3"], "seed: 0 in the run, 3 now"),
+        (["--resume", "auto", "engine.dtype=bf16"], "engine.dtype: fp32 in the run, bf16 now"),
+        (["--resume", "optim.schedule=linear"], "optim.decay_steps: 0"),
+        (["--resume", f"run_dir={elsewhere}"], "no config.yaml, so there is no run to resume"),
+        (["--resume", "auto", f"run_dir={elsewhere}"], "not an empty directory: notes.txt is in it"),
+        (["--resume", f"run_dir={tmp_path / 'nothing'}"], "no config.yaml, so there is no run to resume"),
+        ([], "not an empty directory"),
+        (["--resume", "data.max_tokens=1"], "data.max_tokens: 32 in the run, 1 now"),
+        (["--resume", "lab.alarms=[{metric: los, above: 1, action: warn}]"], "los"),
+        (["--resume", "--fork", f"{setting / 'whole'}@2"], "--fork begins a new run"),
+    ):
+        assert_refused(sft(forks, setting, run_dir, *words), told)
+        assert contents(tmp_path) == before, words
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["data.train={tmp}/bad.jsonl"], "bad.jsonl"),
+        (["data.max_tokens=2"], "data.max_tokens = 2"),
+        (["model.path={tmp}/other"], "config.json"),
+        (["parallel.tp=3"], "parallel"),
+    ],
+)
+def test_a_start_that_fails_leaves_no_run_directory(
+    forks: Forks, setting: Path, tmp_path: Path, words: list[str], told: str
+) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    (tmp_path / "other").mkdir()
+    assert_refused(sft(forks, setting, tmp_path / "run", *(word.format(tmp=tmp_path) for word in words)), told)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_failed_start_does_not_block_the_next_start(forks: Forks, setting: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(setting / "model", model)
@@ -51,12 +134,6 @@ def test_a_failed_start_does_not_block_the_next_start(forks: Forks, setting: Pat
 
 
 # ---- checkpoints that cannot be trusted -------------------------------------------------------------------------
-
-
-def damage(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(bytes(content))
 
 
 def test_resume_skips_damaged_checkpoints(forks: Forks, setting: Path, tmp_path: Path) -> None:
@@ -102,6 +179,7 @@ def test_all_ranks_skip_a_checkpoint_if_one_rank_finds_a_damaged_shard(
     assert done.status == [0, 0], done.stderr
     shutil.copytree(whole, run_dir)
     damage(run_dir / "checkpoints" / "step-000003" / "rank-00001.safetensors")
+    (run_dir / "ended.json").unlink()
     done = forks.run(*arguments, f"run_dir={run_dir}", "--resume", ranks=2)
     assert done.status == [0, 0], done.stderr
     assert "step-000003/rank-00001.safetensors: not what its manifest says" in done.stderr
@@ -136,8 +214,7 @@ def test_resume_refuses_another_model(forks: Forks, setting: Path, tmp_path: Pat
     sizes: dict[str, Any] = {"num_layers": 1, "hidden_size": 32, "num_experts": 4, "expert_hidden_size": 16}
     model, run_dir = tmp_path / "model", tmp_path / "run"
     make_tiny_model(model, **sizes)
-    overrides = (f"model.path={model}", "steps=2")
-    assert forks.run(*SFT, setting / "sft.yaml", f"run_dir={run_dir}", *overrides).status == [0]
+    assert sft(forks, setting, run_dir, f"model.path={model}", "steps=2").status == [0]
     before = contents(run_dir)
     for change, words in (
         ({"num_layers": 2}, "of another model than model.path: num_layers 1, not 2"),
@@ -146,7 +223,7 @@ def test_resume_refuses_another_model(forks: Forks, setting: Path, tmp_path: Pat
     ):
         shutil.rmtree(model)
         make_tiny_model(model, **{**sizes, **change})
-        assert_refused(resume(forks, setting, run_dir, *overrides), f"step-000002: {words}")
+        assert_refused(resume(forks, setting, run_dir, f"model.path={model}"), f"step-000002: {words}")
         assert contents(run_dir) == before
 
 
@@ -154,15 +231,14 @@ def test_resume_refuses_changed_data(forks: Forks, setting: Path, tmp_path: Path
     data, run_dir = tmp_path / "data.jsonl", tmp_path / "run"
     first = (setting / "data.jsonl").read_bytes()
     data.write_bytes(first)
-    overrides = (f"data.train={data}", "steps=1")
-    assert forks.run(*SFT, setting / "sft.yaml", f"run_dir={run_dir}", *overrides).status == [0]
+    assert sft(forks, setting, run_dir, f"data.train={data}", "steps=1").status == [0]
     before = contents(run_dir)
     data.write_bytes(first + b'{"prompt": "9+9=", "response": "18"}\n')
     told = "data.train: not the data set that the run began with; its records or their order have changed"
-    assert_refused(resume(forks, setting, run_dir, *overrides), "step-000001: ", told)
+    assert_refused(resume(forks, setting, run_dir, f"data.train={data}"), "step-000001: ", told)
     lines = first.splitlines(keepends=True)
     data.write_bytes(b"".join(lines[::-1]))
-    assert_refused(resume(forks, setting, run_dir, *overrides), told)
+    assert_refused(resume(forks, setting, run_dir, f"data.train={data}"), told)
     assert contents(run_dir) == before
 
 

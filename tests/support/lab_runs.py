@@ -9,9 +9,11 @@ from pathlib import Path
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_rl.lab.changes import read_changes
 from megatron_rl.lab.console import Console
 from megatron_rl.lab.journal import Journal
 from megatron_rl.lab.run import RunDir, read_metrics
+from megatron_rl.lab.run_records import Resume
 
 CONFIG = {
     "merged_presets": ["gspo"],
@@ -51,15 +53,19 @@ class Started:
         self.run.close()
 
 
-def start(path: Path, config: str | None = None, *, resume: bool = False, last_step: int = 0) -> Started:
+def start(path: Path, config: str | None = None, *, resume: Resume = False, last_step: int = 0) -> Started:
     run = RunDir.open(path, config or changed(), resume)
     journal = Journal(Console(10, shows=False))
     journal.open(run.begin(last_step), run.optimizer_steps)
     return Started(run, journal)
 
 
-def start_and_end(path: Path, config: str | None = None, *, resume: bool = False) -> None:
-    start(path, config, resume=resume, last_step=9).close()
+def start_and_end(
+    path: Path, config: str | None = None, *, resume: Resume = False, last_step: int = 9
+) -> list[tuple[int, str, object, object]]:
+    """Returns what changes.jsonl then says, without times."""
+    start(path, config, resume=resume, last_step=last_step).close()
+    return [(each.step, each.key, each.old, each.new) for each in read_changes(path)]
 
 
 def log_steps(started: Started, first: int, last: int) -> None:

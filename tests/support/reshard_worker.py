@@ -9,10 +9,12 @@ from unittest import mock
 
 import numpy as np
 import torch
+import yaml
 
 from megatron_rl.config.layout import Layout, parse_layout
 from megatron_rl.config.schema import EngineConfig, OptimConfig
-from megatron_rl.engine.manifest import Identity, State, read_manifest
+from megatron_rl.engine.manifest import Identity, ModelIdentity, State, read_manifest
+from megatron_rl.models.identity import file_digests
 
 IDENTITY = Identity(run="0" * 32, models={}, data={})
 
@@ -25,10 +27,12 @@ def main(
     network = build(model, first, dtype, optim=optim)
     train(network)
     torch.rand(3)  # so that the random state is not that of a start
-    save(root / "first", network)
+    save(root / "first", network, model)
     expected = held(network)
     assert any(name.startswith("policy/exp_avg_sq/") and tensor.any() for name, tensor in expected.items())
     exported, random = whole(network), torch.get_rng_state()
+    if network.place.rank == 0:
+        check(exported, read_export(root, model, optim or {}), "export")
     network = build(model, first, dtype, optim=optim)
     load(root / "first", network)
     check(expected, held(network), first)
@@ -114,12 +118,31 @@ def train(network) -> None:  # type: ignore[no-untyped-def]
     network.skipped = 7
 
 
-def save(root: Path, network) -> None:  # type: ignore[no-untyped-def]
+def read_export(root: Path, model: Path, optim: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Returns what `megatron-rl export` makes of the first checkpoint."""
+    from safetensors.torch import load_file
+
+    from megatron_rl.engine.named_checkpoint import CheckpointName
+    from megatron_rl.engine.saved_model import export_checkpoint
+
+    run = root / "run"
+    run.mkdir()
+    (run / "checkpoints").symlink_to(root / "first")
+    config = {"model": {"path": str(model)}, "optim": {"freeze": [], **optim}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    export_checkpoint(CheckpointName(run, None), root / "exported")
+    (file,) = (root / "exported").glob("*.safetensors")
+    return load_file(file)
+
+
+def save(root: Path, network, model: Path | None = None) -> None:  # type: ignore[no-untyped-def]
     from megatron_rl.engine.checkpoint import describe, held_by_rank
     from megatron_rl.engine.checkpoint_writer import CheckpointWriter
 
     networks, place = {"policy": network}, network.place
-    manifest = describe(networks, IDENTITY, State(step=1, cursor={})) if place.rank == 0 else None
+    models = {} if model is None else {"policy": ModelIdentity(key="", architecture={}, files=file_digests(model))}
+    identity = IDENTITY.model_copy(update={"models": models})
+    manifest = describe(networks, identity, State(step=1, cursor={})) if place.rank == 0 else None
     writer = CheckpointWriter(root, place.control, keep=1)
     writer.start(1, *held_by_rank(networks), manifest)
     writer.wait()

@@ -33,7 +33,17 @@ def copy(setting: Path, run_dir: Path, *, until: int = STEPS) -> Path:
 
 
 def resume(forks: Forks, setting: Path, run_dir: Path, *overrides: str, ranks: int = 1) -> Run:
-    return forks.run(*SFT, setting / "sft.yaml", f"run_dir={run_dir}", *overrides, "--resume", ranks=ranks)
+    return sft(forks, setting, run_dir, *overrides, "--resume", ranks=ranks)
+
+
+def sft(forks: Forks, setting: Path, run_dir: Path, *words: str, ranks: int = 1) -> Run:
+    return forks.run(*SFT, setting / "sft.yaml", f"run_dir={run_dir}", *words, ranks=ranks)
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
 
 
 def contents(directory: Path) -> dict[str, str]:
@@ -64,6 +74,13 @@ def assert_like_whole(setting: Path, run_dir: Path) -> None:
     for name, weight in expected.items():
         assert torch.equal(weight, found[name]), name
     assert figures(run_dir) == figures(setting / "whole")
+
+
+def assert_exported(forks: Forks, run_dir: Path, out: Path, *options: str, model: str = "model") -> None:
+    """Checks that an export of the newest checkpoint equals the model that the run wrote at its end, file by file."""
+    done = forks.run("-m", "megatron_rl", "export", run_dir, out, *options)
+    assert done.status == [0], done.stderr
+    assert contents(out) == contents(run_dir / model)
 
 
 def wait_for_line(forks: Forks, run: Run, run_dir: Path) -> None:

@@ -14,6 +14,7 @@ from megatron_rl import disk
 from megatron_rl.disk import DiskError
 from megatron_rl.lab.console import Console
 from megatron_rl.lab.journal import Journal
+from megatron_rl.lab.owner import Owner
 from megatron_rl.lab.run import RunDir, read_metrics
 from megatron_rl.lab.run_records import RunDirError
 
@@ -52,6 +53,64 @@ def test_a_start_that_fails_leaves_the_directory_as_it_was(tmp_path: Path, exist
     RunDir.open(path, changed(), resume=False).close()
     assert path.exists() is exists
     assert not exists or not any(path.iterdir())
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_start_that_fails_keeps_the_logs_of_its_servers_elsewhere(
+    tmp_path: Path, exists: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run"
+    if exists:
+        path.mkdir()
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    run = RunDir.open(path, changed(), resume=False)
+    for name in ("logs", "weights", "wandb", "pending"):
+        (path / name).mkdir()
+    (run.logs / "server-0.log").write_text("out of memory")
+    run.close()
+    assert path.exists() is exists
+    assert not exists or not any(path.iterdir())
+    (kept,) = (tmp_path / "tmp").iterdir()
+    assert (kept / "server-0.log").read_text() == "out of memory"
+    assert f"{run.logs} is now {kept}" in capsys.readouterr().err
+
+
+def test_a_start_that_fails_leaves_what_an_earlier_one_has_left(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "server-0.log").write_text("mine")
+    RunDir.open(tmp_path, changed(), resume=False).close()
+    assert [each.name for each in tmp_path.rglob("*")] == ["logs", "server-0.log"]
+
+
+def test_a_start_removes_nothing_of_a_run_that_another_process_begins_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, take = tmp_path / "run", Owner.take
+
+    def take_later(directory: Path) -> Owner:
+        monkeypatch.undo()
+        made = start(directory)
+        (made.run.logs / "server-0.log").write_text("of the other run")
+        made.close()
+        return take(directory)
+
+    monkeypatch.setattr(Owner, "take", take_later)
+    with pytest.raises(FileExistsError, match="not an empty directory"):
+        RunDir.open(path, changed(), resume=False)
+    assert (path / "logs" / "server-0.log").read_text() == "of the other run"
+    assert (path / "config.yaml").exists()
+    assert (path / "checkpoints").is_dir()
+
+
+def test_a_start_that_cannot_take_the_directory_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("megatron_rl.lab.run.Owner.take", full)
+    with pytest.raises(DiskError, match="no space left"):
+        RunDir.open(tmp_path / "run", changed(), resume=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_create_refuses_a_directory_that_is_not_empty(tmp_path: Path) -> None:
@@ -106,6 +165,7 @@ def test_an_interrupted_start_leaves_nothing_to_resume(tmp_path: Path, monkeypat
     monkeypatch.undo()
     broken.close()
     assert "versions.json" in replaced
+    assert not (tmp_path / "a").exists()
     with pytest.raises(FileNotFoundError, match=r"no config\.yaml"):
         RunDir.open(tmp_path / "a", changed(), resume=True)
     start(tmp_path / "a").close()  # and it does not block the next start

@@ -108,6 +108,7 @@ def refused(donor: Path, base: Path, out: Path, *kinds: str) -> str:
 
 def test_an_existing_directory_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
     with pytest.raises(FileInTheWayError, match="out exists already; choose another directory"):
         graft(*pair, tmp_path / "out", ["router"])
     (tmp_path / "gone").symlink_to(tmp_path / "nothing")

@@ -217,6 +217,17 @@ def test_a_metric_that_is_always_null_or_zero_has_a_page(tmp_path: Path) -> None
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
+def test_what_resumes_have_changed_and_what_a_run_was_forked_from_is_on_its_page(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", names=FEW)
+    assert "Changed by resumes" not in words(page_of(path))
+    change = {"step": 3, "time": 1.0, "key": "optim.lr", "old": "1.0e-06", "new": "2.0e-06"}
+    (path / "changes.jsonl").write_text(json.dumps(change) + "\n")
+    (path / "fork.json").write_text('{"run": "/runs/<first>", "step": 2}')
+    text = words(page_of(path))
+    assert "Changed by resumes optim.lr: 1.0e-06 up to step 3, 2.0e-06 from then on" in text
+    assert "Forked from step 2 of /runs/<first> ." in text
+
+
 def test_the_report_is_one_page_and_its_figures(tmp_path: Path) -> None:
     report = report_of(write_run(tmp_path / "run", names=FEW[:1], steps=2))
     page = write(report, tmp_path / "out" / "below")
