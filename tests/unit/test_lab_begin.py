@@ -7,7 +7,7 @@ from lab_runs import changed, log_steps, start, start_and_end
 from resume_runs import contents
 
 from megatron_rl.lab.run import RunDir
-from megatron_rl.lab.run_records import RunDirError
+from megatron_rl.lab.run_records import History, RunDirError, write_records
 
 # ---- keys that a resume changes --------------------------------------------------------------------------------
 
@@ -55,10 +55,11 @@ def test_a_resume_that_is_repeated_keeps_its_lines(tmp_path: Path) -> None:
     assert [each.name for each in (tmp_path / "history").iterdir()] == ["0"], "the first resume's records alone"
 
 
-def test_a_change_is_known_even_if_the_start_dies_before_its_records(
+def test_a_change_is_known_even_if_the_start_dies_after_its_records(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def dies(*_: object) -> None:
+    def dies(path: Path, config: str, history: History) -> None:
+        write_records(path, config, history)
         raise KeyboardInterrupt
 
     start_and_end(tmp_path)
