@@ -201,7 +201,7 @@ async def _wait_for(
     said = False
     async with SGLangClient(url, api_key=api_key, deadline=PROBE_SECONDS, max_tries=1) as client:
         while True:
-            client.deadline = min(PROBE_SECONDS, max(WAIT_SECONDS, deadline - time.monotonic()))
+            client.deadline = min(PROBE_SECONDS, max(WAIT_SECONDS, round(deadline - time.monotonic(), 1)))
             try:
                 await check_described(client, needs)
                 return

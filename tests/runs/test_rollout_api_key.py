@@ -223,7 +223,7 @@ def test_a_server_that_takes_connections_and_never_answers_is_given_up_in_time(n
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         begun = time.monotonic()
-        with pytest.raises(ServerError, match=f"{url}/model_info: no answer within .* start_timeout, 2 s, has passed"):
+        with pytest.raises(ServerError, match=f"{url}/model_info: no answer within .*start_timeout, 2 s, has passed"):
             wait([url], needs, seconds=2.0)
         assert time.monotonic() - begun < 6
 
