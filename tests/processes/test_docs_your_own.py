@@ -68,13 +68,13 @@ def test_the_prompts_are_read(config: Config) -> None:
 
 
 def test_the_reward_judges(config: Config, directory: Path) -> None:
-    from megatron_rl.data.sample import Prompt
+    from megatron_rl.data.sample import Prompt, Verdict
 
     assert config.data.verifier is not None
     judge = get_verifier(config.data.verifier)
     prompt = Prompt(id="1", text="", token_ids=(), answer="3 + 5 = 8\n#### 8", verifier="")
-    found = [call_verifier(judge, prompt, text) for text in ("#### 8", "3 + 5 #### 9", "none")]
-    assert [(verdict.reward, verdict.correct) for verdict in found] == [(1.0, True), (0.1, False), (0.0, False)]
+    found = [call_verifier(judge, prompt, [text])[0] for text in ("#### 8", "3 + 5 #### 9", "none")]
+    assert found == [Verdict(1.0, True), Verdict(0.1, False), Verdict(0.0, False)]
     assert check_answer(config.data.verifier, "#### 8") is None
     assert check_answer(config.data.verifier, "8") == "has no ####"
 

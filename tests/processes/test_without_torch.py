@@ -31,6 +31,7 @@ def run(code: str, *arguments: str | Path) -> str:
     "modules",
     [
         ("megatron_rl.config.load", "megatron_rl.config.show", "megatron_rl.data.sample", "megatron_rl.cli"),
+        ("megatron_rl.launch.cluster_files", "megatron_rl.launch.cluster_job", "megatron_rl.launch.site"),
         ("megatron_rl.models.architecture", *MODULES.values()),
     ],
     ids=lambda modules: modules[0],

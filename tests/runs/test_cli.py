@@ -33,7 +33,14 @@ OPTIONS = {
     "study": {"file", "--task", "--dry-run"},
     "check": {"config", "overrides", "--sft", "--world-size"},
     "plan": {"config", "overrides", "--gpus", "--memory", "--gpu", "--sft"},
-    "serve": {"model", "--host", "--port", "--device", "--dtype", "--tp", "--max-total-tokens", "--api-key-env"},
+    "serve": {
+        *("model", "--host", "--port", "--device", "--dtype", "--tp", "--max-total-tokens", "--threads"),
+        *("--api-key-env", "--print"),
+    },
+    "launch": {
+        *("config", "overrides", "--nodes", "--rollout-nodes", "--gpus-per-node", "--slurm", "--kubernetes"),
+        *("--site", "--out"),
+    },
     "doctor": {"--server", "--model", "--config", "--api-key-env"},
     "graft": {"donor", "base", "out", "--weights"},
     "dequantise": {"model", "out"},
