@@ -64,7 +64,7 @@ def assert_refused(run: Run, *texts: str) -> None:
 def figures(run_dir: Path) -> list[dict[str, float]]:
     """Returns all logged metrics without times."""
     lines = read_metrics(run_dir / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if not k.startswith("time")} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(("time", "memory", "throughput"))} for line in lines]
 
 
 def assert_like_whole(setting: Path, run_dir: Path) -> None:

@@ -99,8 +99,10 @@ def test_the_endpoint_serves_the_newest_step_and_what_runs(tmp_path: Path) -> No
     def scrape() -> dict[str, float]:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
             text = answer.read().decode()
-        families = text_string_to_metric_families(text)
-        return {f"{s.name} {' '.join(s.labels.values())}".strip(): s.value for f in families for s in f.samples}
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        names = [f"{each.name} {' '.join(each.labels.values())}".strip() for each in samples]
+        assert len(names) == len(set(names)), "Prometheus refuses a series that is there twice"
+        return dict(zip(names, (each.value for each in samples), strict=True))
 
     try:
         before = scrape()

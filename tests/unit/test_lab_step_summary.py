@@ -49,9 +49,11 @@ def test_tensorboard_has_both_axes_and_hides_what_a_resume_repeats(tmp_path: Pat
     made.close()
     made = start(tmp_path, resume=True, last_step=1)
     one_step(2, (2.0, 4.0))
+    one_step(3, (6.0, 8.0))
     made.close()
-    assert curve(tmp_path / "tensorboard", "loss") == [(1, 1.0), (2, 3.0), (3, 2.0), (4, 4.0)]
+    assert curve(tmp_path / "tensorboard", "loss") == list(enumerate((1.0, 3.0, 2.0, 4.0, 6.0, 8.0), start=1))
     by_step = tmp_path / "tensorboard" / "rollout_steps"
-    assert curve(by_step, "loss") == [(1, 2.0), (2, 3.0)]
-    assert curve(by_step, "eval/avg_at_k") == [(1, 0.5), (2, 0.5)]
-    assert [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 3.0, 2.0, 4.0]
+    assert curve(by_step, "loss") == [(1, 2.0), (2, 3.0), (3, 7.0)]
+    assert curve(by_step, "eval/avg_at_k") == [(1, 0.5), (2, 0.5), (3, 0.5)]
+    assert not (tmp_path / "steps.jsonl").exists()
+    assert [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 3.0, 2.0, 4.0, 6.0, 8.0]
