@@ -129,7 +129,7 @@ def test_an_installed_wheel_runs_the_demo_outside_of_the_checkout(wheel: Path, t
     subprocess.run(make, cwd=work, env=ours, check=True)
     config = str(site / "megatron_rl" / "demo" / "gspo.yaml")
     assert "fits: rank 0" in command("plan", config, "--gpus", "2")
-    sizes = ("rollout.prompts_per_step=4", "rollout.group_size=2", "eval.prompts=4", "optim.decay_steps=8")
+    sizes = ("rollout.prompts_per_step=4", "rollout.group_size=2", "eval.prompts=4")
     told = command("demo", "train.steps=1", *sizes)
     assert "held-out accuracy: " in told
     assert "next: megatron-rl report .demo/runs/gspo" in told
