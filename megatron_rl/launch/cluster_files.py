@@ -96,8 +96,9 @@ def _fill(template: str, **values: object) -> str:
 
 def _quoted(words: object) -> str:
     """Returns a word, or a sequence of words, as a shell reads it."""
-    many = isinstance(words, Sequence) and not isinstance(words, str)
-    return shlex.join(map(str, words)) if many else shlex.quote(str(words))
+    if isinstance(words, Sequence) and not isinstance(words, str):
+        return shlex.join(map(str, words))
+    return shlex.quote(str(words))
 
 
 def _yaml(value: object) -> str:
