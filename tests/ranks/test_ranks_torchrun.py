@@ -65,3 +65,13 @@ def test_its_status_is_that_of_the_rank_that_failed(tmp_path: Path) -> None:
     _, told = agent.communicate(timeout=60)
     assert agent.returncode == 7, told
     assert "rank 1 ended with status 7; its output says why" in told
+
+
+@pytest.mark.distributed
+def test_a_run_that_a_signal_ended_before_it_could_save_counts_as_stopped(tmp_path: Path) -> None:
+    agent = start(tmp_path / "starts.py", SAVES, str(int(signal.SIGTERM)))
+    assert agent.stdout is not None
+    assert [agent.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+    agent.send_signal(signal.SIGUSR1)
+    _, told = agent.communicate(timeout=60)
+    assert agent.returncode == STATUS, told

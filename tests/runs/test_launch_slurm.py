@@ -46,7 +46,9 @@ def wait(slurm: SlurmCluster, job: str, folder: Path, condition: Callable[[dict[
     while not condition(state := slurm.state(job)):
         log = folder / f"megatron-rl-{job}.log"
         told = log.read_text()[-6000:] if log.exists() else ""
-        assert state["JobState"] not in ENDS, told
+        if state["JobState"] in ENDS:
+            time.sleep(3.0)  # a job that is being queued again shows its last end for a moment
+            assert slurm.state(job)["JobState"] not in ENDS, f"{state}\n{told}"
         assert time.monotonic() < deadline, f"{state}\n{told}"
         time.sleep(0.05)
 

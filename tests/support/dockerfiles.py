@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
+BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
+HOSTS_BUNDLE = Path("/root/certificates-of-the-host.crt")
+"""A copy beside the Debian's own, which its package ca-certificates writes."""
 PIP_FILES = ("/etc/pip.conf", "~/.config/pip/pip.conf", "~/.pip/pip.conf")
 
 
@@ -32,39 +34,36 @@ def read_steps(file: Path) -> list[Step]:
     return [Step(word, rest.strip()) for word, _, rest in steps]
 
 
-@contextmanager
-def debian(root: Path) -> Iterator[Path]:
-    """Makes a minimal Debian in `root`, with this machine's name servers, certificates and package indexes."""
-    with ExitStack() as stack:
-        subprocess.run(["debootstrap", "--variant=minbase", "bookworm", str(root)], check=True, capture_output=True)
-        for name in ("etc/resolv.conf", "etc/hosts"):
-            shutil.copy(f"/{name}", root / name)
-        for source in _shared():
-            target = root / source.relative_to("/")
-            target.mkdir(parents=True, exist_ok=True) if source.is_dir() else target.parent.mkdir(
-                parents=True, exist_ok=True
-            )
-            if source.is_file():
-                target.touch()
-            _mount(stack, ["--bind", str(source)], target)
-        _mount(stack, ["-t", "proc", "proc"], root / "proc")
-        _mount(stack, ["--bind", "/dev"], root / "dev")
-        yield root
+def make_debian(root: Path) -> None:
+    """Makes a minimal Debian in `root`, with copies of what this machine's pip reads and of its name servers."""
+    subprocess.run(["debootstrap", "--variant=minbase", "bookworm", str(root)], check=True, capture_output=True)
+    for file in (Path("/etc/resolv.conf"), Path("/etc/hosts"), *(Path(text).expanduser() for text in PIP_FILES)):
+        if file.is_file():
+            target = root / file.relative_to("/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, target)
+    if BUNDLE.is_file():
+        shutil.copy(BUNDLE, root / HOSTS_BUNDLE.relative_to("/"))
 
 
-def _mount(stack: ExitStack, words: list[str], target: Path) -> None:
-    subprocess.run(["mount", *words, str(target)], check=True)
-    stack.callback(subprocess.run, ["umount", "--lazy", str(target)], check=True)
-
-
-def _shared() -> Iterator[Path]:
-    """Yields what pip reads on this machine: its files, certificates and local indexes."""
-    yield from (path for text in PIP_FILES if (path := Path(text).expanduser()).is_file())
-    yield from (path for path in (Path("/etc/ssl/certs"), Path("/usr/share/ca-certificates")) if path.is_dir())
+def _indexes() -> list[Path]:
+    """Returns the folders of this machine that its pip takes packages from."""
     told = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
-    found = re.findall(r"(?:file://)?(/[^\s'\"]+)", told) + os.environ.get("PIP_FIND_LINKS", "").split()
-    folders = {Path(urlsplit(text).path) for text in found if Path(urlsplit(text).path).is_dir()}
-    yield from sorted(folder for folder in folders if not any(other in folder.parents for other in folders))
+    found = re.findall(r"(/[^\s'\"]+)", told.replace("file://", "")) + os.environ.get("PIP_FIND_LINKS", "").split()
+    folders = {path for text in found if (path := Path(text.removeprefix("file://"))).is_dir()}
+    # An index of links has the files beside it.
+    return sorted({path.parent if path.name == "simple" else path for path in folders})
+
+
+def _inside(root: Path, words: list[str]) -> list[str]:
+    """Returns a command that runs `words` in `root`. Its mounts are its own, and nothing of the host can be written."""
+    lines = ["set -eu", f"mount -t proc proc {root}/proc", f"mount -t tmpfs tmpfs {root}/dev/shm"]
+    for folder in _indexes():
+        target = shlex.quote(str(root / folder.relative_to("/")))
+        lines += [f"mkdir -p {target}", f"mount --bind {shlex.quote(str(folder))} {target}"]
+        lines += [f"mount -o remount,bind,ro {target}"]
+    lines.append(f"exec chroot {root} {shlex.join(words)}")
+    return ["unshare", "--mount", "--propagation", "private", "sh", "-c", "\n".join(lines)]
 
 
 def run_in(root: Path, steps: list[Step], context: Path, arguments: dict[str, str]) -> Iterator[tuple[str, int, str]]:
@@ -72,6 +71,8 @@ def run_in(root: Path, steps: list[Step], context: Path, arguments: dict[str, st
     shell = ["/bin/sh", "-c"]
     folder = Path("/")
     kept = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
+    if BUNDLE.is_file():
+        kept |= dict.fromkeys(("PIP_CERT", "SSL_CERT_FILE"), str(HOSTS_BUNDLE))
     environment = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", **kept}
     for step in steps:
         if step.word == "SHELL":
@@ -87,8 +88,8 @@ def run_in(root: Path, steps: list[Step], context: Path, arguments: dict[str, st
             for source in sources:
                 _copy(context / source, root / (folder / target).relative_to("/"), into=target.endswith("/"))
         elif step.word == "RUN":
-            inside = ["chroot", str(root), "/usr/bin/env", "-C", str(folder), *shell, step.text]
-            done = subprocess.run(inside, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            words = _inside(root, ["/usr/bin/env", "-C", str(folder), *shell, step.text])
+            done = subprocess.run(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             yield step.text, done.returncode, done.stdout
             if done.returncode:
                 return
