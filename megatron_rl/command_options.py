@@ -84,10 +84,10 @@ class RunCommand(typer.core.TyperCommand):
     follows for the option's value."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, _with_value(args))
+        return super().parse_args(ctx, joined_resume(args))
 
 
-def _with_value(args: Sequence[str]) -> list[str]:
+def joined_resume(args: Sequence[str]) -> list[str]:
     """Returns the arguments, with --resume and the word that belongs to it as one."""
     end = args.index("--") if "--" in args else len(args)
     joined: list[str] = []

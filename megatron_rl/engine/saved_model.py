@@ -33,14 +33,16 @@ from megatron_rl.models.weights_io import MAX_SHARD_BYTES, check_free, save_weig
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportedModel:
     step: int
     dtype: str
     directory: Path
     """The checkpoint's."""
 
 
-def export_checkpoint(name: CheckpointName, out: Path, *, critic: bool = False, model: Path | None = None) -> Exported:
+def export_checkpoint(
+    name: CheckpointName, out: Path, *, critic: bool = False, model: Path | None = None
+) -> ExportedModel:
     """Writes the policy, or the `critic`, of a checkpoint as a Hugging Face directory, which appears whole or not at
     all. It equals, to the bit, what the run itself writes if it ends with this step.
 
@@ -66,7 +68,7 @@ def export_checkpoint(name: CheckpointName, out: Path, *, critic: bool = False, 
     tensors = _tensors(saved, source, _frozen_kinds(frozen, network), torch_dtype(dtype), rounds, critic=critic)
     with writes(f"the model in {out}", out, then="start again"):
         save_weights(tensors, out, source, MAX_SHARD_BYTES, torch_dtype(dtype), critic)
-    return Exported(manifest.state.step, dtype, directory)
+    return ExportedModel(manifest.state.step, dtype, directory)
 
 
 def _source(frozen: Mapping[str, Any], network: str) -> Path:

@@ -9,14 +9,13 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import orjson
 import torch
 import torch.distributed as dist
 
 from megatron_rl.config.layout import Layout
-from megatron_rl.config.load import ConfigError, check_companions, check_config, dump_config
+from megatron_rl.config.load import check_companions, check_config, dump_config
 from megatron_rl.config.schema import Config, SftConfig
-from megatron_rl.disk import DiskError, explain, writes
+from megatron_rl.disk import DiskError, writes
 from megatron_rl.engine.checkpoint import Found, find_checkpoint, load_checkpoint
 from megatron_rl.engine.device import use_device
 from megatron_rl.engine.distribute import MiniBatch
@@ -30,15 +29,16 @@ from megatron_rl.lab.closing import Closing
 from megatron_rl.lab.console import Console
 from megatron_rl.lab.journal import Journal, reduce_metrics
 from megatron_rl.lab.metrics import explained_variance
-from megatron_rl.lab.prometheus_sink import PrometheusSink, check_prometheus
+from megatron_rl.lab.prometheus_sink import PrometheusSink
 from megatron_rl.lab.rank_log import RankLog
 from megatron_rl.lab.run import RunDir
 from megatron_rl.lab.run_records import Resume
 from megatron_rl.lab.sinks import Sink
-from megatron_rl.lab.wandb_sink import WandbSink, check_wandb
+from megatron_rl.lab.wandb_sink import WandbSink
 from megatron_rl.loop.checkpoints import Checkpoints
 from megatron_rl.loop.forking import Fork, restore_fork
 from megatron_rl.loop.networks import Networks, build_networks, identify
+from megatron_rl.loop.opened_run import open_run
 from megatron_rl.loop.progress import is_due
 from megatron_rl.loop.usage import Usage
 from megatron_rl.loop.watch import Watch
@@ -46,13 +46,13 @@ from megatron_rl.models.architecture import read_architecture
 from megatron_rl.models.weights_io import MAX_SHARD_BYTES, save_weights, torch_dtype
 from megatron_rl.ranks.activity import Activity
 from megatron_rl.ranks.agreement import tell
-from megatron_rl.ranks.collectives import broadcast_bytes, together
+from megatron_rl.ranks.collectives import together
 from megatron_rl.ranks.heartbeat import Heartbeat
 from megatron_rl.ranks.place import Place, start_process_groups, stop_process_groups
 from megatron_rl.ranks.world import read_world
 from megatron_rl.routing.exchange import reduce_stats
 from megatron_rl.routing.modes import MiniBatchRouting
-from megatron_rl.stop import Clock, NothingLeft, Stopped
+from megatron_rl.stop import Clock, Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -335,7 +335,7 @@ def open_trainer(
             console,
             RankLog(place.rank, console.warn) as log,
             Heartbeat(place.control, config.engine.heartbeat, activity) as heartbeat,
-            _open_run(config, place, resume, steps) as run,
+            open_run(config, place, resume, steps) as run,
         ):
             with console.starting("engine", _describe(config, layout, device)):
                 networks = build_networks(config, layout, place, device, temperature)
@@ -385,30 +385,3 @@ def _of_result(result: UpdateResult) -> dict[str, float]:
 
 def _of_norms(norms: Mapping[str, float]) -> dict[str, float]:
     return {"grad_norm": total_norm(norms), **{f"grad_norm/{name}": norm for name, norm in norms.items()}}
-
-
-@contextlib.contextmanager
-def _open_run(config: Config | SftConfig, place: Place, resume: Resume, steps: int) -> Iterator[RunDir]:
-    """The run directory, which rank 0 takes and of which it tells the other ranks. Raises ConfigError, on every rank,
-    if it cannot, and NothingLeft."""
-    run = RunDir.attach(config.run_dir)
-    told = b""
-    try:
-        with together(place.control):
-            if place.rank == 0:
-                check_wandb(config.lab.wandb)
-                check_prometheus(config.lab.prometheus)
-                try:
-                    run = RunDir.open(config.run_dir, dump_config(config), resume)
-                except OSError as error:
-                    raise ConfigError(f"run_dir {config.run_dir}: {explain(error, config.run_dir)}") from error
-                told = orjson.dumps([run.resumes, run.origin, run.has_ended(steps)])
-        run.resumes, run.origin, has_ended = orjson.loads(broadcast_bytes(told, place.control))
-        if has_ended:
-            raise NothingLeft(
-                f"nothing is left to do: the run in {run.path} has made all {steps} steps, and its model is in "
-                f"{run.path / 'model'}"
-            )
-        yield run
-    finally:
-        run.close()

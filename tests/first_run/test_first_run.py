@@ -99,11 +99,13 @@ def test_the_run_and_its_tokens_can_be_looked_at(printed: tuple[Path, dict[str, 
 
 
 def test_the_stopped_run_goes_on(printed: tuple[Path, dict[str, str]]) -> None:
-    """Part 1 of the issue lets a resume change the learning rate; then the page says so, and this test looks."""
+    """It goes on with half its learning rate."""
     directory, output = printed
     run = directory / "runs" / "stopped"
     assert "the run stops at the end of this step" in "".join(output.values())
-    steps = [line["step"] for line in read_metrics(run / "metrics.jsonl")]
+    lines = read_metrics(run / "metrics.jsonl")
+    assert (lines[0]["lr"], lines[-1]["lr"]) == (1e-3, 5e-4)
+    steps = [line["step"] for line in lines]
     assert steps == [step for step in range(1, steps[-1] + 1) for _ in (0, 1)]
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["steps"] == steps[-1]
 

@@ -16,12 +16,29 @@ from config_files import RL, SFT
 from paths import ROOT
 
 from megatron_rl.cli import app
+from megatron_rl.command_options import RunCommand, joined_resume
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config, SftConfig
 
-READERS_FILES = {"run.yaml", "sft.yaml", "study.yaml"}
+READERS_FILES = {"run.yaml", "other.yaml", "sft.yaml", "study.yaml"}
 """Files that the pages ask the reader to write."""
-SHELL = {"cd", "export", "kill", "openssl", "sleep", "tail", "umask", "until", "wait", "echo", "."}
+SHELL = {
+    "cd",
+    "curl",
+    "export",
+    "kill",
+    "kubectl",
+    "openssl",
+    "sbatch",
+    "tensorboard",
+    "sleep",
+    "tail",
+    "umask",
+    "until",
+    "wait",
+    "echo",
+    ".",
+}
 CONFIGURED = {"train": Config, "sft": SftConfig, "plan": Config, "attribute": Config, "replay-study": Config}
 TORCHRUN = {"--nnodes", "--node-rank", "--master-addr", "--master-port", "--nproc-per-node"}
 VARIABLE = re.compile(r"^\w+=\S*$")
@@ -111,6 +128,7 @@ def _check_ours(arguments: list[str], written: set[str]) -> None:
         return
     command = group.commands[name]
     context = command.context_class(command, info_name=name, **command.context_settings)
+    rest = joined_resume(rest) if isinstance(command, RunCommand) else rest
     options, left, _ = command.make_parser(context).parse_args(args=list(rest))  # raises for what is unknown
     assert not left or context.allow_extra_args, f"{name}: too many arguments: {left}"
     for parameter in command.params:

@@ -13,6 +13,7 @@ from doc_commands import check_command, load_part
 
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config, SftConfig
+from megatron_rl.launch.site import read_site
 from megatron_rl.study.study_file import StudyArm, load_study
 
 LANGUAGES = {"bash", "yaml", "python", "json", "text"}
@@ -58,7 +59,7 @@ def test_each_command_exists_with_its_options_and_files(block: Block) -> None:
     [
         "megatron-rl trian run.yaml",
         "megatron-rl train run.yaml --dryrun",
-        "megatron-rl train other.yaml",
+        "megatron-rl train others.yaml",
         "megatron-rl train run.yaml optim.lrr=1",
         "megatron-rl train --dry-run",
         "megatron-rl plan run.yaml --gpus many",
@@ -107,6 +108,8 @@ def test_each_configuration_loads(block: Block, tmp_path: Path, monkeypatch: pyt
     if name == "study.yaml":
         study = load_study(file)
         assert study.base.name in titles(block.page) | {"base.yaml"}
+    elif name == "site.yaml":
+        read_site(file)
     elif name == "sft.yaml":
         load_config(SftConfig, file)
     else:

@@ -18,7 +18,8 @@ from megatron_rl.models.registry import MODULES, find_family, server_caveats, we
 PACKAGE = Path(megatron_rl.__file__).parent
 # A report that is the source of objectives, and SGLang's own files.
 ALLOWED = re.compile(r"deepseek-v[0-9.]+|sglang\.srt\.models\.\w+")
-ELSEWHERE = [path for path in sorted(PACKAGE.rglob("*.py")) if PACKAGE / "models" not in path.parents]
+OF_FAMILIES = {PACKAGE / "models", PACKAGE / "demo"}  # the demo makes a model
+ELSEWHERE = [path for path in sorted(PACKAGE.rglob("*.py")) if not OF_FAMILIES & set(path.parents)]
 # Megatron-Core's own model is called GPTModel.
 PREFIXES = {re.match("gpt_oss|[a-z]+", model_type)[0] for model_type in MODULES} | {"gpt-oss"}  # type: ignore[index]
 

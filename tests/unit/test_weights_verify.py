@@ -22,6 +22,7 @@ from megatron_rl.data.versions import VersionSpan
 from megatron_rl.models.architecture import read_architecture
 from megatron_rl.rollout.answers import Completion, RolloutError
 from megatron_rl.rollout.background import BackgroundLoop
+from megatron_rl.rollout.deadlines import Deadlines
 from megatron_rl.weights.all_servers import AllServers, WeightSyncError, wait_for
 from megatron_rl.weights.collective import CollectiveRoute, _cut, _listen, _open_sockets
 from megatron_rl.weights.directory import DiskRoute
@@ -113,6 +114,7 @@ class Served:
     url, deadline = "http://a:1", 10.0
 
     def __init__(self, aborts: int = 0, **info: Any) -> None:
+        self.deadlines = Deadlines()
         self.aborts, self.info = aborts, {"tp_size": 1, "dtype": "float32", "device": "cpu", **info}
 
     async def generate(self, token_ids: Sequence[int], **given: Any) -> Completion:
