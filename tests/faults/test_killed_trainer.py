@@ -18,7 +18,6 @@ import torch
 from forks import Forks
 from resume_runs import TRAIN, assert_refused, read_rollouts
 from rl_runs import GROUP, PROMPTS, weights, write_config
-from tiny_models import make_tiny_model
 
 from megatron_rl.rollout.client import SGLangClient
 from megatron_rl.rollout.server import Server, ServerOptions, free_ports
@@ -137,11 +136,9 @@ def test_requests_of_a_trainer_whose_host_is_gone_are_ended(
 def test_a_run_whose_first_weight_sync_fails_leaves_no_directory(
     forks: Forks, served: str, config: Path, tmp_path: Path
 ) -> None:
-    """The server has another model of the same family."""
-    make_tiny_model(tmp_path / "wider", hidden_size=96)
-    words = (f"rollout.servers.urls=[{served}]", f"model.path={tmp_path / 'wider'}")
-    done = forks.run(*command(config, tmp_path / "run", *words))
-    assert_refused(done, served)
+    words = command(config, tmp_path / "run", f"rollout.servers.urls=[{served}]")
+    done = forks.run(*words, before=[("patches:failing_first_sync",)])
+    assert_refused(done, "weight version 0: refused")
     assert "weights: version 0 to all servers" in done.stdout, "it has failed earlier; the test shows nothing"
     assert not (tmp_path / "run").exists()
 

@@ -178,6 +178,7 @@ def as_read(record: dict[str, Any]) -> dict[str, Any]:
             sample["trace"] = RoutingTrace.from_bytes(zlib.decompress(data) if form == "zlib" else data).checksum
         else:
             sample["trace"] = None
+    record["prompt"] = {**record["prompt"], "record": None}  # saved rollouts hold no records
     return {key: record[key] for key in ("index", "prompt", "samples")}
 
 

@@ -63,7 +63,7 @@ def test_the_wheel_has_each_file_of_the_package_and_no_other(wheel: Path) -> Non
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == tracked("megatron_rl")
-    assert {Path(name).suffix for name in names} == {".py", ".yaml", ".html", ".css", ".typed"}
+    assert {Path(name).suffix for name in names} == {".py", ".yaml", ".html", ".css", ".typed", ".sbatch"}
 
 
 def test_the_version_is_written_alike_everywhere(wheel: Path) -> None:

@@ -55,7 +55,8 @@ def test_on_the_host_adam_computes_the_same(answers: dict[str, dict[str, Any]]) 
         plain, found = answers[beside or "plain"], answers[name]
         assert found["norm"] == plain["norm"], name
         assert apart(found["held"], plain["held"]) <= 1e-6, name
-        assert apart(found["weights"][1], plain["weights"][1]) <= 1e-6, name
+        # In bf16: a last bit of a weight in fp32, which depends on the processor, may round the other way.
+        assert apart(found["weights"][1], plain["weights"][1]) <= 2**-8, name
     assert answers["plain"]["on_host"] == 0
     assert 0.4 < answers["half on the host"]["on_host"] < 0.9
     assert answers["all on the host"]["on_host"] == 1

@@ -46,6 +46,7 @@ OPTIONS = {
     "dequantise": {"model", "out"},
     "export": {"checkpoint", "out", "--critic", "--model"},
     "report": {"paths", "--out"},
+    "tokens": {"run", "--out", "--step", "--rollouts", "--model"},
     "inspect": {"run", "--step", "--responses", "--model", "--rollouts", "--out"},
     "attribute": {"config", "overrides", "--step"},
     "replay-study": {

@@ -247,7 +247,7 @@ def test_lost_verdicts_are_left_out_and_a_step_without_any_verdict_ends_the_run(
     prompts = write_prompts(root / "lost.jsonl", [2] * 16)
     common = f"rollout.replay_from=null rollout.dynamic_sampling=null data.train={prompts}"
     some, later = (f"run_dir={root / name} {common} data.verifier=verifier_examples:" for name in ("some", "later"))
-    run_made_up(forks, root / "config.yaml", 2, [f"{some}loses_some", f"{later}loses_all_later"])
+    run_made_up(forks, root / "config.yaml", 2, [f"{some}loses_some", f"{later}loses_all_later reward.workers=1"])
     for step, line in enumerate(first_lines(root / "some"), start=1):
         samples = [s for g in saved(root / "some", step) for s in g.samples]
         lost = [s for s in samples if s.verdict and s.verdict.lost]

@@ -89,6 +89,17 @@ def slow_first_sync(seconds: float) -> None:
     NoServers.push = slow  # type: ignore[method-assign, assignment]
 
 
+def failing_first_sync() -> None:
+    """Ends the first weight sync with an error."""
+    from megatron_rl.rollout.answers import RolloutError
+    from megatron_rl.weights.sync import WeightSync
+
+    def push(sync: WeightSync, version: int) -> dict[str, float]:
+        raise RolloutError(f"weight version {version}: refused")
+
+    WeightSync.push = push  # type: ignore[method-assign]
+
+
 def slow_evaluations(seconds: float) -> None:
     """Makes each evaluation take `seconds`."""
     from megatron_rl.loop.environment import Environment

@@ -192,9 +192,14 @@ def loses_some(prompt: Prompt, response: str) -> Verdict:
     return Verdict(float(response == prompt.answer), response == prompt.answer)
 
 
+_called: list[str] = []
+
+
 def loses_all_later(prompt: Prompt, response: str) -> Verdict:
-    """Loses all verdicts from the fifth prompt on."""
-    if int(prompt.text.split()[0]) >= 4:
+    """Loses all verdicts from the fifth prompt on, but that of its process's first call, which is the start's trial."""
+    is_trial = not _called
+    _called.append(prompt.id)
+    if int(prompt.text.split()[0]) >= 4 and not is_trial:
         raise RuntimeError("lost")
     return Verdict(float(response == prompt.answer), response == prompt.answer)
 
