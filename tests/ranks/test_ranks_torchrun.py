@@ -48,7 +48,7 @@ def start(script: Path, text: str, *arguments: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1])
 def test_its_status_says_that_the_run_was_stopped_and_saved(tmp_path: Path, number: signal.Signals) -> None:
     agent = start(tmp_path / "saves.py", SAVES, str(int(number)))
     assert agent.stdout is not None

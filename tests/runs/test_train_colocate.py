@@ -104,6 +104,7 @@ def test_other_runs_that_share_their_gpus_do_too(
     assert_trains_alike_alone(forks, rl, run_dir, tmp_path / "alone", ranks, f"engine.dtype={dtype}", *more)
 
 
+@pytest.mark.slow
 def test_responses_that_a_turn_cuts_go_on_with_the_next_weights(forks: Forks, rl: Path, tmp_path: Path) -> None:
     """Two leaders, two servers. With few requests at a time responses are in flight when a turn ends."""
     run_dir, turns = tmp_path / "run", tmp_path / "turns"
