@@ -97,7 +97,7 @@ def failing_first_sync() -> None:
     def push(sync: WeightSync, version: int) -> dict[str, float]:
         raise RolloutError(f"weight version {version}: refused")
 
-    WeightSync.push = push  # type: ignore[method-assign]
+    WeightSync.push = push  # type: ignore[method-assign, assignment]
 
 
 def slow_evaluations(seconds: float) -> None:
