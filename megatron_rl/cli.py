@@ -10,16 +10,20 @@ from typing import Annotated
 
 import typer
 
-from megatron_rl.cluster_commands import ConfigFile, KeyVariable, Overrides, launch, serve
-from megatron_rl.command_options import (
+from megatron_rl.commands.cluster import launch, serve
+from megatron_rl.commands.options import (
     Begins,
+    ConfigFile,
     ForkOption,
+    KeyVariable,
+    Overrides,
     Recompute,
     ResumeOption,
     RunCommand,
     Version,
     check_recompute,
 )
+from megatron_rl.commands.reports import commands as commands_of_reports
 from megatron_rl.config.load import C, ConfigError
 from megatron_rl.config.schema import Config, Device, EngineDtype, SftConfig
 from megatron_rl.demo.first_run import demo
@@ -28,7 +32,6 @@ from megatron_rl.garbage import collect_rarely
 from megatron_rl.models.kinds import POLICY_KINDS
 from megatron_rl.ranks.agreement import agree as agree_on
 from megatron_rl.ranks.agreement import end, explain_fault, tell_launcher
-from megatron_rl.report_commands import commands as commands_of_reports
 from megatron_rl.stop import Stopped
 
 app = typer.Typer(

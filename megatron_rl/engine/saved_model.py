@@ -92,15 +92,19 @@ def _check_source(directory: Path, manifest: Manifest, network: str, source: Pat
         )
 
 
+def _section(network: str) -> str:
+    return "critic.optim" if network == "critic" else "optim"
+
+
 def _frozen_kinds(frozen: Mapping[str, Any], network: str) -> list[str]:
-    section = "critic.optim" if network == "critic" else "optim"
-    return list(frozen.get(f"{section}.freeze", []))
+    return list(frozen.get(f"{_section(network)}.freeze", []))
 
 
 def _rounding(frozen: Mapping[str, Any], network: str, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Returns how the run's optimizer rounds its fp32 weights to the model's dtype."""
-    section = "critic.optim" if network == "critic" else "optim"
-    if frozen.get(f"{section}.moments_dtype") == "bf16":  # FusedAdam's own, which differs from torch's in ties
+    if (
+        frozen.get(f"{_section(network)}.moments_dtype") == "bf16"
+    ):  # FusedAdam's own, which differs from torch's in ties
         return lambda weight: split_weight(weight)[0]
     return lambda weight: weight.to(dtype)
 

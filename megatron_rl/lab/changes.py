@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,9 @@ from typing import Any
 import orjson
 
 from megatron_rl.disk import write_durably
-from megatron_rl.lab.run_records import ABSENT, History, RunDirError, shown_value
+from megatron_rl.lab.run_records import ABSENT, Flat, History, RunDirError, differing, shown_value
 
 CHANGES_FILE = "changes.jsonl"
-Flat = Mapping[str, Any]
-"""A configuration by dotted key; all values are the text of config.yaml, or lists of it."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +53,6 @@ def read_changes(run_dir: Path) -> list[ChangedKey]:
             )
         changes.append(change)
     return changes
-
-
-def differing(old: Flat, new: Flat) -> list[tuple[str, Any, Any]]:
-    """Returns (key, old value, new value) of each key whose values differ; a key may be absent on one side."""
-    keys = sorted(old.keys() | new.keys())
-    values = ((key, old.get(key, ABSENT), new.get(key, ABSENT)) for key in keys)
-    return [(key, before, now) for key, before, now in values if before != now]
 
 
 def config_at(step: int, frozen: Flat, changes: Iterable[ChangedKey]) -> dict[str, Any]:

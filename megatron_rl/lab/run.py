@@ -262,10 +262,8 @@ def check_run_dir(path: Path, config_yaml: str) -> str:
     on another machine."""
     if path.is_dir():
         refuse_living(path)
-    if (path / "config.yaml").is_file():
-        check_resumable(path, config_yaml)
+    if _check(path, config_yaml, "auto"):
         return f"{path} holds a run of this configuration, which --resume goes on with"
-    _check_empty(path)
     there = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise RunDirError(f"run_dir {path}: nothing can be written into {there}; name another run_dir")

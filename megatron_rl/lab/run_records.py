@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,6 +63,8 @@ run outlives its servers; the mismatch metrics show the change.
 
 Resume = bool | Literal["auto"]
 """Whether a start goes on with the run in run_dir. "auto": if there is one; else it begins one."""
+Flat = Mapping[str, Any]
+"""A configuration by dotted key; all values are the text of config.yaml, or lists of it."""
 ABSENT = "absent"
 """Stands for the value of a key that a configuration does not have."""
 
@@ -84,17 +87,16 @@ def check_resumable(path: Path, config_yaml: str) -> None:
             "Start without --resume, or correct the path."
         )
     asked = flat_config(config_yaml)
-    frozen = read_frozen(path)
-    differing = [
-        f"  {key}: {shown_value(frozen.get(key, ABSENT))} in the run, {shown_value(asked.get(key, ABSENT))} now"
-        for key in sorted(frozen.keys() | asked.keys())
-        if frozen.get(key, ABSENT) != asked.get(key, ABSENT) and not _may_change(key)
+    refused = [
+        f"  {key}: {shown_value(before)} in the run, {shown_value(now)} now"
+        for key, before, now in differing(read_frozen(path), asked)
+        if not _may_change(key)
     ]
-    if differing:
+    if refused:
         free = [key for key in MAY_CHANGE if any(_is_below(each, key) for each in asked)]
         raise RunDirError(
             f"run_dir {path} was started with another configuration:\n"
-            + "\n".join(differing)
+            + "\n".join(refused)
             + f"\nOnly these may differ on resume: {', '.join(free)}. "
             "Restore the values, or name another run_dir; --fork begins a new run from a checkpoint of this one."
         )
@@ -140,6 +142,13 @@ def _with_defaults(file: Path, *, is_sft: bool) -> dict[str, Any]:
     except ConfigError:
         return {}
     return flatten(yaml.load(dump_config(config), yaml.BaseLoader))
+
+
+def differing(old: Flat, new: Flat) -> list[tuple[str, Any, Any]]:
+    """Returns (key, old value, new value) of each key whose values differ; a key may be absent on one side."""
+    keys = sorted(old.keys() | new.keys())
+    values = ((key, old.get(key, ABSENT), new.get(key, ABSENT)) for key in keys)
+    return [(key, before, now) for key, before, now in values if before != now]
 
 
 def shown_value(value: Any) -> str:

@@ -24,8 +24,8 @@ from megatron_rl.engine.manifest import (
 )
 from megatron_rl.engine.named_checkpoint import CheckpointName
 from megatron_rl.engine.network import Network
-from megatron_rl.lab.changes import Flat, config_at, differing, read_changes
-from megatron_rl.lab.run_records import flat_config, read_frozen, shown_value
+from megatron_rl.lab.changes import config_at, read_changes
+from megatron_rl.lab.run_records import Flat, differing, flat_config, read_frozen, shown_value
 from megatron_rl.models.registry import weights_of
 from megatron_rl.ranks.collectives import broadcast_bytes, together
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ KEYS = {
     "reward": pa.float32(),
     "correct": pa.bool_(),
     "ratio": pa.float32(),
-    "experts": pa.list_(pa.list_(pa.int16())),
 }
 
 
@@ -74,8 +74,7 @@ def schema_of() -> pa.Schema:
     """Returns the columns of the file: the same for every run, so that files of several runs can be read together."""
     values = {RENAMED.get(name, name): kind for name, kind in COLUMNS.items() if name not in LEFT_OUT}
     changes = {_plain(f"expert_change/{pair}"): pa.float32() for pair in ("old_policy/live", "rollout_old/live")}
-    experts = KEYS["experts"]
-    return pa.schema({**{k: v for k, v in KEYS.items() if k != "experts"}, **values, **changes, "experts": experts})
+    return pa.schema({**KEYS, **values, **changes, "experts": pa.list_(pa.list_(pa.int16()))})
 
 
 def step_table(run: Path, step: int, model: Path | None, rollouts: Path | None) -> pa.Table:
@@ -87,13 +86,8 @@ def step_table(run: Path, step: int, model: Path | None, rollouts: Path | None) 
     columns: dict[str, pa.Array] = {}
     for field in schema:
         values = [part[field.name] if field.name in part else [None] * len(part["token_id"]) for part in parts]
-        columns[field.name] = pa.array(list(_joined(values)), field.type, from_pandas=True)
+        columns[field.name] = pa.array(list(itertools.chain.from_iterable(values)), field.type, from_pandas=True)
     return pa.table(columns, schema=schema)
-
-
-def _joined(parts: Sequence[Any]) -> Iterator[Any]:
-    for part in parts:
-        yield from part
 
 
 def _rows(step: int, response: InspectedResponse, group_size: int) -> Mapping[str, Any]:

@@ -30,9 +30,9 @@ class Deadlines:
             return
         self._paused = True
         now = asyncio.get_running_loop().time()
-        for timeout in self._left:
+        for timeout in self._open():
             ends = timeout.when()
-            if ends is not None and not timeout.expired():
+            if ends is not None:
                 self._left[timeout] = ends - now
                 timeout.reschedule(None)
 
@@ -41,5 +41,9 @@ class Deadlines:
             return
         self._paused = False
         now = asyncio.get_running_loop().time()
-        for timeout, left in self._left.items():
-            timeout.reschedule(now + left)
+        for timeout in self._open():
+            timeout.reschedule(now + self._left[timeout])
+
+    def _open(self) -> list[asyncio.Timeout]:
+        """Returns those that can be moved; one that has expired stays until its body has cleaned up."""
+        return [timeout for timeout in self._left if not timeout.expired()]

@@ -16,7 +16,7 @@ from config_files import RL, SFT
 from paths import ROOT
 
 from megatron_rl.cli import app
-from megatron_rl.command_options import RunCommand, joined_resume
+from megatron_rl.commands.options import RunCommand, joined_resume
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config, SftConfig
 

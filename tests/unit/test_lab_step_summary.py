@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from lab_runs import start
@@ -47,6 +48,7 @@ def test_tensorboard_has_both_axes_and_hides_what_a_resume_repeats(tmp_path: Pat
     one_step(1, (1.0, 3.0))
     one_step(2, (5.0, 9.0))
     made.close()
+    time.sleep(1)  # files are read in the order of their names, which have the second and then a counter
     made = start(tmp_path, resume=True, last_step=1)
     one_step(2, (2.0, 4.0))
     one_step(3, (6.0, 8.0))

@@ -57,6 +57,27 @@ def test_a_deadline_of_a_pause_begins_after_it() -> None:
     assert asyncio.run(run()) >= 3 * SECONDS
 
 
+def test_one_that_has_expired_does_not_disturb_a_pause() -> None:
+    """Its body still cleans up."""
+
+    async def clean_up(deadlines: Deadlines) -> None:
+        async with deadlines.within(0.01):
+            try:
+                await asyncio.sleep(60)
+            finally:
+                await asyncio.sleep(3 * SECONDS)
+
+    async def run() -> None:
+        deadlines = Deadlines()
+        cleaning = asyncio.ensure_future(clean_up(deadlines))
+        await asyncio.sleep(SECONDS)
+        await paused_for(deadlines, 0.01)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(cleaning, 10)
+
+    asyncio.run(run())
+
+
 def test_each_leader_waits_while_the_trainer_has_the_gpus() -> None:
     """The servers are told by one leader alone."""
     leader = Leader(["http://127.0.0.1:1"], api_key=None, deadline=10)

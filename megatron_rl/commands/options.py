@@ -1,9 +1,10 @@
-"""Options of the command line that are more than a name and a type. They import no torch."""
+"""Options that several commands have, or that are more than a name and a type. They import no torch."""
 
 from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +16,10 @@ from megatron_rl.lab.run_records import Resume
 
 if TYPE_CHECKING:  # it imports torch
     from megatron_rl.engine.named_checkpoint import CheckpointName
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as optim.lr=1e-5")]
+KeyVariable = Annotated[str | None, typer.Option(metavar="NAME", help="Environment variable with the server's key.")]
 
 VERSIONED = ("megatron_rl", "megatron-core", "torch", "transformers", "sglang")
 """Distributions that --version names."""

@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from megatron_rl.command_options import Begins, ForkOption, ResumeOption, RunCommand
+from megatron_rl.commands.options import Begins, ForkOption, ResumeOption, RunCommand
 from megatron_rl.config.sources import ConfigError
 from megatron_rl.engine.named_checkpoint import CheckpointName
 

@@ -7,12 +7,9 @@ from typing import Annotated
 
 import typer
 
+from megatron_rl.commands.options import ConfigFile, KeyVariable, Overrides
 from megatron_rl.config.schema import Device
 from megatron_rl.config.servers import ServerDtype
-
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as optim.lr=1e-5")]
-KeyVariable = Annotated[str | None, typer.Option(metavar="NAME", help="Environment variable with the server's key.")]
 
 
 def serve(
