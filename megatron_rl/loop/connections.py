@@ -11,7 +11,7 @@ import orjson
 
 from megatron_rl.config.schema import Config
 from megatron_rl.loop.trainer import Trainer
-from megatron_rl.ranks.collectives import broadcast_bytes
+from megatron_rl.ranks.collectives import broadcast_bytes, together
 from megatron_rl.rollout.pool import Pool, PoolOpener, PoolOptions, read_server_key
 from megatron_rl.rollout.server_needs import Needs
 from megatron_rl.rollout.source import Leader, first_server
@@ -33,18 +33,9 @@ def connect(config: Config, trainer: Trainer, open_pool: PoolOpener = Pool) -> I
     api_key = read_server_key(config)
     with ExitStack() as stack:
         pool = None
-        if place.rank == 0:
-            options = PoolOptions(
-                rollout=rollout,
-                engine=config.engine,
-                model=config.model.path,
-                logs=trainer.run.logs,
-                seed=config.seed,
-                return_routed_experts=config.routing.needs_rollout_routes,
-                needs=Needs.of(config, None),
-                api_key=api_key,
-            )
-            pool = stack.enter_context(open_pool(options))
+        with together(place.control):
+            if place.rank == 0:
+                pool = stack.enter_context(open_pool(_options(config, trainer, api_key)))
         told = orjson.dumps([pool.urls, None if rollout.servers.are_elsewhere else pool.api_key]) if pool else None
         urls, random_key = orjson.loads(broadcast_bytes(told, place.control))
         leader = None
@@ -61,3 +52,16 @@ def connect(config: Config, trainer: Trainer, open_pool: PoolOpener = Pool) -> I
             )
             stack.callback(leader.close)
         yield Servers(pool, leader)
+
+
+def _options(config: Config, trainer: Trainer, api_key: str | None) -> PoolOptions:
+    return PoolOptions(
+        rollout=config.rollout,
+        engine=config.engine,
+        model=config.model.path,
+        logs=trainer.run.logs,
+        seed=config.seed,
+        return_routed_experts=config.routing.needs_rollout_routes,
+        needs=Needs.of(config, None),
+        api_key=api_key,
+    )

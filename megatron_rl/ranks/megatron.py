@@ -35,6 +35,10 @@ def _quickly() -> Iterator[None]:
             del sys.modules["wandb"]
 
 
+if not torch.cuda.device_count():
+    # SGLang's package for GPUs brings FlashMLA. Its import fails with OSError, and Megatron-Core expects ImportError.
+    sys.modules.setdefault("flash_mla", None)  # type: ignore[arg-type]
+
 with _quickly():
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed

@@ -251,7 +251,7 @@ class Server:
             except httpx.TransportError:
                 pass  # not listening yet
             time.sleep(0.3)
-        raise ServerError(self._explain(f"did not answer within {timeout_seconds:g} s"))
+        raise ServerError(self._explain(f"did not answer within {timeout_seconds:g} s, rollout.servers.start_timeout"))
 
     def check_alive(self) -> None:
         """Raises ServerError if the server has died."""

@@ -243,6 +243,18 @@ def test_a_start_finds_mistakes_of_own_code_before_it_starts_servers(
 
 
 @pytest.mark.server
+def test_a_server_that_does_not_start_is_told_once_and_without_a_traceback(forks: Forks, made: Path) -> None:
+    words = ("run.yaml", "objective.custom=null", "rollout.servers.start_timeout=0.1", "run_dir=late")
+    run = forks.run("-m", "megatron_rl", "train", *words, directory=made, ranks=2)
+    assert run.status == [2, 2], run.stderr
+    errors = re.findall(r"^error: .*", run.stderr, re.MULTILINE)
+    assert len(errors) == 1, run.stderr
+    assert "did not answer within 0.1 s" in errors[0]
+    assert "a fault that the program did not expect" not in run.stderr
+    assert not (made / "late").exists()
+
+
+@pytest.mark.server
 def test_a_server_that_fits_passes_and_one_that_would_cut_responses_fails(
     forks: Forks, made: Path, tiny_server: Server, tiny_model_dir: Path
 ) -> None:
