@@ -14,6 +14,8 @@ from typing import Annotated
 
 import typer
 
+from megatron_rl.config.load import load_config
+from megatron_rl.config.schema import Config
 from megatron_rl.cores import threads_per_process
 from megatron_rl.errors import UserError
 
@@ -43,9 +45,20 @@ def demo(
     """Trains a small mixture of experts to do arithmetic, on two CPU ranks: 8 to 22 minutes. Writes into .demo."""
     if taken := [text for text in overrides or [] if text.partition("=")[0] in ("run_dir", "model.path")]:
         raise UserError(f"override {taken[0]!r}: the demo chooses its own; start `megatron-rl train` for another")
+    if not cold_start:
+        check(preset, overrides or [])
     make_cold_start()
     if not cold_start:
         train(preset, overrides or [])
+
+
+def check(preset: str, overrides: list[str]) -> None:
+    """Raises UserError for what training would refuse only after the minutes of the cold start."""
+    from megatron_rl.rollout.server import require_sglang
+
+    config = load_config(Config, CONFIGS / f"{preset}.yaml", overrides)
+    if config.rollout.replay_from is None and not config.rollout.servers.are_elsewhere:
+        require_sglang(on_cpu=config.engine.device == "cpu")
 
 
 def make_cold_start() -> None:

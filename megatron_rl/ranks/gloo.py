@@ -22,9 +22,11 @@ def one_gloo_device() -> Iterator[None]:
     devices = _make_devices()
 
     class Sharing(own):  # type: ignore[misc,valid-type]  # a class, because torch asks for instances of it
-        def __init__(self, store: Any, rank: int, size: int, timeout: datetime.timedelta) -> None:
+        def __init__(self, store: Any, rank: int, size: int, timeout: datetime.timedelta, **others: Any) -> None:
             options = own._Options()  # type: ignore[attr-defined]
             options._timeout = timeout
+            for name, value in others.items():  # torch 2.14 says whether a group may lose ranks and go on
+                setattr(options, name, value)
             options._devices = devices
             options._threads = 2 * len(devices)
             super().__init__(store, rank, size, options)

@@ -9,19 +9,20 @@ thread starts the schedulers, so they are spawned. A spawned process runs its pa
 `__mp_main__`, so it has the stand-ins too.
 
 SGLang imports GPU packages that its CPU path does not use. A stand-in serves such an import only if the real package is
-missing. Its names resolve, and raise if they are called; the few names that must work while modules are defined are
-listed below. A stand-in cannot cause a wrong result, because nothing in it runs. tests/server/test_rollout_logprobs.py
-compares the server's numbers with transformers.
+missing, or cannot be loaded without CUDA. Its names resolve, and raise if they are called; the few names that must
+work while modules are defined are listed below. A stand-in cannot cause a wrong result, because nothing in it runs.
+tests/server/test_rollout_logprobs.py compares the server's numbers with transformers.
 """
 
 from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import multiprocessing
 import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.garbage import collect_rarely
@@ -97,12 +98,15 @@ ABSENT = ("triton.knobs",)
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports the stand-ins. It is last on sys.meta_path, so an installed package comes first."""
+    """Imports the stand-ins of some packages."""
+
+    def __init__(self, packages: Collection[str]) -> None:
+        self._packages = packages
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname.partition(".")[0] not in PACKAGES or fullname in ABSENT:
+        if fullname.partition(".")[0] not in self._packages or fullname in ABSENT:
             return None
         return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
 
@@ -111,6 +115,23 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return StandIn(spec.name, version, given.get(spec.name, {}))
 
     def exec_module(self, module: types.ModuleType) -> None: ...
+
+
+def install_stand_ins() -> None:
+    """Puts the stand-ins of missing packages last on sys.meta_path, and of those that cannot be loaded first."""
+    installed = [package for package in PACKAGES if importlib.util.find_spec(package) is not None]
+    sys.meta_path.append(Finder(PACKAGES.keys() - set(installed)))
+    sys.meta_path.insert(0, Finder({package for package in installed if not _loads(package)}))
+
+
+def _loads(package: str) -> bool:
+    try:
+        importlib.import_module(package)
+    except (ImportError, OSError, RuntimeError):  # its libraries want a driver
+        for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+            del sys.modules[name]
+        return False
+    return True
 
 
 def register_hooks() -> None:
@@ -188,7 +209,7 @@ def fork_processes(engine: object, server_args: Any, *args: object, **options: o
 
 if __name__ in ("__main__", "__mp_main__"):
     collect_rarely()
-    sys.meta_path.append(Finder())
+    install_stand_ins()
     register_hooks()
 if __name__ == "__main__":
     launch(sys.argv[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,25 @@ def test_keys_that_the_demo_chooses_are_refused_before_anything_is_made(empty: P
     ):
         app(["demo", "train.steps=1", override], standalone_mode=False)
     assert [path.name for path in empty.rglob("*")] == [".demo", "cold-start"]
+
+
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may be started."""
+    monkeypatch.setattr(first_run, "run", lambda *command: pytest.fail(f"started {command}"))
+
+
+def test_a_mistake_in_an_override_is_told_before_the_cold_start(empty: Path, idle: None) -> None:
+    with pytest.raises(UserError, match=r"train\.stepss"):
+        app(["demo", "train.stepss=1"], standalone_mode=False)
+    assert list(empty.iterdir()) == []
+
+
+def test_without_sglang_the_cold_start_is_not_begun(empty: Path, idle: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sglang", None)
+    with pytest.raises(UserError, match=r"sglang is not installed here; install the extra \[sglang\]"):
+        app(["demo"], standalone_mode=False)
+    assert list(empty.iterdir()) == []
 
 
 def test_an_unknown_preset_is_answered_with_all(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:

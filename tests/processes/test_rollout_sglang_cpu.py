@@ -16,7 +16,7 @@ from paths import ROOT
 
 from megatron_rl.rollout.sglang_cpu import PACKAGES
 
-INSTALL = "import sys; from megatron_rl.rollout import sglang_cpu; sys.meta_path.append(sglang_cpu.Finder())\n"
+INSTALL = "import sys; from megatron_rl.rollout import sglang_cpu; sglang_cpu.install_stand_ins()\n"
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(package) for package in PACKAGES), reason="the real packages are installed"
 )
@@ -77,13 +77,24 @@ def test_an_installed_package_wins_over_its_stand_in(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
 
 
+@pytest.mark.parametrize("error", ["ImportError", "OSError"])
+def test_a_stand_in_serves_for_a_package_that_cannot_be_loaded(tmp_path: Path, error: str) -> None:
+    """SGLang's kernels for GPUs need libcuda.so.1."""
+    (tmp_path / "sgl_kernel").mkdir()
+    (tmp_path / "sgl_kernel" / "__init__.py").write_text("import sgl_kernel.utils\n")
+    (tmp_path / "sgl_kernel" / "utils.py").write_text(f"raise {error}('libcuda.so.1: cannot open')\n")
+    code = "import sgl_kernel, sgl_kernel.utils\nsgl_kernel.utils.topk_softmax(1)"
+    ended = run(INSTALL + code, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert "sgl_kernel.utils.topk_softmax was called, but there is no GPU" in ended.stderr
+
+
 @pytest.mark.server
 @pytest.mark.slow
 @pytest.mark.parametrize("package", PACKAGES)
 def test_sglang_cannot_be_imported_without_each_stand_in(package: str) -> None:
     """This fails if an upgrade of SGLang makes a stand-in unnecessary."""
     ended = run(
-        INSTALL + f"del sglang_cpu.PACKAGES[{package!r}]\n"
+        f"from megatron_rl.rollout import sglang_cpu\ndel sglang_cpu.PACKAGES[{package!r}]\n{INSTALL}"
         "import sglang.launch_server, sglang.srt.managers.scheduler, sglang.srt.models.qwen3_moe",
         SGLANG_USE_CPU_ENGINE="1",
         TORCHDYNAMO_DISABLE="1",

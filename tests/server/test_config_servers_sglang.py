@@ -15,7 +15,7 @@ from megatron_rl.config.server_flags import TRAINERS_FLAGS, UNROUTED_FLAGS, WHOL
 OPTIONS_OF_SGLANG = """
 import argparse, json, sys
 from megatron_rl.rollout import sglang_cpu
-sys.meta_path.append(sglang_cpu.Finder())
+sglang_cpu.install_stand_ins()
 from sglang.srt.server_args import ServerArgs
 parser = argparse.ArgumentParser()
 ServerArgs.add_cli_args(parser)

@@ -49,8 +49,8 @@ def wait_until(condition: Callable[[], object], seconds: float) -> None:
 _EXPERTS_ON = """
 import argparse, json, sys
 from types import SimpleNamespace
-from megatron_rl.rollout.sglang_cpu import Finder
-sys.meta_path.append(Finder())
+from megatron_rl.rollout.sglang_cpu import install_stand_ins
+install_stand_ins()
 from sglang.srt.arg_groups.overrides import collect_model_override_declarations
 from sglang.srt.runtime_context import override_platform
 from sglang.srt.server_args import ServerArgs
@@ -90,8 +90,8 @@ def test_sglang_uses_expert_kernels_that_report_routes_if_routes_are_requested()
 
 _NCCL_OF = """
 import argparse, json, os, sys
-from megatron_rl.rollout.sglang_cpu import Finder
-sys.meta_path.append(Finder())
+from megatron_rl.rollout.sglang_cpu import install_stand_ins
+install_stand_ins()
 from sglang.srt.entrypoints.engine import _set_envs_and_config
 from sglang.srt.server_args import ServerArgs
 command = json.loads(sys.argv[1])

@@ -142,10 +142,10 @@ def _receive(connection: socket.socket) -> tuple[dict[str, Any], int, int] | Non
 
 def _import_sglang() -> None:
     from megatron_rl.garbage import collect_rarely
-    from megatron_rl.rollout.sglang_cpu import Finder
+    from megatron_rl.rollout.sglang_cpu import install_stand_ins
 
     collect_rarely()
-    sys.meta_path.append(Finder())
+    install_stand_ins()
     for module in ("entrypoints.http_server", "managers.scheduler", "managers.detokenizer_manager", "models.registry"):
         importlib.import_module(f"sglang.srt.{module}")
     gc.freeze()
