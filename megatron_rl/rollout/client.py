@@ -23,7 +23,7 @@ import tenacity
 from megatron_rl.ranks.activity import Activity
 from megatron_rl.rollout.answers import Completion, RolloutError, read_completion, read_score
 from megatron_rl.rollout.deadlines import Deadlines
-from megatron_rl.rollout.retries import HEALING_STATUS, Healing, seconds_of, wait_of
+from megatron_rl.rollout.retries import HEALING_STATUS, Healing, seconds_of, told, wait_of
 from megatron_rl.rollout.transport import IDLE_SECONDS, Connections
 from megatron_rl.routing.wire import RouteSpec
 
@@ -386,7 +386,7 @@ class SGLangClient:
             raise RolloutError(f"{self.url}{path}: cannot be asked: {error}") from None
         except httpx.TransportError as error:
             refused = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
-            raise Healing(f"{type(error).__name__} {error}".strip(), reached=not refused) from None
+            raise Healing(told(error), reached=not refused) from None
         if answer.status_code in HEALING_STATUS:
             wait = seconds_of(answer.headers.get("Retry-After", ""))
             raise Healing(f"status {answer.status_code}", reached=True, wait=wait)

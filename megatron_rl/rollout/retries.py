@@ -29,3 +29,12 @@ def wait_of(state: tenacity.RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
     asked = error.wait if isinstance(error, Healing) else 0.0
     return max(asked, _BACKOFF(state))
+
+
+def told(error: BaseException) -> str:
+    """Returns an error's kind and text, and what the system said, which httpx leaves out of a broken connection."""
+    cause: BaseException | None = error
+    while cause is not None and not (isinstance(cause, OSError) and cause.strerror):
+        cause = cause.__cause__ or cause.__context__
+    said = [type(error).__name__, str(error), cause.strerror if isinstance(cause, OSError) else ""]
+    return " ".join(word for word in dict.fromkeys(said) if word)

@@ -61,12 +61,16 @@ def _tls() -> ssl.SSLContext:
     return httpx.create_ssl_context(trust_env=False)
 
 
-# A request may take as long as its deadline. So TCP, not a read timeout, detects a host that vanished: after a
-# minute of silence, by six unanswered probes.
+# A request may take as long as its deadline. So TCP, not a read timeout, detects a host that vanished: by probes that
+# stay unanswered, and by data that is not acknowledged. A server that is only busy is not taken for one, however long
+# it loads weights: its kernel answers.
+LOST_SECONDS = 60
+"""As long as a server has for three signs of life in a rollout (fleet.py)."""
 _KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
-if hasattr(socket, "TCP_KEEPIDLE"):  # Linux
+if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
     _KEEPALIVE += [
-        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
-        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
-        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, LOST_SECONDS // 2),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, LOST_SECONDS // 6),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+        (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * LOST_SECONDS),
     ]

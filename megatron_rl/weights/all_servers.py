@@ -6,13 +6,14 @@ import concurrent.futures
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from torch import Tensor
 
 from megatron_rl.errors import UserError
 from megatron_rl.rollout.background import BackgroundLoop
 from megatron_rl.rollout.client import SGLangClient
+from megatron_rl.rollout.fleet import silent_servers
 
 T = TypeVar("T")
 Bucket = list[tuple[str, Tensor]]
@@ -43,6 +44,11 @@ class AllServers:
         self.urls = [client.url for client in clients]
         self.timeout = timeout_seconds
         self._loop = loop
+
+    def that_answer(self) -> Self:
+        """Returns those that answer at all, within seconds, which a host that is gone does not."""
+        silent = self._loop.run(silent_servers(self.clients))
+        return type(self)([client for client in self.clients if client.url not in silent], self._loop, self.timeout)
 
     def start(self, call: str, **arguments: Any) -> list[Future[Any]]:
         """Calls a method of all clients and returns at once."""

@@ -85,7 +85,7 @@ class CollectiveRoute:
         return Sent(total, {"gather": gather, **phases(times)})
 
     def close(self) -> None:
-        """Leaves the group. Never raises.
+        """Leaves the group, and does not wait for servers that are gone, which may be why the run ends. Never raises.
 
         After a failed push a server, or a thread of this process, may still be in a broadcast. Then gloo's sockets are
         shut down, which wakes both. NCCL's sockets close when this process ends.
@@ -94,8 +94,8 @@ class CollectiveRoute:
             _cut(self._sockets)
             return
         with contextlib.suppress(UserError):
-            leaving = self._servers.start("destroy_weights_update_group", group_name=self._name)
-            wait_for(leaving, CLOSE_SECONDS, self._servers.urls)
+            there = self._servers.that_answer()
+            wait_for(there.start("destroy_weights_update_group", group_name=self._name), CLOSE_SECONDS, there.urls)
         dist.destroy_process_group(self._group)
         self._group = None
 

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 from network_nodes import SECONDS, Node, ended, two_nodes, why_not
+from paths import SUPPORT
 from rl_runs import environment, save_rollouts, write_config
 
 from megatron_rl.errors import LostRankError
 from megatron_rl.lab.run import read_metrics
+from megatron_rl.rollout.transport import LOST_SECONDS
 
 WHY_NOT = why_not()
 pytestmark = [
@@ -102,7 +104,8 @@ def test_servers_of_the_other_node_sample_until_its_cable_is_cut(
     nodes: tuple[Node, Node], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     """The first run, with a rank on each node, ends well. In the second the node of the server, and of no rank, is cut
-    off: the trainer notices in three probes of the server, or in a weight sync within weights.timeout."""
+    off: the trainer notices in three probes of the server, or in a weight sync within weights.timeout, and then does
+    not wait for the server to leave the weight group."""
     write_config(tmp_path / "c.yaml", tiny_model_dir, tmp_path / "unused", preset="grpo")
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "{n}+1=", "answer": "0"}}\n' for n in range(2000)))
     serve = ("megatron_rl", "serve", tiny_model_dir, "--host", nodes[1].address, "--port", "30000", "--dtype", "fp32")
@@ -130,8 +133,28 @@ def test_servers_of_the_other_node_sample_until_its_cable_is_cut(
         time.sleep(0.05)
     since = time.monotonic()
     nodes[1].cut()
-    assert ended(trainer, 180.0, log) == 2, log.read_text()[-6000:]
+    assert ended(trainer, 95.0, log) == 2, log.read_text()[-6000:]
     print(f"the trainer ended after {time.monotonic() - since:.1f} s")
     errors = [line for line in log.read_text().splitlines() if "error: " in line]
     assert len(errors) == 1, errors
     assert url in errors[0]
+
+
+def test_requests_end_a_minute_after_the_cable_of_their_server_was_cut(
+    nodes: tuple[Node, Node], tmp_path: Path
+) -> None:
+    """One was sent before the cut, and one after it on a connection that was open. In a weight sync nobody asks for
+    signs of life, so otherwise they would last until weights.timeout."""
+    script, cut, log = SUPPORT / "cut_requests.py", tmp_path / "cut", tmp_path / "log"
+    nodes[1].start((sys.executable, script, "serve", nodes[1].address, "30000"), environment(), tmp_path / "server.log")
+    url = f"http://{nodes[1].address}:30000"
+    asking = nodes[0].start((sys.executable, script, "ask", url, cut), environment(), log)
+    deadline = time.monotonic() + SECONDS
+    while "ready" not in log.read_text():
+        assert asking.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+    nodes[1].cut()
+    cut.touch()
+    assert ended(asking, LOST_SECONDS + 30.0, log) == 0, log.read_text()
+    print("requests ended after", log.read_text().splitlines()[-1])

@@ -23,8 +23,10 @@ from safetensors.torch import load_file
 from sync_worker import PEAK_BUCKET_BYTES
 from tiny_models import VOCAB_SIZE, make_tiny_model, reference_logprobs
 
+from megatron_rl.rollout import fleet
 from megatron_rl.rollout.client import SGLangClient
 from megatron_rl.weights.all_servers import WeightSyncError
+from megatron_rl.weights.collective import CLOSE_SECONDS
 
 pytestmark = pytest.mark.server
 CALLS_BEFORE_WEIGHTS = 4  # end_weight_update, server_info, init_weights_update_group, begin_weight_update
@@ -134,3 +136,15 @@ def test_a_bucket_is_not_overwritten_while_it_is_broadcast(served: str, trained:
     with route(served, *[Fault()] * CALLS_BEFORE_WEIGHTS, *[Fault(delay=0.02)] * 8) as sync:
         sync.push(stream(), 7)
     assert ask(served, lambda c: c.weights_checksum()) == expected
+
+
+def test_a_server_that_is_gone_is_not_waited_for_when_its_group_is_left(
+    monkeypatch: pytest.MonkeyPatch, served: str, trained: Path
+) -> None:
+    monkeypatch.setattr(fleet, "REACH_SECONDS", 1.0)
+    calls = CALLS_BEFORE_WEIGHTS + 2 + 3  # two buckets; end_weight_update, flush_cache, update_weight_version
+    with route(served, *[Fault()] * calls, *[Fault(delay=TIMEOUT)] * 2) as sync:
+        sync.push(buckets(trained), 7)
+        start = time.monotonic()
+        sync.close()
+        assert time.monotonic() - start < CLOSE_SECONDS / 3

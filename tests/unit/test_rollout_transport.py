@@ -1,14 +1,19 @@
-"""Connections to a small real HTTP server: cancelled requests, and the cost of a request."""
+"""Connections to a small real HTTP server: cancelled and broken requests, lost hosts, and the cost of a request."""
 
 from __future__ import annotations
 
 import asyncio
 import cProfile
+import socket
+import struct
+import sys
 from collections.abc import Callable
 
 import httpx
 import pytest
 
+from megatron_rl.rollout.client import SGLangClient, UnreachableError
+from megatron_rl.rollout.fleet import MISSES, PROBE_SECONDS
 from megatron_rl.rollout.transport import Connections
 
 REPLY = b"HTTP/1.1 200 OK\r\nContent-Length: 4000\r\n\r\n" + b"x" * 4000
@@ -71,6 +76,44 @@ def test_a_connection_is_used_again_unless_it_was_idle_for_long(idle_seconds: fl
 
     asyncio.run(run())
     assert len(accepted) == opened
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="these are Linux's options of a socket")
+def test_a_host_that_is_lost_is_noticed_as_soon_as_by_signs_of_life() -> None:
+    """While a server takes weights nobody asks it for any. What the options do: tests/faults/test_two_nodes.py."""
+
+    async def run() -> tuple[int, ...]:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with httpx.AsyncClient(transport=Connections(), base_url=url, timeout=None) as http:
+            connection = (await http.get("/")).extensions["network_stream"].get_extra_info("socket")
+            options = socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT
+            found = tuple(connection.getsockopt(socket.IPPROTO_TCP, option) for option in options)
+        server.close()
+        return found
+
+    idle, interval, count, unacknowledged = asyncio.run(run())
+    longest = MISSES * 2 * PROBE_SECONDS
+    assert 0 < idle + interval * count <= longest
+    assert 0 < unacknowledged <= 1000 * longest
+
+
+def test_the_error_of_a_broken_connection_has_the_systems_reason() -> None:
+    async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        at_once = struct.pack("ii", 1, 0)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+        writer.transport.abort()
+
+    async def run() -> None:
+        server = await asyncio.start_server(reset, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with SGLangClient(url) as client:
+            with pytest.raises(UnreachableError, match="ReadError Connection reset by peer; tried 1 times"):
+                await client.end_weight_update()
+        server.close()
+
+    asyncio.run(run())
 
 
 async def calls_of_each(requests: int, transport: httpx.AsyncBaseTransport) -> float:
