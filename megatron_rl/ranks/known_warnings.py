@@ -61,8 +61,10 @@ LOGGED = {
     "megatron.core.transformer.transformer_layer": "Rewrapping ModuleSpec",
     # The layout of the gradient buffers, which it then computes itself.
     "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
+    # A CUDA build of torch on a machine with CUDA's compiler and no GPU. Nothing is compiled then.
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
 }
-"""Texts that Megatron-Core logs instead, by logger."""
+"""Texts that Megatron-Core and torch log instead, by logger."""
 
 
 def hide_known_warnings(known: tuple[KnownWarning, ...] = EVERYWHERE) -> None:

@@ -27,12 +27,15 @@ SIZES: dict[str, Any] = {"num_layers": 4, "hidden_size": 32, "num_experts": 4, "
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return run_cases(tmp_path_factory.mktemp("optimizers"), "numbers")
+
+
+def run_cases(root: Path, kind: str) -> dict[str, dict[str, Any]]:
     if not DIRECTORY.is_dir():
         pytest.skip(f"no Transformer Engine in {DIRECTORY}; make install puts it there")
-    root = tmp_path_factory.mktemp("optimizers")
     make_tiny_model(root / "model", mlp_only_layers=(1,), **SIZES)
     done = subprocess.run(
-        [sys.executable, str(SUPPORT / "optimizer_worker.py"), str(root), str(DIRECTORY)],
+        [sys.executable, str(SUPPORT / "optimizer_worker.py"), str(root), str(DIRECTORY), kind],
         env={**environment(), "TORCHDYNAMO_DISABLE": "1"},  # it would need a C++ compiler
         capture_output=True,
         text=True,
@@ -89,9 +92,11 @@ def test_gradients_in_bf16_are_read_too(answers: dict[str, dict[str, Any]]) -> N
         assert set(answers[name]["overlaps"]) == {overlaps}, name
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
-def test_a_checkpoint_holds_all_of_them(answers: dict[str, dict[str, Any]]) -> None:
+def test_a_checkpoint_holds_all_of_them(tmp_path: Path) -> None:
     """Before the first step as well, when there are no moments. The worker reads them under other layouts too."""
+    answers = run_cases(tmp_path, "checkpoints")
     for name in ("all on the host", "half on the host", "bf16"):
         without, restored = answers[name], answers[f"{name}, restored"]
         assert restored["norm"] == without["norm"], name

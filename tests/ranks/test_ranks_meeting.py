@@ -274,6 +274,7 @@ def agents(directories: list[Path], *arguments: str, ranks: int = 2) -> list[sub
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_the_launcher_without_the_model_reports_it_once(tmp_path: Path) -> None:
     first = node(tmp_path / "0", str(tmp_path / "run"))

@@ -67,6 +67,7 @@ def test_its_status_is_that_of_the_rank_that_failed(tmp_path: Path) -> None:
     assert "rank 1 ended with status 7; its output says why" in told
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_run_that_a_signal_ended_before_it_could_save_counts_as_stopped(tmp_path: Path) -> None:
     agent = start(tmp_path / "starts.py", SAVES, str(int(signal.SIGTERM)))

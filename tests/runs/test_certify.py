@@ -70,7 +70,9 @@ def test_the_certificate_holds_on_two_ranks(check: Check) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("recompute", ["none", "moe", "full:2"])
+@pytest.mark.parametrize(
+    "recompute", [pytest.param("none", marks=pytest.mark.slow), "moe", pytest.param("full:2", marks=pytest.mark.slow)]
+)
 def test_the_certificate_holds_on_two_ranks_with_other_recomputation(check: Check, recompute: str) -> None:
     check(["pp=2" if recompute == "full:2" else "cp=2,ep=2"], recompute)
 

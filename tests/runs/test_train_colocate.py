@@ -41,15 +41,23 @@ def colocated(ranks: int, *, tp: int = 1) -> tuple[str, ...]:
 
 
 def share(
-    forks: Forks, rl: Path, root: Path, ranks: int, *, tp: int = 1, dtype: str = "bf16", more: tuple[str, ...] = ()
+    forks: Forks,
+    rl: Path,
+    root: Path,
+    ranks: int,
+    *,
+    tp: int = 1,
+    dtype: str = "bf16",
+    more: tuple[str, ...] = (),
+    resumes: bool = True,
 ) -> Path:
-    """Trains a step, and goes on from its checkpoint, with evaluations and verified syncs."""
+    """Trains with evaluations and verified syncs; with `resumes` a step, and then from its checkpoint on."""
     run_dir, turns = root / "run", root / "turns"
     turns.mkdir()
     bound = 1e-5 if dtype == "fp32" else 0.5
     verified = (f"weights.verify_bound={bound}", "weights.verify=1", "checkpoint.every=1")
     held_out = (f"data.heldout={rl.with_name('prompts.jsonl')}", "eval.every=1", "eval.prompts=2")
-    for steps, resumed in ((1, ()), (STEPS, ("--resume",))):
+    for steps, resumed in ((1, ()), (STEPS, ("--resume",))) if resumes else ((STEPS, ()),):
         now = (f"train.steps={steps}", f"engine.dtype={dtype}", *colocated(ranks, tp=tp), *verified, *held_out)
         done = forks.run(
             *command(rl, run_dir, ranks, *more, *now, *resumed),
@@ -75,7 +83,7 @@ def assert_trains_alike_alone(forks: Forks, rl: Path, run_dir: Path, alone: Path
 @pytest.fixture(scope="module")
 def shared(forks: Forks, rl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two ranks and one server of two GPUs."""
-    return share(forks, rl, tmp_path_factory.mktemp("shared"), 2, tp=2)
+    return share(forks, rl, tmp_path_factory.mktemp("shared"), 2, tp=2, resumes=False)
 
 
 def test_a_run_that_shares_its_gpus_trains_as_one_without_servers(

@@ -90,6 +90,7 @@ def test_rollouts_go_on_during_updates_and_syncs(forks: Forks, tmp_path: Path, l
     assert 0 < max(fresh) < 1e-4 < min(old)
 
 
+@pytest.mark.slow
 @pytest.mark.server
 @pytest.mark.distributed
 def test_a_step_takes_what_is_done_first_and_nothing_older_than_the_lag(forks: Forks, tmp_path: Path) -> None:

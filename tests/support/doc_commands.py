@@ -90,7 +90,7 @@ def _check_python(arguments: list[str], written: set[str]) -> None:
     elif module == "pip":
         _check_pip(rest)
     else:
-        assert module in ("build", "pre_commit"), f"python -m {module}: not known"
+        assert module in ("build", "pre_commit", "venv"), f"python -m {module}: not known"
 
 
 def _check_make(arguments: list[str]) -> None:
@@ -104,10 +104,13 @@ def _check_make(arguments: list[str]) -> None:
 
 
 def _check_pip(arguments: list[str]) -> None:
+    if arguments[0] == "wheel":
+        assert arguments[1:] == ["--no-deps", "--wheel-dir", "dist", "."], arguments
+        return
     assert arguments[0] == "install", arguments
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for word in arguments[1:]:
-        found = re.fullmatch(r"megatron_rl\[(\w+)\]", word)
+        found = re.search(r"\bmegatron_rl.*\[(\w+)\]$", word)
         assert found is None or found[1] in extras, f"no extra {word}"
 
 

@@ -1,8 +1,8 @@
-"""optimizer_worker.py ROOT TE_DIRECTORY: optimizers that keep their memory elsewhere, on two ranks.
+"""optimizer_worker.py ROOT TE_DIRECTORY KIND: optimizers that keep their memory elsewhere, on two ranks.
 
-It runs CASES of settings_worker with Transformer Engine's own FusedAdam over tests/support/te_stub, and Megatron-Core's
-own HybridDeviceOptimizer over a host that is pretended. ROOT/model is the model; rank 0 writes ROOT/answers.pt. Then
-checkpoints of both are read under another layout.
+It runs the CASES of a kind by settings_worker, with Transformer Engine's own FusedAdam over tests/support/te_stub, and
+Megatron-Core's own HybridDeviceOptimizer over a host that is pretended. ROOT/model is the model; rank 0 writes
+ROOT/answers.pt. With `checkpoints`, checkpoints of both are then read under another layout.
 """
 
 from __future__ import annotations
@@ -19,38 +19,41 @@ PLAIN = Case(layout="dp=2", engine=(("dtype", "bf16"),), host=True)
 SHARP = replace(PLAIN, layout="tp=2,ep=2", critic=True)
 ROUNDED = (("dtype", "bf16"), ("grad_dtype", "bf16"))
 ALL, HALF, BF16 = (("offload", 1.0),), (("offload", 0.5),), (("moments_dtype", "bf16"),)
+KEPT = {"all on the host": ALL, "half on the host": HALF, "bf16": BF16}
+BOTH = {"plain": PLAIN} | {name: replace(PLAIN, optim=optim) for name, optim in KEPT.items()}
 CASES = {
-    "plain": PLAIN,
-    "all on the host": replace(PLAIN, optim=ALL),
-    "all on the host, restored": replace(PLAIN, optim=ALL, restores=True),
-    "half on the host": replace(PLAIN, optim=HALF),
-    "half on the host, restored": replace(PLAIN, optim=HALF, restores=True),
-    "bf16": replace(PLAIN, optim=BF16),
-    "bf16, restored": replace(PLAIN, optim=BF16, restores=True),
-    "gradients": replace(PLAIN, engine=ROUNDED),
-    "gradients, half on the host": replace(PLAIN, engine=ROUNDED, optim=HALF),
-    "gradients, bf16": replace(PLAIN, engine=ROUNDED, optim=BF16),
-    "critic": SHARP,
-    "critic, all on the host": replace(SHARP, optim=ALL),
-    "critic, bf16": replace(SHARP, optim=BF16),
+    "numbers": {
+        **BOTH,
+        "gradients": replace(PLAIN, engine=ROUNDED),
+        "gradients, half on the host": replace(PLAIN, engine=ROUNDED, optim=HALF),
+        "gradients, bf16": replace(PLAIN, engine=ROUNDED, optim=BF16),
+        "critic": SHARP,
+        "critic, all on the host": replace(SHARP, optim=ALL),
+        "critic, bf16": replace(SHARP, optim=BF16),
+    },
+    "checkpoints": {
+        **BOTH,
+        **{f"{name}, restored": replace(PLAIN, optim=optim, restores=True) for name, optim in KEPT.items()},
+    },
 }
 
 
-def train(rank: int, root: Path) -> None:
+def train(rank: int, root: Path, kind: str) -> None:
     import reshard_worker  # imports Megatron-Core, which looks for Transformer Engine
     import settings_worker
     import torch
     import torch.distributed as dist
 
     dist.init_process_group("gloo", init_method=f"file://{root / 'store'}", rank=rank, world_size=2)
-    answers = settings_worker.main(root, list(CASES.values()))
+    answers = settings_worker.main(root, list(CASES[kind].values()))
     if rank == 0:
-        torch.save(dict(zip(CASES, answers, strict=True)), root / "answers.pt")
-    with pretended_host():
-        for optim in (BF16, HALF):
-            folder = root / optim[0][0]
-            reshard_worker.main(root / "model", folder, "dp=2", ["tp=2", "pp=2"], "bf16", dict(optim))
-        without_offload(root / "model", root / "offload" / "pp=2")
+        torch.save(dict(zip(CASES[kind], answers, strict=True)), root / "answers.pt")
+    if kind == "checkpoints":
+        with pretended_host():
+            for optim in (BF16, HALF):
+                folder = root / optim[0][0]
+                reshard_worker.main(root / "model", folder, "dp=2", ["tp=2", "pp=2"], "bf16", dict(optim))
+            without_offload(root / "model", root / "offload" / "pp=2")
     dist.destroy_process_group()
 
 
@@ -74,4 +77,4 @@ def without_offload(model: Path, checkpoint: Path) -> None:
 if __name__ == "__main__":
     root, directory = map(Path, sys.argv[1:3])
     prepare(directory)
-    run_world(2, train, root)
+    run_world(2, train, root, sys.argv[3])
