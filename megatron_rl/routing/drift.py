@@ -134,7 +134,7 @@ class RoutingStats:
         shared = common(a, b, self._num_experts)
         differs = shared < self._top_k
         change = 1 - shared / self._top_k
-        measures = differs, change, a[:, 0] != b[:, 0]
+        measures = [differs, change, a[:, 0] != b[:, 0]]
         for pair in pairs:
             differing, valid = self._differing[pair, micro_batch]
             self._add(layer, f"{DRIFT[0]}/{pair}", measures, [valid] * len(DRIFT))
@@ -142,7 +142,7 @@ class RoutingStats:
             if self._changes is not None:
                 self._changes[pair, micro_batch] += change
 
-    def _add(self, layer: int, first: str, measures: Sequence[Tensor], valid: Sequence[Tensor]) -> None:
+    def _add(self, layer: int, first: str, measures: list[Tensor], valid: list[Tensor]) -> None:
         """Adds measures [R], each of the rows in which its `valid` [R] is True, to MEANS from the `first` on."""
         there = torch.stack(valid)
         values = torch.stack(measures).where(there, 0)
