@@ -33,6 +33,8 @@ from megatron_rl.stop import SIGNALS
 HOST = "127.0.0.1"
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 POLL_SECONDS = 0.05
+PASSED_ON: dict[int, signal.Signals] = {**{number: number for number in SIGNALS}, signal.SIGHUP: signal.SIGTERM}
+"""What the ranks are sent for a signal. They are in sessions of their own, so a closed terminal would not end them."""
 END_SECONDS = 10.0
 """Seconds that a rank has after SIGTERM before it is killed."""
 
@@ -58,7 +60,8 @@ def launch(command: Sequence[str], ranks: int) -> int:
     """Runs `python command` on `ranks` local ranks and waits for all of them.
 
     Returns 0, or the status of the first rank that failed (128 + N for signal N); the other ranks are then ended.
-    SIGINT, SIGTERM and SIGUSR1 are passed on to the ranks, which may save before they end.
+    SIGINT, SIGTERM and SIGUSR1 are passed on to the ranks, which may save before they end; so is SIGHUP, as SIGTERM,
+    unless nohup has it ignored.
     """
     listener = socket.create_server((HOST, 0), backlog=4 * ranks)
     port = listener.getsockname()[1]
@@ -106,16 +109,17 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
 
 @contextlib.contextmanager
 def _passed_on(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Passes SIGINT, SIGTERM and SIGUSR1 on to the ranks while the body runs. Does nothing outside the main thread."""
+    """Passes signals on to the ranks while the body runs. Does nothing outside the main thread."""
 
     def send(number: int, frame: object) -> None:
         for rank in ranks:
-            rank.send_signal(number)
+            rank.send_signal(PASSED_ON[number])
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, send) for number in SIGNALS}
+    hears = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    before = {number: signal.signal(number, send) for number in PASSED_ON if hears or number != signal.SIGHUP}
     try:
         yield
     finally:

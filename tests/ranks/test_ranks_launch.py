@@ -47,13 +47,15 @@ def test_when_one_rank_fails_the_others_end_and_launch_returns_its_status(
 
 
 @pytest.mark.distributed
-def test_a_signal_to_the_launcher_reaches_each_rank_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_launcher_reaches_each_rank_once(tmp_path: Path, number: signal.Signals) -> None:
+    """A closed terminal too: the ranks have no terminal."""
     script = tmp_path / "told.py"
     script.write_text(ONE_IS_TOLD)
     command = torchrun(2, str(script), str(tmp_path / "told-"))
     launcher = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
     assert launcher.stdout is not None
     assert [launcher.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
-    launcher.send_signal(signal.SIGTERM)
+    launcher.send_signal(number)
     assert launcher.wait(timeout=30) == 5
     assert {file.name: file.read_text() for file in tmp_path.glob("told-*")} == {"told-0": "15", "told-1": "15"}
