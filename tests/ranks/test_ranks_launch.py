@@ -53,7 +53,13 @@ def test_a_signal_to_the_launcher_reaches_each_rank_once(tmp_path: Path, number:
     script = tmp_path / "told.py"
     script.write_text(ONE_IS_TOLD)
     command = torchrun(2, str(script), str(tmp_path / "told-"))
-    launcher = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
+    launcher = subprocess.Popen(
+        command,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # nohup may have started the tests
+    )
     assert launcher.stdout is not None
     assert [launcher.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
     launcher.send_signal(number)
