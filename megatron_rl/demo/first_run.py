@@ -54,11 +54,12 @@ def demo(
 
 def check(preset: str, overrides: list[str]) -> None:
     """Raises UserError for what training would refuse only after the minutes of the cold start."""
+    from megatron_rl.ranks.own_device import resolve_device
     from megatron_rl.rollout.server import require_sglang
 
     config = load_config(Config, CONFIGS / f"{preset}.yaml", overrides)
     if config.rollout.replay_from is None and not config.rollout.servers.are_elsewhere:
-        require_sglang(on_cpu=config.engine.device == "cpu")
+        require_sglang(on_cpu=resolve_device(config.engine.device).type == "cpu")
 
 
 def make_cold_start() -> None:

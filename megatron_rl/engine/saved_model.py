@@ -102,9 +102,8 @@ def _frozen_kinds(frozen: Mapping[str, Any], network: str) -> list[str]:
 
 def _rounding(frozen: Mapping[str, Any], network: str, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Returns how the run's optimizer rounds its fp32 weights to the model's dtype."""
-    if (
-        frozen.get(f"{_section(network)}.moments_dtype") == "bf16"
-    ):  # FusedAdam's own, which differs from torch's in ties
+    if frozen.get(f"{_section(network)}.moments_dtype") == "bf16":
+        # FusedAdam's own, which differs from torch's in ties
         return lambda weight: split_weight(weight)[0]
     return lambda weight: weight.to(dtype)
 

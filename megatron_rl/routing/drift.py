@@ -15,8 +15,7 @@ this module in every micro-batch, so nothing waits for the device before `finali
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,11 +30,11 @@ RERUN = "rerun"
 PAIRS = (*(f"{pair}/{kind}" for pair in (ROLLOUT_OLD, OLD_POLICY) for kind in ("effective", "live")), RERUN)
 """effective: the experts used; live: the experts that the router would have chosen."""
 
-ROUTER = ("entropy", "mass", "margin", "live_overlap", "fallback")
+ROUTER = ("entropy", "margin", "mass", "live_overlap", "fallback")
 DRIFT = ("set_mismatch", "expert_change", "top1_change")
 COLD = 0.1
 """A cold expert gets less than this fraction of the mean load."""
-MEANS = (*ROUTER, *(f"{measure}/{pair}" for pair in PAIRS for measure in DRIFT))
+MEANS = (*ROUTER, *(f"{measure}/{pair}" for measure in DRIFT for pair in PAIRS))
 
 
 class RouterScores(NamedTuple):
@@ -66,7 +65,7 @@ class RoutingStats:
         self._place = {layer: place for place, layer in enumerate(layers)}
         self._num_experts = num_experts
         self._top_k = top_k
-        self._means = torch.zeros(len(layers), 2, len(MEANS), dtype=torch.float64, device=device)  # sum and rows
+        self._means = torch.zeros(len(MEANS), 2, len(layers), dtype=torch.float64, device=device)  # sum and rows
         self._load = torch.zeros(len(layers), num_experts, dtype=torch.float64, device=device)
         self._tokens = torch.zeros(len(PAIRS), 3, dtype=torch.float64, device=device)  # layers, tokens with any, tokens
         self.rank_load = self._load.new_zeros(micro_batches, len(layers), expert_ranks)
@@ -95,28 +94,24 @@ class RoutingStats:
         probabilities = scores.logprobs.exp()
         # The log of a probability that underflowed is -inf, and 0 times that is not 0.
         logs = scores.logprobs.clamp(min=torch.finfo(scores.logprobs.dtype).min)
-        mass = probabilities.gather(1, chosen).sum(-1, dtype=torch.float64)
-        last, first = self._edge(scores.ranked, live, valid)
-        measures = [-(probabilities * logs).sum(-1), mass, last - first]
-        there = [valid, valid, valid & first.isfinite()]
+        mass = probabilities.gather(1, chosen).double().sum(-1)
+        self._add(layer, valid, {"entropy": -(probabilities * logs).sum(-1), "mass": mass})
+        if self._top_k < scores.ranked.shape[1]:
+            ids = live.long().masked_fill(~valid[:, None], 0)
+            last = scores.ranked.gather(1, ids).amin(-1)
+            first = scores.ranked.scatter(1, ids, float("-inf")).amax(-1)
+            # The groups of a row may have no expert but those chosen.
+            self._add(layer, valid & first.isfinite(), {"margin": last - first})
         if replayed is not None:
-            measures += [common(used, live, self._num_experts) / self._top_k, ~replayed]
-            there += [valid & replayed, valid]
-        self._add(layer, "entropy", measures, there)
+            overlap = common(used, live, self._num_experts) / self._top_k
+            self._add(layer, valid & replayed, {"live_overlap": overlap})
+            self._add(layer, valid, {"fallback": ~replayed})
         ids = chosen.flatten()  # and no bincount, for the same reason
         rows = valid.to(self._load).repeat_interleave(self._top_k)
         load = self._load.new_zeros(self._num_experts).index_add_(0, ids, rows)
         self._load[self._place[layer]] += load
         by_rank = self.rank_load[micro_batch, self._place[layer]]
         by_rank += load.view(len(by_rank), -1).sum(-1)
-
-    def _edge(self, ranked: Tensor, live: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """[R] each: the scores of the last expert that is chosen and of the first that is not; -inf if all are chosen,
-        or all that the groups of a row have."""
-        if self._top_k == self._num_experts:
-            return ranked.amin(-1), torch.full_like(ranked[:, 0], -math.inf)
-        ids = live.long().masked_fill(~valid[:, None], 0)
-        return ranked.gather(1, ids).amin(-1), ranked.scatter(1, ids, -math.inf).amax(-1)
 
     def expect(self, pair: str, micro_batch: int, valid: Tensor) -> None:
         """Announces a comparison of the routers' choices, for rows in which `valid` [R] is True.
@@ -134,21 +129,20 @@ class RoutingStats:
         shared = common(a, b, self._num_experts)
         differs = shared < self._top_k
         change = 1 - shared / self._top_k
-        measures = [differs, change, a[:, 0] != b[:, 0]]
+        measures = differs, change, a[:, 0] != b[:, 0]
         for pair in pairs:
             differing, valid = self._differing[pair, micro_batch]
-            self._add(layer, f"{DRIFT[0]}/{pair}", measures, [valid] * len(DRIFT))
+            self._add(layer, valid, {f"{name}/{pair}": values for name, values in zip(DRIFT, measures, strict=True)})
             differing += differs & valid
             if self._changes is not None:
                 self._changes[pair, micro_batch] += change
 
-    def _add(self, layer: int, first: str, measures: list[Tensor], valid: list[Tensor]) -> None:
-        """Adds measures [R], each of the rows in which its `valid` [R] is True, to MEANS from the `first` on."""
-        there = torch.stack(valid)
-        values = torch.stack(measures).where(there, 0)
-        found = torch.stack([each.sum(-1, dtype=torch.float64) for each in (values, there)])
-        start = MEANS.index(first)
-        self._means[self._place[layer], :, start : start + len(measures)] += found
+    def _add(self, layer: int, valid: Tensor, measures: Mapping[str, Tensor]) -> None:
+        """Adds measures [R] of the rows in which `valid` [R] is True."""
+        sums = torch.stack([values.double() for values in measures.values()]).masked_fill_(~valid, 0).sum(-1)
+        rows = valid.sum().double()
+        for name, total in zip(measures, sums, strict=True):
+            self._means[MEANS.index(name), :, self._place[layer]] += torch.stack((total, rows))
 
     def differing(self) -> Iterator[Tensor]:
         """[R] for each pair and micro-batch: number of this rank's layers in which each row differs.
@@ -180,7 +174,7 @@ class RoutingStats:
         """Metrics per layer, with their mean and extremes over layers. Omits metrics without rows."""
         report: dict[str, float] = {}
         means = self._means.cpu()
-        for name, (sums, rows) in zip(MEANS, means.permute(2, 1, 0), strict=True):
+        for name, (sums, rows) in zip(MEANS, means, strict=True):
             report |= self._by_layer(name, sums / rows, rows > 0)
         load = self._load.cpu()
         total = load.sum(-1)

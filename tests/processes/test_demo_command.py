@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_rl.cli import app
 from megatron_rl.demo import first_run
@@ -26,6 +27,16 @@ def test_keys_that_the_demo_chooses_are_refused_before_anything_is_made(empty: P
     ):
         app(["demo", "train.steps=1", override], standalone_mode=False)
     assert [path.name for path in empty.rglob("*")] == [".demo", "cold-start"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+def test_a_device_that_is_found_is_the_one_that_counts(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang is installed for CPUs here."""
+    (empty / ".demo" / "cold-start").mkdir(parents=True)
+    begun: list[tuple[str, ...]] = []
+    monkeypatch.setattr(first_run, "train", lambda preset, overrides: begun.append((preset, *overrides)))
+    app(["demo", "engine.device=auto"], standalone_mode=False)
+    assert begun == [("gspo", "engine.device=auto")]
 
 
 @pytest.fixture

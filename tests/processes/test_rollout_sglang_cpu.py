@@ -81,11 +81,13 @@ def test_an_installed_package_wins_over_its_stand_in(tmp_path: Path) -> None:
 def test_a_stand_in_serves_for_a_package_that_cannot_be_loaded(tmp_path: Path, error: str) -> None:
     """SGLang's kernels for GPUs need libcuda.so.1."""
     (tmp_path / "sgl_kernel").mkdir()
-    (tmp_path / "sgl_kernel" / "__init__.py").write_text("import sgl_kernel.utils\n")
-    (tmp_path / "sgl_kernel" / "utils.py").write_text(f"raise {error}('libcuda.so.1: cannot open')\n")
-    code = "import sgl_kernel, sgl_kernel.utils\nsgl_kernel.utils.topk_softmax(1)"
-    ended = run(INSTALL + code, PYTHONPATH=f"{tmp_path}:{ROOT}")
-    assert "sgl_kernel.utils.topk_softmax was called, but there is no GPU" in ended.stderr
+    (tmp_path / "sgl_kernel" / "__init__.py").write_text("import sgl_kernel.utils, sgl_kernel.kernels\n")
+    (tmp_path / "sgl_kernel" / "utils.py").touch()  # a part that loads
+    (tmp_path / "sgl_kernel" / "kernels.py").write_text(f"raise {error}('libcuda.so.1: cannot open')\n")
+    for part in ("utils", "kernels"):
+        code = f"import sgl_kernel.{part}\nsgl_kernel.{part}.topk_softmax(1)"
+        ended = run(INSTALL + code, PYTHONPATH=f"{tmp_path}:{ROOT}")
+        assert f"sgl_kernel.{part}.topk_softmax was called, but there is no GPU" in ended.stderr
 
 
 @pytest.mark.server

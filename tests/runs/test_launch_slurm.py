@@ -63,7 +63,7 @@ def preempt(slurm: SlurmCluster, job: str, folder: Path, after: int) -> None:
     wait(slurm, job, folder, lambda state: lines(folder / "run") >= after)
     slurm.tell("scancel", "--signal=USR1", job)
     wait(slurm, job, folder, lambda state: state["Restarts"] == "1" and state["JobState"] == "PENDING")
-    # Slurm would wait two minutes. In the second of the requeue a node refuses the job: it revoked what allows it.
+    # Slurm would wait two minutes. In the second of the requeue, in which its credential is revoked, nodes refuse it.
     slurm.tell("scontrol", "update", f"JobId={job}", "StartTime=now+2")
 
 
