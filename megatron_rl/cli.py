@@ -24,6 +24,7 @@ from megatron_rl.commands.options import (
     check_recompute,
 )
 from megatron_rl.commands.reports import commands as commands_of_reports
+from megatron_rl.config.bounds import MOST_RANKS
 from megatron_rl.config.load import C, ConfigError
 from megatron_rl.config.schema import Config, Device, EngineDtype, SftConfig
 from megatron_rl.demo.first_run import demo
@@ -44,7 +45,9 @@ app.command()(demo)
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and layout, and stop.")]
 OfSft = Annotated[bool, typer.Option("--sft", help="CONFIG is one of `sft`.")]
-WorldSize = Annotated[int | None, typer.Option(min=1, help="Ranks that --dry-run plans for; else torchrun's, or 1.")]
+WorldSize = Annotated[
+    int | None, typer.Option(min=1, max=MOST_RANKS, help="Ranks that --dry-run plans for; else torchrun's, or 1.")
+]
 
 
 Model = Annotated[Path, typer.Option(exists=True, file_okay=False, help="Hugging Face model directory")]
@@ -104,7 +107,9 @@ def check(
     config: ConfigFile,
     overrides: Overrides = None,
     sft: OfSft = False,
-    world_size: Annotated[int | None, typer.Option(min=1, help="Ranks of the run; default: torchrun's, or 1.")] = None,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, max=MOST_RANKS, help="Ranks of the run; default: torchrun's, or 1.")
+    ] = None,
 ) -> None:
     """Opens all that a start needs, servers given by URL too, and prints a line for each; starts and writes nothing."""
     from megatron_rl import preflight
@@ -118,7 +123,7 @@ def check(
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs, one for each rank")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, max=MOST_RANKS, help="Number of GPUs, one for each rank")] = 1,
     memory: Annotated[
         float | None, typer.Option(min=1, max=10000, help="GiB of one GPU; default: what --gpu has")
     ] = None,

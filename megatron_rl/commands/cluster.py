@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from megatron_rl.commands.options import ConfigFile, KeyVariable, Overrides
+from megatron_rl.config.bounds import MOST_GPUS_OF_A_NODE, MOST_RANKS
 from megatron_rl.config.schema import Device
 from megatron_rl.config.servers import ServerDtype
 
@@ -19,7 +20,7 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 30000,
     device: Annotated[Device, typer.Option()] = "auto",
     dtype: Annotated[ServerDtype, typer.Option(help="auto: the dtype in the model's config.json")] = "auto",
-    tp: Annotated[int, typer.Option(min=1)] = 1,
+    tp: Annotated[int, typer.Option(min=1, max=MOST_GPUS_OF_A_NODE)] = 1,
     max_total_tokens: Annotated[
         int | None, typer.Option(min=1, help="KV cache, in tokens; by default all that fit on a GPU, 65536 on a CPU")
     ] = None,
@@ -55,11 +56,22 @@ def serve(
 def launch(
     config: ConfigFile,
     overrides: Overrides = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the trainer.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, max=MOST_RANKS, help="Nodes of the trainer.")] = 1,
     rollout_nodes: Annotated[
-        int, typer.Option(min=0, help="Nodes of SGLang servers, filled with servers; 0: the trainer starts its own.")
+        int,
+        typer.Option(
+            min=0, max=MOST_RANKS, help="Nodes of SGLang servers, filled with servers; 0: the trainer starts its own."
+        ),
     ] = 0,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node; on CPUs the trainer's ranks on it.")] = 8,
+    gpus_per_node: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=MOST_GPUS_OF_A_NODE,
+            help="GPUs of a node: one for each rank, and those of the servers that a single node starts beside its "
+            "ranks; on CPUs the trainer's ranks on it.",
+        ),
+    ] = 8,
     slurm: Annotated[bool, typer.Option("--slurm", help="A script for sbatch.")] = False,
     kubernetes: Annotated[bool, typer.Option("--kubernetes", help="Manifests for kubectl.")] = False,
     site: Annotated[Path | None, typer.Option(help="YAML file about the cluster: time limit, image and so on")] = None,

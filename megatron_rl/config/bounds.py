@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 # Upper bounds are far above what anyone needs, and below what overflows or runs for ever: a value beyond them is a
 # slip of the keyboard, which should not cost a night.
 LARGEST_INT = 2**31 - 1
+MOST_RANKS = 2**17
+"""Of one run; the planner lists all its layouts."""
+MOST_GPUS_OF_A_NODE = 1024
 Positive = Annotated[float, Field(gt=0, le=1e6)]
 PositiveInt = Annotated[int, Field(ge=1, le=LARGEST_INT)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST_INT)]

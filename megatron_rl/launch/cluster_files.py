@@ -10,13 +10,11 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from megatron_rl.config.load import dump_config, raise_all
-from megatron_rl.config.resolve import model_dirs
-from megatron_rl.config.schema import Config
-from megatron_rl.data.generated import is_generated
+from megatron_rl.config.load import dump_config
 from megatron_rl.disk import writes
 from megatron_rl.errors import FileInTheWayError
 from megatron_rl.launch.cluster_job import FIRST_PORT, ClusterJob
+from megatron_rl.launch.pods import check_pods, working_directory
 from megatron_rl.launch.site import Site
 from megatron_rl.rollout.sglang_launch import KEY_VARIABLE
 
@@ -37,7 +35,10 @@ def write(job: ClusterJob, site: Site, kubernetes: bool, out: Path | None) -> No
         out.mkdir(parents=True, exist_ok=True)
         for path, text in paths.items():
             path.write_text(text)
-    print(*("kubectl apply" if kubernetes else "sbatch", *((f"-f {p}" if kubernetes else str(p)) for p in paths)))
+    words = (
+        ["kubectl", "apply", *(word for path in paths for word in ("-f", path))] if kubernetes else ["sbatch", *paths]
+    )
+    print(_quoted(words))
 
 
 def slurm_script(job: ClusterJob, site: Site) -> str:
@@ -54,31 +55,18 @@ def slurm_script(job: ClusterJob, site: Site) -> str:
 
 
 def manifests(job: ClusterJob, site: Site) -> dict[str, str]:
-    """Returns the texts of manifests by file name. Raises ConfigError for a path that pods would not see."""
-    _check_paths(job.config, site.kubernetes.mount)
+    """Returns the texts of manifests by file name. Raises ConfigError for what pods would not see."""
+    check_pods(job.config, site.kubernetes)
     servers = job.nodes.servers * job.servers_per_node
     name = f"{site.name}-servers"
     urls = [f"http://{name}-{number}.{name}:{FIRST_PORT}" for number in range(servers)]
-    known = {"job": job, "site": site, "k8s": site.kubernetes}
-    files = {"trainer.yaml": _fill("jobset.yaml", config=dump_config(job.trainer_config(urls)).rstrip(), **known)}
+    config = job.trainer_config(urls)
+    known = {"job": job, "site": site, "k8s": site.kubernetes, "directory": working_directory(site.kubernetes)}
+    key = config.rollout.servers.api_key_env
+    files = {"trainer.yaml": _fill("jobset.yaml", config=dump_config(config).rstrip(), servers_key=key, **known)}
     if servers:
         files["servers.yaml"] = _fill("servers.yaml", servers=servers, **known)
     return files
-
-
-def _check_paths(config: Config, mount: Path) -> None:
-    paths: dict[str, Path | None] = {key: path for key, path, _ in model_dirs(config)}
-    paths |= {"run_dir": config.run_dir, "rollout.replay_from": config.rollout.replay_from}
-    data = {"data.train": config.data.train, "data.heldout": config.data.heldout}
-    paths |= {key: Path(text) for key, text in data.items() if text is not None and not is_generated(text)}
-    raise_all(
-        [
-            f"{key}: {path}, but pods see the volume alone, which is mounted at {mount}; give a path below, or change "
-            "kubernetes.mount in the site file"
-            for key, path in paths.items()
-            if path is not None and not (path.is_absolute() and path.is_relative_to(mount))
-        ]
-    )
 
 
 def _fill(template: str, **values: object) -> str:

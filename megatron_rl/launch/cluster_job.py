@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_rl.config.bounds import MOST_RANKS
+from megatron_rl.config.load import load_config
 from megatron_rl.config.resolve import resolve
 from megatron_rl.config.schema import Config
 from megatron_rl.config.sources import ConfigError
 from megatron_rl.rollout.sglang_launch import KEY_VARIABLE
 from megatron_rl.routing.wire import SERVER_FLAG
 
+WAYS_OUT = "change those, set rollout.servers.colocate, or give servers nodes of their own by --rollout-nodes"
 FIRST_PORT = 30000
 """Port of a node's first server; the others follow."""
 
@@ -24,7 +27,7 @@ class Nodes:
     servers: int
     """Nodes of servers; 0: the trainer starts its own."""
     gpus: int
-    """Ranks of a trainer node, and GPUs of a node of servers."""
+    """GPUs of each node; on CPUs, ranks of a trainer node and `tp` parts of servers of a node of servers."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class ClusterJob:
     nodes: Nodes
     command: tuple[str, ...]
     """CONFIG and overrides, as they were given."""
+    ranks: int
+    """Ranks of each trainer node."""
     gpus: int
     """GPUs of each node; 0 on CPUs."""
     servers_per_node: int
@@ -56,7 +61,7 @@ class ClusterJob:
         """Returns the trainer's configuration if its servers have these URLs. Raises ConfigError."""
         path, *overrides = self.command
         told = self.trainer_overrides(f"urls=[{','.join(urls)}]")
-        return resolve(Config, Path(path), [*overrides, *told], self.nodes.trainers * self.nodes.gpus).config
+        return resolve(Config, Path(path), [*overrides, *told], self.nodes.trainers * self.ranks).config
 
     @property
     def serve(self) -> tuple[str, ...]:
@@ -79,33 +84,65 @@ class ClusterJob:
 
 def plan_job(path: Path, overrides: Sequence[str], nodes: Nodes) -> ClusterJob:
     """Raises ConfigError if the run does not fit the nodes, or its servers are not ones that these nodes can hold."""
-    config = resolve(Config, path, overrides, nodes.trainers * nodes.gpus).config
-    servers, on_gpu = config.rollout.servers, config.engine.device != "cpu"
-    launches = config.rollout.replay_from is None and not servers.are_elsewhere
-    if nodes.servers:
-        _check_servers(config, nodes, launches)
-    own = servers.launch * servers.tp if launches and not nodes.servers and not servers.colocate else 0
-    if own and on_gpu and nodes.trainers > 1:
+    if (all_gpus := (nodes.trainers + nodes.servers) * nodes.gpus) > MOST_RANKS:
         raise ConfigError(
-            f"--rollout-nodes 0: rank 0 would start {servers.launch} servers, for whose {own} GPUs its node has no "
-            "room among equal nodes; give servers nodes of their own, or set rollout.servers.colocate"
+            f"--nodes, --rollout-nodes, --gpus-per-node: {all_gpus} GPUs in all, and a run has at most {MOST_RANKS}"
         )
+    beside = _gpus_of_own_servers(load_config(Config, path, overrides), nodes)
+    ranks = nodes.gpus - beside
+    try:
+        config = resolve(Config, path, overrides, nodes.trainers * ranks).config
+    except ConfigError as error:
+        if not beside:
+            raise
+        raise ConfigError(f"{error}\n{_beside(nodes, beside)}, which leaves {ranks} ranks; {WAYS_OUT}") from None
+    servers = config.rollout.servers
+    if nodes.servers:
+        _check_servers(config, nodes)
     job = ClusterJob(
         config,
         nodes,
         (str(path), *overrides),
-        gpus=nodes.gpus + own if on_gpu else 0,
+        ranks=ranks,
+        gpus=nodes.gpus if config.engine.device != "cpu" else 0,
         servers_per_node=nodes.gpus // servers.tp if nodes.servers else 0,
     )
     job.trainer_config(("http://server",))  # what the trainer will be told must be no contradiction either
     return job
 
 
-def _check_servers(config: Config, nodes: Nodes, launches: bool) -> None:
+def _gpus_of_own_servers(config: Config, nodes: Nodes) -> int:
+    """Returns how many GPUs of the only node go to servers that rank 0 starts. Raises ConfigError if none is left."""
+    servers = config.rollout.servers
+    if nodes.servers or servers.colocate or config.engine.device == "cpu" or not _launches(config):
+        return 0
+    beside = servers.launch * servers.tp
+    if nodes.trainers > 1:
+        raise ConfigError(
+            f"--rollout-nodes 0: rank 0 would start {servers.launch} servers, for whose {beside} GPUs its node has no "
+            "room among equal nodes; give servers nodes of their own, or set rollout.servers.colocate"
+        )
+    if beside >= nodes.gpus:
+        raise ConfigError(f"{_beside(nodes, beside)}, which leaves none for ranks; {WAYS_OUT}")
+    return beside
+
+
+def _beside(nodes: Nodes, beside: int) -> str:
+    return (
+        f"--gpus-per-node: {nodes.gpus}, of which the servers of the run take {beside} "
+        "(rollout.servers.launch times rollout.servers.tp)"
+    )
+
+
+def _launches(config: Config) -> bool:
+    return config.rollout.replay_from is None and not config.rollout.servers.are_elsewhere
+
+
+def _check_servers(config: Config, nodes: Nodes) -> None:
     servers = config.rollout.servers
     if config.rollout.replay_from is not None:
         raise ConfigError(f"--rollout-nodes {nodes.servers}: rollout.replay_from needs no servers; give 0")
-    if not launches:
+    if not _launches(config):
         raise ConfigError(
             f"--rollout-nodes {nodes.servers}: rollout.servers names servers that run already; drop urls and "
             "urls_file, or give --rollout-nodes 0"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from megatron_rl.models.architecture import Architecture
 
@@ -79,7 +80,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def write_model(directory: Path) -> Path:
-    """Writes a model directory of ARCHITECTURE without weights, which is all that a dry run reads."""
-    write(directory / "config.json", json.dumps(MODEL_FIELDS))
+def write_model(directory: Path, fields: dict[str, Any] | None = None) -> Path:
+    """Writes a model directory, of ARCHITECTURE by default, without weights: all that a dry run reads."""
+    write(directory / "config.json", json.dumps(fields or MODEL_FIELDS))
     return directory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 import shlex
 import tempfile
@@ -12,12 +13,14 @@ from typing import Any
 
 import typer
 import yaml
-from config_files import RL, SFT
+from config_files import RL, SFT, write_model
+from doc_blocks import read_blocks
 from paths import ROOT
 
 from megatron_rl.cli import app
 from megatron_rl.commands.options import RunCommand, joined_resume
 from megatron_rl.config.load import load_config
+from megatron_rl.config.resolve import resolve
 from megatron_rl.config.schema import Config, SftConfig
 
 READERS_FILES = {"run.yaml", "other.yaml", "sft.yaml", "study.yaml"}
@@ -39,7 +42,15 @@ SHELL = {
     "echo",
     ".",
 }
-CONFIGURED = {"train": Config, "sft": SftConfig, "plan": Config, "attribute": Config, "replay-study": Config}
+CONFIGURED = {
+    "train": Config,
+    "sft": SftConfig,
+    "check": Config,
+    "plan": Config,
+    "launch": Config,
+    "attribute": Config,
+    "replay-study": Config,
+}
 TORCHRUN = {"--nnodes", "--node-rank", "--master-addr", "--master-port", "--nproc-per-node"}
 VARIABLE = re.compile(r"^\w+=\S*$")
 
@@ -143,7 +154,8 @@ def _check_ours(arguments: list[str], written: set[str]) -> None:
         if file := options.get(key):
             assert file in READERS_FILES | written or (ROOT / file).is_file(), f"{file}: no such file"
     if name in CONFIGURED:
-        check_overrides(SftConfig if options.get("sft") else CONFIGURED[name], options.get("overrides") or ())
+        cls = SftConfig if options.get("sft") else CONFIGURED[name]
+        check_overrides(cls, Path(options["config"]), options.get("overrides") or (), ranks_of(options))
 
 
 def _check_value(parameter: Any, context: Any, value: Any) -> None:
@@ -155,12 +167,40 @@ def _check_value(parameter: Any, context: Any, value: Any) -> None:
             raise
 
 
-def check_overrides(cls: Any, overrides: tuple[str, ...]) -> None:
-    base = RL if cls is Config else SFT
+def ranks_of(options: dict[str, Any]) -> int | None:
+    """The ranks that a command names, if it does."""
+    if options.get("nodes"):
+        return int(options["nodes"]) * int(options.get("gpus_per_node") or 8)
+    named = options.get("world_size") or options.get("gpus")
+    return int(named) if named else None
+
+
+def check_overrides(cls: Any, file: Path, overrides: tuple[str, ...], ranks: int | None = None) -> None:
+    """Raises ConfigError if the file, or the one of that name that the reader has, does not take them."""
+    known = [text for text in overrides if "=$" not in text]
     with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "a.yaml"
-        file.write_text(base + ("rollout: {replay_from: runs/a}\n" if "rollout.replay_from" in str(overrides) else ""))
-        load_config(cls, file, [text for text in overrides if not text.startswith("run_dir=$")])
+        if not (file := ROOT / file).is_file():
+            file = Path(scratch) / "readers.yaml"
+            file.write_text(first_run() if cls is Config else SFT)
+        (named,) = [text for text in known if text.startswith("model.path=")] or [""]
+        saved = ["rollout.replay_from=runs/a"] if "rollout.replay_from" in str(overrides) else []
+        model = write_model(Path(scratch) / "model", published(named or file.read_text()))
+        resolve(cls, file, [*saved, *known, f"model.path={model}"], ranks or 1)
+
+
+def published(text: str) -> dict[str, Any] | None:
+    """Returns the published config.json of the model that the text names, if it names one."""
+    for file in (ROOT / "tests" / "families" / "published").glob("*.json"):
+        if re.search(rf"path[:=] *\S*\b{file.stem.split('--')[1]}\b", text):
+            fields: dict[str, Any] = json.loads(file.read_text())
+            return fields
+    return None
+
+
+@functools.cache
+def first_run() -> str:
+    (block,) = [block for block in read_blocks(ROOT / "docs" / "first-run.md") if block.title == "run.yaml"]
+    return block.text
 
 
 def load_part(text: str, directory: Path) -> None:

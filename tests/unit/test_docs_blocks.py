@@ -10,6 +10,7 @@ import pytest
 import yaml
 from doc_blocks import PAGES, Block, all_blocks, commands, prose, read_blocks
 from doc_commands import check_command, load_part
+from paths import ROOT
 
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import Config, SftConfig
@@ -61,6 +62,9 @@ def test_each_command_exists_with_its_options_and_files(block: Block) -> None:
         "megatron-rl train run.yaml --dryrun",
         "megatron-rl train others.yaml",
         "megatron-rl train run.yaml optim.lrr=1",
+        "megatron-rl train run.yaml 'lab.record_steps=[50]'",
+        "megatron-rl check run.yaml 'rollout.servers.urls=[http://host:30000]'",
+        "megatron-rl launch run.yaml parallel.tp=3 --nodes 2 --slurm",
         "megatron-rl train --dry-run",
         "megatron-rl plan run.yaml --gpus many",
         "megatron-rl parity --model m --tokens t --layout tp=1 --dtype fp16",
@@ -95,8 +99,9 @@ def test_loops_and_continued_lines_are_commands_too() -> None:
 
 
 @pytest.mark.parametrize("block", all_blocks("yaml"), ids=ids)
-def test_each_configuration_loads(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_configuration_loads(block: Block, tmp_path: Path) -> None:
     name = Path(block.title).name
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     if block.title == "arms of a study":
         assert [StudyArm.model_validate(arm) for arm in yaml.safe_load(block.text).values()]
         return

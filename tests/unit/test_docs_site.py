@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from doc_blocks import DOCS, PAGES, Block, all_blocks, anchors, links
+from doc_blocks import DOCS, PAGES, Block, all_blocks, anchors, commands, links, read_blocks
 from paths import ROOT
+from typer.testing import CliRunner
 
 from megatron_rl.cli import app
 from megatron_rl.config.sources import PRESETS
@@ -157,20 +159,41 @@ def test_the_walk_through_shows_the_file_of_the_cluster() -> None:
     assert shown(name).text == (ROOT / name).read_text()
 
 
-def test_the_cluster_fits_as_the_walk_through_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the current directory one of the walk-through, with nothing but what its reader has so far."""
+    monkeypatch.chdir(tmp_path)
+    Path("examples").symlink_to(ROOT / "examples")
+    model = Path("models") / "Qwen3-30B-A3B"
+    model.mkdir(parents=True)
+    published = ROOT / "tests" / "families" / "published" / "Qwen--Qwen3-30B-A3B.json"
+    (model / "config.json").write_text(published.read_text())
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_cluster_fits_as_the_walk_through_says() -> None:
     from megatron_rl.config.schema import Config
     from megatron_rl.planner.forecast import find_gpu, read_job
     from megatron_rl.planner.memory import GIB, largest_rank
     from megatron_rl.planner.roofline import step_time
 
-    name = "examples/clusters/qwen3-30b-a3b.yaml"
-    monkeypatch.chdir(tmp_path)
-    model = tmp_path / "models" / "Qwen3-30B-A3B"
-    model.mkdir(parents=True)
-    published = ROOT / "tests" / "families" / "published" / "Qwen--Qwen3-30B-A3B.json"
-    (model / "config.json").write_text(published.read_text())
-    Path("servers.txt").write_text("".join(f"http://10.0.1.{n}:3000{m}\n" for n in range(1, 9) for m in range(4)))
-    job = read_job(Config, ROOT / name, ["engine.layers=te"], 64)
+    job = read_job(Config, Path("examples/clusters/qwen3-30b-a3b.yaml"), ["engine.layers=te"], 64)
     page = (ROOT / "docs" / "cluster.md").read_text()
     assert f"needs {largest_rank(job).total / GIB:.1f} GiB of 80" in " ".join(page.split())
     assert f"about {step_time(job, find_gpu('h100')).total:.0f} s a step" in " ".join(page.split())
+
+
+@pytest.mark.usefixtures("cluster")
+def test_what_the_walk_through_runs_without_gpus_runs() -> None:
+    page = ROOT / "docs" / "cluster.md"
+    printed = [shlex.split(text) for block in read_blocks(page) for text in commands(block) if block.language == "bash"]
+    runs = [words[1:] for words in printed if words[:2] in (["megatron-rl", "launch"], ["megatron-rl", "plan"])]
+    runs += [words[1:] for words in printed if "--dry-run" in words]
+    assert len(runs) == 3
+    for words in runs:
+        done = CliRunner().invoke(app, words, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+    script = Path("launch/megatron-rl.sbatch").read_text()
+    assert "--nodes=8 --ntasks-per-node=4 " in script
+    assert " --tp 2 " in script
+    assert "--nnodes 8 --nproc-per-node 8 " in script

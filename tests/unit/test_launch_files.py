@@ -20,7 +20,7 @@ from megatron_rl.config.schema import Config
 from megatron_rl.errors import FileInTheWayError
 from megatron_rl.launch.cluster_files import manifests, slurm_script
 from megatron_rl.launch.cluster_job import ClusterJob, Nodes, plan_job
-from megatron_rl.launch.site import Site, read_site
+from megatron_rl.launch.site import Site
 
 # What https://github.com/kubernetes-sigs/jobset says in api/jobset/v1alpha2/jobset_types.go, of the fields that are
 # used. The template of a job is batch/v1's, which has a schema of its own.
@@ -116,7 +116,7 @@ def planned(config: Path, *overrides: str, trainers: int = 2, servers: int = 3, 
 
 
 def kubernetes(config: Path, tmp_path: Path) -> dict[str, list[Any]]:
-    site = Site.model_validate({"kubernetes": {"mount": tmp_path.parent.parent, "node_selector": {"pool": "gpu"}}})
+    site = Site.model_validate({"kubernetes": {"mount": tmp_path.parent.parent, "node_selector": ["pool=gpu"]}})
     files = manifests(planned(config), site)
     return {name: list(yaml.safe_load_all(text)) for name, text in files.items()}
 
@@ -164,12 +164,27 @@ def test_the_trainer_gets_the_servers_by_a_file_and_no_flags_of_theirs(config: P
     ]
 
 
-def test_own_servers_get_gpus_beside_the_ranks(config: Path) -> None:
-    one = planned(config, "rollout.servers.launch=1", trainers=1, servers=0, gpus=4)
-    assert one.gpus == 4 + 4
-    colocated = planned(config, *COLOCATED, servers=0)
-    assert colocated.gpus == 8
-    assert "servers.txt" not in slurm_script(colocated, Site())
+def test_own_servers_take_gpus_of_their_node_from_the_ranks(config: Path) -> None:
+    one = planned(config, "rollout.servers.launch=1", trainers=1, servers=0)
+    script = slurm_script(one, Site())
+    assert "#SBATCH --gpus-per-node=8\n" in script
+    assert "--nproc-per-node 4 " in script
+    colocated = slurm_script(planned(config, *COLOCATED, servers=0), Site())
+    assert "#SBATCH --gpus-per-node=8\n" in colocated
+    assert "--nproc-per-node 8 " in colocated
+    assert "servers.txt" not in colocated
+
+
+def test_a_percent_sign_in_the_run_directory_is_none_of_slurms(config: Path, tmp_path: Path) -> None:
+    """srun would put the job's number for %j into the name of a server's log, and nowhere else."""
+    script = slurm_script(planned(config, f"run_dir={tmp_path / 'a%j'}"), Site())
+    (line,) = [line for line in script.splitlines() if "server-%N-%t.log" in line]
+    shown = subprocess.run(
+        ["bash", "-c", f"logs={tmp_path}/a%j/logs; echo {line.strip().partition(' ')[0]}"],
+        capture_output=True,
+        text=True,
+    )
+    assert shown.stdout.strip() == f"--output={tmp_path}/a%%j/logs/server-%N-%t.log"
 
 
 def test_a_cpu_job_asks_for_no_gpu(config: Path) -> None:
@@ -234,6 +249,59 @@ def test_paths_that_pods_would_not_see_are_refused(config: Path) -> None:
     assert "mounted at /work" in str(refused.value)
 
 
+def test_pods_start_here_if_they_see_this_directory(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative paths, and own code in the working directory, are found from there."""
+    here = tmp_path / "project"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    site = Site.model_validate({"kubernetes": {"mount": tmp_path.parent.parent}})
+    (here / "urls.txt").write_text("http://10.0.0.1:30000\n")
+    urls = ("rollout.servers.urls_file=urls.txt", "rollout.servers.api_key_env=THEIR_KEY")
+    own = ("run_dir=runs/one", *urls, "rollout.servers.extra_flags=[]", "data.verifier=scores:mine")
+    (here / "scores.py").write_text("raise SystemExit('nothing is run')\n")
+    files = manifests(planned(config, *own, servers=0), site)
+    pod = yaml.safe_load_all(files["trainer.yaml"])
+    (trainer,) = list(pod)[1]["spec"]["replicatedJobs"]
+    (container,) = trainer["template"]["spec"]["template"]["spec"]["containers"]
+    assert container["workingDir"] == str(here)
+    (key,) = [variable for variable in container["env"] if "valueFrom" in variable]
+    assert key["name"] == "THEIR_KEY"
+    assert list(files) == ["trainer.yaml"]
+
+
+def test_what_pods_would_lack_is_refused(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "elsewhere"
+    here.mkdir()
+    (here / "scores.py").write_text("")
+    monkeypatch.chdir(here)
+    mount = tmp_path / "volume"
+    site = Site.model_validate({"kubernetes": {"mount": mount}})
+    lacking = ("run_dir=runs/one", "data.verifier=scores:mine", "lab.wandb={project: p}", "reward.environment=[JUDGE]")
+    with pytest.raises(ConfigError) as refused:
+        manifests(planned(config, *lacking), site)
+    told = str(refused.value).splitlines()
+    assert [line.partition(":")[0] for line in told] == [
+        "model.path",
+        "run_dir",
+        "data.verifier",
+        "reward.environment",
+        "lab.wandb",
+    ]
+    assert str(here / "scores.py") in told[2]
+    assert "kubernetes.trainer_secrets" in told[4]
+
+
+def test_secrets_of_the_trainer_are_its_variables(config: Path, tmp_path: Path) -> None:
+    site = Site.model_validate({"kubernetes": {"mount": tmp_path.parent.parent, "trainer_secrets": ["wandb", "judge"]}})
+    files = manifests(planned(config, "lab.wandb={project: p}"), site)
+    (trainer,) = list(yaml.safe_load_all(files["trainer.yaml"]))[1]["spec"]["replicatedJobs"]
+    kubernetes_validate.validate({"apiVersion": "batch/v1", "kind": "Job", **trainer["template"]}, "1.37", strict=True)
+    (container,) = trainer["template"]["spec"]["template"]["spec"]["containers"]
+    assert container["envFrom"] == [{"secretRef": {"name": "wandb"}}, {"secretRef": {"name": "judge"}}]
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------
 
 
@@ -247,24 +315,23 @@ def test_paths_that_pods_would_not_see_are_refused(config: Path) -> None:
         (["rollout.servers.urls=[http://127.0.0.1:1]", "rollout.servers.extra_flags=[]"], {}, "run already"),
         ([], {"gpus": 2, "trainers": 4}, "rollout.servers.tp: 4 does not divide the 2 GPUs of a node"),
         ([], {"servers": 0}, "give servers nodes of their own"),
+        (
+            ["rollout.servers.launch=2"],
+            {"trainers": 1, "servers": 0},
+            "take 8 (rollout.servers.launch times rollout.servers.tp), which leaves none",
+        ),
+        (
+            ["rollout.servers.tp=1", "parallel.ep=1"],
+            {"trainers": 1, "servers": 0},
+            "servers of the run take 1 (rollout.servers.launch times rollout.servers.tp), which leaves 7 ranks",
+        ),
+        ([], {"trainers": 99_999}, "800016 GPUs in all"),
     ],
 )
 def test_what_does_not_fit_is_refused(config: Path, overrides: Sequence[str], sizes: dict[str, int], told: str) -> None:
     with pytest.raises(ConfigError, match=r".") as refused:
         planned(config, *overrides, **sizes)
     assert told in str(refused.value)
-
-
-def test_mistakes_of_a_site_file_are_named_with_their_lines(tmp_path: Path) -> None:
-    file = tmp_path / "site.yaml"
-    file.write_text("name: My_Run\nslurm:\n  time: 1 day\n  partition: gpu\n")
-    with pytest.raises(ConfigError) as refused:
-        read_site(file)
-    assert [line.split(" ")[:2] for line in str(refused.value).splitlines()] == [
-        [f"{file}:1:", "name:"],
-        [f"{file}:3:", "slurm.time:"],
-        [f"{file}:4:", "slurm.partition:"],
-    ]
 
 
 def test_a_file_that_is_there_is_not_overwritten(config: Path, tmp_path: Path) -> None:
@@ -281,3 +348,25 @@ def test_one_kind_of_cluster_is_asked_for(config: Path) -> None:
         done = CliRunner().invoke(app, ["launch", str(config), *kinds])
         assert done.exit_code == 2
         assert "one of --slurm and --kubernetes" in done.output
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["launch", "--slurm", "--nodes", "9" * 20],
+        ["launch", "--slurm", "--gpus-per-node", "1025"],
+        ["plan", "--gpus", "2147483648"],
+        ["train", "--dry-run", "--world-size", "9" * 23],
+        ["check", "--world-size", "1000003"],
+    ],
+)
+def test_counts_beyond_any_cluster_are_refused(config: Path, words: list[str]) -> None:
+    done = CliRunner().invoke(app, [words[0], str(config), *words[1:]])
+    assert done.exit_code == 2
+    assert "less than or equal to" in done.output
+
+
+def test_the_printed_command_can_be_copied(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "my files"
+    words = ["launch", str(config), "--nodes", "2", "--rollout-nodes", "3", "--slurm", "--out", str(out)]
+    assert shlex.split(CliRunner().invoke(app, words).stdout) == ["sbatch", str(out / "megatron-rl.sbatch")]
