@@ -27,6 +27,7 @@ import orjson
 import torch
 import torch.distributed as dist
 
+from megatron_rl.config.bounds import MOST_GPUS_OF_A_NODE
 from megatron_rl.cores import threads_per_process
 from megatron_rl.stop import SIGNALS
 
@@ -140,5 +141,18 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
             rank.wait()
 
 
+def main(words: Sequence[str]) -> int:
+    """Returns the exit status of the ranks, or 2 if the words do not say how many there are, and of what."""
+    ranks = int(words[0]) if words and words[0].isdecimal() and len(words[0]) < 10 else 0
+    if not 1 <= ranks <= MOST_GPUS_OF_A_NODE or len(words) < 2:
+        print(
+            f"error: found {' '.join(words)[:200]!r}, expected RANKS, from 1 to {MOST_GPUS_OF_A_NODE}, and what each "
+            "runs: -m MODULE [ARGUMENT]... or SCRIPT [ARGUMENT]...",
+            file=sys.stderr,
+        )
+        return 2
+    return launch(words[1:], ranks)
+
+
 if __name__ == "__main__":
-    sys.exit(launch(sys.argv[2:], int(sys.argv[1])))
+    sys.exit(main(sys.argv[1:]))

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from rl_runs import environment, torchrun
 
-from megatron_rl.ranks.launch import launch
+from megatron_rl.ranks.launch import launch, main
 
 RANK_FAILS = """
 import os, sys, time
@@ -65,3 +65,9 @@ def test_a_signal_to_the_launcher_reaches_each_rank_once(tmp_path: Path, number:
     launcher.send_signal(number)
     assert launcher.wait(timeout=30) == 5
     assert {file.name: file.read_text() for file in tmp_path.glob("told-*")} == {"told-0": "15", "told-1": "15"}
+
+
+@pytest.mark.parametrize("words", [[], ["2"], ["two", "x.py"], ["0", "x.py"], ["-m", "x"], ["9" * 6000, "x.py"]])
+def test_words_that_say_no_number_of_ranks_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert "expected RANKS, from 1 to 1024" in capsys.readouterr().err
