@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_rl.data.sample import Sample
+from megatron_rl.data.step_files import steps_of
 from megatron_rl.data.trace import RoutingTrace
 from megatron_rl.disk import writes
 from megatron_rl.errors import FileInTheWayError, MissingFileError
@@ -48,7 +49,7 @@ def export_tokens(run: Path, out: Path, step: int | None, *, model: Path | None,
     """
     if out.exists():
         raise FileInTheWayError(f"{out}: exists. Name another file with --out, or remove it.")
-    steps = _recorded(run) if step is None else [step]
+    steps = steps_of(run / "tokens") if step is None else [step]
     if not steps:
         raise MissingFileError(
             f"{run / 'tokens'}: no step was recorded. Train with lab.record_steps, or name a --step, whose saved "
@@ -148,7 +149,3 @@ def _experts(sample: Sample, first: int, count: int) -> list[list[list[int]] | N
         return [None] * count
     rows = range(first - 1, first - 1 + count)
     return [trace.experts[row].tolist() if row < trace.rows and trace.present[row] else None for row in rows]
-
-
-def _recorded(run: Path) -> list[int]:
-    return sorted({int(file.name.split("-")[1]) for file in (run / "tokens").glob("step-*-dp-*.parquet")})
