@@ -68,8 +68,7 @@ def load_step(path: Path, options: InspectOptions) -> InspectedStep:
     Raises MissingFileError if the run, its tokenizer or the step's rollouts are not there, and StoreError,
     TokenFileError or ReportError if a file is damaged or the files do not belong together.
     """
-    run, step = load_run(path), options.step
-    size = _group_size(run)
+    (run, size), step = load_run_of_train(path), options.step
     texts = _texts(run, options)
     samples: dict[int, Sample] = {}
     files = _rollout_files(run, step, options.rollouts)
@@ -127,12 +126,15 @@ def _check_whole(run: LoadedRun, step: int, files: Sequence[Path], groups: Colle
         )
 
 
-def _group_size(run: LoadedRun) -> int:
+def load_run_of_train(path: Path) -> tuple[LoadedRun, int]:
+    """Reads a run, and the size of its groups. Raises as load_run does, and ReportError for a run of `sft`."""
+    run = load_run(path)
     try:
-        return int(run.config["rollout.group_size"])
+        return run, int(run.config["rollout.group_size"])
     except (KeyError, ValueError):
         raise ReportError(
-            f"{run.path / 'config.yaml'}: has no rollout.group_size; `inspect` reads runs of `megatron-rl train`"
+            f"{path / 'config.yaml'}: has no rollout.group_size, as runs of `megatron-rl train` have. Runs of `sft` "
+            "have no rollouts to read."
         ) from None
 
 

@@ -19,7 +19,7 @@ from megatron_rl.data.trace import RoutingTrace
 from megatron_rl.disk import writes
 from megatron_rl.errors import FileInTheWayError, MissingFileError
 from megatron_rl.lab.token_records import COLUMNS, OLD
-from megatron_rl.report.inspected import InspectedResponse, InspectOptions, load_step
+from megatron_rl.report.inspected import InspectedResponse, InspectOptions, load_run_of_train, load_step
 
 RENAMED = {"rollout_logprob": "log_mu", OLD: "log_pi_old", "logprob": "log_pi_theta"}
 """Columns of run_dir/tokens that have the names of docs/algorithms.md here."""
@@ -49,6 +49,7 @@ def export_tokens(run: Path, out: Path, step: int | None, *, model: Path | None,
     """
     if out.exists():
         raise FileInTheWayError(f"{out}: exists. Name another file with --out, or remove it.")
+    load_run_of_train(run)  # before its steps are counted: there may be no run
     steps = steps_of(run / "tokens") if step is None else [step]
     if not steps:
         raise MissingFileError(

@@ -227,7 +227,7 @@ def test_damaged_token_values_are_refused(run: Path) -> None:
 def test_a_run_of_sft_is_refused(run: Path) -> None:
     (run / "config.yaml").write_text("steps: 3\n")
     shutil.rmtree(run / "rollouts")
-    refuse(run, UserError, "config.yaml: has no rollout.group_size")
+    refuse(run, UserError, "config.yaml: has no rollout.group_size", "Runs of `sft` have no rollouts to read")
 
 
 def test_half_of_a_steps_rollouts_is_refused(run: Path) -> None:

@@ -126,6 +126,16 @@ def test_rollouts_with_fewer_groups_than_the_run_trains_on_are_refused(run: Path
         export(run, STEP)
 
 
+@pytest.mark.parametrize("step", [None, STEP])
+def test_what_is_no_run_of_train_is_told_as_such(run: Path, step: int | None) -> None:
+    with pytest.raises(MissingFileError, match=r"nope: not there\. Name the run_dir of a run"):
+        export(run.parent / "nope", step)
+    (run / "config.yaml").write_text("steps: 3\n")
+    with pytest.raises(ReportError, match=r"config\.yaml: has no rollout\.group_size.*Runs of `sft` have no") as caught:
+        export(run, step)
+    assert "inspect" not in str(caught.value)
+
+
 def test_a_run_without_its_tokenizer_has_no_texts(run: Path) -> None:
     shutil.rmtree(run.parent / "tokenizer")
     rows = export(run)

@@ -157,8 +157,8 @@ def test_a_file_of_a_step_that_is_not_there_is_named(tmp_path: Path, lost: int) 
 
 
 def test_a_gap_between_files_without_their_number_is_named(tmp_path: Path) -> None:
-    save(tmp_path, [], two_by_two())
-    file = rollout_file(tmp_path / "rollouts", 1, 0)
+    save(tmp_path, [], [], two_by_two())
+    file = rollout_file(tmp_path / "rollouts", 1, 1)
     file.unlink()
     with pytest.raises(MissingFileError, match=rf"^{file}: not there"):
         check_headers(tmp_path, 1, Wanted(2, 2, max_tokens=4, temperature=0.7, vocab_size=9))
