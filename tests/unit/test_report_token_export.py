@@ -21,6 +21,7 @@ from megatron_rl.data.store import read_groups, write_groups
 from megatron_rl.data.trace import RoutingTrace
 from megatron_rl.data.versions import VersionSpan
 from megatron_rl.errors import FileInTheWayError, MissingFileError
+from megatron_rl.lab.token_records import read_tokens, token_file, write_tokens
 from megatron_rl.report.loaded_runs import ReportError
 from megatron_rl.report.token_export import export_tokens, schema_of
 
@@ -53,10 +54,11 @@ def run(tmp_path: Path) -> Path:
 
 def export(run: Path, step: int | None = None) -> pandas.DataFrame:
     out = run.parent / f"tokens-{step}.parquet"
-    count = export_tokens(run, out, step, model=None, rollouts=None)
+    done = export_tokens(run, out, step, model=None, rollouts=None)
+    assert not done.notes
     found = pq.read_table(out)
     assert found.schema.equals(schema_of())
-    assert found.num_rows == count
+    assert found.num_rows == done.count
     return found.to_pandas()
 
 
@@ -115,6 +117,14 @@ def test_half_of_a_steps_rollouts_is_refused(run: Path, lost: int) -> None:
         with pytest.raises(MissingFileError, match=rf"^{files[lost]}: not there.*2 data-parallel replicas"):
             export_tokens(run, out, step, model=None, rollouts=None)
         assert not out.exists()
+
+
+def test_token_values_of_some_replicas_alone_are_noted(run: Path) -> None:
+    file = token_file(run / "tokens", STEP, 0)
+    write_tokens(file, read_tokens(file).columns, replicas=2)
+    done = export_tokens(run, run.parent / "half.parquet", None, model=None, rollouts=None)
+    (note,) = done.notes
+    assert note.startswith(f"step {STEP}: tokens/ has the values of 1 of 2 data-parallel replicas.")
 
 
 def test_rollouts_with_fewer_groups_than_the_run_trains_on_are_refused(run: Path) -> None:
