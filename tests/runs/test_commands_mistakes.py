@@ -114,7 +114,7 @@ def test_output_that_cannot_be_written_gives_one_error(directory: Path, argument
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "a.yaml", "--dry-run"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "a.yaml", "--dry-run"]])
 def test_a_pipe_that_is_closed_early_is_no_error(directory: Path, arguments: list[str], unbuffered: str) -> None:
     read, write_end = os.pipe()
     os.close(read)
