@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from megatron_rl.commands.cluster import launch, serve
+from megatron_rl.commands.mistakes import UsageError, explain_too_long, explain_usage, is_too_long
 from megatron_rl.commands.options import (
     Begins,
     ConfigFile,
@@ -31,12 +32,12 @@ from megatron_rl.demo.first_run import demo
 from megatron_rl.errors import UserError
 from megatron_rl.garbage import collect_rarely
 from megatron_rl.models.kinds import POLICY_KINDS
+from megatron_rl.output import guarded_output
 from megatron_rl.ranks.agreement import agree as agree_on
 from megatron_rl.ranks.agreement import end, explain_fault, tell_launcher
 from megatron_rl.stop import Stopped
 
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -339,12 +340,20 @@ def main() -> None:
     """One `error:` and exit status 2 for what the user can fix; a traceback and status 1 for anything else."""
     collect_rarely()
     try:
-        app()
+        with guarded_output():
+            status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        sys.exit(status)
     except Stopped as stopped:  # rank 0 has said why
         tell_launcher(str(stopped))
         sys.exit(stopped.status)
+    except UsageError as error:
+        sys.exit(end(UserError(explain_usage(error))))
     except UserError as error:
         sys.exit(end(error))
+    except BrokenPipeError:  # who read the output has seen enough
+        sys.exit(1)
     except Exception as error:
+        if is_too_long(error):
+            sys.exit(end(UserError(explain_too_long(error))))
         explain_fault(error)
         sys.exit(1)

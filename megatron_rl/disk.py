@@ -16,6 +16,20 @@ class DiskError(UserError):
     """Names the file that could not be written, the reason, and the space left on its disk."""
 
 
+LONGEST_NAME, LONGEST_PATH = 255, 4095
+"""Bytes of one name, and of a whole path, that file systems on Linux take."""
+
+
+def expected_of(path: str | Path) -> str:
+    """Returns what a path must be and is not; "" if it can be a file's."""
+    text = str(path)
+    if any(len(os.fsencode(name)) > LONGEST_NAME for name in text.split("/")):
+        return f"a path whose names have at most {LONGEST_NAME} bytes each"
+    if len(os.fsencode(text)) > LONGEST_PATH:
+        return f"a path of at most {LONGEST_PATH} bytes"
+    return ""
+
+
 @contextlib.contextmanager
 def writes(what: str, path: Path, then: str = "--resume") -> Iterator[None]:
     """Turns an OSError of the body into a DiskError: `what` was not written below `path`. A UserError stays as it is.
@@ -35,7 +49,7 @@ def explain(error: OSError, path: Path, then: str = "--resume") -> str:
     where = error.filename or path
     reason = (error.strerror or str(error)).lower()
     there = Path(path)
-    while not there.exists() and there != there.parent:
+    while not os.path.exists(there) and there != there.parent:
         there = there.parent
     try:
         free = f"; {size(shutil.disk_usage(there).free)} free there"

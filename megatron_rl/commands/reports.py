@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from megatron_rl.ranks.agreement import tell
+
 commands = typer.Typer()
 
 
@@ -48,5 +50,6 @@ def tokens(
     """Writes one Parquet file with a row a token (lab.record_steps): log-probs, ratio, advantage, entropy, experts."""
     from megatron_rl.report.token_export import export_tokens
 
-    count = export_tokens(run, out, step, model=model, rollouts=rollouts)
-    print(f"{out}: {count} tokens")
+    done = export_tokens(run, out, step, model=model, rollouts=rollouts)
+    tell(done.notes)
+    print(f"{out}: {done.count} tokens")

@@ -1,11 +1,15 @@
-"""The base class of every section, and the bounded numbers that several sections hold. Imports without torch."""
+"""The base class of every section, and the bounded values that several sections hold. Imports without torch."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from megatron_rl.disk import expected_of
 
 # Upper bounds are far above what anyone needs, and below what overflows or runs for ever: a value beyond them is a
 # slip of the keyboard, which should not cost a night.
@@ -21,6 +25,15 @@ AdamBeta = Annotated[float, Field(ge=0, lt=1)]
 Reward = Annotated[float, Field(ge=-1e6, le=1e6)]
 Seconds = Annotated[float, Field(gt=0, le=30 * 24 * 3600)]
 MebiBytes = Annotated[int, Field(ge=1, le=2**20)]
+
+
+def _check_path(path: Path) -> Path:
+    if expected := expected_of(path):
+        raise PydanticCustomError("path", "{expected}", {"expected": expected})
+    return path
+
+
+FilePath = Annotated[Path, AfterValidator(_check_path)]
 
 
 class Frozen(BaseModel):

@@ -5,7 +5,6 @@ The model's architecture is not here: it comes from the Hugging Face config.json
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
@@ -13,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from megatron_rl.config.bounds import (
     AdamBeta,
+    FilePath,
     Frozen,
     LearningRate,
     MebiBytes,
@@ -54,9 +54,9 @@ EngineDtype = Literal["fp32", "bf16"]
 
 
 class ModelConfig(Frozen):
-    path: Path
+    path: FilePath
     """Hugging Face model directory: config.json, tokenizer and safetensors."""
-    reference: Path | None = None
+    reference: FilePath | None = None
     """Model directory of the reference policy pi_ref, whose architecture must equal the policy's. Defaults to `path`;
     read only if objective.kl needs it."""
 
@@ -210,7 +210,7 @@ class RolloutConfig(Frozen):
     """Samples in flight per data-parallel leader."""
     deadline: Seconds = 1800.0
     """Seconds for one request, retries included, and without the time in which servers are paused."""
-    replay_from: Path | None = None
+    replay_from: FilePath | None = None
     """Train on the rollouts saved in this run directory instead of asking servers."""
     dynamic_sampling: DynamicSamplingConfig | None = None
     """null: every group is trained on."""
@@ -246,7 +246,7 @@ class RewardConfig(Frozen):
 class CriticConfig(Frozen):
     """The value model of PPO, on the policy's engine and layout. Its mini-batches are the policy's."""
 
-    path: Path | None = None
+    path: FilePath | None = None
     """Hugging Face directory. A value head is read from `score.weight` if it exists. Defaults to null: model.path."""
     optim: CriticOptimConfig = CriticOptimConfig()
     clip: Positive | None = 0.2
@@ -335,7 +335,7 @@ class Config(Frozen):
     Once loaded it is empty: what the presets set is merged in."""
     merged_presets: tuple[str, ...] = ()
     """Written by the loader: the presets that were merged in, theirs included, in order. The key merges nothing."""
-    run_dir: Path
+    run_dir: FilePath
     """Directory of the run's metrics, rollouts, checkpoints and trained model. A non-empty one needs --resume."""
     seed: NonNegativeInt = 0
     """Seed of the order of prompts, of the ranks' random generators and of launched servers."""
@@ -377,7 +377,7 @@ class SftConfig(Frozen):
     """Built-in presets by name, or YAML files relative to this one, as for `megatron-rl train`."""
     merged_presets: tuple[str, ...] = ()
     """Written by the loader: the presets that were merged in, in order."""
-    run_dir: Path
+    run_dir: FilePath
     """Directory of the run's metrics, checkpoints and trained model. A non-empty one needs --resume."""
     seed: NonNegativeInt = 0
     """Seed of the order of examples and of the ranks' random generators."""

@@ -12,7 +12,7 @@ from urllib.parse import SplitResult, urlsplit
 from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
-from megatron_rl.config.bounds import Frozen, PositiveInt, Seconds
+from megatron_rl.config.bounds import FilePath, Frozen, PositiveInt, Seconds
 from megatron_rl.config.sources import ConfigError
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class ServersConfig(Frozen):
     urls: Urls = ()
     """Servers started elsewhere, each for one trainer alone: it ends all requests that it finds there. Empty, and
     without `urls_file`: the trainer starts and supervises `launch` servers itself."""
-    urls_file: Path | None = None
+    urls_file: FilePath | None = None
     """File with a URL a line, in place of `urls`; # begins a comment. It is read again at each weight sync: servers may
     come and go."""
     launch: PositiveInt = 1

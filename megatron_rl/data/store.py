@@ -64,6 +64,8 @@ class Header(_Record):
     """Temperature of the log-probs; None if unknown."""
     vocab_size: _Count | None = None
     """Vocabulary size of the model that sampled; None if unknown."""
+    files: Annotated[int, Field(ge=1)] | None = None
+    """Files of the step, this one included: one of each data-parallel replica; None if unknown."""
 
 
 class _PromptRecord(_Record):
@@ -180,6 +182,7 @@ def write_groups(
     weight_version: int,
     temperature: float | None = None,
     vocab_size: int | None = None,
+    files: int | None = None,
 ) -> None:
     """Writes a header line, then one group per line. The file appears whole or not at all."""
     header = Header(
@@ -188,6 +191,7 @@ def write_groups(
         groups=len(groups),
         temperature=temperature,
         vocab_size=vocab_size,
+        files=files,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")

@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_rl.config.sources import ConfigError
+from megatron_rl.config.sources import ConfigError, shown
+from megatron_rl.disk import expected_of
 from megatron_rl.engine.manifest import Manifest, checkpoints, read_manifest, step_of
 from megatron_rl.errors import MissingFileError
 
@@ -25,6 +26,8 @@ class CheckpointName:
     @classmethod
     def parse(cls, text: str, option: str, *, needs_step: bool = True) -> CheckpointName:
         """Reads RUN@STEP or RUN@last; a RUN alone is its newest checkpoint unless `needs_step`. Raises ConfigError."""
+        if expected := expected_of(text.rpartition("@")[0] or text):
+            raise ConfigError(f"{option}: found {shown(text)}, expected {expected}")
         match = re.fullmatch(r"(.+)@(\d{1,9}|last)", text)
         if match is not None:
             return cls(Path(match[1]), None if match[2] == "last" else int(match[2]))

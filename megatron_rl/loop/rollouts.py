@@ -15,6 +15,7 @@ from megatron_rl.config.dynamic_sampling import DynamicSamplingConfig
 from megatron_rl.config.schema import Config
 from megatron_rl.data.prompts import PromptCursor, PromptDataset
 from megatron_rl.data.sample import Group
+from megatron_rl.data.step_files import rollout_file
 from megatron_rl.data.store import write_groups
 from megatron_rl.errors import UserError
 from megatron_rl.lab.journal import reduce_metrics
@@ -31,7 +32,7 @@ from megatron_rl.rollout.dynamic import Search, Tally, check_verdicts
 from megatron_rl.rollout.flow import Flow
 from megatron_rl.rollout.ledger import Ledger, is_of_age
 from megatron_rl.rollout.selection import after_taking, untaken
-from megatron_rl.rollout.source import Wanted, rollout_file, saved_groups
+from megatron_rl.rollout.source import Wanted, saved_groups
 from megatron_rl.routing.wire import RouteSpec
 from megatron_rl.stop import Interrupted
 
@@ -116,6 +117,7 @@ class Rollouts:
                     weight_version=step,
                     temperature=self._config.rollout.temperature,
                     vocab_size=trainer.policy.arch.vocab_size,
+                    files=trainer.layout.dp,
                 )
 
 

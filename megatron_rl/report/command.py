@@ -59,8 +59,6 @@ def run(paths: Sequence[Path], out: Path | None) -> Path:
 def run_inspect(path: Path, options: InspectOptions, out: Path | None) -> Path:
     """Writes the page of one step and returns its path. Raises UserError."""
     check_extra()
-    if not path.exists():
-        raise MissingFileError(f"{path}: not there. Name the run_dir of a run.")
     directory = choose_directory([path], out)
     from megatron_rl.report import token_page
 

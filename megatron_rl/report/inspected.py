@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rl.data.sample import Sample
+from megatron_rl.data.step_files import rollout_files, steps_of
 from megatron_rl.data.store import read_groups
 from megatron_rl.errors import MissingFileError
 from megatron_rl.lab.token_records import POSITION, SAMPLE, TokenFileError, read_tokens
@@ -67,8 +68,7 @@ def load_step(path: Path, options: InspectOptions) -> InspectedStep:
     Raises MissingFileError if the run, its tokenizer or the step's rollouts are not there, and StoreError,
     TokenFileError or ReportError if a file is damaged or the files do not belong together.
     """
-    run, step = load_run(path), options.step
-    size = _group_size(run)
+    (run, size), step = load_run_of_train(path), options.step
     texts = _texts(run, options)
     samples: dict[int, Sample] = {}
     files = _rollout_files(run, step, options.rollouts)
@@ -76,6 +76,7 @@ def load_step(path: Path, options: InspectOptions) -> InspectedStep:
         if number in samples:
             raise ReportError(f"{run.path}: step {step} has sample {number} twice; its rollouts are of several runs")
         samples[number] = sample
+    _check_whole(run, step, files, {number // size for number in samples})
     files = sorted((run.path / "tokens").glob(f"step-{step:06d}-dp-*.parquet"))
     recorded: dict[int, dict[str, np.ndarray]] = {}
     replicas = 0
@@ -106,22 +107,34 @@ def _rollout_files(run: LoadedRun, step: int, given: Path | None) -> list[Path]:
     source = run.config.get("rollout.replay_from", "null")
     replays = source not in ("null", "", "~")
     directory = given or (Path(source) if replays else run.path) / "rollouts"
-    pattern = "step-{}-dp-*.jsonl"
-    if files := sorted(directory.glob(pattern.format(f"{step:06d}"))):
+    if files := rollout_files(directory, step):
         return files
-    steps = sorted({int(file.name.split("-")[1]) for file in directory.glob(pattern.format("*"))})
+    steps = steps_of(directory)
     has = f"it has those of steps {steps[0]} to {steps[-1]}" if steps else "it has none"
     why = ", which the run replays" if replays and given is None else ""
     fix = "Name another --step" if steps else "Name the directory that has them with --rollouts"
     raise MissingFileError(f"{directory}{why}: no rollouts of step {step}; {has}. {fix}.")
 
 
-def _group_size(run: LoadedRun) -> int:
+def _check_whole(run: LoadedRun, step: int, files: Sequence[Path], groups: Collection[int]) -> None:
+    """Raises ReportError if the files have not all groups that the configuration asks for."""
+    asked = run.config.get("rollout.prompts_per_step", "")
+    if asked.isdecimal() and len(groups) != int(asked):
+        raise ReportError(
+            f"{files[0].parent}: the files of step {step} have {len(groups)} groups, but rollout.prompts_per_step is "
+            f"{asked}; they are not all there, or of another run. Copy the rollouts whole."
+        )
+
+
+def load_run_of_train(path: Path) -> tuple[LoadedRun, int]:
+    """Reads a run, and the size of its groups. Raises as load_run does, and ReportError for a run of `sft`."""
+    run = load_run(path)
     try:
-        return int(run.config["rollout.group_size"])
+        return run, int(run.config["rollout.group_size"])
     except (KeyError, ValueError):
         raise ReportError(
-            f"{run.path / 'config.yaml'}: has no rollout.group_size; `inspect` reads runs of `megatron-rl train`"
+            f"{path / 'config.yaml'}: has no rollout.group_size, as runs of `megatron-rl train` have. Runs of `sft` "
+            "have no rollouts to read."
         ) from None
 
 

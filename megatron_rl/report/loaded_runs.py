@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron_rl.lab.changes import ChangedKey, read_changes
 from megatron_rl.lab.declared import TAGS
 from megatron_rl.lab.health import Health, Line, judge
 from megatron_rl.lab.run import read_metrics, read_origin
+from megatron_rl.lab.run_records import RUN_FILE, read_run_id
 
 Column = np.ndarray
 """float64 by line; NaN in a line without the metric, and if the metric was not finite."""
@@ -127,29 +129,46 @@ def load_run(path: Path, name: str = "") -> LoadedRun:
 
     `name` defaults to the directory's. Raises ReportError, MissingFileError or RunDirError.
     """
+    if not path.exists():
+        raise MissingFileError(f"{path}: not there. Name the run_dir of a run.")
     if not is_run(path):
         raise MissingFileError(
             f"{path}: no run, because it has neither metrics.jsonl nor config.yaml. Name the run_dir of a run."
         )
-    return LoadedRun(
-        path,
-        name or path.resolve().name,
-        metrics=_columns(path / "metrics.jsonl"),
-        evaluations=_columns(path / "eval.jsonl"),
-        checkpoints=_columns(path / "checkpoints.jsonl"),
-        config=_read_config(path / "config.yaml"),
-        origin=read_origin(path),
-        changes=read_changes(path),
-        ended=(path / "model").is_dir(),
-    )
+    with reading():
+        if (path / RUN_FILE).exists():
+            read_run_id(path)
+        return LoadedRun(
+            path,
+            name or path.resolve().name,
+            metrics=_columns(path / "metrics.jsonl"),
+            evaluations=_columns(path / "eval.jsonl"),
+            checkpoints=_columns(path / "checkpoints.jsonl"),
+            config=_read_config(path / "config.yaml"),
+            origin=read_origin(path),
+            changes=read_changes(path),
+            ended=(path / "model").is_dir(),
+        )
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Makes an OSError of the body, such as a directory in a file's place, a ReportError that names the file."""
+    try:
+        yield
+    except UserError:  # some are OSErrors too
+        raise
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ReportError(f"{error.filename}: cannot be read: {reason}. Restore the file.") from None
 
 
 def _columns(file: Path) -> MetricColumns:
-    return MetricColumns(file.name, read_metrics(file) if file.is_file() else [])
+    return MetricColumns(file.name, read_metrics(file) if file.exists() else [])
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    if not file.is_file():
+    if not file.exists():
         return {}
     tree = read_yaml(file)
     if not isinstance(tree, dict):

@@ -11,7 +11,7 @@ import orjson
 
 from megatron_rl.config.sources import flatten
 from megatron_rl.errors import MissingFileError
-from megatron_rl.report.loaded_runs import LoadedRun, ReportError, is_run, load_run, read_yaml
+from megatron_rl.report.loaded_runs import LoadedRun, ReportError, is_run, load_run, read_yaml, reading
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,18 @@ def is_study(path: Path) -> bool:
 
 def load_study(path: Path) -> LoadedStudy:
     """Reads a study that ended or that is in progress. Raises ReportError or MissingFileError."""
+    with reading():
+        return _load_study(path)
+
+
+def _load_study(path: Path) -> LoadedStudy:
     file = path / "study.yaml"
-    if not file.is_file():
+    if not file.exists():
         raise MissingFileError(f"{path}: plan.json without study.yaml, so the question is not known. Restore the file.")
     asked = read_yaml(file)
     if not isinstance(asked, dict):
         raise ReportError(f"{file}: found {type(asked).__name__}, expected the keys of a study")
-    decided = _read_json(path / "verdict.json", dict) if (path / "verdict.json").is_file() else {}
+    decided = _read_json(path / "verdict.json", dict) if (path / "verdict.json").exists() else {}
     plan = _read_json(path / "plan.json", list)
     return LoadedStudy(
         path,
@@ -122,7 +127,7 @@ def _load_run_of(path: Path, entry: Any, missing: str) -> StudyRun:
             f"{path / 'plan.json'}: expected runs with run, arm, seed and run_dir; found {entry!r:.80}"
         ) from error
     file = path / "results" / f"{name}.json"
-    result = _read_json(file, dict) if file.is_file() else {}
+    result = _read_json(file, dict) if file.exists() else {}
     run = load_run(directory, name) if is_run(directory) else None
     status, reason = str(result.get("status", missing)), str(result.get("reason", ""))
     metrics, errors = result.get("metrics") or {}, result.get("errors") or {}

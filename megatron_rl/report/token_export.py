@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_rl.data.sample import Sample
+from megatron_rl.data.step_files import steps_of
 from megatron_rl.data.trace import RoutingTrace
 from megatron_rl.disk import writes
 from megatron_rl.errors import FileInTheWayError, MissingFileError
 from megatron_rl.lab.token_records import COLUMNS, OLD
-from megatron_rl.report.inspected import InspectedResponse, InspectOptions, load_step
+from megatron_rl.report.inspected import InspectedResponse, InspectedStep, InspectOptions, load_run_of_train, load_step
 
 RENAMED = {"rollout_logprob": "log_mu", OLD: "log_pi_old", "logprob": "log_pi_theta"}
 """Columns of run_dir/tokens that have the names of docs/algorithms.md here."""
@@ -40,34 +43,55 @@ KEYS = {
 }
 
 
-def export_tokens(run: Path, out: Path, step: int | None, *, model: Path | None, rollouts: Path | None) -> int:
-    """Writes the tokens of one step, or of all that were recorded, and returns their number.
+@dataclass(frozen=True)
+class ExportedTokens:
+    count: int
+    notes: Sequence[str]
+    """A line for each step that has not the token values of all data-parallel replicas."""
+
+
+def export_tokens(
+    run: Path, out: Path, step: int | None, *, model: Path | None, rollouts: Path | None
+) -> ExportedTokens:
+    """Writes the tokens of one step, or of all that were recorded.
 
     A step is a row group, so that the largest step must fit into memory, and not the run. The file appears whole or not
     at all. Raises FileInTheWayError if `out` exists, MissingFileError if nothing was recorded, and as load_step does.
     """
     if out.exists():
         raise FileInTheWayError(f"{out}: exists. Name another file with --out, or remove it.")
-    steps = _recorded(run) if step is None else [step]
+    load_run_of_train(run)  # before its steps are counted: there may be no run
+    steps = steps_of(run / "tokens") if step is None else [step]
     if not steps:
         raise MissingFileError(
             f"{run / 'tokens'}: no step was recorded. Train with lab.record_steps, or name a --step, whose saved "
             "rollouts then give log mu alone."
         )
     partial = out.with_name(f".{out.name}.partial")
-    count = 0
+    options = InspectOptions(0, model=model, rollouts=rollouts, needs_texts=model is not None, keeps_traces=True)
+    count, notes = 0, []
     with writes(f"{out}", out.parent, then="try again"):
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
             with pq.ParquetWriter(partial, schema_of(), compression="zstd") as writer:
                 for number in steps:
-                    table = step_table(run, number, model, rollouts)
+                    loaded = load_step(run, dataclasses.replace(options, step=number))
+                    table = step_table(loaded)
                     writer.write_table(table)
                     count += table.num_rows
+                    if loaded.files < loaded.replicas:
+                        notes.append(_note(loaded))
             os.replace(partial, out)
         finally:
             partial.unlink(missing_ok=True)
-    return count
+    return ExportedTokens(count, notes)
+
+
+def _note(loaded: InspectedStep) -> str:
+    return (
+        f"step {loaded.step}: tokens/ has the values of {loaded.files} of {loaded.replicas} data-parallel replicas. A "
+        "replica that trained on no token writes none; if a file was lost, its tokens look as if not trained on"
+    )
 
 
 def schema_of() -> pa.Schema:
@@ -77,12 +101,10 @@ def schema_of() -> pa.Schema:
     return pa.schema({**KEYS, **values, **changes, "experts": pa.list_(pa.list_(pa.int16()))})
 
 
-def step_table(run: Path, step: int, model: Path | None, rollouts: Path | None) -> pa.Table:
+def step_table(loaded: InspectedStep) -> pa.Table:
     """Returns a row for each token of the step's responses, in the order of samples and positions."""
-    options = InspectOptions(step, model=model, rollouts=rollouts, needs_texts=model is not None, keeps_traces=True)
-    loaded = load_step(run, options)
     schema = schema_of()
-    parts = [_rows(step, response, loaded.group_size) for response in loaded.responses]
+    parts = [_rows(loaded.step, response, loaded.group_size) for response in loaded.responses]
     columns: dict[str, pa.Array] = {}
     for field in schema:
         values = [part[field.name] if field.name in part else [None] * len(part["token_id"]) for part in parts]
@@ -148,7 +170,3 @@ def _experts(sample: Sample, first: int, count: int) -> list[list[list[int]] | N
         return [None] * count
     rows = range(first - 1, first - 1 + count)
     return [trace.experts[row].tolist() if row < trace.rows and trace.present[row] else None for row in rows]
-
-
-def _recorded(run: Path) -> list[int]:
-    return sorted({int(file.name.split("-")[1]) for file in (run / "tokens").glob("step-*-dp-*.parquet")})

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_rl.config.schema import Config
 from megatron_rl.data.sample import Group, Prompt, Sample
+from megatron_rl.data.step_files import rollout_files
 from megatron_rl.data.store import StoreError, read_groups, read_header
 from megatron_rl.data.top_tokens import TopTokensError
 from megatron_rl.data.trace import TraceError
@@ -30,10 +31,6 @@ from megatron_rl.rollout.sampler import Sampler, Sampling, rollout_groups
 from megatron_rl.rollout.server import ServerError
 from megatron_rl.rollout.transport import IDLE_SECONDS
 from megatron_rl.routing.wire import RouteSpec
-
-
-def rollout_file(directory: Path, step: int, dp: int) -> Path:
-    return directory / f"step-{step:06d}-dp-{dp:04d}.jsonl"
 
 
 @dataclass(frozen=True)
@@ -85,8 +82,8 @@ def saved_groups(
 ) -> list[Group]:
     """Every `of`-th group of a saved step, whatever layout wrote it.
 
-    With `needs_traces` each sample must have a routing trace of this model. Raises MissingFileError if there is no
-    file. Raises StoreError if a file is damaged or does not match `wanted`, or if a sample lacks its trace.
+    With `needs_traces` each sample must have a routing trace of this model. Raises MissingFileError if a file is not
+    there. Raises StoreError if a file is damaged or does not match `wanted`, or if a sample lacks its trace.
     """
     check_headers(run_dir, step, wanted)
     by_file = {file: read_groups(file) for file in _files(run_dir, step)}
@@ -128,7 +125,7 @@ def check_headers(run_dir: Path, step: int, wanted: Wanted) -> None:
 
 
 def _files(run_dir: Path, step: int) -> list[Path]:
-    files = sorted((run_dir / "rollouts").glob(f"step-{step:06d}-dp-*.jsonl"))
+    files = rollout_files(run_dir / "rollouts", step)
     if not files:
         raise MissingFileError(
             f"rollout.replay_from: {run_dir / 'rollouts'} has no rollouts of step {step}; train.steps asks for it"

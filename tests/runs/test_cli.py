@@ -257,28 +257,6 @@ def test_a_user_mistake_gives_one_clear_error(run: Command, directory: Path, arg
     assert done.stderr.startswith(f"error: {error}")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        (["train"], "Missing argument 'CONFIG'"),
-        (["train", "a.yaml", "--dryrun"], "No such option: --dryrun"),
-        (["trian", "a.yaml"], "No such command 'trian'"),
-        (["serve", "missing"], "'missing' does not exist"),
-        (["serve", "model", "--prot", "1"], "No such option: --prot"),
-        (["serve", "model", "--dtype", "fp16"], "'fp16' is not one of 'auto', 'fp32', 'bf16'"),
-        (["serve", "model", "--device", "tpu"], "'tpu' is not one of 'auto', 'cpu', 'cuda'"),
-        (["parity", "--model", "model", "--tokens", "a.yaml"], "Missing option '--layout'"),
-    ],
-)
-def test_wrong_command_line_usage_gives_no_traceback(
-    run: Command, directory: Path, arguments: list[str], error: str
-) -> None:
-    done = run(directory, *arguments)
-    assert done.returncode == 2
-    assert error in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 @pytest.mark.distributed
 def test_only_one_rank_prints_an_error_that_all_ranks_have(run: Command, directory: Path) -> None:
     (port,) = free_ports(1)

@@ -17,7 +17,7 @@ from tiny_models import make_tiny_model
 from megatron_rl.config.schema import RewardConfig
 from megatron_rl.data.prompts import PromptCursor, take_indexes
 from megatron_rl.data.sample import Group
-from megatron_rl.data.store import read_groups, write_groups
+from megatron_rl.data.store import read_groups, read_header, write_groups
 from megatron_rl.lab.run import read_metrics
 from megatron_rl.rewards.shaping import shape_rewards
 
@@ -137,6 +137,7 @@ def test_training_does_not_depend_on_how_many_groups_each_leader_keeps(forks: Fo
     )
     files = sorted((root / "two-leaders" / "rollouts").glob("*.jsonl"))
     assert [len(read_groups(file)) for file in files] == [4, 0, 1, 3]
+    assert [read_header(file).files for file in files] == [2, 2, 2, 2]
     for run_dir in (root / "two-leaders", root / "tp"):
         assert_sampled_as_planned(run_dir)
         assert_same_training(run_dir, root / "live")

@@ -84,6 +84,14 @@ def test_a_checkpoint_is_named_by_run_and_step(text: str, expected: tuple[Path, 
     assert (name.run, name.step) == expected
 
 
+@pytest.mark.parametrize("text", [f"{'a' * 300}@3", f"runs/{'a' * 300}@last", "runs/" * 1000 + "@3"])
+def test_a_checkpoint_of_a_run_whose_name_is_too_long_is_refused(text: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^--fork: found \".*characters\), expected a path (whose names have|of) at most"
+    ):
+        CheckpointName.parse(text, "--fork")
+
+
 @pytest.mark.parametrize("text", ["runs/a", "runs/a@", "runs/a@first", "@3", "runs/a@-1"])
 def test_a_fork_needs_a_step(text: str) -> None:
     with pytest.raises(ConfigError, match=rf"--fork: found '{text}', expected RUN_DIR@STEP such as runs/first@20"):

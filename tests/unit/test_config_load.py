@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_rl.config.load import ConfigError, dump_config, load_config
 from megatron_rl.config.schema import Config, CriticConfig, RolloutConfig, SftConfig
-from megatron_rl.config.sources import PRESETS
+from megatron_rl.config.sources import PRESETS, shown
 
 BUILT_IN = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
 
@@ -102,6 +102,18 @@ def test_numbers_are_read_in_every_common_notation(tmp_path: Path, written: str,
 def test_a_date_is_read_as_text(tmp_path: Path, text: str) -> None:
     path = write(tmp_path / "a.yaml", RL.replace("runs/one", text))
     assert load_config(Config, path).run_dir == Path(text)
+
+
+@pytest.mark.parametrize("key", ["run_dir", "model.path", "rollout.replay_from", "rollout.servers.urls_file"])
+def test_a_path_that_no_file_can_have_is_refused(tmp_path: Path, key: str) -> None:
+    path = write(tmp_path / "a.yaml", RL)
+    assert load_config(Config, path, [f"{key}=runs/{'a' * 255}/{'b' * 255}"])
+    for long, expected in (
+        ("runs/" + "é" * 128, "whose names have at most 255 bytes each"),
+        ("a/" * 2048 + "a", "of at most"),
+    ):
+        (line,) = mistakes(path, f"{key}={long}")
+        assert f"{key}: found {shown(long)}, expected a path {expected}" in line
 
 
 @pytest.mark.parametrize("empty", ["null", ""])

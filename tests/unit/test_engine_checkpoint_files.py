@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from megatron_rl.config.layout import Layout
 from megatron_rl.config.schema import ParallelConfig
-from megatron_rl.disk import DiskError
+from megatron_rl.disk import DiskError, writes
 from megatron_rl.engine.checkpoint import layout_record
 from megatron_rl.engine.checkpoint_writer import CheckpointWriter
 from megatron_rl.engine.manifest import (
@@ -119,6 +119,15 @@ def test_tensors_are_read_as_they_were_written(tmp_path: Path, dtype: torch.dtyp
     assert all(torch.equal(found[name], tensor) and found[name].dtype == dtype for name, tensor in tensors.items())
     assert ShardReader(tmp_path / "file").state == {"text": "\u00e9", "number": 0.1}
     assert entry["bytes"] == (tmp_path / "file").stat().st_size
+
+
+def test_a_name_that_is_too_long_is_told_as_the_reason(tmp_path: Path) -> None:
+    folder = tmp_path / ("a" * 300)
+    with (
+        pytest.raises(DiskError, match=rf"it was not written: {folder}: file name too long; .* free there$"),
+        writes("it", folder),
+    ):
+        folder.mkdir()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])

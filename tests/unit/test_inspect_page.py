@@ -15,7 +15,8 @@ from made_runs import parse
 from recorded_steps import LIVE, STEP, columns_of, write_recorded, write_step
 
 from megatron_rl.data.sample import LOST, Group, Verdict
-from megatron_rl.data.store import write_groups
+from megatron_rl.data.step_files import rollout_file
+from megatron_rl.data.store import read_groups, write_groups
 from megatron_rl.errors import MissingFileError, UserError
 from megatron_rl.lab.token_records import COLUMNS, OLD, TokenFileError, read_tokens, token_file, write_tokens
 from megatron_rl.report.command import run_inspect
@@ -226,7 +227,16 @@ def test_damaged_token_values_are_refused(run: Path) -> None:
 def test_a_run_of_sft_is_refused(run: Path) -> None:
     (run / "config.yaml").write_text("steps: 3\n")
     shutil.rmtree(run / "rollouts")
-    refuse(run, UserError, "config.yaml: has no rollout.group_size")
+    refuse(run, UserError, "config.yaml: has no rollout.group_size", "Runs of `sft` have no rollouts to read")
+
+
+def test_half_of_a_steps_rollouts_is_refused(run: Path) -> None:
+    file, other = (rollout_file(run / "rollouts", STEP, dp) for dp in (0, 1))
+    first, second = read_groups(file)
+    write_groups(file, [first], weight_version=STEP - 1, files=2)
+    refuse(run, MissingFileError, f"{other}: not there, but each of the run's 2 data-parallel replicas wrote a file")
+    write_groups(other, [second], weight_version=STEP - 1, files=2)
+    assert len(load_step(run, InspectOptions(STEP)).responses) == 4
 
 
 def test_a_group_that_is_there_twice_is_refused(run: Path) -> None:

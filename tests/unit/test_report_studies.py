@@ -14,7 +14,7 @@ from megatron_rl.errors import UserError
 from megatron_rl.report.command import check_extra, choose_directory, load, run
 from megatron_rl.report.curves import seed_band
 from megatron_rl.report.figures import Curve, CurvePlot, draw_curves
-from megatron_rl.report.loaded_runs import name_runs
+from megatron_rl.report.loaded_runs import ReportError, name_runs
 from megatron_rl.report.page import ReportPage, compose, render
 
 SCRIPT = "Is <script>alert(1)</script> & $x$ noise?"
@@ -115,6 +115,8 @@ def test_errors_name_the_path_and_say_how_to_fix_it(tmp_path: Path) -> None:
         ("config.yaml", b"- a list\n", "config.yaml: found list, expected the keys of a configuration"),
         ("config.yaml", b"a: [\n", "config.yaml, line 2: not YAML"),
         ("config.yaml", b"\xff\n", "config.yaml: not YAML in UTF-8"),
+        ("run.json", b"{", "run.json: damaged"),
+        ("fork.json", b"{", "fork.json: damaged"),
     ],
 )
 def test_a_damaged_file_of_a_run_is_named(file: str, content: bytes, expected: str, tmp_path: Path) -> None:
@@ -137,6 +139,24 @@ def test_a_damaged_file_of_a_study_is_named(file: str, content: bytes, expected:
     (write_study(tmp_path / "noise", {"a": [1]}) / file).write_bytes(content)
     with pytest.raises(UserError, match=expected):
         load([tmp_path / "noise"])
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "eval.jsonl", "checkpoints.jsonl", "changes.jsonl", "run.json"])
+def test_a_directory_in_the_place_of_a_runs_file_is_named(file: str, tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", steps=1, names=["loss"])
+    (path / file).unlink(missing_ok=True)
+    (path / file).mkdir()
+    with pytest.raises(ReportError, match=rf"{path / file}: cannot be read: is a directory"):
+        load([path])
+
+
+@pytest.mark.parametrize("file", ["verdict.json", "study.yaml", "results/a-seed-1.json"])
+def test_a_directory_in_the_place_of_a_studys_file_is_named(file: str, tmp_path: Path) -> None:
+    path = write_study(tmp_path / "noise", {"a": [1]})
+    (path / file).unlink()
+    (path / file).mkdir()
+    with pytest.raises(ReportError, match=rf"{path / file}: cannot be read: is a directory"):
+        load([path])
 
 
 def test_a_study_without_its_question_is_named(tmp_path: Path) -> None:

@@ -16,10 +16,13 @@ from paths import ROOT
 from recorded_steps import PROMPT, STEP, columns_of, write_recorded, write_step
 
 from megatron_rl.data.sample import LOST, Group, Verdict
-from megatron_rl.data.store import write_groups
+from megatron_rl.data.step_files import rollout_file
+from megatron_rl.data.store import read_groups, write_groups
 from megatron_rl.data.trace import RoutingTrace
 from megatron_rl.data.versions import VersionSpan
 from megatron_rl.errors import FileInTheWayError, MissingFileError
+from megatron_rl.lab.token_records import read_tokens, token_file, write_tokens
+from megatron_rl.report.loaded_runs import ReportError
 from megatron_rl.report.token_export import export_tokens, schema_of
 
 WORDS = ("12", "7", "345", "")
@@ -51,10 +54,11 @@ def run(tmp_path: Path) -> Path:
 
 def export(run: Path, step: int | None = None) -> pandas.DataFrame:
     out = run.parent / f"tokens-{step}.parquet"
-    count = export_tokens(run, out, step, model=None, rollouts=None)
+    done = export_tokens(run, out, step, model=None, rollouts=None)
+    assert not done.notes
     found = pq.read_table(out)
     assert found.schema.equals(schema_of())
-    assert found.num_rows == count
+    assert found.num_rows == done.count
     return found.to_pandas()
 
 
@@ -99,6 +103,47 @@ def test_a_step_that_was_not_recorded_has_its_rollouts_alone(run: Path) -> None:
     with pytest.raises(MissingFileError, match="no rollouts of step 4"):
         export(run, 4)
     assert not list(run.parent.glob("*4*")) + list(run.parent.glob(".*partial"))
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_half_of_a_steps_rollouts_is_refused(run: Path, lost: int) -> None:
+    files = [rollout_file(run / "rollouts", STEP, dp) for dp in (0, 1)]
+    for file, group in zip(files, read_groups(files[0]), strict=True):
+        write_groups(file, [group], weight_version=STEP - 1, files=2)
+    assert len(export(run)["sample"].unique()) == len([word for word in WORDS if word])
+    files[lost].unlink()
+    for step in (None, STEP):
+        out = run.parent / "half.parquet"
+        with pytest.raises(MissingFileError, match=rf"^{files[lost]}: not there.*2 data-parallel replicas"):
+            export_tokens(run, out, step, model=None, rollouts=None)
+        assert not out.exists()
+
+
+def test_token_values_of_some_replicas_alone_are_noted(run: Path) -> None:
+    file = token_file(run / "tokens", STEP, 0)
+    write_tokens(file, read_tokens(file).columns, replicas=2)
+    done = export_tokens(run, run.parent / "half.parquet", None, model=None, rollouts=None)
+    (note,) = done.notes
+    assert note.startswith(f"step {STEP}: tokens/ has the values of 1 of 2 data-parallel replicas.")
+
+
+def test_rollouts_with_fewer_groups_than_the_run_trains_on_are_refused(run: Path) -> None:
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("group_size", "prompts_per_step: 2, group_size"))
+    assert len(export(run))
+    config.write_text(config.read_text().replace("prompts_per_step: 2", "prompts_per_step: 4"))
+    with pytest.raises(ReportError, match=r"rollouts: .* step 3 have 2 groups, but rollout\.prompts_per_step is 4"):
+        export(run, STEP)
+
+
+@pytest.mark.parametrize("step", [None, STEP])
+def test_what_is_no_run_of_train_is_told_as_such(run: Path, step: int | None) -> None:
+    with pytest.raises(MissingFileError, match=r"nope: not there\. Name the run_dir of a run"):
+        export(run.parent / "nope", step)
+    (run / "config.yaml").write_text("steps: 3\n")
+    with pytest.raises(ReportError, match=r"config\.yaml: has no rollout\.group_size.*Runs of `sft` have no") as caught:
+        export(run, step)
+    assert "inspect" not in str(caught.value)
 
 
 def test_a_run_without_its_tokenizer_has_no_texts(run: Path) -> None:

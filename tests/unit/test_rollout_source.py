@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from megatron_rl.data.sample import Group, Prompt, Sample, Verdict
+from megatron_rl.data.step_files import rollout_file
 from megatron_rl.data.store import StoreError, read_groups, write_groups
 from megatron_rl.data.top_tokens import TopTokens
 from megatron_rl.data.trace import RoutingTrace
 from megatron_rl.data.versions import VersionSpan
+from megatron_rl.errors import MissingFileError
 from megatron_rl.rollout.sampler import _Place
-from megatron_rl.rollout.source import Leader, Wanted, check_headers, first_server, rollout_file
+from megatron_rl.rollout.source import Leader, Wanted, check_headers, first_server
 from megatron_rl.rollout.source import saved_groups as read_saved
 from megatron_rl.routing.wire import RouteSpec
 
@@ -137,6 +139,29 @@ def test_rollouts_of_a_run_with_other_settings_are_refused(
     with pytest.raises(StoreError) as error:
         read_saved(tmp_path, 1, 0, 1, wanted=dataclasses.replace(asked, **wanted))
     assert str(error.value).startswith(f"{rollout_file(tmp_path / 'rollouts', 1, 0)}: {message}")
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_file_of_a_step_that_is_not_there_is_named(tmp_path: Path, lost: int) -> None:
+    one, two = two_by_two()
+    save(tmp_path, [one], [two], files=2)
+    asked = Wanted(2, 2, max_tokens=4, temperature=0.7, vocab_size=9)
+    check_headers(tmp_path, 1, asked)
+    file = rollout_file(tmp_path / "rollouts", 1, lost)
+    file.unlink()
+    told = rf"^{file}: not there, but each of the run's 2 data-parallel replicas wrote a file of step 1"
+    with pytest.raises(MissingFileError, match=told):
+        check_headers(tmp_path, 1, asked)
+    with pytest.raises(MissingFileError, match=told):
+        read_saved(tmp_path, 1, 0, 1, wanted=asked)
+
+
+def test_a_gap_between_files_without_their_number_is_named(tmp_path: Path) -> None:
+    save(tmp_path, [], [], two_by_two())
+    file = rollout_file(tmp_path / "rollouts", 1, 1)
+    file.unlink()
+    with pytest.raises(MissingFileError, match=rf"^{file}: not there"):
+        check_headers(tmp_path, 1, Wanted(2, 2, max_tokens=4, temperature=0.7, vocab_size=9))
 
 
 def test_fields_missing_from_an_older_header_are_not_checked(tmp_path: Path) -> None:
