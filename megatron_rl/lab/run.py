@@ -339,12 +339,14 @@ def _check_empty(path: Path) -> None:
     if not path.exists():
         return
     strangers = sorted(e.name for e in path.iterdir() if not _is_leftover(e)) if path.is_dir() else []
+    if all((path / name).is_file() for name in (RUN_FILE, "config.yaml")):
+        raise FileInTheWayError(
+            f"run_dir {path} is not an empty directory: a run is in it. Go on with that run by --resume, name another "
+            "run_dir, or remove it."
+        )
     if strangers or not path.is_dir():
         found = f": {', '.join(strangers[:3])} is in it" if strangers else ""
-        raise FileInTheWayError(
-            f"run_dir {path} is not an empty directory{found}. "
-            "Resume the run that is in it, name another run_dir, or remove it."
-        )
+        raise FileInTheWayError(f"run_dir {path} is not an empty directory{found}. Name another run_dir, or remove it.")
 
 
 def _is_leftover(entry: Path) -> bool:

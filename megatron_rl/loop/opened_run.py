@@ -10,6 +10,7 @@ import orjson
 from megatron_rl.config.load import ConfigError, dump_config
 from megatron_rl.config.schema import Config, SftConfig
 from megatron_rl.disk import explain
+from megatron_rl.errors import UserError
 from megatron_rl.lab.prometheus_sink import check_prometheus
 from megatron_rl.lab.run import RunDir
 from megatron_rl.lab.run_records import Resume
@@ -32,6 +33,8 @@ def open_run(config: Config | SftConfig, place: Place, resume: Resume, steps: in
                 check_prometheus(config.lab.prometheus)
                 try:
                     run = RunDir.open(config.run_dir, dump_config(config), resume)
+                except UserError:  # some are OSErrors too
+                    raise
                 except OSError as error:
                     raise ConfigError(f"run_dir {config.run_dir}: {explain(error, config.run_dir)}") from error
                 told = orjson.dumps([run.resumes, run.origin, run.has_ended(steps)])

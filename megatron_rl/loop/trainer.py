@@ -247,6 +247,8 @@ class Trainer:
         remove_partial(self.run.checkpoints)
         for warning in self._found.warnings if self._found else ():
             logger.warning("%s", warning)
+        for directory in self._found.damaged if self._found else ():
+            logger.warning("%s: damaged, and moved to history/", directory)
 
     @contextlib.contextmanager
     def writing(self, what: str, path: Path) -> Iterator[None]:

@@ -91,10 +91,18 @@ def test_a_refused_resume_changes_no_file(forks: Forks, setting: Path, tmp_path:
         (["--resume", "seed=3"], "seed: 0 in the run, 3 now"),
         (["--resume", "auto", "engine.dtype=bf16"], "engine.dtype: fp32 in the run, bf16 now"),
         (["--resume", "optim.schedule=linear"], "optim.decay_steps: 0"),
-        (["--resume", f"run_dir={elsewhere}"], "no config.yaml, so there is no run to resume"),
+        (
+            ["--resume", f"run_dir={elsewhere}"],
+            f"error: run_dir {elsewhere} has no config.yaml, so there is no run to resume. Start without --resume, or "
+            "correct the path.\n",
+        ),
         (["--resume", "auto", f"run_dir={elsewhere}"], "not an empty directory: notes.txt is in it"),
         (["--resume", f"run_dir={tmp_path / 'nothing'}"], "no config.yaml, so there is no run to resume"),
-        ([], "not an empty directory"),
+        (
+            [],
+            f"error: run_dir {run_dir} is not an empty directory: a run is in it. Go on with that run by --resume, "
+            "name another run_dir, or remove it.\n",
+        ),
         (["--resume", "data.max_tokens=1"], "data.max_tokens: 32 in the run, 1 now"),
         (["--resume", "lab.alarms=[{metric: los, above: 1, action: warn}]"], "los"),
         (["--resume", "--fork", f"{setting / 'whole'}@2"], "--fork begins a new run"),
@@ -156,6 +164,7 @@ def test_resume_skips_damaged_checkpoints(forks: Forks, setting: Path, tmp_path:
         "step-000003/rank-00000.safetensors: cannot be read",
         "step-000002-good: passed over",
         "step-copy: passed over",
+        *(f"step-00000{step}: damaged, and moved to history/" for step in (3, 4, 5)),
     ):
         assert name in done.stderr
     assert_like_whole(setting, run_dir)
@@ -193,9 +202,9 @@ def test_resume_is_refused_if_every_checkpoint_is_damaged(forks: Forks, setting:
     run_dir = copy(setting, tmp_path / "run", until=1)
     damage(run_dir / "checkpoints" / "step-000001" / "rank-00000.safetensors")
     before = contents(run_dir)
-    assert_refused(
-        resume(forks, setting, run_dir), "no whole checkpoint", "rank-00000.safetensors: not what its manifest says"
-    )
+    done = resume(forks, setting, run_dir)
+    assert_refused(done, "no whole checkpoint", "rank-00000.safetensors: not what its manifest says; passed over\n")
+    assert "history/" not in done.stderr, "nothing has been moved"
     assert contents(run_dir) == before
 
 
