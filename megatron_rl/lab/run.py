@@ -188,15 +188,17 @@ class RunDir:
         """Records that the run has written its `models` after `step`. Raises OSError."""
         _write_record(self.path / ENDED_FILE, {"step": step, "models": list(models)})
 
-    def has_ended(self, steps: int) -> bool:
-        """Whether a resume has nothing left to do: the run has made `steps` steps, and its models are there. Whoever
-        deletes the last checkpoints, and leaves others, wants to go on from these."""
+    @property
+    def ended_after(self) -> int | None:
+        """The step after which the run to resume has ended, if its models are there. Whoever deletes the last
+        checkpoints, and leaves others, wants to go on from these: then it has not ended."""
         ended = _read_record(self.path / ENDED_FILE) if self.resumes else None
         found = [match for each in self.checkpoints.glob("step-*") if (match := _CHECKPOINT.fullmatch(each.name))]
         newest = max((int(match[1]) for match in found), default=None)
-        if ended is None or ended["step"] < steps or (newest is not None and newest < ended["step"]):
-            return False
-        return all((self.path / model).is_dir() for model in ended.get("models", ()))
+        if ended is None or (newest is not None and newest < ended["step"]):
+            return None
+        step: int = ended["step"]
+        return step if all((self.path / model).is_dir() for model in ended.get("models", ())) else None
 
     def refuses_step_0(self, had_checkpoint: bool = False) -> str:
         """Returns why a resume without any whole checkpoint would lose work; empty if nothing would be lost.

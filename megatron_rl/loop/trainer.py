@@ -39,7 +39,7 @@ from megatron_rl.loop.checkpoints import Checkpoints
 from megatron_rl.loop.forking import Fork, restore_fork
 from megatron_rl.loop.networks import Networks, build_networks, identify
 from megatron_rl.loop.opened_run import open_run
-from megatron_rl.loop.progress import is_due
+from megatron_rl.loop.progress import check_steps, is_due
 from megatron_rl.loop.usage import Usage
 from megatron_rl.loop.watch import Watch
 from megatron_rl.models.architecture import read_architecture
@@ -188,7 +188,8 @@ class Trainer:
         started.
 
         Raises CheckpointError, on every rank, for a checkpoint of another run, model, data or dtype, and if no
-        checkpoint is whole but there is something to lose. Raises as `restore_fork`. Collective.
+        checkpoint is whole but there is something to lose. Raises ConfigError if the checkpoint has made more steps
+        than the run is asked for. Raises as `restore_fork`. Collective.
         """
         with together(self.place.control):
             if self.place.rank == 0:
@@ -198,6 +199,7 @@ class Trainer:
             self._found = find_checkpoint(self.run.checkpoints, trained, self._identity)
             if self._found.directory is not None:
                 assert self._found.manifest is not None
+                check_steps(self.config, self._found.manifest.state.step, f"the checkpoint {self._found.directory}")
                 load_checkpoint(self._found.directory, self._found.manifest, trained)
                 return
             with together(self.place.control):

@@ -58,6 +58,23 @@ def test_one_command_starts_goes_on_and_ends(forks: Forks, setting: Path, tmp_pa
     assert contents(run_dir) == before
 
 
+@pytest.mark.parametrize("word", ["", "auto"])
+def test_a_resume_with_fewer_steps_than_are_made_is_refused(
+    forks: Forks, setting: Path, tmp_path: Path, word: str
+) -> None:
+    """Whether the run has ended, or was stopped before its end."""
+    ended, stopped = tmp_path / "ended", copy(setting, tmp_path / "stopped", until=4)
+    shutil.copytree(setting / "whole", ended)
+    before = contents(tmp_path)
+    for run_dir, made, by in (
+        (ended, STEPS, f"the run in {ended}"),
+        (stopped, 4, f"the checkpoint {stopped / 'checkpoints' / 'step-000004'}"),
+    ):
+        done = sft(forks, setting, run_dir, "steps=3", "--resume", *filter(None, [word]))
+        assert_refused(done, f"error: steps: 3, but {by} has made {made} steps; give steps above {made}\n")
+        assert contents(tmp_path) == before
+
+
 def test_a_run_whose_model_is_missing_has_not_ended(forks: Forks, setting: Path, tmp_path: Path) -> None:
     run_dir = copy(setting, tmp_path / "run")
     done = resume(forks, setting, run_dir)
