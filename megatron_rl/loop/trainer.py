@@ -335,7 +335,7 @@ def open_trainer(
     console = Console(steps, run_dir=config.run_dir, shows=place.rank == 0)
     try:
         with (
-            Closing(config.run_dir, steps, console.say) as closing,
+            Closing(config.run_dir, steps, console.say, can_go_on=not _replays(config)) as closing,
             console,
             RankLog(place.rank, console.warn) as log,
             Heartbeat(place.control, config.engine.heartbeat, activity) as heartbeat,
@@ -376,6 +376,10 @@ def open_trainer(
         raise
     finally:
         stop_process_groups(leave_world=joins_world)
+
+
+def _replays(config: Config | SftConfig) -> bool:
+    return isinstance(config, Config) and config.rollout.replay_from is not None
 
 
 def _describe(config: Config | SftConfig, layout: Layout, device: torch.device) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,17 @@ def test_a_resume_with_fewer_steps_than_are_made_is_refused(
         done = sft(forks, setting, run_dir, "steps=3", "--resume", *filter(None, [word]))
         assert_refused(done, f"error: steps: 3, but {by} has made {made} steps; give steps above {made}\n")
         assert contents(tmp_path) == before
+
+
+def test_the_summary_of_a_run_names_a_command_that_trains_longer(forks: Forks, setting: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    words = ["sft", str(setting / "sft.yaml"), f"run_dir={run_dir}", "steps=1"]
+    for steps in (1, 2, 4):
+        done = forks.run("-m", "megatron_rl", *words)
+        assert done.status == [0], done.stderr
+        assert len(read_metrics(run_dir / "metrics.jsonl")) == steps
+        (line,) = (each for each in done.stdout.splitlines() if each.startswith("train longer"))
+        words = shlex.split(re.split("megatron[_-]rl ", line, maxsplit=1)[1])
 
 
 def test_a_run_whose_model_is_missing_has_not_ended(forks: Forks, setting: Path, tmp_path: Path) -> None:
