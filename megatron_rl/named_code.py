@@ -1,4 +1,5 @@
-"""Finds verifiers, environments and objectives by their names: a built-in one, or a user's own in a module."""
+"""Finds verifiers, environments and objectives by their names: a built-in one, or a user's own in a module. Says what
+a user's code has raised, and where."""
 
 from __future__ import annotations
 
@@ -6,8 +7,21 @@ import difflib
 import importlib
 import os
 import sys
+import sysconfig
+import traceback
 from collections.abc import Mapping
 from typing import Any
+
+_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_NOBODYS = (_PACKAGE, sysconfig.get_path("stdlib") + os.sep, "<frozen ")
+"""What the files of code begin with that is neither the user's nor an installed package's."""
+_INSTALLED = ("site-packages", "dist-packages")
+_MOST = 500
+"""Characters of an exception's type and text."""
+
+
+class ResultError(ValueError):
+    """A user's code has returned something else than expected. The text says all: the place of the raise is ours."""
 
 
 def find_named(what: str, name: str, built_in: Mapping[str, str], form: str) -> Any:
@@ -40,11 +54,43 @@ def import_named(name: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
         found = importlib.import_module(module)
-    except (ImportError, ValueError) as error:
-        raise LookupError(str(error)) from None
+    except ImportError as error:
+        raise LookupError(f"{error}{_place(error)}") from None
     except (Exception, SystemExit) as error:  # a user's module is a program, which may raise anything
-        raise LookupError(f"{type(error).__name__}: {error}") from None
+        raise LookupError(told(error)) from None
     try:
         return getattr(found, attribute)
     except AttributeError as error:
         raise LookupError(f"{error}; the module is {getattr(found, '__file__', None) or 'a directory'}") from None
+
+
+def told(error: BaseException) -> str:
+    """Returns type and text of what a user's code has raised, with the file and line of that code; of a ResultError the
+    text."""
+    kind = type(error).__name__
+    try:
+        text = str(error)
+    except BaseException:  # a user's exception is a program too
+        text = ""
+    if isinstance(error, ResultError):
+        return _printable(text)
+    said = f"{kind}: {text}" if text else kind
+    return _printable(f"{said[:_MOST]}{_place(error)}")
+
+
+def _printable(text: str) -> str:
+    return text.encode(errors="replace").decode()
+
+
+def _place(error: BaseException) -> str:
+    """Returns the innermost file and line of the user's own code; the outermost of an installed package if there is
+    none; "" if there is neither."""
+    lines = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    installed = [each for each in lines if _is_installed(each[0])]
+    own = [each for each in lines if not _is_installed(each[0]) and not each[0].startswith(_NOBODYS)]
+    found = own[-1:] or installed[:1]
+    return "".join(f" ({file}, line {line})" for file, line in found)
+
+
+def _is_installed(file: str) -> bool:
+    return not file.startswith(_PACKAGE) and any(f"{os.sep}{each}{os.sep}" in file for each in _INSTALLED)

@@ -74,7 +74,7 @@ def find_checkpoint(root: Path, networks: Mapping[str, Network], identity: Ident
             problem = check_files(directory, manifest, place.control)
         if manifest is not None and not problem:
             return Found(directory, manifest, tuple(damaged), tuple(warnings))
-        warnings.append(f"{problem}; passed over, and moved to history/")
+        warnings.append(f"{problem}; passed over")
         damaged.append(directory)
     return Found(None, None, tuple(damaged), tuple(warnings))
 

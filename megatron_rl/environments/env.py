@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from megatron_rl.data.sample import Prompt, Verdict
 from megatron_rl.errors import UserError
-from megatron_rl.named_code import find_named
+from megatron_rl.named_code import ResultError, find_named
 
 Message = dict[str, Any]
 """`role` and `content` as text. A message of the policy may also have `reasoning_content`, and `tool_calls` in the form
@@ -91,24 +91,24 @@ def get_env(name: str) -> type[Env]:
 
 
 def call_reset(env: Env, prompt: Prompt) -> Opening:
-    """Raises what reset raises, and ValueError if it returns no messages."""
+    """Raises what reset raises, and ResultError if it returns no messages."""
     messages = _messages("reset", env.reset(prompt))
     if not messages:
-        raise ValueError("reset returned no messages; nothing would open the conversation")
+        raise ResultError("reset returned no messages; nothing would open the conversation")
     return Opening(messages, list(getattr(env, "tools", ())))
 
 
 def call_step(env: Env, message: Message) -> EnvStep:
-    """Raises what step raises, and ValueError if it returns anything else than the protocol says."""
+    """Raises what step raises, and ResultError if it returns anything else than the protocol says."""
     result = env.step(message)
     if not isinstance(result, tuple) or len(result) != 3:
-        raise ValueError(f"step returned {result!r:.100}, expected a tuple of messages, reward and done")
+        raise ResultError(f"step returned {result!r:.100}, expected a tuple of messages, reward and done")
     messages, judged, done = result
     if not isinstance(done, bool):
-        raise ValueError(f"step returned done = {done!r:.100}, expected True or False")
+        raise ResultError(f"step returned done = {done!r:.100}, expected True or False")
     answers = _messages("step", messages)
     if not answers and not done:
-        raise ValueError("step returned no messages, but the conversation is not done")
+        raise ResultError("step returned no messages, but the conversation is not done")
     if judged is None:
         return EnvStep(answers, None, None, done)
     reward, correct = (judged.reward, bool(judged.correct)) if isinstance(judged, Verdict) else (judged, None)
@@ -117,17 +117,17 @@ def call_step(env: Env, message: Message) -> EnvStep:
     except (TypeError, ValueError):
         reward = math.nan
     if not math.isfinite(reward):
-        raise ValueError(f"step returned the reward {judged!r:.100}, expected a finite number, a Verdict or None")
+        raise ResultError(f"step returned the reward {judged!r:.100}, expected a finite number, a Verdict or None")
     return EnvStep(answers, reward, correct, done)
 
 
 def _messages(method: str, found: Any) -> list[Message]:
     if not isinstance(found, list):
-        raise ValueError(f"{method} returned {found!r:.100} as messages, expected a list")
+        raise ResultError(f"{method} returned {found!r:.100} as messages, expected a list")
     for message in found:
         texts = isinstance(message, dict) and [message.get("role"), message.get("content")]
         if not texts or not all(isinstance(text, str) for text in texts) or message["role"] == "assistant":
-            raise ValueError(
+            raise ResultError(
                 f"{method} returned the message {message!r:.100}, expected role and content as text, and another role "
                 "than assistant, which is the policy's"
             )

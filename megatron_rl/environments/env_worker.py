@@ -18,9 +18,10 @@ from typing import Any
 
 from megatron_rl.data.sample import Prompt
 from megatron_rl.environments.env import Env, EnvError, call_reset, call_step, get_env
+from megatron_rl.named_code import told
 from megatron_rl.rewards.channel import Channel, ChannelError
 from megatron_rl.rewards.keeper import PR_SET_CHILD_SUBREAPER
-from megatron_rl.rewards.worker import main, said
+from megatron_rl.rewards.worker import main
 
 READY = b"ready"
 
@@ -33,7 +34,7 @@ def serve(name: str, control: socket.socket) -> None:
         control.send(str(error).encode())
         return
     except BaseException as error:
-        control.send(f"environment {name!r}: {said(error)}".encode())
+        control.send(f"environment {name!r}: {told(error)}".encode())
         return
     control.send(READY)
     processes: dict[str, int] = {}
@@ -83,7 +84,7 @@ def _converse(cls: type[Env], channel: Channel) -> None:
             except ChannelError:
                 raise
             except BaseException as error:  # SystemExit too, and messages that are no JSON
-                channel.send({"error": said(error)})
+                channel.send({"error": told(error)})
     finally:
         os._exit(0)
 

@@ -20,7 +20,8 @@ from megatron_rl.stop import Stopped
 
 REWARD, ACCURACY = "rollout/reward/mean", "avg_at_k"
 WIDTH = 19
-COMMANDS = ("train", "sft")
+STEPS_KEYS = {"train": "train.steps", "sft": "steps"}
+"""By command: the key of the run's last step."""
 
 
 class Closing:
@@ -28,11 +29,13 @@ class Closing:
 
     what = "the summary"
 
-    def __init__(self, run_dir: Path, steps: int, say: Callable[[str], None]) -> None:
+    def __init__(self, run_dir: Path, steps: int, say: Callable[[str], None], *, can_go_on: bool = True) -> None:
+        """`can_go_on`: whether a run may have more than `steps` steps; saved rollouts have an end."""
         self.directory = run_dir
         self.has_begun = False
         """Whether there is a run to sum up; without one only the error is of interest."""
         self._steps = steps
+        self._can_go_on = can_go_on
         self._say = say
         self._start = time.monotonic()
         self._last: Line | None = None
@@ -75,17 +78,23 @@ class Closing:
             yield _row("checkpoint", str(saved[-1]))
         yield _row("logs", str(run / "logs"))
         yield _row("report", shlex.join(["megatron-rl", "report", str(run)]))
-        if command := resume_command(sys.argv, read_world()):
-            yield _row("train longer" if error is None else "go on", command)
+        if error is not None:
+            name, command = "go on", resume_command(sys.argv, read_world())
+        else:
+            name, command = "train longer", resume_command(sys.argv, read_world(), 2 * self._steps)
+        if command and (error is not None or self._can_go_on):
+            yield _row(name, command)
 
 
-def resume_command(argv: Sequence[str], world: World) -> str:
-    """Returns the command that continues the run which `argv` began; "" if no command line began it.
+def resume_command(argv: Sequence[str], world: World, steps: int | None = None) -> str:
+    """Returns the command that continues the run which `argv` began, up to the step `steps`; "" if no command line
+    began it. `steps` defaults to what `argv` asks for.
 
     What asks for a resume or a fork is left out, and --resume comes last.
     """
-    if argv[1:2] not in [[command] for command in COMMANDS]:
+    if len(argv) < 2 or argv[1] not in STEPS_KEYS:
         return ""
+    asked = f"{STEPS_KEYS[argv[1]]}="
     kept: list[str] = []
     before = ""
     for each in argv[1:]:
@@ -93,6 +102,8 @@ def resume_command(argv: Sequence[str], world: World) -> str:
         if not is_value and each not in ("--resume", "--fork") and not each.startswith(("--resume=", "--fork=")):
             kept.append(each)
         before = each
+    if steps is not None:
+        kept = [*(each for each in kept if not each.startswith(asked)), f"{asked}{steps}"]
     rest = shlex.join([*kept, "--resume"])
     if world.size > world.local_size:
         return f"torchrun on every node as before, with -m megatron_rl {rest}"

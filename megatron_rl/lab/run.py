@@ -188,15 +188,17 @@ class RunDir:
         """Records that the run has written its `models` after `step`. Raises OSError."""
         _write_record(self.path / ENDED_FILE, {"step": step, "models": list(models)})
 
-    def has_ended(self, steps: int) -> bool:
-        """Whether a resume has nothing left to do: the run has made `steps` steps, and its models are there. Whoever
-        deletes the last checkpoints, and leaves others, wants to go on from these."""
+    @property
+    def ended_after(self) -> int | None:
+        """The step after which the run to resume has ended, if its models are there. Whoever deletes the last
+        checkpoints, and leaves others, wants to go on from these: then it has not ended."""
         ended = _read_record(self.path / ENDED_FILE) if self.resumes else None
         found = [match for each in self.checkpoints.glob("step-*") if (match := _CHECKPOINT.fullmatch(each.name))]
         newest = max((int(match[1]) for match in found), default=None)
-        if ended is None or ended["step"] < steps or (newest is not None and newest < ended["step"]):
-            return False
-        return all((self.path / model).is_dir() for model in ended.get("models", ()))
+        if ended is None or (newest is not None and newest < ended["step"]):
+            return None
+        step: int = ended["step"]
+        return step if all((self.path / model).is_dir() for model in ended.get("models", ())) else None
 
     def refuses_step_0(self, had_checkpoint: bool = False) -> str:
         """Returns why a resume without any whole checkpoint would lose work; empty if nothing would be lost.
@@ -339,12 +341,14 @@ def _check_empty(path: Path) -> None:
     if not path.exists():
         return
     strangers = sorted(e.name for e in path.iterdir() if not _is_leftover(e)) if path.is_dir() else []
+    if all((path / name).is_file() for name in (RUN_FILE, "config.yaml")):
+        raise FileInTheWayError(
+            f"run_dir {path} is not an empty directory: a run is in it. Go on with that run by --resume, name another "
+            "run_dir, or remove it."
+        )
     if strangers or not path.is_dir():
         found = f": {', '.join(strangers[:3])} is in it" if strangers else ""
-        raise FileInTheWayError(
-            f"run_dir {path} is not an empty directory{found}. "
-            "Resume the run that is in it, name another run_dir, or remove it."
-        )
+        raise FileInTheWayError(f"run_dir {path} is not an empty directory{found}. Name another run_dir, or remove it.")
 
 
 def _is_leftover(entry: Path) -> bool:

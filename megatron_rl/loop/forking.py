@@ -26,6 +26,7 @@ from megatron_rl.engine.named_checkpoint import CheckpointName
 from megatron_rl.engine.network import Network
 from megatron_rl.lab.changes import config_at, read_changes
 from megatron_rl.lab.run_records import Flat, differing, flat_config, read_frozen, shown_value
+from megatron_rl.loop.progress import check_steps
 from megatron_rl.models.registry import weights_of
 from megatron_rl.ranks.collectives import broadcast_bytes, together
 
@@ -56,8 +57,8 @@ def restore_fork(
     its betas are the same, and begins anew otherwise; its count of steps for the learning rate goes on. The order of
     the data goes on if data and seed are the same.
 
-    Raises a UserError, on every rank, for a checkpoint that is not there, is damaged, or is of another command or
-    architecture, or has other frozen weights.
+    Raises a UserError, on every rank, for a checkpoint that is not there, is damaged, is of another command or
+    architecture, has other frozen weights, or has made all steps of the new run.
     """
     control, leads = networks["policy"].place.control, networks["policy"].place.rank == 0
     told = b""
@@ -87,6 +88,7 @@ def _examine(
     """Rank 0's view of the checkpoint, for all ranks. Raises a UserError if no run can begin from it."""
     directory, manifest = name.find()
     step = manifest.state.step
+    check_steps(config, step, f"--fork: the checkpoint {directory}", left=1)
     theirs = config_at(step, read_frozen(name.run), read_changes(name.run))
     ours = flat_config(dump_config(config))
     if ("steps" in theirs) != ("steps" in ours):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_rl.config.schema import Config, SftConfig
+from megatron_rl.config.sources import ConfigError
 from megatron_rl.data.prompts import PromptCursor
 from megatron_rl.engine.manifest import State
 
@@ -11,6 +13,13 @@ from megatron_rl.engine.manifest import State
 def is_due(step: int, steps: int, every: int) -> bool:
     """Tells whether what happens `every` so many of `steps` is due. 0: only after the last one, when all is due."""
     return step == steps or (every > 0 and step % every == 0)
+
+
+def check_steps(config: Config | SftConfig, made: int, by: str, *, left: int = 0) -> None:
+    """Raises ConfigError, which names the key, unless at least `left` steps follow the steps that `by` has made."""
+    key, steps = ("train.steps", config.train.steps) if isinstance(config, Config) else ("steps", config.steps)
+    if steps < made + left:
+        raise ConfigError(f"{key}: {steps}, but {by} has made {made} steps; give {key} above {made}")
 
 
 @dataclass

@@ -39,7 +39,7 @@ from megatron_rl.loop.checkpoints import Checkpoints
 from megatron_rl.loop.forking import Fork, restore_fork
 from megatron_rl.loop.networks import Networks, build_networks, identify
 from megatron_rl.loop.opened_run import open_run
-from megatron_rl.loop.progress import is_due
+from megatron_rl.loop.progress import check_steps, is_due
 from megatron_rl.loop.usage import Usage
 from megatron_rl.loop.watch import Watch
 from megatron_rl.models.architecture import read_architecture
@@ -188,7 +188,8 @@ class Trainer:
         started.
 
         Raises CheckpointError, on every rank, for a checkpoint of another run, model, data or dtype, and if no
-        checkpoint is whole but there is something to lose. Raises as `restore_fork`. Collective.
+        checkpoint is whole but there is something to lose. Raises ConfigError if the checkpoint has made more steps
+        than the run is asked for. Raises as `restore_fork`. Collective.
         """
         with together(self.place.control):
             if self.place.rank == 0:
@@ -198,6 +199,7 @@ class Trainer:
             self._found = find_checkpoint(self.run.checkpoints, trained, self._identity)
             if self._found.directory is not None:
                 assert self._found.manifest is not None
+                check_steps(self.config, self._found.manifest.state.step, f"the checkpoint {self._found.directory}")
                 load_checkpoint(self._found.directory, self._found.manifest, trained)
                 return
             with together(self.place.control):
@@ -247,6 +249,8 @@ class Trainer:
         remove_partial(self.run.checkpoints)
         for warning in self._found.warnings if self._found else ():
             logger.warning("%s", warning)
+        for directory in self._found.damaged if self._found else ():
+            logger.warning("%s: damaged, and moved to history/", directory)
 
     @contextlib.contextmanager
     def writing(self, what: str, path: Path) -> Iterator[None]:
@@ -331,7 +335,7 @@ def open_trainer(
     console = Console(steps, run_dir=config.run_dir, shows=place.rank == 0)
     try:
         with (
-            Closing(config.run_dir, steps, console.say) as closing,
+            Closing(config.run_dir, steps, console.say, can_go_on=not _replays(config)) as closing,
             console,
             RankLog(place.rank, console.warn) as log,
             Heartbeat(place.control, config.engine.heartbeat, activity) as heartbeat,
@@ -372,6 +376,10 @@ def open_trainer(
         raise
     finally:
         stop_process_groups(leave_world=joins_world)
+
+
+def _replays(config: Config | SftConfig) -> bool:
+    return isinstance(config, Config) and config.rollout.replay_from is not None
 
 
 def _describe(config: Config | SftConfig, layout: Layout, device: torch.device) -> str:

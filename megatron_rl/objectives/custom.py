@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_rl.config.switches import ObjectiveConfig
 from megatron_rl.data.schedule import Denominators
 from megatron_rl.errors import UserError
-from megatron_rl.named_code import import_own
+from megatron_rl.named_code import import_own, told
 from megatron_rl.objectives.inputs import LossInputs, PolicyLossOutputs
 from megatron_rl.objectives.policy_loss import policy_loss
 
@@ -25,7 +25,7 @@ Objective = Callable[[LossInputs, ObjectiveConfig, Denominators], PolicyLossOutp
 
 
 class ObjectiveError(UserError):
-    """An objective of the user's that cannot be imported, or gives what no objective gives; names it."""
+    """An objective of the user's that cannot be imported, raises, or gives what no objective gives; names it."""
 
 
 def get_objective(config: ObjectiveConfig) -> Objective:
@@ -45,7 +45,13 @@ def get_objective(config: ObjectiveConfig) -> Objective:
     _check_parameters(function, name)
 
     def checked(inputs: LossInputs, config: ObjectiveConfig, denominators: Denominators) -> PolicyLossOutputs:
-        return _checked(function(inputs, config, denominators), inputs, f"objective.custom: {name!r}")
+        try:
+            outputs = function(inputs, config, denominators)
+        except UserError:
+            raise
+        except Exception as error:
+            raise ObjectiveError(f"objective.custom: {name!r} raised {told(error)}") from error
+        return _checked(outputs, inputs, f"objective.custom: {name!r}")
 
     return checked
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from megatron_rl.data.sample import LOST, Group, Sample, Verdict
+from megatron_rl.named_code import ResultError
 from megatron_rl.rewards.judges import Failure, Judges, ResponseTask
 from megatron_rl.rewards.verifiers import call_verifier, get_verifier
 
@@ -55,7 +56,7 @@ def grade(groups: Sequence[Group], decode: Callable[[list[int]], str], judges: J
 def _judge_here(name: str, answers: Sequence[ResponseTask]) -> list[Verdict | Failure]:
     verifier = get_verifier(name)
     results = [call_verifier(verifier, answer.prompt, [answer.response])[0] for answer in answers]
-    return [Failure(str(result)) if isinstance(result, ValueError) else result for result in results]
+    return [Failure(str(result)) if isinstance(result, ResultError) else result for result in results]
 
 
 def _settle(

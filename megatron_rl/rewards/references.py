@@ -38,7 +38,7 @@ def _ask(pool: Judges, verifier: str, prompts: Sequence[Prompt]) -> list[tuple[s
     if results[0] != UNCHECKED:
         results += pool.check(verifier, prompts[1:])
     return [
-        (prompt.answer, result.reason.removeprefix("ValueError: "))
+        (prompt.answer, result.reason)
         for prompt, result in zip(prompts, results, strict=False)
         if isinstance(result, Failure) and not result.silent
     ]

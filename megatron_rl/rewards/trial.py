@@ -21,6 +21,6 @@ def try_verifier(pool: Judges, prompt: Prompt) -> Verdict | None:
         )
         raise RewardError(
             f"data.verifier: verifier {prompt.verifier!r} has no verdict on the response {prompt.answer[:100]!r}, the "
-            f"reference answer of prompt {prompt.id!r}: {result.reason.removeprefix('ValueError: ')}; {fix}"
+            f"reference answer of prompt {prompt.id!r}: {result.reason}; {fix}"
         )
     return result

@@ -1,6 +1,7 @@
 """Finds verifiers by name and calls them. A verifier is imported when first used: math-verify imports sympy.
 
-The names of a verifier's parameters say what it is given (`asked_by`), and it is called with keywords.
+The names of a verifier's parameters say what it is given (`asked_by`), by keyword unless it takes them by
+position only.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from megatron_rl.data.sample import Prompt, Verdict
 from megatron_rl.errors import UserError
-from megatron_rl.named_code import find_named
+from megatron_rl.named_code import ResultError, find_named
 
 Verifier = Callable[..., Any]
 
@@ -67,7 +68,7 @@ def asked_by(verifier: Verifier) -> frozenset[str]:
     named = [each for each in parameters if each.kind not in variadic]
     other = [each.name for each in named if each.name not in GIVEN and each.default is inspect.Parameter.empty]
     asked = frozenset(each.name for each in named if each.name in GIVEN)
-    if other or len(asked & {"response", GROUP}) != 1 or any(p.kind is p.POSITIONAL_ONLY for p in named):
+    if other or len(asked & {"response", GROUP}) != 1:
         found = (str(each.replace(annotation=each.empty)) for each in parameters)
         raise ValueError(f"found the parameters ({', '.join(found)}), {expected}")
     return asked
@@ -91,48 +92,51 @@ def check_answer(name: str, answer: str) -> str | None:
 def call_check(verifier: Verifier, answer: str) -> Verdict:
     """CHECKED, or UNCHECKED if the verifier has no check.
 
-    Raises what the check raises, and ValueError with the problem if the reference answer has one.
+    Raises what the check raises, and ResultError with the problem if the reference answer has one.
     """
     check = getattr(verifier, "check_answer", None)
     if check is None:
         return UNCHECKED
     problem = check(answer)
     if problem is not None:
-        raise ValueError(problem)
+        raise ResultError(problem)
     return CHECKED
 
 
-def call_verifier(verifier: Verifier, prompt: Prompt, responses: Sequence[str]) -> list[Verdict | ValueError]:
-    """Calls the verifier once. Verdicts hold plain Python numbers; a ValueError takes the place of a result that is no
+def call_verifier(verifier: Verifier, prompt: Prompt, responses: Sequence[str]) -> list[Verdict | ResultError]:
+    """Calls the verifier once. Verdicts hold plain Python numbers; a ResultError takes the place of a result that is no
     verdict.
 
-    `responses` has one response, unless the verifier judges groups. Raises what the verifier raises, and ValueError
+    `responses` has one response, unless the verifier judges groups. Raises what the verifier raises, and ResultError
     unless a verifier of groups gives a list of as many results.
     """
     given = {"prompt": prompt, RECORD: prompt.record, "response": responses[0], GROUP: list(responses)}
-    result = verifier(**{name: given[name] for name in asked_by(verifier)})
+    by_place = [each for each in inspect.signature(verifier).parameters.values() if each.kind is each.POSITIONAL_ONLY]
+    by_name = asked_by(verifier) - {each.name for each in by_place}
+    values = (given.get(each.name, each.default) for each in by_place)
+    result = verifier(*values, **{name: given[name] for name in by_name})
     if not judges_groups(verifier):
         return [_settled(result)]
     if not isinstance(result, list | tuple | np.ndarray) or len(result) != len(responses):
         found = f"{len(result)} of them" if isinstance(result, list | tuple) else f"a {type(result).__name__}"
-        raise ValueError(f"expected a list of {len(responses)} results, one for each response, got {found}")
+        raise ResultError(f"expected a list of {len(responses)} results, one for each response, got {found}")
     return [_settled(each) for each in result]
 
 
-def _settled(result: object) -> Verdict | ValueError:
+def _settled(result: object) -> Verdict | ResultError:
     try:
         return as_verdict(result)
-    except ValueError as error:
+    except ResultError as error:
         return error
 
 
 def as_verdict(result: object) -> Verdict:
     """The verdict that a verifier's result stands for: True and False are right and wrong, with rewards of 1 and 0; a
-    number is the reward, and right if it is above 0. Raises ValueError for anything else."""
+    number is the reward, and right if it is above 0. Raises ResultError for anything else."""
     reward = result.reward if isinstance(result, Verdict) else result
     if not isinstance(reward, bool | np.bool_ | numbers.Real):
-        raise ValueError(f"expected a Verdict, a number, True or False, got {type(reward).__name__}")
+        raise ResultError(f"expected a Verdict, a number, True or False, got {type(reward).__name__}")
     reward = float(reward)
     if not math.isfinite(reward):
-        raise ValueError(f"the reward is {reward}, expected a finite number")
+        raise ResultError(f"the reward is {reward}, expected a finite number")
     return Verdict(reward, bool(result.correct) if isinstance(result, Verdict) else reward > 0)

@@ -18,11 +18,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_rl.data.sample import Prompt, Verdict
+from megatron_rl.named_code import ResultError, told
 from megatron_rl.rewards.channel import Channel, ChannelError
 from megatron_rl.rewards.verifiers import RewardError, Verifier, asked_by, call_check, call_verifier, get_verifier
 
 PR_SET_PDEATHSIG = 1
-_REASON = 500  # most characters of an exception in a report
 
 
 def serve(name: str, end: socket.socket) -> None:
@@ -34,7 +34,7 @@ def serve(name: str, end: socket.socket) -> None:
         channel.send({"error": str(error)})
         return
     except BaseException as error:
-        channel.send({"error": f"verifier {name!r}: {said(error)}"})
+        channel.send({"error": f"verifier {name!r}: {told(error)}"})
         return
     channel.send({"ready": True, "asks": sorted(asked_by(verifier))})
     while True:
@@ -48,28 +48,21 @@ def serve(name: str, end: socket.socket) -> None:
 def _reply(verifier: Verifier, message: dict[str, Any]) -> dict[str, Any]:
     fields = message["prompt"]
     prompt = Prompt(**{**fields, "token_ids": tuple(fields["token_ids"])})
-    results: Sequence[Verdict | ValueError]
+    results: Sequence[Verdict | ResultError]
     try:
         if "responses" in message:
             results = call_verifier(verifier, prompt, message["responses"])
         else:
             results = [call_check(verifier, prompt.answer)]
     except BaseException as error:  # SystemExit too: it costs this call only
-        return {"error": said(error)}
+        return {"error": told(error)}
     return {"results": [_result(each) for each in results]}
 
 
-def _result(result: Verdict | ValueError) -> dict[str, Any]:
-    if isinstance(result, ValueError):
-        return {"error": said(result)}
+def _result(result: Verdict | ResultError) -> dict[str, Any]:
+    if isinstance(result, ResultError):
+        return {"error": told(result)}
     return {"reward": result.reward, "correct": result.correct}
-
-
-def said(error: BaseException) -> str:
-    try:
-        return f"{type(error).__name__}: {error}"[:_REASON].encode(errors="replace").decode()
-    except BaseException:
-        return type(error).__name__
 
 
 def main(serve: Callable[[str, socket.socket], None]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+import turn_environments
 
 from megatron_rl.config.schema import Config, RewardConfig
 from megatron_rl.data.sample import Prompt
@@ -20,6 +23,7 @@ from megatron_rl.environments.env import EnvError
 from megatron_rl.environments.episodes import Environments, Episode, EpisodeFailure, check_environment
 
 PROMPT = Prompt("p", "3+5=", (), "end", "arithmetic")
+RAISING = '            raise RuntimeError("the tool is broken")'
 SAID = {"role": "assistant", "content": "abcdef"}
 
 
@@ -90,6 +94,17 @@ def test_a_step_that_hangs_holds_up_nothing_and_leaves_no_process(failing: Envir
     assert len(ticks) > 10
     wait_for(lambda: len(children()) == before)
     assert in_conversation(failing, lambda episode: episode.step(SAID)).done
+
+
+def test_a_step_that_raises_says_what_and_where(failing: Environments) -> None:
+    line = inspect.getsource(turn_environments).splitlines().index(RAISING) + 1
+    place = rf"\({re.escape(turn_environments.__file__)}, line {line}\)$"
+
+    async def raising(episode: Episode) -> None:
+        with pytest.raises(EpisodeFailure, match=rf"^RuntimeError: the tool is broken {place}"):
+            await episode.step(SAID)
+
+    in_conversation(failing, raising, "raise")
 
 
 def test_all_processes_end_if_the_trainer_is_killed(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ secret reaches a worker."""
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -57,7 +58,9 @@ def reason(found: list[Verdict | Failure]) -> str:
     ],
 )
 def test_any_exception_of_a_verifier_loses_only_that_verdict(judges: Judges, kind: str, said: str) -> None:
-    assert reason(ask(judges, "raises_what_it_is_told", kind)) == said
+    told, _, place = reason(ask(judges, "raises_what_it_is_told", kind)).partition(" (")
+    assert told == said
+    assert re.fullmatch(r".*/verifier_examples\.py, line \d+\)", place)
 
 
 def test_endless_recursion_in_a_verifier_loses_only_that_verdict(judges: Judges) -> None:
@@ -135,7 +138,9 @@ def test_workers_see_gpus_only_if_the_configuration_allows_it(monkeypatch: pytes
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     for environment, seen in (((), ""), (("CUDA_VISIBLE_DEVICES",), "3")):
         with Judges(workers=1, environment=environment) as pool:
-            assert ask(pool, "sees_gpus", responses="a") == [Failure(f"RuntimeError: {seen}")]
+            (found,) = ask(pool, "sees_gpus", responses="a")
+        assert isinstance(found, Failure)
+        assert found.reason.startswith(f"RuntimeError: {seen} (" if seen else "RuntimeError (")
 
 
 # ---- secrets

@@ -65,7 +65,7 @@ def test_a_run_prints_no_warning_and_listens_only_on_the_loopback_interface(tmp_
     lines = out.read_text().splitlines()
     assert [line for line in lines if not OURS.match(line)] == []
     assert [line for line in lines if line.startswith(("step 1/1  loss ", "finished: step 1 of 1"))] == lines[4:6]
-    assert lines[-1].endswith("torchrun --nproc-per-node 2 -m megatron_rl sft sft.yaml --resume")
+    assert lines[-1].endswith("torchrun --nproc-per-node 2 -m megatron_rl sft sft.yaml steps=2 --resume")
     for rank in range(2):
         assert "INFO megatron_rl.lab.console: engine: ready" in (tmp_path / f"run/logs/rank-{rank}.log").read_text()
     logged = "".join(file.read_text() for file in (tmp_path / "run" / "logs").glob("*.log"))

@@ -134,6 +134,12 @@ def test_a_fork_that_cannot_be_is_refused(forks: Forks, setting: Path, tmp_path:
         ),
         (f"{parent}@3", ["optim.freeze=[router]"], "optim.freeze: [] in "),
         (f"{parent}@3", [f"run_dir={parent}"], "not an empty directory"),
+        (
+            f"{parent}@4",
+            ["steps=2"],
+            f"error: steps: 2, but --fork: the checkpoint {parent}/checkpoints/step-000004 has made 4",
+        ),
+        (f"{parent}@4", ["steps=4"], "step-000004 has made 4 steps; give steps above 4\n"),
     ):
         assert_refused(sft(forks, setting, run_dir, "--fork", name, *words), told)
         assert not run_dir.exists(), told

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,34 @@ def test_one_command_starts_goes_on_and_ends(forks: Forks, setting: Path, tmp_pa
     assert contents(run_dir) == before
 
 
+@pytest.mark.parametrize("word", ["", "auto"])
+def test_a_resume_with_fewer_steps_than_are_made_is_refused(
+    forks: Forks, setting: Path, tmp_path: Path, word: str
+) -> None:
+    """Whether the run has ended, or was stopped before its end."""
+    ended, stopped = tmp_path / "ended", copy(setting, tmp_path / "stopped", until=4)
+    shutil.copytree(setting / "whole", ended)
+    before = contents(tmp_path)
+    for run_dir, made, by in (
+        (ended, STEPS, f"the run in {ended}"),
+        (stopped, 4, f"the checkpoint {stopped / 'checkpoints' / 'step-000004'}"),
+    ):
+        done = sft(forks, setting, run_dir, "steps=3", "--resume", *filter(None, [word]))
+        assert_refused(done, f"error: steps: 3, but {by} has made {made} steps; give steps above {made}\n")
+        assert contents(tmp_path) == before
+
+
+def test_the_summary_of_a_run_names_a_command_that_trains_longer(forks: Forks, setting: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    words = ["sft", str(setting / "sft.yaml"), f"run_dir={run_dir}", "steps=1"]
+    for steps in (1, 2, 4):
+        done = forks.run("-m", "megatron_rl", *words)
+        assert done.status == [0], done.stderr
+        assert len(read_metrics(run_dir / "metrics.jsonl")) == steps
+        (line,) = (each for each in done.stdout.splitlines() if each.startswith("train longer"))
+        words = shlex.split(re.split("megatron[_-]rl ", line, maxsplit=1)[1])
+
+
 def test_a_run_whose_model_is_missing_has_not_ended(forks: Forks, setting: Path, tmp_path: Path) -> None:
     run_dir = copy(setting, tmp_path / "run")
     done = resume(forks, setting, run_dir)
@@ -91,10 +121,18 @@ def test_a_refused_resume_changes_no_file(forks: Forks, setting: Path, tmp_path:
         (["--resume", "seed=3"], "seed: 0 in the run, 3 now"),
         (["--resume", "auto", "engine.dtype=bf16"], "engine.dtype: fp32 in the run, bf16 now"),
         (["--resume", "optim.schedule=linear"], "optim.decay_steps: 0"),
-        (["--resume", f"run_dir={elsewhere}"], "no config.yaml, so there is no run to resume"),
+        (
+            ["--resume", f"run_dir={elsewhere}"],
+            f"error: run_dir {elsewhere} has no config.yaml, so there is no run to resume. Start without --resume, or "
+            "correct the path.\n",
+        ),
         (["--resume", "auto", f"run_dir={elsewhere}"], "not an empty directory: notes.txt is in it"),
         (["--resume", f"run_dir={tmp_path / 'nothing'}"], "no config.yaml, so there is no run to resume"),
-        ([], "not an empty directory"),
+        (
+            [],
+            f"error: run_dir {run_dir} is not an empty directory: a run is in it. Go on with that run by --resume, "
+            "name another run_dir, or remove it.\n",
+        ),
         (["--resume", "data.max_tokens=1"], "data.max_tokens: 32 in the run, 1 now"),
         (["--resume", "lab.alarms=[{metric: los, above: 1, action: warn}]"], "los"),
         (["--resume", "--fork", f"{setting / 'whole'}@2"], "--fork begins a new run"),
@@ -156,6 +194,7 @@ def test_resume_skips_damaged_checkpoints(forks: Forks, setting: Path, tmp_path:
         "step-000003/rank-00000.safetensors: cannot be read",
         "step-000002-good: passed over",
         "step-copy: passed over",
+        *(f"step-00000{step}: damaged, and moved to history/" for step in (3, 4, 5)),
     ):
         assert name in done.stderr
     assert_like_whole(setting, run_dir)
@@ -193,9 +232,9 @@ def test_resume_is_refused_if_every_checkpoint_is_damaged(forks: Forks, setting:
     run_dir = copy(setting, tmp_path / "run", until=1)
     damage(run_dir / "checkpoints" / "step-000001" / "rank-00000.safetensors")
     before = contents(run_dir)
-    assert_refused(
-        resume(forks, setting, run_dir), "no whole checkpoint", "rank-00000.safetensors: not what its manifest says"
-    )
+    done = resume(forks, setting, run_dir)
+    assert_refused(done, "no whole checkpoint", "rank-00000.safetensors: not what its manifest says; passed over\n")
+    assert "history/" not in done.stderr, "nothing has been moved"
     assert contents(run_dir) == before
 
 

@@ -163,21 +163,19 @@ def test_a_run_has_ended_once_its_models_of_the_last_step_are_written(tmp_path: 
     (tmp_path / "model").mkdir()
     made.close()
 
-    def has_ended(steps: int) -> bool:
+    def ended_after() -> int | None:
         run = RunDir.open(tmp_path, changed(), resume=True)
         run.close()
-        return run.has_ended(steps)
+        return run.ended_after
 
-    assert not has_ended(3)
+    assert ended_after() is None
     made.run.end(3, ["model", "critic"])
-    assert not has_ended(3), "the critic is missing"
+    assert ended_after() is None, "the critic is missing"
     (tmp_path / "critic").mkdir()
-    assert has_ended(3)
-    assert has_ended(2)
-    assert not has_ended(4)
+    assert ended_after() == 3
     (tmp_path / "checkpoints" / "step-000002").mkdir()
-    assert not has_ended(3), "the newest checkpoint has been deleted, to go on from the one before"
+    assert ended_after() is None, "the newest checkpoint has been deleted, to go on from the one before"
     (tmp_path / "checkpoints" / "step-000003").mkdir()
-    assert has_ended(3)
+    assert ended_after() == 3
     start_and_end(tmp_path, resume=True)
-    assert not has_ended(3), "the run has gone on: model/ may be of any step until it ends again"
+    assert ended_after() is None, "the run has gone on: model/ may be of any step until it ends again"

@@ -115,7 +115,7 @@ def test_a_start_that_cannot_take_the_directory_leaves_none(tmp_path: Path, monk
 
 def test_create_refuses_a_directory_that_is_not_empty(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"Resume the run that is in it, name another run_dir") as error:
+    with pytest.raises(FileExistsError, match=r"notes\.txt is in it\. Name another run_dir") as error:
         RunDir.open(tmp_path, changed(), resume=False)
     assert str(tmp_path) in str(error.value)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 
 import pytest
 import torch
@@ -85,6 +87,17 @@ def test_a_module_that_fails_is_one_error(code, said, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ObjectiveError, match=f"'{module}:f' cannot be imported: {said}"):
         get_objective(ObjectiveConfig(custom=f"{module}:f"))
+
+
+def failing(inputs, config, sizes):
+    raise KeyError("clip")
+
+
+def test_a_custom_objective_that_raises_is_one_error_with_its_place():
+    line = inspect.getsourcelines(failing)[1] + 1
+    said = rf"objective\.custom: '.*:failing' raised KeyError: 'clip' \({re.escape(__file__)}, line {line}\)$"
+    with pytest.raises(ObjectiveError, match=said):
+        call("failing")
 
 
 def by_token(inputs, config, sizes):

@@ -37,6 +37,10 @@ def grouped(prompt: Prompt, responses: list[str]) -> list[object]:
     return [prompt, responses]
 
 
+def placed(strict: bool = True, record: Any = None, /, response: str = "") -> list[object]:
+    return [strict, record, response]
+
+
 class Callable:
     def __call__(self, record: dict[str, Any], *, response: str) -> list[object]:
         return [record, response]
@@ -51,6 +55,8 @@ class Callable:
         (alone, ["four"]),
         (grouped, [PROMPT, ["four"]]),
         (Callable(), [RECORD, "four"]),
+        (placed, [True, RECORD, "four"]),
+        (lambda response, /: [response], ["four"]),
         (functools.partial(turned, strict=False), [PROMPT, RECORD, "four", False, {}]),
     ],
 )
@@ -58,8 +64,8 @@ def test_a_verifier_gets_what_the_names_of_its_parameters_say(verifier: Any, giv
     seen: list[object] = []
 
     @functools.wraps(verifier, updated=())
-    def spying(**named: Any) -> Any:
-        seen.extend(verifier(**named))
+    def spying(*placed: Any, **named: Any) -> Any:
+        seen.extend(verifier(*placed, **named))
         return [1.0] if "responses" in named else 1.0
 
     assert call_verifier(spying, PROMPT, ["four"]) == [Verdict(1.0, True)]
@@ -73,7 +79,6 @@ def test_a_verifier_gets_what_the_names_of_its_parameters_say(verifier: Any, giv
         (lambda prompt: 1.0, "(prompt)"),
         (lambda prompt, response, extra_info: 1.0, "(prompt, response, extra_info)"),
         (lambda prompt, response, responses: 1.0, "(prompt, response, responses)"),
-        (lambda prompt, response, /: 1.0, "(prompt, response)"),
         (lambda *given: 1.0, "(*given)"),
     ],
 )
