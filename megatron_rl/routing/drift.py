@@ -15,7 +15,8 @@ this module in every micro-batch, so nothing waits for the device before `finali
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,8 @@ ROUTER = ("entropy", "margin", "mass", "live_overlap", "fallback")
 DRIFT = ("set_mismatch", "expert_change", "top1_change")
 COLD = 0.1
 """A cold expert gets less than this fraction of the mean load."""
+RUN_BYTES = 8 * 2**20
+"""Bytes of tensors that wait to be measured together, if a layer alone has not more."""
 MEANS = (*ROUTER, *(f"{measure}/{pair}" for measure in DRIFT for pair in PAIRS))
 
 
@@ -43,6 +46,34 @@ class RouterScores(NamedTuple):
     logprobs: Tensor
     ranked: Tensor
     """It chooses the K highest: logits, or sigmoids with the bias, -inf for experts that the row's groups exclude."""
+
+
+class LayerRun:
+    """What is seen of the layers of one micro-batch, one after the other, until it is measured at once.
+
+    With small layers an operation costs less than the same operation for each of them, on a CPU as on a GPU.
+    """
+
+    def __init__(self, measure: Callable[[int, slice, list[Sequence[Tensor]]], None]) -> None:
+        """`measure` gets the micro-batch, the places of the layers, and the tensors of each."""
+        self._measure = measure
+        self._micro_batch = self._first = self._bytes = 0
+        self._given: list[Sequence[Tensor]] = []
+
+    def add(self, micro_batch: int, place: int, tensors: Sequence[Tensor]) -> None:
+        """Takes a layer's tensors, which nobody may change until they are measured."""
+        follows = self._given and (micro_batch, place) == (self._micro_batch, self._first + len(self._given))
+        alike = follows and [each.shape for each in tensors] == [each.shape for each in self._given[0]]
+        if not alike or self._bytes > RUN_BYTES:
+            self.measure()
+            self._micro_batch, self._first = micro_batch, place
+        self._given.append(tensors)
+        self._bytes += sum(each.nbytes for each in tensors)
+
+    def measure(self) -> None:
+        given, self._given, self._bytes = self._given, [], 0
+        if given:
+            self._measure(self._micro_batch, slice(self._first, self._first + len(given)), given)
 
 
 class RoutingStats:
@@ -68,14 +99,20 @@ class RoutingStats:
         self._means = torch.zeros(len(MEANS), 2, len(layers), dtype=torch.float64, device=device)  # sum and rows
         self._load = torch.zeros(len(layers), num_experts, dtype=torch.float64, device=device)
         self._tokens = torch.zeros(len(PAIRS), 3, dtype=torch.float64, device=device)  # layers, tokens with any, tokens
-        self.rank_load = self._load.new_zeros(micro_batches, len(layers), expert_ranks)
-        """Choices of this rank's rows for the experts of each rank, by micro-batch and layer."""
+        self._rank_load = self._load.new_zeros(micro_batches, len(layers), expert_ranks)
         self.peaks = self._load.new_zeros(len(layers))
         """[layers]: `ep_peak` by layer, set by whoever knows the other ranks' `rank_load`; 0 is unknown."""
         self._differing: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self._changes: dict[tuple[str, int], Tensor] | None = {} if keeps_rows else None
+        self._routers = LayerRun(self._measure_routers)
+        self._comparisons: dict[tuple[str, ...], LayerRun] = {}
 
-    @torch.no_grad()
+    @property
+    def rank_load(self) -> Tensor:
+        """Choices of this rank's rows for the experts of each rank, by micro-batch and layer."""
+        self._measure_waiting()
+        return self._rank_load
+
     def observe_router(
         self,
         micro_batch: int,
@@ -90,28 +127,40 @@ class RoutingStats:
 
         replayed [R] bool is True for rows with a route to replay; None if nothing is replayed.
         """
-        chosen = used.long().masked_fill(~valid[:, None], 0)  # not used[valid], whose shape depends on the data
-        probabilities = scores.logprobs.exp()
+        # Rows of padding may name any expert; they are left in, since the shape of used[valid] depends on the data.
+        given = [*scores, used, live, valid] + ([] if replayed is None else [replayed])
+        self._routers.add(micro_batch, self._place[layer], given)
+
+    @torch.no_grad()
+    def _measure_routers(self, micro_batch: int, places: slice, given: Sequence[Sequence[Tensor]]) -> None:
+        """Adds the choices of the layers at these places, which are alike in shape: [L, R, ...] each."""
+        valid = given[0][4]
+        logprobs, ranked, used, live = (torch.stack([layer[kind] for layer in given]) for kind in range(4))
+        # Rows of padding may name any expert; they are left in, since the shape of used[valid] depends on the data.
+        chosen = used.long().clamp_(0, self._num_experts - 1)
+        probabilities = logprobs.exp()
         # The log of a probability that underflowed is -inf, and 0 times that is not 0.
-        logs = scores.logprobs.clamp(min=torch.finfo(scores.logprobs.dtype).min)
-        mass = probabilities.gather(1, chosen).double().sum(-1)
-        self._add(layer, valid, {"entropy": -(probabilities * logs).sum(-1), "mass": mass})
-        if self._top_k < scores.ranked.shape[1]:
-            ids = live.long().masked_fill(~valid[:, None], 0)
-            last = scores.ranked.gather(1, ids).amin(-1)
-            first = scores.ranked.scatter(1, ids, float("-inf")).amax(-1)
+        logs = logprobs.clamp_(min=torch.finfo(logprobs.dtype).min)
+        mass = probabilities.gather(-1, chosen).double().sum(-1)
+        self._add(places, valid, {"entropy": -(probabilities * logs).sum(-1), "mass": mass})
+        if self._top_k < self._num_experts:
+            ids = live.long().clamp_(0, self._num_experts - 1)
+            last = ranked.gather(-1, ids).amin(-1)
+            first = ranked.scatter_(-1, ids, float("-inf")).amax(-1)
             # The groups of a row may have no expert but those chosen.
-            self._add(layer, valid & first.isfinite(), {"margin": last - first})
-        if replayed is not None:
+            self._add(places, valid & first.isfinite(), {"margin": last - first})
+        if len(given[0]) > 5:
+            replayed = given[0][5]
             overlap = common(used, live, self._num_experts) / self._top_k
-            self._add(layer, valid & replayed, {"live_overlap": overlap})
-            self._add(layer, valid, {"fallback": ~replayed})
-        ids = chosen.flatten()  # and no bincount, for the same reason
+            self._add(places, valid & replayed, {"live_overlap": overlap})
+            self._add(places, valid, {"fallback": (~replayed).expand(len(given), -1)})
         rows = valid.to(self._load).repeat_interleave(self._top_k)
-        load = self._load.new_zeros(self._num_experts).index_add_(0, ids, rows)
-        self._load[self._place[layer]] += load
-        by_rank = self.rank_load[micro_batch, self._place[layer]]
-        by_rank += load.view(len(by_rank), -1).sum(-1)
+        for load, by_rank, ids in zip(
+            self._load[places], self._rank_load[micro_batch, places], chosen.flatten(1), strict=True
+        ):
+            here = load.new_zeros(self._num_experts).index_add_(0, ids, rows)  # bincount would wait for the device
+            load += here
+            by_rank += here.view(len(by_rank), -1).sum(-1)
 
     def expect(self, pair: str, micro_batch: int, valid: Tensor) -> None:
         """Announces a comparison of the routers' choices, for rows in which `valid` [R] is True.
@@ -120,41 +169,63 @@ class RoutingStats:
         """
         if pair not in PAIRS:
             raise ValueError(f"pair: found {pair!r}; expected one of {', '.join(PAIRS)}")
+        self._measure_waiting()  # what was announced before
         self._differing[pair, micro_batch] = (valid.long() * 0, valid)
         if self._changes is not None:
             self._changes[pair, micro_batch] = torch.zeros(len(valid), device=valid.device)
 
     def compare(self, pairs: Sequence[str], micro_batch: int, layer: int, a: Tensor, b: Tensor) -> None:
         """Compares choices a and b [R, K], the same for all these pairs, in the rows that `expect` announced."""
+        for pair in pairs:
+            self._differing[pair, micro_batch]  # KeyError if it was not announced
+        if tuple(pairs) not in self._comparisons:
+            self._comparisons[tuple(pairs)] = LayerRun(functools.partial(self._measure_pairs, tuple(pairs)))
+        self._comparisons[tuple(pairs)].add(micro_batch, self._place[layer], (a, b))
+
+    @torch.no_grad()
+    def _measure_pairs(
+        self, pairs: Sequence[str], micro_batch: int, places: slice, given: Sequence[Sequence[Tensor]]
+    ) -> None:
+        a, b = (torch.stack([layer[kind].long() for layer in given]) for kind in range(2))  # [L, R, K]
         shared = common(a, b, self._num_experts)
         differs = shared < self._top_k
         change = 1 - shared / self._top_k
-        measures = differs, change, a[:, 0] != b[:, 0]
+        measures = differs, change, a[..., 0] != b[..., 0]
+        totals: dict[int, Tensor] = {}  # by the rows, which are often those of the pair before
         for pair in pairs:
             differing, valid = self._differing[pair, micro_batch]
-            self._add(layer, valid, {f"{name}/{pair}": values for name, values in zip(DRIFT, measures, strict=True)})
-            differing += differs & valid
+            if id(valid) not in totals:
+                totals[id(valid)] = _sums(valid, measures)
+            self._keep(places, [f"{name}/{pair}" for name in DRIFT], totals[id(valid)])
+            differing += (differs & valid).sum(0)
             if self._changes is not None:
-                self._changes[pair, micro_batch] += change
+                self._changes[pair, micro_batch] += change.sum(0)
 
-    def _add(self, layer: int, valid: Tensor, measures: Mapping[str, Tensor]) -> None:
-        """Adds measures [R] of the rows in which `valid` [R] is True."""
-        sums = torch.stack([values.double() for values in measures.values()]).masked_fill_(~valid, 0).sum(-1)
-        rows = valid.sum().double()
-        for name, total in zip(measures, sums, strict=True):
-            self._means[MEANS.index(name), :, self._place[layer]] += torch.stack((total, rows))
+    def _add(self, places: slice, valid: Tensor, measures: Mapping[str, Tensor]) -> None:
+        """Adds measures [L, R] of the rows in which `valid`, [R] or [L, R], is True."""
+        self._keep(places, tuple(measures), _sums(valid, tuple(measures.values())))
+
+    def _keep(self, places: slice, names: Sequence[str], sums: Tensor) -> None:
+        for name, total in zip(names, sums, strict=True):
+            self._means[MEANS.index(name), :, places] += total
+
+    def _measure_waiting(self) -> None:
+        for run in (self._routers, *self._comparisons.values()):
+            run.measure()
 
     def differing(self) -> Iterator[Tensor]:
         """[R] for each pair and micro-batch: number of this rank's layers in which each row differs.
 
         Sum it in place over the pipeline's stages, which hold the same rows, before `count_tokens`.
         """
+        self._measure_waiting()
         for key in sorted(self._differing):
             yield self._differing[key][0]
 
     def row_changes(self) -> dict[str, list[tuple[Tensor, Tensor]]]:
         """(expert change [R] fp32 summed over this rank's layers, [R] bool: rows that were compared) of each
         micro-batch, by pair."""
+        self._measure_waiting()
         found: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for (pair, micro_batch), changes in sorted((self._changes or {}).items()):
             found.setdefault(pair, []).append((changes, self._differing[pair, micro_batch][1]))
@@ -162,16 +233,19 @@ class RoutingStats:
 
     def count_tokens(self) -> None:
         """Adds `differing` to the sums. Call it on one stage of a pipeline only."""
+        self._measure_waiting()
         for (pair, _), (layers, valid) in self._differing.items():
             found = (layers.sum(), (layers > 0).sum(), valid.sum())
             self._tokens[PAIRS.index(pair)] += torch.stack(found).double()
 
     def sums(self) -> tuple[Tensor, ...]:
         """Tensors to sum over ranks in place."""
+        self._measure_waiting()
         return self._means, self._load, self._tokens
 
     def finalize(self) -> dict[str, float]:
         """Metrics per layer, with their mean and extremes over layers. Omits metrics without rows."""
+        self._measure_waiting()
         report: dict[str, float] = {}
         means = self._means.cpu()
         for name, (sums, rows) in zip(MEANS, means, strict=True):
@@ -200,6 +274,15 @@ class RoutingStats:
         return {f"routing/{name}/{key}": float(value) for key, value in {**over, **shown}.items()}
 
 
+def _sums(valid: Tensor, measures: Sequence[Tensor]) -> Tensor:
+    """Returns the sum over the valid rows and their number, [measures, 2, L] fp64, of measures [L, R]; valid is bool,
+    [R] or [L, R]."""
+    # Other rows may have no finite value, and 0 times such a value is not 0.
+    values = torch.stack([torch.where(valid, each.double(), 0.0) for each in measures])
+    rows = valid.sum(-1).double().expand(len(values), values.shape[1])
+    return torch.stack((values.sum(-1), rows), 1)
+
+
 def peak_over_mean(rank_load: Tensor) -> Tensor:
     """Returns the fullest rank's load over the mean of the ranks: [...] from [..., ranks]; 0 if there is none."""
     mean = rank_load.mean(-1)
@@ -207,7 +290,8 @@ def peak_over_mean(rank_load: Tensor) -> Tensor:
 
 
 def common(a: Tensor, b: Tensor, num_experts: int) -> Tensor:
-    """[R]: number of experts in both a and b, [R, K] each, distinct in a row; rows of padding may have any values."""
+    """[..., R]: number of experts in both a and b, [..., R, K] each, distinct in a row; rows of padding may have any
+    values."""
     first, second = (ids.long().clamp(0, num_experts - 1) for ids in (a, b))
-    chosen = torch.zeros(len(a), num_experts, dtype=torch.bool, device=a.device).scatter_(1, first, True)
-    return chosen.gather(1, second).sum(-1)
+    chosen = torch.zeros(*a.shape[:-1], num_experts, dtype=torch.bool, device=a.device).scatter_(-1, first, True)
+    return chosen.gather(-1, second).sum(-1)

@@ -14,7 +14,7 @@ from taps import of_logits
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megatron_rl.routing.drift import PAIRS, RERUN, RoutingStats, common, peak_over_mean
+from megatron_rl.routing.drift import PAIRS, RERUN, LayerRun, RoutingStats, common, peak_over_mean
 
 LAYERS, EXPERTS, TOP_K = (1, 4), 6, 3
 CPU = torch.device("cpu")
@@ -211,6 +211,23 @@ def feed(
         scores = of_logits(d["logits"][:, place])
         found.observe_router(micro_batch, layer, scores, used, live, d["replayed"], d["valid"])
         found.compare([pair], micro_batch, layer, used, live)
+
+
+def test_layers_of_a_micro_batch_are_measured_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[tuple[int, int, int]] = []
+    run = LayerRun(lambda micro_batch, places, given: measured.append((micro_batch, places.start, len(given))))
+    small = [torch.zeros(3, 4)]
+    for micro_batch, place in ((0, 0), (0, 1), (1, 2), (1, 4), (1, 5)):
+        run.add(micro_batch, place, small)
+    run.add(1, 6, [torch.zeros(2, 4)])
+    run.measure()
+    assert measured == [(0, 0, 2), (1, 2, 1), (1, 4, 2), (1, 6, 1)]
+    measured.clear()
+    monkeypatch.setattr("megatron_rl.routing.drift.RUN_BYTES", 2 * small[0].nbytes - 1)
+    for place in range(5):
+        run.add(0, place, small)
+    run.measure()
+    assert measured == [(0, 0, 2), (0, 2, 2), (0, 4, 1)]
 
 
 def report_of(data: dict[str, Tensor]) -> dict[str, float]:
