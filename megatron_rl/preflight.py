@@ -19,11 +19,13 @@ from megatron_rl.config.schema import Config, SftConfig
 from megatron_rl.config.servers import read_urls
 from megatron_rl.data.prompts import PromptDataset
 from megatron_rl.data.sample import Prompt
+from megatron_rl.engine.manifest import checkpoints, step_of
 from megatron_rl.errors import UserError
 from megatron_rl.finding import Finding
 from megatron_rl.lab.alarms import check_alarms
 from megatron_rl.lab.run import check_run_dir
 from megatron_rl.lab.wandb_sink import check_wandb
+from megatron_rl.loop.progress import check_steps, steps_of
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.ranks.agreement import tell
 from megatron_rl.ranks.world import read_world
@@ -96,11 +98,20 @@ def _open_all(findings: PrintedFindings, resolved: Resolved[C]) -> None:
             findings.check("data.train", partial(_examples, config, resolved.arch), needs=[MODEL])
         if (wandb := config.lab.wandb) is not None:
             findings.check("lab.wandb", partial(_wandb, wandb))
-        findings.check("run_dir", lambda: check_run_dir(config.run_dir, dump_config(config)))
+        findings.check("run_dir", partial(_run_dir, config))
         for url, answer in servers.items():
             findings.check(f"rollout server {url}", partial(_answer, answer), needs=["rollout.servers.api_key_env"])
     finally:
         loop.close()
+
+
+def _run_dir(config: Config | SftConfig) -> str:
+    said = check_run_dir(config.run_dir, dump_config(config))
+    if not (saved := checkpoints(config.run_dir / "checkpoints")):
+        return said
+    made, steps = step_of(saved[-1]), steps_of(config)
+    check_steps(config, made, f"the run in {config.run_dir}")
+    return f"{said}: {made} of {steps} steps are made"
 
 
 def _wandb(config: WandbConfig) -> str:

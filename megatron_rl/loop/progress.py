@@ -15,9 +15,13 @@ def is_due(step: int, steps: int, every: int) -> bool:
     return step == steps or (every > 0 and step % every == 0)
 
 
+def steps_of(config: Config | SftConfig) -> int:
+    return config.train.steps if isinstance(config, Config) else config.steps
+
+
 def check_steps(config: Config | SftConfig, made: int, by: str, *, left: int = 0) -> None:
     """Raises ConfigError, which names the key, unless at least `left` steps follow the steps that `by` has made."""
-    key, steps = ("train.steps", config.train.steps) if isinstance(config, Config) else ("steps", config.steps)
+    key, steps = "train.steps" if isinstance(config, Config) else "steps", steps_of(config)
     if steps < made + left:
         raise ConfigError(f"{key}: {steps}, but {by} has made {made} steps; give {key} above {made}")
 

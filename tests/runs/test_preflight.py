@@ -209,12 +209,17 @@ def test_a_chat_template_is_shown_as_it_renders_the_first_record(forks: Forks, m
 
 def test_a_directory_with_a_run_is_told_from_one_with_another(forks: Forks, made: Path, tmp_path: Path) -> None:
     command = ("-m", "megatron_rl", "sft", "sft.yaml", f"run_dir={tmp_path / 'run'}")
-    assert forks.run(*command, directory=made).returncode == 0
-    found = check(forks, made, "sft.yaml", "--sft", f"run_dir={tmp_path / 'run'}")
+    assert forks.run(*command, "steps=2", directory=made).returncode == 0
+    found = check(forks, made, "sft.yaml", "--sft", f"run_dir={tmp_path / 'run'}", "steps=3")
     assert found["data.train"] == ("ok", "1 examples")
     assert found["run_dir"] == (
         "ok",
-        f"{tmp_path / 'run'} holds a run of this configuration, which --resume goes on with",
+        f"{tmp_path / 'run'} holds a run of this configuration, which --resume goes on with: 2 of 3 steps are made",
+    )
+    fewer = check(forks, made, "sft.yaml", "--sft", f"run_dir={tmp_path / 'run'}")
+    assert fewer["run_dir"] == (
+        "fail",
+        f"steps: 1, but the run in {tmp_path / 'run'} has made 2 steps; give steps above 2",
     )
     other = check(forks, made, "sft.yaml", "--sft", f"run_dir={tmp_path / 'run'}", "batch_size=2")
     assert other["run_dir"][0] == "fail"
