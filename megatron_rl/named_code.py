@@ -52,6 +52,8 @@ def import_own(name: str) -> Any:
 def import_named(name: str) -> Any:
     """Imports `package.module:attribute`. Raises LookupError, which says why it cannot."""
     module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise LookupError("a module, a colon and a name in it are expected, such as mine:judge")
     try:
         found = importlib.import_module(module)
     except ImportError as error:

@@ -52,8 +52,9 @@ def run(cls: type[C], path: Path, overrides: Sequence[str], world_size: int | No
         resolved = resolve(cls, path, overrides, world_size or read_world().size)
         check_alarms(resolved.config.lab.alarms)
     except UserError as error:
+        hint = "" if world_size else "; --world-size says how many ranks the run will have"
         for line in str(error).splitlines():
-            findings.add(Finding("fail", "configuration", line))
+            findings.add(Finding("fail", "configuration", line + (hint if line.startswith("parallel: ") else "")))
     else:
         tell(resolved.notes)
         findings.add(Finding("ok", "configuration", f"{path}, on {resolved.layout.world_size} ranks"))

@@ -69,16 +69,19 @@ def write_tokens(path: Path, columns: Mapping[str, np.ndarray], *, replicas: int
     write_durably(path, data.getvalue())
 
 
+WITHOUT = "Restore it. If it is removed, its tokens look as if they were not trained on."
+
+
 def read_tokens(path: Path) -> TokenFile:
     """Raises TokenFileError, which names the file, if it is damaged or lacks a column."""
     try:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise TokenFileError(f"{path}: not a file of token values, or damaged: {reason}. Remove it.") from None
+        reason = str(error).splitlines()[0][:200].rstrip(".")
+        raise TokenFileError(f"{path}: not a file of token values, or damaged: {reason}. {WITHOUT}") from None
     replicas = (table.schema.metadata or {}).get(_REPLICAS, b"")
     missing = sorted(COLUMNS.keys() - {OLD} - set(table.column_names))
     if missing or not replicas.isdigit():
         what = f"has no column {missing[0]!r}" if missing else "does not say how many replicas the run has"
-        raise TokenFileError(f"{path}: {what}; it is not a file of token values. Remove it.")
+        raise TokenFileError(f"{path}: {what}; it is not a file of token values. {WITHOUT}")
     return TokenFile({name: table.column(name).to_numpy() for name in table.column_names}, int(replicas))

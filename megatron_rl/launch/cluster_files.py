@@ -43,14 +43,14 @@ def write(job: ClusterJob, site: Site, kubernetes: bool, out: Path | None) -> No
 
 def slurm_script(job: ClusterJob, site: Site) -> str:
     """Returns the text of a script for sbatch."""
-    logs = job.run_dir / "logs"
+    logs = Path.cwd() / job.run_dir / "logs"
     return _fill(
         "slurm.sbatch",
         job=job,
         site=site,
         directory=Path.cwd(),
         logs=logs,
-        train=[*job.command, *job.trainer_overrides(f"urls_file={logs / 'servers.txt'}")],
+        train=[*job.command, *job.trainer_overrides(f"urls_file={_yaml(logs / 'servers.txt')}")],
     )
 
 

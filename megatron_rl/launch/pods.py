@@ -26,11 +26,17 @@ def working_directory(site: KubernetesSite) -> Path:
 
 
 def _unseen_files(config: Config, mount: Path) -> Iterator[str]:
-    for key, path in [*_paths(config), *_own_modules(config)]:
+    for key, path in _paths(config):
         if not (Path.cwd() / path).is_relative_to(mount):
             yield (
                 f"{key}: {path}, but pods see the volume alone, which is mounted at {mount}; put it there and run "
                 "launch below, or change kubernetes.mount in the site file"
+            )
+    for key, file in _own_modules(config):
+        if file.parent != Path.cwd() or not file.is_relative_to(mount):
+            yield (
+                f"{key}: {file}, but pods import what is installed, and what lies in the directory of launch if they "
+                f"see that: it is below {mount}. Put it there and run launch there, or install it in the image"
             )
 
 
@@ -58,7 +64,7 @@ def _own_modules(config: Config) -> Iterator[tuple[str, Path]]:
         module, colon, _ = (name or "").partition(":")
         # Found as named_code.py finds it, but without running it.
         spec = PathFinder.find_spec(module.partition(".")[0], [*sys.path, str(Path.cwd())]) if colon else None
-        places = [] if spec is None else [spec.origin or "", *(spec.submodule_search_locations or ())]
+        places = [] if spec is None else [*(spec.submodule_search_locations or ()), spec.origin or ""]
         file = next((Path(place) for place in places if place), None)
         if file is not None and not file.is_relative_to(sys.prefix) and "site-packages" not in file.parts:
             yield key, file

@@ -25,6 +25,15 @@ from megatron_rl.launch.kubernetes_names import Label as NodeLabel
 LABEL = re.compile(r"[a-z]([a-z0-9-]{0,30}[a-z0-9])?", re.ASCII)
 TIME = re.compile(r"(?:(\d{1,4})-)?(\d{1,8})(?::(\d\d))?(?::(\d\d))?", re.ASCII)
 OPTION = re.compile(r"-(-[a-z][a-z0-9-]*|[A-Za-z])([ =]?\S.*)?", re.ASCII)
+EXPECTED = {"string_type": "text; put it in quotes", "tuple_type": "a list such as [a, b]"}
+"""What is expected, by pydantic's name of the mistake, if its own words are those of a programmer."""
+SCRIPTS = (
+    *("nodes", "ntasks", "ntasks-per-node", "array", "wrap", "signal", "requeue", "no-requeue", "open-mode"),
+    *("output", "chdir", "time", "job-name"),
+)
+"""Options that the script sets, or that would break it."""
+SHORT = "NnaoDtJ"
+"""Their letters."""
 LATEST = 65535
 """Seconds; Slurm takes no longer warning."""
 EARLIER = 60
@@ -67,6 +76,12 @@ def _check_line(text: str) -> str:
 def _check_option(text: str) -> str:
     if not OPTION.fullmatch(text):
         raise PydanticCustomError("option", "an option of sbatch, such as --partition=gpu")
+    name = re.split("[ =]", text.removeprefix("--"))[0]
+    # sbatch takes the beginning of a long name too.
+    if text[1] in SHORT or (text[1] == "-" and any(each.startswith(name) for each in SCRIPTS)):
+        raise PydanticCustomError(
+            "option", "an option that the script does not set itself; name and time are site keys"
+        )
     return text
 
 
@@ -144,15 +159,17 @@ def read_site(path: Path | None) -> Site:
         raise ConfigError(f"--site {path}: {error}; expected a YAML file (docs/launch.md)") from None
     except YamlError as error:
         raise ConfigError(str(error)) from None
-    if not isinstance(values, dict):
+    if not isinstance(values, dict | None):
         raise ConfigError(f"{path}: found {shown(values)}, expected keys such as name, slurm or kubernetes")
+    # A section whose keys are all commented out is null.
+    given = {key: value for key, value in (values or {}).items() if value is not None}
     try:
-        site = Site.model_validate_json(json.dumps(values), strict=True)
+        site = Site.model_validate_json(json.dumps(given), strict=True)
     except ValidationError as error:
         for mistake in error.errors():
             key = ".".join(map(str, mistake["loc"]))
             found = "no such key" if mistake["type"] == "extra_forbidden" else f"found {shown(mistake['input'])}"
-            expected = mistake["msg"].removeprefix("Input should be ")
+            expected = EXPECTED.get(mistake["type"], mistake["msg"].removeprefix("Input should be "))
             told = "docs/launch.md lists the keys" if mistake["type"] == "extra_forbidden" else f"expected {expected}"
             problems.append(f"{places.get(key, path)}: {key}: {found}; {told}")
         raise_all(problems)

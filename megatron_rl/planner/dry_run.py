@@ -28,4 +28,6 @@ def show(cls: type[C], path: Path, overrides: Sequence[str], world_size: int | N
     show_schedule(resolved.config, resolved.layout)
     print(memory_lines(Job(resolved.config, resolved.arch, resolved.layout)))
     kind = " --sft" if cls is SftConfig else ""
-    print(f"nothing was opened: `megatron-rl check {path}{kind}` opens weights, tokenizer, data, own code and servers")
+    ranks = f" --world-size {world_size}" if world_size else ""
+    command = f"megatron-rl check {path}{kind}{ranks}"
+    print(f"nothing was opened: `{command}` opens weights, tokenizer, data, own code and servers")

@@ -107,6 +107,11 @@ def _rollout_files(run: LoadedRun, step: int, given: Path | None) -> list[Path]:
     source = run.config.get("rollout.replay_from", "null")
     replays = source not in ("null", "", "~")
     directory = given or (Path(source) if replays else run.path) / "rollouts"
+    made = int(run.metrics.steps.max(initial=0))
+    if replays and step > made:
+        raise MissingFileError(
+            f"{run.path}: the run has made {made} steps of those that it replays. Name another --step."
+        )
     if files := rollout_files(directory, step):
         return files
     steps = steps_of(directory)
@@ -132,6 +137,10 @@ def load_run_of_train(path: Path) -> tuple[LoadedRun, int]:
     try:
         return run, int(run.config["rollout.group_size"])
     except (KeyError, ValueError):
+        if not run.config:
+            raise MissingFileError(
+                f"{path / 'config.yaml'}: not there, so nothing else of the run can be read."
+            ) from None
         raise ReportError(
             f"{path / 'config.yaml'}: has no rollout.group_size, as runs of `megatron-rl train` have. Runs of `sft` "
             "have no rollouts to read."

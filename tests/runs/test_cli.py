@@ -180,7 +180,9 @@ def test_a_dry_run_needs_no_torch(run: Command, directory: Path) -> None:
     assert "sizes that fit this model: tp 1, 2, 4, 8; ep 1, 2, 4, 8, 16; " in table
     assert "micro-batches on each of 4 data-parallel replicas" in table
     assert "memory of the largest rank (0): about " in table
-    assert table.splitlines()[-1].startswith("nothing was opened: `megatron-rl check a.yaml` opens weights, ")
+    assert table.splitlines()[-1].startswith(
+        "nothing was opened: `megatron-rl check a.yaml --world-size 4` opens weights, "
+    )
     assert not (directory / "runs").exists()
 
 

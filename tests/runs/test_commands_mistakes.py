@@ -105,7 +105,7 @@ def test_a_path_that_no_file_can_have_gives_one_error(forks: Forks, directory: P
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["plan", "a.yaml"], ["train", "a.yaml", "--dry-run"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "a.yaml", "--dry-run"]])
 def test_output_that_cannot_be_written_gives_one_error(directory: Path, arguments: list[str], unbuffered: str) -> None:
     with Path("/dev/full").open("w") as full:
         done = run_into(full.fileno(), directory, arguments, unbuffered)

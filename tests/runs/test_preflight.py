@@ -184,6 +184,12 @@ def test_each_thing_fails_with_the_error_of_a_start(
         assert found["rollout server http://127.0.0.1:9"] == ("skipped", "needs rollout.servers.api_key_env")
 
 
+def test_a_layout_of_more_ranks_names_the_option(forks: Forks, made: Path) -> None:
+    run = forks.run("-m", "megatron_rl", "check", "run.yaml", "parallel.tp=2", directory=made)
+    assert run.returncode == 2
+    assert "start a multiple of 2 ranks; --world-size says how many ranks the run will have" in run.stdout
+
+
 def test_a_damaged_model_leaves_out_what_needs_it(forks: Forks, made: Path, tmp_path: Path) -> None:
     make_tiny_model(tmp_path / "model", num_layers=1)
     (tmp_path / "model" / "model.safetensors").write_bytes(b"\0" * 20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,7 +68,10 @@ def test_a_failed_model_export_is_reported_and_done_on_resume(forks: Forks, sett
     arguments = (*SFT, setting / "sft.yaml", f"run_dir={run_dir}", "steps=2")
     run = forks.start(*arguments, before=[("patches:slow_steps", 1.0)])
     wait_for(forks, run, "slow step")
-    one = sum(file.stat().st_size for file in (run_dir / "checkpoints" / "step-000001").iterdir())
+    first = run_dir / "checkpoints" / "step-000001"
+    while not first.is_dir():  # pytest's timeout ends it
+        time.sleep(0.05)
+    one = sum(file.stat().st_size for file in first.iterdir())
     ballast = fill(small_disk, one + 40_000)
     assert_refused(forks.wait(run), "the model in", "was not written: ", "no space left on device")
     assert read_steps(run_dir) == [1, 2]

@@ -308,10 +308,18 @@ def test_the_page_says_why_a_step_has_no_values(tmp_path: Path) -> None:
 def test_replayed_rollouts_that_have_moved_are_named(run: Path, tmp_path: Path) -> None:
     config = (run / "config.yaml").read_text().replace("null", str(tmp_path / "elsewhere"))
     (run / "config.yaml").write_text(config)
+    refuse(run, MissingFileError, "the run has made 0 steps of those that it replays", "another --step")
+    (run / "metrics.jsonl").write_text(f'{{"step": {STEP}, "loss": 0.5}}\n')
     (run / "rollouts").rename(tmp_path / "copied")
     refuse(run, MissingFileError, "elsewhere/rollouts, which the run replays: no rollouts of step 3", "--rollouts")
     step = load_step(run, InspectOptions(STEP, rollouts=tmp_path / "copied"))
     assert len(step.responses) == 4
+
+
+def test_a_run_without_its_configuration_is_named(run: Path) -> None:
+    (run / "metrics.jsonl").write_text(f'{{"step": {STEP}, "loss": 0.5}}\n')
+    (run / "config.yaml").unlink()
+    refuse(run, MissingFileError, "config.yaml: not there")
 
 
 def test_links_lead_to_tokens_that_are_shown(tmp_path: Path) -> None:

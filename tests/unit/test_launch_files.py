@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from jobset_schema import JOBSET
 from typer.testing import CliRunner
 
 from megatron_rl.cli import app
@@ -22,72 +24,7 @@ from megatron_rl.launch.cluster_files import manifests, slurm_script
 from megatron_rl.launch.cluster_job import ClusterJob, Nodes, plan_job
 from megatron_rl.launch.site import Site
 
-# What https://github.com/kubernetes-sigs/jobset says in api/jobset/v1alpha2/jobset_types.go, of the fields that are
-# used. The template of a job is batch/v1's, which has a schema of its own.
-NAMED = {"type": "array", "items": {"type": "string"}, "uniqueItems": True}
-ACTIONS = ("FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts", "RestartJob")
-RULE_NAME = "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"
-
-
 COLOCATED = ("rollout.servers.colocate=true", "rollout.servers.launch=4", "weights.route=ipc")
-
-
-def strict(properties: dict[str, Any], *required: str) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
-
-
-RULE = strict(
-    {
-        "name": {"type": "string", "pattern": RULE_NAME},
-        "action": {"enum": list(ACTIONS)},
-        "onJobFailureReasons": NAMED,
-        "onJobFailureMessagePatterns": NAMED,
-        "targetReplicatedJobs": NAMED,
-    },
-    "name",
-    "action",
-)
-FAILURE_POLICY = strict(
-    {
-        "maxRestarts": {"type": "integer"},
-        "restartStrategy": {"enum": ["Recreate", "BlockingRecreate", "InPlaceRestart"]},
-        "rules": {"type": "array", "items": RULE},
-    }
-)
-NETWORK = strict(
-    {
-        "enableDNSHostnames": {"type": "boolean"},
-        "publishNotReadyAddresses": {"type": "boolean"},
-        "subdomain": {"type": "string"},
-    }
-)
-REPLICATED = strict(
-    {
-        "name": {"type": "string"},
-        "replicas": {"type": "integer"},
-        "template": strict({"metadata": {"type": "object"}, "spec": {"type": "object"}}, "spec"),
-    },
-    "name",
-    "template",
-)
-JOBSET = strict(
-    {
-        "apiVersion": {"const": "jobset.x-k8s.io/v1alpha2"},
-        "kind": {"const": "JobSet"},
-        "metadata": {"type": "object"},
-        "spec": strict(
-            {
-                "network": NETWORK,
-                "failurePolicy": FAILURE_POLICY,
-                "replicatedJobs": {"type": "array", "items": REPLICATED},
-            }
-        ),
-    },
-    "apiVersion",
-    "kind",
-    "metadata",
-    "spec",
-)
 
 
 @pytest.fixture
@@ -158,7 +95,7 @@ def test_the_trainer_gets_the_servers_by_a_file_and_no_flags_of_theirs(config: P
     told = [word for word in words if word.startswith("rollout.servers.")]
     logs = tmp_path / "a run" / "logs"
     assert told == [
-        f"rollout.servers.urls_file={logs / 'servers.txt'}",
+        f'rollout.servers.urls_file="{logs / "servers.txt"}"',
         "rollout.servers.api_key_env=MEGATRON_RL_SERVER_KEY",
         "rollout.servers.extra_flags=[]",
     ]
@@ -173,6 +110,18 @@ def test_own_servers_take_gpus_of_their_node_from_the_ranks(config: Path) -> Non
     assert "#SBATCH --gpus-per-node=8\n" in colocated
     assert "--nproc-per-node 8 " in colocated
     assert "servers.txt" not in colocated
+
+
+def test_the_trainer_reads_the_file_of_urls_that_the_script_writes(config: Path, tmp_path: Path) -> None:
+    """Overrides are YAML, to which # and : mean something."""
+    for name in ("x #1: {y}", "[a", '"q"', "-x"):
+        job = planned(config, f"run_dir={json.dumps(name)}")
+        (told,) = [
+            word for word in words_after(slurm_script(job, Site()), "-m megatron_rl train") if "urls_file" in word
+        ]
+        path = Path.cwd() / name / "logs" / "servers.txt"
+        (tmp_path / "override.yaml").write_text(told.replace("rollout.servers.urls_file=", "urls_file: "))
+        assert yaml.safe_load((tmp_path / "override.yaml").read_text()) == {"urls_file": str(path)}
 
 
 def test_a_percent_sign_in_the_run_directory_is_none_of_slurms(config: Path, tmp_path: Path) -> None:
@@ -279,6 +228,7 @@ def test_what_pods_would_lack_is_refused(config: Path, tmp_path: Path, monkeypat
     mount = tmp_path / "volume"
     site = Site.model_validate({"kubernetes": {"mount": mount}})
     lacking = ("run_dir=runs/one", "data.verifier=scores:mine", "lab.wandb={project: p}", "reward.environment=[JUDGE]")
+    monkeypatch.syspath_prepend(here)
     with pytest.raises(ConfigError) as refused:
         manifests(planned(config, *lacking), site)
     told = str(refused.value).splitlines()
@@ -291,6 +241,21 @@ def test_what_pods_would_lack_is_refused(config: Path, tmp_path: Path, monkeypat
     ]
     assert str(here / "scores.py") in told[2]
     assert "kubernetes.trainer_secrets" in told[4]
+
+
+def test_own_code_below_the_volume_that_pods_would_not_import_is_refused(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "library"
+    library.mkdir()
+    (library / "judges.py").write_text("")
+    monkeypatch.syspath_prepend(library)
+    monkeypatch.chdir(tmp_path)
+    site = Site.model_validate({"kubernetes": {"mount": tmp_path.parent.parent}})
+    with pytest.raises(ConfigError, match=r"data\.verifier: .*judges\.py, but pods import what is installed"):
+        manifests(planned(config, "run_dir=run", "data.verifier=judges:mine"), site)
+    monkeypatch.chdir(library)
+    manifests(planned(config, "run_dir=run", "data.verifier=judges:mine"), site)
 
 
 def test_secrets_of_the_trainer_are_its_variables(config: Path, tmp_path: Path) -> None:

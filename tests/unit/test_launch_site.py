@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from megatron_rl.config.load import ConfigError
-from megatron_rl.launch.site import read_site, seconds_of
+from megatron_rl.launch.site import Site, read_site, seconds_of
 
 
 def test_mistakes_of_a_site_file_are_named_with_their_lines(tmp_path: Path) -> None:
@@ -32,7 +32,13 @@ def test_mistakes_of_a_site_file_are_named_with_their_lines(tmp_path: Path) -> N
         ("slurm.time", "11:00", "660 s; expected more than slurm.warning, 600 s"),
         ("slurm.warning", 86400, "65535"),
         ("slurm.options", ["rm -rf x"], "an option of sbatch"),
-        ("slurm.options", ["--nodes=1\n"], "one line"),
+        ("slurm.options", ["--comment=1\n"], "one line"),
+        ("slurm.options", ["--nodes=3"], "does not set itself"),
+        ("slurm.options", ["--sig=TERM@60"], "does not set itself"),
+        ("slurm.options", ["-t 5"], "does not set itself"),
+        ("slurm.options", ["--no-requeue"], "does not set itself"),
+        ("slurm.time", 60, "put it in quotes"),
+        ("slurm.setup", ". .venv/bin/activate", "a list such as [a, b]"),
         ("slurm.setup", ["if true; then"], "lines of bash"),
         ("kubernetes.claim", "My claim", "such as my-claim"),
         ("kubernetes.secret", "a/b", "at most 253"),
@@ -61,13 +67,20 @@ def test_what_the_cluster_would_refuse_later_is_refused(tmp_path: Path, key: str
     assert told in line
 
 
+@pytest.mark.parametrize("text", ["", "# nothing yet\n", "slurm:\n  # time: 1:00:00\n"])
+def test_a_site_without_keys_has_the_defaults(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "site.yaml"
+    file.write_text(text)
+    assert read_site(file) == Site()
+
+
 def test_what_a_cluster_takes_is_taken(tmp_path: Path) -> None:
     file = tmp_path / "site.yaml"
     given = {
         "slurm": {
             "time": "12",
             "warning": 600,
-            "options": ["--partition=gpu", "-A mine", "--mail-type=ALL", "-C gpu&fast"],
+            "options": ["--partition=gpu", "-A mine", "--nodelist=n1", "--time-min=1:00:00", "-C gpu&fast"],
             "setup": ["if true; then", "  echo 1", "fi"],
         },
         "kubernetes": {

@@ -120,3 +120,6 @@ def test_a_module_that_cannot_be_imported_says_where(
     assert str(caught.value) == said.format(file=file)
     with pytest.raises(LookupError, match=r"^No module named 'nowhere_at_all'$"):
         import_own("nowhere_at_all:f")
+    for name in (":f", "broken:"):
+        with pytest.raises(LookupError, match="a module, a colon and a name in it"):
+            import_own(name)
