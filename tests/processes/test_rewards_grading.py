@@ -130,7 +130,7 @@ def test_verifiers_are_found_by_name():
         ("nowhere:check", "No module named 'nowhere'"),
         ("verifier_examples:shapes", "has no attribute 'shapes'"),
         ("verifier_examples:NOT_A_FUNCTION", "expected a function, found int"),
-        (":check", "Empty module name"),
+        (":check", "a module, a colon and a name in it are expected"),
     ],
 )
 def test_the_error_names_a_missing_verifier(name, message, judges):

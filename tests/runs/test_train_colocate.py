@@ -176,6 +176,7 @@ def test_servers_take_memory_only_when_all_ranks_have_freed_theirs(shared: Path)
         assert not [event for event in freed if event.begun < take.begun < event.ended]
 
 
+@pytest.mark.slow
 def test_a_server_that_cannot_take_its_memory_back_ends_the_run_with_one_error(
     forks: Forks, rl: Path, tmp_path: Path
 ) -> None:

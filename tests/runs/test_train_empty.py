@@ -78,7 +78,11 @@ def has_empty(config: Path, ranks: int, overrides: str) -> bool:
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("ranks", "layouts"),
-    [(2, TWO_RANKS), (4, FOUR_RANKS), pytest.param(4, MORE, marks=pytest.mark.slow)],
+    [
+        (2, TWO_RANKS),
+        pytest.param(4, FOUR_RANKS, marks=pytest.mark.slow),
+        pytest.param(4, MORE, marks=pytest.mark.slow),
+    ],
     ids=["2 ranks", "4 ranks", "more layouts"],
 )
 def test_an_empty_micro_batch_does_not_change_results(

@@ -53,9 +53,10 @@ def train(
     return read_metrics(root / "run" / "metrics.jsonl"), steps
 
 
+@pytest.mark.slow
 @pytest.mark.server
 @pytest.mark.distributed
-@pytest.mark.parametrize(("lag", "concurrency"), [(1, 2), pytest.param(3, 64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("lag", "concurrency"), [(1, 2), (3, 64)])
 def test_rollouts_go_on_during_updates_and_syncs(forks: Forks, tmp_path: Path, lag: int, concurrency: int) -> None:
     """With few requests at a time rollouts take longer than updates, so that a sync finds responses in flight. With
     many all that may begin begins at once, so that the lag is used up. Meanwhile the run is watched as Prometheus does

@@ -42,6 +42,7 @@ def requests(proxy: FaultProxy) -> int:
     return sum(path == "/generate" for path, _ in proxy.seen)
 
 
+@pytest.mark.slow
 @pytest.mark.server
 @pytest.mark.distributed
 def test_servers_leave_and_come_back_at_weight_syncs(

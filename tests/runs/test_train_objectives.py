@@ -107,6 +107,7 @@ def assert_same(found: Path, expected: Path) -> None:
                 assert (weight - trained[name]).abs().max() <= 2e-4 * trained[name].abs().max(), (found.name, name)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_results_do_not_depend_on_the_layout(forks: Forks, setting: Path) -> None:
     directories, runs = [], []
@@ -357,6 +358,7 @@ def test_a_resumed_run_continues_with_its_critic(forks: Forks, setting: Path, tm
     assert_exported(forks, tmp_path / "halted", tmp_path / "critic", "--critic", model="critic")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_bf16_critic_learns_like_an_fp32_critic(forks: Forks, setting: Path, tmp_path: Path) -> None:
     directory = setting.parent / "ppo-bf16"

@@ -28,6 +28,7 @@ def contents(groups: list[Group]) -> list[tuple[str, list[list[int]]]]:
     return [(group.prompt.id, [sample.token_ids.tolist() for sample in group.samples]) for group in groups]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_every_prompt_is_trained_on_once_by_a_run_that_is_stopped_and_killed(forks: Forks, tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "model", num_layers=1, hidden_size=32, num_experts=4, expert_hidden_size=16)

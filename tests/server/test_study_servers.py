@@ -16,6 +16,7 @@ from megatron_rl.study.conductor import run_study
 pytestmark = pytest.mark.server
 
 
+@pytest.mark.slow
 def test_runs_share_a_server_and_replay_what_others_sampled(
     forks: Forks, forked_ranks: None, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
