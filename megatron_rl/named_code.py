@@ -10,6 +10,8 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Mapping
+from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import Any
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
@@ -47,6 +49,17 @@ def import_own(name: str) -> Any:
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())
     return import_named(name)
+
+
+def own_file(name: str) -> Path | None:
+    """Returns the file, or the package's directory, in which `import_own` would find a user's module, and runs nothing.
+    None if it is nowhere, or if it is installed."""
+    module, colon, _ = name.partition(":")
+    spec = PathFinder.find_spec(module.partition(".")[0], [*sys.path, os.getcwd()]) if colon else None
+    if spec is None:
+        return None
+    places = [each + os.sep for each in spec.submodule_search_locations or ()] or [spec.origin or ""]
+    return None if places[0].startswith(_NOBODYS) or _is_installed(places[0]) else Path(places[0])
 
 
 def import_named(name: str) -> Any:

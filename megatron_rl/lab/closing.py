@@ -78,11 +78,10 @@ class Closing:
             yield _row("checkpoint", str(saved[-1]))
         yield _row("logs", str(run / "logs"))
         yield _row("report", shlex.join(["megatron-rl", "report", str(run)]))
-        if error is not None:
-            name, command = "go on", resume_command(sys.argv, read_world())
-        else:
-            name, command = "train longer", resume_command(sys.argv, read_world(), 2 * self._steps)
-        if command and (error is not None or self._can_go_on):
+        name, steps = ("train longer", 2 * self._steps) if error is None else ("go on", None)
+        if error is None and not self._can_go_on:
+            return
+        if command := resume_command(sys.argv, read_world(), steps):
             yield _row(name, command)
 
 

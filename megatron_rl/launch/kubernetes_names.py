@@ -67,7 +67,7 @@ Image = Annotated[
 Size = Annotated[
     str, AfterValidator(_of_form("size", r"[1-9]\d*([KMGTPE]i|[kMGTPE])?", "a size above 0, such as 64Gi", 32))
 ]
-Label = Annotated[
+NodeLabel = Annotated[
     str,
     AfterValidator(
         _of_form(

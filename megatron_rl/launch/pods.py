@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from importlib.machinery import PathFinder
 from pathlib import Path
 
 from megatron_rl.config.load import raise_all
@@ -12,6 +10,7 @@ from megatron_rl.config.resolve import model_dirs
 from megatron_rl.config.schema import Config
 from megatron_rl.data.generated import is_generated
 from megatron_rl.launch.site import KubernetesSite
+from megatron_rl.named_code import own_file
 
 
 def check_pods(config: Config, site: KubernetesSite) -> None:
@@ -61,12 +60,7 @@ def _own_modules(config: Config) -> Iterator[tuple[str, Path]]:
         "rollout.environment.name": None if environment is None else environment.name,
     }
     for key, name in names.items():
-        module, colon, _ = (name or "").partition(":")
-        # Found as named_code.py finds it, but without running it.
-        spec = PathFinder.find_spec(module.partition(".")[0], [*sys.path, str(Path.cwd())]) if colon else None
-        places = [] if spec is None else [*(spec.submodule_search_locations or ()), spec.origin or ""]
-        file = next((Path(place) for place in places if place), None)
-        if file is not None and not file.is_relative_to(sys.prefix) and "site-packages" not in file.parts:
+        if name is not None and (file := own_file(name)) is not None:
             yield key, file
 
 

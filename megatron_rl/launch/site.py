@@ -19,8 +19,7 @@ from megatron_rl.config.bounds import Frozen, PositiveInt
 from megatron_rl.config.load import raise_all
 from megatron_rl.config.sources import ConfigError, shown
 from megatron_rl.config.yaml12 import YamlError, read_yaml
-from megatron_rl.launch.kubernetes_names import Image, Mount, Namespace, ObjectName, Size
-from megatron_rl.launch.kubernetes_names import Label as NodeLabel
+from megatron_rl.launch.kubernetes_names import Image, Mount, Namespace, NodeLabel, ObjectName, Size
 
 LABEL = re.compile(r"[a-z]([a-z0-9-]{0,30}[a-z0-9])?", re.ASCII)
 TIME = re.compile(r"(?:(\d{1,4})-)?(\d{1,8})(?::(\d\d))?(?::(\d\d))?", re.ASCII)

@@ -127,14 +127,13 @@ class RoutingStats:
 
         replayed [R] bool is True for rows with a route to replay; None if nothing is replayed.
         """
-        # Rows of padding may name any expert; they are left in, since the shape of used[valid] depends on the data.
         given = [*scores, used, live, valid] + ([] if replayed is None else [replayed])
         self._routers.add(micro_batch, self._place[layer], given)
 
     @torch.no_grad()
     def _measure_routers(self, micro_batch: int, places: slice, given: Sequence[Sequence[Tensor]]) -> None:
         """Adds the choices of the layers at these places, which are alike in shape: [L, R, ...] each."""
-        valid = given[0][4]
+        valid, *replays = given[0][4:]  # the same for all layers of a micro-batch
         logprobs, ranked, used, live = (torch.stack([layer[kind] for layer in given]) for kind in range(4))
         # Rows of padding may name any expert; they are left in, since the shape of used[valid] depends on the data.
         chosen = used.long().clamp_(0, self._num_experts - 1)
@@ -149,8 +148,7 @@ class RoutingStats:
             first = ranked.scatter_(-1, ids, float("-inf")).amax(-1)
             # The groups of a row may have no expert but those chosen.
             self._add(places, valid & first.isfinite(), {"margin": last - first})
-        if len(given[0]) > 5:
-            replayed = given[0][5]
+        for replayed in replays:
             overlap = common(used, live, self._num_experts) / self._top_k
             self._add(places, valid & replayed, {"live_overlap": overlap})
             self._add(places, valid, {"fallback": (~replayed).expand(len(given), -1)})

@@ -323,10 +323,12 @@ def test_one_kind_of_cluster_is_asked_for(config: Path) -> None:
         ["plan", "--gpus", "2147483648"],
         ["train", "--dry-run", "--world-size", "9" * 23],
         ["check", "--world-size", "1000003"],
+        ["serve", "--tp", "1000000"],
     ],
 )
 def test_counts_beyond_any_cluster_are_refused(config: Path, words: list[str]) -> None:
-    done = CliRunner().invoke(app, [words[0], str(config), *words[1:]])
+    first = config.parent if words[0] == "serve" else config
+    done = CliRunner().invoke(app, [words[0], str(first), *words[1:]])
     assert done.exit_code == 2
     assert "less than or equal to" in done.output
 
