@@ -2,7 +2,8 @@
 
 SGLang's `torch_native` backend attends one sequence after another. With hundreds of requests of a small model this loop
 takes most of a decoding step. Here sequences are padded to the longest and attended together, by the same PyTorch
-function. What all layers of a forward pass share is computed once.
+function. What all layers of a forward pass share is computed once. Decoding steps use copies of the cache, if these are
+not too large (sglang_cpu_decode.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_rl.rollout.sglang_cpu_decode import Copies
 
 MAX_SCORES = 1 << 22  # per call and head, padding included; bounds the memory
 
@@ -33,8 +36,12 @@ class Together:
 
 
 def begin_forward(backend: Any, forward_batch: Any) -> None:
-    """Forgets the parts of the last forward pass. Called before TorchNativeAttnBackend.init_forward_metadata."""
-    backend.parts = None
+    """Forgets what the last forward pass shared. Called before TorchNativeAttnBackend.init_forward_metadata."""
+    backend.parts = backend.step = None
+    if not hasattr(backend, "copies"):
+        backend.copies = Copies()
+    if not forward_batch.forward_mode.is_decode():
+        backend.copies.forget(forward_batch.req_pool_indices.tolist())
 
 
 def extend(
@@ -82,6 +89,11 @@ def decode(
     if encoder_lens is not None or options["sliding_window_size"] is not None:
         tables = (req_to_token, req_pool_indices, seq_lens, encoder_lens)
         return original(backend, query, output, k_cache, v_cache, *tables, **options)
+    if backend.step is None and backend.parts is None:
+        backend.step = backend.copies.step(req_to_token, req_pool_indices, seq_lens, len(k_cache))
+    if backend.step is not None:
+        backend.copies.attend(backend.step, query, output, k_cache, v_cache, options["scaling"])
+        return output
     if backend.parts is None:
         ones = torch.ones_like(seq_lens)
         backend.parts = list(_parts(req_to_token, req_pool_indices, seq_lens, ones, len(k_cache)))

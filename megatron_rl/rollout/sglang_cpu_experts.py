@@ -1,8 +1,7 @@
 """Computes a layer's experts with few calls, on a CPU.
 
 SGLang's function calls seven PyTorch functions for each expert and copies what they return. With the few tokens of a
-decoding step these calls cost as much as the arithmetic. Here only the two matrix products are done expert by expert,
-and write into one tensor.
+decoding step these calls cost as much as the arithmetic. Here two grouped matrix products compute all experts.
 """
 
 from __future__ import annotations
@@ -12,7 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import embedding_bag, grouped_mm, silu
+
+ALIGNMENT = 16
+"""Bytes; a row of a weight is a multiple of them, or a grouped product refuses it."""
 
 
 def forward(original: Callable[..., Tensor], layer: Any, hidden: Tensor, chosen: Any, config: Any) -> Tensor:
@@ -20,37 +22,27 @@ def forward(original: Callable[..., Tensor], layer: Any, hidden: Tensor, chosen:
 
     hidden [T, H]; `chosen` are weights [T, K], experts [T, K] and what is not needed here. Returns [T, H].
     """
-    if not _is_plain(layer, config):
-        return original(layer, hidden, chosen, config)
     weights, experts, _ = chosen
-    tokens, per_token = experts.shape
-    flat = experts.reshape(-1).long()
-    counts = torch.bincount(flat, minlength=layer.num_experts).tolist()
+    if not len(hidden) or not _is_plain(layer, config):
+        return original(layer, hidden, chosen, config)
+    flat = experts.reshape(-1)
     order = flat.argsort(stable=True)
-    gate_up = _products(hidden.index_select(0, order // per_token), layer.w13_weight, counts)
+    ends = torch.bincount(flat, minlength=layer.num_experts).cumsum(0).int()
+    gate_up = grouped_mm(hidden.index_select(0, order // experts.shape[1]), layer.w13_weight.mT, offs=ends)
     gate, up = gate_up.chunk(2, dim=-1)
-    outputs = _products(silu(gate).mul_(up), layer.w2_weight, counts)
+    outputs = grouped_mm(silu(gate).mul_(up), layer.w2_weight.mT, offs=ends)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
-    by_token = outputs.index_select(0, place).view(tokens, per_token, outputs.shape[-1]).to(weights.dtype)
-    return torch.bmm(weights.unsqueeze(1), by_token).squeeze(1).to(hidden.dtype)
+    summed = embedding_bag(place.view_as(experts), outputs.to(weights.dtype), mode="sum", per_sample_weights=weights)
+    return summed.to(hidden.dtype)
 
 
 def _is_plain(layer: Any, config: Any) -> bool:
     biases = (getattr(layer, name, None) for name in ("w13_weight_bias", "w2_weight_bias"))
+    rows = (weight.shape[-1] * weight.element_size() for weight in (layer.w13_weight, layer.w2_weight))
     return (
         config.activation == "silu"
         and config.gemm1_alpha is None
         and not config.apply_router_weight_on_input
         and all(bias is None for bias in biases)
+        and all(size % ALIGNMENT == 0 for size in rows)
     )
-
-
-def _products(inputs: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
-    """inputs [T, I], of which each expert has `counts` in turn, times weights [E, O, I] -> [T, O]."""
-    outputs = inputs.new_empty(len(inputs), weights.shape[1])
-    for count, weight, some, place in zip(
-        counts, weights.unbind(), inputs.split(counts), outputs.split(counts), strict=True
-    ):
-        if count:
-            torch.mm(some, weight.t(), out=place)
-    return outputs

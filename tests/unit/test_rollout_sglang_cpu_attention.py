@@ -20,10 +20,14 @@ def unexpected(*args: object, **kwargs: object) -> Tensor:
     raise AssertionError("fell back to SGLang's own function")
 
 
+def forward_pass(requests: Tensor, *, decodes: bool = False) -> SimpleNamespace:
+    return SimpleNamespace(forward_mode=SimpleNamespace(is_decode=lambda: decodes), req_pool_indices=requests)
+
+
 def backend() -> SimpleNamespace:
     """An attention backend at the start of a forward pass."""
     made = SimpleNamespace(parts="of the forward pass before")
-    attention.begin_forward(made, None)
+    attention.begin_forward(made, forward_pass(torch.empty(0)))
     return made
 
 
@@ -72,7 +76,7 @@ def test_decode_attends_with_one_new_token_per_sequence(monkeypatch: pytest.Monk
 def test_layers_of_a_forward_pass_share_its_parts_and_the_next_pass_makes_new_ones() -> None:
     layers = backend()
     for q_lens, kv_lens in (([2, 3], [2, 5]), ([1, 1], [3, 6])):
-        attention.begin_forward(layers, None)
+        attention.begin_forward(layers, forward_pass(torch.empty(0)))
         arguments, expected = problem(q_lens, kv_lens)
         attention.extend(unexpected, layers, *arguments, **OPTIONS)
         of_first_layer = layers.parts
@@ -80,6 +84,28 @@ def test_layers_of_a_forward_pass_share_its_parts_and_the_next_pass_makes_new_on
         more = attention.extend(unexpected, layers, query, output, keys, 2 * values, *tables, **OPTIONS)
         assert layers.parts is of_first_layer
         torch.testing.assert_close(more, 2 * expected)
+
+
+def test_decoding_steps_use_copies_until_the_requests_take_part_in_another_forward_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("megatron_rl.rollout.sglang_cpu_decode.ROOM", 4)
+    layers = backend()
+    entered: list[int] = []
+    for kv_lens in ([4, 5], [5, 6], [6, 7]):
+        (query, output, keys, values, table, rows, lengths, *_), expected = problem([1, 1], kv_lens)
+        requests = torch.arange(2)
+        spare = torch.zeros(40, KV_HEADS, HEAD_DIM)  # the cache has room for the copies
+        caches = torch.cat((keys, spare)), torch.cat((values, spare))
+        if len(entered) == 2:
+            attention.begin_forward(layers, forward_pass(requests[:1]))
+        attention.begin_forward(layers, forward_pass(requests, decodes=True))
+        given = query, output, *caches, table[rows], requests, lengths
+        found = attention.decode(unexpected, layers, *given, **OPTIONS)
+        entered.append(len(layers.step.entered))
+        if entered == [2]:  # afterwards the problem's earlier tokens are others than those copied
+            torch.testing.assert_close(found, expected)
+    assert entered == [2, 0, 1]
 
 
 @pytest.mark.parametrize("change", [{"causal": False}, {"sliding_window_size": 4}])

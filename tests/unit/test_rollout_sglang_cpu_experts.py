@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import grouped_mm, silu
 
 from megatron_rl.rollout import sglang_cpu_experts as cpu_experts
 
-EXPERTS, HIDDEN, WIDTH = 5, 8, 6
+EXPERTS, HIDDEN, WIDTH = 5, 8, 12
 PLAIN: dict[str, Any] = {"activation": "silu", "gemm1_alpha": None, "apply_router_weight_on_input": False}
 
 
@@ -20,9 +20,9 @@ def unexpected(*arguments: object) -> Tensor:
     raise AssertionError("fell back to SGLang's own function")
 
 
-def layer(**more: object) -> SimpleNamespace:
+def layer(width: int = WIDTH, **more: Any) -> SimpleNamespace:
     g = torch.Generator().manual_seed(1)
-    gate_up, down = (torch.randn(EXPERTS, *shape, generator=g) for shape in ((2 * WIDTH, HIDDEN), (HIDDEN, WIDTH)))
+    gate_up, down = (torch.randn(EXPERTS, *shape, generator=g) for shape in ((2 * width, HIDDEN), (HIDDEN, width)))
     return SimpleNamespace(num_experts=EXPERTS, w13_weight=gate_up, w2_weight=down, **more)
 
 
@@ -49,9 +49,18 @@ def test_a_token_gets_the_weighted_sum_of_its_experts(experts: list[list[int]]) 
     torch.testing.assert_close(computed, one_by_one(hidden, chosen, made))
 
 
-def test_no_token_at_all_gives_an_empty_result() -> None:
+def test_no_token_at_all_is_left_to_sglang() -> None:
     hidden, chosen = torch.empty(0, HIDDEN), (torch.empty(0, 2), torch.empty(0, 2, dtype=torch.int32), None)
-    assert cpu_experts.forward(unexpected, layer(), hidden, chosen, SimpleNamespace(**PLAIN)).shape == (0, HIDDEN)
+    with pytest.raises(AssertionError, match="fell back"):
+        cpu_experts.forward(unexpected, layer(), hidden, chosen, SimpleNamespace(**PLAIN))
+
+
+def test_widths_that_a_grouped_product_refuses_are_left_to_sglang() -> None:
+    made, (hidden, chosen) = layer(width=WIDTH - 2), tokens([[0, 1]])
+    with pytest.raises(RuntimeError, match="16"):
+        grouped_mm(hidden, made.w2_weight, offs=torch.ones(EXPERTS, dtype=torch.int32))
+    with pytest.raises(AssertionError, match="fell back"):
+        cpu_experts.forward(unexpected, made, hidden, chosen, SimpleNamespace(**PLAIN))
 
 
 @pytest.mark.parametrize(
@@ -66,5 +75,6 @@ def test_other_experts_than_plain_swiglu_are_left_to_sglang(change: dict[str, ob
 @pytest.mark.parametrize("bias", ["w13_weight_bias", "w2_weight_bias"])
 def test_experts_with_biases_are_left_to_sglang(bias: str) -> None:
     hidden, chosen = tokens([[0, 1]])
+    biased: dict[str, Any] = {bias: torch.ones(1)}
     with pytest.raises(AssertionError, match="fell back"):
-        cpu_experts.forward(unexpected, layer(**{bias: torch.ones(1)}), hidden, chosen, SimpleNamespace(**PLAIN))
+        cpu_experts.forward(unexpected, layer(**biased), hidden, chosen, SimpleNamespace(**PLAIN))
