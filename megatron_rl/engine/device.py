@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_rl.heap import keep_freed_memory
 from megatron_rl.ranks.known_warnings import ON_CPU, hide_known_warnings
 from megatron_rl.ranks.own_device import resolve_device
 
@@ -49,6 +50,7 @@ def use_device(requested: str, leave_out: Collection[str] = ()) -> torch.device:
         items = CPU_LAYER | items
         torch.cuda._megatron_rl_cpu_layer = True  # type: ignore[attr-defined]
         hide_known_warnings(ON_CPU)
+        keep_freed_memory()
     for name, item in items.items():
         if name not in leave_out:
             item()

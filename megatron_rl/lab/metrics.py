@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from megatron_rl.lab.declared_rollouts import ROLLOUTS
 from megatron_rl.lab.declared_updates import BEYOND, CRITIC, ENTROPY_BINS, FINE_TUNING, LAG_BINS, POLICY, Bins
 from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.objectives.advantages import all_equal
-from megatron_rl.objectives.inputs import CenteringValues, LossInputs, LossValues, PolicyLossOutputs
+from megatron_rl.objectives.inputs import LossInputs, LossValues, PolicyLossOutputs
 from megatron_rl.objectives.kl import k1, k3
 from megatron_rl.objectives.ratios import Tokens
 from megatron_rl.objectives.value import ValueLossOutputs
@@ -55,45 +56,42 @@ def training_metrics(
     )
     log_rho = old - rollout
     log_s = outputs.values.log_sequence_ratio[present]
-    metrics.add("loss", outputs.loss)
-    metrics.add("tokens", tokens.lengths)
-    metrics.add("sequences", torch.ones_like(present))
-    metrics.add("entropy", entropy[kept])
-    metrics.add("advantage", tokens.sequence_mean(tokens.advantages.double())[present])
-    metrics.add("ratio", logprobs - old)
-    metrics.add("omega", logprobs - rollout)
-    metrics.add("sequence_ratio", log_s)
-    metrics.add("abs_log_sequence_ratio", log_s.abs())
+    values: dict[str, Tensor] = {
+        "loss": outputs.loss,
+        "tokens": tokens.lengths,
+        "sequences": torch.ones_like(present),
+        "entropy": entropy[kept],
+        "advantage": tokens.sequence_mean(tokens.advantages.double())[present],
+        "ratio": logprobs - old,
+        "omega": logprobs - rollout,
+        "sequence_ratio": log_s,
+        "abs_log_sequence_ratio": log_s.abs(),
+        **_kl("kl/old_policy", logprobs - old),
+        **_fractions(outputs.values, tokens, present),
+    }
     if mismatch:
-        metrics.add("rho", log_rho)
-        for tau in BEYOND:
-            metrics.add(f"rho/beyond_{tau}", log_rho.abs() > math.log(tau))
-        metrics.add("abs_logprob_gap", log_rho.abs())
-        metrics.add("log_perplexity_gap", -tokens.sequence_mean(log_rho)[present])
-        _add_kl(metrics, "kl/rollout_old", log_rho)
+        values |= {
+            "rho": log_rho,
+            **{f"rho/beyond_{tau}": log_rho.abs() > math.log(tau) for tau in BEYOND},
+            "abs_logprob_gap": log_rho.abs(),
+            "log_perplexity_gap": -tokens.sequence_mean(log_rho)[present],
+            **_kl("kl/rollout_old", log_rho),
+        }
         _add_mismatch_by_bin(metrics, log_rho, entropy[kept], ENTROPY_BINS)
         if lags is not None:
             _add_mismatch_by_bin(metrics, log_rho, lags[kept], LAG_BINS)
-    _add_kl(metrics, "kl/old_policy", logprobs - old)
     if tokens.reference_logprobs is not None:
-        _add_kl(metrics, "kl/policy_reference", tokens.reference_logprobs.double() - logprobs)
-    _add_fractions(metrics, outputs.values, tokens, present)
-    _add_centering(metrics, outputs.values.centering)
+        values |= _kl("kl/policy_reference", tokens.reference_logprobs.double() - logprobs)
+    if (centring := outputs.values.centering) is not None:
+        values |= {f"centering/{field.name}": getattr(centring, field.name) for field in dataclasses.fields(centring)}
     if tokens.router_shift is not None and outputs.values.floored is not None:
-        metrics.add("router_shift", tokens.router_shift)
-        metrics.add("router_shift/floored", outputs.values.floored)
+        values |= {"router_shift": tokens.router_shift, "router_shift/floored": outputs.values.floored}
+    metrics.add_all(values)
 
 
-def _add_centering(metrics: MetricAccumulator, values: CenteringValues | None) -> None:
-    if values is not None:
-        for field in dataclasses.fields(values):
-            metrics.add(f"centering/{field.name}", getattr(values, field.name))
-
-
-def _add_kl(metrics: MetricAccumulator, name: str, log_ratio: Tensor) -> None:
-    """Adds estimates of KL(p, q) from samples of p, with log_ratio = log q - log p."""
-    metrics.add(f"{name}/k1", k1(log_ratio))
-    metrics.add(f"{name}/k3", k3(log_ratio))
+def _kl(name: str, log_ratio: Tensor) -> dict[str, Tensor]:
+    """Estimates of KL(p, q) from samples of p, with log_ratio = log q - log p."""
+    return {f"{name}/k1": k1(log_ratio), f"{name}/k3": k3(log_ratio)}
 
 
 def _add_mismatch_by_bin(metrics: MetricAccumulator, log_rho: Tensor, values: Tensor, bins: Bins) -> None:
@@ -114,7 +112,8 @@ def _add_mismatch_by_bin(metrics: MetricAccumulator, log_rho: Tensor, values: Te
     metrics.add_sums(names, torch.cat([counts, sums.flatten()]), torch.cat([everyone, counts.repeat(len(measures))]))
 
 
-def _add_fractions(metrics: MetricAccumulator, values: LossValues, tokens: Tokens, present: Tensor) -> None:
+def _fractions(values: LossValues, tokens: Tokens, present: Tensor) -> dict[str, Tensor]:
+    """Tokens that a clip or correction acts on, and sequences with such tokens."""
     clipping, correction = values.clipping, values.correction
     masks = {
         "clip/low/active": clipping.active_low,
@@ -125,10 +124,12 @@ def _add_fractions(metrics: MetricAccumulator, values: LossValues, tokens: Token
         "correction/masked": correction.masked,
         "correction/truncated": correction.truncated,
     }
+    found: dict[str, Tensor] = {}
     for name, mask in masks.items():
         if mask is not None:
-            metrics.add(f"{name}/token", mask)
-            metrics.add(f"{name}/sequence", tokens.sequence_mean(mask.double())[present] > 0)
+            found[f"{name}/token"] = mask
+            found[f"{name}/sequence"] = tokens.sequence_mean(mask.double())[present] > 0
+    return found
 
 
 def value_metrics(
@@ -136,13 +137,17 @@ def value_metrics(
 ) -> None:
     """Adds one micro-batch to an accumulator of VALUE; values, returns and outcomes are [M], for masked-in tokens."""
     values = values.detach().double()
-    metrics.add("loss", outputs.loss)
-    metrics.add("value", values)
-    metrics.add("return", returns)
-    metrics.add("residual", returns - values)
-    metrics.add("outcome", outcomes)
-    metrics.add("outcome_residual", outcomes - values)
-    metrics.add("clipped", outputs.clipped)
+    metrics.add_all(
+        {
+            "loss": outputs.loss,
+            "value": values,
+            "return": returns,
+            "residual": returns - values,
+            "outcome": outcomes,
+            "outcome_residual": outcomes - values,
+            "clipped": outputs.clipped,
+        }
+    )
 
 
 def explained_variance(report: Mapping[str, float]) -> dict[str, float]:
@@ -161,10 +166,8 @@ def explained_variance(report: Mapping[str, float]) -> dict[str, float]:
 
 def sft_metrics(metrics: MetricAccumulator, logprobs: Tensor, loss_mask: Tensor, loss: Tensor, entropy: Tensor) -> None:
     """Adds one micro-batch to an accumulator of SFT; logprobs, loss_mask and entropy are [T]."""
-    metrics.add("loss", loss)
-    metrics.add("tokens", loss_mask)
-    metrics.add("nll", -logprobs[loss_mask])
-    metrics.add("entropy", entropy[loss_mask])
+    nll, kept_entropy = -logprobs[loss_mask], entropy[loss_mask]
+    metrics.add_all({"loss": loss, "tokens": loss_mask, "nll": nll, "entropy": kept_entropy})
 
 
 def rollout_metrics(metrics: MetricAccumulator, groups: Sequence[Group], weight_version: int) -> None:
@@ -173,32 +176,36 @@ def rollout_metrics(metrics: MetricAccumulator, groups: Sequence[Group], weight_
     Raises ValueError if a sample has no verdict.
     """
     metrics.add("prompts", torch.tensor(len(groups)))
-    for group in groups:
-        verdicts = [_verdict(sample) for sample in group.samples]
-        judged = np.array([not verdict.lost for verdict in verdicts], dtype=bool)
-        rewards = np.array([verdict.reward for verdict in verdicts])[judged]
-        correct = np.array([verdict.correct for verdict in verdicts], dtype=bool)[judged]
-        lengths = np.array([sample.response_tokens for sample in group.samples])
-        dead = not judged.any() or all_equal(rewards)
-        values = {
-            "samples": len(group.samples),
-            "tokens": lengths,
-            "reward": rewards,
-            "accuracy": correct,
-            "lost_verdicts": ~judged,
-            "group/dead": dead,
-            "group/dead/all_correct": dead and judged.any() and correct.all(),
-            "group/dead/all_wrong": dead and judged.any() and not correct.any(),
-            "turns": [sample.turns for sample in group.samples],
-            "response_length": lengths,
-            "response_length/correct": lengths[judged][correct],
-            "response_length/wrong": lengths[judged][~correct],
-            "truncated": [is_truncated(sample) for sample in group.samples],
-            "staleness": np.concatenate([_staleness(sample, weight_version) for sample in group.samples]),
-            "several_versions": [len(_generating_versions(sample)) > 1 for sample in group.samples],
-        }
-        for name, value in values.items():
-            metrics.add(name, torch.as_tensor(value))
+    measured = [_measures(group, weight_version) for group in groups]
+    if measured:
+        values = {name: np.concatenate([np.atleast_1d(each[name]) for each in measured]) for name in measured[0]}
+        metrics.add_all({name: torch.from_numpy(of_groups) for name, of_groups in values.items()})
+
+
+def _measures(group: Group, weight_version: int) -> dict[str, npt.ArrayLike]:
+    verdicts = [_verdict(sample) for sample in group.samples]
+    judged = np.array([not verdict.lost for verdict in verdicts], dtype=bool)
+    rewards = np.array([verdict.reward for verdict in verdicts])[judged]
+    correct = np.array([verdict.correct for verdict in verdicts], dtype=bool)[judged]
+    lengths = np.array([sample.response_tokens for sample in group.samples])
+    dead = not judged.any() or all_equal(rewards)
+    return {
+        "samples": len(group.samples),
+        "tokens": lengths,
+        "reward": rewards,
+        "accuracy": correct,
+        "lost_verdicts": ~judged,
+        "group/dead": dead,
+        "group/dead/all_correct": dead and judged.any() and correct.all(),
+        "group/dead/all_wrong": dead and judged.any() and not correct.any(),
+        "turns": [sample.turns for sample in group.samples],
+        "response_length": lengths,
+        "response_length/correct": lengths[judged][correct],
+        "response_length/wrong": lengths[judged][~correct],
+        "truncated": [is_truncated(sample) for sample in group.samples],
+        "staleness": np.concatenate([_staleness(sample, weight_version) for sample in group.samples]),
+        "several_versions": [len(_generating_versions(sample)) > 1 for sample in group.samples],
+    }
 
 
 def overlong_metrics(

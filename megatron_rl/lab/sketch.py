@@ -42,11 +42,11 @@ def bin_of(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MetricSlot:
-    """Place of a metric's state: sums[start : start + SIZES[kind]], maxima[extremes : extremes + 2]."""
+    """Place of a metric's state: sums[start : start + SIZES[kind]], maxima[2 * number : 2 * number + 2]."""
 
     kind: Kind
     start: int
-    extremes: int
+    number: int
 
 
 class MetricAccumulator:
@@ -59,57 +59,72 @@ class MetricAccumulator:
     def __init__(self, kinds: Mapping[str, Kind], device: torch.device | str = "cpu") -> None:
         self.kinds = dict(kinds)
         self._slots: dict[str, MetricSlot] = {}
-        self._starts: dict[tuple[str, ...], Tensor] = {}
+        self._places: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
         size = 0
-        for position, (name, kind) in enumerate(kinds.items()):
-            self._slots[name] = MetricSlot(kind, size, 2 * position)
+        for number, (name, kind) in enumerate(kinds.items()):
+            self._slots[name] = MetricSlot(kind, size, number)
             size += SIZES[kind]
         self.sums = torch.zeros(size, dtype=torch.float64, device=device)
         self.maxima = torch.full((2 * len(kinds),), -math.inf, dtype=torch.float64, device=device)
 
-    @torch.no_grad()
     def add(self, name: str, values: Tensor) -> None:
         """Adds values of any shape and dtype. Raises KeyError if the name was not declared."""
-        slot = self._slots[name]
-        values = values.detach().flatten().to(self.sums)
-        if not len(values):
-            return
-        state = self.sums[slot.start : slot.start + SIZES[slot.kind]]
-        if slot.kind is Kind.SUM:
-            state += values.sum()
-        elif slot.kind is Kind.MEAN:
-            state[0] += values.sum()
-            state[1] += len(values)
-        else:
-            self._add_tail(slot, state, values)
+        self.add_all({name: values})
+
+    @torch.no_grad()
+    def add_all(self, values: Mapping[str, Tensor]) -> None:
+        """Adds values of any shape and dtype to each metric. Raises KeyError if a name was not declared.
+
+        Metrics of one kind with equally many values are added at once: with few values an operation costs as much as
+        the same operation for each metric.
+        """
+        alike: dict[tuple[Kind, int], list[str]] = {}
+        for name, of_metric in values.items():
+            alike.setdefault((self._slots[name].kind, of_metric.numel()), []).append(name)
+        for (kind, count), names in alike.items():
+            if not count:
+                continue
+            rows = torch.stack([values[name].detach().flatten().to(self.sums) for name in names])
+            if kind is Kind.SUM:
+                self.sums.index_add_(0, self._places_of(names)[0], rows.sum(-1))
+            elif kind is Kind.MEAN:
+                self.add_sums(names, rows.sum(-1), rows.new_full((len(rows),), count))
+            else:
+                self._add_tails(names, rows, is_ratio=kind is Kind.RATIO)
 
     @torch.no_grad()
     def add_sums(self, names: Sequence[str], sums: Tensor, counts: Tensor) -> None:
         """Adds to means, [n] each: the sum of each one's values and their number."""
-        if tuple(names) not in self._starts:
-            if any(self._slots[name].kind is not Kind.MEAN for name in names):
-                raise ValueError(f"{', '.join(names)}: expected means")
-            starts = torch.tensor([self._slots[name].start for name in names], device=self.sums.device)
-            self._starts[tuple(names)] = starts
-        starts = self._starts[tuple(names)]
+        if any(self._slots[name].kind is not Kind.MEAN for name in names):
+            raise ValueError(f"{', '.join(names)}: expected means")
+        starts, _ = self._places_of(names)
         self.sums.index_add_(0, starts, sums.to(self.sums))
         self.sums.index_add_(0, starts + 1, counts.to(self.sums))
 
-    def _add_tail(self, slot: MetricSlot, state: Tensor, values: Tensor) -> None:
+    def _places_of(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Returns where the states of these metrics start in `sums`, and their numbers, [n] int64 each."""
+        if tuple(names) not in self._places:
+            slots = [self._slots[name] for name in names]
+            starts, numbers = torch.tensor([(slot.start, slot.number) for slot in slots], device=self.sums.device).T
+            self._places[tuple(names)] = starts, numbers
+        return self._places[tuple(names)]
+
+    def _add_tails(self, names: Sequence[str], values: Tensor, *, is_ratio: bool) -> None:
+        """values [n, values of each]."""
         finite = values.isfinite()
         ones = finite.to(values)
         kept = values.where(finite, 0.0)
-        bins = bin_of(kept)
-        natural = (kept.exp() if slot.kind is Kind.RATIO else kept) * ones
-        state.index_add_(0, bins, ones)
-        state.index_add_(0, BINS + bins, kept)
-        state[TOTAL] += natural.sum()
-        state[SQUARES] += natural.square().sum()
-        state[NOT_FINITE] += len(values) - ones.sum()
-        lowest = kept.where(finite, math.inf).min()
-        highest = kept.where(finite, -math.inf).max()
-        extremes = self.maxima[slot.extremes : slot.extremes + 2]
-        extremes.copy_(torch.maximum(extremes, torch.stack([-lowest, highest])))
+        natural = (kept.exp() if is_ratio else kept) * ones
+        starts, numbers = self._places_of(names)
+        bins = (starts[:, None] + bin_of(kept)).flatten()
+        missing = values.shape[1] - ones.sum(-1)
+        self.sums.index_add_(0, bins, ones.flatten())
+        self.sums.index_add_(0, bins + BINS, kept.flatten())
+        for place, found in ((TOTAL, natural.sum(-1)), (SQUARES, natural.square().sum(-1)), (NOT_FINITE, missing)):
+            self.sums.index_add_(0, starts + place, found)
+        extremes = torch.stack([-kept.where(finite, math.inf).amin(-1), kept.where(finite, -math.inf).amax(-1)], -1)
+        maxima = self.maxima.view(-1, 2)
+        maxima[numbers] = torch.maximum(maxima[numbers], extremes)
 
     def merge(self, other: MetricAccumulator) -> None:
         """Adds the values of another accumulator, as the all-reduce does between processes."""
@@ -134,7 +149,7 @@ class MetricAccumulator:
                 if count:
                     report[name] = total / count
             else:
-                low, high = maxima[slot.extremes : slot.extremes + 2].tolist()
+                low, high = maxima[2 * slot.number : 2 * slot.number + 2].tolist()
                 tail = tail_statistics(state, -low, high, slot.kind)
                 report |= {f"{name}/{statistic}": value for statistic, value in tail.items()}
         return report

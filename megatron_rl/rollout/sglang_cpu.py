@@ -26,6 +26,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.garbage import collect_rarely
+from megatron_rl.heap import keep_freed_memory
 from megatron_rl.rollout.sglang_launch import launch
 
 if TYPE_CHECKING:
@@ -209,6 +210,7 @@ def fork_processes(engine: object, server_args: Any, *args: object, **options: o
 
 if __name__ in ("__main__", "__mp_main__"):
     collect_rarely()
+    keep_freed_memory()
     install_stand_ins()
     register_hooks()
 if __name__ == "__main__":

@@ -85,6 +85,21 @@ def test_sums_and_fractions_by_hand():
     assert report["fraction"] == 0.6
 
 
+def test_metrics_added_at_once_are_those_added_one_by_one():
+    rng = np.random.default_rng(0)
+    counts = {"a": 9, "b": 9, "c": 4, "d": 0}
+    kinds = {f"{kind.name}/{name}": kind for kind in KINDS.values() for name in counts}
+    given = {name: torch.from_numpy(rng.normal(size=counts[name[-1]])) for name in kinds}
+    given["TAIL/a"][3] = math.nan
+    at_once, one_by_one = MetricAccumulator(kinds), MetricAccumulator(kinds)
+    for _ in range(2):
+        at_once.add_all(given)
+        for name, values in given.items():
+            one_by_one.add(name, values)
+    assert at_once.finalize() == pytest.approx(one_by_one.finalize(), rel=1e-12)
+    assert at_once.finalize()["TAIL/c/max"] == float(given["TAIL/c"].max())
+
+
 def test_an_empty_metric_is_left_out_and_does_not_change_a_merge():
     empty = accumulate(torch.zeros(0))
     assert empty.finalize() == {"total": 0}
