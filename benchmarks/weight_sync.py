@@ -3,7 +3,8 @@
     python benchmarks/weight_sync.py [--model DIR | --size 100m] [--dtype bf16] [--bucket-mib 64] [--repeats 7]
     python -m megatron_rl.ranks.launch 2 benchmarks/weight_sync.py --layout tp=2
 
-The raw broadcast goes from rank 0 to one process that throws the bytes away, bucket by bucket. The sync is all of it:
+The raw broadcast goes from rank 0 to one process that throws the bytes away, bucket by bucket, and whose memory is
+new for each bucket; with --raw-keeps it is used again, which takes half the time. The sync is all of it:
 shards gathered, broadcast and loaded by the server, its session, its cache and its version. Machines are noisy, so what
 counts is the median of the ratios of neighbouring runs. On a GPU the broadcast's seconds count as loading.
 """
@@ -28,6 +29,7 @@ from train_throughput import Size, make_model
 from megatron_rl.config.layout import Layout, parse_layout
 from megatron_rl.config.schema import EngineConfig, EngineDtype
 from megatron_rl.engine.device import use_device
+from megatron_rl.heap import keep_freed_memory
 from megatron_rl.rollout.server import Server, ServerOptions, free_ports
 from megatron_rl.rollout.source import Leader
 
@@ -41,9 +43,11 @@ def join(store: dist.TCPStore, rank: int) -> ProcessGroupGloo:
     return ProcessGroupGloo(PrefixStore("raw", store), rank, 2, options)
 
 
-def receive(port: int, sizes: list[int]) -> None:
-    """Receives buckets of these sizes, again and again, until the sender ends this process."""
+def receive(port: int, sizes: list[int], keeps: bool) -> None:
+    """Receives buckets of these sizes, again and again, until the sender ends this process. keeps: see --raw-keeps."""
     torch.set_num_threads(1)
+    if keeps:
+        keep_freed_memory()
     group = join(dist.TCPStore("127.0.0.1", port, 2, is_master=False, timeout=TIMEOUT), 1)
     while True:
         for size in sizes:
@@ -51,9 +55,11 @@ def receive(port: int, sizes: list[int]) -> None:
         group.barrier().wait()
 
 
-def raw_broadcast(sizes: list[int]) -> tuple[Callable[[], None], multiprocessing.process.BaseProcess]:
+def raw_broadcast(sizes: list[int], *, keeps: bool) -> tuple[Callable[[], None], multiprocessing.process.BaseProcess]:
     store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
-    receiver = multiprocessing.get_context("spawn").Process(target=receive, args=(store.port, sizes), daemon=True)
+    receiver = multiprocessing.get_context("spawn").Process(
+        target=receive, args=(store.port, sizes, keeps), daemon=True
+    )
     receiver.start()
     group = join(store, 0)
     buckets = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
@@ -73,6 +79,9 @@ def main(
     layout: Annotated[str, typer.Option(help="of the trainer, as tp=2")] = "tp=1",
     bucket_mib: Annotated[int, typer.Option()] = 64,
     repeats: Annotated[int, typer.Option()] = 7,
+    raw_keeps: Annotated[
+        bool, typer.Option(help="the raw receiver keeps freed memory, as servers on a CPU do")
+    ] = False,
 ) -> None:
     device = use_device("cpu")
     from megatron_rl.demo.demo_model import make_tokenizer
@@ -103,7 +112,7 @@ def main(
         (port,) = free_ports(1)
         options = ServerOptions(model, port=port, device="cpu", dtype=dtype, threads=1, max_total_tokens=8192)
         server = Server(options, Path(scratch) / "server.log")
-        raw, receiver = raw_broadcast(sizes)
+        raw, receiver = raw_broadcast(sizes, keeps=raw_keeps)
         leader = None
         try:
             server.wait_ready(300.0)
