@@ -139,7 +139,7 @@ def register_hooks() -> None:
     """Replaces functions through SGLang's own registry.
 
     Host buffers are not registered with CUDA (`--enable-return-routed-experts`), sequences attend together, experts
-    write each block to its place, requests are sampled by their seeds, processes are forked, and two steps of some
+    take one product for all of them, requests are sampled by their seeds, processes are forked, and two steps of some
     models are computed in plain PyTorch, in fp32 as SGLang's kernels do: the gate of the expert that every token
     visits, and norms over all heads.
     """
