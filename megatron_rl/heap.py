@@ -16,9 +16,8 @@ MMAP_BYTES_BEFORE_GLIBC_2_35 = 2**25
 def keep_freed_memory() -> None:
     """Has malloc keep what it would give back to the kernel, for the rest of the process.
 
-    By default tensors of more than some MiB are given back when they are freed, and the kernel fills the pages of the
-    next one with zeros: about a twentieth of an update of the demo's model, and a third of a weight sync. Does nothing
-    if the C library is not glibc.
+    By default large tensors are given back when they are freed, and the kernel fills the pages of the next one with
+    zeros, which is a twentieth to a tenth of an update of the demo's model. Does nothing if the C library is not glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

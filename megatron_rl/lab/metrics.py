@@ -90,7 +90,7 @@ def training_metrics(
 
 
 def _kl(name: str, log_ratio: Tensor) -> dict[str, Tensor]:
-    """Estimates of KL(p, q) from samples of p, with log_ratio = log q - log p."""
+    """Returns estimates of KL(p, q) from samples of p, with log_ratio = log q - log p."""
     return {f"{name}/k1": k1(log_ratio), f"{name}/k3": k3(log_ratio)}
 
 
@@ -113,7 +113,7 @@ def _add_mismatch_by_bin(metrics: MetricAccumulator, log_rho: Tensor, values: Te
 
 
 def _fractions(values: LossValues, tokens: Tokens, present: Tensor) -> dict[str, Tensor]:
-    """Tokens that a clip or correction acts on, and sequences with such tokens."""
+    """Marks tokens that a clip or correction acts on, and sequences with such tokens, by metric."""
     clipping, correction = values.clipping, values.correction
     masks = {
         "clip/low/active": clipping.active_low,
@@ -183,6 +183,7 @@ def rollout_metrics(metrics: MetricAccumulator, groups: Sequence[Group], weight_
 
 
 def _measures(group: Group, weight_version: int) -> dict[str, npt.ArrayLike]:
+    """Values of one judged group, by metric."""
     verdicts = [_verdict(sample) for sample in group.samples]
     judged = np.array([not verdict.lost for verdict in verdicts], dtype=bool)
     rewards = np.array([verdict.reward for verdict in verdicts])[judged]

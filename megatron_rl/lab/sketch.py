@@ -42,7 +42,7 @@ def bin_of(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MetricSlot:
-    """Place of a metric's state: sums[start : start + SIZES[kind]], maxima[2 * number : 2 * number + 2]."""
+    """Place of a metric's state: sums[start : start + SIZES[kind]], and pair `number` of the maxima."""
 
     kind: Kind
     start: int
@@ -110,7 +110,7 @@ class MetricAccumulator:
         return self._places[tuple(names)]
 
     def _add_tails(self, names: Sequence[str], values: Tensor, *, is_ratio: bool) -> None:
-        """values [n, values of each]."""
+        """Adds a row of values, [n, values of each], to each tail."""
         finite = values.isfinite()
         ones = finite.to(values)
         kept = values.where(finite, 0.0)
@@ -149,7 +149,7 @@ class MetricAccumulator:
                 if count:
                     report[name] = total / count
             else:
-                low, high = maxima[2 * slot.number : 2 * slot.number + 2].tolist()
+                low, high = maxima.view(-1, 2)[slot.number].tolist()
                 tail = tail_statistics(state, -low, high, slot.kind)
                 report |= {f"{name}/{statistic}": value for statistic, value in tail.items()}
         return report

@@ -68,7 +68,7 @@ class Copies:
         if longest > self._shape[1] or max(rows) >= min(self._shape[0], SPARE * len(names) + 1):
             self._known, self._layers = {}, {}
             self._shape = int(SPARE * len(names)) + 1, longest + ROOM
-            rows = self._rows(names, counts)
+            rows = list(range(len(names)))
         if self._shape[0] * self._shape[1] > slots:
             self._known, self._shape = {}, (0, 0)
             return None

@@ -34,7 +34,7 @@ def test_a_process_on_a_cpu_keeps_what_it_has_freed() -> None:
 
 
 def test_a_server_on_a_cpu_keeps_what_it_has_freed() -> None:
-    """The module does this when it is run, and then starts SGLang; here its hooks are left out."""
+    """The module does this when it is run, and then starts SGLang; here nothing is started."""
     before = (
         "import runpy, megatron_rl.rollout.sglang_launch as launch\n"
         "launch.launch = lambda arguments: None\n"
