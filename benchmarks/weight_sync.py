@@ -1,12 +1,13 @@
 """Weight syncs to a real SGLang server beside a raw gloo broadcast of the same bytes, in turn, in one run.
 
-    python benchmarks/weight_sync.py [--model DIR | --size 100m] [--dtype bf16] [--bucket-mib 64] [--repeats 7]
+    python benchmarks/weight_sync.py [--model DIR | --size 1b] [--dtype bf16] [--bucket-mib 256] [--repeats 7]
     python -m megatron_rl.ranks.launch 2 benchmarks/weight_sync.py --layout tp=2
 
 The raw broadcast goes from rank 0 to one process that throws the bytes away, bucket by bucket, and whose memory is
 new for each bucket; with --raw-keeps it is used again, which takes half the time. The sync is all of it:
 shards gathered, broadcast and loaded by the server, its session, its cache and its version. Machines are noisy, so what
-counts is the median of the ratios of neighbouring runs. On a GPU the broadcast's seconds count as loading.
+counts is the median of the ratios of neighbouring runs. Small experts cost SGLang's loaders more time in Python than
+in copies. On a GPU the broadcast's seconds count as loading.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo
 from train_throughput import Size, make_model
 
 from megatron_rl.config.layout import Layout, parse_layout
-from megatron_rl.config.schema import EngineConfig, EngineDtype
+from megatron_rl.config.schema import EngineConfig, EngineDtype, WeightsConfig
 from megatron_rl.engine.device import use_device
 from megatron_rl.heap import keep_freed_memory
 from megatron_rl.rollout.server import Server, ServerOptions, free_ports
@@ -74,10 +75,10 @@ def raw_broadcast(sizes: list[int], *, keeps: bool) -> tuple[Callable[[], None],
 
 def main(
     model: Annotated[Path | None, typer.Option(help="Hugging Face directory; default: a random one of --size")] = None,
-    size: Annotated[Size, typer.Option()] = "100m",
+    size: Annotated[Size, typer.Option()] = "1b",
     dtype: Annotated[EngineDtype, typer.Option()] = "fp32",
     layout: Annotated[str, typer.Option(help="of the trainer, as tp=2")] = "tp=1",
-    bucket_mib: Annotated[int, typer.Option()] = 64,
+    bucket_mib: Annotated[int, typer.Option()] = WeightsConfig().bucket_mib,
     repeats: Annotated[int, typer.Option()] = 7,
     raw_keeps: Annotated[
         bool, typer.Option(help="the raw receiver keeps freed memory, as servers on a CPU do")

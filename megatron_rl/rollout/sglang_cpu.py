@@ -145,7 +145,7 @@ def register_hooks() -> None:
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from megatron_rl.rollout import sglang_cpu_attention, sglang_cpu_experts, sglang_cpu_sampling
+    from megatron_rl.rollout import sglang_cpu_attention, sglang_cpu_experts, sglang_cpu_sampling, sglang_cpu_weights
 
     HookRegistry.register(
         "sglang.srt.mem_cache.pool_host.common._cuda_host_register",
@@ -169,6 +169,12 @@ def register_hooks() -> None:
     norms = "sglang.srt.models.minimax_m2"
     HookRegistry.register(f"{norms}.rms_sumsq_serial", sums_of_squares, HookType.REPLACE)
     HookRegistry.register(f"{norms}.rms_apply_serial", norm_heads, HookType.REPLACE)
+    updater = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+    receives = f"{updater}._receive_bucketed_weights_from_distributed"
+    HookRegistry.register(receives, sglang_cpu_weights.receive, HookType.REPLACE)
+    HookRegistry.register(f"{updater}.load_weights_from_distributed", sglang_cpu_weights.load_later, HookType.AROUND)
+    session = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.end_weight_update"
+    HookRegistry.register(session, sglang_cpu_weights.end, HookType.AROUND)
     launcher = "sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes"
     HookRegistry.register(launcher, fork_processes, HookType.BEFORE)
 

@@ -3,8 +3,9 @@
 Rank 0 of the trainer and all tensor-parallel ranks of all servers form one process group, in which the trainer is rank
 0. A bucket is one flat byte tensor (SGLang's "flattened_bucket"). While it is broadcast and loaded, the ranks gather
 the next one. Once all servers have received the first, they are told of the next, which they receive as soon as they
-have loaded the first: a server receives and loads a bucket in one call of its only thread. They are not told earlier: a
-server that has missed a call would take that bucket for the next, and gloo ends a process over a wrong size.
+have loaded the first: a server receives and loads a bucket in one call of its only thread. On a CPU they receive it
+while they load the first (rollout/sglang_cpu_weights.py). They are not told earlier: a server that has missed a call
+would take that bucket for the next, and gloo ends a process over a wrong size.
 """
 
 from __future__ import annotations
@@ -77,12 +78,15 @@ class CollectiveRoute:
             if bucket is None:
                 break
             del bucket, before
+        start = time.perf_counter()
         # Cached prefixes belong to the old weights. A server does one call after the other.
         ended = [self._servers.start(call) for call in ("end_weight_update", "flush_cache")]
         for answers in (*ended, self._servers.start("update_weight_version", version=version)):
             self._servers.wait(answers)
         self._is_broken = False
-        return Sent(total, {"gather": gather, **phases(times)})
+        seconds = phases(times)
+        seconds["load"] += time.perf_counter() - start  # a server on a CPU loads the last bucket at the end
+        return Sent(total, {"gather": gather, **seconds})
 
     def close(self) -> None:
         """Leaves the group, and does not wait for servers that are gone, which may be why the run ends. Never raises.

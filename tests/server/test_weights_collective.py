@@ -95,6 +95,24 @@ def test_a_refused_weight_sync_fails_at_once_and_the_next_trainer_can_sync(
     assert_next_push_arrives(served, trained, expected)
 
 
+@pytest.mark.parametrize("bucket", [0, 1])
+def test_weights_that_the_server_cannot_load_fail_the_sync(
+    served: str, trained: Path, expected: str, bucket: int
+) -> None:
+    """The first bucket is loaded when the second is asked for, and the second when the session ends."""
+    call = ["update_weights_from_distributed", "end_weight_update"][bucket]
+    sent = buckets(trained)
+    place = next(i for i, (name, _) in enumerate(sent[bucket]) if name.endswith("input_layernorm.weight"))
+    name, weight = sent[bucket][place]
+    sent[bucket][place] = (name, weight[:-2])
+    with (
+        route(served) as spoilt,
+        pytest.raises(WeightSyncError, match=rf"http://\S+/{call}: .*Attempted to load weight"),
+    ):
+        spoilt.push(sent, 7)
+    assert_next_push_arrives(served, trained, expected)
+
+
 @pytest.mark.parametrize("at", ["between begin and end", "in the broadcast"])
 def test_the_server_accepts_weights_after_a_trainer_was_killed_during_a_sync(
     forks: Forks, served: str, trained: Path, expected: str, at: str

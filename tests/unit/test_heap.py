@@ -41,3 +41,24 @@ def test_a_server_on_a_cpu_keeps_what_it_has_freed() -> None:
         "runpy.run_module('megatron_rl.rollout.sglang_cpu', run_name='__main__')"
     )
     assert pages(before) < 10
+
+
+ROOMS = """
+import re
+from pathlib import Path
+from megatron_rl.heap import keep_freed_memory
+from megatron_rl.rollout.sglang_cpu_weights import _next_room
+keep_freed_memory()
+def kibibytes():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+before = kibibytes()
+for number in range(20):
+    _next_room((number + 1) * 2**22).fill_(1)
+print(kibibytes() - before)
+"""
+
+
+def test_a_servers_rooms_for_weights_take_no_more_than_two_buckets() -> None:
+    """Each of 20 buckets is 4 MiB larger than the one before, so its room is new; the last two have 76 and 80 MiB."""
+    done = subprocess.run([sys.executable, "-c", ROOMS], capture_output=True, text=True, check=True)
+    assert 150 < int(done.stdout) / 1024 < 170
