@@ -102,7 +102,7 @@ def make_pass(
                 routes,
                 record=record,
                 observers=observers,
-                keeps=lambda tap, routed, live: common(routed, live, tap.num_experts) >= agree,
+                keeps=lambda tap, routed, live: common(routed, live) >= agree,
             )
     return RoutingPass(routers, routes, record=record, observers=observers)
 

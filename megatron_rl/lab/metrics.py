@@ -70,16 +70,17 @@ def training_metrics(
         **_fractions(outputs.values, tokens, present),
     }
     if mismatch:
+        gap = _gap(log_rho)
         values |= {
             "rho": log_rho,
-            **{f"rho/beyond_{tau}": log_rho.abs() > math.log(tau) for tau in BEYOND},
-            "abs_logprob_gap": log_rho.abs(),
+            **{f"rho/beyond_{tau}": gap[f"beyond_{tau}"] for tau in BEYOND},
+            "abs_logprob_gap": gap["abs_logprob_gap"],
             "log_perplexity_gap": -tokens.sequence_mean(log_rho)[present],
-            **_kl("kl/rollout_old", log_rho),
+            **{f"kl/rollout_old/{estimate}": gap[estimate] for estimate in ("k1", "k3")},
         }
-        _add_mismatch_by_bin(metrics, log_rho, entropy[kept], ENTROPY_BINS)
+        _add_gap_by_bin(metrics, gap, entropy[kept], ENTROPY_BINS)
         if lags is not None:
-            _add_mismatch_by_bin(metrics, log_rho, lags[kept], LAG_BINS)
+            _add_gap_by_bin(metrics, gap, lags[kept], LAG_BINS)
     if tokens.reference_logprobs is not None:
         values |= _kl("kl/policy_reference", tokens.reference_logprobs.double() - logprobs)
     if (centring := outputs.values.centering) is not None:
@@ -94,22 +95,28 @@ def _kl(name: str, log_ratio: Tensor) -> dict[str, Tensor]:
     return {f"{name}/k1": k1(log_ratio), f"{name}/k3": k3(log_ratio)}
 
 
-def _add_mismatch_by_bin(metrics: MetricAccumulator, log_rho: Tensor, values: Tensor, bins: Bins) -> None:
-    """Adds the mismatch of the tokens whose value is in each bin, and each bin's share of the tokens; [M] each."""
-    measures = {
-        "abs_logprob_gap": log_rho.abs(),
-        "k1": k1(log_rho),
-        "k3": k3(log_rho),
-        **{f"beyond_{tau}": log_rho.abs() > math.log(tau) for tau in BEYOND},
-    }
-    inside = torch.stack([(values >= low) & (values < high) for low, high in bins.values()])  # [bins, M]
-    of_tokens = torch.stack([each.double() for each in measures.values()])  # [measures, M]
-    counts = inside.sum(-1).double()
+def _gap(log_rho: Tensor) -> dict[str, Tensor]:
+    """Measures of the mismatch of mu and pi_old, [M] each."""
+    size = log_rho.abs()
+    beyond = {f"beyond_{tau}": size > math.log(tau) for tau in BEYOND}
+    return {"abs_logprob_gap": size, "k1": k1(log_rho), "k3": k3(log_rho), **beyond}
+
+
+def _add_gap_by_bin(metrics: MetricAccumulator, gap: Mapping[str, Tensor], values: Tensor, bins: Bins) -> None:
+    """Adds the mismatch of the tokens whose value is in each bin, and each bin's share of the tokens; [M] each.
+
+    Bins follow each other, from the lowest.
+    """
+    places = torch.stack([values >= low for low, _ in bins.values()]).sum(0)  # 0: below all bins, or not a number
+    of_tokens = torch.stack([torch.ones_like(values, dtype=torch.float64), *(each.double() for each in gap.values())])
     # Not a matrix product: a number that is not finite stays in its own bin.
-    sums = of_tokens[:, None].where(inside, 0.0).sum(-1)  # [measures, bins]
-    names = [f"mismatch/{measure}/{name}" for measure in ("share", *measures) for name in bins]
-    everyone = torch.full_like(counts, len(log_rho))
-    metrics.add_sums(names, torch.cat([counts, sums.flatten()]), torch.cat([everyone, counts.repeat(len(measures))]))
+    rows = torch.arange(len(of_tokens), device=places.device)[:, None] * (len(bins) + 1)
+    sums = of_tokens.new_zeros(len(of_tokens) * (len(bins) + 1))
+    sums.index_add_(0, (rows + places).flatten(), of_tokens.flatten())
+    counts, *measures = sums.view(len(of_tokens), -1)[:, 1:]
+    names = [f"mismatch/{measure}/{name}" for measure in ("share", *gap) for name in bins]
+    everyone = torch.full_like(counts, len(values))
+    metrics.add_sums(names, torch.cat([counts, *measures]), torch.cat([everyone, counts.repeat(len(gap))]))
 
 
 def _fractions(values: LossValues, tokens: Tokens, present: Tensor) -> dict[str, Tensor]:

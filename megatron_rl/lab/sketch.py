@@ -9,6 +9,7 @@ Quantiles come from counts on a fixed grid of bins that grow geometrically away 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,13 @@ class MetricSlot:
     number: int
 
 
+@functools.lru_cache(maxsize=256)
+def _places(slots: Sequence[MetricSlot], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns where the states of these metrics start in `sums`, and their numbers, [n] int64 each."""
+    starts, numbers = torch.tensor([(slot.start, slot.number) for slot in slots], device=device).T.contiguous()
+    return starts, numbers
+
+
 class MetricAccumulator:
     """The metrics of one optimizer step or one rollout, by name.
 
@@ -59,7 +67,6 @@ class MetricAccumulator:
     def __init__(self, kinds: Mapping[str, Kind], device: torch.device | str = "cpu") -> None:
         self.kinds = dict(kinds)
         self._slots: dict[str, MetricSlot] = {}
-        self._places: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
         size = 0
         for number, (name, kind) in enumerate(kinds.items()):
             self._slots[name] = MetricSlot(kind, size, number)
@@ -75,22 +82,24 @@ class MetricAccumulator:
     def add_all(self, values: Mapping[str, Tensor]) -> None:
         """Adds values of any shape and dtype to each metric. Raises KeyError if a name was not declared.
 
-        Metrics of one kind with equally many values are added at once: with few values an operation costs as much as
-        the same operation for each metric.
+        Metrics of one kind with equally many values are added at once, and ratios with tails: with few values an
+        operation costs as much as the same operation for each metric.
         """
         alike: dict[tuple[Kind, int], list[str]] = {}
         for name, of_metric in values.items():
-            alike.setdefault((self._slots[name].kind, of_metric.numel()), []).append(name)
+            kind = self._slots[name].kind
+            alike.setdefault((Kind.TAIL if kind is Kind.RATIO else kind, of_metric.numel()), []).append(name)
         for (kind, count), names in alike.items():
             if not count:
                 continue
+            names.sort(key=lambda name: self._slots[name].kind is not Kind.RATIO)
             rows = torch.stack([values[name].detach().flatten().to(self.sums) for name in names])
             if kind is Kind.SUM:
                 self.sums.index_add_(0, self._places_of(names)[0], rows.sum(-1))
             elif kind is Kind.MEAN:
                 self.add_sums(names, rows.sum(-1), rows.new_full((len(rows),), count))
             else:
-                self._add_tails(names, rows, is_ratio=kind is Kind.RATIO)
+                self._add_tails(names, rows, sum(self._slots[name].kind is Kind.RATIO for name in names))
 
     @torch.no_grad()
     def add_sums(self, names: Sequence[str], sums: Tensor, counts: Tensor) -> None:
@@ -102,19 +111,14 @@ class MetricAccumulator:
         self.sums.index_add_(0, starts + 1, counts.to(self.sums))
 
     def _places_of(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Returns where the states of these metrics start in `sums`, and their numbers, [n] int64 each."""
-        if tuple(names) not in self._places:
-            slots = [self._slots[name] for name in names]
-            starts, numbers = torch.tensor([(slot.start, slot.number) for slot in slots], device=self.sums.device).T
-            self._places[tuple(names)] = starts, numbers
-        return self._places[tuple(names)]
+        return _places(tuple(self._slots[name] for name in names), self.sums.device)
 
-    def _add_tails(self, names: Sequence[str], values: Tensor, *, is_ratio: bool) -> None:
-        """Adds a row of values, [n, values of each], to each tail."""
+    def _add_tails(self, names: Sequence[str], values: Tensor, ratios: int) -> None:
+        """Adds a row of values, [n, values of each], to each tail; the first `ratios` of them are of logs of ratios."""
         finite = values.isfinite()
         ones = finite.to(values)
         kept = values.where(finite, 0.0)
-        natural = (kept.exp() if is_ratio else kept) * ones
+        natural = torch.cat([kept[:ratios].exp(), kept[ratios:]]) * ones
         starts, numbers = self._places_of(names)
         bins = (starts[:, None] + bin_of(kept)).flatten()
         missing = values.shape[1] - ones.sum(-1)

@@ -29,6 +29,7 @@ from objective_reference import (
 
 from megatron_rl.config.switches import MinClip
 from megatron_rl.data.schedule import Denominators
+from megatron_rl.lab.declared_updates import ENTROPY_BINS
 from megatron_rl.lab.metrics import SFT, TRAINING, sft_metrics, training_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.objectives.policy_loss import policy_loss, sft_loss
@@ -267,6 +268,17 @@ def test_a_mismatch_that_is_not_finite_stays_in_its_bin():
     assert report["mismatch/abs_logprob_gap/lag_1"] > 9e3
     assert not math.isfinite(report["mismatch/k3/lag_1"])
     assert math.isfinite(report["mismatch/k3/lag_0"])
+
+
+def test_a_token_whose_entropy_is_not_a_number_is_in_no_bin():
+    sequences = random_sequences(8, [50, 30])
+    inputs, entropy = pack(sequences), packed_entropy(sequences)
+    entropy[int(inputs.loss_mask.nonzero()[0])] = math.nan
+    metrics = MetricAccumulator(TRAINING)
+    training_metrics(metrics, inputs, policy_loss(inputs, GRPO, denominators(sequences)), entropy)
+    report = metrics.finalize()
+    shares = [report[f"mismatch/share/{name}"] for name in ENTROPY_BINS]
+    assert sum(shares) == pytest.approx(1 - 1 / int(inputs.loss_mask.sum()))
 
 
 def test_every_declared_metric_is_measured():
