@@ -24,6 +24,7 @@ from megatron_rl.ranks.activity import Activity
 from megatron_rl.rollout.answers import Completion, RolloutError, read_completion, read_score
 from megatron_rl.rollout.deadlines import Deadlines
 from megatron_rl.rollout.retries import HEALING_STATUS, Healing, seconds_of, told, wait_of
+from megatron_rl.rollout.sglang_launch import ABANDONED
 from megatron_rl.rollout.transport import IDLE_SECONDS, Connections
 from megatron_rl.routing.wire import RouteSpec
 
@@ -213,7 +214,7 @@ class SGLangClient:
     async def abandon_weight_update(self) -> None:
         """Ends an update that another trainer began and did not finish, if there is one."""
         try:
-            await self.end_weight_update()
+            await self._call("/end_weight_update", {"rid": ABANDONED}, once=True)
         except RolloutError as error:
             if "no weight-update session is open" not in str(error):
                 raise
@@ -249,15 +250,14 @@ class SGLangClient:
         dtypes: Sequence[str],
         shapes: Sequence[Sequence[int]],
         group_name: str,
-        load_format: str | None,
     ) -> None:
-        """Returns once the weights have been broadcast and loaded. Cached prefixes and weight version stay."""
+        """Returns once a tensor of bytes was broadcast; a GPU has loaded it. Cached prefixes and weight version stay."""
         body = {
             "names": list(names),
             "dtypes": list(dtypes),
             "shapes": [list(shape) for shape in shapes],
             "group_name": group_name,
-            "load_format": load_format,
+            "load_format": "flattened_bucket",
             "flush_cache": False,
         }
         await self._call("/update_weights_from_distributed", body, once=True)

@@ -2,11 +2,12 @@
 
 SGLang receives a bucket and loads it before it answers, so the network waits for the loader, and on a CPU both cost
 about as much. Here a bucket is loaded once the next one is asked for, while gloo's threads receive that one. The last
-bucket is loaded when the session ends. A bucket that cannot be loaded fails the call after its own.
+bucket is loaded when the session ends. A bucket that cannot be loaded fails the call after its own. That of a trainer
+which was killed is dropped when the next trainer abandons its session.
 
 Buckets arrive in two rooms in turn, which are kept: new memory for each would cost as much as its loading. They are
 outside of malloc's heap, which would keep a room that was too small (megatron_rl/heap.py). SGLang's loaders copy what
-they are given, because it may be another process's memory.
+they are given, but for fp8 and GGUF, which are not sent.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.rollout.sglang_launch import ABANDONED
+
 _rooms = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
-"""That of the last bucket first."""
+"""That of the last bucket is the second."""
 _waiting: list[Callable[[], tuple[bool, str]]] = []
 """Loads the last bucket: one call for each model runner, as those of a draft model."""
 
@@ -33,8 +36,9 @@ def receive(
     from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
     metadata = FlattenedTensorBucket.empty(names, dtypes, shapes, "meta").get_metadata()
-    flat = _next_room(metadata[-1].end_idx)
+    flat = _free_room(metadata[-1].end_idx)
     arriving = dist.broadcast(flat, src=0, group=updater._model_update_group[group_name], async_op=True)
+    _rooms.reverse()
     try:
         load_waiting()
     finally:
@@ -42,9 +46,8 @@ def receive(
     return FlattenedTensorBucket(flattened_tensor=flat, metadata=metadata).reconstruct_tensors()
 
 
-def _next_room(size: int) -> Tensor:
+def _free_room(size: int) -> Tensor:
     """Returns [size] uint8, which the last bucket does not use."""
-    _rooms.reverse()
     if len(_rooms[0]) < size:
         mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         _rooms[0] = torch.frombuffer(mapped, dtype=torch.uint8)
@@ -71,6 +74,8 @@ def load_waiting() -> None:
 
 def end(original: Callable[..., Any], updater: Any, request: Any) -> Any:
     """Loads the last bucket in the scheduler's end_weight_update, whose answer says so if it cannot be loaded."""
+    if request.rid == ABANDONED:
+        _waiting.clear()
     try:
         load_waiting()
     except RuntimeError as error:

@@ -21,6 +21,9 @@ from typing import Any
 
 KEY_VARIABLE = "MEGATRON_RL_SERVER_KEY"
 
+ABANDONED = "abandoned"
+"""Request id of an end_weight_update that ends another trainer's session."""
+
 # With these flags SGLang starts several process groups, or one over several machines.
 SEVERAL = ("--dp", "--data-parallel", "--nnodes", "--node-rank", "--dist-init")
 

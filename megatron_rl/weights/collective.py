@@ -2,9 +2,9 @@
 
 Rank 0 of the trainer and all tensor-parallel ranks of all servers form one process group, in which the trainer is rank
 0. A bucket is one flat byte tensor (SGLang's "flattened_bucket"). While it is broadcast and loaded, the ranks gather
-the next one. Once all servers have received the first, they are told of the next, which they receive as soon as they
-have loaded the first: a server receives and loads a bucket in one call of its only thread. On a CPU they receive it
-while they load the first (rollout/sglang_cpu_weights.py). They are not told earlier: a server that has missed a call
+the next one. Once all servers have received the first, they are told of the next. A server on a GPU receives it as soon
+as it has loaded the first, since it receives and loads in one call of its only thread; a server on a CPU receives it
+while it loads the first (rollout/sglang_cpu_weights.py). They are not told earlier: a server that has missed a call
 would take that bucket for the next, and gloo ends a process over a wrong size.
 """
 
@@ -79,13 +79,17 @@ class CollectiveRoute:
                 break
             del bucket, before
         start = time.perf_counter()
-        # Cached prefixes belong to the old weights. A server does one call after the other.
-        ended = [self._servers.start(call) for call in ("end_weight_update", "flush_cache")]
-        for answers in (*ended, self._servers.start("update_weight_version", version=version)):
+        self._servers.ask("end_weight_update")
+        ended = time.perf_counter() - start
+        # Cached prefixes belong to the old weights.
+        for answers in (
+            self._servers.start("flush_cache"),
+            self._servers.start("update_weight_version", version=version),
+        ):
             self._servers.wait(answers)
         self._is_broken = False
         seconds = phases(times)
-        seconds["load"] += time.perf_counter() - start  # a server on a CPU loads the last bucket at the end
+        seconds["load"] += ended  # a server on a CPU loads the last bucket then
         return Sent(total, {"gather": gather, **seconds})
 
     def close(self) -> None:
@@ -113,7 +117,6 @@ class CollectiveRoute:
             dtypes=[str(t.dtype).removeprefix("torch.") for _, t in bucket],
             shapes=[list(t.shape) for _, t in bucket],
             group_name=self._name,
-            load_format="flattened_bucket",
         )
 
         def broadcast() -> None:
@@ -175,7 +178,7 @@ class CollectiveRoute:
 
 @dataclass
 class Times:
-    """When a bucket's broadcast began and ended, and when the last server had loaded it."""
+    """When a bucket's broadcast began and ended, and when the last server answered: a GPU's has loaded it by then."""
 
     begun: float = 0.0
     sent: float = 0.0
@@ -186,7 +189,7 @@ class Times:
 
 
 def phases(buckets: Sequence[Times]) -> dict[str, float]:
-    """Returns the seconds in which servers received, and in which they loaded. Receiving waits for the load before."""
+    """Returns the seconds in which servers received, and in which they only loaded, as a GPU's do before the next."""
     free = [0.0, *(bucket.loaded for bucket in buckets)]
     broadcast = sum(b.sent - max(b.begun, before) for b, before in zip(buckets, free, strict=False))
     return {"broadcast": broadcast, "load": sum(bucket.loaded - bucket.sent for bucket in buckets)}

@@ -109,15 +109,13 @@ def test_weights_that_the_server_cannot_load_fail_the_sync(
         route(served) as spoilt,
         pytest.raises(WeightSyncError, match=rf"http://\S+/{call}: .*Attempted to load weight"),
     ):
-        spoilt.push(sent, 7)
+        spoilt.push(sent, 99)
+    assert ask(served, lambda c: c.model_info())["weight_version"] != "99"
     assert_next_push_arrives(served, trained, expected)
 
 
-@pytest.mark.parametrize("at", ["between begin and end", "in the broadcast"])
-def test_the_server_accepts_weights_after_a_trainer_was_killed_during_a_sync(
-    forks: Forks, served: str, trained: Path, expected: str, at: str
-) -> None:
-    trainer = forks.begin(1, "broadcast:stop_in_a_push", served, trained, at)
+def kill_in_a_push(forks: Forks, url: str, model: Path, at: str) -> None:
+    trainer = forks.begin(1, "broadcast:stop_in_a_push", url, model, at)
     deadline = time.monotonic() + TIMEOUT
     while "there" not in trainer.stdout:
         assert forks.poll(trainer), trainer.stderr
@@ -126,7 +124,27 @@ def test_the_server_accepts_weights_after_a_trainer_was_killed_during_a_sync(
     time.sleep(0.5)  # the server is in the broadcast by then
     forks.kill(trainer)
     assert forks.wait(trainer).status == [-signal.SIGKILL]
+
+
+@pytest.mark.parametrize(
+    "at", ["between begin and end", "in the broadcast", "after the first bucket", "after a wrong bucket"]
+)
+def test_the_server_accepts_weights_after_a_trainer_was_killed_during_a_sync(
+    forks: Forks, served: str, trained: Path, expected: str, at: str
+) -> None:
+    kill_in_a_push(forks, served, trained, at)
     assert_next_push_arrives(served, trained, expected)
+
+
+def test_a_killed_trainers_last_bucket_is_not_loaded_over_later_weights(
+    forks: Forks, served: str, trained: Path, tiny_model_dir: Path
+) -> None:
+    """A trainer that syncs by files abandons the session of the one before only after its first sync."""
+    before = ask(served, lambda c: c.weights_checksum())
+    kill_in_a_push(forks, served, trained, "after the first bucket")
+    ask(served, lambda c: c.update_weights_from_disk(str(tiny_model_dir), weight_version=8))
+    ask(served, lambda c: c.abandon_weight_update())
+    assert ask(served, lambda c: c.weights_checksum()) == before
 
 
 @pytest.mark.distributed

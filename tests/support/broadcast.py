@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ def route(url: str, *faults: Fault) -> Iterator[CollectiveRoute]:
 
 
 def stop_in_a_push(url: str, model: Path, at: str) -> None:
-    """Pushes the model, and hangs before all weights have arrived."""
+    """Pushes the model, and hangs before all weights have arrived; a wrong bucket is one that cannot be loaded."""
 
     def stop(*_: object, **__: object) -> None:
         print("there", flush=True)
@@ -49,7 +50,12 @@ def stop_in_a_push(url: str, model: Path, at: str) -> None:
 
     if at == "in the broadcast":
         torch.distributed.broadcast = stop
+    sent = buckets(model)
+    if at == "after a wrong bucket":
+        sent[0] = [(name, tensor[:-2]) for name, tensor in sent[0]]
     with route(url) as route_:
         if at == "between begin and end":
             route_._send = stop  # type: ignore[assignment,method-assign]
-        route_.push(buckets(model), 7)
+        if at.startswith("after"):
+            sent = itertools.chain(sent[:1], iter(stop, None))  # type: ignore[assignment]
+        route_.push(sent, 7)

@@ -47,13 +47,14 @@ ROOMS = """
 import re
 from pathlib import Path
 from megatron_rl.heap import keep_freed_memory
-from megatron_rl.rollout.sglang_cpu_weights import _next_room
+from megatron_rl.rollout.sglang_cpu_weights import _free_room, _rooms
 keep_freed_memory()
 def kibibytes():
     return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 before = kibibytes()
 for number in range(20):
-    _next_room((number + 1) * 2**22).fill_(1)
+    _free_room((number + 1) * 2**22).fill_(1)
+    _rooms.reverse()
 print(kibibytes() - before)
 """
 
