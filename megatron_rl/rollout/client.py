@@ -251,7 +251,7 @@ class SGLangClient:
         shapes: Sequence[Sequence[int]],
         group_name: str,
     ) -> None:
-        """Returns once a tensor of bytes was broadcast; a GPU has loaded it. Cached prefixes and weight version stay."""
+        """Returns once a tensor of bytes was broadcast; GPUs have loaded it. Cached prefixes and the version stay."""
         body = {
             "names": list(names),
             "dtypes": list(dtypes),

@@ -81,12 +81,8 @@ class CollectiveRoute:
         start = time.perf_counter()
         self._servers.ask("end_weight_update")
         ended = time.perf_counter() - start
-        # Cached prefixes belong to the old weights.
-        for answers in (
-            self._servers.start("flush_cache"),
-            self._servers.start("update_weight_version", version=version),
-        ):
-            self._servers.wait(answers)
+        self._servers.ask("flush_cache")  # cached prefixes belong to the old weights
+        self._servers.ask("update_weight_version", version=version)
         self._is_broken = False
         seconds = phases(times)
         seconds["load"] += ended  # a server on a CPU loads the last bucket then
