@@ -149,7 +149,7 @@ CYCLE = """
 pause_generation retract, release_memory weights,kv_cache
 restore weights, restore gradients, restore optimizer
 offload optimizer, offload gradients
-resume_memory weights, end_weight_update, end_weight_update, offload weights
+resume_memory weights, abandon_weight_update, end_weight_update, offload weights
 resume_memory kv_cache, continue_generation
 pause_generation retract, release_memory kv_cache, restore weights
 offload weights, resume_memory kv_cache, continue_generation

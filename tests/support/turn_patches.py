@@ -38,7 +38,8 @@ def record_turns(folder: str, slow: float = 0.0) -> None:
 
     for call in (turns.offload, turns.restore):
         setattr(turns, call.__name__, on_gpu(call))
-    for name in ("pause_generation", "continue_generation", "release_memory", "resume_memory", "end_weight_update"):
+    calls = ("pause_generation", "continue_generation", "release_memory", "resume_memory")
+    for name in (*calls, "abandon_weight_update", "end_weight_update"):
         _record(SGLangClient, name, note)
 
 
