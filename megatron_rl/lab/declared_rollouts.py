@@ -179,7 +179,7 @@ COSTS = DeclaredTable(
                     "gather": "gathering of shards, for weights.route collective",
                     "broadcast": "broadcasts; on a GPU the servers' loading has their time",
                     "write": "gathering and writing of files",
-                    "load": "the servers' loading of broadcasts or files; on a CPU not what they load meanwhile",
+                    "load": "the servers' loading of files or broadcasts; on a CPU only what no broadcast overlaps",
                 }
             },
         ),

@@ -139,9 +139,9 @@ def register_hooks() -> None:
     """Replaces functions through SGLang's own registry.
 
     Host buffers are not registered with CUDA (`--enable-return-routed-experts`), sequences attend together, experts
-    take one product for all of them, requests are sampled by their seeds, processes are forked, and two steps of some
-    models are computed in plain PyTorch, in fp32 as SGLang's kernels do: the gate of the expert that every token
-    visits, and norms over all heads.
+    take one product for all of them, requests are sampled by their seeds, weights are loaded while more arrive,
+    processes are forked, and two steps of some models are computed in plain PyTorch, in fp32 as SGLang's kernels do:
+    the gate of the expert that every token visits, and norms over all heads.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 

@@ -178,17 +178,17 @@ class Times:
 
     begun: float = 0.0
     sent: float = 0.0
-    loaded: float = 0.0
+    answered: float = 0.0
 
     def note(self, answer: Future[Any]) -> None:
-        self.loaded = time.perf_counter()  # the last server's stands
+        self.answered = time.perf_counter()  # the last server's stands
 
 
 def phases(buckets: Sequence[Times]) -> dict[str, float]:
     """Returns the seconds in which servers received, and in which they only loaded, as a GPU's do before the next."""
-    free = [0.0, *(bucket.loaded for bucket in buckets)]
+    free = [0.0, *(bucket.answered for bucket in buckets)]
     broadcast = sum(b.sent - max(b.begun, before) for b, before in zip(buckets, free, strict=False))
-    return {"broadcast": broadcast, "load": sum(bucket.loaded - bucket.sent for bucket in buckets)}
+    return {"broadcast": broadcast, "load": sum(bucket.answered - bucket.sent for bucket in buckets)}
 
 
 class _Running(Generic[T]):

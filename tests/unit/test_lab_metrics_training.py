@@ -29,7 +29,7 @@ from objective_reference import (
 
 from megatron_rl.config.switches import MinClip
 from megatron_rl.data.schedule import Denominators
-from megatron_rl.lab.declared_updates import ENTROPY_BINS
+from megatron_rl.lab.declared_updates import ENTROPY_BINS, LAG_BINS
 from megatron_rl.lab.metrics import SFT, TRAINING, sft_metrics, training_metrics
 from megatron_rl.lab.sketch import MetricAccumulator
 from megatron_rl.objectives.policy_loss import policy_loss, sft_loss
@@ -268,6 +268,12 @@ def test_a_mismatch_that_is_not_finite_stays_in_its_bin():
     assert report["mismatch/abs_logprob_gap/lag_1"] > 9e3
     assert not math.isfinite(report["mismatch/k3/lag_1"])
     assert math.isfinite(report["mismatch/k3/lag_0"])
+
+
+@pytest.mark.parametrize("bins", [ENTROPY_BINS, LAG_BINS])
+def test_bins_of_the_mismatch_follow_each_other(bins):
+    lows, highs = zip(*bins.values(), strict=True)
+    assert highs == (*lows[1:], math.inf)
 
 
 def test_a_token_whose_entropy_is_not_a_number_is_in_no_bin():
